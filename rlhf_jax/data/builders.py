@@ -1,0 +1,289 @@
+"""Real data sets as TFDS builders, and `load_records` for any data set by name.
+
+    tiny_shakespeare                      one text a split: the first 90 % of it, the last 10 %
+    tinyfabulist/{text,conversation}      short fables for children; prompt → fable
+    gsm8k/{conversation,prompt}           grade-school maths with its own train and test split
+    hh_rlhf/{helpful,harmless,helpful_rejection_sampled}   human preferences, chats → pairs
+    town/…                                the embedded town; see `data/town`
+
+Files are looked for under $RLHF_JAX_DATA, then in `../shared/data` beside the repository, and
+downloaded from their public address where there is one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import tensorflow_datasets as tfds
+
+from rlhf_jax.data.jsonl import open_bytes, read_jsonl, read_lines, string
+from rlhf_jax.data.record_builder import RecordBuilder, RecordConfig, cache_dir, read_records
+from rlhf_jax.data.records import Conversation, Message, Prompt, Record, Text
+from rlhf_jax.errors import UserError
+
+VALIDATION_SHARE = 0.1
+_HH_URL = "https://github.com/anthropics/hh-rlhf/raw/master/{}/test.jsonl.gz"
+_GSM8K_URL = (
+    "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of a data set: where it lies in a data folder, and the public file there may be.
+
+    `sha256` is that of the bytes at `url`.
+    """
+
+    file: str
+    url: str | None = None
+    sha256: str | None = None
+
+
+def load_records(name: str, split: str) -> list[Record]:
+    """The records of a data set's split, prepared on first use under `cache_dir()`.
+
+    `name` is "set" or "set/config"; `split` may be sliced ("train[:10%]"). The prepared files are
+    keyed by version and by the content of local source files, so a changed file is never mistaken
+    for an older one. Raises UserError for unknown names and for files that cannot be had.
+    """
+    set_name, _, config = name.partition("/")
+    cls = _builder_class(set_name)
+    configs = [c.name for c in cls.BUILDER_CONFIGS]
+    if config and config not in configs:
+        raise UserError(f"data set {set_name!r} has no config {config!r}; there are: {configs}")
+    folder = cache_dir() / "datasets"
+    sources = getattr(cls, "SOURCES", {}).get(config or configs[0], ())
+    if sources:
+        folder /= _fingerprint(sources)
+    builder = cls(config=config or configs[0], data_dir=folder, file_format="array_record")
+    return read_records(builder, split)
+
+
+def data_folder() -> Path | None:
+    """$RLHF_JAX_DATA, else `shared/data` beside the repository, else None."""
+    stated = os.environ.get("RLHF_JAX_DATA")
+    if stated:
+        if not Path(stated).is_dir():
+            raise UserError(f"RLHF_JAX_DATA={stated} is no folder")
+        return Path(stated)
+    beside = Path(__file__).resolve().parents[3] / "shared" / "data"
+    return beside if beside.is_dir() else None
+
+
+class TinyShakespeare(RecordBuilder, skip_registration=True):
+    """Karpathy's tiny Shakespeare, split as in nanoGPT: first 90 % of the characters, last 10 %."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS: ClassVar = [RecordConfig(name="text", kind="text")]
+    SOURCES: ClassVar = {
+        "text": (
+            Source(
+                "pretrain_tinyshakespeare/input.txt.gz",
+                "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+                "input.txt",
+                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+            ),
+        )
+    }
+
+    def records(self, dl_manager) -> Mapping[str, Iterable[Record]]:
+        (path,) = _fetch(self.SOURCES["text"], dl_manager)
+        with open_bytes(path) as file:
+            text = file.read().decode()
+        cut = int(len(text) * 0.9)
+        return {
+            "train": [Text("train", text[:cut])],
+            "validation": [Text("validation", text[cut:])],
+        }
+
+
+class Tinyfabulist(RecordBuilder, skip_registration=True):
+    """Fables for children aged 4-7 by small open models; those of reasoning models are left out.
+
+    DeepSeek-R1's fables hold its thinking. `meta["llm"]` names the writer. Split by prompt.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS: ClassVar = [
+        RecordConfig(name=kind, kind=kind) for kind in ("text", "conversation")
+    ]
+    SOURCES: ClassVar = dict.fromkeys(
+        ("text", "conversation"), (Source("tinyfabulist_fables/fables_en.jsonl.xz"),)
+    )
+
+    def records(self, dl_manager) -> Mapping[str, Iterable[Record]]:
+        (path,) = _fetch(self.SOURCES["text"], dl_manager)
+
+        def convert(fields, default_id) -> Conversation:
+            turns = (_user(string(fields, "prompt")), _assistant(string(fields, "fable")))
+            return Conversation(default_id, turns, {"llm": string(fields, "llm_name")})
+
+        fables = read_lines(path, convert)
+        kept = [fable for fable in fables if "R1" not in fable.meta["llm"]]
+        _report(self, {"reasoning model's fable": len(fables) - len(kept)})
+        splits = _split_by_prompt(kept, lambda fable: fable.messages[:1])
+        if self.builder_config.kind == "conversation":
+            return splits
+        return {
+            split: [Text(f.id, f.messages[1].content, f.meta) for f in fables]
+            for split, fables in splits.items()
+        }
+
+
+class Gsm8k(RecordBuilder, skip_registration=True):
+    """Grade-school maths problems, https://arxiv.org/abs/2110.14168.
+
+    Answers keep their calculator calls (<<48/2=24>>); `meta["answer"]` is what follows "####".
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS: ClassVar = [
+        RecordConfig(name=kind, kind=kind) for kind in ("conversation", "prompt")
+    ]
+    SOURCES: ClassVar = dict.fromkeys(
+        ("conversation", "prompt"),
+        tuple(
+            Source(f"sft_gsm8k/{split}.jsonl.gz", f"{_GSM8K_URL}{split}.jsonl", sha256)
+            for split, sha256 in (
+                ("train", "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
+                ("test", "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
+            )
+        ),
+    )
+
+    def records(self, dl_manager) -> Mapping[str, Iterable[Record]]:
+        def convert(fields, default_id) -> Conversation | Prompt:
+            question, answer = string(fields, "question"), string(fields, "answer")
+            meta = {"answer": answer.rpartition("####")[2].strip().replace(",", "")}
+            if self.builder_config.kind == "prompt":
+                return Prompt(default_id, (_user(question),), meta)
+            return Conversation(default_id, (_user(question), _assistant(answer)), meta)
+
+        paths = _fetch(self.SOURCES[self.builder_config.name], dl_manager)
+        splits = zip(("train", "test"), paths, strict=True)
+        return {split: read_lines(path, convert) for split, path in splits}
+
+
+class HhRlhf(RecordBuilder, skip_registration=True):
+    """Human preferences about helpfulness and harmlessness, https://arxiv.org/abs/2204.05862.
+
+    Built from the test files of the release (2,300 to 2,750 pairs each), split by prompt. The few
+    dialogues that are no proper pair (under 1 %: a speaker twice in a row, different prompts) are
+    skipped, counted and logged.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS: ClassVar = [
+        RecordConfig(name=name, kind="pair")
+        for name in ("helpful", "harmless", "helpful_rejection_sampled")
+    ]
+    SOURCES: ClassVar = {
+        folder.removesuffix("-base").replace("-", "_"): (
+            Source(f"pref_hh_rlhf/{folder}.test.jsonl.gz", _HH_URL.format(folder), sha256),
+        )
+        for folder, sha256 in (
+            (
+                "helpful-base",
+                "8be3fc1a13b27901631696f2be6f184c799f1baeaf145f53ac5db24960adc37b",
+            ),
+            (
+                "harmless-base",
+                "ebfaaed21162a4de120ae85366075b34425e2a6303fac59b99555002f7016f03",
+            ),
+            (
+                "helpful-rejection-sampled",
+                "6186fc698c638dd5c6bbb33e0c115762d6fdfac0a18969ff4901545307f89a54",
+            ),
+        )
+    }
+
+    def records(self, dl_manager) -> Mapping[str, Iterable[Record]]:
+        (path,) = _fetch(self.SOURCES[self.builder_config.name], dl_manager)
+        skipped: Counter[str] = Counter()
+        pairs = read_jsonl(path, "hh", max_bad_fraction=0.01, skipped=skipped)
+        _report(self, skipped)
+        return _split_by_prompt(pairs, lambda pair: pair.prompt)
+
+
+BUILDERS: dict[str, type[RecordBuilder]] = {
+    "tiny_shakespeare": TinyShakespeare,
+    "tinyfabulist": Tinyfabulist,
+    "gsm8k": Gsm8k,
+    "hh_rlhf": HhRlhf,
+}
+
+
+def _builder_class(name: str) -> type[RecordBuilder]:
+    if name == "town":
+        return importlib.import_module("rlhf_jax.data.town.builder").Town
+    if name not in BUILDERS:
+        raise UserError(f"unknown data set {name!r}; known: {', '.join([*BUILDERS, 'town'])}")
+    return BUILDERS[name]
+
+
+def _fetch(sources: tuple[Source, ...], dl_manager) -> list[Path]:
+    """Local paths of the sources: from a data folder, else downloaded."""
+    return [_local_path(source) or _download(source, dl_manager) for source in sources]
+
+
+def _local_path(source: Source) -> Path | None:
+    folder = data_folder()
+    path = folder / source.file if folder else None
+    return path if path and path.is_file() else None
+
+
+def _download(source: Source, dl_manager) -> Path:
+    remedy = f"put the file at $RLHF_JAX_DATA/{source.file}"
+    if source.url is None:
+        raise UserError(f"{source.file} is not on this machine and has no public address; {remedy}")
+    try:
+        path = Path(dl_manager.download(source.url))
+    except Exception as error:  # whatever the download library meets: no network, 404, a full disk
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot download {source.url} ({reason}); {remedy}") from error
+    if hashlib.sha256(path.read_bytes()).hexdigest() != source.sha256:
+        raise UserError(f"{source.url} gave other bytes than expected, see {path}; {remedy}")
+    return path
+
+
+def _fingerprint(sources: tuple[Source, ...]) -> str:
+    """Names what the sources hold: their bytes where they are local, else the expected ones."""
+    digest = hashlib.sha256()
+    for source in sources:
+        path = _local_path(source)
+        digest.update(path.read_bytes() if path else f"{source.sha256}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _split_by_prompt(records, prompt_of) -> dict[str, list]:
+    """Train and validation by a hash of the prompt, so that no prompt is in both."""
+    splits: dict[str, list] = {"train": [], "validation": []}
+    for record in records:
+        digest = hashlib.sha256(repr(prompt_of(record)).encode()).digest()
+        held_out = int.from_bytes(digest[:8], "big") < VALIDATION_SHARE * 2**64
+        splits["validation" if held_out else "train"].append(record)
+    return splits
+
+
+def _report(builder: RecordBuilder, skipped: Mapping[str, int]) -> None:
+    """Logs what a builder leaves out and keeps it in the prepared set's metadata."""
+    for reason, count in skipped.items():
+        logging.warning("%s: left out %d (%s)", builder.info.full_name, count, reason)
+    builder.info.metadata["left_out"] = dict(skipped)
+
+
+def _user(content: str) -> Message:
+    return Message("user", content)
+
+
+def _assistant(content: str) -> Message:
+    return Message("assistant", content)

@@ -1,0 +1,183 @@
+"""Records to token documents and groups, ready for packing. What does not fit is named and counted.
+
+Every function returns `(items, stats)`; stats holds counts by name: "records", "encoded",
+"dropped", "truncated", "split", and what the function adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rlhf_jax.data.chat import render_conversation, render_prompt, render_reply
+from rlhf_jax.data.packing import Document, Group
+from rlhf_jax.data.records import Conversation, Pair, Text
+from rlhf_jax.data.tokenizer import BOS, END, Tokenizer
+from rlhf_jax.errors import UserError
+
+Stats = dict[str, int]
+TEXT_POLICIES = ("split", "error", "drop")
+CHAT_POLICIES = ("error", "drop", "truncate_prompt_left")
+
+
+def encode_texts(
+    records: Sequence[Text], tokenizer: Tokenizer, row_length: int, *, over_long: str = "split"
+) -> tuple[list[Document], Stats]:
+    """`<|bos|>text<|end|>` documents in which every token but BOS is a target.
+
+    over_long: "split" cuts a long document into pieces that overlap by one token, so that each
+    token is still a target once (only the first piece starts with BOS); "error"; "drop".
+    """
+    _check_policy(over_long, TEXT_POLICIES)
+    if not tokenizer.control:
+        raise UserError("a character-level tokenizer has no <|bos|>; train on windows of a stream")
+    documents, stats, long = [], _new_stats(records), []
+    encoded = tokenizer.encode_batch([record.text for record in records])
+    for record, ids in zip(records, encoded, strict=True):
+        tokens = [BOS, *ids, END]
+        if len(tokens) <= row_length:
+            stats["encoded"] += 1
+            documents.append(_all_targets(tokens))
+        elif over_long == "split":
+            stats["encoded"] += 1
+            stats["split"] += 1
+            for start in range(0, len(tokens) - 1, row_length - 1):
+                documents.append(_all_targets(tokens[start : start + row_length]))
+        else:
+            long.append((len(tokens), record.id))
+    _settle(stats, long, over_long, row_length, TEXT_POLICIES)
+    return documents, stats
+
+
+def encode_conversations(
+    records: Sequence[Conversation],
+    tokenizer: Tokenizer,
+    row_length: int,
+    *,
+    last_turn_only: bool = False,
+    over_long: str = "error",
+) -> tuple[list[Document], Stats]:
+    """Documents whose targets are the assistant's turns; see `chat.render_conversation`.
+
+    over_long: "error"; "drop"; "truncate_prompt_left" keeps BOS, the last reply and what fits
+    before it (a turn cut in two is no target any more), and is an error where the reply alone does
+    not fit.
+    """
+    _check_policy(over_long, CHAT_POLICIES)
+    documents, stats, long = [], _new_stats(records), []
+    for record in records:
+        with _naming(record.id):
+            tokens, is_target = render_conversation(
+                record.messages, tokenizer, last_turn_only=last_turn_only
+            )
+        if len(tokens) > row_length:
+            if over_long != "truncate_prompt_left":
+                long.append((len(tokens), record.id))
+                continue
+            reply = len(render_reply(record.messages[-1].content, tokenizer))
+            _check_reply_fits(record.id, reply, row_length)
+            tokens = [BOS, *tokens[1 - row_length :]]
+            is_target = [0, *is_target[1 - row_length :]]
+            whole = is_target.index(0, 1)
+            is_target[1:whole] = [0] * (whole - 1)
+            stats["truncated"] += 1
+        stats["encoded"] += 1
+        documents.append(Document(tokens, is_target))
+    _settle(stats, long, over_long, row_length, CHAT_POLICIES)
+    return documents, stats
+
+
+def encode_pairs(
+    records: Sequence[Pair], tokenizer: Tokenizer, row_length: int, *, over_long: str = "error"
+) -> tuple[list[Group], Stats]:
+    """Groups of a prompt and two branches: chosen, then rejected. A group must fit a row.
+
+    over_long: "error"; "drop"; "truncate_prompt_left" keeps BOS, both replies and the end of the
+    prompt that fits, and is an error where the replies alone do not fit.
+    stats["identical"] counts pairs whose replies are the same tokens: they teach nothing.
+    """
+    _check_policy(over_long, CHAT_POLICIES)
+    groups, stats, long = [], _new_stats(records) | {"identical": 0}, []
+    for index, record in enumerate(records):
+        with _naming(record.id):
+            prompt = render_prompt(record.prompt, tokenizer)
+            branches = tuple(render_reply(r, tokenizer) for r in (record.chosen, record.rejected))
+        replies = sum(map(len, branches))
+        length = len(prompt) + replies
+        if length > row_length:
+            if over_long != "truncate_prompt_left":
+                long.append((length, record.id))
+                continue
+            _check_reply_fits(record.id, replies, row_length)
+            prompt = [BOS, *prompt[replies + 1 - row_length :]]
+            stats["truncated"] += 1
+        stats["encoded"] += 1
+        stats["identical"] += branches[0] == branches[1]
+        groups.append(Group(prompt, branches, index))
+    _settle(stats, long, over_long, row_length, CHAT_POLICIES)
+    return groups, stats
+
+
+def check_trained_share(documents: Sequence[Document]) -> float:
+    """The share of tokens that are targets; UserError if none or all are.
+
+    A chat template that marks nothing or everything trains silently on the wrong tokens.
+    """
+    tokens = sum(len(d.tokens) for d in documents)
+    targets = sum(sum(d.is_target) for d in documents)
+    if not 0 < targets < tokens:
+        raise UserError(
+            f"{targets} of {tokens} tokens in {len(documents)} documents would be trained; "
+            "supervised fine-tuning needs replies to train on and prompts to leave out"
+        )
+    return targets / tokens
+
+
+def _all_targets(tokens: list[int]) -> Document:
+    return Document(tokens, [0, *[1] * (len(tokens) - 1)])
+
+
+def _new_stats(records: Sequence) -> Stats:
+    return {"records": len(records), "encoded": 0, "dropped": 0, "truncated": 0, "split": 0}
+
+
+def _check_policy(over_long: str, known: tuple[str, ...]) -> None:
+    if over_long not in known:
+        raise UserError(f"unknown over_long policy {over_long!r}; known: {', '.join(known)}")
+
+
+def _check_reply_fits(record_id: str, reply_tokens: int, row_length: int) -> None:
+    if reply_tokens + 2 > row_length:  # <|bos|> and <|assistant|>
+        raise UserError(
+            f"record {record_id!r}: a reply of {reply_tokens} tokens does not fit a row of "
+            f'{row_length} and is never cut; raise the row length or use over_long="drop"'
+        )
+
+
+def _settle(
+    stats: Stats,
+    long: list[tuple[int, str]],
+    over_long: str,
+    row_length: int,
+    known: tuple[str, ...],
+) -> None:
+    """Counts the over-long records as dropped, or raises the error their policy asks for."""
+    if long and over_long == "error":
+        tokens, name = max(long)
+        others = " or ".join(f'"{policy}"' for policy in known if policy != "error")
+        raise UserError(
+            f"{len(long)} of {stats['records']} records are longer than a row of {row_length} "
+            f"tokens (the longest, {name!r}, has {tokens}); raise the row length or set "
+            f"over_long to {others}"
+        )
+    stats["dropped"] = len(long)
+    if not stats["encoded"]:
+        raise UserError(f"no examples are left of {stats['records']}: {len(long)} were over-long")
+
+
+@contextmanager
+def _naming(record_id: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"record {record_id!r}: {error}") from error

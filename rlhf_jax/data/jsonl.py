@@ -1,0 +1,361 @@
+"""JSON lines to records, strictly: a bad line is named, or counted under an explicit allowance.
+
+Formats by kind (any other key becomes a `meta` entry; `id` is optional; files may be .gz or .xz):
+
+    text          {"text": str}
+    conversation  {"messages": [{"role", "content"}, …]} or {"prompt": str | messages, "response"}
+    prompt        {"prompt": str | messages} or {"messages": […]}
+    pair          {"prompt", "chosen", "rejected"}: replies as text or as messages,
+                  or {"chosen": messages, "rejected": messages} that share all but the last
+    hh            {"chosen", "rejected"} as "\\n\\nHuman: …\\n\\nAssistant: …" dialogues → pairs
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import lzma
+import math
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from rlhf_jax.data.chat import check_messages
+from rlhf_jax.data.records import Conversation, Message, Pair, Prompt, Record, Text
+from rlhf_jax.errors import UserError
+
+MAX_LINE_BYTES = 16 * 2**20
+_BOM = b"\xef\xbb\xbf"
+_EXCERPT = 80
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+class BadLine(Exception):
+    """One line that is no record: `reason` is the name it is counted under."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+def read_jsonl(
+    path: str | os.PathLike,
+    kind: str,
+    *,
+    max_bad_fraction: float = 0.0,
+    skipped: Counter[str] | None = None,
+) -> list[Record]:
+    """The records of a JSON-lines file, all of one format.
+
+    Args:
+      kind: "text", "conversation", "prompt", "pair" or "hh"; see the module's docstring.
+      max_bad_fraction: the share of lines, in [0, 1), that may be bad. They are skipped, counted by
+        reason, and the counts logged as a warning. At 0 the first bad line ends the reading.
+      skipped: if given, receives those counts.
+
+    Raises UserError naming file, line, field and an excerpt.
+    """
+    if kind not in FORMATS:
+        raise UserError(f"unknown kind {kind!r} of JSONL file; known: {', '.join(FORMATS)}")
+    formats: list[frozenset[str]] = []
+
+    def convert(fields: dict[str, Any], default_id: str) -> Record:
+        keys, build = _detect_format(fields, kind)
+        record = build(fields, default_id, keys)
+        if not formats:
+            formats.append(keys)
+        if keys != formats[0]:
+            raise BadLine("mixed format", f"{_names(keys)} after lines with {_names(formats[0])}")
+        return record
+
+    return read_lines(path, convert, max_bad_fraction=max_bad_fraction, skipped=skipped)
+
+
+def read_lines(
+    path: str | os.PathLike,
+    convert: Callable[[dict[str, Any], str], Record],
+    *,
+    max_bad_fraction: float = 0.0,
+    skipped: Counter[str] | None = None,
+) -> list[Record]:
+    """`read_jsonl` for a format of one's own.
+
+    `convert(fields, default_id)` makes a record of one line's object, or raises BadLine.
+    """
+    if not 0 <= max_bad_fraction < 1:
+        raise UserError(f"max_bad_fraction must be in [0, 1), got {max_bad_fraction}")
+    records, reasons, first_error = [], Counter(), ""
+    for number, raw in _raw_lines(path):
+        try:
+            records.append(convert(_parse(raw), f"{Path(path).name}:{number}"))
+        except BadLine as error:
+            reasons[error.reason] += 1
+            first_error = first_error or f"{path}:{number}: {error}; the line: {_excerpt(raw)}"
+            if max_bad_fraction == 0:
+                raise UserError(first_error) from error
+    bad = reasons.total()
+    if bad > max_bad_fraction * (bad + len(records)):
+        raise UserError(
+            f"{path}: {bad} of {bad + len(records)} lines are bad ({_counts(reasons)}), more than "
+            f"max_bad_fraction={max_bad_fraction} allows; first: {first_error}"
+        )
+    if not records:
+        raise UserError(f"{path}: no records in the file")
+    if bad:
+        logging.warning("%s: skipped %d bad lines (%s)", path, bad, _counts(reasons))
+    if skipped is not None:
+        skipped.update(reasons)
+    return records
+
+
+def open_bytes(path: str | os.PathLike) -> BinaryIO:
+    """Opens a file for reading, through gzip or xz if its first bytes say so."""
+    with open(path, "rb") as file:
+        magic = file.read(6)
+    if magic[:2] == b"\x1f\x8b":
+        return gzip.open(path, "rb")
+    if magic == b"\xfd7zXZ\x00":
+        return lzma.open(path, "rb")
+    return open(path, "rb")
+
+
+def _raw_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
+    """(1-based number, content) of each line that is not blank, in bounded memory.
+
+    Of a line above the limit only the first bytes come back, one more than the limit.
+    """
+    number = 0
+    try:
+        with open_bytes(path) as file:
+            while raw := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                rest = raw
+                while not rest.endswith(b"\n") and len(rest) > MAX_LINE_BYTES:
+                    rest = file.readline(MAX_LINE_BYTES + 1)
+                if raw.strip():
+                    yield number, raw.rstrip(b"\r\n")
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        where = f"{path}:{number + 1}" if number else str(path)
+        raise UserError(f"{where}: cannot read: {error}") from error
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    if len(raw) > MAX_LINE_BYTES:
+        raise BadLine("line too long", f"over {MAX_LINE_BYTES >> 20} MiB")
+    if raw.startswith(_BOM):
+        raise BadLine("byte order mark", "save the file as UTF-8 without a BOM")
+    try:
+        line = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadLine("bad UTF-8", f"column {error.start + 1}") from error
+    try:
+        fields = json.loads(line, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        raise BadLine("invalid JSON", f"{error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadLine("invalid JSON", str(error)[:_EXCERPT]) from error
+    if not isinstance(fields, dict):
+        raise BadLine("wrong type", f"expected an object, got {_type(fields)}")
+    return fields
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        key = next(k for k, n in Counter(k for k, _ in pairs).items() if n > 1)
+        raise BadLine("duplicate key", _excerpt(key))
+    return fields
+
+
+def _no_constant(name: str) -> None:
+    raise BadLine("invalid JSON", f"{name} is not JSON")
+
+
+def _detect_format(fields: dict[str, Any], kind: str) -> tuple[frozenset[str], Callable]:
+    """The widest format of the kind whose keys are all there."""
+    for keys, build in FORMATS[kind]:
+        if keys <= fields.keys():
+            return keys, build
+    expected = " or ".join(_names(keys) for keys, _ in FORMATS[kind])
+    raise BadLine("missing key", f"kind {kind!r} needs {expected}; found {_names(fields.keys())}")
+
+
+def _text_record(fields: dict[str, Any], default_id: str, keys: frozenset[str]) -> Text:
+    text = string(fields, "text")
+    if not text:
+        raise BadLine("empty text", "field 'text'")
+    return Text(_id(fields, default_id), text, _meta(fields, keys))
+
+
+def _conversation(fields: dict[str, Any], default_id: str, keys: frozenset[str]) -> Conversation:
+    if "messages" in keys:
+        messages = _messages(fields, "messages")
+    else:
+        messages = (*_prompt(fields), Message("assistant", string(fields, "response")))
+    _check(messages, reply_last=True)
+    return Conversation(_id(fields, default_id), messages, _meta(fields, keys))
+
+
+def _prompt_record(fields: dict[str, Any], default_id: str, keys: frozenset[str]) -> Prompt:
+    messages = _messages(fields, "messages") if "messages" in keys else _prompt(fields)
+    _check(messages, reply_last=False)
+    return Prompt(_id(fields, default_id), messages, _meta(fields, keys))
+
+
+def _pair(fields: dict[str, Any], default_id: str, keys: frozenset[str]) -> Pair:
+    prompt = _prompt(fields) if "prompt" in keys else None
+    sides = [_side(fields, name, prompt) for name in ("chosen", "rejected")]
+    return _make_pair(sides, fields, default_id, keys)
+
+
+def _hh_pair(fields: dict[str, Any], default_id: str, keys: frozenset[str]) -> Pair:
+    sides = [_dialogue(fields, name) for name in ("chosen", "rejected")]
+    return _make_pair(sides, fields, default_id, keys)
+
+
+def _make_pair(
+    sides: list[tuple[Message, ...]], fields: dict[str, Any], default_id: str, keys: frozenset[str]
+) -> Pair:
+    for side in sides:
+        _check(side, reply_last=True)
+    chosen, rejected = sides
+    if chosen[:-1] != rejected[:-1]:
+        raise BadLine("prompts differ", "'chosen' and 'rejected' must share all but the last turn")
+    return Pair(
+        _id(fields, default_id),
+        chosen[:-1],
+        chosen[-1].content,
+        rejected[-1].content,
+        _margin(fields),
+        _meta(fields, keys | {"margin"}),
+    )
+
+
+def _side(
+    fields: dict[str, Any], name: str, prompt: tuple[Message, ...] | None
+) -> tuple[Message, ...]:
+    """The whole conversation of one side of a pair."""
+    if isinstance(fields[name], list):
+        messages = _messages(fields, name)
+        if prompt is None or messages[: len(prompt)] == prompt:
+            return messages
+        return (*prompt, *messages)
+    if prompt is None:
+        raise BadLine(
+            "wrong type",
+            f"field {name!r}: without a 'prompt' it must be a list of messages "
+            "(for Human/Assistant dialogues use kind 'hh')",
+        )
+    return (*prompt, Message("assistant", string(fields, name)))
+
+
+def _dialogue(fields: dict[str, Any], name: str) -> tuple[Message, ...]:
+    """Turns of a Human/Assistant dialogue, without the white space around each."""
+    before, *parts = _TURN.split(string(fields, name))
+    if before.strip() or not parts:
+        raise BadLine("not a dialogue", f"field {name!r} must start with '\\n\\nHuman:'")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return tuple(Message(roles[speaker], content.strip()) for speaker, content in turns)
+
+
+def _prompt(fields: dict[str, Any]) -> tuple[Message, ...]:
+    if isinstance(fields["prompt"], list):
+        return _messages(fields, "prompt")
+    return (Message("user", string(fields, "prompt")),)
+
+
+def _messages(fields: dict[str, Any], name: str) -> tuple[Message, ...]:
+    if not isinstance(fields[name], list):
+        raise BadLine("wrong type", f"field {name!r} must be a list, not {_type(fields[name])}")
+    for i, turn in enumerate(fields[name]):
+        if not isinstance(turn, dict) or turn.keys() != {"role", "content"}:
+            raise BadLine("bad message", f"{name}[{i}] must have exactly 'role' and 'content'")
+    return tuple(Message(string(m, "role"), string(m, "content")) for m in fields[name])
+
+
+def _check(messages: tuple[Message, ...], *, reply_last: bool) -> None:
+    try:
+        check_messages(messages, reply_last=reply_last)
+    except UserError as error:
+        raise BadLine("bad roles", str(error)) from error
+
+
+def string(fields: dict[str, Any], name: str) -> str:
+    """The text of a field; BadLine unless it is a string that UTF-8 can hold, without NUL."""
+    if name not in fields:
+        raise BadLine("missing key", f"{name!r}")
+    value = fields[name]
+    if not isinstance(value, str):
+        raise BadLine("wrong type", f"field {name!r} must be text, not {_type(value)}")
+    if "\0" in value:
+        raise BadLine("NUL character", f"field {name!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadLine("lone surrogate", f"field {name!r}") from error
+    return value
+
+
+def _id(fields: dict[str, Any], default: str) -> str:
+    value = fields.get("id", default)
+    return str(value) if type(value) is int else string({"id": value}, "id")
+
+
+def _margin(fields: dict[str, Any]) -> float | None:
+    value = fields.get("margin")
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise BadLine("bad margin", f"field 'margin' must be a number ≥ 0, not {_excerpt(value)}")
+    return float(value)
+
+
+def _meta(fields: dict[str, Any], used: frozenset[str]) -> dict[str, str]:
+    """The keys no format uses, as text: strings as they are, anything else as JSON."""
+    stated = fields.get("meta", {})
+    if not isinstance(stated, dict):
+        raise BadLine("wrong type", "field 'meta' must be an object")
+    meta = stated | {k: v for k, v in fields.items() if k not in used | {"id", "meta"}}
+    meta = {k: v if isinstance(v, str) else json.dumps(v) for k, v in meta.items()}
+    for key, value in meta.items():
+        string({key: key}, key)
+        string({key: value}, key)
+    return meta
+
+
+def _counts(reasons: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+
+
+def _names(keys: Any) -> str:
+    return "{" + ", ".join(_excerpt(key) for key in sorted(keys)[:10]) + "}"
+
+
+def _type(value: Any) -> str:
+    return {"NoneType": "null", "dict": "object"}.get(type(value).__name__, type(value).__name__)
+
+
+def _excerpt(value: Any) -> str:
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    return ascii(text if len(text) <= _EXCERPT else text[:_EXCERPT] + "…")
+
+
+FORMATS: dict[str, tuple[tuple[frozenset[str], Callable], ...]] = {
+    "text": ((frozenset({"text"}), _text_record),),
+    "conversation": (
+        (frozenset({"messages"}), _conversation),
+        (frozenset({"prompt", "response"}), _conversation),
+    ),
+    "prompt": ((frozenset({"messages"}), _prompt_record), (frozenset({"prompt"}), _prompt_record)),
+    "pair": (
+        (frozenset({"prompt", "chosen", "rejected"}), _pair),
+        (frozenset({"chosen", "rejected"}), _pair),
+    ),
+    "hh": ((frozenset({"chosen", "rejected"}), _hh_pair),),
+}

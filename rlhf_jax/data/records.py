@@ -1,0 +1,73 @@
+"""The four kinds of record that every source yields and every stage reads.
+
+`Text` is for pre-training, `Conversation` for supervised fine-tuning, `Pair` for reward models and
+preference losses, `Prompt` for sampling, reinforcement learning and evaluation. `id` names a record
+in errors and reports and is unique within a data set. `meta` holds what a scorer or a report wants
+beside the text (a reference answer, a topic, a source), always as strings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; `role` is one of `ROLES`."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """A plain document."""
+
+    id: str
+    text: str
+    meta: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation that ends with an assistant's turn."""
+
+    id: str
+    messages: tuple[Message, ...]
+    meta: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two assistant replies to one prompt, the first preferred.
+
+    `margin` is by how much (≥ 0, in the labeler's own units), None where nobody said.
+    """
+
+    id: str
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    margin: float | None = None
+    meta: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation that awaits the assistant's next turn."""
+
+    id: str
+    messages: tuple[Message, ...]
+    meta: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+
+Record = Text | Conversation | Pair | Prompt
+KINDS: dict[str, type] = {
+    "text": Text,
+    "conversation": Conversation,
+    "pair": Pair,
+    "prompt": Prompt,
+}

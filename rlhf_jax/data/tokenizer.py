@@ -1,0 +1,160 @@
+"""Text to token ids and back: byte-level BPE, or one id a character.
+
+The seven control tokens have ids 0…6 and are absent from the added vocabulary, so no text can
+produce one: "<|assistant|>" typed by a user is encoded as the bytes it is made of. Only the chat
+format (`chat.py`) emits control ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from rlhf_jax.errors import UserError
+
+CONTROL_TOKENS = (
+    "<|pad|>",
+    "<|bos|>",
+    "<|end|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|tool|>",
+)
+PAD, BOS, END, SYSTEM, USER, ASSISTANT, TOOL = range(len(CONTROL_TOKENS))
+MIN_BPE_VOCAB = len(CONTROL_TOKENS) + 256
+
+
+class Tokenizer:
+    """An immutable tokenizer, made from the text of a `tokenizer.json`.
+
+    Attributes:
+      vocab_size: ids are 0 … vocab_size − 1.
+      control: control token → id; empty for a character-level tokenizer.
+      hash: sha256 of the canonical JSON; equal hashes give equal ids for every text.
+    """
+
+    def __init__(self, text: str):
+        """Raises UserError if `text` is no tokenizer, or one whose text could give control ids."""
+        try:
+            content = json.loads(text)
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"not a tokenizer.json: {str(error)[:200]}") from error
+        self._json = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        self.hash = hashlib.sha256(self._json.encode()).hexdigest()
+        self.vocab_size = self._tokenizer.get_vocab_size()
+        self.control = _control_ids(content)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; never a control id. UserError for a character it cannot represent."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        try:
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:
+            bad = next((t for t in texts if not self._can_encode(t)), "")
+            excerpt = ascii(bad[:60])
+            raise UserError(f"the tokenizer cannot encode {excerpt}: {error}") from error
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Iterable[int], *, control: bool = False) -> str:
+        """Text of `ids`; control tokens are left out, or written by name if `control`."""
+        ids = [int(i) for i in ids]
+        if any(not 0 <= i < self.vocab_size for i in ids):
+            raise ValueError(f"token ids must lie in [0, {self.vocab_size})")
+        if not control:
+            ids = [i for i in ids if i >= len(self.control)]
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a Hugging Face `tokenizer.json`."""
+        Path(path).write_text(self._json, encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Tokenizer:
+        """Reads what `save` wrote; UserError naming the file if it cannot."""
+        try:
+            return cls(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, UserError) as error:
+            raise UserError(f"cannot load the tokenizer {path}: {error}") from error
+
+    def _can_encode(self, text: str) -> bool:
+        try:
+            self._tokenizer.encode(text, add_special_tokens=False)
+        except Exception:
+            return False
+        return True
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains a byte-level BPE; the same texts always give the same tokenizer.
+
+    Every byte has an id, so any text round-trips; each digit is a token of its own. The vocabulary
+    is smaller than `vocab_size` where the texts offer too few merges: read `.vocab_size`.
+
+    Neural Machine Translation of Rare Words with Subword Units, https://arxiv.org/abs/1508.07909
+    """
+    if vocab_size < MIN_BPE_VOCAB:
+        raise UserError(
+            f"vocab_size={vocab_size} is too small: {len(CONTROL_TOKENS)} control tokens and 256 "
+            f"bytes need at least {MIN_BPE_VOCAB}"
+        )
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(CONTROL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = []
+    return Tokenizer(json.dumps(content))
+
+
+def train_chars(text: str) -> Tokenizer:
+    """One id a character, in code-point order, and no control tokens: nanoGPT's char level.
+
+    Fits a stream of text cut into windows (`pipeline.windows`), not chats.
+    """
+    if not text:
+        raise UserError("a character-level tokenizer needs some text")
+    vocabulary = {character: i for i, character in enumerate(sorted(set(text)))}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return Tokenizer(tokenizer.to_str())
+
+
+def _control_ids(content: dict) -> dict[str, int]:
+    """The control tokens of a parsed tokenizer.json, having checked that no text yields one."""
+    model = content["model"]
+    vocabulary = model["vocab"]
+    if content["added_tokens"]:
+        raise UserError("a tokenizer with added tokens would let text produce them; remove them")
+    if model["type"] == "WordLevel":
+        return {}
+    if model["type"] != "BPE" or model.get("ignore_merges"):
+        raise UserError("only byte-level BPE and character-level tokenizers are supported")
+    if tuple(vocabulary.get(name) for name in CONTROL_TOKENS) != tuple(range(len(CONTROL_TOKENS))):
+        raise UserError(f"ids 0 … {len(CONTROL_TOKENS) - 1} must be {' '.join(CONTROL_TOKENS)}")
+    for merge in model["merges"]:
+        if "".join(merge) in CONTROL_TOKENS:
+            raise UserError(f"the merge {merge} would let text produce a control token")
+    return {name: i for i, name in enumerate(CONTROL_TOKENS)}

@@ -1,0 +1,1 @@
+"""All the words of the town, as tables of templates."""

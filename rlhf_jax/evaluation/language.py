@@ -1,0 +1,53 @@
+"""Held-out loss of a language model: nats a token, bits a byte, token accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlhf_jax.data.packing import Arrays
+from rlhf_jax.evaluation.rows import map_rows
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.scoring import target_statistics
+
+
+def language_evaluation(
+    config: ModelConfig, rows: Arrays, *, text_bytes: int | None = None, batch_rows: int = 64
+) -> Callable[[Any], dict[str, float]]:
+    """Returns `evaluate(params) -> metrics` over held-out rows, compiled on first use.
+
+    Args:
+        rows: packed rows; only targets of weight > 0 count.
+        text_bytes: UTF-8 bytes of the text the targets stand for, for bits a byte.
+
+    Returns:
+        A function giving eval/loss (nats a target token), eval/token_accuracy and, with
+        `text_bytes`, eval/bpb = Σ nats / (ln 2 · bytes), which doesn't depend on the vocabulary.
+    """
+
+    @jax.jit
+    def per_row(params, batch):
+        stats = target_statistics(config, params, batch)
+        weights = batch["weights"]
+        return {
+            "nats": -(stats.logprobs * weights).sum(-1),
+            "correct": (stats.correct * weights).sum(-1),
+            "targets": weights.sum(-1),
+        }
+
+    def evaluate(params: Any) -> dict[str, float]:
+        sums = jax.tree.map(
+            lambda x: float(x.sum(dtype=np.float64)), map_rows(per_row, params, rows, batch_rows)
+        )
+        metrics = {
+            "eval/loss": sums["nats"] / sums["targets"],
+            "eval/token_accuracy": sums["correct"] / sums["targets"],
+        }
+        if text_bytes:
+            metrics["eval/bpb"] = sums["nats"] / (np.log(2) * text_bytes)
+        return metrics
+
+    return evaluate

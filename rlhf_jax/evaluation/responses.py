@@ -1,0 +1,73 @@
+"""Answers of a model to held-out prompts, and how far it has moved from a reference on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import numpy as np
+
+from rlhf_jax.data.chat import render_prompt
+from rlhf_jax.data.packing import Group, pack_groups
+from rlhf_jax.data.records import Prompt
+from rlhf_jax.data.tokenizer import END
+from rlhf_jax.evaluation.rows import in_record_order, map_rows
+from rlhf_jax.models.scoring import sequence_logprobs
+from rlhf_jax.sampling.generate import generate
+from rlhf_jax.training.model import Model
+
+@dataclass(frozen=True)
+class Answer:
+    """A sampled reply: its text, its tokens (with <|end|> if finished), whether it ended itself."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finished: bool
+
+
+def answer(
+    model: Model,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int = 0,
+    batch_rows: int = 64,
+) -> list[Answer]:
+    """One reply to each prompt; greedy at temperature 0."""
+    completions = generate(
+        model.config,
+        model.params,
+        [render_prompt(prompt.messages, model.tokenizer) for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        stop_ids=(END,),
+        batch_size=batch_rows,
+    )
+    return [
+        Answer(model.tokenizer.decode(c.tokens), tuple(c.tokens), c.finished) for c in completions
+    ]
+
+
+def sequence_kl(
+    model: Model, reference: Model, prompts: Sequence[Prompt], answers: Sequence[Answer]
+) -> np.ndarray:
+    """log π(y|x) − log π_ref(y|x) of each answer y, sampled from π at temperature 1: [N] nats.
+
+    Its mean is the unbiased estimate (k1) of KL(π‖π_ref) a sequence.
+    """
+    groups = [
+        Group(render_prompt(p.messages, model.tokenizer), (a.tokens,), i)
+        for i, (p, a) in enumerate(zip(prompts, answers, strict=True))
+    ]
+    longest = max(len(g.prompt) + len(g.branches[0]) for g in groups)
+    rows, _ = pack_groups(groups, -(-longest // 64) * 64, branches=1)
+
+    def logprobs(model: Model) -> np.ndarray:
+        score = jax.jit(partial(sequence_logprobs, model.config))
+        return in_record_order(map_rows(score, model.params, rows, 64), rows)[:, 0]
+
+    return logprobs(model) - logprobs(reference)

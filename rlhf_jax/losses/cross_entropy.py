@@ -1,0 +1,297 @@
+"""Token log-probabilities and cross-entropy from hidden states, without ever holding all logits.
+
+The logits of N tokens over V words are by far the largest array of a language model. They are
+computed here a chunk of tokens (and, if asked, of vocabulary) at a time, reduced to five numbers a
+token, and recomputed in the backward pass, as in "Cut Your Losses in Large-Vocabulary Language
+Models", https://arxiv.org/abs/2411.09009.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.losses.checks import check_rank, check_same_shape
+from rlhf_jax.losses.reductions import Reduction, at_least_f32, keep_weighted, weighted_sums
+
+
+class TokenStatistics(NamedTuple):
+    """What losses need to know of a token's distribution p = softmax(l); all fields [...], nats.
+
+    logprobs: log p(target). logsumexp: L = log Σᵥ exp lᵥ. mean_logit: Σᵥ lᵥ / V.
+    entropy: −Σᵥ pᵥ log pᵥ. correct: 1 where the target is the first of the highest logits, else 0.
+    """
+
+    logprobs: jax.Array
+    logsumexp: jax.Array
+    mean_logit: jax.Array
+    entropy: jax.Array
+    correct: jax.Array
+
+
+class _Options(NamedTuple):
+    """The static part of a call: `vocab` is V before its chunks are padded to one size."""
+
+    vocab: int
+    temperature: float
+    softcap: float | None
+
+
+def token_statistics(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    targets: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    chunk_tokens: int = 512,
+    chunk_vocab: int | None = None,
+) -> TokenStatistics:
+    """Statistics of softmax(l) with l = cap(hidden · unembeddingᵀ + bias) / temperature.
+
+    cap(z) = softcap · tanh(z / softcap), or z without a softcap. At most chunk_tokens × chunk_vocab
+    logits exist at a time, in the gradient too, which is exact for all fields but `correct` (none).
+    When all fits in one chunk its logits are kept for the backward pass and not recomputed.
+
+    A chunk takes every k-th token, so a batch axis sharded over devices stays so in every chunk.
+    A token none of whose outputs is used gets gradient 0, even if its hidden state is not finite.
+
+    Args:
+      hidden: [..., D]. unembedding: [V, D]. bias: [V]. Products accumulate in float32 or better.
+      targets: [...] integers. Outside [0, V): logprobs is NaN there and correct is 0.
+      temperature, softcap: Python numbers > 0.
+      chunk_tokens, chunk_vocab: most tokens and words a chunk; None takes the vocabulary whole.
+
+    Returns:
+      TokenStatistics of [...] arrays, float32 (float64 if an input is).
+
+    Raises:
+      ValueError: shapes do not fit, or a number is not positive.
+    """
+    check_rank("unembedding", unembedding, 2)
+    vocab, width = unembedding.shape
+    if hidden.shape != (*targets.shape, width):
+        raise ValueError(
+            f"hidden must have the shape of targets and the width of unembedding, "
+            f"{(*targets.shape, width)}, got {hidden.shape}"
+        )
+    if bias is not None and bias.shape != (vocab,):
+        raise ValueError(f"bias must have shape ({vocab},), got {bias.shape}")
+    sizes = {"chunk_tokens": chunk_tokens, "chunk_vocab": chunk_vocab}
+    for name, value in {**sizes, "temperature": temperature, "softcap": softcap}.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be > 0, got {value}")
+
+    hidden, unembedding, bias, targets = _vary_alike(hidden, unembedding, bias, targets)
+    tokens = partial(_chunks, size=chunk_tokens)
+    words = partial(_chunks, size=chunk_vocab or vocab)
+    # Token chunks are strided (chunk axis minor), word chunks contiguous (chunk axis major).
+    hidden = jnp.swapaxes(tokens(hidden.reshape(-1, width), minor=True), 0, 1)
+    flat_targets = tokens(targets.reshape(-1), minor=True).T
+    statistics = _statistics(
+        _Options(vocab, temperature, softcap),
+        hidden,
+        words(unembedding),
+        None if bias is None else words(bias),
+        flat_targets,
+    )
+    return jax.tree.map(
+        lambda x: x.T.reshape(-1)[: targets.size].reshape(targets.shape), statistics
+    )
+
+
+def token_cross_entropy(
+    statistics: TokenStatistics,
+    weights: jax.Array,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Reduction, dict[str, Reduction]]:
+    """Cross-entropy per token: −(1−ε)·log p(target) − ε/V·Σᵥ log pᵥ + z_loss·L².
+
+    ε is label_smoothing ("Rethinking the Inception Architecture", https://arxiv.org/abs/1512.00567)
+    and L the logsumexp, which z_loss keeps near 0 ("PaLM", https://arxiv.org/abs/2204.02311; 1e-4).
+
+    Args:
+      statistics: fields of any one shape. weights: the same shape, 0 = not a target.
+
+    Returns:
+      (total, weight) in nats and tokens, and metrics: loss (the above), nll (−log p(target) alone),
+      z_loss (its term), entropy (nats), accuracy (of the most likely token).
+    """
+    check_same_shape(weights=weights, logprobs=statistics.logprobs)
+    statistics = TokenStatistics(*keep_weighted(weights, *statistics))
+    nll = -statistics.logprobs
+    uniform = statistics.logsumexp - statistics.mean_logit
+    penalty = z_loss * statistics.logsumexp**2
+    loss = (1 - label_smoothing) * nll + label_smoothing * uniform + penalty
+    metrics = {
+        "loss": loss,
+        "nll": nll,
+        "z_loss": penalty,
+        "entropy": statistics.entropy,
+        "accuracy": statistics.correct,
+    }
+    return weighted_sums(metrics, weights)
+
+
+def _chunks(x: jax.Array, size: int, minor: bool = False) -> jax.Array:
+    """[N, …] → [k, c, …] in k = ⌈N/size⌉ equal zero-padded chunks, or [c, k, …] if `minor`."""
+    count = max(1, math.ceil(x.shape[0] / size))
+    each = math.ceil(x.shape[0] / count)
+    x = jnp.pad(x, [(0, count * each - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+    return x.reshape((each, count, *x.shape[1:]) if minor else (count, each, *x.shape[1:]))
+
+
+def _vary_alike(*arrays: jax.Array | None) -> list[jax.Array | None]:
+    """Adds every array's zero to every other, so that under shard_map all vary over the same axes.
+
+    Loop carries need that, and it makes the gradient of a replicated array the sum over devices.
+    """
+    zeros = [jnp.zeros_like(x, shape=()) for x in arrays if x is not None]
+    return [x if x is None else sum((z.astype(x.dtype) for z in zeros), x) for x in arrays]
+
+
+def _fold(step: Callable, carry: Any, chunks: Any) -> tuple[Any, Any]:
+    """lax.scan, but a single chunk is computed in place: XLA then fuses it with its neighbours."""
+    if jax.tree.leaves(chunks)[0].shape[0] > 1:
+        return jax.lax.scan(step, carry, chunks)
+    carry, out = step(carry, jax.tree.map(lambda x: x[0], chunks))
+    return carry, jax.tree.map(lambda x: x[None], out)
+
+
+def _columns(words: jax.Array, like: jax.Array) -> jax.Array:
+    """[k, v]: the vocabulary index of every row of the word chunks [k, v, D]."""
+    count, each = words.shape[:2]
+    return jnp.arange(count * each, dtype=like.dtype).reshape(count, each)
+
+
+def _lowest(dtype: jnp.dtype) -> float:
+    """Stands for −∞ where ∞ − ∞ or 0·∞ would make a NaN."""
+    return float(jnp.finfo(dtype).min / 4)
+
+
+def _logits(options: _Options, hidden, words, bias, columns) -> jax.Array:
+    """[c, v] logits of one chunk; those of padding words are far below any other."""
+    dtype = at_least_f32(hidden, words)
+    logits = jnp.einsum("cd,vd->cv", hidden, words, preferred_element_type=dtype)
+    if bias is not None:
+        logits += bias
+    if options.softcap is not None:
+        logits = options.softcap * jnp.tanh(logits / options.softcap)
+    return jnp.where(columns < options.vocab, logits / options.temperature, _lowest(dtype))
+
+
+def _chunk_statistics(options: _Options, keep: bool, hidden, words, bias, targets):
+    """Statistics of one chunk of tokens, by an online softmax over the chunks of words.
+
+    Carry: m = max l, s = Σ exp(l−m), u = Σ exp(l−m)·(l−m), Σ l, l[target], first argmax of l.
+    """
+
+    def step(carry, chunk):
+        top, mass, moment, total, target_logit, best = carry
+        words, bias, columns = chunk
+        logits = _logits(options, hidden, words, bias, columns)
+        higher = jnp.maximum(top, logits.max(-1))
+        shifted = logits - higher[:, None]
+        exps = jnp.exp(shifted)
+        scale = jnp.exp(top - higher)
+        moment = scale * (moment + mass * (top - higher)) + jnp.sum(exps * shifted, -1)
+        mass = scale * mass + jnp.sum(exps, -1)
+        total += jnp.sum(jnp.where(columns < options.vocab, logits, 0), -1)
+        is_target = (columns == targets[:, None]) & (columns < options.vocab)
+        here = jnp.sum(jnp.where(is_target, logits, 0), -1)
+        target_logit = jnp.where(is_target.any(-1), here, target_logit)
+        best = jnp.where(higher > top, columns[jnp.argmax(logits, -1)], best)
+        return (higher, mass, moment, total, target_logit, best), logits if keep else None
+
+    dtype = at_least_f32(hidden, words)
+    zeros = jnp.zeros_like(hidden, dtype, shape=targets.shape)
+    carry = (zeros + _lowest(dtype), zeros, zeros, zeros, zeros + jnp.nan, jnp.zeros_like(targets))
+    columns = _columns(words, targets)
+    (top, mass, moment, total, target_logit, best), logits = _fold(
+        step, carry, (words, bias, columns)
+    )
+    log_mass = jnp.log(mass)
+    statistics = TokenStatistics(
+        logprobs=(target_logit - top) - log_mass,
+        logsumexp=top + log_mass,
+        mean_logit=total / options.vocab,
+        entropy=log_mass - moment / mass,
+        correct=(best == targets).astype(dtype),
+    )
+    return statistics, logits
+
+
+def _logit_gradient(options: _Options, logits, columns, targets, statistics, cotangents):
+    """[c, v]: the gradient to the products hidden · wordsᵀ + bias.
+
+    ∂log p(t)/∂l = 1ₜ − p,  ∂L/∂l = p,  ∂(mean l)/∂l = 1/V,  ∂H/∂l = −p·(log p + H).
+    """
+    to_target, to_sum, to_mean, to_entropy, _ = (x[:, None] for x in cotangents)
+    logprobs = logits - statistics.logsumexp[:, None]
+    entropy = statistics.entropy[:, None]
+    gradient = jnp.exp(logprobs) * (to_sum - to_target - to_entropy * (logprobs + entropy))
+    gradient += jnp.where(columns == targets[:, None], to_target, 0) + to_mean / options.vocab
+    if options.softcap is not None:
+        gradient *= 1 - (logits * options.temperature / options.softcap) ** 2
+    used = jnp.any(jnp.stack(cotangents) != 0, axis=0)[:, None]
+    return jnp.where(used & (columns < options.vocab), gradient / options.temperature, 0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _statistics(options: _Options, hidden, words, bias, targets) -> TokenStatistics:
+    """hidden [k, c, D], words [j, v, D], bias [j, v] or None, targets [k, c] → fields [k, c]."""
+    return _statistics_forward(options, hidden, words, bias, targets)[0]
+
+
+def _statistics_forward(options: _Options, hidden, words, bias, targets):
+    keep = hidden.shape[0] == 1 and words.shape[0] == 1
+
+    def step(_, chunk):
+        hidden, targets = chunk
+        return None, _chunk_statistics(options, keep, hidden, words, bias, targets)
+
+    _, (statistics, logits) = _fold(step, None, (hidden, targets))
+    return statistics, (hidden, words, bias, targets, statistics, logits)
+
+
+def _statistics_backward(options: _Options, residuals, cotangents):
+    hidden, words, bias, targets, statistics, logits = residuals
+    dtype = at_least_f32(hidden, words)
+    columns = _columns(words, targets)
+
+    def token_step(gradients, chunk):
+        hidden, targets, statistics, cotangents, logits = chunk
+        used = jnp.any(jnp.stack(cotangents) != 0, axis=0)[:, None]
+        hidden = jnp.where(used, hidden, 0)
+
+        def word_step(to_hidden, chunk):
+            words, bias, columns, logits, to_words, to_bias = chunk
+            if logits is None:
+                logits = _logits(options, hidden, words, bias, columns)
+            gradient = _logit_gradient(options, logits, columns, targets, statistics, cotangents)
+            to_hidden += gradient @ words.astype(dtype)
+            to_words += gradient.T @ hidden.astype(dtype)
+            if bias is not None:
+                to_bias += gradient.sum(0)
+            return to_hidden, (to_words, to_bias)
+
+        chunks = (words, bias, columns, logits, *gradients)
+        to_hidden, gradients = _fold(word_step, jnp.zeros_like(hidden, dtype), chunks)
+        return gradients, to_hidden.astype(hidden.dtype)
+
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, dtype), (words, bias))
+    chunks = (hidden, targets, statistics, cotangents, logits)
+    (to_words, to_bias), to_hidden = _fold(token_step, zeros, chunks)
+    to_bias = None if bias is None else to_bias.astype(bias.dtype)
+    return to_hidden, to_words.astype(words.dtype), to_bias, None
+
+
+_statistics.defvjp(_statistics_forward, _statistics_backward)

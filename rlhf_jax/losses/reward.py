@@ -1,0 +1,111 @@
+"""Losses of reward models: from scores of responses to the likelihood of human judgements."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.losses.checks import check_rank, check_same_shape
+from rlhf_jax.losses.reductions import Reduction, keep_weighted, weighted_sum, weighted_sums
+
+Loss = tuple[Reduction, dict[str, Reduction]]
+
+
+def bradley_terry(
+    chosen: jax.Array,
+    rejected: jax.Array,
+    weights: jax.Array,
+    *,
+    margin: jax.Array | None = None,
+    centering: float = 0.0,
+) -> Loss:
+    """Pairwise loss: −log σ(r_c − r_r − margin) + centering·(r_c + r_r)².
+
+    "Learning to summarize from human feedback", https://arxiv.org/abs/2009.01325; the margin says
+    how much better the chosen one is ("Llama 2", https://arxiv.org/abs/2307.09288); centering keeps
+    scores around 0, which the first term leaves free ("Helping or Herding?",
+    https://arxiv.org/abs/2312.09244; 1e-2).
+
+    Args:
+      chosen, rejected: [N] scores. weights: [N], 0 = no pair (ignored, whatever its scores).
+      margin: [N] in score units, or None for 0.
+
+    Returns:
+      (total, weight) in nats and pairs; metrics loss and
+      rewards/{chosen,rejected,margins,accuracies} (a tie counts ½).
+    """
+    check_rank("chosen", chosen, 1)
+    check_same_shape(chosen=chosen, rejected=rejected, weights=weights, margin=margin)
+    chosen, rejected, margin = keep_weighted(weights, chosen, rejected, margin)
+    gap = chosen - rejected
+    loss = -jax.nn.log_sigmoid(gap if margin is None else gap - margin)
+    loss += centering * (chosen + rejected) ** 2
+    metrics = {
+        "loss": loss,
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": gap,
+        "rewards/accuracies": pair_accuracy(gap),
+    }
+    return weighted_sums(metrics, weights)
+
+
+def plackett_luce(scores: jax.Array, weights: jax.Array, mask: jax.Array | None = None) -> Loss:
+    """Listwise loss: −Σₖ log( exp sₖ / Σ_{j≥k} exp sⱼ ), scores listed from best to worst.
+
+    The likelihood of the whole ranking, drawn best first: Plackett, "The Analysis of Permutations",
+    https://doi.org/10.2307/2346567. K = 2 is `bradley_terry`.
+
+    Args:
+      scores: [N, K], best first. weights: [N], 0 = no list (ignored, whatever its scores).
+      mask: [N, K], nonzero = an item; None if all lists have K. A list of one item has loss 0.
+
+    Returns:
+      (total, weight) in nats and lists; metrics loss and rewards/accuracies, the share of a list's
+      pairs in the right order (a tie counts ½), over lists with a pair.
+    """
+    check_rank("scores", scores, 2)
+    check_same_shape(weights=weights, first_scores=scores[:, 0])
+    check_same_shape(scores=scores, mask=mask)
+    items = jnp.ones(scores.shape, bool) if mask is None else mask != 0
+    items &= weights[:, None] != 0
+    (scores,) = keep_weighted(items, scores)
+    itself = jnp.eye(scores.shape[1], dtype=bool)
+    remaining = jnp.triu(items[:, None, :] & items[:, :, None])
+    logits = jnp.broadcast_to(scores[:, None, :], remaining.shape)
+    masses = jax.nn.logsumexp(logits, axis=-1, where=remaining | itself)
+    pairs = remaining & ~itself
+    ordered = jnp.where(pairs, pair_accuracy(scores[:, :, None] - scores[:, None, :]), 0)
+    count = jnp.sum(pairs, axis=(1, 2))
+    total, metrics = weighted_sums({"loss": jnp.sum(masses - scores, axis=-1)}, weights)
+    accuracy = jnp.sum(ordered, axis=(1, 2)) / jnp.maximum(count, 1)
+    metrics["rewards/accuracies"] = weighted_sum(accuracy, jnp.where(count > 0, weights, 0))
+    return total, metrics
+
+
+def pointwise_logistic(scores: jax.Array, labels: jax.Array, weights: jax.Array) -> Loss:
+    """Binary cross-entropy of single judgements: −y·log σ(s) − (1−y)·log σ(−s).
+
+    Args:
+      scores: [N]. labels: [N] in [0, 1], the probability that the response is good.
+      weights: [N], 0 = no response (ignored, whatever its score).
+
+    Returns:
+      (total, weight) in nats and responses; metrics loss, rewards/mean and rewards/accuracies
+      (the score has the sign of y − ½).
+    """
+    check_rank("scores", scores, 1)
+    check_same_shape(scores=scores, labels=labels, weights=weights)
+    scores, labels = keep_weighted(weights, scores, labels)
+    good, bad = jax.nn.log_sigmoid(scores), jax.nn.log_sigmoid(-scores)
+    metrics = {
+        "loss": -labels * good - (1 - labels) * bad,
+        "rewards/mean": scores,
+        "rewards/accuracies": pair_accuracy(scores * (2 * labels - 1)),
+    }
+    return weighted_sums(metrics, weights)
+
+
+def pair_accuracy(gap: jax.Array) -> jax.Array:
+    """1 where chosen − rejected > 0, ½ for a tie, 0 below."""
+    return (1 + jnp.sign(gap)) / 2

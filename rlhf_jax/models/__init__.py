@@ -1,0 +1,28 @@
+"""One decoder-only transformer as pure functions of a config and a nested dict of arrays."""
+
+from rlhf_jax.models.config import PRESETS, ModelConfig
+from rlhf_jax.models.transformer import (
+    Output,
+    apply,
+    check_tokens,
+    init,
+    init_cache,
+    logits,
+    param_count,
+    scores,
+    unembedding,
+)
+
+__all__ = [
+    "PRESETS",
+    "ModelConfig",
+    "Output",
+    "apply",
+    "check_tokens",
+    "init",
+    "init_cache",
+    "logits",
+    "param_count",
+    "scores",
+    "unembedding",
+]

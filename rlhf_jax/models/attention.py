@@ -1,0 +1,142 @@
+"""Who may attend to whom, and attention itself: plain products and a softmax."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30  # finite: a query that sees nothing (padding) stays free of NaN
+
+
+def attention_bias(
+    positions: jax.Array,
+    segment_ids: jax.Array | None = None,
+    branch_ids: jax.Array | None = None,
+    sliding_window: int | None = None,
+) -> jax.Array:
+    """What is added to the scores: 0 where query i may see key j, MASKED elsewhere.
+
+    Key j is visible when j <= i in row order, both lie in the same nonzero segment, key j is
+    of the shared prompt (branch 0) or of query i's own branch and, given a sliding window w,
+    position[i] - position[j] < w.
+
+    Args:
+        positions: int32 [B or 1, T].
+        segment_ids, branch_ids: int32 [B, T].
+        sliding_window: tokens.
+
+    Returns:
+        f32 [B or 1, T, T].
+    """
+    row = jnp.arange(positions.shape[1])
+    visible = (row[:, None] >= row)[None]
+    if segment_ids is not None:
+        keys = segment_ids[:, None, :]
+        visible &= (segment_ids[:, :, None] == keys) & (keys != 0)
+    if branch_ids is not None:
+        keys = branch_ids[:, None, :]
+        visible &= (branch_ids[:, :, None] == keys) | (keys == 0)
+    if sliding_window is not None:
+        visible &= positions[:, :, None] - positions[:, None, :] < sliding_window
+    return jnp.where(visible, 0.0, MASKED).astype(jnp.float32)
+
+
+def cached_attention_bias(
+    positions: jax.Array, lengths: jax.Array, slots: int, sliding_window: int | None = None
+) -> jax.Array:
+    """The same against a cache whose slot s holds the key of position s.
+
+    positions [B, T] of the queries, lengths [B] tokens cached. Returns f32 [B, T, slots].
+    """
+    slot = jnp.arange(slots)
+    visible = (slot < lengths[:, None, None]) & (positions[:, :, None] >= slot)
+    if sliding_window is not None:
+        visible &= positions[:, :, None] - slot < sliding_window
+    return jnp.where(visible, 0.0, MASKED).astype(jnp.float32)
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array,
+    *,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Causal attention of scaled queries; heads come before tokens so that no product copies.
+
+    Queries are taken in up to eight blocks, each against the keys up to its own end, which spares
+    almost half of the scores, those above the diagonal.
+
+    Args:
+        query: [B, kv_heads, G, T, d], G query heads to a key head, scaled by 1/√d already.
+        key, value: [B, kv_heads, T, d].
+        bias: f32 [B or 1, T, T] from `attention_bias`.
+        softcap: c of c·tanh(scores / c).
+
+    Returns:
+        [B, kv_heads, G, T, d] in the dtype of `value`.
+    """
+    length = query.shape[3]
+    block = max(64, -(-length // 8))
+    blocks = []
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        scores = _scores(
+            query[:, :, :, start:end], key[:, :, :end], bias[:, start:end, :end], softcap
+        )
+        blocks.append(_average(scores, [value[:, :, :end]]).reshape(query[..., start:end, :].shape))
+    return jnp.concatenate(blocks, axis=3)
+
+
+def attend_cached(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array,
+    cached_key: jax.Array,
+    cached_value: jax.Array,
+    cached_bias: jax.Array,
+    *,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Attention of a few new tokens to cached keys and to each other.
+
+    As `attend`, with cached_key and cached_value [B, kv_heads, S, d] and cached_bias f32 [B, T, S].
+    """
+    scores = jnp.concatenate(
+        [_scores(query, cached_key, cached_bias, softcap), _scores(query, key, bias, softcap)],
+        axis=-1,
+    )
+    return _average(scores, [cached_value, value]).reshape(query.shape)
+
+
+def _scores(query: jax.Array, key: jax.Array, bias: jax.Array, softcap: float | None) -> jax.Array:
+    """f32 [B, kv_heads, G·T, S]: the queries of a group are just more rows of its product."""
+    batch, heads, groups, length, width = query.shape
+    scores = jnp.einsum(
+        "bhqd,bhkd->bhqk",
+        query.reshape(batch, heads, groups * length, width),
+        key,
+        preferred_element_type=jnp.float32,
+    )
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    grouped = scores.reshape(batch, heads, groups, length, -1) + bias[:, None, None]
+    return grouped.reshape(scores.shape)
+
+
+def _average(scores: jax.Array, values: list[jax.Array]) -> jax.Array:
+    """softmax(scores) @ concatenate(values); dividing the product, not the weights, is cheaper."""
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    total, start = 0.0, 0
+    for value in values:
+        end = start + value.shape[2]
+        total += jnp.einsum(
+            "bhqk,bhkd->bhqd",
+            weights[..., start:end].astype(value.dtype),
+            value,
+            preferred_element_type=jnp.float32,
+        )
+        start = end
+    return (total / weights.sum(-1, keepdims=True)).astype(values[0].dtype)

@@ -1,0 +1,154 @@
+"""The shape of a model, and presets by name."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rlhf_jax.errors import UserError
+
+_CHOICES = {
+    "norm": ("rms", "layer"),
+    "position": ("rope", "learned"),
+    "activation": ("swiglu", "geglu", "gelu", "gelu_tanh"),
+    "head": ("lm", "scalar"),
+    "compute_dtype": ("float32", "bfloat16"),
+    "remat": ("none", "full", "dots"),
+}
+_POSITIVE = (
+    "vocab_size layers width heads kv_heads head_dim mlp_width max_length unroll "
+    "norm_eps rope_theta init_std"
+).split()
+_POSITIVE_OR_NONE = ("logit_softcap", "attention_softcap", "sliding_window")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer with pre-norm residual blocks.
+
+    `kv_heads == heads` is multi-head attention, `1` multi-query, anything between grouped-query.
+    `max_length` is the context the model is made for: rows of a learned position table, and the
+    limit of generation. Parameters are float32 always; `compute_dtype` is that of activations and
+    matrix products, while softmax, norm statistics, logits and scores stay float32.
+    """
+
+    vocab_size: int
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    max_length: int  # tokens
+    norm: str = "rms"  # "rms" or "layer"
+    norm_eps: float = 1e-5
+    norm_bias: bool = False  # of "layer" norms
+    position: str = "rope"  # "rope" (rotated halves, as in Llama) or "learned"
+    rope_theta: float = 10_000.0
+    activation: str = "swiglu"  # "swiglu", "geglu" (tanh), "gelu" (erf) or "gelu_tanh"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMS norm of queries and keys per head, before RoPE
+    tied_embeddings: bool = True
+    logit_softcap: float | None = None  # c·tanh(logits/c)
+    attention_softcap: float | None = None
+    sliding_window: int | None = None  # tokens visible back, the present one included
+    head: str = "lm"  # "lm", or "scalar" for reward and value models
+    init_std: float = 0.02
+    zero_init_residual: bool = False  # blocks start as the identity
+    compute_dtype: str = "float32"
+    remat: str = "none"  # what the backward pass recomputes: "none", "full", "dots" (all but dots)
+    unroll: int = 1  # layers a turn of the scan; all of them is fastest, 1 compiles fastest
+
+    def validate(self) -> ModelConfig:
+        """Returns the config itself, or raises UserError naming the first field that is wrong."""
+        for field, choices in _CHOICES.items():
+            if getattr(self, field) not in choices:
+                raise UserError(
+                    f"model.{field} = {getattr(self, field)!r}: choose one of {', '.join(choices)}"
+                )
+        for field in _POSITIVE + list(_POSITIVE_OR_NONE):
+            value = getattr(self, field)
+            if value is None and field in _POSITIVE_OR_NONE:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise UserError(f"model.{field} = {value!r}: give a number above 0")
+        if self.heads % self.kv_heads:
+            raise UserError(
+                f"model.heads = {self.heads} is not a multiple of model.kv_heads = {self.kv_heads}"
+            )
+        if self.position == "rope" and self.head_dim % 2:
+            raise UserError(f"model.head_dim = {self.head_dim}: RoPE needs an even number")
+        if self.norm_bias and self.norm == "rms":
+            raise UserError("model.norm_bias = True: only norm = 'layer' has a bias")
+        return self
+
+
+def _gpt2(layers: int, width: int, heads: int, **changes) -> ModelConfig:
+    config = ModelConfig(
+        vocab_size=50_257,
+        layers=layers,
+        width=width,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=width // heads,
+        mlp_width=4 * width,
+        max_length=1024,
+        norm="layer",
+        norm_bias=True,
+        position="learned",
+        activation="gelu_tanh",
+        attention_bias=True,
+        mlp_bias=True,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def _llama(layers: int, width: int, heads: int, kv_heads: int, **changes) -> ModelConfig:
+    config = ModelConfig(
+        vocab_size=128_256,
+        layers=layers,
+        width=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=width // heads,
+        mlp_width=4 * width,
+        max_length=8192,
+        rope_theta=500_000.0,
+        tied_embeddings=False,
+        compute_dtype="bfloat16",
+        remat="full",
+    )
+    return dataclasses.replace(config, **changes)
+
+
+_tiny = ModelConfig(
+    vocab_size=1024,
+    layers=4,
+    width=128,
+    heads=4,
+    kv_heads=4,
+    head_dim=32,
+    mlp_width=384,
+    max_length=256,
+    qk_norm=True,
+    unroll=4,
+)
+
+PRESETS: dict[str, ModelConfig] = {
+    # 1M parameters, for a laptop's CPU.
+    "tiny": _tiny,
+    # nanoGPT's character-level CPU recipe, config/train_shakespeare_char.py: 0.8M.
+    "shakespeare": _gpt2(
+        4, 128, 4,
+        vocab_size=65, max_length=64, norm_bias=False, attention_bias=False, mlp_bias=False,
+        activation="gelu", unroll=4,
+    ),
+    "10m": dataclasses.replace(
+        _tiny, vocab_size=4096, layers=6, width=320, heads=5, kv_heads=5, head_dim=64,
+        mlp_width=896, max_length=1024, unroll=6,
+    ),
+    "125m": _gpt2(12, 768, 12),
+    "350m": _gpt2(24, 1024, 16),
+    "1b": _llama(16, 2048, 32, 8, max_length=131_072, tied_embeddings=True),
+    "8b": _llama(32, 4096, 32, 8, mlp_width=14_336),
+}  # fmt: skip

@@ -1,0 +1,78 @@
+"""What a model says of a packed batch: the one function that trains, scores and evaluates.
+
+Every stage gets its log-probs and scores here, so the ratio of a policy to itself is 1 exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.losses.cross_entropy import TokenStatistics, token_statistics
+from rlhf_jax.losses.reductions import segment_logprobs
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.transformer import apply, scores, unembedding
+
+Batch = Mapping[str, jax.Array]
+
+
+def _hidden(config: ModelConfig, params: Any, batch: Batch) -> jax.Array:
+    return apply(
+        config,
+        params,
+        batch["tokens"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+        branch_ids=batch.get("branch_ids"),
+    ).hidden
+
+
+def target_statistics(
+    config: ModelConfig, params: Any, batch: Batch, *, temperature: float = 1.0
+) -> TokenStatistics:
+    """Log-probs (nats, f32) and what a loss needs beside them for every target of a batch.
+
+    Args:
+        batch: packed rows; hidden state `sources[b, m]` of row b predicts token `targets[b, m]`.
+        temperature: the sampling temperature the log-probs are meant at.
+
+    Returns:
+        TokenStatistics of [B, M] arrays; unused slots (weight 0) hold finite numbers.
+    """
+    hidden = _hidden(config, params, batch)
+    hidden = jnp.take_along_axis(hidden, batch["sources"][..., None], axis=1)
+    return token_statistics(
+        hidden,
+        unembedding(config, params),
+        batch["targets"],
+        temperature=temperature,
+        softcap=config.logit_softcap,
+    )
+
+
+def sequence_logprobs(
+    config: ModelConfig, params: Any, batch: Batch, *, temperature: float = 1.0
+) -> jax.Array:
+    """log π(response | prompt) of every branch, summed over its tokens and EOS: [B, P, K] nats."""
+    stats = target_statistics(config, params, batch, temperature=temperature)
+    return group_logprobs(stats.logprobs, batch)
+
+
+def group_logprobs(logprobs: jax.Array, batch: Batch) -> jax.Array:
+    """Sums token log-probs [B, M] into those of their responses [B, P, K]."""
+    rows, groups, branches = batch["last"].shape
+    summed = segment_logprobs(logprobs, batch["weights"], batch["sequences"], groups * branches)
+    return summed.reshape(rows, groups, branches)
+
+
+def sequence_scores(config: ModelConfig, params: Any, batch: Batch) -> jax.Array:
+    """The scalar head's score of every branch, read at its last token: [B, P, K] f32."""
+    hidden = _hidden(config, params, batch)
+    rows, groups, branches = batch["last"].shape
+    last = batch["last"].reshape(rows, groups * branches, 1)
+    return scores(config, params, jnp.take_along_axis(hidden, last, axis=1)).reshape(
+        rows, groups, branches
+    )

@@ -1,0 +1,132 @@
+"""What the stages share: reading records, and handing a loss to the training loop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from rlhf_jax.data.builders import load_records
+from rlhf_jax.data.jsonl import read_jsonl
+from rlhf_jax.data.packing import Arrays, check_ids
+from rlhf_jax.data.pipeline import make_dataset, make_iterator
+from rlhf_jax.errors import UserError
+from rlhf_jax.training.loop import train
+from rlhf_jax.training.mesh import make_mesh
+from rlhf_jax.training.model import Model
+from rlhf_jax.training.optimizer import make_optimizer, optimizer_config
+from rlhf_jax.training.rundir import RunDirectory, write_json
+from rlhf_jax.training.state import init_state
+from rlhf_jax.training.step import make_step
+
+
+def parse_sources(spec: str) -> dict[str, float]:
+    """"a=3,b=1" → {"a": 3.0, "b": 1.0}; a name alone has weight 1."""
+    sources = {}
+    for part in spec.split(","):
+        name, _, weight = part.strip().partition("=")
+        try:
+            sources[name] = float(weight or 1)
+        except ValueError as error:
+            raise UserError(f"data: the weight of {name!r} is no number: {weight!r}") from error
+    return sources
+
+
+def read_records(config: ConfigDict, source: str, kind: str, split: str) -> list[Any]:
+    """The records of one source: a JSONL file, or a data set's `split`.
+
+    "gsm8k" alone stands for its config of this kind; "gsm8k[:10%]" takes a slice of the split.
+    """
+    name, bracket, part = source.partition("[")
+    if Path(name).suffix in (".jsonl", ".gz", ".xz"):
+        if bracket:
+            raise UserError(f"data: {source!r}: a file cannot be sliced")
+        return read_jsonl(name, kind, max_bad_fraction=config.data.max_bad_fraction)
+    records = load_records(name if "/" in name else f"{name}/{kind}", split + bracket + part)
+    if not records:
+        raise UserError(f"data: {source!r} has no records in its split {split!r}")
+    return records
+
+
+def say(subject: str, counts: Mapping[str, Any]) -> None:
+    """Prints one line of counts: what was read, packed, dropped."""
+    shown = (f"{k} {v:.1%}" if isinstance(v, float) else f"{k} {v:,}" for k, v in counts.items() if v)
+    print(f"{subject}: {', '.join(shown)}", flush=True)
+
+
+def fit(
+    config: ConfigDict,
+    run: RunDirectory,
+    model: Model,
+    loss_fn: Callable,
+    batches: Any,
+    evaluate: Callable[[Any], Mapping[str, float]],
+) -> tuple[Model, dict[str, float]]:
+    """Trains the model's parameters; returns (the trained model, rates of the loop).
+
+    Args:
+        loss_fn: (params, batch, rng) → ((total, weight), metrics).
+        batches: an iterator of host batches whose state can be saved.
+        evaluate: params → metrics, called every `train.eval_every` steps and at the end.
+    """
+    options = optimizer_config(config.optimizer)
+    optimizer, schedule = make_optimizer(options, config.train.steps)
+    mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
+    step = make_step(
+        loss_fn,
+        optimizer,
+        mesh=mesh,
+        microbatches=config.batch.microbatches,
+        max_grad_norm=options.max_grad_norm,
+        ema_decay=config.train.ema_decay or None,
+        freeze=options.freeze,
+        schedule=schedule,
+        seed=config.seed,
+    )
+    state = init_state(model.params, optimizer, ema=config.train.ema_decay > 0, mesh=mesh)
+
+    def current(state):
+        return state.params if state.ema_params is None else state.ema_params
+
+    state, rates = train(
+        state,
+        step,
+        batches,
+        steps=config.train.steps,
+        run=run,
+        mesh=mesh,
+        log_every=config.train.log_every,
+        checkpoint_every=config.train.checkpoint_every,
+        keep_last=config.train.keep_last,
+        evaluations=[
+            (config.train.eval_every or config.train.steps, lambda s: evaluate(current(s)))
+        ],
+        max_skipped=config.train.max_skipped,
+        flops_per_token=model.flops_per_token(),
+        tokenizer_hash=model.tokenizer.hash,
+        tensorboard=config.train.tensorboard,
+        wandb=config.train.wandb or None,
+    )
+    return Model(model.config, current(state), model.tokenizer), rates
+
+
+def batches_of(config: ConfigDict, model: Model, sources: Mapping[str, float], rows: list[Arrays]):
+    """An endless iterator of batches over the packed rows of each source, mixed by weight."""
+    for arrays in rows:
+        check_ids(arrays, model.config.vocab_size)
+    weights = list(sources.values()) if len(sources) > 1 else None
+    return make_iterator(make_dataset(rows, config.batch.rows, seed=config.seed, weights=weights))
+
+
+def write_evaluation(run: Path, tables: Sequence[Any] = (), plots: Sequence[Any] = ()) -> None:
+    """Writes evaluation.json, which the report draws."""
+    write_json(run / "evaluation.json", {"tables": list(tables), "plots": list(plots)})
+
+
+def write_jsonl(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Writes one JSON object a line."""
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")

@@ -1,0 +1,106 @@
+"""Preference optimisation: a chat model and preference pairs → an aligned model, without RL.
+
+DPO and its family, losses/preference.py. The reference is the model it starts from; its log-probs
+are computed once, before training, and travel with the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from rlhf_jax.data.packing import Arrays
+from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.preferences import preference_metrics, preference_plots
+from rlhf_jax.evaluation.rows import in_record_order, map_rows
+from rlhf_jax.losses.preference import REFERENCE_FREE, kto_baseline, preference_loss
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.scoring import sequence_logprobs
+from rlhf_jax.stages.chat import evaluate_chat
+from rlhf_jax.stages.common import batches_of, fit, parse_sources
+from rlhf_jax.stages.pairs import CHOSEN, MISMATCHED, REJECTED, pack_pairs
+from rlhf_jax.training.model import load_model, save_model
+from rlhf_jax.training.rundir import RunDirectory
+
+
+def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
+    """Optimises `init.policy` on pairs and returns the metrics of summary.json."""
+    reference = load_model(parents["policy"], **config.compute)
+    sources = parse_sources(config.data.train)
+    pack = partial(pack_pairs, config, tokenizer=reference.tokenizer)
+    rows = [pack(source, "train", mismatched=config.loss.name == "kto") for source in sources]
+    held_out = pack(config.data.validation, "validation")
+
+    score = jax.jit(partial(sequence_logprobs, reference.config))
+    for arrays in (*rows, held_out):
+        arrays["reference_logprobs"] = map_rows(
+            score, reference.params, arrays, config.eval.batch_rows
+        )
+
+    def evaluate(params: Any) -> dict[str, float]:
+        logprobs = map_rows(score, params, held_out, config.eval.batch_rows)
+        return implicit_rewards(config, logprobs, held_out)[0]
+
+    batches = batches_of(config, reference, sources, rows)
+    loss_fn = partial(loss, config, reference.config)
+    model, rates = fit(config, run, reference, loss_fn, batches, evaluate)
+    save_model(run.path, model)
+    logprobs = map_rows(score, model.params, held_out, config.eval.batch_rows)
+    metrics, plots = implicit_rewards(config, logprobs, held_out)
+    chat = evaluate_chat(config, run.path, model, parents["policy"], plots)
+    return metrics | rates | chat
+
+
+def loss(config: ConfigDict, shape: ModelConfig, params: Any, batch, rng):
+    """The configured loss of a batch of pairs: ((total, weight), metrics)."""
+    name, beta = config.loss.name, config.loss.beta
+    logprobs = sequence_logprobs(shape, params, batch)
+    policy, reference, lengths = (
+        x.reshape(-1, x.shape[-1]) for x in (logprobs, batch["reference_logprobs"], batch["lengths"])
+    )
+    weights = batch["valid"].reshape(-1)
+    options = dict(config.loss.options)
+    if name == "kto":
+        options["kl"] = kto_baseline(policy[:, MISMATCHED], reference[:, MISMATCHED], weights)
+    references = (reference[:, CHOSEN], reference[:, REJECTED])
+    try:
+        return preference_loss(
+            name,
+            policy[:, CHOSEN],
+            policy[:, REJECTED],
+            *((None, None) if name in REFERENCE_FREE else references),
+            chosen_lengths=lengths[:, CHOSEN],
+            rejected_lengths=lengths[:, REJECTED],
+            weights=weights,
+            beta=beta,
+            **options,
+        )
+    except ValueError as error:
+        raise UserError(f"config.loss: {error}") from error
+
+
+def implicit_rewards(config: ConfigDict, logprobs: np.ndarray, rows: Arrays):
+    """(metrics, plots) of β(log π − log π_ref) as a reward on held-out pairs.
+
+    Chosen and rejected log-probs are reported apart: both falling while their margin grows is what
+    likelihood displacement looks like.
+    """
+    policy = in_record_order(logprobs, rows)
+    reference = in_record_order(rows["reference_logprobs"], rows)
+    lengths = in_record_order(rows["lengths"], rows)
+    moved = policy - reference
+    chosen, rejected = (config.loss.beta * moved[:, side] for side in (CHOSEN, REJECTED))
+    metrics = preference_metrics(chosen, rejected, lengths)
+    metrics |= {
+        "eval/logps/chosen": float(policy[:, CHOSEN].mean()),
+        "eval/logps/rejected": float(policy[:, REJECTED].mean()),
+        "eval/logps/chosen_change": float(moved[:, CHOSEN].mean()),
+        "eval/logps/rejected_change": float(moved[:, REJECTED].mean()),
+    }
+    return metrics, preference_plots(chosen, rejected, lengths)

@@ -1,0 +1,83 @@
+"""Pre-training: raw text → a tokenizer and a base model that predicts the next token.
+
+`data.layout` says how text becomes rows: "documents" packs whole documents, "windows" takes random
+windows of one stream of characters as nanoGPT does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from rlhf_jax.data.encode import encode_texts
+from rlhf_jax.data.packing import Arrays, pack_documents, pack_stream
+from rlhf_jax.data.pipeline import make_iterator, make_windows
+from rlhf_jax.data.records import Text
+from rlhf_jax.data.tokenizer import Tokenizer, train_bpe, train_chars
+from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.language import language_evaluation
+from rlhf_jax.losses.cross_entropy import token_cross_entropy
+from rlhf_jax.models import transformer
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.scoring import target_statistics
+from rlhf_jax.stages.common import batches_of, fit, parse_sources, read_records, say
+from rlhf_jax.training.model import Model, save_model
+from rlhf_jax.training.rundir import RunDirectory
+
+
+def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
+    """Trains from scratch and returns the metrics of summary.json."""
+    sources = parse_sources(config.data.train)
+    train = [read_records(config, source, "text", "train") for source in sources]
+    validation = read_records(config, config.data.validation, "text", "validation")
+    texts = [record.text for records in train for record in records]
+    tokenizer = _train_tokenizer(config, texts)
+
+    shape = ModelConfig(**(config.model.to_dict() | {"vocab_size": tokenizer.vocab_size}))
+    model = Model(shape, transformer.init(shape, jax.random.key(config.seed)), tokenizer)
+    length = config.data.row_length
+    if config.data.layout == "windows":
+        stream = tokenizer.encode("".join(texts))
+        batches = make_iterator(
+            make_windows(stream, length, config.batch.rows, seed=config.seed)
+        )
+        held_out, _ = pack_stream(tokenizer.encode(validation[0].text), length)
+    else:
+        rows = [_pack(config, "training", records, tokenizer) for records in train]
+        batches = batches_of(config, model, sources, rows)
+        held_out = _pack(config, "validation", validation, tokenizer)
+
+    def loss_fn(params, batch, rng):
+        statistics = target_statistics(shape, params, batch)
+        return token_cross_entropy(statistics, batch["weights"], z_loss=config.loss.z_loss)
+
+    evaluate = language_evaluation(
+        shape,
+        held_out,
+        text_bytes=sum(len(record.text.encode()) for record in validation),
+        batch_rows=config.eval.batch_rows,
+    )
+    model, rates = fit(config, run, model, loss_fn, batches, evaluate)
+    save_model(run.path, model)
+    return evaluate(model.params) | rates
+
+
+def _train_tokenizer(config: ConfigDict, texts: list[str]) -> Tokenizer:
+    match config.tokenizer.kind:
+        case "bpe":
+            return train_bpe(texts, config.tokenizer.vocab_size)
+        case "chars":
+            return train_chars("".join(texts))
+    raise UserError(f"tokenizer.kind = {config.tokenizer.kind!r}: choose bpe or chars")
+
+
+def _pack(config: ConfigDict, what: str, records: list[Text], tokenizer: Tokenizer) -> Arrays:
+    documents, counts = encode_texts(
+        records, tokenizer, config.data.row_length, over_long=config.data.over_long
+    )
+    rows, packing = pack_documents(documents, config.data.row_length)
+    say(f"{what} text", counts | packing)
+    return rows

@@ -1,0 +1,58 @@
+"""Supervised fine-tuning: a base model and conversations → a chat model.
+
+Only the assistant's turns, their `<|end|>` included, are trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from rlhf_jax.data.encode import check_trained_share, encode_conversations
+from rlhf_jax.data.packing import Arrays, pack_documents
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.evaluation.language import language_evaluation
+from rlhf_jax.losses.cross_entropy import token_cross_entropy
+from rlhf_jax.models.scoring import target_statistics
+from rlhf_jax.stages.chat import evaluate_chat
+from rlhf_jax.stages.common import batches_of, fit, parse_sources, read_records, say
+from rlhf_jax.training.model import load_model, save_model
+from rlhf_jax.training.rundir import RunDirectory
+
+
+def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
+    """Fine-tunes `init.policy` and returns the metrics of summary.json."""
+    base = load_model(parents["policy"], **config.compute)
+    sources = parse_sources(config.data.train)
+    rows = [_pack(config, source, "train", base.tokenizer) for source in sources]
+    held_out = _pack(config, config.data.validation, "validation", base.tokenizer)
+
+    def loss_fn(params, batch, rng):
+        statistics = target_statistics(base.config, params, batch)
+        return token_cross_entropy(
+            statistics,
+            batch["weights"],
+            label_smoothing=config.loss.label_smoothing,
+            z_loss=config.loss.z_loss,
+        )
+
+    evaluate = language_evaluation(base.config, held_out, batch_rows=config.eval.batch_rows)
+    batches = batches_of(config, base, sources, rows)
+    model, rates = fit(config, run, base, loss_fn, batches, evaluate)
+    save_model(run.path, model)
+    chat = evaluate_chat(config, run.path, model, parents["policy"])
+    return evaluate(model.params) | rates | chat
+
+
+def _pack(config: ConfigDict, source: str, split: str, tokenizer: Tokenizer) -> Arrays:
+    records = read_records(config, source, "conversation", split)
+    length = config.data.row_length
+    documents, counts = encode_conversations(
+        records, tokenizer, length, over_long=config.data.over_long
+    )
+    share = check_trained_share(documents)
+    rows, packing = pack_documents(documents, length)
+    say(f"{source} ({split})", counts | packing | {"trained": share})
+    return rows

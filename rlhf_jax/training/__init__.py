@@ -1,0 +1,1 @@
+"""What all stages share: mesh, state, step, optimizer, loop, checkpoints, metrics."""

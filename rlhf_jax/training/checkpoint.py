@@ -1,0 +1,347 @@
+"""Checkpoints: Orbax writes the arrays, a manifest written last says the whole is there.
+
+    checkpoints/00000100/arrays/         Orbax, one array per "/"-joined name
+                         data.json       the data iterator's state
+                         meta.json       step, config, tokenizer hash, versions, shapes
+                         manifest.json   size and SHA-256 of every other file
+
+A checkpoint is built as `00000100.tmp` and renamed when its manifest is durable: a name without a
+suffix means complete. Every file is verified before anything is loaded. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.training.mesh import TRANSFORMER_RULES, Rules, named_leaves, shardings
+from rlhf_jax.training.rundir import fault_point, sync_directory, write_json
+
+FORMAT = 1
+MAX_FAILED_SAVES = 3
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class Restored(NamedTuple):
+    """A loaded checkpoint: the state on the target's devices, and the JSON beside it."""
+
+    state: Any
+    data: dict[str, Any]
+    meta: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      directory: where they are; leftovers of a killed process are removed here.
+      keep_last: how many to keep, at least 2; an older one goes only after a newer one is verified.
+      report: called with a line of text when something deserves the user's attention.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        keep_last: int = 2,
+        report: Callable[[str], None] = print,
+    ):
+        if keep_last < 2:
+            raise UserError(f"keep_last must be at least 2, got {keep_last}")
+        self.directory = Path(directory).absolute()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for leftover in self.directory.glob("*.tmp"):
+            shutil.rmtree(leftover)
+        self._keep_last, self._report = keep_last, report
+        self._orbax = _async_checkpointer()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._failures = 0
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit())
+
+    def save(self, step: int, state, data: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+        """Copies the state to the host and writes it in the background; at most one is in flight.
+
+        A write that fails (a full disk) is reported, and the run goes on without that checkpoint.
+
+        Raises:
+          UserError: the third failed write in a row.
+        """
+        self.wait()
+        final = self.directory / f"{step:08d}"
+        if final.exists():
+            return
+        temporary = final.with_suffix(".tmp")
+        arrays = named_leaves(state)
+        documents = {"data": dict(data), "meta": {"step": step} | dict(meta)}
+        try:
+            _begin(self._orbax, temporary, arrays, documents)
+        except (OSError, ValueError) as error:
+            self._failed(error)
+            return
+        fault_point("checkpoint:begun", step)
+        self._thread = threading.Thread(target=self._finish, args=(step, temporary, final))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when the checkpoint in flight, if any, is complete or has failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            self._failed(error)
+
+    def close(self) -> None:
+        """Waits and releases Orbax's threads."""
+        self.wait()
+        self._orbax.close()
+
+    def restore(self, target) -> Restored | None:
+        """Loads the newest checkpoint that is whole, onto the shardings of `target`.
+
+        One that is not whole is reported and set aside as `<step>.corrupt`.
+
+        Args:
+          target: tree of arrays, or of ShapeDtypeStructs with shardings: names, shapes and places.
+
+        Returns:
+          None when there is no checkpoint.
+
+        Raises:
+          UserError: none is whole, or the arrays are not those of the target.
+        """
+        for step in reversed(self.steps()):
+            path = self.directory / f"{step:08d}"
+            problem = verify(path)
+            if problem is None:
+                data, meta = _documents(path)
+                for name, now in _environment().items():
+                    if meta[name] != now:
+                        text = f"{path} was written with {name} {meta[name]}, this is {now}"
+                        self._report(f"{text}: the run goes on, but not bit for bit")
+                return Restored(_load(self._orbax, path, target), data, meta)
+            aside = _unused(path, ".corrupt")
+            os.rename(path, aside)
+            sync_directory(self.directory)
+            self._report(f"checkpoint {path} is damaged ({problem}): set aside as {aside.name}")
+        if any(self.directory.glob("*.corrupt*")):
+            raise UserError(
+                f"no whole checkpoint is left in {self.directory}; delete it to start again"
+            )
+        return None
+
+    def _finish(self, step: int, temporary: Path, final: Path) -> None:
+        try:
+            self._orbax.wait_until_finished()
+            fault_point("checkpoint:arrays", step)
+            seal(temporary)
+            fault_point("checkpoint:sealed", step)
+            os.rename(temporary, final)
+            sync_directory(self.directory)
+            fault_point("checkpoint:renamed", step)
+            problem = verify(final)
+            if problem:
+                raise OSError(f"{final} does not read back: {problem}")
+            self._failures = 0
+            for old in self.steps()[: -self._keep_last]:
+                _remove(self.directory / f"{old:08d}")
+            fault_point("checkpoint:removed", step)
+        except BaseException as error:  # raised again, in the main thread, by wait()
+            self._error = error
+
+    def _failed(self, error: BaseException) -> None:
+        for unfinished in self.directory.glob("*.tmp"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self._failures += 1
+        free = shutil.disk_usage(self.directory).free
+        text = f"checkpoint not written ({error}); {free / 1e6:.0f} MB are free"
+        if self._failures >= MAX_FAILED_SAVES:
+            raise UserError(f"{text}; {self._failures} in a row, the older ones are intact")
+        self._report(text)
+
+
+def save_params(directory: str | os.PathLike, params, document: Mapping[str, Any]) -> None:
+    """Writes the final parameters of a stage, in place of older ones if there are any.
+
+    Args:
+      directory: becomes `<directory>/{arrays, data.json, meta.json, manifest.json}`.
+      params: nested dict of arrays.
+      document: JSON to keep with them: the model's config, the tokenizer's hash.
+    """
+    final = Path(directory).absolute()
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(final.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    orbax = _async_checkpointer()
+    _begin(orbax, temporary, named_leaves(params), {"data": dict(document), "meta": {}})
+    orbax.wait_until_finished()
+    orbax.close()
+    seal(temporary)
+    if final.exists():
+        _remove(final, ".old.tmp")
+    os.rename(temporary, final)
+    sync_directory(final.parent)
+
+
+def load_params(
+    directory: str | os.PathLike, *, mesh: Mesh | None = None, rules: Rules = TRANSFORMER_RULES
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns (params, document) as `save_params` wrote them, on the mesh by the rules.
+
+    Raises:
+      UserError: nothing there, or not whole.
+    """
+    path = Path(directory).absolute()
+    problem = verify(path) if path.is_dir() else "there is no such directory"
+    if problem:
+        raise UserError(f"cannot load parameters from {directory}: {problem}")
+    document, meta = _documents(path)
+    target: dict[str, Any] = {}
+    for name, (dtype, shape) in meta["arrays"].items():
+        *parents, leaf = name.split("/")
+        node = target
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = jax.ShapeDtypeStruct(shape, dtype)
+    if mesh is not None:
+        target = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            *(target, shardings(mesh, target, rules)),
+        )
+    orbax = _async_checkpointer()
+    params = _load(orbax, path, target)
+    orbax.close()
+    return params, document
+
+
+def seal(path: Path) -> None:
+    """Writes the manifest of every file under `path`, after making them durable."""
+    files = {}
+    for name in _files(path):
+        with open(path / name, "rb") as file:
+            os.fsync(file.fileno())
+        files[name] = _fingerprint(path / name)
+        sync_directory((path / name).parent)
+    write_json(path / "manifest.json", {"format": FORMAT, "files": files})
+
+
+def verify(path: Path) -> str | None:
+    """What is wrong with a checkpoint, naming the file, or None.
+
+    Raises:
+      UserError: it was written by a newer format of this package.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        version, expected = manifest["format"], dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "manifest.json is missing or not valid"
+    if version != FORMAT:
+        raise UserError(f"{path} has format {version}; this version of rlhf_jax reads {FORMAT}")
+    present = set(_files(path)) - {"manifest.json"}
+    for name in sorted(present ^ set(expected)):
+        return f"{name} is {'missing' if name in expected else 'not in the manifest'}"
+    for name, fingerprint in expected.items():
+        if _fingerprint(path / name) != fingerprint:
+            return f"{name} is not what was written"
+    return None
+
+
+def _async_checkpointer():
+    import orbax.checkpoint as ocp  # half a second
+
+    return ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+
+
+def _begin(orbax, path: Path, arrays: dict, documents: dict[str, Any]) -> None:
+    """Writes the JSON files and starts writing the arrays, which are copied before this returns."""
+    import orbax.checkpoint as ocp
+
+    path.mkdir(parents=True)
+    documents["meta"] |= {
+        "arrays": {name: (str(x.dtype), x.shape) for name, x in arrays.items()},
+        **_environment(),
+    }
+    for name, document in documents.items():
+        (path / f"{name}.json").write_text(json.dumps(document))
+    orbax.save(path / "arrays", args=ocp.args.StandardSave(arrays))
+
+
+def _load(orbax, path: Path, target):
+    """Loads the arrays into the tree, onto the devices, of `target`."""
+    import orbax.checkpoint as ocp
+
+    wanted = {name: (str(np.dtype(x.dtype)), x.shape) for name, x in named_leaves(target).items()}
+    stored = {n: (d, tuple(s)) for n, (d, s) in _documents(path)[1]["arrays"].items()}
+    for name in {**wanted, **stored}:
+        if wanted.get(name) != stored.get(name):
+            raise UserError(
+                f"{path} does not fit: {name} is {stored.get(name, 'absent')} there, "
+                f"{wanted.get(name, 'absent')} here"
+            )
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    abstract = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here)
+        for name, x in named_leaves(target).items()
+    }
+    loaded = orbax.restore(path / "arrays", args=ocp.args.StandardRestore(abstract))
+    return jax.tree.unflatten(jax.tree.structure(target), [loaded[name] for name in abstract])
+
+
+def _documents(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    return tuple(json.loads((path / f"{name}.json").read_text()) for name in ("data", "meta"))
+
+
+def _files(path: Path) -> list[str]:
+    return sorted(str(p.relative_to(path)) for p in path.rglob("*") if not p.is_dir())
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
+
+
+def _remove(path: Path, suffix: str = ".tmp") -> None:
+    """Deletes a directory so that no half of it keeps its name."""
+    doomed = path.with_name(path.name + suffix)
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(path, doomed)
+    fault_point("checkpoint:removing")
+    shutil.rmtree(doomed)
+
+
+def _unused(path: Path, suffix: str) -> Path:
+    names = (path.with_name(f"{path.name}{suffix}{n or ''}") for n in range(1000))
+    return next(p for p in names if not p.exists())
+
+
+def _environment() -> dict[str, Any]:
+    """What must be the same for a resumed run to be the same bit for bit."""
+    return {
+        "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
+        "versions": {name: _version(name) for name in LIBRARIES},
+    }
+
+
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"

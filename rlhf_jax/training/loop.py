@@ -1,0 +1,203 @@
+"""The training loop: batches in, steps, metrics, evaluations and checkpoints out."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax.errors import Preempted, UserError
+from rlhf_jax.training.checkpoint import Checkpoints
+from rlhf_jax.training.mesh import shard_batch
+from rlhf_jax.training.metrics import MetricsWriter
+from rlhf_jax.training.progress import Clock, Progress
+from rlhf_jax.training.rundir import RunDirectory, fault_point
+from rlhf_jax.training.state import TrainState
+
+Evaluation = tuple[int, Callable[[TrainState], Mapping[str, float]]]
+
+
+def count_tokens(batch: Mapping[str, np.ndarray]) -> int:
+    """Tokens of a packed batch that are not padding."""
+    return int(np.count_nonzero(batch["segment_ids"]))
+
+
+def train(
+    state: TrainState,
+    step: Callable,
+    batches,
+    *,
+    steps: int,
+    run: RunDirectory,
+    mesh: Mesh | None = None,
+    log_every: int = 10,
+    checkpoint_every: int = 500,
+    keep_last: int = 2,
+    evaluations: Sequence[Evaluation] = (),
+    max_skipped: int = 10,
+    flops_per_token: float | None = None,
+    tokens: Callable[[Mapping[str, np.ndarray]], int] = count_tokens,
+    tokenizer_hash: str | None = None,
+    tensorboard: bool = True,
+    wandb: str | None = None,
+) -> tuple[TrainState, dict[str, float]]:
+    """Trains up to `steps` steps, from the newest checkpoint of the run if it has one.
+
+    A line is written to metrics.jsonl for every step that is a multiple of `log_every`, is
+    evaluated, or is the last. It holds that step's own values (not averages, so that it doesn't
+    depend on where a run was interrupted), the evaluations of the state after it, and under "time/"
+    averages since the line before: tokens_per_second (padding not counted), step_seconds,
+    data_share (the part of the time spent waiting for batches) and flops_per_second. Metrics are
+    fetched one step late, so that the device never waits for the host.
+
+    Args:
+      state: from `init_state`; donated.
+      step: from `make_step`.
+      batches: iterator of host batches with `get_state() -> JSON` and `set_state`.
+      steps: total, counted from the very first.
+      run: the held run directory.
+      mesh: of the step.
+      evaluations: pairs (every, function): the function sees the state after each step that is a
+        multiple of `every` (0: none is), and after the last, and returns numbers to log. It must
+        not keep the state: the next step donates it.
+      max_skipped: consecutive skipped updates that end the run.
+      flops_per_token: for flops_per_second; None: not reported.
+      tokens: counts a batch.
+      tokenizer_hash: kept in the checkpoints and compared on resume.
+      tensorboard: also write TensorBoard files.
+      wandb: also log to this W&B project.
+
+    Returns:
+      (state, rates): train/steps_per_second, train/tokens_per_second and train/flops_per_second of
+      this process without its first step (compilation); empty when it took fewer than two.
+
+    Raises:
+      Preempted: SIGTERM or SIGINT; the current step is finished and saved.
+      UserError: `max_skipped` updates in a row were skipped (it names the batches' rows), the data
+        ended early, or the checkpoint belongs to another tokenizer or model.
+    """
+    checkpoints = Checkpoints(run.path / "checkpoints", keep_last=keep_last)
+    run.defer_stop = True
+    log = None
+    try:
+        state, done = _resume(state, batches, checkpoints, run, tokenizer_hash)
+        writer = MetricsWriter(
+            run.path, done, config=run.config, tensorboard=tensorboard, wandb=wandb
+        )
+        clock = Clock(flops_per_token)
+        log = _Log(writer, clock, Progress(run.path.name, done, steps), max_skipped)
+        step = _report_recompilation(step)
+        number = done
+        for number in range(done + 1, steps + 1):
+            with clock.waiting():
+                batch = next(batches, None)
+            if batch is None:
+                raise UserError(f"the data ended after {number - 1} of {steps} steps")
+            placed = batch if mesh is None else shard_batch(mesh, batch)
+            state, metrics = step(state, placed)
+            fault_point("step", number)
+
+            last = number == steps
+            due = [f for every, f in evaluations if last or (every and number % every == 0)]
+            stop = run.stop_requested
+            save = last or stop or number % checkpoint_every == 0
+            wanted = last or due or number % log_every == 0
+            log.add(number, metrics, tokens(batch), batch.get("row_ids"), bool(wanted))
+            with clock.paused():
+                if due or save:
+                    log.settle({k: v for f in due for k, v in f(state).items()})
+                if save:
+                    writer.sync()
+                    meta = {"config": run.config, "tokenizer_hash": tokenizer_hash}
+                    meta["wall_seconds"] = run.wall_seconds()
+                    checkpoints.save(number, state, batches.get_state(), meta)
+            if stop:
+                break
+        checkpoints.wait()
+    finally:
+        run.defer_stop = False
+        if log is not None:
+            log.close()
+        checkpoints.close()
+    if run.stop_requested:
+        raise Preempted(f"{run.path} is saved at step {number}; run the same command to continue")
+    return state, clock.rates()
+
+
+class _Log:
+    """Writes each step's metrics when the next step is on its way, so that nothing waits."""
+
+    def __init__(self, writer: MetricsWriter, clock: Clock, progress: Progress, max_skipped: int):
+        self._writer, self._clock, self._progress = writer, clock, progress
+        self._max_skipped = max_skipped
+        self._rows: deque[tuple[int, Any]] = deque(maxlen=max_skipped + 1)
+        self._late: tuple[int, dict[str, jax.Array], int, bool] | None = None
+
+    def add(self, number: int, metrics, tokens: int, rows, wanted: bool) -> None:
+        """Takes a step that was just dispatched, and settles the one before."""
+        self.settle({})
+        self._late = number, metrics, tokens, wanted
+        self._rows.append((number, rows))
+
+    def settle(self, evaluated: Mapping[str, float]) -> None:
+        """Waits for the newest step and writes its line; ends a run that only skips updates."""
+        if self._late is None:
+            return
+        (number, metrics, tokens, wanted), self._late = self._late, None
+        skipped = int(metrics["train/consecutive_skipped"])
+        self._clock.settled(tokens)
+        if skipped >= self._max_skipped:
+            first = number - skipped + 1
+            rows = {n: np.asarray(ids).tolist() for n, ids in self._rows if first <= n <= number}
+            raise UserError(
+                f"steps {first} to {number} had no finite loss and gradient, or no weight; the "
+                f"parameters are as before. Look at these row_ids of the data, by step: {rows}"
+            )
+        if wanted:
+            values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+            values |= evaluated | self._clock.line()
+            self._writer.write(number, values)
+            self._progress.show(number, values)
+
+    def close(self) -> None:
+        self._progress.close()
+        self._writer.close()
+
+
+def _resume(state, batches, checkpoints: Checkpoints, run: RunDirectory, tokenizer_hash):
+    """Returns (state, steps done): the newest checkpoint's, or the given state and 0."""
+    restored = checkpoints.restore(state)
+    if restored is None:
+        return state, 0
+    meta = restored.meta
+    if meta["tokenizer_hash"] != tokenizer_hash:
+        raise UserError(
+            f"the checkpoints in {run.path} are for tokenizer {meta['tokenizer_hash']}, this is "
+            f"{tokenizer_hash}; use another --workdir"
+        )
+    batches.set_state(restored.data)
+    run.earlier_seconds = meta["wall_seconds"]
+    print(f"{run.path}: continuing after step {meta['step']}", flush=True)
+    return restored.state, meta["step"]
+
+
+def _report_recompilation(step: Callable) -> Callable:
+    """The same step; a second compilation for a batch of the same shapes prints a warning."""
+    seen: set[tuple] = set()
+
+    def watched(state, batch):
+        compiled = step._cache_size()
+        result = step(state, batch)
+        shapes = tuple((name, x.shape, str(x.dtype)) for name, x in sorted(batch.items()))
+        if shapes in seen and step._cache_size() > compiled:
+            print(
+                f"warning: the step was compiled again for known batch shapes {shapes}", flush=True
+            )
+        seen.add(shapes)
+        return result
+
+    return watched

@@ -1,0 +1,133 @@
+"""Device meshes, and which parameter goes where: regex rules on "/"-joined names."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rlhf_jax.errors import UserError
+
+Rules = Sequence[tuple[str, P]]
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Axis 0 of everything under layers/ is the layer; it is never sharded.
+TRANSFORMER_RULES: Rules = (
+    (r"embed(ding)?s?/embedding$", P("tensor", "fsdp")),
+    (r"attention/(query|key|value)/kernel$", P(None, "fsdp", "tensor")),
+    (r"attention/out/kernel$", P(None, "tensor", "fsdp")),
+    (r"mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),
+    (r"mlp/down/kernel$", P(None, "tensor", "fsdp")),
+    (r"lm_head/kernel$", P("fsdp", "tensor")),
+    (r"head/kernel$", P("fsdp")),
+    (r"(scale|bias)$", P()),
+)
+
+
+def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns a mesh with the axes data, fsdp and tensor (those not named have size 1).
+
+    One size may be -1: whatever is left of the devices. Axes are Auto: the compiler propagates.
+
+    Raises:
+      UserError: unknown axis, or sizes whose product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    unknown = sorted(set(axes) - set(AXES))
+    if unknown:
+        raise UserError(f"mesh axis {unknown[0]!r} is unknown; the axes are {', '.join(AXES)}")
+    sizes = {name: int(axes.get(name, 1)) for name in AXES}
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 for size in sizes.values() if size != -1):
+        raise UserError(f"mesh sizes must be positive, one of them may be -1: got {sizes}")
+    if free:
+        sizes[free[0]] = len(devices) // math.prod(s for s in sizes.values() if s != -1)
+    if math.prod(sizes.values()) != len(devices):
+        raise UserError(f"mesh {dict(axes)} does not fit {len(devices)} devices")
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def named_leaves(tree) -> dict[str, jax.Array]:
+    """{"/"-joined path: leaf} in the order of `jax.tree.leaves`."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether any of the regular expressions is found in the name."""
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def shardings(mesh: Mesh, tree, rules: Rules = TRANSFORMER_RULES):
+    """Returns the tree of NamedShardings for a tree of arrays: params, or a whole TrainState.
+
+    The first rule whose regex is found in a leaf's name decides, so optimizer moments, whose names
+    end with their parameter's, lie where the parameter lies. Scalars and vectors, and optimizer
+    statistics of lower rank than the rule's spec (Adafactor's factors), are replicated. A dimension
+    that its mesh axes do not divide is replicated, and logged.
+
+    Raises:
+      UserError: an array of rank 2 or more that no rule matches.
+    """
+    specs = [_spec(mesh, name, leaf.shape, rules) for name, leaf in named_leaves(tree).items()]
+    placed = [NamedSharding(mesh, spec) for spec in specs]
+    return jax.tree.unflatten(jax.tree.structure(tree), placed)
+
+
+def _spec(mesh: Mesh, name: str, shape: tuple[int, ...], rules: Rules) -> P:
+    if len(shape) < 2:
+        return P()
+    spec = next((spec for pattern, spec in rules if re.search(pattern, name)), None)
+    if spec is None:
+        raise UserError(f"no sharding rule matches {name} {shape}; add a (regex, PartitionSpec)")
+    if len(spec) > len(shape):
+        return P()
+    fitted: list[str | None] = []
+    for axis, size in zip(spec, shape, strict=False):
+        if axis is None or mesh.shape[axis] == 1:
+            axis = None
+        elif size % mesh.shape[axis]:
+            logging.getLogger(__name__).info(
+                "%s: dimension %d is not divisible by mesh axis %s=%d, so it is replicated",
+                *(name, size, axis, mesh.shape[axis]),
+            )
+            axis = None
+        fitted.append(axis)
+    while fitted and fitted[-1] is None:  # as the compiler spells it: a step must not recompile
+        fitted.pop()
+    return P(*fitted)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over data and fsdp, everything else whole."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def batch_shards(mesh: Mesh | None) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def shard_batch(mesh: Mesh | None, batch):
+    """Puts a host batch on the devices, rows over (data, fsdp).
+
+    Raises:
+      UserError: the rows do not divide evenly over the devices.
+    """
+    shards = batch_shards(mesh)
+    for name, array in batch.items():
+        if array.shape[0] % shards:
+            raise UserError(
+                f"batch[{name!r}] has {array.shape[0]} rows, not a multiple of the {shards} parts "
+                "(data x fsdp) of the mesh"
+            )
+    return jax.device_put(batch, None if mesh is None else batch_sharding(mesh))

@@ -1,0 +1,52 @@
+"""A model as a finished stage leaves it: <run>/model (shape and parameters) and <run>/tokenizer.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import UserError
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.training.checkpoint import load_params, save_params
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a stage starts from and what it makes."""
+
+    config: ModelConfig
+    params: Any
+    tokenizer: Tokenizer
+
+    def flops_per_token(self) -> float:
+        """6 × parameters: forward and backward of the matrix products, attention left out."""
+        return 6.0 * sum(x.size for x in jax.tree.leaves(self.params))
+
+
+def save_model(workdir: str | os.PathLike[str], model: Model) -> None:
+    """Writes the model into a run directory, atomically, over an older one if there is one."""
+    document = {
+        "config": dataclasses.asdict(model.config),
+        "tokenizer_hash": model.tokenizer.hash,
+    }
+    model.tokenizer.save(Path(workdir) / "tokenizer.json")
+    save_params(Path(workdir) / "model", model.params, document)
+
+
+def load_model(workdir: str | os.PathLike[str], **changes: Any) -> Model:
+    """The model of a finished run, with `changes` to fields of its config.
+
+    Raises:
+        UserError: there is none, it is damaged, or the tokenizer is not the one it was trained with.
+    """
+    params, document = load_params(Path(workdir) / "model")
+    tokenizer = Tokenizer.load(Path(workdir) / "tokenizer.json")
+    if tokenizer.hash != document["tokenizer_hash"]:
+        raise UserError(f"{workdir}/tokenizer.json is not the tokenizer its model was trained with")
+    return Model(ModelConfig(**(document["config"] | changes)).validate(), params, tokenizer)

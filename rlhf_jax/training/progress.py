@@ -1,0 +1,118 @@
+"""How fast training goes and how far it has come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+PLAIN_LINE_SECONDS = 5.0
+
+
+class Clock:
+    """Measures training time: evaluations and checkpoints are taken out with `paused`."""
+
+    def __init__(self, flops_per_token: float | None = None):
+        self._flops_per_token = flops_per_token
+        self._paused = self._waited = 0.0
+        self._settled = 0
+        self._tokens = 0
+        self._first: tuple[float, int, int] | None = None
+        self._line = (self._now(), 0, 0, 0.0)
+
+    def _now(self) -> float:
+        return time.monotonic() - self._paused
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is not training."""
+        start = time.monotonic()
+        yield
+        self._paused += time.monotonic() - start
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What happens inside is waiting for data."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
+
+    def settled(self, tokens: int) -> None:
+        """One more step is finished on the device, with this many tokens."""
+        self._settled += 1
+        self._tokens += tokens
+        if self._first is None:
+            self._first = (self._now(), self._settled, self._tokens)
+
+    def line(self) -> dict[str, float]:
+        """Averages since the last call, as time/… metrics."""
+        before, self._line = self._line, (self._now(), self._settled, self._tokens, self._waited)
+        seconds, steps, tokens, waited = (
+            new - old for new, old in zip(self._line, before, strict=True)
+        )
+        seconds, steps = max(seconds, 1e-9), max(steps, 1)
+        values = {
+            "time/step_seconds": seconds / steps,
+            "time/tokens_per_second": tokens / seconds,
+            "time/data_share": waited / seconds,
+        }
+        if self._flops_per_token is not None:
+            values["time/flops_per_second"] = tokens * self._flops_per_token / seconds
+        return values
+
+    def rates(self) -> dict[str, float]:
+        """Averages of all steps after the first one, which holds the compilation."""
+        if self._first is None or self._settled < 2:
+            return {}
+        start, steps, tokens = self._first
+        seconds = max(self._now() - start, 1e-9)
+        rates = {
+            "train/steps_per_second": (self._settled - steps) / seconds,
+            "train/tokens_per_second": (self._tokens - tokens) / seconds,
+        }
+        if self._flops_per_token is not None:
+            flops = rates["train/tokens_per_second"] * self._flops_per_token
+            rates["train/flops_per_second"] = flops
+        return rates
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a line of text every few seconds."""
+
+    def __init__(self, name: str, done: int, steps: int):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self._name, self._steps, self._last_line = name, steps, -PLAIN_LINE_SECONDS
+        self._start, self._done = time.monotonic(), done
+        self._bar = None
+        if Console().is_terminal:
+            text = TextColumn("{task.description}"), TextColumn("{task.fields[status]}")
+            columns = (text[0], BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), text[1])
+            self._bar = Bar(*columns)
+            self._task = self._bar.add_task(name, total=steps, completed=done, status="")
+            self._bar.start()
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows a logged step: loss, speed, time left."""
+        parts = []
+        if "train/loss" in values:
+            parts.append(f"loss {values['train/loss']:.4f}")
+        parts.append(f"{values['time/tokens_per_second']:,.0f} tokens/s")
+        if "time/flops_per_second" in values:
+            parts.append(f"{values['time/flops_per_second'] / 1e9:,.1f} GFLOP/s")
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, status="  ".join(parts))
+            return
+        now = time.monotonic()
+        if now - self._last_line >= PLAIN_LINE_SECONDS or step == self._steps:
+            self._last_line = now
+            left = (now - self._start) / max(step - self._done, 1) * (self._steps - step)
+            line = "  ".join([f"{self._name}  step {step}/{self._steps}", *parts])
+            print(f"{line}  {left:.0f} s left", flush=True)
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()

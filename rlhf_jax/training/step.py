@@ -1,0 +1,178 @@
+"""The step factory: the one place that divides sums by weights and updates parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.training.mesh import (
+    BATCH_AXES,
+    TRANSFORMER_RULES,
+    Rules,
+    batch_sharding,
+    batch_shards,
+    matches,
+    shardings,
+)
+from rlhf_jax.training.state import TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+def make_step(
+    loss_fn: Callable,
+    optimizer: optax.GradientTransformation,
+    *,
+    mesh: Mesh | None = None,
+    rules: Rules = TRANSFORMER_RULES,
+    microbatches: int = 1,
+    max_grad_norm: float | None = None,
+    ema_decay: float | None = None,
+    freeze: Sequence[str] = (),
+    schedule: Callable[[jax.Array], jax.Array] | None = None,
+    seed: int = 0,
+) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
+    """Returns the jitted `step(state, batch) -> (state, metrics)`; `state` is donated.
+
+    `loss_fn(params, batch, rng) -> ((total, weight), metrics)`, metrics `{name: (total, weight)}`,
+    all float32 scalars. Sums are added over microbatches and devices and divided once:
+
+        g = Σ ∇total / Σ weight,   g ← g · min(1, max_grad_norm / ‖g‖)
+
+    A step whose loss or gradient is not finite, or whose weight is zero, leaves params, optimizer
+    state and average bitwise as they were; the step still counts, and so does the skip.
+
+    Args:
+      loss_fn: sees the rows of one microbatch. `rng` is fold_in(seed, step), the same for every
+        microbatch: fold in `batch["row_ids"]` for noise that no split of the batch changes.
+      optimizer: from `make_optimizer`.
+      mesh: None for one device.
+      rules: where parameters and optimizer state lie on the mesh.
+      microbatches: number of equal parts the rows are split into, one after the other; row i is in
+        part i mod microbatches, which keeps every device's rows on that device.
+      max_grad_norm: clip by global norm.
+      ema_decay: ema_params ← decay · ema_params + (1 − decay) · params; the state needs `ema=True`.
+      freeze: regexes of parameters that are constants: no backward pass, no share in the norm.
+      schedule: learning rate by number of applied updates, only to report it.
+      seed: of `rng`.
+
+    Returns:
+      The step. Its metrics are scalars: those of `loss_fn`, divided (a name without "/" gets
+      "train/" in front), train/loss (total / weight, unless `loss_fn` reports a "loss" itself),
+      train/grad_norm (before the clip), train/param_norm, train/update_norm (0 when skipped),
+      train/weight, train/skipped (so far), train/consecutive_skipped, and train/learning_rate.
+    """
+
+    def gradients(params, batch, rng):
+        def objective(params):
+            (total, weight), metrics = loss_fn(_freeze(params, freeze), batch, rng)
+            return total, ((total, weight), {"loss": (total, weight)} | metrics)
+
+        grads, sums = jax.grad(objective, has_aux=True)(params)
+        return grads, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), sums)
+
+    def step(state: TrainState, batch):
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        placed = None if mesh is None else shardings(mesh, state, rules)
+        if mesh is not None:
+            batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
+        grads, ((total, weight), sums) = _accumulate(
+            gradients, state.params, batch, rng, microbatches, mesh
+        )
+        grads = jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1), grads)
+        if placed is not None:
+            grads = jax.lax.with_sharding_constraint(grads, placed.params)
+        norm = optax.tree.norm(grads)
+        applied = jnp.isfinite(total) & jnp.isfinite(norm) & (weight > 0)
+        if max_grad_norm is not None:
+            scale = jnp.minimum(1, max_grad_norm / jnp.maximum(norm, 1e-30))
+            grads = jax.tree.map(lambda g: g * scale, grads)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = state.ema_params
+        if ema_decay is not None:
+            average = jax.tree.map(
+                lambda a, p: ema_decay * a + (1 - ema_decay) * p, average, params
+            )
+        new = TrainState(
+            step=state.step + 1,
+            **jax.tree.map(
+                lambda new, old: jnp.where(applied, new, old),
+                {"params": params, "opt_state": opt_state, "ema_params": average},
+                {f: getattr(state, f) for f in ("params", "opt_state", "ema_params")},
+            ),
+            skipped=state.skipped + ~applied,
+            consecutive_skipped=jnp.where(applied, 0, state.consecutive_skipped + 1),
+        )
+        if placed is not None:
+            new = jax.lax.with_sharding_constraint(new, placed)
+        metrics = _divide(sums) | {
+            "train/grad_norm": norm,
+            "train/param_norm": optax.tree.norm(new.params),
+            "train/update_norm": jnp.where(applied, optax.tree.norm(updates), 0),
+            "train/weight": weight,
+            "train/skipped": new.skipped,
+            "train/consecutive_skipped": new.consecutive_skipped,
+        }
+        if schedule is not None:
+            metrics["train/learning_rate"] = schedule(state.step - state.skipped)
+        return new, metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _freeze(params, patterns: Sequence[str]):
+    if not patterns:
+        return params
+
+    def constant(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return jax.lax.stop_gradient(leaf) if matches(name, patterns) else leaf
+
+    return jax.tree_util.tree_map_with_path(constant, params)
+
+
+def _accumulate(gradients, params, batch, rng, microbatches: int, mesh: Mesh | None):
+    """Sums `gradients` over the microbatches."""
+    rows, shards = len(jax.tree.leaves(batch)[0]), batch_shards(mesh)
+    if rows % (microbatches * shards):
+        raise UserError(
+            f"a batch of {rows} rows does not split into {microbatches} microbatches over {shards} "
+            f"devices; make it a multiple of {microbatches * shards}"
+        )
+    if microbatches == 1:
+        return gradients(params, batch, rng)
+
+    def split(x):
+        x = jnp.moveaxis(x.reshape(rows // microbatches, microbatches, *x.shape[1:]), 1, 0)
+        if mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, BATCH_AXES)))
+
+    parts = jax.tree.map(split, batch)
+    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, params, first, rng)
+    )
+
+    def add(carry, part):
+        return jax.tree.map(jnp.add, carry, gradients(params, part, rng)), None
+
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+def _divide(sums: dict[str, tuple[jax.Array, jax.Array]]) -> Metrics:
+    """total / weight of each, 0 where the weight is 0."""
+    return {
+        name if "/" in name else f"train/{name}": jnp.where(
+            weight == 0, 0.0, total / jnp.where(weight == 0, 1.0, weight)
+        )
+        for name, (total, weight) in sums.items()
+    }

@@ -1,0 +1,219 @@
+"""TFDS builders: any record survives, prompts never cross splits, real sets where they are."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import http.server
+import json
+import logging
+import threading
+
+import pytest
+import tensorflow_datasets as tfds
+
+from rlhf_jax.data import builders
+from rlhf_jax.data.builders import Source, data_folder, load_records
+from rlhf_jax.data.record_builder import RecordBuilder, RecordConfig, read_records
+from rlhf_jax.data.records import KINDS, Conversation, Message, Pair, Prompt, Text
+from rlhf_jax.errors import UserError
+
+TURNS = (Message("user", "naïve\n 漢字 🙂"), Message("assistant", ""))
+RECORDS = {
+    "text": [Text("é1", "a\n\tb", {"k": "ü"}), Text("2", "")],
+    "conversation": [Conversation("1", TURNS, {"a": "b"}), Conversation("2", TURNS * 3)],
+    "prompt": [Prompt("1", TURNS[:1], {"answer": "72"})],
+    "pair": [
+        Pair("1", TURNS[:1], "yes", "", 0.1, {"x": "y"}),
+        Pair("2", TURNS[:1], "", "no"),
+        Pair("3", TURNS[:1], "a", "b", 0.0),
+    ],
+}
+REAL = pytest.mark.skipif(
+    data_folder() is None, reason="no real data: set RLHF_JAX_DATA or add ../shared/data"
+)
+
+
+class Everything(RecordBuilder, skip_registration=True):
+    """One config a kind of record."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [RecordConfig(name=kind, kind=kind) for kind in RECORDS]  # noqa: RUF012
+
+    def records(self, dl_manager):
+        return {"train": RECORDS[self.builder_config.kind]}
+
+
+@pytest.fixture(scope="module")
+def shared_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def cache(shared_cache, monkeypatch):
+    monkeypatch.setenv("RLHF_JAX_CACHE", str(shared_cache))
+    return shared_cache
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_records_survive_array_record(tmp_path, kind):
+    builder = Everything(config=kind, data_dir=tmp_path, file_format="array_record")
+    records = read_records(builder, "train")
+    assert sorted(records, key=lambda r: r.id) == sorted(RECORDS[kind], key=lambda r: r.id)
+    assert (tmp_path / "everything" / kind / "1.0.0").is_dir()
+    assert read_records(builder, "train") == records
+    assert all(type(record) is KINDS[kind] for record in records)
+
+
+def test_unknown_names_list_the_known(cache):
+    with pytest.raises(UserError, match="unknown data set 'c4'; known: tiny_shakespeare"):
+        load_records("c4", "train")
+    with pytest.raises(UserError, match=r"no config 'x'; there are: .*'prompt'"):
+        load_records("gsm8k/x", "train")
+
+
+@pytest.fixture
+def fables(tmp_path, monkeypatch):
+    """A small stand-in for the data folder."""
+    monkeypatch.setenv("RLHF_JAX_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "data" / "tinyfabulist_fables"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(
+        builders.Tinyfabulist,
+        "SOURCES",
+        dict.fromkeys(("text", "conversation"), (Source("tinyfabulist_fables/f.jsonl"),)),
+    )
+
+    def write(count):
+        lines = (
+            {"prompt": f"p{i % 40}", "fable": f"f{i}", "llm_name": "R1" if i == 0 else "m"}
+            for i in range(count)
+        )
+        (folder / "f.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    return write
+
+
+def test_prompts_never_cross_splits_and_exclusions_are_counted(fables, caplog):
+    fables(200)
+    train = load_records("tinyfabulist/conversation", "train")
+    validation = load_records("tinyfabulist/conversation", "validation")
+    prompts = [{r.messages[0].content for r in split} for split in (train, validation)]
+    assert not prompts[0] & prompts[1] and prompts[1]
+    assert len(train) + len(validation) == 199
+    assert "left out 1 (reasoning model's fable)" in caplog.text
+
+
+def test_a_changed_file_is_prepared_anew(fables):
+    fables(100)
+    before = load_records("tinyfabulist/text", "train")
+    fables(200)
+    assert len(load_records("tinyfabulist/text", "train")) > len(before)
+
+
+def test_an_unknown_split_is_a_user_error(fables):
+    fables(100)
+    with pytest.raises(UserError, match="no split 'test'; there are: train, validation"):
+        load_records("tinyfabulist", "test")
+    assert 0 < len(load_records("tinyfabulist", "train[:10%]")) < 20
+
+
+def test_a_missing_file_without_address_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("RLHF_JAX_DATA", str(tmp_path))
+    monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"\$RLHF_JAX_DATA/tinyfabulist_fables/fables_en"):
+        load_records("tinyfabulist", "train")
+    monkeypatch.setenv("RLHF_JAX_DATA", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="is no folder"):
+        load_records("tinyfabulist", "train")
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """gsm8k's two files behind a local web server; yields a function that sets their sources."""
+    monkeypatch.setenv("RLHF_JAX_DATA", str(tmp_path))
+    monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "public"
+    folder.mkdir()
+    content = b'{"question": "1+1?", "answer": "2\\n#### 1,002"}\n'
+    for name in ("train.jsonl", "test.jsonl"):
+        (folder / name).write_bytes(content)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def use(path="", sha256=hashlib.sha256(content).hexdigest()):  # noqa: B008
+        url = f"http://127.0.0.1:{server.server_port}/{path}"
+        files = [Source(f"x/{n}", f"{url}{n}", sha256) for n in ("train.jsonl", "test.jsonl")]
+        sources = dict.fromkeys(("conversation", "prompt"), tuple(files))
+        monkeypatch.setattr(builders.Gsm8k, "SOURCES", sources)
+
+    yield use
+    server.shutdown()
+
+
+def test_download(served):
+    served()
+    (record,) = load_records("gsm8k/prompt", "test")
+    assert record.messages == (Message("user", "1+1?"),)
+    assert record.meta == {"answer": "1002"}
+
+
+def test_a_failed_download_says_what_to_do(served):
+    served(path="gone/")
+    with pytest.raises(UserError, match=r"cannot download .*put the file at \$RLHF_JAX_DATA/x/"):
+        load_records("gsm8k", "train")
+
+
+def test_other_bytes_than_expected_are_refused(served):
+    served(sha256="0" * 64)
+    with pytest.raises(UserError, match="other bytes than expected"):
+        load_records("gsm8k", "train")
+
+
+@REAL
+def test_tiny_shakespeare(cache):
+    (train,), (validation,) = (load_records("tiny_shakespeare", s) for s in ("train", "validation"))
+    assert (len(train.text), len(validation.text)) == (1_003_854, 111_540)
+    assert len(set(train.text + validation.text)) == 65
+    assert train.text.startswith("First Citizen:")
+
+
+@REAL
+def test_gsm8k(cache):
+    train, test = (load_records("gsm8k", split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (7473, 1319)
+    natalia = next(r for r in train if r.id.endswith(":1"))
+    assert natalia.messages[0].content.startswith("Natalia sold clips")
+    assert natalia.meta == {"answer": "72"}
+    assert all(float(r.meta["answer"]) is not None for r in train + test)
+
+
+@REAL
+@pytest.mark.parametrize(
+    ("config", "pairs"),
+    [("helpful", 2354), ("harmless", 2312), ("helpful_rejection_sampled", 2749)],
+)
+def test_hh_rlhf(cache, config, pairs):
+    train, validation = (load_records(f"hh_rlhf/{config}", s) for s in ("train", "validation"))
+    assert 0.99 * pairs < len(train) + len(validation) < pairs
+    assert not {r.prompt for r in train} & {r.prompt for r in validation}
+    assert 0.07 * pairs < len(validation) < 0.13 * pairs
+    assert all(r.prompt[0].role == "user" and r.prompt[-1].role == "user" for r in train)
+
+
+@REAL
+def test_tinyfabulist(cache, caplog):
+    caplog.set_level(logging.WARNING)
+    train, validation = (load_records("tinyfabulist", s) for s in ("train", "validation"))
+    assert len(train) + len(validation) == 8246 - 398
+    assert not any("</think>" in record.text for record in train + validation)
+
+
+@REAL
+def test_the_pinned_hash_is_that_of_the_public_file(cache):
+    path = data_folder() / "pretrain_tinyshakespeare" / "input.txt.gz"
+    expected = builders.TinyShakespeare.SOURCES["text"][0].sha256
+    assert hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest() == expected

@@ -1,0 +1,141 @@
+"""Encoding of records: what is trained, and what happens to records longer than a row."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rlhf_jax.data.chat import render_conversation, render_prompt, render_reply
+from rlhf_jax.data.encode import (
+    check_trained_share,
+    encode_conversations,
+    encode_pairs,
+    encode_texts,
+)
+from rlhf_jax.data.packing import Document
+from rlhf_jax.data.records import Conversation, Message, Pair, Text
+from rlhf_jax.data.tokenizer import ASSISTANT, BOS, END, train_bpe, train_chars
+from rlhf_jax.errors import UserError
+
+TOKENIZER = train_bpe(["abc"], 263)  # one token a byte
+
+
+def chat(*contents: str) -> tuple[Message, ...]:
+    return tuple(Message(("user", "assistant")[i % 2], c) for i, c in enumerate(contents))
+
+
+def test_texts_start_with_bos_and_train_the_end():
+    (document,), stats = encode_texts([Text("a", "xyz")], TOKENIZER, 16)
+    assert document.tokens == [BOS, *TOKENIZER.encode("xyz"), END]
+    assert document.is_target == [0, 1, 1, 1, 1]
+    assert stats == {"records": 1, "encoded": 1, "dropped": 0, "truncated": 0, "split": 0}
+
+
+@pytest.mark.parametrize("length", [7, 8, 14, 15, 40])
+def test_split_texts_train_every_token_once(length):
+    text = "".join(chr(97 + i % 26) for i in range(length))
+    documents, stats = encode_texts([Text("a", text)], TOKENIZER, 8)
+    targets = [
+        token
+        for d in documents
+        for token, trained in zip(d.tokens, d.is_target, strict=True)
+        if trained
+    ]
+    assert targets == [*TOKENIZER.encode(text), END]
+    assert all(2 <= len(d.tokens) <= 8 for d in documents)
+    assert [d.tokens[0] == BOS for d in documents] == [True] + [False] * (len(documents) - 1)
+    assert stats["split"] == 1 and stats["encoded"] == 1
+
+
+def test_long_texts_can_be_dropped_or_refused():
+    texts = [Text("long", "x" * 20), Text("short", "x")]
+    documents, stats = encode_texts(texts, TOKENIZER, 8, over_long="drop")
+    assert len(documents) == 1 and stats["dropped"] == 1
+    with pytest.raises(UserError, match=r"1 of 2 records .*'long', has 22"):
+        encode_texts(texts, TOKENIZER, 8, over_long="error")
+    with pytest.raises(UserError, match="unknown over_long policy 'cut'; known: split"):
+        encode_texts(texts, TOKENIZER, 8, over_long="cut")
+    with pytest.raises(UserError, match="character-level"):
+        encode_texts(texts, train_chars("x"), 8)
+
+
+def test_conversations_train_the_replies():
+    record = Conversation("a", chat("hi", "yo", "so", "no"))
+    (document,), _ = encode_conversations([record], TOKENIZER, 32)
+    tokens, is_target = render_conversation(record.messages, TOKENIZER)
+    assert (document.tokens, document.is_target) == (tokens, is_target)
+    (document,), _ = encode_conversations([record], TOKENIZER, 32, last_turn_only=True)
+    assert sum(document.is_target) == 3
+
+
+@pytest.mark.parametrize("row_length", range(5, 23))
+def test_left_truncation_of_conversations(row_length):
+    """Of 23 tokens the end is kept; a reply cut in two is no longer trained."""
+    record = Conversation("a", chat("hello", "yes", "more", "no"))
+    tokens, _ = render_conversation(record.messages, TOKENIZER)
+    assert len(tokens) == 23
+    (document,), stats = encode_conversations(
+        [record], TOKENIZER, row_length, over_long="truncate_prompt_left"
+    )
+    assert stats["truncated"] == 1
+    assert document.tokens == [BOS, *tokens[-(row_length - 1) :]]
+    kept = document.is_target
+    first_reply_is_whole = ASSISTANT in document.tokens[: -len(render_reply("no", TOKENIZER)) - 1]
+    assert sum(kept) == 3 + (4 if first_reply_is_whole else 0)
+    assert kept[-3:] == [1, 1, 1]
+
+
+def test_a_reply_is_never_cut():
+    record = Conversation("a", chat("hello", "yes" * 5))
+    with pytest.raises(UserError, match="record 'a': a reply of 16 tokens"):
+        encode_conversations([record], TOKENIZER, 17, over_long="truncate_prompt_left")
+    (document,), _ = encode_conversations([record], TOKENIZER, 18, over_long="truncate_prompt_left")
+    assert document.tokens[:2] == [BOS, ASSISTANT]
+
+
+def test_over_long_conversations_and_bad_roles_name_the_record():
+    record = Conversation("c7", chat("hello", "yes"))
+    with pytest.raises(UserError, match=r"longest, 'c7', has 13.*truncate_prompt_left"):
+        encode_conversations([record], TOKENIZER, 8)
+    with pytest.raises(UserError, match="no examples are left of 1: 1 were over-long"):
+        encode_conversations([record], TOKENIZER, 8, over_long="drop")
+    with pytest.raises(UserError, match="record 'c8': a conversation must end"):
+        encode_conversations([Conversation("c8", chat("hello"))], TOKENIZER, 8)
+    with pytest.raises(UserError, match="no examples are left of 0"):
+        encode_conversations([], TOKENIZER, 8)
+
+
+def test_pairs_share_their_prompt():
+    pairs = [Pair("a", chat("hi"), "yes", "no"), Pair("b", chat("hi"), "x", "x")]
+    groups, stats = encode_pairs(pairs, TOKENIZER, 32)
+    assert groups[0].prompt == render_prompt(chat("hi"), TOKENIZER)
+    assert groups[0].branches == tuple(render_reply(r, TOKENIZER) for r in ("yes", "no"))
+    assert [g.example for g in groups] == [0, 1]
+    assert stats["identical"] == 1 and stats["encoded"] == 2
+
+
+def test_over_long_pairs():
+    pairs = [Pair("a", chat("h" * 20), "yes", "no"), Pair("b", chat("hi"), "yes", "no")]
+    with pytest.raises(UserError, match=r"1 of 2 .*'a', has 31"):
+        encode_pairs(pairs, TOKENIZER, 16)
+    groups, stats = encode_pairs(pairs, TOKENIZER, 16, over_long="drop")
+    assert [g.example for g in groups] == [1] and stats["dropped"] == 1
+    groups, stats = encode_pairs(pairs, TOKENIZER, 16, over_long="truncate_prompt_left")
+    assert stats["truncated"] == 1
+    assert groups[0].prompt == [BOS, *render_prompt(chat("h" * 20), TOKENIZER)[-8:]]
+    assert groups[0].branches == groups[1].branches
+    with pytest.raises(UserError, match="never cut"):
+        encode_pairs(pairs, TOKENIZER, 8, over_long="truncate_prompt_left")
+
+
+def test_trained_share():
+    assert check_trained_share([Document([1, 2, 3, 4], [0, 0, 1, 1])]) == 0.5
+    for is_target in ([0, 0], [1, 1]):
+        with pytest.raises(UserError, match="of 2 tokens"):
+            check_trained_share([Document([1, 2], is_target)])
+
+
+def test_empty_and_blank_turns_are_allowed():
+    record = Conversation("a", chat(" ", ""))
+    (document,), _ = encode_conversations([record], TOKENIZER, 16)
+    assert np.sum(document.is_target) == 1 and document.tokens[-1] == END

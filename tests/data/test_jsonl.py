@@ -1,0 +1,211 @@
+"""JSONL: every format reads, and every kind of bad line is named, counted and never silent."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from rlhf_jax.data import jsonl
+from rlhf_jax.data.jsonl import read_jsonl
+from rlhf_jax.data.records import Conversation, Message, Pair, Prompt, Text
+from rlhf_jax.errors import UserError
+
+USER, REPLY = Message("user", "hi"), Message("assistant", "yo")
+U, A, B = (
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "yo"},
+    {"role": "assistant", "content": "no"},
+)
+GOOD = {
+    "text": ({"text": "hi"}, Text("f.jsonl:1", "hi")),
+    "conversation": ({"messages": [U, A]}, Conversation("f.jsonl:1", (USER, REPLY))),
+    "prompt": ({"prompt": "hi"}, Prompt("f.jsonl:1", (USER,))),
+    "pair": (
+        {"prompt": "hi", "chosen": "yo", "rejected": "no"},
+        Pair("f.jsonl:1", (USER,), "yo", "no"),
+    ),
+    "hh": (
+        {"chosen": "\n\nHuman: hi\n\nAssistant: yo", "rejected": "\n\nHuman: hi\n\nAssistant: no"},
+        Pair("f.jsonl:1", (USER,), "yo", "no"),
+    ),
+}
+OTHER_FORMATS = [
+    ("conversation", {"prompt": "hi", "response": "yo"}),
+    ("conversation", {"prompt": [U], "response": "yo"}),
+    ("prompt", {"messages": [U]}),
+    ("prompt", {"prompt": [U]}),
+    ("pair", {"chosen": [U, A], "rejected": [U, B]}),
+    ("pair", {"prompt": [U], "chosen": [A], "rejected": [B]}),
+    ("pair", {"prompt": [U], "chosen": [U, A], "rejected": [U, B]}),
+]
+BAD = [
+    ("text", b'{"text": "x"', "invalid JSON.*column 13"),
+    ("text", b'{"text": "x"} {}', "invalid JSON"),
+    ("text", b'{"text": NaN}', "NaN is not JSON"),
+    ("text", b"[" * 100_000, "invalid JSON"),
+    ("text", b'{"text": ' + b"9" * 5000 + b"}", "invalid JSON"),
+    ("text", b'["text"]', "wrong type.*expected an object, got list"),
+    ("text", b'{"text": 3}', "field 'text' must be text, not int"),
+    ("text", b'{"text": null}', "must be text, not null"),
+    ("text", b'{"text": ""}', "empty text"),
+    ("text", b'{"text": "a\\u0000b"}', "NUL character.*'text'"),
+    ("text", b'{"text": "a\x00b"}', "invalid JSON"),
+    ("text", b'{"text": "\xff"}', "bad UTF-8.*column 11"),
+    ("text", b'\xef\xbb\xbf{"text": "x"}', "byte order mark"),
+    ("text", b'{"text": "\\ud800"}', "lone surrogate"),
+    ("text", b'{"txt": "x"}', r"missing key.*needs \{'text'\}; found \{'txt'\}"),
+    ("text", b'{"text": "x", "text": "y"}', "duplicate key.*'text'"),
+    ("text", b'{"text": "x", "id": []}', "field 'id'"),
+    ("text", b'{"text": "x", "meta": 3}', "'meta' must be an object"),
+    ("conversation", b'{"messages": []}', "bad roles: the conversation is empty"),
+    ("conversation", b'{"messages": "hi"}', "must be a list, not str"),
+    ("conversation", b'{"messages": [3]}', r"messages\[0\] must have exactly"),
+    ("conversation", b'{"messages": [{"role": "user"}]}', "bad message"),
+    ("conversation", b'{"messages": [{"role": "user", "content": "x"}]}', "must end with"),
+    ("conversation", b'{"prompt": 3, "response": "x"}', "field 'prompt'"),
+    ("pair", b'{"prompt": "x", "chosen": "y"}', "missing key"),
+    ("pair", b'{"chosen": "y", "rejected": "z"}', "use kind 'hh'"),
+    ("pair", b'{"prompt": "x", "chosen": "y", "rejected": "z", "margin": -1}', "bad margin"),
+    ("pair", b'{"prompt": "x", "chosen": "y", "rejected": "z", "margin": true}', "bad margin"),
+    ("hh", b'{"chosen": "hi", "rejected": "x"}', "not a dialogue.*'chosen'"),
+]
+
+
+def write(tmp_path, *lines: bytes | dict, name="f.jsonl"):
+    path = tmp_path / name
+    encoded = [json.dumps(x).encode() if isinstance(x, dict) else x for x in lines]
+    path.write_bytes(b"\n".join(encoded) + b"\n")
+    return path
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_formats(tmp_path, kind):
+    fields, record = GOOD[kind]
+    assert read_jsonl(write(tmp_path, fields), kind) == [record]
+
+
+@pytest.mark.parametrize(("kind", "fields"), OTHER_FORMATS)
+def test_other_spellings_of_the_same_record(tmp_path, kind, fields):
+    assert read_jsonl(write(tmp_path, fields), kind) == [GOOD[kind][1]]
+
+
+def test_ids_margins_and_other_keys_are_kept(tmp_path):
+    fields = {"prompt": "hi", "chosen": "yo", "rejected": "no", "margin": 2, "id": 7}
+    fields |= {"meta": {"topic": "pets"}, "source": "me", "scores": [1, 2]}
+    (pair,) = read_jsonl(write(tmp_path, fields), "pair")
+    meta = {"topic": "pets", "source": "me", "scores": "[1, 2]"}
+    assert pair == Pair("7", (USER,), "yo", "no", 2.0, meta)
+
+
+def test_dialogues_of_several_turns(tmp_path):
+    before = "\n\nHuman: hi \n\nAssistant: a\n\nb\n\nHuman: more"
+    fields = {"chosen": f"{before}\n\nAssistant: yo", "rejected": f"{before}\n\nAssistant: no\n"}
+    (pair,) = read_jsonl(write(tmp_path, fields), "hh")
+    assert [m.content for m in pair.prompt] == ["hi", "a\n\nb", "more"]
+    assert (pair.chosen, pair.rejected) == ("yo", "no")
+    other = {"chosen": fields["chosen"], "rejected": "\n\nHuman: ho\n\nAssistant: no"}
+    with pytest.raises(UserError, match="prompts differ"):
+        read_jsonl(write(tmp_path, other), "hh")
+
+
+@pytest.mark.parametrize(("suffix", "opener"), [(".gz", gzip.open), (".xz", lzma.open)])
+def test_compressed_files(tmp_path, suffix, opener):
+    path = tmp_path / f"f.jsonl{suffix}"
+    with opener(path, "wb") as file:
+        file.write(b'{"text": "a"}\n\n  \n{"text": "b"}')
+    assert [r.text for r in read_jsonl(path, "text")] == ["a", "b"]
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(UserError, match="cannot read"):
+        read_jsonl(path, "text")
+
+
+@pytest.mark.parametrize(("kind", "line", "message"), BAD)
+def test_a_bad_line_is_named(tmp_path, kind, line, message):
+    good = GOOD[kind][0]
+    path = write(tmp_path, good, line, good)
+    with pytest.raises(UserError, match=f"f.jsonl:2: .*{message}") as caught:
+        read_jsonl(path, kind)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    skipped = Counter()
+    assert len(read_jsonl(path, kind, max_bad_fraction=0.5, skipped=skipped)) == 2
+    assert skipped.total() == 1
+
+
+def test_bad_lines_are_counted_by_reason(tmp_path, caplog):
+    lines = [{"text": "x"}] * 7 + [{"txt": "x"}, {"text": 3}, {"text": 4}]
+    path = write(tmp_path, *lines)
+    skipped = Counter()
+    assert len(read_jsonl(path, "text", max_bad_fraction=0.3, skipped=skipped)) == 7
+    assert skipped == {"missing key": 1, "wrong type": 2}
+    assert "skipped 3 bad lines (2 wrong type, 1 missing key)" in caplog.text
+    with pytest.raises(UserError, match=r"3 of 10 lines are bad .* first: .*f.jsonl:8"):
+        read_jsonl(path, "text", max_bad_fraction=0.29)
+
+
+def test_one_file_has_one_format(tmp_path):
+    path = write(tmp_path, {"messages": [U, A]}, {"prompt": "hi", "response": "yo"})
+    with pytest.raises(UserError, match=r"f.jsonl:2: mixed format"):
+        read_jsonl(path, "conversation")
+
+
+def test_long_lines_are_not_read_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 100)
+    path = write(tmp_path, {"text": "a"}, {"text": "x" * 1000}, {"text": "b"})
+    with pytest.raises(UserError, match=r"f.jsonl:2: line too long"):
+        read_jsonl(path, "text")
+    kept = read_jsonl(path, "text", max_bad_fraction=0.5)
+    assert [(r.id, r.text) for r in kept] == [("f.jsonl:1", "a"), ("f.jsonl:3", "b")]
+
+
+def test_files_without_records(tmp_path):
+    for content in (b"", b"\n \n"):
+        path = tmp_path / "f.jsonl"
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="no records"):
+            read_jsonl(path, "text")
+    with pytest.raises(UserError, match="cannot read"):
+        read_jsonl(tmp_path / "missing.jsonl", "text")
+    with pytest.raises(UserError, match="cannot read"):
+        read_jsonl(tmp_path, "text")
+    with pytest.raises(UserError, match="unknown kind 'dpo'"):
+        read_jsonl(path, "dpo")
+    with pytest.raises(UserError, match="max_bad_fraction"):
+        read_jsonl(path, "text", max_bad_fraction=1.0)
+
+
+def test_two_thousand_mutated_lines_give_records_or_clean_errors(tmp_path):
+    rng = np.random.default_rng(0)
+    seeds = [(k, json.dumps(f).encode()) for k, (f, _) in GOOD.items()]
+    seeds += [(k, json.dumps(f).encode()) for k, f in OTHER_FORMATS]
+    good = bad = 0
+    for _ in range(2000):
+        kind, line = seeds[rng.integers(len(seeds))]
+        path = write(tmp_path, mutate(line, rng))
+        try:
+            good += len(read_jsonl(path, kind))
+        except UserError as error:
+            assert "f.jsonl" in str(error) and "\n" not in str(error)
+            bad += 1
+    assert good > 20 and bad > 1000
+
+
+def mutate(line: bytes, rng: np.random.Generator) -> bytes:
+    data = bytearray(line)
+    pieces = [b'"', b"{", b"}", b"[", b",", b"\\", b"\xff", b"\x00", b"\n", b"null", b"1e999"]
+    for _ in range(rng.integers(1, 4)):
+        at = int(rng.integers(len(data) + 1))
+        match rng.integers(4):
+            case 0:
+                data[at : at + 1] = bytes([rng.integers(256)])
+            case 1:
+                del data[at : at + int(rng.integers(1, 9))]
+            case 2:
+                data[at:at] = pieces[rng.integers(len(pieces))]
+            case 3:
+                data[at:at] = data[at : at + int(rng.integers(1, 20))]
+    return bytes(data)

@@ -1,0 +1,89 @@
+"""The world enum-121: four prompts with 121 possible responses each; nothing needs sampling.
+
+A response is up to MAX_TOKENS actions of {0 = EOS, 1 = a, 2 = b, 3 = c}, ended by EOS or cut off
+without. A policy is a table of logits [PROMPTS, 40 prefixes, 4 actions]. Expectations are sums.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+
+MAX_TOKENS, PROMPTS, ACTIONS = 4, 4, 4
+PREFIXES = [s for n in range(MAX_TOKENS) for s in product((1, 2, 3), repeat=n)]
+RESPONSES = [(*s, 0) for s in PREFIXES] + list(product((1, 2, 3), repeat=MAX_TOKENS))
+
+
+def code(tokens: tuple[int, ...]) -> int:
+    """A prefix or response as a number: its digits in base 4 after a leading 1."""
+    value = 1
+    for token in tokens:
+        value = 4 * value + token
+    return value
+
+
+def _tokens() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(prefix index, action, 1 if real) of each token of each response, [121, MAX_TOKENS]."""
+    index = {prefix: i for i, prefix in enumerate(PREFIXES)}
+    nodes, actions = np.zeros((2, len(RESPONSES), MAX_TOKENS), np.int32)
+    mask = np.zeros((len(RESPONSES), MAX_TOKENS))
+    for i, response in enumerate(RESPONSES):
+        for t, action in enumerate(response):
+            nodes[i, t], actions[i, t], mask[i, t] = index[response[:t]], action, 1
+    return nodes, actions, mask
+
+
+def _reference() -> np.ndarray:
+    """Reference logits [PROMPTS, 40, ACTIONS]: 0.8·sin(0.7n + 1.9j + 1.1p) − 0.5·[j=0]."""
+    p, n, j = np.meshgrid(
+        range(PROMPTS), [code(s) for s in PREFIXES], range(ACTIONS), indexing="ij"
+    )
+    return 0.8 * np.sin(0.7 * n + 1.9 * j + 1.1 * p) - 0.5 * (j == 0)
+
+
+def _reward(prompt: int, response: tuple[int, ...]) -> float:
+    letters = 0.5 * response.count(1) - 0.4 * response.count(2)
+    letters += (0.2 if prompt % 2 == 0 else -0.2) * response.count(3)
+    return letters - 0.5 * (response[-1] != 0) + 0.15 * np.sin(3.7 * code(response) + prompt)
+
+
+NODES, TOKENS, MASK = _tokens()
+LENGTHS = MASK.sum(1)
+REFERENCE = _reference()
+REWARDS = np.array([[_reward(p, s) for s in RESPONSES] for p in range(PROMPTS)])
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def logprobs(logits: np.ndarray) -> np.ndarray:
+    """Table [PROMPTS, 40, ACTIONS] → log π(response|prompt) [PROMPTS, 121]."""
+    return (log_softmax(logits)[:, NODES, TOKENS] * MASK).sum(-1)
+
+
+def expected_reward(logp: np.ndarray) -> float:
+    return float((np.exp(logp) * REWARDS).sum(1).mean())
+
+
+def kl(logp: np.ndarray, logq: np.ndarray) -> float:
+    """KL(p‖q), averaged over prompts."""
+    return float((np.exp(logp) * (logp - logq)).sum(1).mean())
+
+
+def tilt(logp: np.ndarray, exponent: np.ndarray) -> np.ndarray:
+    """log of p·exp(exponent)/Z."""
+    return log_softmax(logp + exponent)
+
+
+def pair_law(logp: np.ndarray) -> np.ndarray:
+    """Probability [PROMPTS, 121, 121] that [p, y, y′] is drawn and y is preferred; sums to 1.
+
+    A prompt is uniform, y ≠ y′ come from π × π, and Bradley–Terry with the true reward labels them.
+    """
+    probs = np.exp(logp)
+    drawn = probs[:, :, None] * probs[:, None, :] * (1 - np.eye(len(RESPONSES)))
+    drawn /= drawn.sum((1, 2), keepdims=True) * PROMPTS
+    return 2 * drawn / (1 + np.exp(REWARDS[:, None, :] - REWARDS[:, :, None]))

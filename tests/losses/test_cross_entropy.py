@@ -1,0 +1,309 @@
+"""Chunked token statistics against the full softmax: values, gradients, memory and any split."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rlhf_jax.losses import (
+    TokenStatistics,
+    add,
+    mean,
+    token_cross_entropy,
+    token_statistics,
+)
+
+ROWS, SLOTS, WIDTH, VOCAB = 3, 11, 6, 37
+
+
+def arrays(seed=0, rows=ROWS, slots=SLOTS, width=WIDTH, vocab=VOCAB):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    return (
+        jax.random.normal(keys[0], (rows, slots, width)),
+        jax.random.normal(keys[1], (vocab, width)),
+        jax.random.normal(keys[2], (vocab,)),
+        jax.random.randint(keys[3], (rows, slots), 0, vocab),
+    )
+
+
+def naive(hidden, unembedding, targets, *, bias=None, temperature=1.0, softcap=None):
+    """The definition, with all logits at once."""
+    logits = hidden @ unembedding.T + (0 if bias is None else bias)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logits = logits / temperature
+    logprobs = jax.nn.log_softmax(logits)
+    return TokenStatistics(
+        jnp.take_along_axis(logprobs, targets[..., None], -1)[..., 0],
+        jax.nn.logsumexp(logits, -1),
+        logits.mean(-1),
+        -(jnp.exp(logprobs) * logprobs).sum(-1),
+        (logits.argmax(-1) == targets).astype(jnp.float32),
+    )
+
+
+def all_shapes(jaxpr):
+    """Shapes of every array of a jaxpr and of those inside it."""
+    for equation in jaxpr.eqns:
+        for variable in (*equation.invars, *equation.outvars):
+            yield tuple(getattr(variable.aval, "shape", ()))
+        for inner in jaxprs_in_params(equation.params):
+            yield from all_shapes(inner)
+
+
+CHUNKS = [(512, None), (7, None), (512, 11), (7, 10), (1, 1)]
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7, "softcap": 3.0, "bias": True}], ids=["plain", "all"]
+)
+def test_equals_the_full_softmax_with_its_gradients(options, chunks):
+    hidden, unembedding, bias, targets = arrays()
+    options = dict(options)
+    bias = bias if options.pop("bias", False) else None
+    cotangents = [jax.random.normal(jax.random.key(i), targets.shape) for i in range(4)]
+
+    def objective(statistics, **extra):
+        def loss(hidden, unembedding, bias):
+            out = statistics(hidden, unembedding, targets, bias=bias, **options, **extra)
+            return sum(jnp.vdot(c, x) for c, x in zip(cotangents, out[:4], strict=True)), out
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(hidden, unembedding, bias)
+
+    chunk = {"chunk_tokens": chunks[0], "chunk_vocab": chunks[1]}
+    (_, expected), expected_gradients = objective(naive)
+    (_, got), got_gradients = objective(token_statistics, **chunk)
+    for name, a, b in zip(TokenStatistics._fields, got, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5, err_msg=name)
+    for a, b in zip(
+        jax.tree.leaves(got_gradients), jax.tree.leaves(expected_gradients), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_by_hand():
+    # One token of width 1, logits (0, ln 2, ln 5): p = (1/8, 2/8, 5/8).
+    unembedding = jnp.log(jnp.array([[1.0], [2.0], [5.0]]))
+    statistics = token_statistics(jnp.ones((3, 1)), unembedding, jnp.array([0, 1, 2]))
+    np.testing.assert_allclose(statistics.logprobs, np.log([1 / 8, 2 / 8, 5 / 8]), atol=1e-6)
+    np.testing.assert_allclose(statistics.logsumexp, [math.log(8)] * 3, atol=1e-6)
+    np.testing.assert_allclose(statistics.mean_logit, [math.log(10) / 3] * 3, atol=1e-6)
+    entropy = -sum(p * math.log(p) for p in (1 / 8, 2 / 8, 5 / 8))
+    np.testing.assert_allclose(statistics.entropy, [entropy] * 3, atol=1e-6)
+    np.testing.assert_array_equal(statistics.correct, [0, 0, 1])
+
+    (total, weight), metrics = token_cross_entropy(
+        statistics, jnp.array([1.0, 0.0, 2.0]), label_smoothing=0.1, z_loss=0.01
+    )
+    nll = math.log(8) + 2 * math.log(8 / 5)
+    uniform = 3 * (math.log(8) - math.log(10) / 3)
+    z = 3 * 0.01 * math.log(8) ** 2
+    assert float(total) == pytest.approx(0.9 * nll + 0.1 * uniform + z, abs=1e-5)
+    assert float(weight) == 3
+    assert float(metrics["nll"][0]) == pytest.approx(nll, abs=1e-5)
+    assert float(metrics["z_loss"][0]) == pytest.approx(z, abs=1e-6)
+    assert float(mean(metrics["accuracy"])) == pytest.approx(2 / 3)
+    assert float(mean(metrics["entropy"])) == pytest.approx(entropy, abs=1e-5)
+
+
+@pytest.mark.parametrize("chunk_vocab", [None, 2])
+def test_the_first_of_equal_logits_is_the_prediction(chunk_vocab):
+    equal = token_statistics(
+        jnp.ones((5, 1)), jnp.ones((5, 1)), jnp.arange(5), chunk_vocab=chunk_vocab
+    )
+    np.testing.assert_array_equal(equal.correct, [1, 0, 0, 0, 0])
+
+
+def test_huge_logits_stay_exact():
+    unembedding = jnp.array([[1e4], [1e4 - 8], [-1e4]])
+    got = token_statistics(jnp.ones((1, 1)), unembedding, jnp.array([1]), chunk_vocab=1)
+    np.testing.assert_allclose(got.logprobs, [-8 - math.log1p(math.exp(-8))], atol=1e-6)
+
+
+def test_no_array_of_tokens_by_vocabulary_exists():
+    tokens, width, vocab, chunk = 1024, 16, 2048, 64
+    hidden, unembedding, _, targets = arrays(rows=8, slots=128, width=width, vocab=vocab)
+
+    def loss(statistics, **chunks):
+        def total(hidden, unembedding):
+            out = statistics(hidden, unembedding, targets, **chunks)
+            return out.logprobs.sum() + out.entropy.sum()
+
+        return jax.jit(jax.grad(total, (0, 1)))
+
+    def largest(function):
+        return max(map(math.prod, all_shapes(jax.make_jaxpr(function)(hidden, unembedding).jaxpr)))
+
+    def temporary_bytes(function):
+        compiled = function.lower(hidden, unembedding).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    full = tokens * vocab
+    assert largest(loss(naive)) >= full
+    assert largest(loss(token_statistics, chunk_tokens=chunk)) == chunk * vocab
+    both = loss(token_statistics, chunk_tokens=chunk, chunk_vocab=256)
+    assert largest(both) == vocab * width
+    assert temporary_bytes(loss(naive)) >= 4 * full
+    assert temporary_bytes(both) < 4 * full / 8
+
+
+def test_one_chunk_costs_three_matrix_products():
+    hidden, unembedding, _, targets = arrays()
+
+    def products(**chunks):
+        loss = lambda h, w: token_statistics(h, w, targets, **chunks).logprobs.sum()
+        compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(hidden, unembedding).compile()
+        # The products of a loop's body are counted once.
+        return compiled.as_text().count(" dot(")
+
+    assert products() == 3
+    assert products(chunk_tokens=7) == 4
+
+
+def test_bfloat16_inputs_are_computed_in_float32():
+    hidden, unembedding, _, targets = arrays()
+    half = hidden.astype(jnp.bfloat16), unembedding.astype(jnp.bfloat16)
+    got = token_statistics(*half, targets)
+    expected = naive(*(x.astype(jnp.float32) for x in half), targets)
+    assert {x.dtype for x in got} == {jnp.dtype(jnp.float32)}
+    np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-5)
+    gradients = jax.grad(lambda h, w: token_statistics(h, w, targets).logprobs.sum(), (0, 1))(*half)
+    assert {x.dtype for x in gradients} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("chunk_tokens", [512, 7])
+def test_a_target_of_weight_zero_reaches_neither_loss_nor_gradient(chunk_tokens):
+    hidden, unembedding, _, targets = arrays()
+    weights = jnp.ones(targets.shape).at[1, 3].set(0).at[2].set(0)
+
+    def loss(hidden, unembedding, targets):
+        statistics = token_statistics(hidden, unembedding, targets, chunk_tokens=chunk_tokens)
+        return token_cross_entropy(statistics, weights, label_smoothing=0.1, z_loss=0.1)[0][0]
+
+    step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    value, (to_hidden, to_unembedding) = step(hidden, unembedding, targets)
+    spoiled = hidden.at[1, 3].set(jnp.nan).at[2].set(jnp.inf)
+    bad_targets = targets.at[1, 3].set(-100)
+    bad_value, (bad_to_hidden, bad_to_unembedding) = step(spoiled, unembedding, bad_targets)
+    assert value == bad_value
+    np.testing.assert_array_equal(to_hidden, bad_to_hidden)
+    np.testing.assert_array_equal(to_hidden[2], 0)
+    np.testing.assert_array_equal(to_unembedding, bad_to_unembedding)
+
+
+def test_a_target_outside_the_vocabulary_is_loud():
+    hidden, unembedding, _, targets = arrays()
+    statistics = token_statistics(hidden, unembedding, targets.at[0, 0].set(VOCAB), chunk_vocab=10)
+    assert jnp.isnan(statistics.logprobs[0, 0])
+    assert not jnp.isnan(statistics.logprobs[1:]).any()
+
+
+def test_no_tokens_at_all():
+    statistics = token_statistics(jnp.ones((2, 0, 4)), jnp.ones((5, 4)), jnp.zeros((2, 0), int))
+    (total, weight), _ = token_cross_entropy(statistics, jnp.zeros((2, 0)))
+    assert float(total) == float(weight) == 0
+
+
+def test_mistakes_are_refused():
+    hidden, unembedding, bias, targets = arrays()
+    with pytest.raises(ValueError, match="hidden must have"):
+        token_statistics(hidden[..., :-1], unembedding, targets)
+    with pytest.raises(ValueError, match=r"bias must have shape \(37,\)"):
+        token_statistics(hidden, unembedding, targets, bias=bias[:-1])
+    with pytest.raises(ValueError, match="temperature must be > 0"):
+        token_statistics(hidden, unembedding, targets, temperature=0.0)
+    with pytest.raises(ValueError, match="chunk_tokens must be > 0"):
+        token_statistics(hidden, unembedding, targets, chunk_tokens=0)
+
+
+@pytest.mark.parametrize("chunk_tokens", [512, 2])
+def test_same_under_every_transformation(chunk_tokens):
+    hidden, unembedding, _, targets = arrays(rows=8)
+    weights = jax.random.uniform(jax.random.key(9), targets.shape)
+
+    def loss(unembedding, hidden, targets, weights):
+        statistics = token_statistics(hidden, unembedding, targets, chunk_tokens=chunk_tokens)
+        return token_cross_entropy(statistics, weights, z_loss=1e-2)[0]
+
+    step = jax.value_and_grad(lambda *a: loss(*a)[0])
+    value, gradient = step(unembedding, hidden, targets, weights)
+    # Each device, or vmapped lane, sees one row; sums of their sums are the whole.
+    rows = [x[:, None] for x in (hidden, targets, weights)]
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    specs = (P(), P("data"), P("data"), P("data"))
+
+    def sharded(*args):
+        local = lambda *a: jax.lax.psum(loss(*a), "data")
+        total, weight = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())(*args)
+        return total, weight
+
+    np.testing.assert_allclose(
+        sharded(unembedding, hidden, targets, weights)[1], weights.sum(), rtol=1e-6
+    )
+    results = {
+        "jit": jax.jit(step)(unembedding, hidden, targets, weights),
+        "vmap": jax.tree.map(
+            lambda x: x.sum(0), jax.vmap(step, (None, 0, 0, 0))(unembedding, *rows)
+        ),
+        "pmap": jax.tree.map(
+            lambda x: x.sum(0), jax.pmap(step, in_axes=(None, 0, 0, 0))(unembedding, *rows)
+        ),
+        "shard_map": jax.jit(jax.value_and_grad(lambda *a: sharded(*a)[0]))(
+            unembedding, hidden, targets, weights
+        ),
+    }
+    for name, (other_value, other_gradient) in results.items():
+        np.testing.assert_allclose(other_value, value, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(other_gradient, gradient, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_any_split_into_microbatches_and_devices_gives_the_same_gradient(devices):
+    hidden, unembedding, _, targets = arrays(rows=64, slots=9)
+    # Row lengths 0 to 9, most of them short; the first eighth, a whole microbatch, is empty.
+    lengths = np.random.default_rng(0).choice([0, 1, 2, 9], 64)
+    lengths[:8] = 0
+    weights = (np.arange(9) < lengths[:, None]).astype(np.float32)
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+
+    def total(unembedding, hidden, targets, weights):
+        statistics = token_statistics(hidden, unembedding, targets, chunk_tokens=16)
+        return jax.lax.psum(token_cross_entropy(statistics, weights)[0], "data")
+
+    specs = (P(), P("data"), P("data"), P("data"))
+    over_devices = jax.shard_map(total, mesh=mesh, in_specs=specs, out_specs=P())
+    step = jax.jit(jax.value_and_grad(lambda *a: over_devices(*a), has_aux=True))
+
+    def full_batch(unembedding):
+        return mean(token_cross_entropy(naive(hidden, unembedding, targets), weights)[0])
+
+    value, gradient = jax.value_and_grad(full_batch)(unembedding)
+    for microbatches in (1, 2, 4, 8):
+        parts = [x.reshape(microbatches, -1, *x.shape[1:]) for x in (hidden, targets, weights)]
+        loss, gradients = (jnp.zeros(()), jnp.zeros(())), jnp.zeros_like(unembedding)
+        for part in zip(*parts, strict=True):
+            reduction, part_gradient = step(unembedding, *part)
+            loss, gradients = add(loss, reduction), gradients + part_gradient
+        np.testing.assert_allclose(mean(loss), value, rtol=1e-6)
+        np.testing.assert_allclose(gradients / loss[1], gradient, atol=1e-6)
+
+
+def test_a_sharded_batch_is_never_gathered():
+    hidden, unembedding, _, targets = arrays(rows=16, slots=32)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    hidden, targets = (jax.device_put(x, NamedSharding(mesh, P("data"))) for x in (hidden, targets))
+    unembedding = jax.device_put(unembedding, NamedSharding(mesh, P()))
+    loss = lambda h, w: token_statistics(h, w, targets, chunk_tokens=128).logprobs.sum()
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, unembedding).compile().as_text()
+    assert "all-reduce" in text
+    assert (
+        "all-gather" not in text and "all-to-all" not in text and "collective-permute" not in text
+    )

@@ -1,0 +1,81 @@
+"""A whole training run of the stand-in model, for tests that kill it: script.py workdir key=value…"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import jax
+import numpy as np
+
+from rlhf_jax.errors import EXIT_RESUMABLE, EXIT_USER, Preempted, UserError
+from rlhf_jax.training.checkpoint import save_params
+from rlhf_jax.training.loop import train
+from rlhf_jax.training.optimizer import make_optimizer
+from rlhf_jax.training.rundir import RunDirectory
+from rlhf_jax.training.state import init_state
+from rlhf_jax.training.step import make_step
+from tests.training import model
+
+STEPS = 12
+
+
+def alter(number: int, batch):
+    """Step 6 has a NaN weight, and SIGTERM=k sends the signal while batch k is prepared."""
+    if number == 6:
+        batch["weights"][1, 0] = np.nan
+    if os.environ.get("SIGTERM") == str(number):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return batch
+
+
+def main(workdir: str, *changes: str) -> None:
+    config = {"seed": 0, "train": {"steps": STEPS, "log_every": 2}, "optimizer": {"name": "adamw"}}
+    for change in changes:
+        name, value = change.split("=")
+        config["train" if name in config["train"] else "optimizer"][name] = int(value)
+    with RunDirectory(workdir, config) as run:
+        optimizer, schedule = make_optimizer(config["optimizer"], STEPS)
+        state = init_state(model.init(), optimizer, ema=True)
+        step = make_step(
+            model.loss_fn,
+            optimizer,
+            microbatches=2,
+            max_grad_norm=1.0,
+            ema_decay=0.9,
+            schedule=schedule,
+        )
+        evaluate = jax.jit(
+            lambda params: model.loss_fn(params, model.make_batch(0), jax.random.key(1))
+        )
+
+        def evaluation(state):
+            (total, weight), _ = evaluate(state.ema_params)
+            return {"eval/loss": float(total / weight)}
+
+        state, _ = train(
+            state,
+            step,
+            model.Batches(alter),
+            steps=STEPS,
+            run=run,
+            log_every=config["train"]["log_every"],
+            checkpoint_every=4,
+            evaluations=((5, evaluation),),
+            tokenizer_hash="town",
+            tensorboard=False,
+        )
+        save_params(run.path / "params", {"p": state.params, "ema": state.ema_params}, {"a": 1})
+        run.write_summary("script", {"steps": int(state.step)}, config_hash="c", parents={})
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER)
+    except Preempted as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        sys.exit(EXIT_RESUMABLE)

@@ -1,0 +1,188 @@
+"""Promises under faults: real processes are killed, and the files they leave are damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlhf_jax.training.checkpoint import load_params
+from rlhf_jax.training.mesh import named_leaves
+from tests.training.script import STEPS
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "tests.training.script"]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if k not in ("FAULT", "SIGTERM")}
+    return clean | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | variables
+
+
+def run(workdir: Path, *changes: str, **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*COMMAND, str(workdir), *changes],
+        cwd=ROOT,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def results(workdir: Path):
+    """(final parameters as bytes, metrics lines without wall-clock fields)."""
+    assert json.loads((workdir / "summary.json").read_text())["status"] == "done"
+    params, _ = load_params(workdir / "params")
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+    return {name: np.asarray(x).tobytes() for name, x in named_leaves(params).items()}, lines
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    done = run(workdir)
+    assert done.returncode == 0, done.stderr
+    params, lines = results(workdir)
+    assert [line["step"] for line in lines] == [2, 4, 5, 6, 8, 10, 12]  # every 2, evaluated, last
+    assert [line["train/skipped"] for line in lines] == [0, 0, 0, 1, 1, 1, 1]
+    assert [line["step"] for line in lines if "eval/loss" in line] == [5, 10, 12]
+    assert lines[3]["train/loss"] == "NaN"
+    return params, lines
+
+
+def continue_and_compare(workdir: Path, expected) -> str:
+    done = run(workdir)
+    assert done.returncode == 0, done.stderr
+    assert results(workdir) == expected
+    assert not list(workdir.rglob("*.tmp"))
+    return done.stdout
+
+
+POINTS = [
+    "step:1",
+    "step:7",
+    "checkpoint:begun:8",
+    "checkpoint:arrays:8",
+    "checkpoint:sealed:4",
+    "checkpoint:renamed:8",
+    "checkpoint:removing",
+    "checkpoint:removed:12",
+    "metrics:5",
+    "metrics:10",
+    "summary",
+]
+QUICK = ("checkpoint:arrays:8", "metrics:10")
+
+
+@pytest.mark.parametrize(
+    "point", [p if p in QUICK else pytest.param(p, marks=pytest.mark.slow) for p in POINTS]
+)
+def test_killed_at_a_point_and_restarted_is_bitwise_the_same(point, expected, tmp_path):
+    killed = run(tmp_path, FAULT=point)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "summary.json").exists()
+    continue_and_compare(tmp_path, expected)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_is_bitwise_the_same(expected, tmp_path):
+    for point in ("step:3", "checkpoint:sealed:4", "metrics:6", "checkpoint:begun:8", "step:11"):
+        assert run(tmp_path, FAULT=point).returncode == -signal.SIGKILL
+    continue_and_compare(tmp_path, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.1, 0.2, 0.4])
+def test_killed_at_any_moment_is_bitwise_the_same(delay, expected, tmp_path):
+    process = subprocess.Popen([*COMMAND, str(tmp_path)], cwd=ROOT, env=environment())
+    while not (tmp_path / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.kill()
+    process.wait()
+    continue_and_compare(tmp_path, expected)
+
+
+def test_sigterm_saves_exits_75_and_resumes(expected, tmp_path):
+    stopped = run(tmp_path, SIGTERM="7")
+    assert stopped.returncode == 75, stopped.stderr
+    assert "saved at step 7" in stopped.stderr
+    assert "00000007" in os.listdir(tmp_path / "checkpoints")
+    assert "continuing after step 7" in continue_and_compare(tmp_path, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 4, STEPS])
+def test_sigterm_at_other_steps(step, expected, tmp_path):
+    assert run(tmp_path, SIGTERM=str(step)).returncode == 75
+    continue_and_compare(tmp_path, expected)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def largest(checkpoint: Path) -> Path:
+    arrays = (p for p in (checkpoint / "arrays").rglob("*") if p.is_file())
+    return max(arrays, key=lambda p: p.stat().st_size)
+
+
+DAMAGE = {
+    "truncated array": lambda c: truncate(largest(c)),
+    "flipped bit": lambda c: flip(largest(c)),
+    "flipped bit in data.json": lambda c: flip(c / "data.json"),
+    "missing file": lambda c: largest(c).unlink(),
+    "extra file": lambda c: (c / "arrays" / "extra").touch(),
+    "empty manifest": lambda c: (c / "manifest.json").write_text(""),
+    "missing manifest": lambda c: (c / "manifest.json").unlink(),
+}
+
+
+@pytest.mark.parametrize(
+    "damage", [d if d == "flipped bit" else pytest.param(d, marks=pytest.mark.slow) for d in DAMAGE]
+)
+def test_a_damaged_newest_checkpoint_is_set_aside(damage, expected, tmp_path):
+    assert run(tmp_path, FAULT="step:11").returncode == -signal.SIGKILL
+    DAMAGE[damage](tmp_path / "checkpoints" / "00000008")
+    output = continue_and_compare(tmp_path, expected)
+    assert "00000008 is damaged" in output and "set aside as 00000008.corrupt" in output
+    assert "continuing after step 4" in output
+    assert (tmp_path / "checkpoints" / "00000008.corrupt").is_dir()
+
+
+def test_a_second_run_and_a_changed_config_exit_2(expected, tmp_path):
+    process = subprocess.Popen(
+        [*COMMAND, str(tmp_path)], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL
+    )
+    try:
+        while not (tmp_path / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGSTOP)
+        second = run(tmp_path)
+        assert second.returncode == 2
+        assert f"held by pid {process.pid} on host {socket.gethostname()}" in second.stderr
+    finally:
+        process.kill()
+        process.wait()
+    changed = run(tmp_path, "warmup_steps=3")
+    assert changed.returncode == 2
+    assert "config changed: optimizer.warmup_steps: 'absent' -> 3" in changed.stdout
+    assert "another config (optimizer.warmup_steps: 'absent' -> 3)" in changed.stderr
+    continue_and_compare(tmp_path, expected)  # the lock of the killed process is taken over
+    assert run(tmp_path, "log_every=4").returncode == 0  # what changes no number is free
