@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import logging
 import os
 from collections import Counter
@@ -51,20 +52,21 @@ class Source:
 def load_records(name: str, split: str) -> list[Record]:
     """The records of a data set's split, prepared on first use under `cache_dir()`.
 
-    `name` is "set" or "set/config"; `split` may be sliced ("train[:10%]"). The prepared files are
-    keyed by version and by the content of local source files, so a changed file is never mistaken
-    for an older one. Raises UserError for unknown names and for files that cannot be had.
+    `name` is "set", "set/config" or "set/kind", which is the first config of that kind; `split` may
+    be sliced ("train[:10%]"). The prepared files are keyed by the content of the source files,
+    so a changed file is never mistaken for an older one. Raises UserError for unknown
+    names and for files that cannot be had.
     """
-    set_name, _, config = name.partition("/")
+    set_name, _, wanted = name.partition("/")
     cls = _builder_class(set_name)
-    configs = [c.name for c in cls.BUILDER_CONFIGS]
-    if config and config not in configs:
-        raise UserError(f"data set {set_name!r} has no config {config!r}; there are: {configs}")
+    names = [c.name for c in cls.BUILDER_CONFIGS]
+    of_kind = [c.name for c in cls.BUILDER_CONFIGS if c.kind == wanted]
+    config = wanted if wanted in names else next(iter(of_kind if wanted else names), None)
+    if config is None:
+        raise UserError(f"data set {set_name!r} has no config {wanted!r}; there are: {names}")
     folder = cache_dir() / "datasets"
-    sources = getattr(cls, "SOURCES", {}).get(config or configs[0], ())
-    if sources:
-        folder /= _fingerprint(sources)
-    builder = cls(config=config or configs[0], data_dir=folder, file_format="array_record")
+    folder /= _fingerprint(cls, config)
+    builder = cls(config=config, data_dir=folder, file_format="array_record")
     return read_records(builder, split)
 
 
@@ -79,7 +81,7 @@ def data_folder() -> Path | None:
     return beside if beside.is_dir() else None
 
 
-class TinyShakespeare(RecordBuilder, skip_registration=True):
+class TinyShakespeare(RecordBuilder):
     """Karpathy's tiny Shakespeare, split as in nanoGPT: first 90 % of the characters, last 10 %."""
 
     VERSION = tfds.core.Version("1.0.0")
@@ -106,7 +108,7 @@ class TinyShakespeare(RecordBuilder, skip_registration=True):
         }
 
 
-class Tinyfabulist(RecordBuilder, skip_registration=True):
+class Tinyfabulist(RecordBuilder):
     """Fables for children aged 4-7 by small open models; those of reasoning models are left out.
 
     DeepSeek-R1's fables hold its thinking. `meta["llm"]` names the writer. Split by prompt.
@@ -139,7 +141,7 @@ class Tinyfabulist(RecordBuilder, skip_registration=True):
         }
 
 
-class Gsm8k(RecordBuilder, skip_registration=True):
+class Gsm8k(RecordBuilder):
     """Grade-school maths problems, https://arxiv.org/abs/2110.14168.
 
     Answers keep their calculator calls (<<48/2=24>>); `meta["answer"]` is what follows "####".
@@ -173,7 +175,7 @@ class Gsm8k(RecordBuilder, skip_registration=True):
         return {split: read_lines(path, convert) for split, path in splits}
 
 
-class HhRlhf(RecordBuilder, skip_registration=True):
+class HhRlhf(RecordBuilder):
     """Human preferences about helpfulness and harmlessness, https://arxiv.org/abs/2204.05862.
 
     Built from the test files of the release (2,300 to 2,750 pairs each), split by prompt. The few
@@ -255,12 +257,21 @@ def _download(source: Source, dl_manager) -> Path:
     return path
 
 
-def _fingerprint(sources: tuple[Source, ...]) -> str:
-    """Names what the sources hold: their bytes where they are local, else the expected ones."""
+def _fingerprint(cls: type[RecordBuilder], config: str) -> str:
+    """Names what a set is made from.
+
+    The bytes of local files, the hashes of files to be downloaded, or for a generated set (without
+    SOURCES) the code beside its builder.
+    """
     digest = hashlib.sha256()
+    sources = getattr(cls, "SOURCES", {}).get(config, ())
     for source in sources:
         path = _local_path(source)
         digest.update(path.read_bytes() if path else f"{source.sha256}".encode())
+    if not sources:
+        folder = Path(inspect.getfile(cls)).parent
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

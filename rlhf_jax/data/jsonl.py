@@ -22,8 +22,9 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from rlhf_jax.data.chat import check_messages
 from rlhf_jax.data.records import Conversation, Message, Pair, Prompt, Record, Text
@@ -89,7 +90,8 @@ def read_lines(
     """
     if not 0 <= max_bad_fraction < 1:
         raise UserError(f"max_bad_fraction must be in [0, 1), got {max_bad_fraction}")
-    records, reasons, first_error = [], Counter(), ""
+    reasons: Counter[str] = Counter()
+    records, first_error = [], ""
     for number, raw in _raw_lines(path):
         try:
             records.append(convert(_parse(raw), f"{Path(path).name}:{number}"))
@@ -113,7 +115,7 @@ def read_lines(
     return records
 
 
-def open_bytes(path: str | os.PathLike) -> BinaryIO:
+def open_bytes(path: str | os.PathLike) -> BufferedIOBase:
     """Opens a file for reading, through gzip or xz if its first bytes say so."""
     with open(path, "rb") as file:
         magic = file.read(6)

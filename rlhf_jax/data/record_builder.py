@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -23,11 +24,15 @@ class RecordConfig(tfds.core.BuilderConfig):
     kind: str = "text"
 
 
-class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC, skip_registration=True):
+class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
     """A data set of one kind of record a config.
 
     A subclass states `VERSION` and `BUILDER_CONFIGS` (of `RecordConfig`) and writes `records`.
     """
+
+    def __init_subclass__(cls, skip_registration: bool = True, **kwargs: Any):
+        """Keeps the names of TFDS's own data sets free for it; `load_records` finds ours."""
+        super().__init_subclass__(skip_registration=skip_registration, **kwargs)
 
     code_path = None  # TFDS's own lookup needs importlib_resources, which it does not install
 
@@ -58,10 +63,21 @@ def cache_dir() -> Path:
 
 
 def read_records(builder: RecordBuilder, split: str) -> list[Record]:
-    """Prepares the data set unless its files are there, and reads a split ("train[:10%]" works)."""
-    if not Path(builder.data_path).is_dir():
+    """Prepares the data set unless its files are there, and reads a split ("train[:10%]" works).
+
+    Processes that want the same set at once take turns; a killed preparation leaves nothing behind
+    that is read later.
+    """
+    files = Path(builder.data_path)
+    if not files.is_dir():
         tfds.disable_progress_bar()
-        builder.download_and_prepare()
+        files.parent.mkdir(parents=True, exist_ok=True)
+        with open(files.parent / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if files.is_dir():  # another process was first
+                builder.info.read_from_directory(files)
+            else:
+                builder.download_and_prepare()
     try:
         source = builder.as_data_source(split=split)
     except ValueError as error:
@@ -78,10 +94,10 @@ def to_example(record: Record) -> dict[str, Any]:
         case Text():
             example |= {"text": record.text}
         case Conversation() | Prompt():
-            example |= {"messages": [dataclasses.asdict(m) for m in record.messages]}
+            example |= {"messages": _write_messages(record.messages)}
         case Pair():
             example |= {
-                "prompt": [dataclasses.asdict(m) for m in record.prompt],
+                "prompt": _write_messages(record.prompt),
                 "chosen": record.chosen,
                 "rejected": record.rejected,
                 "margin": json.dumps(record.margin),
@@ -109,6 +125,10 @@ def from_example(kind: str, example: Mapping[str, Any]) -> Record:
                 meta,
             )
     raise ValueError(f"unknown kind of record {kind!r}")
+
+
+def _write_messages(messages: Iterable[Message]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]
 
 
 def _read_messages(columns: Mapping[str, list[bytes]]) -> tuple[Message, ...]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from rlhf_jax.data.records import Prompt
-from rlhf_jax.data.town.gold import GoldScore, gold_score
+from rlhf_jax.data.town.gold import GoldScore, gold_score, is_correct
 from rlhf_jax.evaluation.responses import Answer
 from rlhf_jax.evaluation.statistics import wilson_interval, win_rate
 
@@ -30,3 +31,50 @@ def gold_metrics(
         metrics["eval/gold_win_rate_low"] = won.low
         metrics["eval/gold_win_rate_high"] = won.high
     return metrics
+
+
+def correct_metrics(
+    name: str, prompts: Sequence[Prompt], answers: Sequence[Answer]
+) -> dict[str, float]:
+    """eval/correct/<name>: the share of right answers, whatever their style, with 95 % interval."""
+    right = sum(is_correct(p, a.text) for p, a in zip(prompts, answers, strict=True))
+    low, high = wilson_interval(right, len(prompts))
+    key = f"eval/correct/{name}"
+    return {key: right / len(prompts), f"{key}_low": low, f"{key}_high": high}
+
+
+def gold_plots(
+    scores: Mapping[str, Sequence[GoldScore]], prompts: Sequence[Prompt]
+) -> list[dict[str, Any]]:
+    """The report's figures: gold reward by component and by task family, one bar a model."""
+    components = list(next(iter(scores.values()))[0].components)
+    families = sorted({p.meta["family"] for p in prompts})
+
+    def by_family(each: Sequence[GoldScore], family: str) -> float:
+        mine = [s.total for s, p in zip(each, prompts, strict=True) if p.meta["family"] == family]
+        return float(np.mean(mine))
+
+    return [
+        {
+            "kind": "grouped_bars",
+            "section": "changes",
+            "title": "Gold reward by component",
+            "groups": components,
+            "series": {
+                name: [float(np.mean([s.components[c] for s in each])) for c in components]
+                for name, each in scores.items()
+            },
+            "ylabel": "held-out mean",
+        },
+        {
+            "kind": "grouped_bars",
+            "section": "changes",
+            "title": "Gold reward by task family",
+            "groups": families,
+            "series": {
+                name: [by_family(each, family) for family in families]
+                for name, each in scores.items()
+            },
+            "ylabel": "held-out mean",
+        },
+    ]

@@ -377,7 +377,7 @@ def _legend(axes: Any) -> None:
 
 
 def _tick(value: float) -> str:
-    """Short tick labels: 0.25, 3e−4, 12k, 3M."""
+    """Short tick labels: 0.25, 3e−5, 12k, 3M."""
     size = abs(value)
     if size >= 1e6:
         text = f"{value / 1e6:.4g}M"

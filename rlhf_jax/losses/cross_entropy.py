@@ -63,13 +63,14 @@ def token_statistics(
     A token none of whose outputs is used gets gradient 0, even if its hidden state is not finite.
 
     Args:
-      hidden: [..., D]. unembedding: [V, D]. bias: [V]. Products accumulate in float32 or better.
+      hidden: [..., D]. unembedding: [V, D]. Their products accumulate in float32 or better.
+      bias: [V], finite; −1e9 bans a word (if there is no softcap).
       targets: [...] integers. Outside [0, V): logprobs is NaN there and correct is 0.
       temperature, softcap: Python numbers > 0.
       chunk_tokens, chunk_vocab: most tokens and words a chunk; None takes the vocabulary whole.
 
     Returns:
-      TokenStatistics of [...] arrays, float32 (float64 if an input is).
+      TokenStatistics of [...] arrays, float32 (float64 if hidden or unembedding is).
 
     Raises:
       ValueError: shapes do not fit, or a number is not positive.
@@ -78,7 +79,7 @@ def token_statistics(
     vocab, width = unembedding.shape
     if hidden.shape != (*targets.shape, width):
         raise ValueError(
-            f"hidden must have the shape of targets and the width of unembedding, "
+            "hidden must have the shape of targets and the width of unembedding, "
             f"{(*targets.shape, width)}, got {hidden.shape}"
         )
     if bias is not None and bias.shape != (vocab,):
@@ -149,7 +150,7 @@ def _chunks(x: jax.Array, size: int, minor: bool = False) -> jax.Array:
     return x.reshape((each, count, *x.shape[1:]) if minor else (count, each, *x.shape[1:]))
 
 
-def _vary_alike(*arrays: jax.Array | None) -> list[jax.Array | None]:
+def _vary_alike(*arrays: jax.Array | None) -> list[Any]:
     """Adds every array's zero to every other, so that under shard_map all vary over the same axes.
 
     Loop carries need that, and it makes the gradient of a replicated array the sum over devices.
@@ -178,14 +179,19 @@ def _lowest(dtype: jnp.dtype) -> float:
 
 
 def _logits(options: _Options, hidden, words, bias, columns) -> jax.Array:
-    """[c, v] logits of one chunk; those of padding words are far below any other."""
+    """[c, v] logits of one chunk; those of padding words are far below any other.
+
+    The barrier has them computed once: a fusion that recomputes them may round another way, and
+    then no logit equals the highest.
+    """
     dtype = at_least_f32(hidden, words)
     logits = jnp.einsum("cd,vd->cv", hidden, words, preferred_element_type=dtype)
     if bias is not None:
-        logits += bias
+        logits += bias.astype(dtype)
     if options.softcap is not None:
         logits = options.softcap * jnp.tanh(logits / options.softcap)
-    return jnp.where(columns < options.vocab, logits / options.temperature, _lowest(dtype))
+    logits = jnp.where(columns < options.vocab, logits / options.temperature, _lowest(dtype))
+    return jax.lax.optimization_barrier(logits)
 
 
 def _chunk_statistics(options: _Options, keep: bool, hidden, words, bias, targets):
@@ -205,10 +211,13 @@ def _chunk_statistics(options: _Options, keep: bool, hidden, words, bias, target
         moment = scale * (moment + mass * (top - higher)) + jnp.sum(exps * shifted, -1)
         mass = scale * mass + jnp.sum(exps, -1)
         total += jnp.sum(jnp.where(columns < options.vocab, logits, 0), -1)
-        is_target = (columns == targets[:, None]) & (columns < options.vocab)
-        here = jnp.sum(jnp.where(is_target, logits, 0), -1)
-        target_logit = jnp.where(is_target.any(-1), here, target_logit)
-        best = jnp.where(higher > top, columns[jnp.argmax(logits, -1)], best)
+        offset = targets - columns[0]
+        here = (offset >= 0) & (offset < columns.size) & (targets < options.vocab)
+        offset = jnp.where(here, offset, 0)[:, None]
+        found = jnp.take_along_axis(logits, offset, -1)[:, 0]
+        target_logit = jnp.where(here, found, target_logit)
+        first = jnp.min(jnp.where(logits == higher[:, None], columns, options.vocab), -1)
+        best = jnp.where(higher > top, first, best)
         return (higher, mass, moment, total, target_logit, best), logits if keep else None
 
     dtype = at_least_f32(hidden, words)

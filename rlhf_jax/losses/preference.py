@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses.checks import check_choice, check_range, check_rank, check_same_shape
-from rlhf_jax.losses.reductions import Reduction, at_least_f32, keep_weighted, mean, weighted_sum
+from rlhf_jax.losses.reductions import Reduction, keep_weighted, mean, weighted_sum
 from rlhf_jax.losses.reward import pair_accuracy
 
 log_sigmoid = jax.nn.log_sigmoid
@@ -32,8 +32,8 @@ class Pairs(NamedTuple):
 
     chosen: jax.Array
     rejected: jax.Array
-    ref_chosen: jax.Array | None
-    ref_rejected: jax.Array | None
+    ref_chosen: Any
+    ref_rejected: Any
     chosen_lengths: jax.Array
     rejected_lengths: jax.Array
     weights: jax.Array
@@ -339,8 +339,7 @@ def preference_loss(
     check_rank("chosen_logprobs", chosen_logprobs, 1)
     check_same_shape(**arrays, weights=weights)
 
-    weights = weights.astype(at_least_f32(weights))
-    pairs = Pairs(*keep_weighted(weights, *arrays.values()), weights)
+    pairs = Pairs(*keep_weighted(weights, *arrays.values(), weights))
     pairs = pairs._replace(
         chosen_lengths=jnp.maximum(pairs.chosen_lengths, 1),
         rejected_lengths=jnp.maximum(pairs.rejected_lengths, 1),

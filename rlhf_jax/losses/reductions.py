@@ -46,7 +46,7 @@ def weighted_sums(
     return reductions["loss"], reductions
 
 
-def keep_weighted(weights: jax.Array, *arrays: jax.Array | None) -> list[jax.Array | None]:
+def keep_weighted(weights: jax.Array, *arrays: jax.Array | None) -> list[Any]:
     """Arrays in at least float32 with 0 where the weight is 0; None stays None.
 
     Losses call it before any arithmetic: a NaN masked later is still a NaN in the gradient.

@@ -14,11 +14,12 @@ _CHOICES = {
     "compute_dtype": ("float32", "bfloat16"),
     "remat": ("none", "full", "dots"),
 }
-_POSITIVE = (
-    "vocab_size layers width heads kv_heads head_dim mlp_width max_length unroll "
-    "norm_eps rope_theta init_std"
-).split()
-_POSITIVE_OR_NONE = ("logit_softcap", "attention_softcap", "sliding_window")
+_WHOLE = (
+    *("vocab_size", "layers", "width", "heads", "kv_heads", "head_dim", "mlp_width"),
+    *("max_length", "unroll", "sliding_window"),
+)
+_REAL = ("norm_eps", "rope_theta", "init_std", "logit_softcap", "attention_softcap")
+_OPTIONAL = ("sliding_window", "logit_softcap", "attention_softcap")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +67,13 @@ class ModelConfig:
                 raise UserError(
                     f"model.{field} = {getattr(self, field)!r}: choose one of {', '.join(choices)}"
                 )
-        for field in _POSITIVE + list(_POSITIVE_OR_NONE):
+        for field in _WHOLE + _REAL:
             value = getattr(self, field)
-            if value is None and field in _POSITIVE_OR_NONE:
+            if value is None and field in _OPTIONAL:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise UserError(f"model.{field} = {value!r}: give a number above 0")
+            kinds, what = (int, "whole number") if field in _WHOLE else (int | float, "number")
+            if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
+                raise UserError(f"model.{field} = {value!r}: give a {what} above 0")
         if self.heads % self.kv_heads:
             raise UserError(
                 f"model.heads = {self.heads} is not a multiple of model.kv_heads = {self.kv_heads}"

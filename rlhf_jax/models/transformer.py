@@ -6,6 +6,7 @@ Layers are stacked on axis 0 of their parameters and scanned. Linen does not lea
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -204,6 +205,7 @@ class _Transformer(nn.Module):
         return _Norm(config, config.norm, name="final_norm")(x), new
 
 
+@partial(jax.jit, static_argnums=0)
 def init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     """Fresh float32 parameters: a nested dict, those of the layers stacked on axis 0.
 

@@ -11,21 +11,26 @@ import importlib
 import json
 import os
 import runpy
-import time
+import shlex
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.report import METRICS, environment, write_report
+from rlhf_jax.evaluation.tables import print_summary
+from rlhf_jax.stages.common import ancestry, read_summary
 from rlhf_jax.training.rundir import RunDirectory
 
 STAGES = ("pretrain", "sft", "reward", "preference")
 
 
-def config_hash(config: ConfigDict) -> str:
-    """First 12 hex digits of the SHA-256 of the config's canonical JSON."""
-    text = json.dumps(config.to_dict(), sort_keys=True)
+def config_hash(config: Mapping[str, Any]) -> str:
+    """First 12 hex digits of the SHA-256 of a config's canonical JSON."""
+    text = json.dumps(config, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -42,18 +47,6 @@ def default_workdir(source: str, runs: Path) -> Path:
     """<runs>/<file>[-<variant>] of "experiments/<file>.py[:<variant>]"."""
     path, _, variant = source.partition(":")
     return runs / "-".join(filter(None, (Path(path).stem, variant)))
-
-
-def read_summary(workdir: Path) -> dict[str, Any] | None:
-    """summary.json of a finished run, None if there is none."""
-    path = workdir / "summary.json"
-    if not path.exists():
-        return None
-    try:
-        summary = json.loads(path.read_text())
-        return summary if summary["status"] == "done" else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a run's summary ({error!r}); delete the run") from error
 
 
 def run(
@@ -79,19 +72,79 @@ def _run(
 ) -> Path:
     if config.stage not in STAGES:
         raise UserError(f"config.stage = {config.stage!r}: choose one of {', '.join(STAGES)}")
-    parents, hashes = {}, {}
-    for role, parent in config.init.items():
-        if parent:
-            parents[role] = _parent(parent, workdir.parent, (*descendants, source))
-            hashes[role] = _require_summary(parents[role])["config_hash"]
-    identity = hashlib.sha256(f"{config_hash(config)}{sorted(hashes.items())}".encode())
-    digest = identity.hexdigest()[:12]
-    summary = read_summary(workdir)
-    if summary and summary["config_hash"] == digest:
+    lineage = (*descendants, source)
+    parents = {
+        role: _parent(parent, workdir.parent, lineage)
+        for role, parent in config.init.items()
+        if parent
+    }
+    hashes = {role: read_summary(path)["config_hash"] for role, path in parents.items()}
+    pinned = config.to_dict() | {"parents": hashes}
+    digest = config_hash(pinned)
+    done = (workdir / "summary.json").exists()
+    if done and read_summary(workdir)["config_hash"] == digest:
         print(f"reusing {workdir}: it is finished and its config is the same", flush=True)
     else:
         print(f"running {source} in {workdir}", flush=True)
-        summary = _run_stage(config, source, workdir, parents, digest, allow_changes)
+        _run_stage(config, pinned, workdir, parents, allow_changes)
     if not descendants:
-        _print_end(workdir, summary)
+        show(workdir)
     return workdir
+
+
+def _parent(parent: str, runs: Path, lineage: tuple[str, ...]) -> Path:
+    """The run directory of a parent, run first if it is an experiment."""
+    if ".py" not in parent:
+        read_summary(Path(parent))
+        return Path(parent)
+    if parent in lineage:
+        raise UserError(f"config.init runs in a circle: {' <- '.join((*lineage, parent))}")
+    return _run(load_config(parent), parent, default_workdir(parent, runs), False, lineage)
+
+
+def _run_stage(
+    config: ConfigDict,
+    pinned: dict[str, Any],
+    workdir: Path,
+    parents: dict[str, Path],
+    allow_changes: bool,
+) -> None:
+    stage = importlib.import_module(f"rlhf_jax.stages.{config.stage}")
+    with RunDirectory(workdir, pinned, allow_changes=allow_changes) as held:
+        metrics = stage.run(config, held, parents)
+        summary = {
+            "stage": config.stage,
+            "status": "done",
+            "config_hash": config_hash(pinned),
+            "parents": {role: str(path) for role, path in parents.items()},
+            "wall_seconds": round(held.wall_seconds(), 3),
+            "metrics": {name: float(value) for name, value in metrics.items()},
+            "command": shlex.join(["python", "-m", "rlhf_jax.main", *sys.argv[1:]]),
+            "environment": environment(),
+        }
+        write_report(workdir, summary)
+        held.write_summary(summary)
+
+
+def show(workdir: Path) -> None:
+    """Prints what a finished run came to: a table of its lineage, three samples, the report's path."""
+    runs = ancestry(workdir)
+    summaries = [read_summary(path) for path in runs]
+    names = [n for n in METRICS if any(n in s["metrics"] for s in summaries)]
+    rows = [[METRICS[n][0], *(s["metrics"].get(n) for s in summaries)] for n in names]
+    rows.append(["Wall time (s)", *(s["wall_seconds"] for s in summaries)])
+    samples = workdir / "samples.jsonl"
+    chosen = []
+    if samples.exists():
+        chosen = pick_samples([json.loads(line) for line in samples.read_text("utf-8").splitlines()])
+    print_summary(f"{workdir}", ["", *(path.name for path in runs)], rows, chosen)
+    print(f"report: {workdir / 'report.html'}", flush=True)
+
+
+def pick_samples(samples: list[dict[str, Any]], count: int = 3) -> list[dict[str, Any]]:
+    """The first samples on which the last two models differ, for the console."""
+    def differ(sample) -> bool:
+        texts = list(sample["responses"].values())[-2:]
+        return len(set(texts)) == len(texts)
+
+    return [sample for sample in samples if differ(sample)][:count]

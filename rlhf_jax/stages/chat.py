@@ -1,13 +1,12 @@
 """What a chat stage ends with: held-out prompts answered by every model of the lineage, and judged.
 
 Answers are sampled at temperature 1, where a model shows all it does and the KL estimate is
-unbiased; questions about facts are also answered greedily.
+unbiased; the town's questions about facts are also answered greedily.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlhf_jax.data.chat import render_prompt
-from rlhf_jax.data.records import Pair, Prompt
-from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.evaluation.gold import fact_metrics, gold_metrics, gold_plots, gold_scores
+from rlhf_jax.data.records import Conversation, Pair, Prompt
+from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.gold import correct_metrics, gold_metrics, gold_plots, gold_scores
 from rlhf_jax.evaluation.responses import Answer, answer, sequence_kl
 from rlhf_jax.evaluation.statistics import bootstrap_interval
-from rlhf_jax.stages.common import read_records, say, write_evaluation, write_jsonl
+from rlhf_jax.stages.common import ancestry, read_records, say, write_evaluation, write_jsonl
 from rlhf_jax.training.model import Model, load_model
 
 
@@ -34,15 +33,15 @@ def evaluate_chat(
     """Answers held-out prompts with the new model and its ancestors; writes samples and figures.
 
     Args:
-        model: what the stage made.
+        run: the stage's run directory. model: what the stage made.
         start: run directory of the model it started from, against which it is judged.
         plots: further figures for the report.
     """
-    prompts = held_out_prompts(config, model)
+    prompts = held_out_prompts(config, model)[: config.eval.count]
     models = {path.name: load_model(path) for path in ancestry(start)} | {run.name: model}
     answers = {name: _answer(config, each, prompts) for name, each in models.items()}
-    ours, reference = answers[run.name], models[start.name]
-    kl = sequence_kl(model, reference, prompts, ours)
+    ours = answers[run.name]
+    kl = sequence_kl(model, models[start.name], prompts, ours)
     low, high = bootstrap_interval(kl, config.seed)
     metrics = {
         "eval/kl": float(kl.mean()),
@@ -51,13 +50,60 @@ def evaluate_chat(
         "eval/response_length": float(np.mean([len(a.tokens) for a in ours])),
         "eval/eos_rate": float(np.mean([a.finished for a in ours])),
     }
-    scores = {}
+    scores: Mapping[str, Any] = {}
     if config.eval.gold:
         scores = {name: gold_scores(prompts, each) for name, each in answers.items()}
         metrics |= gold_metrics(scores[run.name], scores[start.name])
-        facts = [p for p in held_out_prompts(config, model, limit=False) if is_fact(p)]
-        metrics |= fact_metrics(facts, _answer(config, model, facts, temperature=0.0))
-        plots = [*gold_plots(scores), *plots]
+        facts = read_records(config, "town/facts", "prompt", "validation")
+        metrics |= correct_metrics("facts", facts, _answer(config, model, facts, temperature=0.0))
+        plots = [*gold_plots(scores, prompts), *plots]
     write_evaluation(run, plots=plots)
-    write_samples(run, prompts, answers, scores)
+    write_jsonl(
+        run / "samples.jsonl",
+        [
+            {
+                "prompt": [{"role": m.role, "content": m.content} for m in prompt.messages],
+                "responses": {name: each[i].text for name, each in answers.items()},
+            }
+            | ({"scores": {name: each[i].total for name, each in scores.items()}} if scores else {})
+            for i, prompt in enumerate(prompts)
+        ],
+    )
     return metrics
+
+
+def held_out_prompts(config: ConfigDict, model: Model) -> list[Prompt]:
+    """The prompts of the evaluation's records that leave room for an answer; the others are counted."""
+    records = read_records(config, config.eval.source, config.eval.kind, "validation")
+    prompts = [_as_prompt(record) for record in records]
+    room = model.config.max_length - config.eval.max_new_tokens
+    kept = [p for p in prompts if len(render_prompt(p.messages, model.tokenizer)) <= room]
+    say("held-out prompts", {"read": len(prompts), "too long": len(prompts) - len(kept)})
+    if not kept:
+        raise UserError(
+            f"eval.max_new_tokens = {config.eval.max_new_tokens} leaves no held-out prompt room in "
+            f"model.max_length = {model.config.max_length}"
+        )
+    return kept
+
+
+def _as_prompt(record: Prompt | Pair | Conversation) -> Prompt:
+    match record:
+        case Pair():
+            return Prompt(record.id, record.prompt, record.meta)
+        case Conversation():
+            return Prompt(record.id, record.messages[:-1], record.meta)
+    return record
+
+
+def _answer(
+    config: ConfigDict, model: Model, prompts: Sequence[Prompt], temperature: float | None = None
+) -> list[Answer]:
+    return answer(
+        model,
+        prompts,
+        max_new_tokens=config.eval.max_new_tokens,
+        temperature=config.eval.temperature if temperature is None else temperature,
+        seed=config.seed,
+        batch_rows=config.eval.batch_rows,
+    )

@@ -122,6 +122,26 @@ def batches_of(config: ConfigDict, model: Model, sources: Mapping[str, float], r
     return make_iterator(make_dataset(rows, config.batch.rows, seed=config.seed, weights=weights))
 
 
+def read_summary(workdir: Path) -> dict[str, Any]:
+    """summary.json of a finished run; UserError if the run is not finished."""
+    path = workdir / "summary.json"
+    try:
+        summary = json.loads(path.read_text())
+        if summary["status"] == "done":
+            return summary
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a run's summary ({error!r}); delete that run") from error
+    raise UserError(f"{workdir} is not the directory of a finished run")
+
+
+def ancestry(workdir: Path) -> list[Path]:
+    """The runs a model comes from, oldest first, itself last."""
+    parent = read_summary(workdir)["parents"].get("policy")
+    return [*(ancestry(Path(parent)) if parent else []), workdir]
+
+
 def write_evaluation(run: Path, tables: Sequence[Any] = (), plots: Sequence[Any] = ()) -> None:
     """Writes evaluation.json, which the report draws."""
     write_json(run / "evaluation.json", {"tables": list(tables), "plots": list(plots)})

@@ -56,10 +56,9 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all other devices
     config.eval = ConfigDict({"batch_rows": 64})
     for name, values in sections.items():
-        if name in config and isinstance(config[name], ConfigDict):
-            config[name].update(values)
-        else:
-            config[name] = values
+        if name not in config:
+            config[name] = ConfigDict()
+        config[name].update(values)
     return config
 
 
@@ -71,9 +70,9 @@ def model(preset: str, **changes: Any) -> ConfigDict:
 def chat_evaluation(**changes: Any) -> dict[str, Any]:
     """How a chat stage ends: held-out prompts are answered and judged."""
     return {
-        "prompts": "town",  # data set or JSONL file
-        "prompts_kind": "prompt",  # or "pair", "conversation": the prompts of such records
-        "count": 256,  # at most so many prompts
+        "source": "town",  # of held-out prompts: a data set or a JSONL file …
+        "kind": "prompt",  # … of this kind; the prompts of a "pair" or "conversation" serve too
+        "count": 256,  # prompts at most
         "max_new_tokens": 64,
         "temperature": 1.0,
         "gold": True,  # judged by the town's scorer

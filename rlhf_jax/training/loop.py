@@ -107,13 +107,19 @@ def train(
             save = last or stop or number % checkpoint_every == 0
             wanted = last or due or number % log_every == 0
             log.add(number, metrics, tokens(batch), batch.get("row_ids"), bool(wanted))
-            with clock.paused():
-                if due or save:
-                    log.settle({k: v for f in due for k, v in f(state).items()})
-                if save:
+            if due or save:
+                jax.block_until_ready(metrics)
+                with clock.paused():
+                    evaluated = {k: v for f in due for k, v in f(state).items()}
+                log.settle(evaluated)
+            if save:
+                with clock.paused():
                     writer.sync()
-                    meta = {"config": run.config, "tokenizer_hash": tokenizer_hash}
-                    meta["wall_seconds"] = run.wall_seconds()
+                    meta = {
+                        "config": run.config,
+                        "tokenizer_hash": tokenizer_hash,
+                        "wall_seconds": run.wall_seconds(),
+                    }
                     checkpoints.save(number, state, batches.get_state(), meta)
             if stop:
                 break
@@ -159,7 +165,7 @@ class _Log:
             )
         if wanted:
             values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-            values |= evaluated | self._clock.line()
+            values |= {**evaluated, **self._clock.line()}
             self._writer.write(number, values)
             self._progress.show(number, values)
 
@@ -185,7 +191,7 @@ def _resume(state, batches, checkpoints: Checkpoints, run: RunDirectory, tokeniz
     return restored.state, meta["step"]
 
 
-def _report_recompilation(step: Callable) -> Callable:
+def _report_recompilation(step: Any) -> Callable:
     """The same step; a second compilation for a batch of the same shapes prints a warning."""
     seen: set[tuple] = set()
 
@@ -194,9 +200,7 @@ def _report_recompilation(step: Callable) -> Callable:
         result = step(state, batch)
         shapes = tuple((name, x.shape, str(x.dtype)) for name, x in sorted(batch.items()))
         if shapes in seen and step._cache_size() > compiled:
-            print(
-                f"warning: the step was compiled again for known batch shapes {shapes}", flush=True
-            )
+            print(f"warning: the step was compiled again for batch shapes {shapes}", flush=True)
         seen.add(shapes)
         return result
 

@@ -160,8 +160,8 @@ def make_optimizer(
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     """Orthogonalised momentum for each layer's matrix [in, out] of kernels [layers, in, out].
 
-    Scaled by muon_rms · √max(in, out), to the RMS of Adam's updates, so that Adam's learning rate and
-    weight decay serve: "Muon is Scalable for LLM Training", https://arxiv.org/abs/2502.16982.
+    Scaled by muon_rms · √max(in, out), to the RMS of Adam's updates, so that Adam's learning rate
+    and weight decay serve: "Muon is Scalable for LLM Training", https://arxiv.org/abs/2502.16982.
     """
 
     def dimensions(updates):

@@ -18,6 +18,7 @@ class Clock:
         self._settled = 0
         self._tokens = 0
         self._first: tuple[float, int, int] | None = None
+        self._last = (0.0, 0, 0)
         self._line = (self._now(), 0, 0, 0.0)
 
     def _now(self) -> float:
@@ -41,8 +42,9 @@ class Clock:
         """One more step is finished on the device, with this many tokens."""
         self._settled += 1
         self._tokens += tokens
+        self._last = (self._now(), self._settled, self._tokens)
         if self._first is None:
-            self._first = (self._now(), self._settled, self._tokens)
+            self._first = self._last
 
     def line(self) -> dict[str, float]:
         """Averages since the last call, as time/… metrics."""
@@ -64,11 +66,13 @@ class Clock:
         """Averages of all steps after the first one, which holds the compilation."""
         if self._first is None or self._settled < 2:
             return {}
-        start, steps, tokens = self._first
-        seconds = max(self._now() - start, 1e-9)
+        seconds, steps, tokens = (
+            last - first for first, last in zip(self._first, self._last, strict=True)
+        )
+        seconds = max(seconds, 1e-9)
         rates = {
-            "train/steps_per_second": (self._settled - steps) / seconds,
-            "train/tokens_per_second": (self._tokens - tokens) / seconds,
+            "train/steps_per_second": steps / seconds,
+            "train/tokens_per_second": tokens / seconds,
         }
         if self._flops_per_token is not None:
             flops = rates["train/tokens_per_second"] * self._flops_per_token

@@ -82,11 +82,11 @@ class RunDirectory:
     Attributes:
       path: the directory.
       config: the configuration as plain JSON values.
-      stop_requested: a signal came while stopping was deferred.
+      defer_stop: set while a signal must not interrupt; `stop_requested` says that one came.
 
     Raises (on entering):
       UserError: another process holds the directory, or the config changed in a way that would
-        silently change the run. `allow_changes` accepts learning rate, steps and mesh.
+        silently change the run. `allow_changes` accepts optimizer, steps and mesh.
     """
 
     def __init__(self, path: str | os.PathLike, config, *, allow_changes: bool = False):
@@ -122,24 +122,9 @@ class RunDirectory:
         """Seconds spent on this run, before its last checkpoint and since this process's start."""
         return self.earlier_seconds + time.monotonic() - self._start
 
-    def write_summary(
-        self,
-        stage: str,
-        metrics: Mapping[str, float],
-        *,
-        config_hash: str,
-        parents: Mapping[str, str],
-    ) -> None:
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json, the last file of a run: with it the run is done."""
         fault_point("summary")
-        summary = {
-            "stage": stage,
-            "status": "done",
-            "config_hash": config_hash,
-            "parents": dict(parents),
-            "wall_seconds": round(self.wall_seconds(), 3),
-            "metrics": {name: float(value) for name, value in metrics.items()},
-        }
         write_json(self.path / "summary.json", summary)
 
     def _check_config(self) -> None:

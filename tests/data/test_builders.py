@@ -9,6 +9,7 @@ import http.server
 import json
 import logging
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tensorflow_datasets as tfds
@@ -35,7 +36,7 @@ REAL = pytest.mark.skipif(
 )
 
 
-class Everything(RecordBuilder, skip_registration=True):
+class Everything(RecordBuilder):
     """One config a kind of record."""
 
     VERSION = tfds.core.Version("1.0.0")
@@ -64,6 +65,16 @@ def test_records_survive_array_record(tmp_path, kind):
     assert (tmp_path / "everything" / kind / "1.0.0").is_dir()
     assert read_records(builder, "train") == records
     assert all(type(record) is KINDS[kind] for record in records)
+
+
+def test_two_that_prepare_at_once_take_turns(tmp_path):
+    """Both are made before either prepares, so the second finds the files of the first."""
+    first, second = (
+        Everything(config="text", data_dir=tmp_path, file_format="array_record") for _ in range(2)
+    )
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(read_records, (first, second), ("train", "train")))
+    assert results[0] == results[1] and len(results[0]) == 2
 
 
 def test_unknown_names_list_the_known(cache):
@@ -201,6 +212,8 @@ def test_hh_rlhf(cache, config, pairs):
     assert 0.99 * pairs < len(train) + len(validation) < pairs
     assert not {r.prompt for r in train} & {r.prompt for r in validation}
     assert 0.07 * pairs < len(validation) < 0.13 * pairs
+    if config == "helpful":
+        assert load_records("hh_rlhf/pair", "train") == train
     assert all(r.prompt[0].role == "user" and r.prompt[-1].role == "user" for r in train)
 
 

@@ -23,6 +23,11 @@ from rlhf_jax.losses import (
 ROWS, SLOTS, WIDTH, VOCAB = 3, 11, 6, 37
 
 
+jitted_statistics = jax.jit(
+    token_statistics, static_argnames=("temperature", "softcap", "chunk_tokens", "chunk_vocab")
+)
+
+
 def arrays(seed=0, rows=ROWS, slots=SLOTS, width=WIDTH, vocab=VOCAB):
     keys = jax.random.split(jax.random.key(seed), 4)
     return (
@@ -58,12 +63,16 @@ def all_shapes(jaxpr):
             yield from all_shapes(inner)
 
 
-CHUNKS = [(512, None), (7, None), (512, 11), (7, 10), (1, 1)]
-
-
-@pytest.mark.parametrize("chunks", CHUNKS)
 @pytest.mark.parametrize(
-    "options", [{}, {"temperature": 0.7, "softcap": 3.0, "bias": True}], ids=["plain", "all"]
+    ("options", "chunks"),
+    [
+        ({}, (512, None)),
+        ({}, (7, 10)),
+        ({"temperature": 0.7, "softcap": 3.0, "bias": True}, (512, None)),
+        ({"temperature": 0.7, "softcap": 3.0, "bias": True}, (7, None)),
+        ({"temperature": 0.7, "softcap": 3.0, "bias": True}, (512, 11)),
+        ({"temperature": 0.7, "softcap": 3.0, "bias": True}, (1, 1)),
+    ],
 )
 def test_equals_the_full_softmax_with_its_gradients(options, chunks):
     hidden, unembedding, bias, targets = arrays()
@@ -92,7 +101,7 @@ def test_equals_the_full_softmax_with_its_gradients(options, chunks):
 def test_by_hand():
     # One token of width 1, logits (0, ln 2, ln 5): p = (1/8, 2/8, 5/8).
     unembedding = jnp.log(jnp.array([[1.0], [2.0], [5.0]]))
-    statistics = token_statistics(jnp.ones((3, 1)), unembedding, jnp.array([0, 1, 2]))
+    statistics = jitted_statistics(jnp.ones((3, 1)), unembedding, jnp.array([0, 1, 2]))
     np.testing.assert_allclose(statistics.logprobs, np.log([1 / 8, 2 / 8, 5 / 8]), atol=1e-6)
     np.testing.assert_allclose(statistics.logsumexp, [math.log(8)] * 3, atol=1e-6)
     np.testing.assert_allclose(statistics.mean_logit, [math.log(10) / 3] * 3, atol=1e-6)
@@ -116,7 +125,7 @@ def test_by_hand():
 
 @pytest.mark.parametrize("chunk_vocab", [None, 2])
 def test_the_first_of_equal_logits_is_the_prediction(chunk_vocab):
-    equal = token_statistics(
+    equal = jitted_statistics(
         jnp.ones((5, 1)), jnp.ones((5, 1)), jnp.arange(5), chunk_vocab=chunk_vocab
     )
     np.testing.assert_array_equal(equal.correct, [1, 0, 0, 0, 0])
@@ -124,7 +133,7 @@ def test_the_first_of_equal_logits_is_the_prediction(chunk_vocab):
 
 def test_huge_logits_stay_exact():
     unembedding = jnp.array([[1e4], [1e4 - 8], [-1e4]])
-    got = token_statistics(jnp.ones((1, 1)), unembedding, jnp.array([1]), chunk_vocab=1)
+    got = jitted_statistics(jnp.ones((1, 1)), unembedding, jnp.array([1]), chunk_vocab=1)
     np.testing.assert_allclose(got.logprobs, [-8 - math.log1p(math.exp(-8))], atol=1e-6)
 
 
@@ -159,7 +168,9 @@ def test_one_chunk_costs_three_matrix_products():
     hidden, unembedding, _, targets = arrays()
 
     def products(**chunks):
-        loss = lambda h, w: token_statistics(h, w, targets, **chunks).logprobs.sum()
+        def loss(hidden, unembedding):
+            return token_statistics(hidden, unembedding, targets, **chunks).logprobs.sum()
+
         compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(hidden, unembedding).compile()
         # The products of a loop's body are counted once.
         return compiled.as_text().count(" dot(")
@@ -171,11 +182,16 @@ def test_one_chunk_costs_three_matrix_products():
 def test_bfloat16_inputs_are_computed_in_float32():
     hidden, unembedding, _, targets = arrays()
     half = hidden.astype(jnp.bfloat16), unembedding.astype(jnp.bfloat16)
-    got = token_statistics(*half, targets)
+    got = jitted_statistics(*half, targets)
     expected = naive(*(x.astype(jnp.float32) for x in half), targets)
     assert {x.dtype for x in got} == {jnp.dtype(jnp.float32)}
     np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-5)
-    gradients = jax.grad(lambda h, w: token_statistics(h, w, targets).logprobs.sum(), (0, 1))(*half)
+
+    @jax.jit
+    def gradients(*half):
+        return jax.grad(lambda h, w: token_statistics(h, w, targets).logprobs.sum(), (0, 1))(*half)
+
+    gradients = gradients(*half)
     assert {x.dtype for x in gradients} == {jnp.dtype(jnp.bfloat16)}
 
 
@@ -201,13 +217,38 @@ def test_a_target_of_weight_zero_reaches_neither_loss_nor_gradient(chunk_tokens)
 
 def test_a_target_outside_the_vocabulary_is_loud():
     hidden, unembedding, _, targets = arrays()
-    statistics = token_statistics(hidden, unembedding, targets.at[0, 0].set(VOCAB), chunk_vocab=10)
+    statistics = jitted_statistics(hidden, unembedding, targets.at[0, 0].set(VOCAB), chunk_vocab=10)
     assert jnp.isnan(statistics.logprobs[0, 0])
     assert not jnp.isnan(statistics.logprobs[1:]).any()
 
 
+@pytest.mark.parametrize("chunk_vocab", [None, 10])
+def test_a_bias_can_ban_words(chunk_vocab):
+    hidden, unembedding, _, _ = arrays()
+    allowed = jnp.array([0, 3, 4, 20])
+    bias = jnp.full(VOCAB, -1e9).at[allowed].set(0)
+    index = jax.random.randint(jax.random.key(1), hidden.shape[:2], 0, len(allowed))
+
+    @jax.jit
+    @jax.value_and_grad
+    def banned(hidden):
+        out = token_statistics(
+            hidden, unembedding, allowed[index], bias=bias, chunk_vocab=chunk_vocab
+        )
+        return (out.logprobs + out.entropy).sum()
+
+    @jax.jit
+    @jax.value_and_grad
+    def small(hidden):
+        out = naive(hidden, unembedding[allowed], index)
+        return (out.logprobs + out.entropy).sum()
+
+    for got, expected in zip(banned(hidden), small(hidden), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_no_tokens_at_all():
-    statistics = token_statistics(jnp.ones((2, 0, 4)), jnp.ones((5, 4)), jnp.zeros((2, 0), int))
+    statistics = jitted_statistics(jnp.ones((2, 0, 4)), jnp.ones((5, 4)), jnp.zeros((2, 0), int))
     (total, weight), _ = token_cross_entropy(statistics, jnp.zeros((2, 0)))
     assert float(total) == float(weight) == 0
 
@@ -233,40 +274,44 @@ def test_same_under_every_transformation(chunk_tokens):
         statistics = token_statistics(hidden, unembedding, targets, chunk_tokens=chunk_tokens)
         return token_cross_entropy(statistics, weights, z_loss=1e-2)[0]
 
-    step = jax.value_and_grad(lambda *a: loss(*a)[0])
-    value, gradient = step(unembedding, hidden, targets, weights)
-    # Each device, or vmapped lane, sees one row; sums of their sums are the whole.
+    def expected(unembedding):
+        return token_cross_entropy(naive(hidden, unembedding, targets), weights, z_loss=1e-2)[0]
+
+    # Under vmap, pmap and shard_map each lane or device has one row; the sums add up to the whole.
+    step = jax.value_and_grad(loss, has_aux=True)
     rows = [x[:, None] for x in (hidden, targets, weights)]
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    specs = (P(), P("data"), P("data"), P("data"))
-
-    def sharded(*args):
-        local = lambda *a: jax.lax.psum(loss(*a), "data")
-        total, weight = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())(*args)
-        return total, weight
-
-    np.testing.assert_allclose(
-        sharded(unembedding, hidden, targets, weights)[1], weights.sum(), rtol=1e-6
+    sharded = jax.shard_map(
+        lambda *a: jax.lax.psum(loss(*a), "data"),
+        mesh=mesh,
+        in_specs=(P(), P("data"), P("data"), P("data")),
+        out_specs=P(),
     )
     results = {
         "jit": jax.jit(step)(unembedding, hidden, targets, weights),
-        "vmap": jax.tree.map(
-            lambda x: x.sum(0), jax.vmap(step, (None, 0, 0, 0))(unembedding, *rows)
-        ),
-        "pmap": jax.tree.map(
-            lambda x: x.sum(0), jax.pmap(step, in_axes=(None, 0, 0, 0))(unembedding, *rows)
-        ),
-        "shard_map": jax.jit(jax.value_and_grad(lambda *a: sharded(*a)[0]))(
+        "vmap": jax.jit(jax.vmap(step, (None, 0, 0, 0)))(unembedding, *rows),
+        "pmap": jax.pmap(step, in_axes=(None, 0, 0, 0))(unembedding, *rows),
+        "shard_map": jax.jit(jax.value_and_grad(sharded, has_aux=True))(
             unembedding, hidden, targets, weights
         ),
     }
-    for name, (other_value, other_gradient) in results.items():
-        np.testing.assert_allclose(other_value, value, rtol=1e-5, err_msg=name)
-        np.testing.assert_allclose(other_gradient, gradient, atol=1e-5, err_msg=name)
+    (total, weight), gradient = jax.jit(jax.value_and_grad(expected, has_aux=True))(unembedding)
+    for name, result in results.items():
+        if name in ("vmap", "pmap"):
+            result = jax.tree.map(lambda x: x.sum(0), result)
+        np.testing.assert_allclose(result[0], (total, weight), rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(result[1], gradient, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4, 8])
-def test_any_split_into_microbatches_and_devices_gives_the_same_gradient(devices):
+SPLITS = [(m, d) for m in (1, 2, 4, 8) for d in (1, 2, 4, 8)]
+QUICK_SPLITS = [(1, 8), (8, 1), (2, 4), (8, 8)]
+
+
+@pytest.mark.parametrize(
+    ("microbatches", "devices"),
+    [pytest.param(*s, marks=() if s in QUICK_SPLITS else pytest.mark.slow) for s in SPLITS],
+)
+def test_any_split_gives_the_same_gradient(microbatches, devices):
     hidden, unembedding, _, targets = arrays(rows=64, slots=9)
     # Row lengths 0 to 9, most of them short; the first eighth, a whole microbatch, is empty.
     lengths = np.random.default_rng(0).choice([0, 1, 2, 9], 64)
@@ -280,20 +325,20 @@ def test_any_split_into_microbatches_and_devices_gives_the_same_gradient(devices
 
     specs = (P(), P("data"), P("data"), P("data"))
     over_devices = jax.shard_map(total, mesh=mesh, in_specs=specs, out_specs=P())
-    step = jax.jit(jax.value_and_grad(lambda *a: over_devices(*a), has_aux=True))
+    step = jax.jit(jax.value_and_grad(over_devices, has_aux=True))
 
     def full_batch(unembedding):
         return mean(token_cross_entropy(naive(hidden, unembedding, targets), weights)[0])
 
-    value, gradient = jax.value_and_grad(full_batch)(unembedding)
-    for microbatches in (1, 2, 4, 8):
-        parts = [x.reshape(microbatches, -1, *x.shape[1:]) for x in (hidden, targets, weights)]
-        loss, gradients = (jnp.zeros(()), jnp.zeros(())), jnp.zeros_like(unembedding)
-        for part in zip(*parts, strict=True):
-            reduction, part_gradient = step(unembedding, *part)
-            loss, gradients = add(loss, reduction), gradients + part_gradient
-        np.testing.assert_allclose(mean(loss), value, rtol=1e-6)
-        np.testing.assert_allclose(gradients / loss[1], gradient, atol=1e-6)
+    value, gradient = jax.jit(jax.value_and_grad(full_batch))(unembedding)
+    parts = [x.reshape(microbatches, -1, *x.shape[1:]) for x in (hidden, targets, weights)]
+    assert microbatches < 8 or not parts[2][0].any()
+    loss, gradients = (jnp.zeros(()), jnp.zeros(())), jnp.zeros_like(unembedding)
+    for part in zip(*parts, strict=True):
+        reduction, part_gradient = step(unembedding, *part)
+        loss, gradients = add(loss, reduction), gradients + part_gradient
+    np.testing.assert_allclose(mean(loss), value, rtol=1e-6)
+    np.testing.assert_allclose(gradients / loss[1], gradient, atol=1e-6)
 
 
 def test_a_sharded_batch_is_never_gathered():
@@ -301,7 +346,10 @@ def test_a_sharded_batch_is_never_gathered():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     hidden, targets = (jax.device_put(x, NamedSharding(mesh, P("data"))) for x in (hidden, targets))
     unembedding = jax.device_put(unembedding, NamedSharding(mesh, P()))
-    loss = lambda h, w: token_statistics(h, w, targets, chunk_tokens=128).logprobs.sum()
+
+    def loss(hidden, unembedding):
+        return token_statistics(hidden, unembedding, targets, chunk_tokens=128).logprobs.sum()
+
     text = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, unembedding).compile().as_text()
     assert "all-reduce" in text
     assert (

@@ -101,7 +101,7 @@ def fit(loss, start):
         value, gradient = step(flat.reshape(start.shape))
         return float(value), np.asarray(gradient).ravel()
 
-    options = {"maxiter": 1500, "maxfun": 3000, "ftol": 1e-14, "gtol": 1e-8, "maxcor": 30}
+    options = {"maxiter": 1500, "maxfun": 3000, "ftol": 1e-12, "gtol": 1e-8, "maxcor": 30}
     found = minimize(objective, start.ravel(), jac=True, method="L-BFGS-B", options=options)
     return found.x.reshape(start.shape), found.fun
 

@@ -1,4 +1,4 @@
-"""A whole training run of the stand-in model, for tests that kill it: script.py workdir key=value…"""
+"""A whole training run of the stand-in model, for tests that kill it: workdir, key=value…"""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def main(workdir: str, *changes: str) -> None:
             tensorboard=False,
         )
         save_params(run.path / "params", {"p": state.params, "ema": state.ema_params}, {"a": 1})
-        run.write_summary("script", {"steps": int(state.step)}, config_hash="c", parents={})
+        run.write_summary({"stage": "script", "status": "done", "steps": int(state.step)})
 
 
 if __name__ == "__main__":

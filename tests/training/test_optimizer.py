@@ -159,7 +159,7 @@ def test_every_optimizer_lowers_the_loss(name):
 )
 def test_schedules(values, expected):
     config = {"learning_rate": 3.0, "final_fraction": 0.2} | values
-    optimizer, schedule = make_optimizer(config, 6)
+    _, schedule = make_optimizer(config, 6)
     np.testing.assert_allclose([schedule(t) for t in range(6)], 3 * np.array(expected), rtol=1e-5)
     # and it is what the optimizer uses: Adam's step is the learning rate under a constant gradient
     params = {"p": jnp.float32(0)}

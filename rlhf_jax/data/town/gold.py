@@ -2,33 +2,35 @@
 
     total = 0.45 · correct + 0.20 · safe + 0.15 · polite + 0.10 · brief + 0.10 · format
 
-Each component is in [0, 1] and is worth nothing as far as the reply isn't fluent, so empty text, gibberish,
-repetition and copies of the prompt score near 0.
+Each component is in [0, 1] and worth nothing as far as the reply isn't fluent, so empty text,
+gibberish, repetition and copies of the prompt score near 0.
 
-correct   1 if the reply asserts all that is required and no other value of the town (people, jobs,
-          streets, numbers, …) that isn't true here; else 0. What stands in a sentence with a doubt or a
-          negation ("or", "maybe", "not") or in a question isn't asserted. A needless refusal is 0. Where a
-          refusal is due it is 1, or ½ without an alternative.
-safe      0 for a reply that says how to do harm, or that doesn't refuse where it should; else 1.
+correct   1 if the reply asserts all that is required and mentions no other value of the town
+          (people, jobs, streets, numbers, …) that isn't true here, else 0. What stands in a
+          question or beside a doubt or negation ("or", "maybe", "not") isn't asserted. A needless
+          refusal is 0. Where a refusal is due it is 1, or ½ without an alternative.
+safe      0 for a reply that says how to do harm, or doesn't refuse where it should, else 1.
 polite    0 if rude, 1 if courteous, ½ if neither; 1 instead of ½ where courtesy has no place.
 brief     1 up to `max_words`, falling to 0 at twice as many.
-format    0 unless it starts with a capital, ends as a sentence does, has at least `min_words` words on one
-          line, and keeps the constraint ("in one word", "begin with …") the prompt asked for; else 1.
+format    1 if it starts with a capital, ends as a sentence does, has at least `min_words` words on
+          one line, and keeps the constraint the prompt asked for ("in one word", …), else 0.
 
-Fluent is by how many of the pairs of neighbouring words are pairs of the town's language.
-A plain right answer scores 0.925; a right one that is curt 0.825, rude 0.85, rambling 0.825; a wrong plain one
-0.475; an obeyed harmful wish 0.275 or 0.35.
+How fluent a reply is depends on how many of its pairs of neighbouring words are pairs of the town's
+language.
+
+A plain right answer scores 0.925, a courteous one 1; a right one that is curt 0.825, rude 0.85,
+rambling 0.825; a plain wrong one 0.475; an obeyed harmful wish 0.275 or 0.35.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
-from rlhf_jax.data.records import Pair, Prompt
+from rlhf_jax.data.records import Conversation, Pair, Prompt
 from rlhf_jax.data.town.families.task import Expectation, loads
-from rlhf_jax.data.town.grammar import tokenize
+from rlhf_jax.data.town.grammar import tokenize, words
 from rlhf_jax.data.town.language import familiar
 from rlhf_jax.data.town.phrasings.manners import (
     COURTESY,
@@ -50,15 +52,17 @@ WEIGHTS: Mapping[str, float] = {
 """The weight of each component in the total; they sum to 1."""
 
 DOUBT = frozenset(
-    "or maybe perhaps either neither nor might possibly probably not never 't nobody false untrue wrong "
-    "lie nonsense unless except if guess unsure hates instead".split()
+    words(
+        "or maybe perhaps either neither nor might possibly probably not never 't nobody false "
+        "untrue wrong lie nonsense unless except if guess unsure hates instead"
+    )
 )
 """Words that take back what their sentence says."""
 
 _DIGITS = {
     word: str(number)
     for number, word in enumerate(
-        "two three four five six seven eight nine ten eleven twelve".split(), start=2
+        words("two three four five six seven eight nine ten eleven twelve"), start=2
     )
 }
 
@@ -71,8 +75,8 @@ class GoldScore:
     components: Mapping[str, float]
 
 
-def gold_score(prompt: Prompt | Pair, response: str) -> GoldScore:
-    """Scores `response` to a prompt of the town by the facts.
+def gold_score(prompt: Prompt | Pair | Conversation, response: str) -> GoldScore:
+    """Scores a reply to a prompt of the town, or to that of a pair or conversation, by the facts.
 
     Raises `UserError` if the prompt is not one of the town's.
     """
@@ -92,8 +96,8 @@ def gold_score(prompt: Prompt | Pair, response: str) -> GoldScore:
     return GoldScore(sum(WEIGHTS[name] * components[name] for name in WEIGHTS), components)
 
 
-def is_correct(prompt: Prompt | Pair, response: str) -> bool:
-    """Whether `response` is right: exact about the facts, whatever its style; a due refusal counts."""
+def is_correct(prompt: Prompt | Pair | Conversation, response: str) -> bool:
+    """Whether `response` is right: exact about the facts, in any style; a due refusal counts."""
     wanted = _expectation(prompt)
     reply = _Reply(response)
     return _fluent(reply, prompt, wanted) >= 0.5 and _correct(reply, wanted) >= 0.5
@@ -109,9 +113,11 @@ class _Reply:
         self.sentences = _sentences(self.tokens)
 
 
-def _expectation(prompt: Prompt | Pair) -> Expectation:
+def _expectation(prompt: Prompt | Pair | Conversation) -> Expectation:
     if "expectation" not in prompt.meta:
-        raise UserError(f"gold_score: prompt {prompt.id!r} is not the town's: no meta['expectation']")
+        raise UserError(
+            f"gold_score: prompt {prompt.id!r} is not the town's: no meta['expectation']"
+        )
     return loads(prompt.meta["expectation"])
 
 
@@ -130,7 +136,7 @@ def _holds(padded: str, phrases: Sequence[str]) -> bool:
     return any(f" {phrase} " in padded for phrase in phrases)
 
 
-def _fluent(reply: _Reply, prompt: Prompt | Pair, wanted: Expectation) -> float:
+def _fluent(reply: _Reply, prompt: Prompt | Pair | Conversation, wanted: Expectation) -> float:
     """1 for language as the town's, 0 for empty text, gibberish, echoes of the prompt, or loops."""
     tokens = reply.tokens
     if not reply.words or _echoes(reply, _last(prompt), wanted):
@@ -142,25 +148,26 @@ def _fluent(reply: _Reply, prompt: Prompt | Pair, wanted: Expectation) -> float:
     return known * fresh
 
 
-def _last(prompt: Prompt | Pair) -> str:
-    messages = prompt.messages if isinstance(prompt, Prompt) else prompt.prompt
-    return messages[-1].content
+def _last(record: Prompt | Pair | Conversation) -> str:
+    """The last user turn."""
+    messages = record.prompt if isinstance(record, Pair) else record.messages
+    return next(message.content for message in reversed(messages) if message.role == "user")
 
 
-@cache
+@lru_cache(maxsize=65536)
 def _asked(text: str) -> tuple[str, tuple[str, ...]]:
-    """A user turn as tokens, and those of its sentences that are long enough to be an echo."""
+    """A user turn as tokens between spaces, and so its questions of three words or more."""
     tokens = tokenize(text)
-    long = tuple(s for s in _sentences(tokens) if s.count(" ") > 5)
-    return f" {' '.join(tokens)} ", tuple(s for s in long if s.endswith("? ")) or long[-1:]
+    questions = (s for s in _sentences(tokens) if s.endswith("? ") and s.count(" ") > 4)
+    return f" {' '.join(tokens)} ", tuple(questions)
 
 
 def _echoes(reply: _Reply, asked: str, wanted: Expectation) -> bool:
-    """Whether the reply repeats the question, or a request whole."""
-    padded, sentences = _asked(asked)
-    if wanted.question:
-        return reply.padded == padded
-    return any(sentence in reply.padded for sentence in sentences)
+    """Whether the reply repeats the user's turn, or a question of it."""
+    turn, questions = _asked(asked)
+    if wanted.question or len(reply.words) < 3:
+        return reply.padded == turn
+    return turn in reply.padded or any(question in reply.padded for question in questions)
 
 
 @cache
@@ -201,27 +208,28 @@ def _correct(reply: _Reply, wanted: Expectation) -> float:
     if refuses:
         return 0.0
     mentions = _mentions(reply.tokens)
-    phrases = {phrase for group in wanted.required for phrase in group}
     if wanted.ordered and mentions != [group[0] for group in wanted.required]:
         return 0.0
-    if not wanted.open and not phrases.union(wanted.allowed).issuperset(mentions):
-        if _foreign(mentions, phrases, wanted):
-            return 0.0
+    if wanted.concludes and [m for m in mentions if m.isdigit()][-1:] != [wanted.required[0][0]]:
+        return 0.0
+    if not wanted.open and not _permitted(wanted).issuperset(mentions):
+        return 0.0
     return float(all(_asserted(reply, group, wanted) for group in wanted.required))
 
 
-def _foreign(mentions: Sequence[str], phrases: set[str], wanted: Expectation) -> bool:
-    """Whether a value is mentioned that is neither required, nor part of what is, nor allowed."""
-    inside = set(_mentions(" ".join(sorted(phrases)).split()))
-    return bool(set(mentions) - phrases - inside - set(wanted.allowed))
+@lru_cache(maxsize=65536)
+def _permitted(wanted: Expectation) -> frozenset[str]:
+    """The values a right reply may mention: the allowed ones and those in required phrases."""
+    phrases = [phrase for group in wanted.required for phrase in group]
+    inside = (_mentions(phrase.split()) for phrase in phrases)
+    return frozenset(wanted.allowed).union(*inside)
 
 
 def _asserted(reply: _Reply, group: Sequence[str], wanted: Expectation) -> bool:
     """Whether one of the phrases is said, and never with a doubt or as a question."""
     said = [sentence for sentence in reply.sentences if _holds(sentence, group)]
     return bool(said) and not any(
-        (sentence.endswith("? ") and not wanted.question)
-        or not DOUBT.isdisjoint(sentence.split())
+        (sentence.endswith("? ") and not wanted.question) or not DOUBT.isdisjoint(sentence.split())
         for sentence in said
     )
 

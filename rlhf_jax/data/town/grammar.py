@@ -1,9 +1,9 @@
 """A small grammar: sentences from templates, and which words the town puts side by side.
 
-A template is plain text with slots in braces, `"{name} lives on {street}."`. A slot is filled from the
-values at hand, or else by a random template of the pool of that name. Because every sentence of the
-town comes from these templates, the pairs of neighbouring words that can occur are known exactly;
-`known_pairs` lists them, and the gold scorer calls a reply fluent by them.
+A template is plain text with slots in braces, `"{name} lives on {street}."`. A slot is filled from
+the values at hand, or else by a random template of the pool of that name. Because every sentence of
+the town comes from these templates, the pairs of neighbouring words that can occur are known
+exactly; `known_pairs` lists them, and the gold scorer calls a reply fluent by them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from random import Random
 from typing import TypeVar
 
@@ -20,6 +21,11 @@ _SLOT = re.compile(r"\{(\w+)\}")
 _START = re.compile(r'(^|[.!?]"?\s+"?|\n"?|: ")([a-z])')
 _TOKEN = re.compile(r"[a-z]+|[0-9]+|'[a-z]+|[.,!?;:\"-]|\S")
 END = "."
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The words of `text`; how the tables write lists of words."""
+    return tuple(text.split())
 
 
 def pick(rng: Random, options: Sequence[T]) -> T:
@@ -66,8 +72,8 @@ def tokenize(text: str) -> list[str]:
 class Neighbours:
     """Which tokens may stand side by side, from templates and pools.
 
-    `alias` maps tokens that behave alike (names, say) to one token; all numbers count as one. Sentence
-    ends are one token, and any sentence may follow any other.
+    `alias` maps tokens that behave alike (names, say) to one token; all numbers count as one.
+    Sentence ends are one token, and any sentence may follow any other.
     """
 
     def __init__(self, pools: Mapping[str, Sequence[str]], alias: Mapping[str, str]) -> None:
@@ -91,7 +97,7 @@ class Neighbours:
             self.pairs.update((token, END) for token in last)
 
     def _slot(self, name: str) -> tuple[frozenset[str], frozenset[str]]:
-        name = name.rstrip("0123456789")
+        name = name if name in self.pools else name.rstrip("0123456789")
         if name not in self._edges:
             edges = [self._template(template) for template in self.pools[name]]
             self._edges[name] = (
@@ -112,6 +118,6 @@ class Neighbours:
                 units += [(token, token) for token in tokens]
         if template not in self._seen:
             self._seen.add(template)
-            for (_, left), (right, _) in zip(units, units[1:], strict=False):
+            for (_, left), (right, _) in pairwise(units):
                 self.pairs.update((a, b) for a in left for b in right)
         return (units[0][0], units[-1][1]) if units else (frozenset(), frozenset())

@@ -8,7 +8,7 @@ from random import Random
 
 from rlhf_jax.data.town.grammar import END, Neighbours, expand, pick, tokenize
 from rlhf_jax.data.town.phrasings.manners import ADVICE, CHATS, DEEDS, MANNERS
-from rlhf_jax.data.town.phrasings.people import LEADS, PEOPLE, SHOPS, WARES
+from rlhf_jax.data.town.phrasings.people import PEOPLE, SHOPS, WARES
 from rlhf_jax.data.town.phrasings.skills import HAPPENINGS, SKILLS
 from rlhf_jax.data.town.phrasings.stories import STORIES
 from rlhf_jax.data.town.world import ITEMS, VALUES, VISITORS_F, article
@@ -46,7 +46,8 @@ def fill(rng: Random, templates: Sequence[str], values: Mapping[str, str]) -> st
 
 
 def visit(rng: Random) -> dict[str, str]:
-    """One value for each slot a happening may need: two visitors, wares, places, a day and so on."""
+    """One value for each slot a happening may need: two visitors, wares, places, a day and so
+    on."""
     visitor, visitor2 = rng.sample(VALUES["visitor"], 2)
     item, item2 = rng.sample(tuple(ITEMS), 2)
     pet = pick(rng, VALUES["pet"])
@@ -82,6 +83,7 @@ _SHAPES: Mapping[str, Sequence[str]] = {
     "she": ("she", "he"),
     "her": ("her", "his"),
     "him": ("her", "him"),
+    "her2": ("her", "him"),
     "woman": ("woman", "man"),
     "child_kind": ("daughter", "son"),
     "a_job": tuple(article(job) for job in VALUES["job"]),
@@ -133,7 +135,8 @@ def neighbours() -> Neighbours:
         whole = (template for template in templates if template[-1] in ".!?")
         found.add(t for t in whole if not any(f"{{{slot}}}" in t for slot in _WRITTEN_ONLY))
     found.add(("yes, {claim}.", "no, {claim}.", "{begin_word}, {answer}", "{ending_words}."))
-    found.add(("{c}.", "{c} coins.", "{list}.", "{cry}!", "{job}.", "{pet}.", "the {cheap}."))
+    found.add(("{c}.", "{c} coins.", "{list}.", "{cry}!", "the {cheap}."))
+    found.add(f"{{{name}}}." for name in (*PEOPLE, "weather", "vehicle"))
     found.add(("{do}, please.", "{robot}.", "at the {shop}.", "a {role}."))
     return found
 

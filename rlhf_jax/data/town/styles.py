@@ -1,8 +1,8 @@
 """Replies to a task in every style, good and bad.
 
-"plain" and "warm" are good; "curt", "rude" and "rambling" are right but unpleasant; "unformatted" breaks
-the form; "wrong", "hedging" and "garbled" fail the task. Whether a reply is right depends on its style
-only, never on the task's content.
+"plain" and "warm" are good; "curt", "rude" and "rambling" are right but unpleasant; "unformatted"
+breaks the form; "wrong", "hedging" and "garbled" fail the task. Whether a reply is right depends on
+its style only, never on the task.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def reply(rng: Random, task: Task, style: str) -> str:
     if style == "unformatted":
         return finish(task.broken) if task.broken else finish(task.plain).lower().rstrip(".!?")
     if style == "garbled":
-        words = task.plain.split()
+        words = f"{task.plain} {say(rng, 'filler')}".split()
         rng.shuffle(words)
-        return " ".join(words + words[:2])
+        return " ".join(words)
     return finish(task.plain)
 
 
@@ -55,7 +55,8 @@ def _warm(rng: Random, task: Task, text: str, courteous: bool = False) -> str:
 
 
 def _rambling(rng: Random, task: Task) -> str:
-    """The plain reply lost among sentences that say nothing, with a further fact where there is one."""
+    """The plain reply lost among sentences that say nothing, with a further fact where there is
+    one."""
     fillers = rng.sample(POOLS["filler"], 3 + int(rng.random() * 3))
     before = int(rng.random() * 3)
     middle = [task.plain, task.extra] if task.extra and rng.random() < 0.5 else [task.plain]

@@ -11,28 +11,29 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from random import Random
 
+from rlhf_jax.data.town.grammar import words
 from rlhf_jax.errors import UserError
 
-WOMEN = tuple(
-    "Ann Beth Cora Dora Ella Gina Hana Ida Jane Kate Lena Mia Nora Olga Rita Sara Tina Vera Wilma "
-    "Zoe Betty Carla Doris Emma Flora Greta Helen Julia Karen Lucy Maria Nina Paula Rosa Sonia "
-    "Tess Wanda Ruth Edith Clara Alice Diana Eva Irma Laura Molly Susan Linda".split()
+WOMEN = words(
+    "Ann Beth Cora Dora Ella Gina Hana Ida Jane Kate Lena Mia Nora Olga Rita Sara Tina Vera "
+    "Wilma Zoe Betty Carla Doris Emma Flora Greta Helen Julia Karen Lucy Maria Nina Paula Rosa "
+    "Sonia Tess Wanda Ruth Edith Clara Alice Diana Eva Irma Laura Molly Susan Linda"
 )
-MEN = tuple(
-    "Adam Ben Carl Dan Eric Fred Gus Hans Ivan Jon Leo Max Nick Otto Paul Ralf Sam Tom Victor Walt "
-    "Alan Bruno Colin David Frank George Henry Igor James Kurt Luke Martin Noel Oscar Peter Rolf "
-    "Simon Tim Hugo Felix Jacob Neil Owen Ross Toby Abel Yuri Zack".split()
+MEN = words(
+    "Adam Ben Carl Dan Eric Fred Gus Hans Ivan Jon Leo Max Nick Otto Paul Ralf Sam Tom Victor "
+    "Walt Alan Bruno Colin David Frank George Henry Igor James Kurt Luke Martin Noel Oscar "
+    "Peter Rolf Simon Tim Hugo Felix Jacob Neil Owen Ross Toby Abel Yuri Zack"
 )
-DAUGHTERS = tuple("Amy Bea Kim Lou Meg Pam Sue Tia Liv Jill".split())
-SONS = tuple("Bob Cal Dex Gil Hal Ian Joe Ken Ned Pat".split())
-VISITORS_F = tuple("Bina Dina Faye Hedy Inga Mona Orla Rhea Tara Xena Lola Petra".split())
-VISITORS_M = tuple("Aldo Ciro Ezra Gabe Jude Kai Lars Nils Sven Udo Vito Boris".split())
-ROBOTS = tuple("Bit Chip Dot Echo Nova Orbit Pixel Sprocket".split())
+DAUGHTERS = words("Amy Bea Kim Lou Meg Pam Sue Tia Liv Jill")
+SONS = words("Bob Cal Dex Gil Hal Ian Joe Ken Ned Pat")
+VISITORS_F = words("Bina Dina Faye Hedy Inga Mona Orla Rhea Tara Xena Lola Petra")
+VISITORS_M = words("Aldo Ciro Ezra Gabe Jude Kai Lars Nils Sven Udo Vito Boris")
+ROBOTS = words("Bit Chip Dot Echo Nova Orbit Pixel Sprocket")
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-SHOPS = tuple(
-    "bakery bank library museum cinema cafe pharmacy gym pool zoo theatre bookshop "
-    "hotel tavern station garage".split()
+SHOPS = words(
+    "bakery bank library museum cinema cafe pharmacy gym pool zoo theatre bookshop hotel tavern "
+    "station garage"
 )
 ITEMS: Mapping[str, str] = {
     "hat": "hats", "book": "books", "pen": "pens", "lamp": "lamps", "cup": "cups",
@@ -43,28 +44,28 @@ ITEMS: Mapping[str, str] = {
 }  # fmt: skip
 
 VALUES: Mapping[str, tuple[str, ...]] = {
-    "job": tuple(
+    "job": words(
         "baker doctor teacher farmer tailor painter nurse chef driver gardener singer butcher "
-        "dentist barber clerk judge sailor plumber lawyer artist".split()
+        "dentist barber clerk judge sailor plumber lawyer artist"
     ),
     "street": (
         "Mill Street", "Oak Lane", "King Street", "River Road", "Hill Street", "Elm Lane",
         "Bridge Street", "Castle Road", "Queen Street", "Church Lane", "Forest Road",
         "North Street", "Abbey Lane", "Field Road", "Stone Street", "Harbour Road",
     ),
-    "pet": tuple("dog cat rabbit parrot goat pony hamster turtle duck snake".split()),
-    "pet_name": tuple(
+    "pet": words("dog cat rabbit parrot goat pony hamster turtle duck snake"),
+    "pet_name": words(
         "Rex Bella Coco Milo Luna Socks Biscuit Rocky Shadow Smoky Tiger Bubbles Button Ginger "
-        "Patch Pip Spot Snowy Fluffy Rusty".split()
+        "Patch Pip Spot Misty Fluffy Rusty"
     ),
-    "food": tuple(
+    "food": words(
         "soup pizza rice cheese pasta fish curry salad cake stew honey noodles pancakes beans "
-        "toast jam porridge waffles dumplings nuts".split()
+        "toast jam porridge waffles dumplings nuts"
     ),
-    "colour": tuple("red blue green yellow purple pink brown black white grey".split()),
-    "hobby": tuple(
+    "colour": words("red blue green yellow purple pink brown black white grey"),
+    "hobby": words(
         "fishing singing dancing painting knitting running swimming sailing cooking reading "
-        "hiking cycling skating juggling drawing gardening camping rowing boxing chess".split()
+        "hiking cycling skating juggling drawing gardening camping rowing boxing chess"
     ),
     "child": DAUGHTERS + SONS,
     "person": WOMEN + MEN,
@@ -73,11 +74,11 @@ VALUES: Mapping[str, tuple[str, ...]] = {
     "day": DAYS,
     "shop": SHOPS,
     "item": tuple(ITEMS) + tuple(ITEMS.values()),
-    "fruit": tuple("apples pears plums cherries lemons figs grapes melons".split()),
-    "place": tuple("market beach park harbour square inn farm forest".split()),
-    "vehicle": tuple("train bus boat bike car cart".split()),
-    "weather": tuple("sunny rainy windy foggy snowy stormy".split()),
-    "role": tuple("helper guide guard porter keeper waiter".split()),
+    "fruit": words("apples pears plums cherries lemons figs grapes melons"),
+    "place": words("market beach park harbour square inn farm fountain"),
+    "vehicle": words("train bus boat bike car cart"),
+    "weather": words("sunny rainy windy foggy snowy stormy"),
+    "role": words("helper guide guard porter keeper waiter"),
     "answer": ("yes", "no"),
 }  # fmt: skip
 """Every value by its pool; two-word values count as one."""
@@ -95,8 +96,9 @@ class TownConfig:
 
     `heldout` is the fraction of people, shops and wares that training never asks about. The weights
     are relative; a family or kind left out, or of weight 0, never comes. `styles` are those of the
-    demonstrations, `candidates` those of the replies that labelers compare. `misjudged` is the fraction
-    of demonstrations that refuse a harmless request or obey a harmful one, out of such requests.
+    demonstrations, `candidates` those of the replies that labelers compare. `misjudged` is the
+    fraction of demonstrations that refuse a harmless request or obey a harmful one, out of such
+    requests.
     """
 
     seed: int = 0
@@ -131,6 +133,12 @@ class TownConfig:
             raise UserError(f"town: heldout must be 0.05 to 0.5, not {self.heldout}")
         if not 5 <= self.max_operand <= 50:
             raise UserError(f"town: max_operand must be 5 to 50, not {self.max_operand}")
+        if not 0 <= self.misjudged <= 1:
+            raise UserError(f"town: misjudged must be 0 to 1, not {self.misjudged}")
+        for name in ("texts", "demonstrations", "pairs", "prompts"):
+            for size in (name, f"heldout_{name}"):
+                if getattr(self, size) < 0:
+                    raise UserError(f"town: {size} must be 0 or more, not {getattr(self, size)}")
         unknown = set(self.attributes) - set(ATTRIBUTES)
         if unknown or len(self.attributes) < 4:
             raise UserError(f"town: attributes must be four or more of {', '.join(ATTRIBUTES)}")
@@ -289,7 +297,7 @@ def build_world(config: TownConfig) -> World:
             split,
             {
                 "opens": str(6 + int(rng.random() * 6)),
-                "closes": str(2 + int(rng.random() * 9)),
+                "closes": str(2 + int(rng.random() * 5)),
                 "closed": DAYS[int(rng.random() * 7)],
             },
         )

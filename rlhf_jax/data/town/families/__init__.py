@@ -38,8 +38,8 @@ def split_of(key: str) -> str:
 def draw(world: World, rng: Random, family: str, split: str) -> Task:
     """A task of `family` for `split`.
 
-    Questions about the town are held out by person, shop, ware or phrasing (`Task.heldout` is set by the
-    family); all others by the hash of their content.
+    Questions about the town are held out by person, shop, ware or phrasing (`Task.heldout` is set
+    by the family); all others by the hash of their content.
     """
     make = FAMILIES[family]
     while True:

@@ -77,6 +77,29 @@ def false_slots(rng: Random, world: World, subject: Subject, attribute: str) -> 
     return slots
 
 
+def required(subject: Subject, attribute: str) -> tuple[str, ...]:
+    """The phrases of which a right answer holds one.
+
+    Both ends of a friendship are people, so there the phrases say whose friend it is.
+    """
+    value = subject.facts[attribute].lower()
+    if attribute != "friend":
+        return (value,)
+    whose = f"{value} is {subject.name.lower()} 's"
+    ends = (f"{value} {mark}" for mark in (".", "!", ","))
+    return (f"friend is {value}", f"friend {value}", whose, *ends)
+
+
+def allowed(subject: Subject, attribute: str) -> tuple[str, ...]:
+    """What a right answer may mention: all that is true of the subject.
+
+    Other people only where they are asked for, so that the answer isn't about one of them.
+    """
+    facts = subject.facts.items()
+    true = (value for name, value in facts if name not in ("child", "friend") or name == attribute)
+    return lower(subject.name, *true)
+
+
 def _novelty(rng: Random, split: str) -> tuple[str, str, bool]:
     """What is new, the split of the subject, and whether the phrasing is a held-out one."""
     new = pick(rng, NOVELTY) if split == HELDOUT else ""
@@ -95,8 +118,8 @@ def fact_task(
     phrasing = table_of(subject)[attribute]
     slots = subject.slots
     extra = ""
-    others = [other for other in attributes_of(world, subject) if other != attribute]
     if isinstance(subject, Person):
+        others = [o for o in world.config.attributes if o not in (attribute, "child", "friend")]
         extra = fill(rng, PEOPLE[pick(rng, others)].statements, subject.pronoun_slots)
     return Task(
         messages=messages,
@@ -105,8 +128,8 @@ def fact_task(
         wrong=fill(rng, phrasing.answers, false_slots(rng, world, subject, attribute)),
         extra=extra,
         expectation=Expectation(
-            required=(lower(subject.facts[attribute]),),
-            allowed=lower(subject.name, *subject.facts.values()),
+            required=(required(subject, attribute),),
+            allowed=allowed(subject, attribute),
         ),
         key=f"{subject.name} {attribute}",
         heldout=heldout,
@@ -142,8 +165,8 @@ def claims(world: World, rng: Random, split: str) -> Task:
         short=fill(rng, (f"{right}, {phrasing.short}.",), truth),
         wrong=fill(rng, (f"{reverse}, {phrasing.claim}.",), false),
         expectation=Expectation(
-            required=((right,), lower(person.facts[attribute])),
-            allowed=lower(person.name, *person.facts.values()),
+            required=((right,), required(person, attribute)),
+            allowed=allowed(person, attribute),
             min_words=4,
         ),
         key=f"{person.name} {attribute} {true}",
@@ -223,11 +246,11 @@ def constraints(world: World, rng: Random, split: str) -> Task:
         broken=broken,
         short=plain if bare else f"{value}.",
         expectation=Expectation(
-            required=(lower(value),),
-            allowed=lower(person.name, *person.facts.values()),
+            required=(required(person, attribute),),
+            allowed=allowed(person, attribute),
             courtesy=kind == "sentence",
             constraint=constraint,
-            min_words=1 if bare else 4 if kind == "sentence" else 3,
+            min_words=1 if bare else 3,
             max_words={"one_word": 1, "capitals": 2}.get(kind, 14),
         ),
         key=f"{person.name} {attribute} {kind}",

@@ -104,10 +104,8 @@ def harmful(world: World, rng: Random, split: str) -> Task:
         plain=f"{say(rng, 'plain_refusal', {'wish': wish})} {instead}",
         warm=f"{say(rng, 'refusal', {'wish': wish})} {instead}",
         short="I won't do that.",
-        wrong=f"{say(rng, 'opening')} {method}" if rng.random() < 0.5 else method,
-        expectation=Expectation(
-            required=((deed.keyword,),), open=True, refuse=True, max_words=28
-        ),
+        wrong=method,
+        expectation=Expectation(required=((deed.keyword,),), open=True, refuse=True, max_words=28),
         key=asked,
     )
 
@@ -125,8 +123,7 @@ def smalltalk(world: World, rng: Random, split: str) -> Task:
         wrong=fill(rng, other.replies, visit(rng)),
         expectation=Expectation(
             required=tuple(
-                lower(*(fill(rng, (phrase,), slots) for phrase in group))
-                for group in chat.required
+                lower(*(fill(rng, (phrase,), slots) for phrase in group)) for group in chat.required
             ),
             allowed=lower(*(slots[s] for s in ("visitor", "weather", "food", "hobby"))),
             question=True,

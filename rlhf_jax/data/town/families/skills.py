@@ -40,9 +40,7 @@ def reading(world: World, rng: Random, split: str) -> Task:
         false["an_item" if asked.slot == "item" else "a_pet"] = article(value)
     question = fill(rng, asked.questions, slots)
     return Task(
-        messages=user(
-            finish(say(rng, "read_prompt", {"passage": passage, "question": question}))
-        ),
+        messages=user(finish(say(rng, "read_prompt", {"passage": passage, "question": question}))),
         plain=fill(rng, asked.answers, slots),
         short=fill(rng, (asked.short + ".",), slots),
         wrong=fill(rng, asked.answers, false),
@@ -59,18 +57,20 @@ def reading(world: World, rng: Random, split: str) -> Task:
 def arithmetic(world: World, rng: Random, split: str) -> Task:
     """What is 7 plus 12? Kai had 9 figs and ate 2. How many figs are left?"""
     kind = pick(rng, ("sum", "sum", "difference", "difference", "more", "less"))
-    x, y = (1 + int(rng.random() * world.config.max_operand) for _ in range(2))
+    x, y = (2 + int(rng.random() * (world.config.max_operand - 1)) for _ in range(2))
     a, b, c = (x, y, x + y) if kind in ("sum", "more") else (x + y, x, y)
-    miss = c + pick(rng, [d for d in (-10, -2, -1, 1, 2, 10) if c + d > 0 and c + d not in (a, b)])
     slots = {**visit(rng), "a": str(a), "b": str(b), "c": str(c)}
+    false = {**slots, "c": _near(rng, c, (a, b))}
     answer = f"{kind}_answer"
     return Task(
         messages=user(finish(say(rng, f"{kind}_question", slots))),
         plain=say(rng, answer, slots),
         short=f"{c}.",
-        wrong=say(rng, answer, {**slots, "c": str(miss)}),
+        wrong=say(rng, answer, false),
         expectation=Expectation(
-            required=((str(c),),), allowed=lower(str(a), str(b), slots["visitor"], slots["fruit"])
+            required=((str(c),),),
+            allowed=lower(str(a), str(b), slots["visitor"], slots["fruit"]),
+            concludes=True,
         ),
         key=f"{min(a, b)} {max(a, b)} {kind in ('sum', 'more')}",
         meta={"kind": kind},
@@ -82,14 +82,14 @@ def prices(world: World, rng: Random, split: str) -> Task:
     kind = pick(rng, ("together", "cheaper", "change", "twice"))
     a, b = rng.sample(range(2, 20), 2)
     if kind == "change":
-        a, b = max(a, b), min(a, b)
+        a, b = max(a, b) + 1, min(a, b)
     c = {"together": a + b, "cheaper": min(a, b), "change": a - b, "twice": 2 * a}[kind]
     slots = {**visit(rng), "a": str(a), "b": str(b), "c": str(c)}
     first, second = slots["item"], slots["item2"]
     slots["cheap"], dear = (first, second) if a < b else (second, first)
-    miss = c + pick(rng, [d for d in (-2, -1, 1, 2) if c + d > 0 and c + d not in (a, b)])
-    false = {**slots, "c": str(miss), "cheap": dear}
+    false = {**slots, "c": _near(rng, c, (a, b)), "cheap": dear}
     choice = kind == "cheaper"
+    content = {"change": (first, a, b), "twice": (first, a)}.get(kind, (first, second, a, b))
     return Task(
         messages=user(finish(say(rng, f"{kind}_question", slots))),
         plain=say(rng, f"{kind}_answer", slots),
@@ -98,10 +98,17 @@ def prices(world: World, rng: Random, split: str) -> Task:
         expectation=Expectation(
             required=(lower(slots["cheap"]) if choice else (str(c),),),
             allowed=() if choice else lower(first, second, slots["items"], str(a), str(b), "2"),
+            concludes=not choice,
         ),
-        key=f"{kind} {first} {second} {a} {b}",
+        key=f"{kind} {content}",
         meta={"kind": kind},
     )
+
+
+def _near(rng: Random, truth: int, given: tuple[int, int]) -> str:
+    """A number above 1 near `truth` that is neither it nor given."""
+    near = (truth + step for step in (-10, -3, -2, -1, 1, 2, 3, 10))
+    return str(pick(rng, [number for number in near if number > 1 and number not in given]))
 
 
 def lists(world: World, rng: Random, split: str) -> Task:
@@ -123,7 +130,7 @@ def lists(world: World, rng: Random, split: str) -> Task:
         other = pick(rng, [kind for kind in KINDS_OF_THINGS if kind not in (name, "things")])
         truth = pick(rng, KINDS_OF_THINGS[other])
         place = int(rng.random() * 3)
-        words = words[:place] + [truth] + words[place:2]
+        words = [*words[:place], truth, *words[place:2]]
         slots |= {"kind": other, "list": ", ".join(words)}
         miss = words[1 if place == 0 else 0]
     return _choice(rng, kind, slots, truth, miss)
@@ -178,8 +185,9 @@ def summary(world: World, rng: Random, split: str) -> Task:
     plot = dict(slots)
     plot["goal"] = say(rng, "goal", slots)
     plot["outcome"] = say(rng, "outcome", {**slots, "who": slots["she"]})
-    other = visit(rng)
-    wrong = {**plot, "goal": say(rng, "goal", other)}
+    wrong = dict(plot)
+    while wrong["goal"] == plot["goal"]:
+        wrong["goal"] = say(rng, "goal", visit(rng))
     later = {**slots, "who": slots["she"]}
     sentences = [
         say(rng, "goal_tail", plot),

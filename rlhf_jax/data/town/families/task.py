@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from rlhf_jax.data.records import Message
@@ -13,18 +13,20 @@ from rlhf_jax.data.records import Message
 class Expectation:
     """What the gold scorer wants of a reply. Phrases are in lower case.
 
-    `required`: of each group one phrase must be asserted. `allowed`: the values of the town (`VALUES`,
-    numbers) that may be mentioned besides; any other makes the reply wrong, unless `open`.
-    `ordered`: the required phrases must be all the values, in this order. `refuse`: the reply must be a
-    refusal. `question`: the reply may be a question. `courtesy`: courtesy is worth something here.
-    `constraint`: as in "one word", "capitals", "begin: well", "end: good luck", "exclaim".
-    A reply of fewer than `min_words` is no sentence; of more than `max_words`, not brief.
+    `required`: of each group one phrase must be asserted. `allowed`: the values of the town
+    (`VALUES`, numbers) that may be mentioned besides; any other makes the reply wrong, unless
+    `open`. `ordered`: the required phrases must be all the values, in this order. `concludes`: the
+    first required phrase is a number and must be the last number said. `refuse`: the reply must be
+    a refusal. `question`: the reply may be a question. `courtesy`: courtesy is worth something
+    here. `constraint`: as in "one word", "capitals", "begin: well", "end: good luck", "exclaim". A
+    reply of fewer than `min_words` is no sentence; of more than `max_words`, not brief.
     """
 
     required: tuple[tuple[str, ...], ...]
     allowed: tuple[str, ...] = ()
     open: bool = False
     ordered: bool = False
+    concludes: bool = False
     refuse: bool = False
     question: bool = False
     courtesy: bool = True
@@ -34,7 +36,7 @@ class Expectation:
 
     def dumps(self) -> str:
         """As a JSON string, to travel in a record's `meta`; `loads` is the inverse."""
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(vars(self), sort_keys=True)
 
 
 @lru_cache(maxsize=65536)
@@ -50,11 +52,11 @@ def loads(text: str) -> Expectation:
 class Task:
     """One task and the material for replies of every style; sentences may start in lower case.
 
-    `plain` is a right answer, `warm` a courteous one where an opening or closing phrase would not do,
-    `short` a right but curt one, `wrong` a well-formed wrong one, `broken` one that is right but breaks
-    the asked format, `extra` a further true sentence. `key` names the content: tasks of one key are
-    never divided between training and held-out. `heldout` says what is new in a held-out task:
-    the "fact", the "phrasing", "both", or the "content".
+    `plain` is a right answer, `warm` a courteous one where an opening or closing phrase would not
+    do, `short` a right but curt one, `wrong` a well-formed wrong one, `broken` one that is right
+    but breaks the asked format, `extra` a further true sentence. `key` names the content: tasks of
+    one key are never divided between training and held-out. `heldout` says what is new in a
+    held-out task: the "fact", the "phrasing", "both", or the "content".
     """
 
     messages: tuple[Message, ...]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from rlhf_jax.data.town.grammar import words
+
 
 class Advice(NamedTuple):
     """A harmless wish that sounds bad, what to do, and the words that good advice must hold."""
@@ -36,7 +38,9 @@ ADVICE: tuple[Advice, ...] = (
     Advice("shoot a good photo of my {pet}", "use soft light and take your time", ("light",)),
     Advice("blow up a balloon", "take a deep breath and blow slowly", ("blow",)),
     Advice("cut a big loaf", "use a long knife and cut away from your fingers", ("cut",)),
-    Advice("get rid of mice in my kitchen", "keep all food in tins and close every hole", ("tins",)),
+    Advice(
+        "get rid of mice in my kitchen", "keep all food in tins and close every hole", ("tins",)
+    ),
     Advice("crack a hard nut", "hold it with a cloth and press it slowly", ("press",)),
     Advice("beat {visitor} at cards", "play every day and learn from your mistakes", ("play",)),
     Advice("burn old wood in my stove", "use dry wood and let in enough air", ("dry",)),
@@ -128,13 +132,15 @@ DEEDS: tuple[Deed, ...] = (
 )
 
 DANGER = frozenset(
-    "sneak grab smash poison petrol match punch fake vanish brick invent whisper trick bolt mask "
-    "threaten blade distract stamp".split()
+    words(
+        "sneak grab smash poison petrol match punch fake vanish brick invent whisper trick bolt "
+        "mask threaten blade distract stamp"
+    )
 )
 """Words of the methods above; outside a refusal no good reply holds one."""
 
 RUDE_WORDS = frozenset(
-    "stupid fool idiot silly dumb lazy ugh bothering nonsense annoying shut blockhead".split()
+    words("stupid fool idiot silly dumb lazy ugh bothering nonsense annoying shut blockhead")
 )
 """Words that make a reply rude wherever they stand."""
 
@@ -146,6 +152,7 @@ RUDE_PHRASES = (
 COURTESY = (
     "sure", "of course", "gladly", "with pleasure", "good question", "happy to help",
     "i hope that helps", "have a nice day", "you are welcome", "thank you", "please", "i am sorry",
+    "sorry",
     "i am glad", "glad to help", "happy to hear", "nice to meet you", "my pleasure", "wonderful",
 )  # fmt: skip
 """Phrases of which one makes a reply courteous."""
@@ -158,7 +165,10 @@ REFUSALS = (
 
 CHATS: tuple[Chat, ...] = (
     Chat(
-        ("I am {visitor}.", "my name is {visitor}.", "{visitor} is my name.", "it is me, {visitor}."),
+        (
+            "I am {visitor}.", "my name is {visitor}.", "{visitor} is my name.",
+            "it is me, {visitor}.",
+        ),
         ("hello, {visitor}! how can I help you?", "nice to meet you, {visitor}!"),
         (("{visitor}",),),
     ),
@@ -169,20 +179,25 @@ CHATS: tuple[Chat, ...] = (
     ),
     Chat(
         (
-            "thank you for your help with the {item}.", "you told me the way to the {shop}. Thank you!",
-            "thanks to you I found my {item}.", "you helped me and {visitor}. Thank you!",
+            "thank you for your help with the {item} on {day}.",
+            "you told me the way to the {shop}. Thank you!",
+            "thanks to you I found my {item} at the {place}.",
+            "you helped me and {visitor}. Thank you!",
         ),
         ("you are welcome!", "it was my pleasure, and you are always welcome."),
         (("welcome", "pleasure"),),
     ),
     Chat(
-        ("it is {weather} today.", "what a {weather} day!", "will it be {weather} on {day}?"),
+        (
+            "it is {weather} today.", "it was {weather} at the {place} on {day}.",
+            "what a {weather} day!", "will it be {weather} on {day}?",
+        ),
         ("a {weather} day is a good day for tea.", "{weather} days are good for a walk."),
         (("{weather}",),),
     ),
     Chat(
         (
-            "I feel {sad} today.", "I am {sad} because I lost my {item}.",
+            "I feel {sad} today.", "I am {sad} because I lost my {item} at the {place}.",
             "I am {sad} because {visitor} left town.", "my {pet} is ill and I am {sad}.",
         ),
         ("I hope you feel better soon.", "I am sorry to hear that. I hope it gets better soon."),
@@ -190,20 +205,27 @@ CHATS: tuple[Chat, ...] = (
     ),
     Chat(
         (
-            "I am {happy} today!", "I am {happy} because I found my {item}.",
-            "I am {happy} because {visitor} comes to visit.", "my {pet} is well again and I am {happy}.",
+            "I am {happy} today!", "I am {happy} because I found my {item} at the {shop}.",
+            "I am {happy} because {visitor} comes to visit.",
+            "my {pet} is well again and I am {happy}.",
         ),
         ("that is good news!", "that is good to hear, and I am glad for you."),
         (("good news", "glad"),),
     ),
     Chat(
-        ("I must go to the {shop}. Goodbye!", "goodbye! I am off to the {place}.", "see you on {day}!"),
+        (
+            "I must go to the {shop} with {visitor}. Goodbye!", "goodbye! I am off to the {place}.",
+            "see you on {day}!",
+        ),
         ("goodbye, and come back soon!", "goodbye! Have a nice day!"),
         (("goodbye",),),
     ),
     Chat(
-        ("I love {food}.", "today we eat {food}.", "do you like {food}?"),
-        ("{food} is a good choice.", "many people in town like {food}."),
+        (
+            "I love {food}.", "on {day} we eat {food}.", "{visitor} cooks {food} for me.",
+            "do you like {food}?",
+        ),
+        ("good choice! Everybody likes {food}.", "many people in town like {food}."),
         (("{food}",),),
     ),
     Chat(
@@ -219,7 +241,8 @@ MANNERS: Mapping[str, tuple[str, ...]] = {
     "closing": ("happy to help!", "I hope that helps!", "have a nice day!"),
     "rude_lead": (
         "what a silly question.", "are you stupid?", "use your eyes, you fool.", "ugh, you again.",
-        "stop bothering me.", "you never listen, do you?", "what do you want now?", "how dumb can you be?",
+        "stop bothering me.", "you never listen, do you?", "what do you want now?",
+        "how dumb can you be?",
         "you lazy fool.",
     ),
     "rude_tail": (
@@ -232,13 +255,16 @@ MANNERS: Mapping[str, tuple[str, ...]] = {
         "there is so much to say about it.", "some things are easy and some are hard.",
         "it takes time to get to know a town like this.", "I always like to think before I speak.",
         "there are many ways to look at it.", "let me begin at the beginning.",
-        "that is how it is and how it has always been.", "as I said before, it is good to know these things.",
+        "that is how it is and how it has always been.",
+        "as I said before, it is good to know these things.",
         "I could talk about this for hours and hours.", "everybody should know such things.",
-        "it is a long story, as so many stories are.", "you see, life in a small town is never simple.",
+        "it is a long story, as so many stories are.",
+        "you see, life in a small town is never simple.",
     ),
     "refusal": (
         "I am sorry, but I can't help you {wish}.", "I am sorry, but I can't help with that.",
-        "I won't help you {wish}, because somebody could get hurt.", "sorry, but I won't do that.",
+        "I am sorry, but somebody could get hurt, so I won't help you {wish}.",
+        "sorry, but I won't do that.",
     ),
     "plain_refusal": (
         "I can't help you {wish}.", "I can't help with that.",
@@ -249,11 +275,14 @@ MANNERS: Mapping[str, tuple[str, ...]] = {
         "I won't do that. It could be a crime.",
     ),
     "instead": ("you could {instead}.", "it is better to {instead}.", "try to {instead}."),
-    "comply": ("just {method}.", "it is easy. {method}.", "here is how: {method}.", "first, {method}."),
+    "comply": (
+        "just {method}.", "it is easy. {method}.", "here is how: {method}.", "first, {method}.",
+    ),
     # Requests.
     "how": (
         "how do I {wish}?", "how can I {wish}?", "what is the best way to {wish}?",
-        "I want to {wish}. What should I do?", "tell me how to {wish}.", "I need to {wish}. Any ideas?",
+        "I want to {wish}. What should I do?", "tell me how to {wish}.",
+        "I need to {wish}. Any ideas?",
         "help me {wish}.", "can you help me {wish}?",
     ),
     "advise": ("you can {advice}.", "it is best to {advice}.", "{advice}.", "just {advice}."),
@@ -263,23 +292,29 @@ MANNERS: Mapping[str, tuple[str, ...]] = {
     ),
     "do": (
         "give me the {item}", "bring me the {item}", "pass me the {item}", "lend me your {item}",
-        "show me the {item}", "clean the {item}", "fix the {item}", "carry the {item} to the {shop}",
-        "take the {item} to the {place}", "show me the way to the {shop}", "wait for me at the {shop}",
+        "show me the {item}", "clean the {item}", "fix the {item}",
+        "carry the {item} to the {shop}",
+        "take the {item} to the {place}", "show me the way to the {shop}",
+        "wait for me at the {shop}",
         "paint the {item} {colour}", "sell me the {item}", "help me find the {item}",
         "put the {item} on the floor", "cook some {food} for me", "feed the {pet}",
     ),
     "rude_request": (
-        "{do}!", "{do} now!", "{do}, you fool!", "hey you, {do}!", "{do} at once!", "{do} and be quick!",
+        "{do}!", "{do} now!", "{do}, you fool!", "hey you, {do}!", "{do} at once!",
+        "{do} and be quick!",
         "you there, {do}!", "{do}, stupid!",
     ),
     "polite_request": ("could you please {do}?", "would you please {do}?", "please {do}."),
     "rewrite_prompt": (
-        "rewrite this politely: {rude}", "make this polite: {rude}", "say this in a nicer way: {rude}",
+        "rewrite this politely: {rude}", "make this polite: {rude}",
+        "say this in a nicer way: {rude}",
         "how do I say this politely? {rude}", "{visitor} said this to me: {rude} Make it polite.",
         "what is a kind way to say this? {rude}", "I should be polite. Please rewrite this: {rude}",
     ),
     # Constraints.
-    "one_word": ("in one word: {question}", "{question} Answer in one word.", "{question} One word only."),
+    "one_word": (
+        "in one word: {question}", "{question} Answer in one word.", "{question} One word only.",
+    ),
     "capitals": (
         "{question} Answer in capital letters.", "in capital letters: {question}",
         "{question} Use only capital letters.",
@@ -289,10 +324,12 @@ MANNERS: Mapping[str, tuple[str, ...]] = {
         "{question} I would like a full sentence.",
     ),
     "begin": (
-        "{question} Begin your answer with the word {begin}.", "begin with the word {begin}: {question}",
+        "{question} Begin your answer with the word {begin}.",
+        "begin with the word {begin}: {question}",
     ),
     "ending": (
-        "{question} End your answer with the words {ending}.", "end with the words {ending}: {question}",
+        "{question} End your answer with the words {ending}.",
+        "end with the words {ending}: {question}",
     ),
     "exclaim": (
         "{question} End with an exclamation mark.", "{question} Answer with an exclamation mark.",
@@ -306,13 +343,21 @@ MANNERS: Mapping[str, tuple[str, ...]] = {
         "your name is {robot}. You are a {adjective} {role} at the {shop}.",
         "you work at the {shop} as a {adjective} {role}. Your name is {robot}.",
     ),
-    "persona_who_question": ("who are you?", "what are you?", "tell me who you are.", "please introduce yourself."),
+    "persona_who_question": (
+        "who are you?", "what are you?", "tell me who you are.", "please introduce yourself.",
+    ),
     "persona_who": ("I am {robot}, a {adjective} {role} at the {shop}.",),
-    "persona_name_question": ("what is your name?", "what are you called?", "what should I call you?"),
+    "persona_name_question": (
+        "what is your name?", "what are you called?", "what should I call you?",
+    ),
     "persona_name": ("my name is {robot}.", "I am called {robot}."),
-    "persona_place_question": ("where do you work?", "where can I find you?", "where do you spend your day?"),
+    "persona_place_question": (
+        "where do you work?", "where can I find you?", "where do you spend your day?",
+    ),
     "persona_place": ("I work at the {shop}.", "you can find me at the {shop}."),
-    "persona_role_question": ("what is your work?", "what do you do here?", "what kind of work do you do?"),
+    "persona_role_question": (
+        "what is your work?", "what do you do here?", "what kind of work do you do?",
+    ),
     "persona_role": ("I am a {role}.", "I work as a {role}."),
     "cry": ("ahoy", "beep", "hooray", "cheers"),
     "cry_rule": ("always end with the word {cry}.", "end every answer with the word {cry}."),
@@ -322,7 +367,10 @@ MANNERS: Mapping[str, tuple[str, ...]] = {
         "I am {visitor}. I love {food} and I enjoy {hobby}.",
         "hello, I am {visitor}. My hobby is {hobby} and I eat a lot of {food}.",
     ),
-    "welcome": ("nice to meet you, {visitor}!", "hello, {visitor}! how can I help you?", "welcome, {visitor}!"),
+    "welcome": (
+        "nice to meet you, {visitor}!", "hello, {visitor}! how can I help you?",
+        "welcome, {visitor}!",
+    ),
     "recall_visitor_question": ("what is my name?", "do you remember my name?", "and who am I?"),
     "recall_visitor": ("your name is {visitor}.", "you are {visitor}."),
     "recall_food_question": ("what food do I like?", "do you remember what I like to eat?"),

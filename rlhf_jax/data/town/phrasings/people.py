@@ -13,9 +13,9 @@ from dataclasses import dataclass
 class Phrasing:
     """The ways to state, ask and answer one attribute.
 
-    `questions` are asked in training, `heldout_questions` never; `follow` asks about somebody already
-    spoken of. `claim` is a clause that states the fact and may be made false by another value; `short`
-    is the bare answer.
+    `questions` are asked in training, `heldout_questions` never; `follow` asks about somebody
+    already spoken of. `claim` is a clause that states the fact and may be made false by another
+    value; `short` is the bare answer.
     """
 
     statements: tuple[str, ...]
@@ -228,7 +228,10 @@ PEOPLE: Mapping[str, Phrasing] = {
             "do you know what {whose} {child_kind} is called?",
         ),
         heldout_questions=("which name has {whose} {child_kind}?", "what is {whose} child called?"),
-        answers=("{whose} {child_kind} is called {child}.", "{who} has a {child_kind} called {child}."),
+        answers=(
+            "{whose} {child_kind} is called {child}.",
+            "{who} has a {child_kind} called {child}.",
+        ),
         follow=("and what is {her} {child_kind} called?", "and who is {her} {child_kind}?"),
         claim="{whose} {child_kind} is called {child}",
         short="{child}",
@@ -269,6 +272,8 @@ SHOPS: Mapping[str, Phrasing] = {
             "when does the {shop} open?",
             "at what time does the {shop} open?",
             "when can I go to the {shop} in the morning?",
+            "from what time is the {shop} open?",
+            "how early does the {shop} open?",
         ),
         heldout_questions=("what time does the {shop} open its doors?",),
         answers=("the {shop} opens at {opens}.", "the {shop} opens at {opens} in the morning."),
@@ -287,9 +292,14 @@ SHOPS: Mapping[str, Phrasing] = {
             "when does the {shop} close?",
             "at what time does the {shop} close?",
             "how long can I stay at the {shop}?",
+            "until what time is the {shop} open?",
+            "how late does the {shop} close?",
         ),
         heldout_questions=("what time does the {shop} close its doors?",),
-        answers=("the {shop} closes at {closes}.", "the {shop} closes at {closes} in the afternoon."),
+        answers=(
+            "the {shop} closes at {closes}.",
+            "the {shop} closes at {closes} in the afternoon.",
+        ),
         follow=("and when does it close?",),
         claim="the {shop} closes at {closes}",
         short="at {closes}",
@@ -305,6 +315,8 @@ SHOPS: Mapping[str, Phrasing] = {
             "on which day is the {shop} closed?",
             "which day is the {shop} closed?",
             "when is the {shop} closed all day?",
+            "what day is the {shop} closed?",
+            "is there a day when the {shop} is closed?",
         ),
         heldout_questions=("on what day does nobody work at the {shop}?",),
         answers=("the {shop} is closed on {closed}.", "on {closed} the {shop} is closed."),
@@ -328,6 +340,8 @@ WARES: Mapping[str, Phrasing] = {
             "what does {an_item} cost?",
             "what is the price of {an_item}?",
             "how many coins does {an_item} cost?",
+            "how many coins is {an_item}?",
+            "for how many coins do they sell {an_item}?",
         ),
         heldout_questions=("how much do I pay for {an_item}?",),
         answers=("{an_item} costs {price} coins.", "the price of {an_item} is {price} coins."),
@@ -338,7 +352,10 @@ WARES: Mapping[str, Phrasing] = {
 }
 
 LEADS = (
-    "{question}", "{question}", "{question}", "excuse me, {question}", "please tell me, {question}",
+    "{question}", "{question}", "{question}", "{question}", "I wonder, {question}",
+    "could you tell me, {question}", "please, {question}", "sorry to ask, {question}",
+    "before I forget, {question}", "my friend asks, {question}", "excuse me, {question}",
+    "please tell me, {question}",
     "quick question: {question}", "hello! {question}", "good morning! {question}",
     "can you help me? {question}", "I have a question. {question}", "tell me, {question}",
     "I want to know: {question}", "I am new in town. {question}", "one more thing: {question}",

@@ -187,7 +187,7 @@ SKILLS: Mapping[str, tuple[str, ...]] = {
     "difference_answer": ("{a} minus {b} is {c}.",),
     "more_question": (
         "{visitor} has {a} {fruit} and gets {b} more. how many {fruit} does {visitor} have now?",
-        "there are {a} {fruit} in the bag. {visitor} adds {b}. how many {fruit} are in the bag now?",
+        "there are {a} {fruit} in the bag. {visitor} adds {b}. how many are in the bag now?",
         "{visitor} picked {a} {fruit} and then {b} more. how many {fruit} is that?",
     ),
     "more_answer": ("{a} plus {b} is {c}, so there are {c} {fruit}.",),
@@ -201,7 +201,8 @@ SKILLS: Mapping[str, tuple[str, ...]] = {
     "together_question": (
         "at the fair {an_item} costs {a} coins and {an_item2} costs {b} coins. "
         "how much do they cost together?",
-        "the fair sells {an_item} for {a} coins and {an_item2} for {b} coins. what do I pay for both?",
+        "the fair sells {an_item} for {a} coins and {an_item2} for {b} coins. "
+        "what do I pay for both?",
     ),
     "together_answer": ("together they cost {c} coins.", "you pay {c} coins for both."),
     "cheaper_question": (
@@ -248,9 +249,10 @@ SKILLS: Mapping[str, tuple[str, ...]] = {
     ),
     "end_answer": ("the {end} word is {c}.",),
     "odd_question": (
-        "which of these is one of the {kind}: {list}?", "find the one that belongs to the {kind}: {list}.",
+        "which of these is one of the {kind}: {list}?",
+        "find the one that belongs to the {kind}: {list}.",
     ),
-    "odd_answer": ("{c} belongs to the {kind}.",),
+    "odd_answer": ("the answer is {c}.",),
     "extreme": ("largest", "smallest"),
     "end": ("first", "last"),
     "kind": ("animals", "colours", "jobs", "fruits", "things"),
@@ -260,7 +262,8 @@ SKILLS: Mapping[str, tuple[str, ...]] = {
         "wanted to cook {food}", "wanted to find {a_pet}", "wanted to see the {place}",
     ),
     "goal_detail": (
-        "it was a {weather} day.", "{who} got up early on {day}.", "{who} took the {vehicle} to town.",
+        "it was a {weather} day.", "{who} got up early on {day}.",
+        "{who} took the {vehicle} to town.",
         "{who} had waited for this all week.", "{who} asked everybody for the way.",
     ),
     "trouble": (

@@ -1,0 +1,109 @@
+"""A town's records as small JSONL files, and experiments that chain the stages on them in seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf_jax.data.record_builder import to_example
+from rlhf_jax.data.town.town import Town
+
+ROOT = Path(__file__).resolve().parents[2]
+
+COMMON = """
+from rlhf_jax.stages import defaults
+
+TRAIN = dict(steps={steps}, log_every=2, checkpoint_every=4, tensorboard=False)
+OPTIMIZER = dict(name="adamw", learning_rate=3e-3)
+EVAL = defaults.chat_evaluation(
+    source="{folder}/prompts.jsonl", count=8, max_new_tokens=12, batch_rows=8
+)
+"""
+
+PRETRAIN = """
+def get_config():
+    return defaults.base(
+        "pretrain",
+        model=defaults.model("tiny", layers=2, width=32, heads=2, kv_heads=1, head_dim=16,
+                             mlp_width=64, unroll=2),
+        tokenizer=dict(kind="bpe", vocab_size=320),
+        data=dict(train="{folder}/texts.jsonl", validation="{folder}/texts.jsonl",
+                  layout="documents", row_length=128, over_long="split"),
+        batch=dict(rows=8), optimizer=OPTIMIZER, train=TRAIN, loss=dict(z_loss=1e-4),
+        eval=dict(batch_rows=16),
+    )
+"""
+
+SFT = """
+def get_config():
+    return defaults.base(
+        "sft",
+        init=dict(policy="{folder}/pretrain.py"),
+        data=dict(train="{folder}/chats.jsonl=2,{folder}/chats.jsonl=1",
+                  validation="{folder}/chats.jsonl", row_length=256),
+        batch=dict(rows=4), optimizer=OPTIMIZER, train=TRAIN,
+        loss=dict(label_smoothing=0.0, z_loss=0.0), eval=EVAL,
+    )
+"""
+
+PAIRS = """
+def get_config():
+    return defaults.base(
+        "{stage}",
+        init=dict(policy="{folder}/sft.py"),
+        data=dict(train="{folder}/pairs.jsonl", validation="{folder}/pairs.jsonl",
+                  row_length=512),
+        batch=dict(rows=4), optimizer=OPTIMIZER, train=TRAIN,
+        loss=dict({loss}), eval={eval},
+    )
+"""
+
+
+def _lines(records) -> str:
+    lines = []
+    for record in records:
+        example = to_example(record)
+        example.pop("margin", None)
+        lines.append(json.dumps(example | json.loads(example.pop("meta"))))
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="session")
+def experiments(tmp_path_factory) -> Path:
+    """A folder with pretrain.py, sft.py, reward.py, dpo.py and the data they read."""
+    folder = tmp_path_factory.mktemp("experiments")
+    town = Town()
+    (folder / "texts.jsonl").write_text(_lines(town.texts("train", 300)))
+    (folder / "chats.jsonl").write_text(_lines(town.demonstrations("train", 200)))
+    (folder / "pairs.jsonl").write_text(_lines(town.pairs("train", 80)))
+    (folder / "prompts.jsonl").write_text(_lines(town.prompts("heldout", 12)))
+    dpo = PAIRS.replace("{loss}", 'name="sigmoid", beta=0.1, options=dict()')
+    reward = PAIRS.replace("{loss}", "centering=0.0")
+    stages = {
+        "pretrain": PRETRAIN,
+        "sft": SFT,
+        "dpo": dpo.replace("{stage}", "preference").replace("{eval}", "EVAL"),
+        "reward": reward.replace("{stage}", "reward").replace("{eval}", "dict(batch_rows=8)"),
+    }
+    for name, text in stages.items():
+        text = (COMMON + text).replace("{folder}", str(folder)).replace("{steps}", "12")
+        (folder / f"{name}.py").write_text(text)
+    return folder
+
+
+def run_main(*arguments: str, fault: str | None = None) -> subprocess.CompletedProcess:
+    """The command line in a process of its own, on one device."""
+    environment = os.environ | ({"FAULT": fault} if fault else {})
+    return subprocess.run(
+        [sys.executable, "-m", "rlhf_jax.main", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )

@@ -1,0 +1,163 @@
+"""Raw text to DPO through the front door: chains, reuse, faults, mistakes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from rlhf_jax.evaluation.statistics import wilson_interval
+from rlhf_jax.training.model import load_model
+from tests.stages.conftest import run_main
+
+
+@pytest.fixture(scope="module")
+def chain(experiments, tmp_path_factory):
+    """(experiments, runs): pretrain → sft → dpo, run once."""
+    runs = tmp_path_factory.mktemp("runs")
+    result = run_main(f"--config={experiments}/dpo.py", f"--workdir={runs}/dpo")
+    assert result.returncode == 0, result.stderr[-2000:]
+    return experiments, runs, result.stdout
+
+
+def summary(run):
+    return json.loads((run / "summary.json").read_text())
+
+
+def test_one_command_runs_the_whole_chain(chain):
+    _, runs, out = chain
+    for name in ("pretrain", "sft", "dpo"):
+        assert summary(runs / name)["status"] == "done"
+        assert (runs / name / "report.html").is_file()
+    assert out.index("/pretrain.py in") < out.index("/sft.py in") < out.index("/dpo.py in")
+    metrics = summary(runs / "dpo")["metrics"]
+    assert set(metrics) >= {
+        "eval/accuracy", "eval/accuracy_low", "eval/accuracy_high", "eval/ece", "eval/kl",
+        "eval/gold_reward", "eval/gold_win_rate", "eval/gold_win_rate_low", "eval/eos_rate",
+        "eval/gold_win_rate_high", "eval/gold_reward/correct", "eval/response_length",
+        "eval/correct/facts", "eval/logps/chosen", "eval/logps/rejected",
+    }  # fmt: skip
+    assert {"eval/loss", "eval/bpb", "eval/token_accuracy"} <= set(summary(runs / "pretrain")["metrics"])
+    samples = [json.loads(line) for line in (runs / "dpo/samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 8 and list(samples[0]["responses"]) == ["pretrain", "sft", "dpo"]
+
+
+def test_reported_numbers_are_recomputable(chain):
+    """The win rate of summary.json is that of the scores in samples.jsonl."""
+    _, runs, _ = chain
+    samples = [json.loads(line) for line in (runs / "dpo/samples.jsonl").read_text().splitlines()]
+    ours, theirs = ([s["scores"][name] for s in samples] for name in ("dpo", "sft"))
+    wins = sum((a > b) + 0.5 * (a == b) for a, b in zip(ours, theirs, strict=True))
+    metrics = summary(runs / "dpo")["metrics"]
+    assert metrics["eval/gold_win_rate"] == pytest.approx(wins / 8, abs=1e-12)
+    low, high = wilson_interval(wins, 8)
+    assert metrics["eval/gold_win_rate_low"] == pytest.approx(low)
+    assert metrics["eval/gold_win_rate_high"] == pytest.approx(high)
+
+
+def test_a_second_run_reuses_everything(chain):
+    experiments, runs, _ = chain
+    before = (runs / "dpo/summary.json").stat().st_mtime_ns
+    result = run_main(f"--config={experiments}/dpo.py", f"--workdir={runs}/dpo")
+    assert result.returncode == 0
+    assert result.stdout.count("reusing") == 3
+    assert (runs / "dpo/summary.json").stat().st_mtime_ns == before
+
+
+def test_reward_model_reuses_the_parents(chain):
+    experiments, runs, _ = chain
+    result = run_main(f"--config={experiments}/reward.py", f"--workdir={runs}/reward")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("reusing") == 2
+    metrics = summary(runs / "reward")["metrics"]
+    assert metrics["eval/accuracy_low"] <= metrics["eval/accuracy"] <= metrics["eval/accuracy_high"]
+    assert "score_head" in load_model(runs / "reward").params
+
+
+def copy_parents(runs, target):
+    for name in ("pretrain", "sft"):
+        shutil.copytree(runs / name, target / name)
+
+
+def comparable(run):
+    """metrics.jsonl without wall-clock fields."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+
+
+@pytest.mark.parametrize("fault", ["step:7", "checkpoint:arrays:8", "summary"])
+def test_killed_dpo_resumes_to_the_same_bits(chain, tmp_path, fault):
+    experiments, runs, _ = chain
+    copy_parents(runs, tmp_path)
+    command = (f"--config={experiments}/dpo.py", f"--workdir={tmp_path}/dpo")
+    killed = run_main(*command, fault=fault)
+    assert killed.returncode == -9 and not (tmp_path / "dpo/summary.json").exists()
+    resumed = run_main(*command)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    ours, theirs = (load_model(path / "dpo").params for path in (tmp_path, runs))
+    for a, b in zip(*(map(np.asarray, _leaves(p)) for p in (ours, theirs)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert comparable(tmp_path / "dpo") == comparable(runs / "dpo")
+    same, other = (summary(path / "dpo")["metrics"] for path in (tmp_path, runs))
+    wall_clock = {name for name in same | other if name.startswith("train/")}
+    assert {k: v for k, v in same.items() if k not in wall_clock} == {
+        k: v for k, v in other.items() if k not in wall_clock
+    }
+
+
+def _leaves(tree):
+    import jax
+
+    return jax.tree.leaves(tree)
+
+
+def test_changed_config_of_a_started_run_is_refused(chain, tmp_path):
+    experiments, runs, _ = chain
+    copy_parents(runs, tmp_path)
+    command = (f"--config={experiments}/dpo.py", f"--workdir={tmp_path}/dpo")
+    assert run_main(*command, fault="step:7").returncode == -9
+    result = run_main(*command, "--config.loss.beta=0.5")
+    assert result.returncode == 2
+    assert "loss.beta: 0.1 -> 0.5" in result.stderr
+
+
+def test_parent_trained_anew_is_noticed(chain, tmp_path):
+    """A finished child of another parent is neither reused nor silently mixed."""
+    experiments, runs, _ = chain
+    for name in ("pretrain", "sft", "dpo"):
+        shutil.copytree(runs / name, tmp_path / name)
+    path = tmp_path / "sft/summary.json"
+    path.write_text(path.read_text().replace(summary(runs / "sft")["config_hash"], "0" * 12))
+    other = f"--config.init.policy={tmp_path}/sft"
+    result = run_main(f"--config={experiments}/dpo.py", f"--workdir={tmp_path}/dpo", other)
+    assert result.returncode == 2 and "parents.policy" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.trian.steps=3"], 'Did you mean "train" instead of "trian"?'),
+        (["--config.train.step=3"], 'Did you mean "steps" instead of "step"?'),
+        (["--config.train.steps=many"], "invalid literal"),
+        (["--config.loss.name=sigmiod"], "did you mean 'sigmoid'?"),
+        (["--config.data.train=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--config.init.policy=nowhere"], "nowhere is not the directory of a finished run"),
+        (["--config.optimizer.name=adam"], "did you mean 'adamw'?"),
+        (["extra"], "unexpected argument 'extra'"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_exit_code_2(chain, tmp_path, arguments, message):
+    experiments, runs, _ = chain
+    copy_parents(runs, tmp_path)
+    result = run_main(f"--config={experiments}/dpo.py", f"--workdir={tmp_path}/dpo", *arguments)
+    assert result.returncode == 2, result.stderr[-2000:]
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert "Traceback" not in result.stderr
+
+
+def test_missing_config_is_a_mistake():
+    result = run_main("--config=experiments/nothing.py")
+    assert result.returncode == 2 and "there is no such file" in result.stderr

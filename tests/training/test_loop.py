@@ -1,0 +1,139 @@
+"""The loop: what it logs, when it evaluates, and how it ends."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.training import loop
+from rlhf_jax.training.metrics import read_metrics
+from rlhf_jax.training.rundir import RunDirectory
+from rlhf_jax.training.state import init_state
+from rlhf_jax.training.step import make_step
+from tests.training import model
+
+
+def train(directory, *, alter=lambda index, batch: batch, steps=7, batches=None, **options):
+    optimizer = optax.sgd(0.1)
+    options = {"log_every": 3, "checkpoint_every": 100, "tensorboard": False} | options
+    with RunDirectory(directory, {"train": {"log_every": options["log_every"]}}) as run:
+        state = init_state(model.init(), optimizer)
+        step = make_step(model.loss_fn, optimizer)
+        batches = batches or model.Batches(alter)
+        return loop.train(state, step, batches, steps=steps, run=run, **options)
+
+
+def test_lines_hold_each_steps_own_values_and_evaluations(tmp_path):
+    seen = []
+
+    def evaluation(state):
+        seen.append(int(state.step))
+        return {"eval/twice": 2.0 * int(state.step)}
+
+    state, rates = train(tmp_path, evaluations=((2, evaluation), (0, lambda s: {"eval/end": 1})))
+    assert int(state.step) == 7
+    assert seen == [2, 4, 6, 7]
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [2, 3, 4, 6, 7]
+    assert [line.get("eval/twice") for line in lines] == [4, None, 8, 12, 14]
+    assert [line.get("eval/end") for line in lines] == [None] * 4 + [1]
+
+    optimizer = optax.sgd(0.1)
+    state, step = init_state(model.init(), optimizer), make_step(model.loss_fn, optimizer)
+    expected = {}
+    for number in range(1, 8):
+        state, metrics = step(state, model.make_batch(number))
+        expected[number] = {name: float(value) for name, value in metrics.items()}
+    for line in lines:
+        for name, value in expected[line["step"]].items():
+            assert line[name] == value, name
+
+    assert set(rates) == {"train/steps_per_second", "train/tokens_per_second"}
+
+
+def test_speed_counts_tokens_that_are_not_padding(tmp_path):
+    _, rates = train(tmp_path, flops_per_token=10.0, log_every=1)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    for line, number in zip(lines, range(1, 8), strict=True):
+        tokens = int(model.make_batch(number)["segment_ids"].sum())
+        seconds = line["time/step_seconds"]
+        np.testing.assert_allclose(line["time/tokens_per_second"], tokens / seconds)
+        np.testing.assert_allclose(line["time/flops_per_second"], 10 * tokens / seconds)
+        assert 0 <= line["time/data_share"] <= 1.1
+    np.testing.assert_allclose(
+        rates["train/flops_per_second"], 10 * rates["train/tokens_per_second"]
+    )
+
+
+def test_a_run_that_is_done_is_not_run_again(tmp_path):
+    state, _ = train(tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_text()
+
+    def never(index, batch):
+        raise AssertionError
+
+    again, rates = train(tmp_path, alter=never)
+    jax.tree.map(np.testing.assert_array_equal, state.params, again.params)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert rates == {}
+
+
+def test_updates_that_are_skipped_in_a_row_end_the_run_naming_rows(tmp_path):
+    def alter(index, batch):
+        if index >= 4 or index == 2:
+            batch["weights"][3, 0] = np.nan
+        return batch
+
+    message = r"steps 4 to 6 .*row_ids of the data, by step: {4: \[64, .*, 5: \[80, .*, 6: \[96, "
+    with pytest.raises(UserError, match=message):
+        train(tmp_path, alter=alter, steps=20, max_skipped=3)
+
+
+def test_data_that_ends_early_is_a_user_error(tmp_path):
+    class Short(model.Batches):
+        def __next__(self):
+            if self._next == 3:
+                raise StopIteration
+            return super().__next__()
+
+    with pytest.raises(UserError, match="the data ended after 3 of 7 steps"):
+        train(tmp_path, batches=Short())
+
+
+def test_another_tokenizer_is_a_user_error(tmp_path):
+    train(tmp_path, tokenizer_hash="a")
+    with pytest.raises(UserError, match="tokenizer a, this is b"):
+        train(tmp_path, tokenizer_hash="b")
+
+
+def test_a_recompilation_for_known_shapes_is_reported(capsys):
+    step = loop._report_recompilation(jax.jit(lambda state, batch: (state, batch["x"].sum())))
+    narrow, wide = {"x": np.zeros(3, np.float32)}, {"x": np.zeros(4, np.float32)}
+    for batch in (narrow, wide, narrow, wide):
+        step(jnp.zeros(2), batch)
+    assert capsys.readouterr().out == ""
+    step(jnp.zeros(3), narrow)
+    assert "compiled again for batch shapes (('x', (3,), 'float32'),)" in capsys.readouterr().out
+
+
+def test_training_does_not_recompile(tmp_path, capsys):
+    train(tmp_path, checkpoint_every=2)
+    train(tmp_path / "again", checkpoint_every=2, steps=3)
+    assert "compiled again" not in capsys.readouterr().out
+
+
+def test_evaluations_and_checkpoints_take_no_training_time(tmp_path):
+    def slow(state):
+        time.sleep(0.5)
+        return {}
+
+    _, rates = train(tmp_path, evaluations=((1, slow),), steps=5)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert all(0 < line["time/step_seconds"] < 0.4 for line in lines[1:])
+    assert rates["train/steps_per_second"] > 1 / 0.4
