@@ -1,6 +1,8 @@
-"""Direct preference optimisation of the fine-tuned model, on a 2-core CPU.
+"""Direct preference optimisation of a fine-tuned model, on a 2-core CPU.
 
-    python -m rlhf_jax.main --config=experiments/dpo.py
+python -m rlhf_jax.main --config=experiments/dpo.py            the embedded town
+python -m rlhf_jax.main --config=experiments/dpo.py:hh         HH-RLHF, helpful
+… --config.loss.name=ipo --config.loss.beta=0.05               another loss of the family
 """
 
 from rlhf_jax.errors import UserError
@@ -8,23 +10,44 @@ from rlhf_jax.stages import defaults
 
 
 def get_config(variant="town"):
-    config = defaults.base(
+    match variant:
+        case "town":
+            return dpo(
+                "experiments/sft.py",
+                data={"row_length": 192},
+                batch={"rows": 32},
+                train={"steps": 100},
+                eval=defaults.chat_evaluation(),
+            )
+        case "hh":
+            pairs = "hh_rlhf/helpful"
+            return dpo(
+                "experiments/sft.py:hh",
+                data={
+                    "train": pairs,
+                    "validation": pairs,
+                    "row_length": 768,
+                    "over_long": "drop",
+                },
+                batch={"rows": 8},
+                train={"steps": 100},
+                eval=defaults.chat_evaluation(source=pairs, count=64, gold=False)
+                | {"batch_rows": 16},
+            )
+    raise UserError(f"experiments/dpo.py has no variant {variant!r}; there are: town, hh")
+
+
+def dpo(policy, **sections):
+    return defaults.base(
         "preference",
-        init={"policy": "experiments/sft.py"},
-        data={"row_length": 192},
-        batch={"rows": 32},
+        init={"policy": policy},
         optimizer={
-            "name": "adamw",
             "learning_rate": 2e-4,
             "warmup_steps": 10,
             "schedule": "linear",
             "final_fraction": 0.0,
         },
-        train={"steps": 100},
+        # name: any of losses/preference.py; options: those of the loss's own function.
         loss={"name": "sigmoid", "beta": 0.1, "options": {}},
-        eval=defaults.chat_evaluation(),
+        **sections,
     )
-    match variant:
-        case "town":
-            return config
-    raise UserError(f"experiments/dpo.py has no variant {variant!r}; there are: town, …")

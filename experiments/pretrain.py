@@ -1,24 +1,43 @@
 """Pre-training from raw text, on a 2-core CPU.
 
-    python -m rlhf_jax.main --config=experiments/pretrain.py            the embedded town
-    python -m rlhf_jax.main --config=experiments/pretrain.py:fables     TinyFabulist fables
-    python -m rlhf_jax.main --config=experiments/pretrain.py:shakespeare_char
-        nanoGPT's CPU recipe: its data, split, tokens, model, optimizer, batch and steps
-    python -m rlhf_jax.main --config=experiments/pretrain.py:shakespeare_char_best
-        the same data and split, our recipe, under a million parameters
+python -m rlhf_jax.main --config=experiments/pretrain.py            the embedded town
+python -m rlhf_jax.main --config=experiments/pretrain.py:fables     TinyFabulist fables
+python -m rlhf_jax.main --config=experiments/pretrain.py:hh         fables and HH-RLHF dialogues
+python -m rlhf_jax.main --config=experiments/pretrain.py:shakespeare_char
+    nanoGPT's CPU recipe: its data, split, tokens, model, optimizer, batch and steps
+python -m rlhf_jax.main --config=experiments/pretrain.py:shakespeare_char_best
+    the same data and split, our recipe, under a million parameters
 """
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.stages import defaults
+
+MUON = {
+    "name": "muon",
+    "learning_rate": 1e-2,
+    "warmup_steps": 10,
+    "schedule": "wsd",
+    "decay_fraction": 0.4,
+    "final_fraction": 0.0,
+}
 
 
 def get_config(variant="town"):
     match variant:
         case "town":
             return town()
+        case "fables":
+            return real("tinyfabulist", "tinyfabulist", steps=400)
+        case "hh":
+            return real("tinyfabulist=1,hh_rlhf/helpful=2", "hh_rlhf/helpful", steps=400)
         case "shakespeare_char":
             return shakespeare_char()
-    raise UserError(f"experiments/pretrain.py has no variant {variant!r}")
+        case "shakespeare_char_best":
+            return shakespeare_char_best()
+    raise UserError(
+        f"experiments/pretrain.py has no variant {variant!r}; there are: town, fables, hh, "
+        "shakespeare_char, shakespeare_char_best"
+    )
 
 
 def town():
@@ -28,20 +47,37 @@ def town():
         tokenizer={"kind": "bpe", "vocab_size": 1024},
         data={"layout": "documents", "row_length": 128, "over_long": "split"},
         batch={"rows": 64},
-        optimizer={
-            "name": "muon",
-            "learning_rate": 1e-2,
-            "warmup_steps": 10,
-            "schedule": "wsd",
-            "decay_fraction": 0.4,
-            "final_fraction": 0.0,
-        },
+        optimizer=MUON,
         train={"steps": 250},
         loss={"z_loss": 0.0},
     )
 
 
+def real(train, validation, steps):
+    """English text: a larger vocabulary and context."""
+    return defaults.base(
+        "pretrain",
+        model=defaults.model(
+            "tiny", width=192, heads=6, kv_heads=6, mlp_width=512, max_length=1024
+        ),
+        tokenizer={"kind": "bpe", "vocab_size": 4096},
+        data={
+            "train": train,
+            "validation": validation,
+            "layout": "documents",
+            "row_length": 512,
+            "over_long": "split",
+        },
+        batch={"rows": 16},
+        optimizer=MUON,
+        train={"steps": steps},
+        loss={"z_loss": 0.0},
+        eval={"batch_rows": 16},
+    )
+
+
 def shakespeare_char():
+    """Expected: validation loss 1.88 nats a character or less, as published for nanoGPT."""
     return defaults.base(
         "pretrain",
         model=defaults.model("shakespeare"),
@@ -66,3 +102,16 @@ def shakespeare_char():
         loss={"z_loss": 0.0},
         eval={"batch_rows": 128},
     )
+
+
+def shakespeare_char_best():
+    """Expected: validation loss below 1.70 in the time of nanoGPT's CPU recipe."""
+    config = shakespeare_char()
+    config.model = defaults.model(
+        "tiny", vocab_size=65, mlp_width=512, max_length=256, zero_init_residual=True
+    )
+    config.data.row_length = 128
+    config.batch.rows = 32
+    config.optimizer.update(MUON)
+    config.train.steps = 700
+    return config

@@ -1,33 +1,60 @@
-"""Supervised fine-tuning of the pre-trained model, on a 2-core CPU.
+"""Supervised fine-tuning of a pre-trained model, on a 2-core CPU.
 
-    python -m rlhf_jax.main --config=experiments/sft.py            the embedded town
-    python -m rlhf_jax.main --config=experiments/sft.py:fables     prompt → fable
-    python -m rlhf_jax.main --config=experiments/sft.py:gsm8k      grade-school maths
-    python -m rlhf_jax.main --config=experiments/sft.py:hh         the preferred replies of HH-RLHF
+python -m rlhf_jax.main --config=experiments/sft.py            the embedded town
+python -m rlhf_jax.main --config=experiments/sft.py:fables     TinyFabulist: prompt → fable
+python -m rlhf_jax.main --config=experiments/sft.py:gsm8k      grade-school maths
+python -m rlhf_jax.main --config=experiments/sft.py:hh         the preferred replies of HH-RLHF
 """
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.stages import defaults
 
+OPTIMIZER = {
+    "name": "muon",
+    "learning_rate": 5e-3,
+    "warmup_steps": 10,
+    "schedule": "linear",
+    "final_fraction": 0.0,
+}
+
 
 def get_config(variant="town"):
-    config = defaults.base(
-        "sft",
-        init={"policy": "experiments/pretrain.py"},
-        data={"row_length": 128},
-        batch={"rows": 64},
-        optimizer={
-            "name": "muon",
-            "learning_rate": 5e-3,
-            "warmup_steps": 10,
-            "schedule": "linear",
-            "final_fraction": 0.0,
-        },
-        train={"steps": 150},
-        loss={"label_smoothing": 0.0, "z_loss": 0.0},
-        eval=defaults.chat_evaluation(),
-    )
     match variant:
         case "town":
-            return config
-    raise UserError(f"experiments/sft.py has no variant {variant!r}; there are: town, …")
+            return sft(
+                "experiments/pretrain.py",
+                data={"row_length": 192},
+                batch={"rows": 48},
+                train={"steps": 150},
+                eval=defaults.chat_evaluation(),
+            )
+        case "fables":
+            return real("fables", "tinyfabulist", "tinyfabulist", steps=200)
+        case "gsm8k":
+            return real("fables", "gsm8k", "gsm8k@test", steps=200)
+        case "hh":
+            return real("hh", "hh_rlhf/helpful", "hh_rlhf/helpful", steps=150)
+    raise UserError(
+        f"experiments/sft.py has no variant {variant!r}; there are: town, fables, gsm8k, hh"
+    )
+
+
+def sft(policy, **sections):
+    return defaults.base(
+        "sft",
+        init={"policy": policy},
+        optimizer=OPTIMIZER,
+        loss={"label_smoothing": 0.0, "z_loss": 0.0},
+        **sections,
+    )
+
+
+def real(base, train, validation, steps):
+    """On real text; what is longer than a row is dropped and counted."""
+    return sft(
+        f"experiments/pretrain.py:{base}",
+        data={"train": train, "validation": validation, "row_length": 768, "over_long": "drop"},
+        batch={"rows": 8},
+        train={"steps": steps},
+        eval=defaults.chat_evaluation(source=validation, count=64, gold=False) | {"batch_rows": 16},
+    )

@@ -1,7 +1,8 @@
 """The front door: `python -m rlhf_jax.main --config=experiments/dpo.py [--config.train.steps=100]`.
 
-Flags become a config, the config names a stage, the stage runs in a run directory; parents named by
-`config.init` run first. Exit codes: 0 done, 75 stopped but resumable, 2 the user's mistake, 1 a bug.
+Flags become a config, the config names a stage, the stage runs in a run directory; parents named
+by `config.init` run first. Exit codes: 0 done, 75 stopped but resumable, 2 the user's mistake, 1 a
+bug.
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ def parse(argv: list[str]):
         text = str(error.args[0] if error.args else error)
         raise UserError(f"in the command line: {' '.join(text.split())}") from error
     if rest:
-        raise UserError(f"unexpected argument {rest[0]!r}; overrides look like --config.train.steps=9")
+        raise UserError(
+            f"unexpected argument {rest[0]!r}; overrides look like --config.train.steps=9"
+        )
     if values.config is None:
         raise UserError("no --config given; try --config=experiments/dpo.py")
-    source = values["config"].config_filename
+    source = config_flags.get_config_filename(values["config"])
     if not os.path.isfile(source.partition(":")[0]):
         raise UserError(f"--config={source}: there is no such file")
     return values.config, source, values.workdir

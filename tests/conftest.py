@@ -1,4 +1,4 @@
-"""Eight fake CPU devices for every test, and a compilation cache shared by the processes tests start."""
+"""Eight fake CPU devices for every test, and a compilation cache that all processes share."""
 
 from __future__ import annotations
 

@@ -49,19 +49,19 @@ class Source:
     sha256: str | None = None
 
 
-def load_records(name: str, split: str) -> list[Record]:
+def load_records(name: str, split: str, *, kind: str | None = None) -> list[Record]:
     """The records of a data set's split, prepared on first use under `cache_dir()`.
 
-    `name` is "set", "set/config" or "set/kind", which is the first config of that kind; `split` may
-    be sliced ("train[:10%]"). The prepared files are keyed by the content of the source files,
-    so a changed file is never mistaken for an older one. Raises UserError for unknown
-    names and for files that cannot be had.
+    `name` is "set/config", "set/kind", which is the first config of that kind, or "set": the first
+    config of `kind`, or the first of all. `split` may be sliced ("train[:10%]"). The prepared files
+    are keyed by the content of the source files, so a changed file is never mistaken for an older
+    one. Raises UserError for unknown names and for files that cannot be had.
     """
     set_name, _, wanted = name.partition("/")
     cls = _builder_class(set_name)
     names = [c.name for c in cls.BUILDER_CONFIGS]
-    of_kind = [c.name for c in cls.BUILDER_CONFIGS if c.kind == wanted]
-    config = wanted if wanted in names else next(iter(of_kind if wanted else names), None)
+    of_kind = [c.name for c in cls.BUILDER_CONFIGS if c.kind == (wanted or kind)]
+    config = wanted if wanted in names else next(iter(of_kind), None if wanted else names[0])
     if config is None:
         raise UserError(f"data set {set_name!r} has no config {wanted!r}; there are: {names}")
     folder = cache_dir() / "datasets"

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from rlhf_jax.errors import UserError
+
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -71,3 +73,30 @@ KINDS: dict[str, type] = {
     "pair": Pair,
     "prompt": Prompt,
 }
+
+
+def convert(record: Record, kind: str) -> Record:
+    """The record as one of `kind`, where that loses nothing but what the kind has no place for.
+
+    A pair's chosen side makes a conversation; a conversation without its last turn a prompt; and
+    either a text in which each turn starts with its role, for pre-training.
+
+    Raises:
+        UserError: there is no such conversion, e.g. from a text to a conversation.
+    """
+    if isinstance(record, KINDS[kind]):
+        return record
+    match kind, record:
+        case "conversation", Pair():
+            turns = (*record.prompt, Message("assistant", record.chosen))
+            return Conversation(record.id, turns, record.meta)
+        case "prompt", Pair():
+            return Prompt(record.id, record.prompt, record.meta)
+        case "prompt", Conversation():
+            return Prompt(record.id, record.messages[:-1], record.meta)
+        case "text", Conversation():
+            lines = [f"{m.role.capitalize()}: {m.content}" for m in record.messages]
+            return Text(record.id, "\n\n".join(lines), record.meta)
+        case "text", Pair():
+            return convert(convert(record, "conversation"), "text")
+    raise UserError(f"record {record.id!r} is a {type(record).__name__}, which makes no {kind}")

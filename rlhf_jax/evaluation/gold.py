@@ -1,4 +1,4 @@
-"""Held-out answers judged by the town's exact gold scorer: by component, and against another model."""
+"""Held-out answers judged by the town's exact scorer: by component, and against another model."""
 
 from __future__ import annotations
 

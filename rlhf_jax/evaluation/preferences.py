@@ -42,7 +42,9 @@ def preference_metrics(
         "eval/rewards/margins": float((chosen - rejected).mean()),
         "eval/rewards/chosen": float(chosen.mean()),
         "eval/rewards/rejected": float(rejected.mean()),
-        "eval/length_correlation": correlation(np.concatenate([chosen, rejected]), lengths.T.ravel()),
+        "eval/length_correlation": correlation(
+            np.concatenate([chosen, rejected]), lengths.T.ravel()
+        ),
         "eval/longer_is_chosen": float((1 + longer).mean() / 2),
     }
 

@@ -18,6 +18,7 @@ from rlhf_jax.models.scoring import sequence_logprobs
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.training.model import Model
 
+
 @dataclass(frozen=True)
 class Answer:
     """A sampled reply: its text, its tokens (with <|end|> if finished), whether it ended itself."""

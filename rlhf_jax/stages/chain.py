@@ -68,7 +68,11 @@ def run(
 
 
 def _run(
-    config: ConfigDict, source: str, workdir: Path, allow_changes: bool, descendants: tuple[str, ...]
+    config: ConfigDict,
+    source: str,
+    workdir: Path,
+    allow_changes: bool,
+    descendants: tuple[str, ...],
 ) -> Path:
     if config.stage not in STAGES:
         raise UserError(f"config.stage = {config.stage!r}: choose one of {', '.join(STAGES)}")
@@ -127,7 +131,7 @@ def _run_stage(
 
 
 def show(workdir: Path) -> None:
-    """Prints what a finished run came to: a table of its lineage, three samples, the report's path."""
+    """Prints what a run came to: a table of its lineage, three samples, the report's path."""
     runs = ancestry(workdir)
     summaries = [read_summary(path) for path in runs]
     names = [n for n in METRICS if any(n in s["metrics"] for s in summaries)]
@@ -136,13 +140,16 @@ def show(workdir: Path) -> None:
     samples = workdir / "samples.jsonl"
     chosen = []
     if samples.exists():
-        chosen = pick_samples([json.loads(line) for line in samples.read_text("utf-8").splitlines()])
+        chosen = pick_samples(
+            [json.loads(line) for line in samples.read_text("utf-8").splitlines()]
+        )
     print_summary(f"{workdir}", ["", *(path.name for path in runs)], rows, chosen)
     print(f"report: {workdir / 'report.html'}", flush=True)
 
 
 def pick_samples(samples: list[dict[str, Any]], count: int = 3) -> list[dict[str, Any]]:
     """The first samples on which the last two models differ, for the console."""
+
     def differ(sample) -> bool:
         texts = list(sample["responses"].values())[-2:]
         return len(set(texts)) == len(texts)

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlhf_jax.data.chat import render_prompt
-from rlhf_jax.data.records import Conversation, Pair, Prompt
+from rlhf_jax.data.records import Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.gold import correct_metrics, gold_metrics, gold_plots, gold_scores
 from rlhf_jax.evaluation.responses import Answer, answer, sequence_kl
@@ -73,9 +73,8 @@ def evaluate_chat(
 
 
 def held_out_prompts(config: ConfigDict, model: Model) -> list[Prompt]:
-    """The prompts of the evaluation's records that leave room for an answer; the others are counted."""
-    records = read_records(config, config.eval.source, config.eval.kind, "validation")
-    prompts = [_as_prompt(record) for record in records]
+    """Prompts of the evaluation's records that leave room for an answer; the others are counted."""
+    prompts = read_records(config, config.eval.source, "prompt", "validation")
     room = model.config.max_length - config.eval.max_new_tokens
     kept = [p for p in prompts if len(render_prompt(p.messages, model.tokenizer)) <= room]
     say("held-out prompts", {"read": len(prompts), "too long": len(prompts) - len(kept)})
@@ -85,15 +84,6 @@ def held_out_prompts(config: ConfigDict, model: Model) -> list[Prompt]:
             f"model.max_length = {model.config.max_length}"
         )
     return kept
-
-
-def _as_prompt(record: Prompt | Pair | Conversation) -> Prompt:
-    match record:
-        case Pair():
-            return Prompt(record.id, record.prompt, record.meta)
-        case Conversation():
-            return Prompt(record.id, record.messages[:-1], record.meta)
-    return record
 
 
 def _answer(

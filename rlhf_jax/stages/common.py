@@ -14,6 +14,7 @@ from rlhf_jax.data.builders import load_records
 from rlhf_jax.data.jsonl import read_jsonl
 from rlhf_jax.data.packing import Arrays, check_ids
 from rlhf_jax.data.pipeline import make_dataset, make_iterator
+from rlhf_jax.data.records import convert
 from rlhf_jax.errors import UserError
 from rlhf_jax.training.loop import train
 from rlhf_jax.training.mesh import make_mesh
@@ -25,7 +26,7 @@ from rlhf_jax.training.step import make_step
 
 
 def parse_sources(spec: str) -> dict[str, float]:
-    """"a=3,b=1" → {"a": 3.0, "b": 1.0}; a name alone has weight 1."""
+    """ "a=3,b=1" → {"a": 3.0, "b": 1.0}; a name alone has weight 1."""
     sources = {}
     for part in spec.split(","):
         name, _, weight = part.strip().partition("=")
@@ -37,24 +38,28 @@ def parse_sources(spec: str) -> dict[str, float]:
 
 
 def read_records(config: ConfigDict, source: str, kind: str, split: str) -> list[Any]:
-    """The records of one source: a JSONL file, or a data set's `split`.
+    """The records of one source, as records of `kind` (see `records.convert`).
 
-    "gsm8k" alone stands for its config of this kind; "gsm8k[:10%]" takes a slice of the split.
+    A source is a JSONL file, or a data set with, as far as wanted, a config, a split of its own in
+    place of `split`, and a slice: "town", "hh_rlhf/helpful", "gsm8k@test", "town[:50%]".
     """
     name, bracket, part = source.partition("[")
     if Path(name).suffix in (".jsonl", ".gz", ".xz"):
         if bracket:
             raise UserError(f"data: {source!r}: a file cannot be sliced")
         return read_jsonl(name, kind, max_bad_fraction=config.data.max_bad_fraction)
-    records = load_records(name if "/" in name else f"{name}/{kind}", split + bracket + part)
+    name, _, own_split = name.partition("@")
+    records = load_records(name, (own_split or split) + bracket + part, kind=kind)
     if not records:
-        raise UserError(f"data: {source!r} has no records in its split {split!r}")
-    return records
+        raise UserError(f"data: {source!r} has no records in its split {own_split or split!r}")
+    return [convert(record, kind) for record in records]
 
 
 def say(subject: str, counts: Mapping[str, Any]) -> None:
     """Prints one line of counts: what was read, packed, dropped."""
-    shown = (f"{k} {v:.1%}" if isinstance(v, float) else f"{k} {v:,}" for k, v in counts.items() if v)
+    shown = (
+        f"{k} {v:.1%}" if isinstance(v, float) else f"{k} {v:,}" for k, v in counts.items() if v
+    )
     print(f"{subject}: {', '.join(shown)}", flush=True)
 
 

@@ -19,12 +19,12 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
     config = ConfigDict()
     config.stage = stage
     config.seed = 0
-    # What the model starts from: "experiments/sft.py[:variant]", or the directory of a finished run.
+    # What the model starts from: "experiments/sft.py[:variant]", or a finished run's directory.
     config.init = ConfigDict({"policy": ""})
     config.data = ConfigDict(
         {
-            # A data set ("town", "hh_rlhf/helpful", "gsm8k[:50%]" …) or a JSONL file; several are
-            # mixed by weight: "town=3,notes.jsonl=1".
+            # A data set ("town", "hh_rlhf/helpful", "gsm8k@test", "town[:50%]") or a JSONL file;
+            # several are mixed by weight: "town=3,notes.jsonl=1".
             "train": "town",
             "validation": "town",
             "row_length": 256,  # tokens a packed row
@@ -52,7 +52,8 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
             "wandb": "",  # project, to follow the run on Weights & Biases too
         }
     )
-    config.compute = ConfigDict({"dtype": "float32", "remat": "none"})
+    if stage != "pretrain":  # which states its whole model
+        config.compute = ConfigDict({"compute_dtype": "float32", "remat": "none"})
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all other devices
     config.eval = ConfigDict({"batch_rows": 64})
     for name, values in sections.items():
@@ -70,8 +71,7 @@ def model(preset: str, **changes: Any) -> ConfigDict:
 def chat_evaluation(**changes: Any) -> dict[str, Any]:
     """How a chat stage ends: held-out prompts are answered and judged."""
     return {
-        "source": "town",  # of held-out prompts: a data set or a JSONL file …
-        "kind": "prompt",  # … of this kind; the prompts of a "pair" or "conversation" serve too
+        "source": "town",  # of held-out prompts: a data set or a JSONL file
         "count": 256,  # prompts at most
         "max_new_tokens": 64,
         "temperature": 1.0,

@@ -62,7 +62,8 @@ def loss(config: ConfigDict, shape: ModelConfig, params: Any, batch, rng):
     name, beta = config.loss.name, config.loss.beta
     logprobs = sequence_logprobs(shape, params, batch)
     policy, reference, lengths = (
-        x.reshape(-1, x.shape[-1]) for x in (logprobs, batch["reference_logprobs"], batch["lengths"])
+        x.reshape(-1, x.shape[-1])
+        for x in (logprobs, batch["reference_logprobs"], batch["lengths"])
     )
     weights = batch["valid"].reshape(-1)
     options = dict(config.loss.options)

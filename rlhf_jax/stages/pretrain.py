@@ -41,9 +41,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     length = config.data.row_length
     if config.data.layout == "windows":
         stream = tokenizer.encode("".join(texts))
-        batches = make_iterator(
-            make_windows(stream, length, config.batch.rows, seed=config.seed)
-        )
+        batches = make_iterator(make_windows(stream, length, config.batch.rows, seed=config.seed))
         held_out, _ = pack_stream(tokenizer.encode(validation[0].text), length)
     else:
         rows = [_pack(config, "training", records, tokenizer) for records in train]

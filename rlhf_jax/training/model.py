@@ -1,4 +1,4 @@
-"""A model as a finished stage leaves it: <run>/model (shape and parameters) and <run>/tokenizer.json."""
+"""A model as a finished stage leaves it: <run>/model and <run>/tokenizer.json."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def load_model(workdir: str | os.PathLike[str], **changes: Any) -> Model:
     """The model of a finished run, with `changes` to fields of its config.
 
     Raises:
-        UserError: there is none, it is damaged, or the tokenizer is not the one it was trained with.
+        UserError: there is none, it is damaged, or it was trained with another tokenizer.
     """
     params, document = load_params(Path(workdir) / "model")
     tokenizer = Tokenizer.load(Path(workdir) / "tokenizer.json")

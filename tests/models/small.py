@@ -20,7 +20,6 @@ SMALL = ModelConfig(
     head_dim=4,
     mlp_width=24,
     max_length=96,
-    init_std=0.2,  # large enough for attention to differ from an average
 )
 LEARNED = dataclasses.replace(
     SMALL,
@@ -51,14 +50,16 @@ def forward(config: ModelConfig, params, tokens: jax.Array, ids: dict | None = N
     return apply(config, params, tokens, **ids or {}).hidden
 
 
-def noisy(config: ModelConfig, seed: int = 0):
-    """Parameters whose norms, biases and zeros are moved too, so that none can hide a mistake."""
-    params = init(config, jax.random.key(seed))
-    leaves, tree = jax.tree.flatten(params)
-    rng = np.random.default_rng(seed)
-    return jax.tree.unflatten(
-        tree, [leaf + jnp.asarray(rng.normal(0, 0.1, leaf.shape), jnp.float32) for leaf in leaves]
-    )
+def noisy(config: ModelConfig):
+    """Random numbers for all parameters, norms and biases too, so that none can hide a mistake."""
+    rng = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        mean = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.asarray(rng.normal(mean, 0.2, leaf.shape), jnp.float32)
+
+    shapes = jax.eval_shape(partial(init, config), jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 def random_tokens(*shape: int, seed: int = 0) -> jax.Array:

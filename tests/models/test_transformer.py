@@ -279,7 +279,7 @@ def test_bfloat16_compute_keeps_float32_parameters(kind):
 
 def test_scores_of_a_scalar_model():
     config = dataclasses.replace(SMALL, head="scalar", tied_embeddings=False)
-    params = init(config, jax.random.key(0))
+    params = noisy(config)
     assert "lm_head" not in params
     hidden = forward(config, params, random_tokens(2, 5))
     expected = np.asarray(hidden) @ np.asarray(params["score_head"]["kernel"])[:, 0]
@@ -303,7 +303,7 @@ def test_ids_are_checked_on_the_host():
 
 
 def test_arguments_that_do_not_go_together():
-    params, tokens = init(SMALL, jax.random.key(0)), random_tokens(1, 4)
+    params, tokens = noisy(SMALL), random_tokens(1, 4)
     ones = jnp.ones_like(tokens)
     with pytest.raises(ValueError, match="need positions"):
         apply(SMALL, params, tokens, segment_ids=ones)

@@ -1,4 +1,4 @@
-"""A town's records as small JSONL files, and experiments that chain the stages on them in seconds."""
+"""A town's records as small JSONL files, and experiments that chain the stages on them."""
 
 from __future__ import annotations
 

@@ -39,7 +39,9 @@ def test_one_command_runs_the_whole_chain(chain):
         "eval/gold_win_rate_high", "eval/gold_reward/correct", "eval/response_length",
         "eval/correct/facts", "eval/logps/chosen", "eval/logps/rejected",
     }  # fmt: skip
-    assert {"eval/loss", "eval/bpb", "eval/token_accuracy"} <= set(summary(runs / "pretrain")["metrics"])
+    assert {"eval/loss", "eval/bpb", "eval/token_accuracy"} <= set(
+        summary(runs / "pretrain")["metrics"]
+    )
     samples = [json.loads(line) for line in (runs / "dpo/samples.jsonl").read_text().splitlines()]
     assert len(samples) == 8 and list(samples[0]["responses"]) == ["pretrain", "sft", "dpo"]
 

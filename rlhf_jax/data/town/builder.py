@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar
 
 import tensorflow_datasets as tfds
@@ -32,11 +32,12 @@ class Town(RecordBuilder, skip_registration=True):
 
     def records(self, dl_manager) -> Mapping[str, Iterable[Record]]:
         made = town.Town()
-        make = {
+        streams: dict[str, Callable[[str], Iterable[Record]]] = {
             "text": made.texts,
             "conversation": made.demonstrations,
             "pair": made.pairs,
             "prompt": made.prompts,
             "facts": made.fact_prompts,
-        }[self.builder_config.name]
+        }
+        make = streams[self.builder_config.name]
         return {"train": make(TRAIN), "validation": make(HELDOUT)}

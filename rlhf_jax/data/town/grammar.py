@@ -78,16 +78,14 @@ class Neighbours:
 
     def __init__(self, pools: Mapping[str, Sequence[str]], alias: Mapping[str, str]) -> None:
         self.pools = pools
-        self.alias = alias
+        self.alias = {**alias, "!": END, "?": END}
         self.pairs: set[tuple[str, str]] = set()
         self._edges: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
         self._seen: set[str] = set()
 
     def normal(self, token: str) -> str:
         """`token` as it stands in the pairs."""
-        if token.isdigit():
-            return "#"
-        return END if token in "!?" else self.alias.get(token, token)
+        return "#" if token.isdigit() else self.alias.get(token, token)
 
     def add(self, templates: Iterable[str]) -> None:
         """Adds the pairs of whole sentences."""

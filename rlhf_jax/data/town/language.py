@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from random import Random
 
 from rlhf_jax.data.town.grammar import END, Neighbours, expand, pick, tokenize
@@ -71,6 +72,7 @@ def visit(rng: Random) -> dict[str, str]:
 
 
 _NAMES = VALUES["person"] + VALUES["visitor"] + VALUES["child"] + VALUES["robot"]
+_PHRASINGS = (*PEOPLE.values(), *SHOPS.values(), *WARES.values())
 _SHAPES: Mapping[str, Sequence[str]] = {
     "name": ("Ann",),
     "person": ("Ann",),
@@ -102,14 +104,12 @@ _SHAPES: Mapping[str, Sequence[str]] = {
     "word": sum(KINDS_OF_THINGS.values(), ()),
     "c": ("1", "{word}"),
     "list": ("1, 1, 1", "{word}, {word}, {word}"),
-    "wish": tuple(wish for wish, *_ in (*ADVICE, *DEEDS)),
+    "wish": (*(each.wish for each in ADVICE), *(each.wish for each in DEEDS)),
     "advice": tuple(advice.advice for advice in ADVICE),
     "method": tuple(deed.method for deed in DEEDS),
     "instead": tuple(deed.instead for deed in DEEDS),
-    "claim": tuple(phrasing.claim for phrasing in (PEOPLE | SHOPS | WARES).values()),
-    "answer": tuple(
-        answer for phrasing in (PEOPLE | SHOPS | WARES).values() for answer in phrasing.answers
-    ),
+    "claim": tuple(phrasing.claim for phrasing in _PHRASINGS),
+    "answer": tuple(answer for phrasing in _PHRASINGS for answer in phrasing.answers),
 }
 """Stand-ins for the slots that callers fill, for the analysis of neighbours only."""
 _WRITTEN_ONLY = ("question", "fact", "passage", "rude", "polite", "remark", "lead", "tail")
@@ -120,7 +120,7 @@ def neighbours() -> Neighbours:
     """The neighbouring words of the sentences an assistant may say."""
     pools = {**POOLS, **_SHAPES}
     found = Neighbours(pools, {name.lower(): "ann" for name in _NAMES})
-    for phrasing in (*PEOPLE.values(), *SHOPS.values(), *WARES.values()):
+    for phrasing in _PHRASINGS:
         found.add(phrasing.statements + phrasing.answers)
         found.add((f"{phrasing.short}.", f"yes, {phrasing.short}.", f"no, {phrasing.short}."))
     for happening in HAPPENINGS:
@@ -144,12 +144,9 @@ def neighbours() -> Neighbours:
 def familiar(tokens: Sequence[str]) -> float:
     """The share of neighbouring words, sentence ends included, that the town's language has."""
     known = neighbours()
-    before, hits = END, 0
-    for token in tokens:
-        token = known.normal(token)
-        hits += (before, token) in known.pairs
-        before = token
-    hits += before == END or (before, END) in known.pairs
+    normal = [END, *map(known.normal, tokens)]
+    hits = sum(map(known.pairs.__contains__, pairwise(normal)))
+    hits += normal[-1] == END or (normal[-1], END) in known.pairs
     return hits / (len(tokens) + 1)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from random import Random
 
 from rlhf_jax.data.town.families import draw
-from rlhf_jax.data.town.families.knowledge import attributes_of, false_slots, table_of
+from rlhf_jax.data.town.families.knowledge import Subject, attributes_of, false_slots, table_of
 from rlhf_jax.data.town.grammar import finish, pick
 from rlhf_jax.data.town.language import POOLS, fill, say, visit
 from rlhf_jax.data.town.phrasings.manners import ADVICE, CHATS, DEEDS
@@ -121,8 +121,9 @@ def lost(world: World, rng: Random) -> str:
 
 def quiz(world: World, rng: Random) -> str:
     """Questions and answers about people, shops and wares that may be asked about."""
-    groups = (world.people_of, world.people_of, world.shops_of, world.wares_of)
-    subject = pick(rng, pick(rng, groups)[TRAIN])
+    people, trade = world.people_of[TRAIN], (world.shops_of[TRAIN], world.wares_of[TRAIN])
+    groups: tuple[tuple[Subject, ...], ...] = (people, people, *trade)
+    subject = pick(rng, pick(rng, groups))
     attributes = attributes_of(world, subject)
     table, lines = table_of(subject), []
     for attribute in rng.sample(attributes, min(2, len(attributes))):

@@ -198,7 +198,8 @@ class Person:
     def slots(self) -> dict[str, str]:
         """What the templates call this person and each of the facts."""
         facts = self.facts
-        return facts | {
+        return {
+            **facts,
             "name": self.name,
             "who": self.name,
             "whose": f"{self.name}'s",

@@ -180,7 +180,8 @@ def followup(world: World, rng: Random, split: str) -> Task:
     kind = rng.random()
     if kind < 0.25:
         return _recall(rng)
-    subject = pick(rng, world.shops_of[split] if kind < 0.4 else world.people_of[split])
+    groups: tuple[Subject, ...] = (world.shops_of if kind < 0.4 else world.people_of)[split]
+    subject = pick(rng, groups)
     first, second = rng.sample(attributes_of(world, subject), 2)
     table, slots = table_of(subject), subject.slots
     messages = (
