@@ -42,16 +42,16 @@ def attention_bias(
 
 
 def cached_attention_bias(
-    positions: jax.Array, lengths: jax.Array, slots: int, sliding_window: int | None = None
+    positions: jax.Array, slots: int, sliding_window: int | None = None
 ) -> jax.Array:
-    """The same against a cache whose slot s holds the key of position s.
+    """The same against a cache whose slot s holds the key of position s, up to the query's own.
 
-    positions [B, T] of the queries, lengths [B] tokens cached. Returns f32 [B, T, slots].
+    positions int32 [B, T] of the queries. Returns f32 [B, T, slots].
     """
-    slot = jnp.arange(slots)
-    visible = (slot < lengths[:, None, None]) & (positions[:, :, None] >= slot)
+    back = positions[:, :, None] - jnp.arange(slots)
+    visible = back >= 0
     if sliding_window is not None:
-        visible &= positions[:, :, None] - slot < sliding_window
+        visible &= back < sliding_window
     return jnp.where(visible, 0.0, MASKED).astype(jnp.float32)
 
 
@@ -77,7 +77,7 @@ def attend(
     Returns:
         [B, kv_heads, G, T, d] in the dtype of `value`.
     """
-    length = query.shape[3]
+    length, width = query.shape[3:]
     block = max(64, -(-length // 8))
     blocks = []
     for start in range(0, length, block):
@@ -85,7 +85,7 @@ def attend(
         scores = _scores(
             query[:, :, :, start:end], key[:, :, :end], bias[:, start:end, :end], softcap
         )
-        blocks.append(_average(scores, [value[:, :, :end]]).reshape(query[..., start:end, :].shape))
+        blocks.append(_average(scores, value[:, :, :end]).reshape(*query.shape[:3], -1, width))
     return jnp.concatenate(blocks, axis=3)
 
 
@@ -94,21 +94,11 @@ def attend_cached(
     key: jax.Array,
     value: jax.Array,
     bias: jax.Array,
-    cached_key: jax.Array,
-    cached_value: jax.Array,
-    cached_bias: jax.Array,
     *,
     softcap: float | None = None,
 ) -> jax.Array:
-    """Attention of a few new tokens to cached keys and to each other.
-
-    As `attend`, with cached_key and cached_value [B, kv_heads, S, d] and cached_bias f32 [B, T, S].
-    """
-    scores = jnp.concatenate(
-        [_scores(query, cached_key, cached_bias, softcap), _scores(query, key, bias, softcap)],
-        axis=-1,
-    )
-    return _average(scores, [cached_value, value]).reshape(query.shape)
+    """As `attend`, of a few queries to all slots of a cache: bias f32 [B, T, slots]."""
+    return _average(_scores(query, key, bias, softcap), value).reshape(query.shape)
 
 
 def _scores(query: jax.Array, key: jax.Array, bias: jax.Array, softcap: float | None) -> jax.Array:
@@ -126,17 +116,10 @@ def _scores(query: jax.Array, key: jax.Array, bias: jax.Array, softcap: float | 
     return grouped.reshape(scores.shape)
 
 
-def _average(scores: jax.Array, values: list[jax.Array]) -> jax.Array:
-    """softmax(scores) @ concatenate(values); dividing the product, not the weights, is cheaper."""
+def _average(scores: jax.Array, value: jax.Array) -> jax.Array:
+    """softmax(scores) @ value; dividing the product, not the weights, is cheaper."""
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    total, start = 0.0, 0
-    for value in values:
-        end = start + value.shape[2]
-        total += jnp.einsum(
-            "bhqk,bhkd->bhqd",
-            weights[..., start:end].astype(value.dtype),
-            value,
-            preferred_element_type=jnp.float32,
-        )
-        start = end
-    return (total / weights.sum(-1, keepdims=True)).astype(values[0].dtype)
+    product = jnp.einsum(
+        "bhqk,bhkd->bhqd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+    )
+    return (product / weights.sum(-1, keepdims=True)).astype(value.dtype)

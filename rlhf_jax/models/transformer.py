@@ -24,7 +24,8 @@ from rlhf_jax.models.attention import (
 from rlhf_jax.models.config import ModelConfig
 
 Params = Mapping[str, Any]
-Cache = dict[str, jax.Array]
+Cache = dict[str, Any]
+KeysValues = tuple[jax.Array, jax.Array]  # [B, kv_heads, slots, head_dim] each
 
 
 class Output(NamedTuple):
@@ -35,9 +36,9 @@ class Output(NamedTuple):
 class _Context(NamedTuple):
     """What every layer needs and none changes."""
 
-    bias: jax.Array  # f32 [B or 1, T, T] among the new tokens
-    cached_bias: jax.Array | None  # f32 [B, T, S] against cached ones
+    bias: jax.Array  # f32 [B or 1, T, keys]
     rope: tuple[jax.Array, jax.Array] | None  # cos, sin: f32 [B or 1, 1, T, head_dim/2]
+    positions: jax.Array  # int32 [B or 1, T]
 
 
 def _rope_table(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -78,7 +79,7 @@ class _Dense(nn.Module):
     config: ModelConfig
     features: int
     bias: bool
-    residual: bool = False
+    residual: bool = False  # writes to the residual stream
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -96,19 +97,15 @@ class _Dense(nn.Module):
         return y.reshape(*x.shape[:-1], self.features)
 
 
-def _dense(config, features, name, *, bias, residual=False):
-    return _Dense(config, features, bias, residual, name=name)
-
-
 class _Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, cached: Cache | None, context: _Context):
-        config = self.config
+    def __call__(self, x: jax.Array, context: _Context, cached: KeysValues | None):
+        config, bias = self.config, self.config.attention_bias
 
         def heads(name: str, count: int) -> jax.Array:
-            y = _dense(config, count * config.head_dim, name, bias=config.attention_bias)(x)
+            y = _Dense(config, count * config.head_dim, bias, name=name)(x)
             return y.reshape(*x.shape[:2], count, config.head_dim).swapaxes(1, 2)
 
         query, key = heads("query", config.heads), heads("key", config.kv_heads)
@@ -120,17 +117,19 @@ class _Attention(nn.Module):
             query, key = _rotate(query, context.rope), _rotate(key, context.rope)
         query = (query * config.head_dim**-0.5).astype(value.dtype)
         query = query.reshape(query.shape[0], config.kv_heads, -1, *query.shape[2:])
-        key = key.astype(value.dtype)
-        softcap = config.attention_softcap
+        new = key.astype(value.dtype), value
         if cached is None:
-            mixed = attend(query, key, value, context.bias, softcap=softcap)
+            mixed = attend(query, *new, context.bias, softcap=config.attention_softcap)
         else:
-            past = (cached["keys"], cached["values"], context.cached_bias)
-            mixed = attend_cached(query, key, value, context.bias, *past, softcap=softcap)
-        mixed = mixed.reshape(x.shape[0], config.heads, *mixed.shape[3:]).swapaxes(1, 2)
+            rows = jnp.arange(len(x))[:, None]
+            new = tuple(
+                old.at[rows, :, context.positions].set(y.swapaxes(1, 2))
+                for old, y in zip(cached, new, strict=True)
+            )
+            mixed = attend_cached(query, *new, context.bias, softcap=config.attention_softcap)
+        mixed = mixed.reshape(len(x), config.heads, -1, config.head_dim).swapaxes(1, 2)
         mixed = mixed.reshape(*x.shape[:2], -1)
-        out = _dense(config, config.width, "out", bias=config.attention_bias, residual=True)
-        return out(mixed), {"keys": key, "values": value}
+        return _Dense(config, config.width, bias, residual=True, name="out")(mixed), new
 
 
 class _Mlp(nn.Module):
@@ -141,7 +140,7 @@ class _Mlp(nn.Module):
         config = self.config
 
         def up(name: str) -> jax.Array:
-            return _dense(config, config.mlp_width, name, bias=config.mlp_bias)(x)
+            return _Dense(config, config.mlp_width, config.mlp_bias, name=name)(x)
 
         match config.activation:
             case "swiglu":
@@ -150,59 +149,20 @@ class _Mlp(nn.Module):
                 y = nn.gelu(up("gate"), approximate=True) * up("up")
             case _:
                 y = nn.gelu(up("up"), approximate=config.activation == "gelu_tanh")
-        return _dense(config, config.width, "down", bias=config.mlp_bias, residual=True)(y)
+        return _Dense(config, config.width, config.mlp_bias, residual=True, name="down")(y)
 
 
 class _Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, cached: Cache | None, context: _Context):
+    def __call__(self, x: jax.Array, context: _Context, cached: KeysValues | None = None):
         config = self.config
-        normed = _Norm(config, config.norm, name="attention_norm")(x)
-        mixed, new = _Attention(config, name="attention")(normed, cached, context)
-        x = x + mixed
+        y = _Norm(config, config.norm, name="attention_norm")(x)
+        y, new = _Attention(config, name="attention")(y, context, cached)
+        x = x + y
         x = x + _Mlp(config, name="mlp")(_Norm(config, config.norm, name="mlp_norm")(x))
         return x, new
-
-
-class _Transformer(nn.Module):
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, tokens: jax.Array, positions: jax.Array, cached, context: _Context):
-        config = self.config
-        dtype = jnp.dtype(config.compute_dtype)
-        normal = nn.initializers.normal
-        x = nn.Embed(
-            config.vocab_size, config.width, embedding_init=normal(config.init_std), name="embed"
-        )(tokens)
-        if config.position == "learned":
-            table = nn.Embed(
-                config.max_length,
-                config.width,
-                embedding_init=normal(config.init_std),
-                name="position_embed",
-            )
-            x = x + table(positions)
-        block = _Block
-        if config.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            block = nn.remat(
-                _Block,
-                policy=policy if config.remat == "dots" else None,
-                prevent_cse=config.unroll > 1,
-            )
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=config.layers,
-            unroll=min(config.unroll, config.layers),
-        )
-        x, new = layers(config, name="layers")(x.astype(dtype), cached, context)
-        return _Norm(config, config.norm, name="final_norm")(x), new
 
 
 @partial(jax.jit, static_argnums=0)
@@ -216,16 +176,27 @@ def init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
         UserError: the config does not fit together.
     """
     config.validate()
-    body_key, head_key = jax.random.split(key)
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    context = _context(config, tokens)
-    params = dict(_Transformer(config).init(body_key, tokens, tokens, None, context)["params"])
+    keys = jax.random.split(key, 4)
+    block, x = _Block(config), jnp.zeros((1, 1, config.width), config.compute_dtype)
+    context = _context(config, jnp.zeros((1, 1), jnp.int32))
+
+    def normal(key: jax.Array, *shape: int, std: float = config.init_std) -> jax.Array:
+        return std * jax.random.normal(key, shape, jnp.float32)
+
+    params = {
+        "embed": {"embedding": normal(keys[0], config.vocab_size, config.width)},
+        "layers": jax.vmap(lambda key: block.init(key, x, context)["params"])(
+            jax.random.split(keys[1], config.layers)
+        ),
+        "final_norm": _Norm(config, config.norm).init(key, x)["params"],
+    }
+    if config.position == "learned":
+        params["position_embed"] = {"embedding": normal(keys[2], config.max_length, config.width)}
     if config.head == "scalar":
-        kernel = jax.random.normal(head_key, (config.width, 1)) / np.sqrt(config.width + 1)
-        params["score_head"] = {"kernel": kernel}
+        std = 1 / np.sqrt(config.width + 1)
+        params["score_head"] = {"kernel": normal(keys[3], config.width, 1, std=std)}
     elif not config.tied_embeddings:
-        kernel = jax.random.normal(head_key, (config.width, config.vocab_size)) * config.init_std
-        params["lm_head"] = {"kernel": kernel}
+        params["lm_head"] = {"kernel": normal(keys[3], config.width, config.vocab_size)}
     return params
 
 
@@ -270,16 +241,21 @@ def apply(
     length = tokens.shape[1]
     if config.position == "learned" and length > config.max_length:
         raise UserError(f"{length} tokens a row, but model.max_length = {config.max_length}")
-    cached = None
     if cache is not None and prompt_lengths is None:
         positions = cache["lengths"][:, None] + jnp.arange(length)
-        cached = {"keys": cache["keys"], "values": cache["values"]}
-    elif positions is None:
+        context = _context(config, positions, slots=cache["keys"][0].shape[2])
+        hidden, new = _decode(config, params, tokens, context, cache)
+        return Output(hidden, {**new, "lengths": cache["lengths"] + length})
+    if positions is None:
         positions = jnp.arange(length)[None]
-    context = _context(config, positions, segment_ids, branch_ids, cache if cached else None)
-    hidden, new = _Transformer(config).apply({"params": params}, tokens, positions, cached, context)
+    context = _context(config, positions, segment_ids, branch_ids)
+    hidden, (keys, values) = _forward(config, params, tokens, context)
     if cache is not None:
-        cache = _extend(cache, new, positions if cached else None, prompt_lengths)
+        cache = {
+            "keys": _fill(cache["keys"], keys),
+            "values": _fill(cache["values"], values),
+            "lengths": prompt_lengths.astype(jnp.int32),
+        }
     return Output(hidden, cache)
 
 
@@ -288,49 +264,85 @@ def _context(
     positions: jax.Array,
     segment_ids: jax.Array | None = None,
     branch_ids: jax.Array | None = None,
-    cache: Cache | None = None,
+    slots: int | None = None,
 ) -> _Context:
-    window = config.sliding_window
-    bias = attention_bias(positions, segment_ids, branch_ids, window)
-    cached_bias = rope = None
-    if cache is not None:
-        slots = cache["keys"].shape[3]
-        cached_bias = cached_attention_bias(positions, cache["lengths"], slots, window)
-    if config.position == "rope":
-        rope = _rope_table(config, positions)
-    return _Context(bias, cached_bias, rope)
+    if slots is None:
+        bias = attention_bias(positions, segment_ids, branch_ids, config.sliding_window)
+    else:
+        bias = cached_attention_bias(positions, slots, config.sliding_window)
+    rope = _rope_table(config, positions) if config.position == "rope" else None
+    return _Context(bias, rope, positions)
+
+
+def _embed(config: ModelConfig, params: Params, tokens: jax.Array, context: _Context) -> jax.Array:
+    x = jnp.take(params["embed"]["embedding"], tokens, axis=0)
+    if config.position == "learned":
+        x = x + jnp.take(params["position_embed"]["embedding"], context.positions, axis=0)
+    return x.astype(config.compute_dtype)
+
+
+def _final_norm(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
+    return _Norm(config, config.norm).apply({"params": params["final_norm"]}, x)
+
+
+def _forward(
+    config: ModelConfig, params: Params, tokens: jax.Array, context: _Context
+) -> tuple[jax.Array, KeysValues]:
+    """Hidden states, and keys and values [layers, B, kv_heads, T, head_dim]: layers in a scan."""
+
+    def block(x, layer):
+        return _Block(config).apply({"params": layer}, x, context)
+
+    if config.remat != "none":
+        saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        block = jax.checkpoint(
+            block,
+            policy=saved if config.remat == "dots" else None,
+            prevent_cse=config.unroll > 1,
+        )
+    x = _embed(config, params, tokens, context)
+    x, new = jax.lax.scan(block, x, params["layers"], unroll=min(config.unroll, config.layers))
+    return _final_norm(config, params, x), new
+
+
+def _decode(
+    config: ModelConfig, params: Params, tokens: jax.Array, context: _Context, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """Hidden states and the cache with the new tokens: layers one by one, caches in place.
+
+    A scan over the layers would copy the whole cache at every step.
+    """
+    x = _embed(config, params, tokens, context)
+    keys, values = [], []
+    for i, cached in enumerate(zip(cache["keys"], cache["values"], strict=True)):
+        layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
+        x, (key, value) = _Block(config).apply({"params": layer}, x, context, cached)
+        keys.append(key)
+        values.append(value)
+    return _final_norm(config, params, x), {"keys": tuple(keys), "values": tuple(values)}
 
 
 def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
-    """An empty cache: keys and values [layers, batch, kv_heads, length, head_dim], lengths [batch].
+    """An empty cache for `length` positions a row.
 
-    Slot s of a row holds its position s. Heads stand before slots because the products of a
-    decoding step then read them in order.
+    keys, values: for every layer an array [batch, kv_heads, length, head_dim], slot s of a row
+    holding its position s; lengths: int32 [batch]. Heads stand before slots because the products
+    of a decoding step then read them in order.
     """
-    shape = (config.layers, batch, config.kv_heads, length, config.head_dim)
+    shape = (batch, config.kv_heads, length, config.head_dim)
     return {
-        "keys": jnp.zeros(shape, config.compute_dtype),
-        "values": jnp.zeros(shape, config.compute_dtype),
+        "keys": tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.layers)),
+        "values": tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.layers)),
         "lengths": jnp.zeros(batch, jnp.int32),
     }
 
 
-def _extend(
-    cache: Cache, new: Cache, positions: jax.Array | None, prompt_lengths: jax.Array | None
-) -> Cache:
-    """Writes new keys and values [layers, B, kv_heads, T, head_dim] of every layer at once."""
-    length, slots = new["keys"].shape[3], cache["keys"].shape[3]
+def _fill(cached: tuple[jax.Array, ...], new: jax.Array) -> tuple[jax.Array, ...]:
+    """Writes [layers, B, kv_heads, T, head_dim] over the first T slots of every layer."""
+    length, slots = new.shape[3], cached[0].shape[2]
     if length > slots:
         raise UserError(f"{length} tokens a row do not fit a cache of {slots}")
-    if prompt_lengths is not None:
-        written = {name: cache[name].at[:, :, :, :length].set(new[name]) for name in new}
-        return {**written, "lengths": prompt_lengths.astype(jnp.int32)}
-    rows = jnp.arange(positions.shape[0])[:, None]
-    written = {
-        name: cache[name].at[:, rows, :, positions].set(new[name].transpose(1, 3, 0, 2, 4))
-        for name in new
-    }
-    return {**written, "lengths": cache["lengths"] + length}
+    return tuple(old.at[:, :, :length].set(y) for old, y in zip(cached, new, strict=True))
 
 
 def unembedding(config: ModelConfig, params: Params) -> jax.Array:

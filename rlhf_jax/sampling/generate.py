@@ -61,45 +61,44 @@ def generate(
     Raises:
         UserError: arguments the model cannot follow, each named.
     """
-    allowed, stop = _check(
-        config, prompts, max_new_tokens, temperature, stop_ids, allowed_tokens, batch_size
-    )
+    counts = {
+        "max_new_tokens": max_new_tokens,
+        "samples_per_prompt": samples_per_prompt,
+        "batch_size": batch_size,
+    }
+    _check(config, prompts, temperature, counts)
+    allowed, stop = _masks(config, allowed_tokens, stop_ids)
     prompt_ids = range(len(prompts)) if prompt_ids is None else prompt_ids
     if len(prompt_ids) != len(prompts):
         raise UserError(f"{len(prompt_ids)} prompt_ids for {len(prompts)} prompts")
-    rows = [
-        (prompt, sample) for prompt in range(len(prompts)) for sample in range(samples_per_prompt)
-    ]
-    by_length = sorted(range(len(rows)), key=lambda row: len(prompts[rows[row][0]]))
+    rows = [(i, sample) for i in range(len(prompts)) for sample in range(samples_per_prompt)]
+    rows.sort(key=lambda row: len(prompts[row[0]]))
     batch_size = min(batch_size, _next_power(len(rows)))
     pending = []
     for start in range(0, len(rows), batch_size):
-        batch = by_length[start : start + batch_size]
-        tokens, lengths = _pad([prompts[rows[row][0]] for row in batch], batch_size, config)
+        batch = rows[start : start + batch_size]
+        tokens, lengths = _pad([prompts[i] for i, _ in batch], batch_size, config.max_length)
         streams = np.zeros((batch_size, 2), np.uint32)
-        streams[: len(batch)] = [(prompt_ids[rows[row][0]], rows[row][1]) for row in batch]
+        streams[: len(batch)] = [(prompt_ids[i], sample) for i, sample in batch]
         outputs = _complete(
             config,
             params,
             tokens,
             lengths,
-            _row_keys(seed, streams),
+            _row_keys(jax.random.key(seed), streams),
             allowed,
             stop,
             temperature or 1.0,
             greedy=temperature == 0,
             max_new_tokens=max_new_tokens,
         )
-        pending.append((batch, outputs))
-    completions: list[Any] = [None] * len(rows)
-    for batch, outputs in pending:
-        for row, tokens, logprobs, count, finished in zip(
-            batch, *(np.asarray(output) for output in outputs), strict=False
-        ):
-            completions[row] = Completion(
-                tokens[:count].tolist(), logprobs[:count].copy(), bool(finished)
-            )
-    return completions
+        pending.append((batch, outputs))  # not read yet: the device runs ahead
+    completions = {
+        row: completion
+        for batch, outputs in pending
+        for row, completion in zip(batch, _read(*outputs), strict=False)
+    }
+    return [completions[row] for row in sorted(completions)]
 
 
 @partial(jax.jit, static_argnames=("config", "greedy", "max_new_tokens"))
@@ -152,9 +151,16 @@ def _complete(
     return state["tokens"], state["logprobs"], state["count"], state["finished"]
 
 
+def _read(tokens, logprobs, count, finished) -> list[Completion]:
+    tokens, logprobs = np.asarray(tokens), np.asarray(logprobs)
+    return [
+        Completion(tokens[row, :n].tolist(), logprobs[row, :n].copy(), bool(done))
+        for row, (n, done) in enumerate(zip(np.asarray(count), np.asarray(finished), strict=True))
+    ]
+
+
 @jax.jit
-def _row_keys(seed, streams):
-    key = jax.random.key(seed)
+def _row_keys(key, streams):
     return jax.vmap(lambda s: jax.random.fold_in(jax.random.fold_in(key, s[0]), s[1]))(streams)
 
 
@@ -162,39 +168,48 @@ def _next_power(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _pad(prompts, rows: int, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+def _pad(prompts, rows: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:
     """Prompts as right-padded rows of a power-of-two length, so that few shapes are compiled."""
     lengths = np.zeros(rows, np.int32)
     lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
-    width = min(max(_SHORTEST_BUCKET, _next_power(int(lengths.max()))), config.max_length)
+    width = min(max(_SHORTEST_BUCKET, _next_power(int(lengths.max()))), max_length)
     tokens = np.zeros((rows, width), np.int32)
     for row, prompt in zip(tokens, prompts, strict=False):
         row[: len(prompt)] = prompt
     return tokens, lengths
 
 
-def _check(config, prompts, max_new_tokens, temperature, stop_ids, allowed_tokens, batch_size):
-    """Raises UserError for what generation cannot do; returns masks [vocab_size] of the rest."""
+def _check(config: ModelConfig, prompts, temperature: float, counts: dict[str, int]) -> None:
     if config.head != "lm":
         raise UserError("generation needs a model with head = 'lm'")
-    if max_new_tokens < 1 or batch_size < 1:
-        raise UserError(f"max_new_tokens = {max_new_tokens}, batch_size = {batch_size}: at least 1")
+    for name, count in counts.items():
+        if count < 1:
+            raise UserError(f"{name} = {count}: at least 1")
     if not temperature >= 0:
         raise UserError(f"temperature = {temperature}: at least 0")
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise UserError(f"prompt {i} is empty: give it at least one token")
-        if len(prompt) + max_new_tokens > config.max_length:
+        new = counts["max_new_tokens"]
+        if len(prompt) + new > config.max_length:
             raise UserError(
-                f"prompt {i} has {len(prompt)} tokens, with max_new_tokens = {max_new_tokens} "
+                f"prompt {i} has {len(prompt)} tokens, with max_new_tokens = {new} "
                 f"more than model.max_length = {config.max_length}"
             )
-        try:
-            check_tokens(config, np.asarray(prompt))
-        except UserError as error:
-            raise UserError(f"prompt {i}: {error}") from None
+        _check_ids(config, f"prompt {i}", prompt)
+
+
+def _check_ids(config: ModelConfig, what: str, ids) -> None:
+    try:
+        check_tokens(config, np.asarray(ids))
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
+
+
+def _masks(config: ModelConfig, allowed_tokens, stop_ids) -> tuple[np.ndarray | None, np.ndarray]:
+    """Bool [vocab_size] each: what may be drawn (None: everything) and what ends a completion."""
     stop_ids = np.array(sorted(stop_ids), np.int64)
-    check_tokens(config, stop_ids)
+    _check_ids(config, "stop_ids", stop_ids)
     stop = np.zeros(config.vocab_size, bool)
     stop[stop_ids] = True
     if allowed_tokens is None:

@@ -178,7 +178,9 @@ def test_packed_documents_equal_separate_ones_and_never_see_each_other(config):
     assert not np.array_equal(changed[0, :7], hidden[0, :7])
 
 
-def test_branches_equal_separate_rows_in_values_and_gradients(config):
+@pytest.mark.parametrize("kind", ["gpt2", "grouped-window", "multiquery-capped"])
+def test_branches_equal_separate_rows_in_values_and_gradients(kind):
+    config = KINDS[kind]
     tokens = random_tokens(1, 6 + 5 + 8)
     ids = {
         "positions": jnp.asarray([[*range(6), *range(6, 11), *range(6, 14)]]),
@@ -235,14 +237,11 @@ def test_padding_never_matters(kind):
     values = jax.jit(jax.vmap(padded))(jnp.arange(8))
     for left in range(8):
         assert_trees_close(jax.tree.map(lambda x, i=left: x[i], values), expected)
-    right_padded = jnp.pad(document, (0, 7), constant_values=60)
-    assert_trees_close(jax.jit(jax.value_and_grad(loss))(params, right_padded, 0, {}), expected)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"unroll": 2},
         {"unroll": 99},
         {"remat": "full"},
         {"remat": "dots"},
@@ -260,9 +259,8 @@ def test_how_it_is_computed_changes_no_value(change):
     assert_trees_close(step(dataclasses.replace(SMALL, **change), params), expected)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_bfloat16_compute_keeps_float32_parameters(kind):
-    config = dataclasses.replace(KINDS[kind], init_std=0.05)
+def test_bfloat16_compute_keeps_float32_parameters():
+    config = dataclasses.replace(SMALL, init_std=0.05)
     half = dataclasses.replace(config, compute_dtype="bfloat16")
     params, tokens = init(half, jax.random.key(0)), random_tokens(2, 40)
     hidden = forward(half, params, tokens)
