@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -122,9 +122,10 @@ class _Attention(nn.Module):
             mixed = attend(query, *new, context.bias, softcap=config.attention_softcap)
         else:
             rows = jnp.arange(len(x))[:, None]
-            new = tuple(
-                old.at[rows, :, context.positions].set(y.swapaxes(1, 2))
-                for old, y in zip(cached, new, strict=True)
+            slots = (rows, slice(None), context.positions)
+            new = (
+                cached[0].at[slots].set(new[0].swapaxes(1, 2)),
+                cached[1].at[slots].set(new[1].swapaxes(1, 2)),
             )
             mixed = attend_cached(query, *new, context.bias, softcap=config.attention_softcap)
         mixed = mixed.reshape(len(x), config.heads, -1, config.head_dim).swapaxes(1, 2)
@@ -250,7 +251,7 @@ def apply(
         positions = jnp.arange(length)[None]
     context = _context(config, positions, segment_ids, branch_ids)
     hidden, (keys, values) = _forward(config, params, tokens, context)
-    if cache is not None:
+    if cache is not None and prompt_lengths is not None:
         cache = {
             "keys": _fill(cache["keys"], keys),
             "values": _fill(cache["values"], values),
@@ -282,7 +283,7 @@ def _embed(config: ModelConfig, params: Params, tokens: jax.Array, context: _Con
 
 
 def _final_norm(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
-    return _Norm(config, config.norm).apply({"params": params["final_norm"]}, x)
+    return cast(jax.Array, _Norm(config, config.norm).apply({"params": params["final_norm"]}, x))
 
 
 def _forward(

@@ -139,7 +139,7 @@ class RunDirectory:
                 print(f"config changed: {name}: {before!r} -> {after!r}", flush=True)
             accepted = FREE + (ALLOWED_WITH_FLAG if self.allow_changes else ())
             refused = [name for name in changes if not _has_prefix(name, accepted)]
-            if refused and any(self.path.glob("checkpoints/*")):  # else nothing is trained yet
+            if refused:
                 shown = ", ".join("{}: {!r} -> {!r}".format(n, *changes[n]) for n in refused[:5])
                 raise UserError(
                     f"{self.path} holds a run with another config ({shown}"
