@@ -4,6 +4,9 @@
 
 Training and generation render through the same function, so the tokens of a prompt followed by
 those of a reply and `<|end|>` are exactly the tokens of the conversation.
+
+The text of a turn or document is encoded with a space in front, which `decode_text` takes away: a
+word then has the same token at the start as anywhere else, and can be copied from there.
 """
 
 from __future__ import annotations
@@ -72,7 +75,17 @@ def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int
 
 def render_reply(reply: str, tokenizer: Tokenizer) -> list[int]:
     """Tokens of an assistant's reply as they follow `render_prompt`; the last one is `<|end|>`."""
-    return [*tokenizer.encode(reply), END]
+    return [*encode_texts([reply], tokenizer)[0], END]
+
+
+def encode_texts(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Tokens of whole turns or documents, without control tokens."""
+    return tokenizer.encode_batch([f" {text}" for text in texts])
+
+
+def decode_text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """The text of a turn; control tokens are left out."""
+    return tokenizer.decode(ids).removeprefix(" ")
 
 
 def _render(

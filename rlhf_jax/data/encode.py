@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from rlhf_jax.data import chat
 from rlhf_jax.data.chat import render_conversation, render_prompt, render_reply
 from rlhf_jax.data.packing import Document, Group
 from rlhf_jax.data.records import Conversation, Pair, Text
@@ -32,7 +33,7 @@ def encode_texts(
     if not tokenizer.control:
         raise UserError("a character-level tokenizer has no <|bos|>; train on windows of a stream")
     documents, stats, long = [], _new_stats(records), []
-    encoded = tokenizer.encode_batch([record.text for record in records])
+    encoded = chat.encode_texts([record.text for record in records], tokenizer)
     for record, ids in zip(records, encoded, strict=True):
         tokens = [BOS, *ids, END]
         if len(tokens) <= row_length:

@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from rlhf_jax.data.chat import render_prompt
+from rlhf_jax.data.chat import decode_text, render_prompt
 from rlhf_jax.data.packing import Group, pack_groups
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.data.tokenizer import END
@@ -49,7 +49,8 @@ def answer(
         batch_size=batch_rows,
     )
     return [
-        Answer(model.tokenizer.decode(c.tokens), tuple(c.tokens), c.finished) for c in completions
+        Answer(decode_text(c.tokens, model.tokenizer), tuple(c.tokens), c.finished)
+        for c in completions
     ]
 
 

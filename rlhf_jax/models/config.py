@@ -133,6 +133,7 @@ _tiny = ModelConfig(
     mlp_width=384,
     max_length=256,
     qk_norm=True,
+    init_std=0.05,  # GPT-2's 0.02 is for a width of 768: times √(768 / width)
     remat="dots",  # on a CPU, recomputing is faster than writing and reading memory
 )
 
@@ -147,7 +148,7 @@ PRESETS: dict[str, ModelConfig] = {
     ),
     "10m": dataclasses.replace(
         _tiny, vocab_size=4096, layers=6, width=320, heads=5, kv_heads=5, head_dim=64,
-        mlp_width=896, max_length=1024,
+        mlp_width=896, max_length=1024, init_std=0.03,
     ),
     "125m": _gpt2(12, 768, 12),
     "350m": _gpt2(24, 1024, 16),

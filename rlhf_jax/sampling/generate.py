@@ -135,8 +135,8 @@ def _complete(
         token, logprob = draw(hidden[:, 0], state["index"])
         return token, record(state, token, logprob), cache
 
-    cache = init_cache(config, batch, longest + max_new_tokens)
-    hidden, cache = apply(config, params, prompts, cache=cache, prompt_lengths=lengths)
+    empty = init_cache(config, batch, longest + max_new_tokens)
+    hidden, cache = apply(config, params, prompts, cache=empty, prompt_lengths=lengths)
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     token, logprob = draw(jnp.take_along_axis(hidden, last, axis=1)[:, 0], 0)
     state = {

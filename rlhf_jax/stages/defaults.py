@@ -53,7 +53,7 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
         }
     )
     if stage != "pretrain":  # which states its whole model
-        config.compute = ConfigDict({"compute_dtype": "float32", "remat": "none"})
+        config.compute = ConfigDict({"compute_dtype": "float32", "remat": "dots"})
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all other devices
     config.eval = ConfigDict({"batch_rows": 64})
     for name, values in sections.items():

@@ -66,7 +66,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
 def _train_tokenizer(config: ConfigDict, texts: list[str]) -> Tokenizer:
     match config.tokenizer.kind:
         case "bpe":
-            return train_bpe(texts, config.tokenizer.vocab_size)
+            return train_bpe([f" {text}" for text in texts], config.tokenizer.vocab_size)
         case "chars":
             return train_chars("".join(texts))
     raise UserError(f"tokenizer.kind = {config.tokenizer.kind!r}: choose bpe or chars")
