@@ -80,7 +80,7 @@ def render_reply(reply: str, tokenizer: Tokenizer) -> list[int]:
 
 def encode_texts(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
     """Tokens of whole turns or documents, without control tokens."""
-    return tokenizer.encode_batch([f" {text}" for text in texts])
+    return tokenizer.encode_batch([f" {text}" if text else "" for text in texts])
 
 
 def decode_text(ids: Sequence[int], tokenizer: Tokenizer) -> str:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlhf_jax.data.chat import render_conversation, render_prompt, render_reply
+from rlhf_jax.data.chat import (
+    decode_text,
+    encode_texts,
+    render_conversation,
+    render_prompt,
+    render_reply,
+)
 from rlhf_jax.data.records import Message
 from rlhf_jax.data.tokenizer import ASSISTANT, BOS, END, SYSTEM, USER, train_bpe, train_chars
 from rlhf_jax.errors import UserError
@@ -29,7 +35,7 @@ def random_conversation(rng: np.random.Generator) -> tuple[Message, ...]:
 
 
 def test_golden_tokens():
-    hello, hi = TOKENIZER.encode("hello"), TOKENIZER.encode("hi")
+    hello, hi = TOKENIZER.encode(" hello"), TOKENIZER.encode(" hi")
     tokens, is_target = render_conversation(messages("s:hi", "u:hello", "a:hi"), TOKENIZER)
     assert tokens == [BOS, SYSTEM, *hi, END, USER, *hello, END, ASSISTANT, *hi, END]
     assert is_target == [0] * (len(tokens) - len(hi) - 1) + [1] * (len(hi) + 1)
@@ -49,7 +55,7 @@ def test_random_conversations():
         turns = random_conversation(rng)
         tokens, is_target = render_conversation(turns, TOKENIZER)
         prompt = render_prompt(turns[:-1], TOKENIZER)
-        assert prompt + TOKENIZER.encode(turns[-1].content) + [END] == tokens
+        assert prompt + encode_texts([turns[-1].content], TOKENIZER)[0] + [END] == tokens
         assert tokens.count(BOS) == 1 and tokens[0] == BOS
         assert tokens.count(END) == len(turns)
         assert prompt[-1] == ASSISTANT
@@ -98,3 +104,10 @@ def test_bad_prompts_and_roles():
 
 def test_a_prompt_that_calls_for_a_turn_after_a_tool():
     assert render_prompt(messages("u:a", "a:b", "t:c"), TOKENIZER)[-1] == ASSISTANT
+
+
+def test_a_word_has_one_token_wherever_it_stands():
+    first, later = encode_texts(["hello", "say hello"], TOKENIZER)
+    assert later[-len(first) :] == first
+    for text in ("hello", " hello", "", "two\nlines"):
+        assert decode_text(encode_texts([text], TOKENIZER)[0], TOKENIZER) == text

@@ -26,8 +26,8 @@ def chat(*contents: str) -> tuple[Message, ...]:
 
 def test_texts_start_with_bos_and_train_the_end():
     (document,), stats = encode_texts([Text("a", "xyz")], TOKENIZER, 16)
-    assert document.tokens == [BOS, *TOKENIZER.encode("xyz"), END]
-    assert document.is_target == [0, 1, 1, 1, 1]
+    assert document.tokens == [BOS, *TOKENIZER.encode(" xyz"), END]
+    assert document.is_target == [0, 1, 1, 1, 1, 1]
     assert stats == {"records": 1, "encoded": 1, "dropped": 0, "truncated": 0, "split": 0}
 
 
@@ -41,7 +41,7 @@ def test_split_texts_train_every_token_once(length):
         for token, trained in zip(d.tokens, d.is_target, strict=True)
         if trained
     ]
-    assert targets == [*TOKENIZER.encode(text), END]
+    assert targets == [*TOKENIZER.encode(f" {text}"), END]
     assert all(2 <= len(d.tokens) <= 8 for d in documents)
     assert [d.tokens[0] == BOS for d in documents] == [True] + [False] * (len(documents) - 1)
     assert stats["split"] == 1 and stats["encoded"] == 1
@@ -51,7 +51,7 @@ def test_long_texts_can_be_dropped_or_refused():
     texts = [Text("long", "x" * 20), Text("short", "x")]
     documents, stats = encode_texts(texts, TOKENIZER, 8, over_long="drop")
     assert len(documents) == 1 and stats["dropped"] == 1
-    with pytest.raises(UserError, match=r"1 of 2 records .*'long', has 22"):
+    with pytest.raises(UserError, match=r"1 of 2 records .*'long', has 23"):
         encode_texts(texts, TOKENIZER, 8, over_long="error")
     with pytest.raises(UserError, match="unknown over_long policy 'cut'; known: split"):
         encode_texts(texts, TOKENIZER, 8, over_long="cut")
@@ -65,15 +65,15 @@ def test_conversations_train_the_replies():
     tokens, is_target = render_conversation(record.messages, TOKENIZER)
     assert (document.tokens, document.is_target) == (tokens, is_target)
     (document,), _ = encode_conversations([record], TOKENIZER, 32, last_turn_only=True)
-    assert sum(document.is_target) == 3
+    assert sum(document.is_target) == 4
 
 
-@pytest.mark.parametrize("row_length", range(5, 23))
+@pytest.mark.parametrize("row_length", range(6, 27))
 def test_left_truncation_of_conversations(row_length):
-    """Of 23 tokens the end is kept; a reply cut in two is no longer trained."""
+    """Of 27 tokens the end is kept; a reply cut in two is no longer trained."""
     record = Conversation("a", chat("hello", "yes", "more", "no"))
     tokens, _ = render_conversation(record.messages, TOKENIZER)
-    assert len(tokens) == 23
+    assert len(tokens) == 27
     (document,), stats = encode_conversations(
         [record], TOKENIZER, row_length, over_long="truncate_prompt_left"
     )
@@ -81,21 +81,21 @@ def test_left_truncation_of_conversations(row_length):
     assert document.tokens == [BOS, *tokens[-(row_length - 1) :]]
     kept = document.is_target
     first_reply_is_whole = ASSISTANT in document.tokens[: -len(render_reply("no", TOKENIZER)) - 1]
-    assert sum(kept) == 3 + (4 if first_reply_is_whole else 0)
-    assert kept[-3:] == [1, 1, 1]
+    assert sum(kept) == 4 + (5 if first_reply_is_whole else 0)
+    assert kept[-4:] == [1, 1, 1, 1]
 
 
 def test_a_reply_is_never_cut():
     record = Conversation("a", chat("hello", "yes" * 5))
-    with pytest.raises(UserError, match="record 'a': a reply of 16 tokens"):
-        encode_conversations([record], TOKENIZER, 17, over_long="truncate_prompt_left")
-    (document,), _ = encode_conversations([record], TOKENIZER, 18, over_long="truncate_prompt_left")
+    with pytest.raises(UserError, match="record 'a': a reply of 17 tokens"):
+        encode_conversations([record], TOKENIZER, 18, over_long="truncate_prompt_left")
+    (document,), _ = encode_conversations([record], TOKENIZER, 19, over_long="truncate_prompt_left")
     assert document.tokens[:2] == [BOS, ASSISTANT]
 
 
 def test_over_long_conversations_and_bad_roles_name_the_record():
     record = Conversation("c7", chat("hello", "yes"))
-    with pytest.raises(UserError, match=r"longest, 'c7', has 13.*truncate_prompt_left"):
+    with pytest.raises(UserError, match=r"longest, 'c7', has 15.*truncate_prompt_left"):
         encode_conversations([record], TOKENIZER, 8)
     with pytest.raises(UserError, match="no examples are left of 1: 1 were over-long"):
         encode_conversations([record], TOKENIZER, 8, over_long="drop")
@@ -116,13 +116,13 @@ def test_pairs_share_their_prompt():
 
 def test_over_long_pairs():
     pairs = [Pair("a", chat("h" * 20), "yes", "no"), Pair("b", chat("hi"), "yes", "no")]
-    with pytest.raises(UserError, match=r"1 of 2 .*'a', has 31"):
+    with pytest.raises(UserError, match=r"1 of 2 .*'a', has 34"):
         encode_pairs(pairs, TOKENIZER, 16)
     groups, stats = encode_pairs(pairs, TOKENIZER, 16, over_long="drop")
     assert [g.example for g in groups] == [1] and stats["dropped"] == 1
     groups, stats = encode_pairs(pairs, TOKENIZER, 16, over_long="truncate_prompt_left")
     assert stats["truncated"] == 1
-    assert groups[0].prompt == [BOS, *render_prompt(chat("h" * 20), TOKENIZER)[-8:]]
+    assert groups[0].prompt == [BOS, *render_prompt(chat("h" * 20), TOKENIZER)[-6:]]
     assert groups[0].branches == groups[1].branches
     with pytest.raises(UserError, match="never cut"):
         encode_pairs(pairs, TOKENIZER, 8, over_long="truncate_prompt_left")
