@@ -15,7 +15,7 @@ def get_config(variant="town"):
             return dpo(
                 "experiments/sft.py",
                 data={"row_length": 192},
-                batch={"rows": 32},
+                batch={"rows": 16},
                 train={"steps": 100},
                 eval=defaults.chat_evaluation(),
             )

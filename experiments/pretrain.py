@@ -44,11 +44,17 @@ def town():
     return defaults.base(
         "pretrain",
         model=defaults.model("tiny"),
-        tokenizer={"kind": "bpe", "vocab_size": 1024},
+        tokenizer={"kind": "bpe", "vocab_size": 2048},  # nearly every word of the town is a token
         data={"layout": "documents", "row_length": 128, "over_long": "split"},
-        batch={"rows": 64},
-        optimizer=MUON,
-        train={"steps": 250},
+        batch={"rows": 8},
+        optimizer={
+            "learning_rate": 3e-3,
+            "warmup_steps": 20,
+            "schedule": "wsd",
+            "decay_fraction": 0.4,
+            "final_fraction": 0.0,
+        },
+        train={"steps": 1100, "log_every": 20},
         loss={"z_loss": 0.0},
     )
 

@@ -24,8 +24,9 @@ def get_config(variant="town"):
             return sft(
                 "experiments/pretrain.py",
                 data={"row_length": 192},
-                batch={"rows": 48},
-                train={"steps": 150},
+                batch={"rows": 8},
+                optimizer=OPTIMIZER | {"name": "adamw", "learning_rate": 1.5e-3},
+                train={"steps": 400, "log_every": 20},
                 eval=defaults.chat_evaluation(),
             )
         case "fables":
@@ -43,9 +44,8 @@ def sft(policy, **sections):
     return defaults.base(
         "sft",
         init={"policy": policy},
-        optimizer=OPTIMIZER,
         loss={"label_smoothing": 0.0, "z_loss": 0.0},
-        **sections,
+        **({"optimizer": OPTIMIZER} | sections),
     )
 
 
