@@ -1,0 +1,45 @@
+"""Every experiment and variant is a valid configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.stages.chain import STAGES, load_config
+from rlhf_jax.training.optimizer import make_optimizer
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+VARIANTS = {
+    "pretrain": ["town", "fables", "hh", "shakespeare_char", "shakespeare_char_best"],
+    "sft": ["town", "fables", "gsm8k", "hh"],
+    "reward": ["town", "hh"],
+    "dpo": ["town", "hh"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"), [(name, v) for name, variants in VARIANTS.items() for v in variants]
+)
+def test_experiment(name, variant, monkeypatch):
+    monkeypatch.chdir(EXPERIMENTS.parent)
+    config = load_config(f"experiments/{name}.py:{variant}")
+    assert config.stage in STAGES
+    make_optimizer(config.optimizer, config.train.steps)
+    if config.stage == "pretrain":
+        ModelConfig(**config.model.to_dict()).validate()
+    else:
+        parent = load_config(config.init.policy)
+        assert STAGES.index(parent.stage) < STAGES.index(config.stage)
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_unknown_variant_lists_the_known(name):
+    with pytest.raises(UserError, match="there are: town"):
+        load_config(f"{EXPERIMENTS}/{name}.py:tow")
+
+
+def test_all_experiments_are_tested():
+    assert {path.stem for path in EXPERIMENTS.glob("*.py")} == set(VARIANTS)
