@@ -49,13 +49,7 @@ def default_workdir(source: str, runs: Path) -> Path:
     return runs / "-".join(filter(None, (Path(path).stem, variant)))
 
 
-def run(
-    config: ConfigDict,
-    source: str,
-    workdir: str | os.PathLike[str] | None = None,
-    *,
-    allow_changes: bool = False,
-) -> Path:
+def run(config: ConfigDict, source: str, workdir: str | os.PathLike[str] | None = None) -> Path:
     """Runs `config`'s stage, parents first, and returns its run directory.
 
     A run that is finished already is reported again, not repeated.
@@ -64,16 +58,10 @@ def run(
         UserError: an unknown stage, a parent that cannot be had, or chains that run in a circle.
     """
     directory = Path(workdir) if workdir else default_workdir(source, Path("runs"))
-    return _run(config, source, directory, allow_changes, descendants=())
+    return _run(config, source, directory, descendants=())
 
 
-def _run(
-    config: ConfigDict,
-    source: str,
-    workdir: Path,
-    allow_changes: bool,
-    descendants: tuple[str, ...],
-) -> Path:
+def _run(config: ConfigDict, source: str, workdir: Path, descendants: tuple[str, ...]) -> Path:
     if config.stage not in STAGES:
         raise UserError(f"config.stage = {config.stage!r}: choose one of {', '.join(STAGES)}")
     lineage = (*descendants, source)
@@ -90,7 +78,7 @@ def _run(
         print(f"reusing {workdir}: it is finished and its config is the same", flush=True)
     else:
         print(f"running {source} in {workdir}", flush=True)
-        _run_stage(config, pinned, workdir, parents, allow_changes)
+        _run_stage(config, pinned, workdir, parents)
     if not descendants:
         show(workdir)
     return workdir
@@ -103,7 +91,7 @@ def _parent(parent: str, runs: Path, lineage: tuple[str, ...]) -> Path:
         return Path(parent)
     if parent in lineage:
         raise UserError(f"config.init runs in a circle: {' <- '.join((*lineage, parent))}")
-    return _run(load_config(parent), parent, default_workdir(parent, runs), False, lineage)
+    return _run(load_config(parent), parent, default_workdir(parent, runs), lineage)
 
 
 def _run_stage(
@@ -111,10 +99,9 @@ def _run_stage(
     pinned: dict[str, Any],
     workdir: Path,
     parents: dict[str, Path],
-    allow_changes: bool,
 ) -> None:
     stage = importlib.import_module(f"rlhf_jax.stages.{config.stage}")
-    with RunDirectory(workdir, pinned, allow_changes=allow_changes) as held:
+    with RunDirectory(workdir, pinned) as held:
         metrics = stage.run(config, held, parents)
         summary = {
             "stage": config.stage,

@@ -27,9 +27,11 @@ from rlhf_jax.training.step import make_step
 
 def parse_sources(spec: str) -> dict[str, float]:
     """ "a=3,b=1" → {"a": 3.0, "b": 1.0}; a name alone has weight 1."""
-    sources = {}
+    sources: dict[str, float] = {}
     for part in spec.split(","):
         name, _, weight = part.strip().partition("=")
+        if name in sources:
+            raise UserError(f"data: {name!r} is named twice in {spec!r}")
         try:
             sources[name] = float(weight or 1)
         except ValueError as error:

@@ -44,7 +44,7 @@ def get_config():
     return defaults.base(
         "sft",
         init=dict(policy="{folder}/pretrain.py"),
-        data=dict(train="{folder}/chats.jsonl=2,{folder}/chats.jsonl=1",
+        data=dict(train="{folder}/chats.jsonl=2,{folder}/more.jsonl=1",
                   validation="{folder}/chats.jsonl", row_length=256),
         batch=dict(rows=4), optimizer=OPTIMIZER, train=TRAIN,
         loss=dict(label_smoothing=0.0, z_loss=0.0), eval=EVAL,
@@ -80,6 +80,7 @@ def experiments(tmp_path_factory) -> Path:
     town = Town()
     (folder / "texts.jsonl").write_text(_lines(town.texts("train", 300)))
     (folder / "chats.jsonl").write_text(_lines(town.demonstrations("train", 200)))
+    (folder / "more.jsonl").write_text(_lines(list(town.demonstrations("train", 300))[200:]))
     (folder / "pairs.jsonl").write_text(_lines(town.pairs("train", 80)))
     (folder / "prompts.jsonl").write_text(_lines(town.prompts("heldout", 12)))
     dpo = PAIRS.replace("{loss}", 'name="sigmoid", beta=0.1, options=dict()')

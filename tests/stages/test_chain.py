@@ -145,6 +145,7 @@ def test_parent_trained_anew_is_noticed(chain, tmp_path):
         (["--config.train.steps=many"], "invalid literal"),
         (["--config.loss.name=sigmiod"], "did you mean 'sigmoid'?"),
         (["--config.data.train=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--config.data.train=a.jsonl=2,a.jsonl=1"], "'a.jsonl' is named twice"),
         (["--config.init.policy=nowhere"], "nowhere is not the directory of a finished run"),
         (["--config.optimizer.name=adam"], "did you mean 'adamw'?"),
         (["extra"], "unexpected argument 'extra'"),
