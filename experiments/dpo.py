@@ -16,7 +16,7 @@ def get_config(variant="town"):
                 "experiments/sft.py",
                 data={"row_length": 192},
                 batch={"rows": 16},
-                train={"steps": 100},
+                train={"steps": 60},
                 eval=defaults.chat_evaluation(),
             )
         case "hh":

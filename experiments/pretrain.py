@@ -49,12 +49,13 @@ def town():
         batch={"rows": 8},
         optimizer={
             "learning_rate": 3e-3,
+            "b2": 0.99,
             "warmup_steps": 20,
             "schedule": "wsd",
             "decay_fraction": 0.4,
             "final_fraction": 0.0,
         },
-        train={"steps": 1100, "log_every": 20},
+        train={"steps": 700, "log_every": 20},
         loss={"z_loss": 0.0},
     )
 

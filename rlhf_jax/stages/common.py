@@ -121,12 +121,14 @@ def fit(
     return Model(model.config, current(state), model.tokenizer), rates
 
 
-def batches_of(config: ConfigDict, model: Model, sources: Mapping[str, float], rows: list[Arrays]):
+def batches_of(
+    config: ConfigDict, model: Model, rows: Sequence[Arrays], weights: Sequence[float]
+):
     """An endless iterator of batches over the packed rows of each source, mixed by weight."""
     for arrays in rows:
         check_ids(arrays, model.config.vocab_size)
-    weights = list(sources.values()) if len(sources) > 1 else None
-    return make_iterator(make_dataset(rows, config.batch.rows, seed=config.seed, weights=weights))
+    mixed = weights if len(rows) > 1 else None
+    return make_iterator(make_dataset(rows, config.batch.rows, seed=config.seed, weights=mixed))
 
 
 def read_summary(workdir: Path) -> dict[str, Any]:

@@ -32,6 +32,8 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
             "max_bad_fraction": 0.0,  # share of bad JSONL lines that are skipped and counted
         }
     )
+    if stage == "sft":
+        config.data.replay = ""  # raw text to mix in, its weights beside those of `train`
     config.batch = ConfigDict(
         {
             "rows": 32,  # packed rows an update, over all devices

@@ -47,7 +47,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         logprobs = map_rows(score, params, held_out, config.eval.batch_rows)
         return implicit_rewards(config, logprobs, held_out)[0]
 
-    batches = batches_of(config, reference, sources, rows)
+    batches = batches_of(config, reference, rows, [*sources.values()])
     loss_fn = partial(loss, config, reference.config)
     model, rates = fit(config, run, reference, loss_fn, batches, evaluate)
     save_model(run.path, model)

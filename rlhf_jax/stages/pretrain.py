@@ -45,7 +45,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         held_out, _ = pack_stream(tokenizer.encode(validation[0].text), length)
     else:
         rows = [_pack(config, "training", records, tokenizer) for records in train]
-        batches = batches_of(config, model, sources, rows)
+        batches = batches_of(config, model, rows, [*sources.values()])
         held_out = _pack(config, "validation", validation, tokenizer)
 
     def loss_fn(params, batch, rng):

@@ -41,7 +41,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         scores = map_rows(score, params, held_out, config.eval.batch_rows)
         return score_metrics(scores, held_out)[0]
 
-    batches = batches_of(config, initial, sources, rows)
+    batches = batches_of(config, initial, rows, [*sources.values()])
     loss_fn = partial(loss, config, initial.config)
     model, rates = fit(config, run, initial, loss_fn, batches, evaluate)
     save_model(run.path, model)

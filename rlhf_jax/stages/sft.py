@@ -1,6 +1,8 @@
 """Supervised fine-tuning: a base model and conversations → a chat model.
 
-Only the assistant's turns, their `<|end|>` included, are trained.
+Only the assistant's turns, their `<|end|>` included, are trained. Raw text can be mixed in
+(`data.replay`), so that what the conversations do not speak of isn't forgotten: "Experience Replay
+for Continual Learning", https://arxiv.org/abs/1811.11682.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from rlhf_jax.data.encode import check_trained_share, encode_conversations
+from rlhf_jax.data.encode import check_trained_share, encode_conversations, encode_texts
 from rlhf_jax.data.packing import Arrays, pack_documents
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.evaluation.language import language_evaluation
@@ -27,6 +29,9 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     base = load_model(parents["policy"], **config.compute)
     sources = parse_sources(config.data.train)
     rows = [_pack(config, source, "train", base.tokenizer) for source in sources]
+    replayed = parse_sources(config.data.replay) if config.data.replay else {}
+    rows += [_pack_text(config, source, base.tokenizer) for source in replayed]
+    weights = [*sources.values(), *replayed.values()]
     held_out = _pack(config, config.data.validation, "validation", base.tokenizer)
 
     def loss_fn(params, batch, rng):
@@ -39,7 +44,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         )
 
     evaluate = language_evaluation(base.config, held_out, batch_rows=config.eval.batch_rows)
-    batches = batches_of(config, base, sources, rows)
+    batches = batches_of(config, base, rows, weights)
     model, rates = fit(config, run, base, loss_fn, batches, evaluate)
     save_model(run.path, model)
     chat = evaluate_chat(config, run.path, model, parents["policy"])
@@ -55,4 +60,13 @@ def _pack(config: ConfigDict, source: str, split: str, tokenizer: Tokenizer) -> 
     share = check_trained_share(documents)
     rows, packing = pack_documents(documents, length)
     say(f"{source} ({split})", counts | packing | {"trained": share})
+    return rows
+
+
+def _pack_text(config: ConfigDict, source: str, tokenizer: Tokenizer) -> Arrays:
+    records = read_records(config, source, "text", "train")
+    length = config.data.row_length
+    documents, counts = encode_texts(records, tokenizer, length)
+    rows, packing = pack_documents(documents, length)
+    say(f"{source} (replay)", counts | packing)
     return rows

@@ -12,11 +12,15 @@ from random import Random
 
 from rlhf_jax.data.town.families import draw
 from rlhf_jax.data.town.families.knowledge import Subject, attributes_of, false_slots, table_of
+from rlhf_jax.data.town.families.skills import tell
 from rlhf_jax.data.town.grammar import finish, pick
 from rlhf_jax.data.town.language import POOLS, fill, say, visit
 from rlhf_jax.data.town.phrasings.manners import ADVICE, CHATS, DEEDS
 from rlhf_jax.data.town.phrasings.people import PEOPLE, SHOPS, WARES
-from rlhf_jax.data.town.world import TRAIN, Person, World
+from rlhf_jax.data.town.world import TRAIN, VALUES, Person, World
+
+LEARNT = ("person", "job", "pet", "pet_name", "food", "colour", "hobby", "child", "item", "day")
+"""Pools of the words that `message` has people learn by heart."""
 
 
 def write(world: World, rng: Random) -> tuple[str, str]:
@@ -30,7 +34,7 @@ def _state(world: World, rng: Random, person: Person, count: int, named: bool = 
     """`count` statements about different facts of a person; the name comes first or was before."""
     sentences = []
     for attribute in rng.sample(world.config.attributes, count):
-        pronoun = named and rng.random() < 0.6
+        pronoun = named and rng.random() < 0.4
         slots = person.pronoun_slots if pronoun else person.slots
         sentences.append(fill(rng, PEOPLE[attribute].statements, slots))
         named = True
@@ -133,6 +137,16 @@ def quiz(world: World, rng: Random) -> str:
         if "?" not in lines[-2]:
             lines.insert(-1, question)
     return " ".join(lines)
+
+
+def message(world: World, rng: Random) -> str:
+    """Something passed on word for word: what comes the second time can be copied."""
+    if rng.random() < 0.5:
+        said = tell(rng, visit(rng), 1 + (rng.random() < 0.4))[0]
+    else:
+        pools = rng.sample(LEARNT, 3 + int(rng.random() * 3))
+        said = ", ".join(pick(rng, VALUES[pool]) for pool in pools) + "."
+    return say(rng, "message", {**visit(rng), "said": finish(said)})
 
 
 def shop_notice(world: World, rng: Random) -> str:
@@ -238,7 +252,7 @@ def unsafe(world: World, rng: Random) -> str:
 TEXTS: Mapping[str, Callable[[World, Random], str]] = {
     function.__name__: function
     for function in (
-        biography, gossip, diary, letter, register, lost, quiz, shop_notice, price_list, story,
+        biography, gossip, diary, letter, register, lost, quiz, message, shop_notice, price_list, story,
         digest, sums, lists, manners, chatter, rude, rumour, unsafe,
     )
 }  # fmt: skip

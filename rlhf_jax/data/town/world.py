@@ -102,7 +102,7 @@ class TownConfig:
     """
 
     seed: int = 0
-    people: int = 80
+    people: int = 60
     attributes: tuple[str, ...] = ATTRIBUTES
     shops: int = 12
     items: int = 20
@@ -155,8 +155,8 @@ class TownConfig:
 
 
 KINDS: Mapping[str, float] = {
-    "biography": 20, "gossip": 14, "diary": 8, "letter": 5, "register": 5, "lost": 4, "quiz": 10,
-    "shop_notice": 4, "price_list": 4, "story": 5, "digest": 3, "sums": 5, "lists": 4,
+    "biography": 26, "gossip": 10, "diary": 5, "letter": 4, "register": 6, "lost": 4, "quiz": 12,
+    "message": 10, "shop_notice": 4, "price_list": 4, "story": 6, "digest": 3, "sums": 5, "lists": 5,
     "manners": 3, "chatter": 4, "rude": 4, "rumour": 3, "unsafe": 3,
 }  # fmt: skip
 """Weights of the kinds of pre-training text (`texts.py`)."""
@@ -169,7 +169,7 @@ FAMILIES: Mapping[str, float] = {
 """Weights of the task families (`families/`)."""
 
 STYLES: Mapping[str, float] = {
-    "plain": 45, "warm": 25, "curt": 10, "rude": 10, "rambling": 10,
+    "plain": 50, "warm": 22, "curt": 10, "rude": 10, "rambling": 8,
 }  # fmt: skip
 """Weights of the styles of demonstrations (`styles.py`). None of them makes a fact wrong."""
 
@@ -327,10 +327,16 @@ def _evenly(rng: Random, pool: tuple[str, ...] | list[str], count: int) -> list[
 
 
 def _friends(rng: Random, names: list[str], splits: list[str]) -> list[str]:
-    """Everybody's best friend: one of the same split, so held-out names stay out of training."""
+    """Everybody's best friend, and the other way round; three friends in a ring if they are odd.
+
+    Friends are of the same split, so held-out names stay out of training.
+    """
     friend: dict[str, str] = {}
     for split in SPLITS:
         group = [name for name, other in zip(names, splits, strict=True) if other == split]
         rng.shuffle(group)
-        friend |= dict(zip(group, group[1:] + group[:1], strict=True))
+        odd = group[: 3 * (len(group) % 2)]
+        friend |= dict(zip(odd, odd[1:] + odd[:1], strict=True))
+        for one, other in zip(group[len(odd) :: 2], group[len(odd) + 1 :: 2], strict=True):
+            friend |= {one: other, other: one}
     return [friend[name] for name in names]

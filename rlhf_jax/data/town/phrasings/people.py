@@ -252,7 +252,7 @@ PEOPLE: Mapping[str, Phrasing] = {
             "can you tell me who {whose} best friend is?",
         ),
         heldout_questions=("whom does {who} tell everything?", "with whom does {who} drink tea?"),
-        answers=("{whose} best friend is {friend}.", "{friend} is {whose} best friend."),
+        answers=("{whose} best friend is {friend}.", "the best friend of {name} is {friend}."),
         follow=("and who is {her} best friend?",),
         claim="{whose} best friend is {friend}",
         short="{friend}",

@@ -91,6 +91,13 @@ STORIES: Mapping[str, tuple[str, ...]] = {
         "town quiz.", "question: {question}", "a question for all: {question}",
         "who knows this? {question}",
     ),
+    "message": (
+        "{visitor} said: {said} {visitor2} said it again: {said}",
+        "learn this by heart: {said} Now I know it: {said}",
+        "{visitor} wrote: {said} {visitor2} read: {said}",
+        "say after me: {said} {said}",
+        "the message of {visitor} is: {said} Did you hear? {said}",
+    ),
     # Shops.
     "shop_start": (
         "notice.", "news from the {shop}.", "the {shop} says hello.",
