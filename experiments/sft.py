@@ -23,10 +23,10 @@ def get_config(variant="town"):
         case "town":
             return sft(
                 "experiments/pretrain.py",
-                data={"row_length": 128, "replay": "town/text=1"},
+                data={"row_length": 192, "replay": "town/text=0.5"},
                 batch={"rows": 8},
                 optimizer=OPTIMIZER | {"name": "adamw", "learning_rate": 3e-3, "b2": 0.99},
-                train={"steps": 600, "log_every": 20},
+                train={"steps": 450, "log_every": 20},
                 eval=defaults.chat_evaluation(),
             )
         case "fables":

@@ -35,9 +35,10 @@ class TokenStatistics(NamedTuple):
 
 
 class _Options(NamedTuple):
-    """The static part of a call: `vocab` is V before its chunks are padded to one size."""
+    """The static part of a call: `vocab` is V before its chunks are padded to one size, if so."""
 
     vocab: int
+    padded: bool
     temperature: float
     softcap: float | None
 
@@ -50,7 +51,7 @@ def token_statistics(
     bias: jax.Array | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
-    chunk_tokens: int = 512,
+    chunk_tokens: int = 1024,
     chunk_vocab: int | None = None,
 ) -> TokenStatistics:
     """Statistics of softmax(l) with l = cap(hidden · unembeddingᵀ + bias) / temperature.
@@ -91,15 +92,16 @@ def token_statistics(
 
     hidden, unembedding, bias, targets = _vary_alike(hidden, unembedding, bias, targets)
     tokens = partial(_chunks, size=chunk_tokens)
-    words = partial(_chunks, size=chunk_vocab or vocab)
+    words = _chunks(unembedding, chunk_vocab or vocab)
+    padded = words.shape[0] * words.shape[1] != vocab
     # Token chunks are strided (chunk axis minor), word chunks contiguous (chunk axis major).
     hidden = jnp.swapaxes(tokens(hidden.reshape(-1, width), minor=True), 0, 1)
     flat_targets = tokens(targets.reshape(-1), minor=True).T
     statistics = _statistics(
-        _Options(vocab, temperature, softcap),
+        _Options(vocab, padded, temperature, softcap),
         hidden,
-        words(unembedding),
-        None if bias is None else words(bias),
+        words,
+        None if bias is None else _chunks(bias, chunk_vocab or vocab),
         flat_targets,
     )
     return jax.tree.map(
@@ -190,7 +192,10 @@ def _logits(options: _Options, hidden, words, bias, columns) -> jax.Array:
         logits += bias.astype(dtype)
     if options.softcap is not None:
         logits = options.softcap * jnp.tanh(logits / options.softcap)
-    logits = jnp.where(columns < options.vocab, logits / options.temperature, _lowest(dtype))
+    if options.temperature != 1:
+        logits = logits / options.temperature
+    if options.padded:
+        logits = jnp.where(columns < options.vocab, logits, _lowest(dtype))
     return jax.lax.optimization_barrier(logits)
 
 
@@ -210,7 +215,8 @@ def _chunk_statistics(options: _Options, keep: bool, hidden, words, bias, target
         scale = jnp.exp(top - higher)
         moment = scale * (moment + mass * (top - higher)) + jnp.sum(exps * shifted, -1)
         mass = scale * mass + jnp.sum(exps, -1)
-        total += jnp.sum(jnp.where(columns < options.vocab, logits, 0), -1)
+        real = jnp.where(columns < options.vocab, logits, 0) if options.padded else logits
+        total += jnp.sum(real, -1)
         offset = targets - columns[0]
         here = (offset >= 0) & (offset < columns.size) & (targets < options.vocab)
         offset = jnp.where(here, offset, 0)[:, None]
@@ -251,7 +257,9 @@ def _logit_gradient(options: _Options, logits, columns, targets, statistics, cot
     if options.softcap is not None:
         gradient *= 1 - (logits * options.temperature / options.softcap) ** 2
     used = jnp.any(jnp.stack(cotangents) != 0, axis=0)[:, None]
-    return jnp.where(used & (columns < options.vocab), gradient / options.temperature, 0)
+    if options.temperature != 1:
+        gradient = gradient / options.temperature
+    return jnp.where(used & (columns < options.vocab) if options.padded else used, gradient, 0)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

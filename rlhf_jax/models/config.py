@@ -56,6 +56,7 @@ class ModelConfig:
     head: str = "lm"  # "lm", or "scalar" for reward and value models
     init_std: float = 0.02
     zero_init_residual: bool = False  # blocks start as the identity
+    copy_init: bool = False  # attention starts by adding what it attends to: `transformer.init`
     compute_dtype: str = "float32"
     remat: str = "none"  # what the backward pass recomputes: "none", "full", "dots" (all but dots)
     unroll: int = 1  # layers a turn of the scan; 1 compiles fastest and lets remat save memory
@@ -80,6 +81,8 @@ class ModelConfig:
             )
         if self.position == "rope" and self.head_dim % 2:
             raise UserError(f"model.head_dim = {self.head_dim}: RoPE needs an even number")
+        if self.zero_init_residual and self.copy_init:
+            raise UserError("model.zero_init_residual and model.copy_init: choose one")
         if self.norm_bias and self.norm == "rms":
             raise UserError("model.norm_bias = True: only norm = 'layer' has a bias")
         return self
@@ -134,7 +137,8 @@ _tiny = ModelConfig(
     mlp_width=512,
     max_length=256,
     qk_norm=True,
-    init_std=0.1,  # so small a model learns faster from large weights than from GPT-2's 0.02
+    init_std=0.05,
+    copy_init=True,
     remat="dots",  # on a CPU, recomputing is faster than writing and reading memory
 )
 

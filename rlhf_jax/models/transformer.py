@@ -37,18 +37,18 @@ class _Context(NamedTuple):
     """What every layer needs and none changes."""
 
     bias: jax.Array  # f32 [B or 1, T, keys]
-    rope: tuple[jax.Array, jax.Array] | None  # cos, sin: f32 [B or 1, 1, T, head_dim/2]
+    rope: tuple[jax.Array, jax.Array] | None  # cos, sin: f32 [B or 1, T, 1, head_dim/2]
     positions: jax.Array  # int32 [B or 1, T]
 
 
 def _rope_table(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    angles = positions[:, None, :, None].astype(jnp.float32) * config.rope_theta**-exponents
+    angles = positions[:, :, None, None].astype(jnp.float32) * config.rope_theta**-exponents
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the halves of heads x [B, H, T, d]: "RoFormer", https://arxiv.org/abs/2104.09864."""
+    """Rotates the halves of heads x [B, T, H, d]: "RoFormer", https://arxiv.org/abs/2104.09864."""
     cos, sin = rope
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
@@ -106,7 +106,7 @@ class _Attention(nn.Module):
 
         def heads(name: str, count: int) -> jax.Array:
             y = _Dense(config, count * config.head_dim, bias, name=name)(x)
-            return y.reshape(*x.shape[:2], count, config.head_dim).swapaxes(1, 2)
+            return y.reshape(*x.shape[:2], count, config.head_dim)
 
         query, key = heads("query", config.heads), heads("key", config.kv_heads)
         value = heads("value", config.kv_heads)
@@ -115,9 +115,10 @@ class _Attention(nn.Module):
             key = _Norm(config, "rms", name="key_norm")(key)
         if context.rope is not None:
             query, key = _rotate(query, context.rope), _rotate(key, context.rope)
-        query = (query * config.head_dim**-0.5).astype(value.dtype)
+        query = query * config.head_dim**-0.5
+        query, key, value = (y.astype(x.dtype).swapaxes(1, 2) for y in (query, key, value))
         query = query.reshape(query.shape[0], config.kv_heads, -1, *query.shape[2:])
-        new = key.astype(value.dtype), value
+        new = key, value
         if cached is None:
             mixed = attend(query, *new, context.bias, softcap=config.attention_softcap)
         else:
@@ -173,6 +174,12 @@ def init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     Kernels are [(layers,) in, out] and normal with `init_std`, the two that write to the residual
     stream scaled by 1/√(2·layers) as in GPT-2 (or zero); the score head has std 1/√(width + 1).
 
+    With `copy_init` attention's output kernel is the value kernel transposed, scaled so that their
+    product is about the identity: from the first step on, a token's embedding goes on to whatever
+    attends to it, and what is left to learn is where to look. A small model then needs half of the
+    text to know as much, and learns to use what its prompt says. After "Mimetic Initialization of
+    Self-Attention Layers", https://arxiv.org/abs/2305.09828.
+
     Raises:
         UserError: the config does not fit together.
     """
@@ -191,6 +198,9 @@ def init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
         ),
         "final_norm": _Norm(config, config.norm).init(key, x)["params"],
     }
+    if config.copy_init:
+        attention = params["layers"]["attention"]
+        attention["out"]["kernel"] = _copying(config, attention["value"]["kernel"])
     if config.position == "learned":
         params["position_embed"] = {"embedding": normal(keys[2], config.max_length, config.width)}
     if config.head == "scalar":
@@ -199,6 +209,14 @@ def init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     elif not config.tied_embeddings:
         params["lm_head"] = {"kernel": normal(keys[3], config.width, config.vocab_size)}
     return params
+
+
+def _copying(config: ModelConfig, value: jax.Array) -> jax.Array:
+    """Output kernels [layers, heads·d, width] that undo value kernels [layers, width, kv_heads·d]."""
+    groups = config.heads // config.kv_heads
+    value = value.reshape(config.layers, config.width, config.kv_heads, config.head_dim)
+    value = jnp.repeat(value, groups, axis=2).reshape(config.layers, config.width, -1)
+    return value.swapaxes(1, 2) / (value.shape[-1] * config.init_std**2)
 
 
 def apply(

@@ -1,7 +1,7 @@
 """What a chat stage ends with: held-out prompts answered by every model of the lineage, and judged.
 
-Answers are sampled at temperature 1, where a model shows all it does and the KL estimate is
-unbiased; the town's questions about facts are also answered greedily.
+What is judged are the answers a user would get, by default the greedy ones. The KL to the model it
+started from is estimated from answers sampled at temperature 1, where that estimate is unbiased.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def evaluate_chat(
     models = {path.name: load_model(path) for path in ancestry(start)} | {run.name: model}
     answers = {name: _answer(config, each, prompts) for name, each in models.items()}
     ours = answers[run.name]
-    kl = sequence_kl(model, models[start.name], prompts, ours)
+    sampled = _answer(config, model, prompts, temperature=1.0)
+    kl = sequence_kl(model, models[start.name], prompts, sampled)
     low, high = bootstrap_interval(kl, config.seed)
     metrics = {
         "eval/kl": float(kl.mean()),
@@ -55,7 +56,7 @@ def evaluate_chat(
         scores = {name: gold_scores(prompts, each) for name, each in answers.items()}
         metrics |= gold_metrics(scores[run.name], scores[start.name])
         facts = read_records(config, "town/facts", "prompt", "validation")
-        metrics |= correct_metrics("facts", facts, _answer(config, model, facts, temperature=0.0))
+        metrics |= correct_metrics("facts", facts, _answer(config, model, facts))
         plots = [*gold_plots(scores, prompts), *plots]
     write_evaluation(run, plots=plots)
     write_jsonl(

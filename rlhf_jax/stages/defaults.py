@@ -76,7 +76,7 @@ def chat_evaluation(**changes: Any) -> dict[str, Any]:
         "source": "town",  # of held-out prompts: a data set or a JSONL file
         "count": 256,  # prompts at most
         "max_new_tokens": 64,
-        "temperature": 1.0,
+        "temperature": 0.0,  # of the answers that are judged; 0: greedy
         "gold": True,  # judged by the town's scorer
     } | changes
 

@@ -158,6 +158,26 @@ def test_zero_init_residual_starts_as_the_identity():
     np.testing.assert_allclose(forward(config, params, tokens), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("kv_heads", [8, 2])
+def test_copy_init_undoes_the_values(kv_heads):
+    config = dataclasses.replace(
+        SMALL, width=256, heads=8, kv_heads=kv_heads, head_dim=32, init_std=0.05, copy_init=True
+    )
+    attention = init(config, jax.random.key(0))["layers"]["attention"]
+    value = attention["value"]["kernel"].reshape(config.layers, 256, kv_heads, 32)
+    out = attention["out"]["kernel"].reshape(config.layers, kv_heads, -1, 32, 256)
+    # Σ over query heads of value · out, were all to attend to one token.
+    product = np.asarray(jnp.einsum("lwkd,lkgdx->lwx", value, out))
+    # Each is a mean of n = 32·kv_heads products of independent normals (their squares on the
+    # diagonal): its standard deviation is 1/√n (√(2/n)).
+    diagonal = np.diagonal(product, axis1=1, axis2=2)
+    deviation = np.sqrt(2 / (32 * kv_heads))
+    assert abs(diagonal.mean() - 1) < 5 * deviation / np.sqrt(diagonal.size)
+    aside = product[:, ~np.eye(256, dtype=bool)]
+    assert abs(aside.std() * np.sqrt(32 * kv_heads) - 1) < 0.05
+    assert not np.array_equal(value[0], value[1])
+
+
 def test_packed_documents_equal_separate_ones_and_never_see_each_other(config):
     params, alone = noisy(config), random_tokens(3, 12)
     sizes = (7, 12, 5)

@@ -19,7 +19,7 @@ from rlhf_jax.data.town.phrasings.manners import ADVICE, CHATS, DEEDS
 from rlhf_jax.data.town.phrasings.people import PEOPLE, SHOPS, WARES
 from rlhf_jax.data.town.world import TRAIN, VALUES, Person, World
 
-LEARNT = ("person", "job", "pet", "pet_name", "food", "colour", "hobby", "child", "item", "day")
+LEARNT = ("person", "job", "pet", "food", "colour", "hobby", "child", "item", "day", "fruit")
 """Pools of the words that `message` has people learn by heart."""
 
 
@@ -141,12 +141,12 @@ def quiz(world: World, rng: Random) -> str:
 
 def message(world: World, rng: Random) -> str:
     """Something passed on word for word: what comes the second time can be copied."""
-    if rng.random() < 0.5:
-        said = tell(rng, visit(rng), 1 + (rng.random() < 0.4))[0]
+    if rng.random() < 0.3:
+        said = tell(rng, visit(rng), 2)[0]
     else:
-        pools = rng.sample(LEARNT, 3 + int(rng.random() * 3))
-        said = ", ".join(pick(rng, VALUES[pool]) for pool in pools) + "."
-    return say(rng, "message", {**visit(rng), "said": finish(said)})
+        learnt = rng.choices(LEARNT, k=4 + int(rng.random() * 7))
+        said = ", ".join(pick(rng, VALUES[pool]) for pool in learnt) + "."
+    return say(rng, "message", {**visit(rng), "said": said})
 
 
 def shop_notice(world: World, rng: Random) -> str:

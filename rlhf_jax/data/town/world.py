@@ -169,7 +169,7 @@ FAMILIES: Mapping[str, float] = {
 """Weights of the task families (`families/`)."""
 
 STYLES: Mapping[str, float] = {
-    "plain": 50, "warm": 22, "curt": 10, "rude": 10, "rambling": 8,
+    "plain": 56, "warm": 26, "curt": 5, "rude": 8, "rambling": 5,
 }  # fmt: skip
 """Weights of the styles of demonstrations (`styles.py`). None of them makes a fact wrong."""
 
