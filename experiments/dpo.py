@@ -14,7 +14,7 @@ def get_config(variant="town"):
         case "town":
             return dpo(
                 "experiments/sft.py",
-                data={"row_length": 192},
+                data={"row_length": 224},
                 batch={"rows": 16},
                 train={"steps": 60},
                 eval=defaults.chat_evaluation(),

@@ -13,7 +13,7 @@ def get_config(variant="town"):
         case "town":
             return reward(
                 "experiments/sft.py",
-                data={"row_length": 192},
+                data={"row_length": 224},
                 batch={"rows": 32},
                 train={"steps": 100},
             )

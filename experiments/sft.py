@@ -23,7 +23,7 @@ def get_config(variant="town"):
         case "town":
             return sft(
                 "experiments/pretrain.py",
-                data={"row_length": 192, "replay": "town/text=0.5"},
+                data={"row_length": 192, "replay": "town/text[:50%]=0.5"},
                 batch={"rows": 8},
                 optimizer=OPTIMIZER | {"name": "adamw", "learning_rate": 3e-3, "b2": 0.99},
                 train={"steps": 450, "log_every": 20},

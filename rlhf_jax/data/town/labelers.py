@@ -29,7 +29,7 @@ class Labeler:
     the reply shown first. With probability `lapses` the labeler tosses a coin.
     """
 
-    sharpness: float = 15.0
+    sharpness: float = 30.0
     length: float = 0.0
     courtesy: float = 0.0
     position: float = 0.0

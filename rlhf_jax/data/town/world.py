@@ -110,11 +110,11 @@ class TownConfig:
     max_operand: int = 20
     misjudged: float = 0.25
 
-    texts: int = 40_000
+    texts: int = 20_000
     heldout_texts: int = 1_000
-    demonstrations: int = 16_000
+    demonstrations: int = 12_000
     heldout_demonstrations: int = 1_000
-    pairs: int = 8_000
+    pairs: int = 6_000
     heldout_pairs: int = 1_000
     prompts: int = 4_000
     heldout_prompts: int = 1_000
@@ -169,13 +169,13 @@ FAMILIES: Mapping[str, float] = {
 """Weights of the task families (`families/`)."""
 
 STYLES: Mapping[str, float] = {
-    "plain": 56, "warm": 26, "curt": 5, "rude": 8, "rambling": 5,
+    "plain": 44, "warm": 38, "curt": 5, "rude": 8, "rambling": 5,
 }  # fmt: skip
 """Weights of the styles of demonstrations (`styles.py`). None of them makes a fact wrong."""
 
 CANDIDATES: Mapping[str, float] = {
-    "plain": 22, "warm": 22, "curt": 9, "rude": 10, "rambling": 10, "wrong": 16, "hedging": 4,
-    "unformatted": 5, "garbled": 2,
+    "plain": 15, "warm": 34, "curt": 8, "rude": 12, "rambling": 9, "wrong": 14, "hedging": 3,
+    "unformatted": 4, "garbled": 1,
 }  # fmt: skip
 """Weights of the styles of replies that labelers compare (`styles.py`)."""
 
