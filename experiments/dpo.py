@@ -42,7 +42,7 @@ def dpo(policy, **sections):
         "preference",
         init={"policy": policy},
         optimizer={
-            "learning_rate": 2e-4,
+            "learning_rate": 2.5e-4,
             "warmup_steps": 10,
             "schedule": "linear",
             "final_fraction": 0.0,

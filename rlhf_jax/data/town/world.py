@@ -114,7 +114,7 @@ class TownConfig:
     heldout_texts: int = 1_000
     demonstrations: int = 12_000
     heldout_demonstrations: int = 1_000
-    pairs: int = 6_000
+    pairs: int = 4_000
     heldout_pairs: int = 1_000
     prompts: int = 4_000
     heldout_prompts: int = 1_000
