@@ -8,6 +8,15 @@ python -m rlhf_jax.main --config=experiments/dpo.py:hh         HH-RLHF, helpful
 from rlhf_jax.errors import UserError
 from rlhf_jax.stages import defaults
 
+OPTIMIZER = {
+    "learning_rate": 2e-4,
+    "warmup_steps": 10,
+    "schedule": "linear",
+    "final_fraction": 0.0,
+}
+# name: any of losses/preference.py; options: those of the loss's own function.
+LOSS = {"name": "sigmoid", "beta": 0.1, "options": {}, "sft_coefficient": 0.0}
+
 
 def get_config(variant="town"):
     match variant:
@@ -16,7 +25,9 @@ def get_config(variant="town"):
                 "experiments/sft.py",
                 data={"row_length": 224},
                 batch={"rows": 16},
-                train={"steps": 60},
+                optimizer=OPTIMIZER | {"learning_rate": 5e-4},
+                loss=LOSS | {"sft_coefficient": 0.3},
+                train={"steps": 64},
                 eval=defaults.chat_evaluation(),
             )
         case "hh":
@@ -41,13 +52,5 @@ def dpo(policy, **sections):
     return defaults.base(
         "preference",
         init={"policy": policy},
-        optimizer={
-            "learning_rate": 2.5e-4,
-            "warmup_steps": 10,
-            "schedule": "linear",
-            "final_fraction": 0.0,
-        },
-        # name: any of losses/preference.py; options: those of the loss's own function.
-        loss={"name": "sigmoid", "beta": 0.1, "options": {}},
-        **sections,
+        **({"optimizer": OPTIMIZER, "loss": LOSS} | sections),
     )

@@ -15,7 +15,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import ModelConfig, apply, check_tokens, init_cache, logits
 from rlhf_jax.sampling.samplers import sample, uniforms
 
-_SHORTEST_BUCKET = 16
+_SHORTEST_BUCKET = 64  # compiling for another length costs more than padding to this one
 
 
 @dataclasses.dataclass(frozen=True)

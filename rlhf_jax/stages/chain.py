@@ -107,7 +107,7 @@ def _run_stage(
             "stage": config.stage,
             "status": "done",
             "config_hash": config_hash(pinned),
-            "parents": {role: str(path) for role, path in parents.items()},
+            "parents": {role: str(path.resolve()) for role, path in parents.items()},
             "wall_seconds": round(held.wall_seconds(), 3),
             "metrics": {name: float(value) for name, value in metrics.items()},
             "command": shlex.join(["python", "-m", "rlhf_jax.main", *sys.argv[1:]]),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -20,6 +21,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.preferences import preference_metrics, preference_plots
 from rlhf_jax.evaluation.rows import in_record_order, map_rows
 from rlhf_jax.losses.preference import REFERENCE_FREE, kto_baseline, preference_loss
+from rlhf_jax.losses.reductions import weighted_sum
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import sequence_logprobs
 from rlhf_jax.stages.chat import evaluate_chat
@@ -58,7 +60,12 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
 
 
 def loss(config: ConfigDict, shape: ModelConfig, params: Any, batch, rng):
-    """The configured loss of a batch of pairs: ((total, weight), metrics)."""
+    """The configured loss of a batch of pairs: ((total, weight), metrics).
+
+    Whatever its name, loss.sft_coefficient · −log π(chosen) / its tokens is added, in nats: "Iterative
+    Reasoning Preference Optimization", https://arxiv.org/abs/2404.19733. It keeps what the model
+    knows while its manners change.
+    """
     name, beta = config.loss.name, config.loss.beta
     logprobs = sequence_logprobs(shape, params, batch)
     policy, reference, lengths = (
@@ -70,8 +77,9 @@ def loss(config: ConfigDict, shape: ModelConfig, params: Any, batch, rng):
     if name == "kto":
         options["kl"] = kto_baseline(policy[:, MISMATCHED], reference[:, MISMATCHED], weights)
     references = (reference[:, CHOSEN], reference[:, REJECTED])
+    sft = -policy[:, CHOSEN] / jnp.maximum(lengths[:, CHOSEN], 1)
     try:
-        return preference_loss(
+        (total, weight), metrics = preference_loss(
             name,
             policy[:, CHOSEN],
             policy[:, REJECTED],
@@ -84,6 +92,9 @@ def loss(config: ConfigDict, shape: ModelConfig, params: Any, batch, rng):
         )
     except ValueError as error:
         raise UserError(f"config.loss: {error}") from error
+    metrics["sft_loss"] = weighted_sum(sft, weights)
+    total += config.loss.sft_coefficient * metrics["sft_loss"][0]
+    return (total, weight), metrics | {"loss": (total, weight)}
 
 
 def implicit_rewards(config: ConfigDict, logprobs: np.ndarray, rows: Arrays):

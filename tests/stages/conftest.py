@@ -45,7 +45,8 @@ def get_config():
         "sft",
         init=dict(policy="{folder}/pretrain.py"),
         data=dict(train="{folder}/chats.jsonl=2,{folder}/more.jsonl=1",
-                  validation="{folder}/chats.jsonl", row_length=256),
+                  validation="{folder}/chats.jsonl", row_length=256,
+                  replay="{folder}/texts.jsonl=0.5"),
         batch=dict(rows=4), optimizer=OPTIMIZER, train=TRAIN,
         loss=dict(label_smoothing=0.0, z_loss=0.0), eval=EVAL,
     )
@@ -83,7 +84,7 @@ def experiments(tmp_path_factory) -> Path:
     (folder / "more.jsonl").write_text(_lines(list(town.demonstrations("train", 300))[200:]))
     (folder / "pairs.jsonl").write_text(_lines(town.pairs("train", 80)))
     (folder / "prompts.jsonl").write_text(_lines(town.prompts("heldout", 12)))
-    dpo = PAIRS.replace("{loss}", 'name="sigmoid", beta=0.1, options=dict()')
+    dpo = PAIRS.replace("{loss}", 'name="sigmoid", beta=0.1, options=dict(), sft_coefficient=0.5')
     reward = PAIRS.replace("{loss}", "centering=0.0")
     stages = {
         "pretrain": PRETRAIN,

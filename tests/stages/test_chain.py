@@ -32,6 +32,7 @@ def test_one_command_runs_the_whole_chain(chain):
         assert summary(runs / name)["status"] == "done"
         assert (runs / name / "report.html").is_file()
     assert out.index("/pretrain.py in") < out.index("/sft.py in") < out.index("/dpo.py in")
+    assert out.index("/sft.py in") < out.index("texts.jsonl (replay): records 300")
     metrics = summary(runs / "dpo")["metrics"]
     assert set(metrics) >= {
         "eval/accuracy", "eval/accuracy_low", "eval/accuracy_high", "eval/ece", "eval/kl",

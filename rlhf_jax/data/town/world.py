@@ -174,8 +174,8 @@ STYLES: Mapping[str, float] = {
 """Weights of the styles of demonstrations (`styles.py`). None of them makes a fact wrong."""
 
 CANDIDATES: Mapping[str, float] = {
-    "plain": 15, "warm": 34, "curt": 8, "rude": 12, "rambling": 9, "wrong": 14, "hedging": 3,
-    "unformatted": 4, "garbled": 1,
+    "plain": 10, "warm": 40, "curt": 8, "rude": 12, "rambling": 9, "wrong": 14, "hedging": 3,
+    "unformatted": 3, "garbled": 1,
 }  # fmt: skip
 """Weights of the styles of replies that labelers compare (`styles.py`)."""
 
