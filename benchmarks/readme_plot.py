@@ -1,6 +1,6 @@
 """Draws README's figure from a finished run of experiments/dpo.py: benchmarks/town.svg.
 
-    python benchmarks/readme_plot.py [runs/dpo]
+python benchmarks/readme_plot.py [runs/dpo]
 """
 
 from __future__ import annotations

@@ -114,9 +114,7 @@ def shakespeare_char():
 def shakespeare_char_best():
     """The goal is 1.70 nats a character in the time of nanoGPT's recipe; not measured yet."""
     config = shakespeare_char()
-    config.model = defaults.model(
-        "tiny", vocab_size=65, max_length=256
-    )
+    config.model = defaults.model("tiny", vocab_size=65, max_length=256)
     config.data.row_length = 128
     config.batch.rows = 32
     config.optimizer.update(MUON)

@@ -212,7 +212,7 @@ def init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
 
 
 def _copying(config: ModelConfig, value: jax.Array) -> jax.Array:
-    """Output kernels [layers, heads·d, width] that undo value kernels [layers, width, kv_heads·d]."""
+    """Output kernels [layers, heads·d, width] undoing value kernels [layers, width, kv_heads·d]."""
     groups = config.heads // config.kv_heads
     value = value.reshape(config.layers, config.width, config.kv_heads, config.head_dim)
     value = jnp.repeat(value, groups, axis=2).reshape(config.layers, config.width, -1)

@@ -121,9 +121,7 @@ def fit(
     return Model(model.config, current(state), model.tokenizer), rates
 
 
-def batches_of(
-    config: ConfigDict, model: Model, rows: Sequence[Arrays], weights: Sequence[float]
-):
+def batches_of(config: ConfigDict, model: Model, rows: Sequence[Arrays], weights: Sequence[float]):
     """An endless iterator of batches over the packed rows of each source, mixed by weight."""
     for arrays in rows:
         check_ids(arrays, model.config.vocab_size)

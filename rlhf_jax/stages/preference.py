@@ -62,9 +62,9 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
 def loss(config: ConfigDict, shape: ModelConfig, params: Any, batch, rng):
     """The configured loss of a batch of pairs: ((total, weight), metrics).
 
-    Whatever its name, loss.sft_coefficient · −log π(chosen) / its tokens is added, in nats: "Iterative
-    Reasoning Preference Optimization", https://arxiv.org/abs/2404.19733. It keeps what the model
-    knows while its manners change.
+    Whatever its name, loss.sft_coefficient · −log π(chosen) / its tokens is added, in nats, which
+    keeps what the model knows while its manners change: "Iterative Reasoning Preference
+    Optimization", https://arxiv.org/abs/2404.19733.
     """
     name, beta = config.loss.name, config.loss.beta
     logprobs = sequence_logprobs(shape, params, batch)

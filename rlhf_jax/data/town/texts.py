@@ -252,8 +252,8 @@ def unsafe(world: World, rng: Random) -> str:
 TEXTS: Mapping[str, Callable[[World, Random], str]] = {
     function.__name__: function
     for function in (
-        biography, gossip, diary, letter, register, lost, quiz, message, shop_notice, price_list, story,
-        digest, sums, lists, manners, chatter, rude, rumour, unsafe,
+        biography, gossip, diary, letter, register, lost, quiz, message, shop_notice, price_list,
+        story, digest, sums, lists, manners, chatter, rude, rumour, unsafe,
     )
 }  # fmt: skip
 """Writers of the kinds of text, by the names of `world.KINDS`."""
