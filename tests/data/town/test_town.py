@@ -135,6 +135,16 @@ def test_held_out_phrasings_shops_and_wares_are_never_asked_in_training(town, tr
     assert any(find.search(turn) for p in town.prompts(HELDOUT, 500) for turn in _turns(p))
 
 
+def test_messages_are_passed_on_word_for_word(town):
+    texts = [text.text for text in town.texts(count=3000) if text.meta["kind"] == "message"]
+    assert len(texts) > 100
+    for text in texts:
+        parts = text.lower().split(":")
+        said = parts[-1].strip()  # the second time; after "say after me" both are in one part
+        said = said[len(said) // 2 :].strip()
+        assert text.lower().count(said) == 2, text
+
+
 def test_no_held_out_prompt_is_a_training_prompt(town, training):
     def asked(record):
         """All that a reply depends on: a system turn, earlier turns, and the question."""

@@ -44,6 +44,16 @@ def test_friends_are_of_the_same_split():
         assert person.facts["friend"] != person.name
 
 
+@pytest.mark.parametrize(("people", "alone"), [(60, 3), (56, 0)])  # 15 held out, 14
+def test_best_friends_are_mutual_but_for_three_where_they_are_odd(people, alone):
+    world = build_world(TownConfig(people=people))
+    friend = {person.name: person.facts["friend"] for person in world.people}
+    one_sided = [name for name in friend if friend[friend[name]] != name]
+    odd = sum(len(world.people_of[split]) % 2 for split in SPLITS)
+    assert len(one_sided) == 3 * odd >= alone
+    assert sorted(friend.values()) == sorted(friend)
+
+
 def test_every_attribute_has_phrasings_and_held_out_ones_are_others():
     assert tuple(PEOPLE) == ATTRIBUTES
     for phrasing in (*PEOPLE.values(), *SHOPS.values()):
