@@ -51,7 +51,7 @@ def test_records_come_back_as_they_were_made(config, stream):
 
 def test_fact_prompts_can_be_scored_after_the_round_trip():
     prompts = load_records("town/facts", "validation")
-    assert len(prompts) == 20 * 10
+    assert len(prompts) == 15 * 10
     assert all(gold_score(p, p.meta["reference"]).components["correct"] == 1 for p in prompts)
 
 

@@ -139,10 +139,9 @@ def test_messages_are_passed_on_word_for_word(town):
     texts = [text.text for text in town.texts(count=3000) if text.meta["kind"] == "message"]
     assert len(texts) > 100
     for text in texts:
-        parts = text.lower().split(":")
-        said = parts[-1].strip()  # the second time; after "say after me" both are in one part
-        said = said[len(said) // 2 :].strip()
-        assert text.lower().count(said) == 2, text
+        text = text.lower()
+        # What is said ends the text, and stands in it once before.
+        assert any(text.count(text[-n:]) == 2 for n in range(12, len(text) // 2)), text
 
 
 def test_no_held_out_prompt_is_a_training_prompt(town, training):
@@ -200,7 +199,7 @@ def test_most_demonstrations_are_good_and_noise_shows_in_the_right_component(dem
         return sum(scores) / len(scores)
 
     good = sum(len(by_style[style]) for style in ("plain", "warm")) / len(demonstrations)
-    assert 0.6 < good < 0.75
+    assert 0.75 < good < 0.85
     assert all(score.total >= 0.924 for style in ("plain", "warm") for _, score in by_style[style])
     assert mean("rude", "polite") == 0
     assert mean("rambling", "brief") < 0.2
