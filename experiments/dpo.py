@@ -22,7 +22,7 @@ def get_config(variant="town"):
     match variant:
         case "town":
             return dpo(
-                "experiments/sft.py",
+                init={"policy": "experiments/sft.py"},
                 data={"row_length": 224},
                 batch={"rows": 16},
                 optimizer=OPTIMIZER | {"learning_rate": 5e-4},
@@ -33,7 +33,6 @@ def get_config(variant="town"):
         case "hh":
             pairs = "hh_rlhf/helpful"
             return dpo(
-                "experiments/sft.py:hh",
                 data={
                     "train": pairs,
                     "validation": pairs,
@@ -41,16 +40,13 @@ def get_config(variant="town"):
                     "over_long": "drop",
                 },
                 batch={"rows": 8},
-                train={"steps": 100},
+                train={"steps": 60},
+                init={"policy": "experiments/sft.py:hh", "reward": "experiments/reward.py:hh"},
                 eval=defaults.chat_evaluation(source=pairs, count=64, gold=False)
                 | {"batch_rows": 16},
             )
     raise UserError(f"experiments/dpo.py has no variant {variant!r}; there are: town, hh")
 
 
-def dpo(policy, **sections):
-    return defaults.base(
-        "preference",
-        init={"policy": policy},
-        **({"optimizer": OPTIMIZER, "loss": LOSS} | sections),
-    )
+def dpo(**sections):
+    return defaults.base("preference", **({"optimizer": OPTIMIZER, "loss": LOSS} | sections))

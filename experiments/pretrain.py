@@ -29,7 +29,7 @@ def get_config(variant="town"):
         case "fables":
             return real("tinyfabulist", "tinyfabulist", steps=400)
         case "hh":
-            return real("tinyfabulist=1,hh_rlhf/helpful=2", "hh_rlhf/helpful", steps=400)
+            return real("tinyfabulist=1,hh_rlhf/helpful=2", "hh_rlhf/helpful", steps=200)
         case "shakespeare_char":
             return shakespeare_char()
         case "shakespeare_char_best":

@@ -27,7 +27,7 @@ def get_config(variant="town"):
                     "over_long": "drop",
                 },
                 batch={"rows": 8},
-                train={"steps": 100},
+                train={"steps": 60},
                 eval={"batch_rows": 16},
             )
     raise UserError(f"experiments/reward.py has no variant {variant!r}; there are: town, hh")

@@ -34,7 +34,7 @@ def get_config(variant="town"):
         case "gsm8k":
             return real("fables", "gsm8k", "gsm8k@test", steps=200)
         case "hh":
-            return real("hh", "hh_rlhf/helpful", "hh_rlhf/helpful", steps=150)
+            return real("hh", "hh_rlhf/helpful", "hh_rlhf/helpful", steps=80)
     raise UserError(
         f"experiments/sft.py has no variant {variant!r}; there are: town, fables, gsm8k, hh"
     )

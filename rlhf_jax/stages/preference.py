@@ -1,7 +1,8 @@
 """Preference optimisation: a chat model and preference pairs → an aligned model, without RL.
 
 DPO and its family, losses/preference.py. The reference is the model it starts from; its log-probs
-are computed once, before training, and travel with the rows.
+are computed once, before training, and travel with the rows. A reward model of the same pairs, if
+`init.reward` names one, only has its accuracy reported beside.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from rlhf_jax.losses.reductions import weighted_sum
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import sequence_logprobs
 from rlhf_jax.stages.chat import evaluate_chat
-from rlhf_jax.stages.common import batches_of, fit, parse_sources
+from rlhf_jax.stages.common import batches_of, fit, parse_sources, read_summary
 from rlhf_jax.stages.pairs import CHOSEN, MISMATCHED, REJECTED, pack_pairs
 from rlhf_jax.training.model import load_model, save_model
 from rlhf_jax.training.rundir import RunDirectory
@@ -56,6 +57,10 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     logprobs = map_rows(score, model.params, held_out, config.eval.batch_rows)
     metrics, plots = implicit_rewards(config, logprobs, held_out)
     chat = evaluate_chat(config, run.path, model, parents["policy"], plots)
+    if "reward" in parents:
+        judge = read_summary(parents["reward"])["metrics"]
+        for name in ("accuracy", "accuracy_low", "accuracy_high"):
+            metrics[f"eval/reward_model/{name}"] = judge[f"eval/{name}"]
     return metrics | rates | chat
 
 

@@ -79,6 +79,18 @@ def test_reward_model_reuses_the_parents(chain):
     assert "score_head" in load_model(runs / "reward").params
 
 
+def test_a_reward_model_is_reported_beside(chain):
+    experiments, runs, _ = chain
+    text = (experiments / "dpo.py").read_text()
+    both = f'/sft.py", reward="{experiments}/reward.py"'
+    (experiments / "judged.py").write_text(text.replace('/sft.py"', both))
+    result = run_main(f"--config={experiments}/judged.py", f"--workdir={runs}/judged")
+    assert result.returncode == 0, result.stderr[-2000:]
+    ours, reward = (summary(runs / name)["metrics"] for name in ("judged", "reward"))
+    for name in ("accuracy", "accuracy_low", "accuracy_high"):
+        assert ours[f"eval/reward_model/{name}"] == reward[f"eval/{name}"]
+
+
 def copy_parents(runs, target):
     for name in ("pretrain", "sft"):
         shutil.copytree(runs / name, target / name)
