@@ -14,7 +14,8 @@ OPTIMIZER = {
     "schedule": "linear",
     "final_fraction": 0.0,
 }
-# name: any of losses/preference.py; options: those of the loss's own function.
+# name: any of losses/preference.py; options: those of the loss's own function; sft_coefficient: of
+# the SFT term added to any of them (rpo, cpo and orpo have one of their own: leave this at 0).
 LOSS = {"name": "sigmoid", "beta": 0.1, "options": {}, "sft_coefficient": 0.0}
 
 
@@ -33,6 +34,7 @@ def get_config(variant="town"):
         case "hh":
             pairs = "hh_rlhf/helpful"
             return dpo(
+                init={"policy": "experiments/sft.py:hh", "reward": "experiments/reward.py:hh"},
                 data={
                     "train": pairs,
                     "validation": pairs,
@@ -41,7 +43,6 @@ def get_config(variant="town"):
                 },
                 batch={"rows": 8},
                 train={"steps": 60},
-                init={"policy": "experiments/sft.py:hh", "reward": "experiments/reward.py:hh"},
                 eval=defaults.chat_evaluation(source=pairs, count=64, gold=False)
                 | {"batch_rows": 16},
             )

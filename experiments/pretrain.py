@@ -64,9 +64,7 @@ def real(train, validation, steps):
     """English text: a larger vocabulary and context."""
     return defaults.base(
         "pretrain",
-        model=defaults.model(
-            "tiny", width=192, heads=6, kv_heads=6, mlp_width=512, max_length=1024
-        ),
+        model=defaults.model("tiny", max_length=1024),
         tokenizer={"kind": "bpe", "vocab_size": 4096},
         data={
             "train": train,

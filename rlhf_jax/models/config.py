@@ -55,7 +55,6 @@ class ModelConfig:
     sliding_window: int | None = None  # tokens visible back, the present one included
     head: str = "lm"  # "lm", or "scalar" for reward and value models
     init_std: float = 0.02
-    zero_init_residual: bool = False  # blocks start as the identity
     copy_init: bool = False  # attention starts by adding what it attends to: `transformer.init`
     compute_dtype: str = "float32"
     remat: str = "none"  # what the backward pass recomputes: "none", "full", "dots" (all but dots)
@@ -81,8 +80,6 @@ class ModelConfig:
             )
         if self.position == "rope" and self.head_dim % 2:
             raise UserError(f"model.head_dim = {self.head_dim}: RoPE needs an even number")
-        if self.zero_init_residual and self.copy_init:
-            raise UserError("model.zero_init_residual and model.copy_init: choose one")
         if self.norm_bias and self.norm == "rms":
             raise UserError("model.norm_bias = True: only norm = 'layer' has a bias")
         return self
@@ -127,7 +124,7 @@ def _llama(layers: int, width: int, heads: int, kv_heads: int, **changes) -> Mod
 
 
 _tiny = ModelConfig(
-    # Two wide layers learn facts from a third of the text that four of half the width need.
+    # Two wide layers learn the town's facts from less text than four of two thirds the width.
     vocab_size=1024,
     layers=2,
     width=192,
@@ -145,12 +142,6 @@ _tiny = ModelConfig(
 PRESETS: dict[str, ModelConfig] = {
     # 1M parameters, for a laptop's CPU.
     "tiny": _tiny,
-    # nanoGPT's character-level CPU recipe, config/train_shakespeare_char.py: 0.8M.
-    "shakespeare": _gpt2(
-        4, 128, 4,
-        vocab_size=65, max_length=64, norm_bias=False, attention_bias=False, mlp_bias=False,
-        activation="gelu", remat="dots",
-    ),
     "10m": dataclasses.replace(
         _tiny, vocab_size=4096, layers=6, width=320, heads=5, kv_heads=5, head_dim=64,
         mlp_width=896, max_length=1024, init_std=0.03,

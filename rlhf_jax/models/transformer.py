@@ -86,7 +86,7 @@ class _Dense(nn.Module):
         config, dtype = self.config, self.config.compute_dtype
         std = config.init_std
         if self.residual:
-            std = 0.0 if config.zero_init_residual else std / np.sqrt(2 * config.layers)
+            std = std / np.sqrt(2 * config.layers)
         kernel = self.param("kernel", nn.initializers.normal(std), (x.shape[-1], self.features))
         # Products over a flat token axis: XLA's CPU backend would transpose the gradient of a
         # [B, T, width] one by a slow copy.
@@ -172,13 +172,13 @@ def init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     """Fresh float32 parameters: a nested dict, those of the layers stacked on axis 0.
 
     Kernels are [(layers,) in, out] and normal with `init_std`, the two that write to the residual
-    stream scaled by 1/√(2·layers) as in GPT-2 (or zero); the score head has std 1/√(width + 1).
+    stream scaled by 1/√(2·layers) as in GPT-2; the score head has std 1/√(width + 1).
 
     With `copy_init` attention's output kernel is the value kernel transposed, scaled so that their
     product is about the identity: from the first step on, a token's embedding goes on to whatever
-    attends to it, and what is left to learn is where to look. A small model then needs half of the
-    text to know as much, and learns to use what its prompt says. After "Mimetic Initialization of
-    Self-Attention Layers", https://arxiv.org/abs/2305.09828.
+    attends to it, and what is left to learn is where to look: a small model learns facts from less
+    text, and to use what its prompt says. After "Mimetic Initialization of Self-Attention Layers",
+    https://arxiv.org/abs/2305.09828.
 
     Raises:
         UserError: the config does not fit together.

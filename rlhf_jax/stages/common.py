@@ -11,10 +11,12 @@ import jax
 from ml_collections import ConfigDict
 
 from rlhf_jax.data.builders import load_records
+from rlhf_jax.data.encode import encode_texts
 from rlhf_jax.data.jsonl import read_jsonl
-from rlhf_jax.data.packing import Arrays, check_ids
+from rlhf_jax.data.packing import Arrays, check_ids, pack_documents
 from rlhf_jax.data.pipeline import make_dataset, make_iterator
-from rlhf_jax.data.records import convert
+from rlhf_jax.data.records import Text, convert
+from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.training.loop import train
 from rlhf_jax.training.mesh import make_mesh
@@ -55,6 +57,18 @@ def read_records(config: ConfigDict, source: str, kind: str, split: str) -> list
     if not records:
         raise UserError(f"data: {source!r} has no records in its split {own_split or split!r}")
     return [convert(record, kind) for record in records]
+
+
+def pack_texts(
+    config: ConfigDict, what: str, records: Sequence[Text], tokenizer: Tokenizer, over_long: str
+) -> Arrays:
+    """Raw text as packed rows in which every token is a target; says what became of the records."""
+    documents, counts = encode_texts(
+        records, tokenizer, config.data.row_length, over_long=over_long
+    )
+    rows, packing = pack_documents(documents, config.data.row_length)
+    say(what, counts | packing)
+    return rows
 
 
 def say(subject: str, counts: Mapping[str, Any]) -> None:

@@ -12,10 +12,8 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from rlhf_jax.data.encode import encode_texts
-from rlhf_jax.data.packing import Arrays, pack_documents, pack_stream
+from rlhf_jax.data.packing import pack_stream
 from rlhf_jax.data.pipeline import make_iterator, make_windows
-from rlhf_jax.data.records import Text
 from rlhf_jax.data.tokenizer import Tokenizer, train_bpe, train_chars
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.language import language_evaluation
@@ -23,7 +21,7 @@ from rlhf_jax.losses.cross_entropy import token_cross_entropy
 from rlhf_jax.models import transformer
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import target_statistics
-from rlhf_jax.stages.common import batches_of, fit, parse_sources, read_records, say
+from rlhf_jax.stages.common import batches_of, fit, pack_texts, parse_sources, read_records
 from rlhf_jax.training.model import Model, save_model
 from rlhf_jax.training.rundir import RunDirectory
 
@@ -44,9 +42,12 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         batches = make_iterator(make_windows(stream, length, config.batch.rows, seed=config.seed))
         held_out, _ = pack_stream(tokenizer.encode(validation[0].text), length)
     else:
-        rows = [_pack(config, "training", records, tokenizer) for records in train]
+        policy = config.data.over_long
+        rows = [
+            pack_texts(config, "training text", records, tokenizer, policy) for records in train
+        ]
         batches = batches_of(config, model, rows, [*sources.values()])
-        held_out = _pack(config, "validation", validation, tokenizer)
+        held_out = pack_texts(config, "validation text", validation, tokenizer, policy)
 
     def loss_fn(params, batch, rng):
         statistics = target_statistics(shape, params, batch)
@@ -70,12 +71,3 @@ def _train_tokenizer(config: ConfigDict, texts: list[str]) -> Tokenizer:
         case "chars":
             return train_chars("".join(texts))
     raise UserError(f"tokenizer.kind = {config.tokenizer.kind!r}: choose bpe or chars")
-
-
-def _pack(config: ConfigDict, what: str, records: list[Text], tokenizer: Tokenizer) -> Arrays:
-    documents, counts = encode_texts(
-        records, tokenizer, config.data.row_length, over_long=config.data.over_long
-    )
-    rows, packing = pack_documents(documents, config.data.row_length)
-    say(f"{what} text", counts | packing)
-    return rows

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from rlhf_jax.data.encode import check_trained_share, encode_conversations, encode_texts
+from rlhf_jax.data.encode import check_trained_share, encode_conversations
 from rlhf_jax.data.packing import Arrays, pack_documents
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.evaluation.language import language_evaluation
 from rlhf_jax.losses.cross_entropy import token_cross_entropy
 from rlhf_jax.models.scoring import target_statistics
 from rlhf_jax.stages.chat import evaluate_chat
-from rlhf_jax.stages.common import batches_of, fit, parse_sources, read_records, say
+from rlhf_jax.stages.common import batches_of, fit, pack_texts, parse_sources, read_records, say
 from rlhf_jax.training.model import load_model, save_model
 from rlhf_jax.training.rundir import RunDirectory
 
@@ -30,7 +30,9 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     sources = parse_sources(config.data.train)
     rows = [_pack(config, source, "train", base.tokenizer) for source in sources]
     replayed = parse_sources(config.data.replay) if config.data.replay else {}
-    rows += [_pack_text(config, source, base.tokenizer) for source in replayed]
+    for source in replayed:
+        texts = read_records(config, source, "text", "train")
+        rows.append(pack_texts(config, f"{source} (replay)", texts, base.tokenizer, "split"))
     weights = [*sources.values(), *replayed.values()]
     held_out = _pack(config, config.data.validation, "validation", base.tokenizer)
 
@@ -60,13 +62,4 @@ def _pack(config: ConfigDict, source: str, split: str, tokenizer: Tokenizer) -> 
     share = check_trained_share(documents)
     rows, packing = pack_documents(documents, length)
     say(f"{source} ({split})", counts | packing | {"trained": share})
-    return rows
-
-
-def _pack_text(config: ConfigDict, source: str, tokenizer: Tokenizer) -> Arrays:
-    records = read_records(config, source, "text", "train")
-    length = config.data.row_length
-    documents, counts = encode_texts(records, tokenizer, length)
-    rows, packing = pack_documents(documents, length)
-    say(f"{source} (replay)", counts | packing)
     return rows

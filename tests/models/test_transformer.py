@@ -150,14 +150,6 @@ def test_initial_scales():
         assert abs(float(kernel.std()) / std - 1) < 5 / np.sqrt(2 * kernel.size)
 
 
-def test_zero_init_residual_starts_as_the_identity():
-    config = dataclasses.replace(SMALL, zero_init_residual=True)
-    params, tokens = init(config, jax.random.key(0)), random_tokens(1, 7)
-    x = params["embed"]["embedding"][tokens]
-    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps)
-    np.testing.assert_allclose(forward(config, params, tokens), expected, **CLOSE)
-
-
 @pytest.mark.parametrize("kv_heads", [8, 2])
 def test_copy_init_undoes_the_values(kv_heads):
     config = dataclasses.replace(
