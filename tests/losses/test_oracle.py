@@ -6,7 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from enum121 import (
+from scipy.optimize import minimize
+
+from rlhf_jax.losses import (
+    REFERENCE_FREE,
+    bradley_terry,
+    mean,
+    preference_loss,
+    segment_logprobs,
+    token_cross_entropy,
+    token_statistics,
+)
+from tests.losses.enum121 import (
     ACTIONS,
     LENGTHS,
     MASK,
@@ -23,17 +34,6 @@ from enum121 import (
     logprobs,
     pair_law,
     tilt,
-)
-from scipy.optimize import minimize
-
-from rlhf_jax.losses import (
-    REFERENCE_FREE,
-    bradley_terry,
-    mean,
-    preference_loss,
-    segment_logprobs,
-    token_cross_entropy,
-    token_statistics,
 )
 
 BETA = 0.5

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import KINDS, SMALL, forward, noisy, random_tokens
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import apply, init_cache
+from tests.models.small import KINDS, SMALL, forward, noisy, random_tokens
 
 LENGTHS = np.array([5, 9, 1])
 

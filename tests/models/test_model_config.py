@@ -7,10 +7,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from small import SMALL
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import PRESETS, init
+from tests.models.small import SMALL
 
 
 @pytest.mark.parametrize(

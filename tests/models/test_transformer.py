@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import KINDS, LEARNED, SMALL, forward, noisy, random_tokens
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import (
@@ -20,6 +19,7 @@ from rlhf_jax.models import (
     scores,
     unembedding,
 )
+from tests.models.small import KINDS, LEARNED, SMALL, forward, noisy, random_tokens
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
