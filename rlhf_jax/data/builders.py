@@ -4,7 +4,7 @@
     tinyfabulist/{text,conversation}      short fables for children; prompt → fable
     gsm8k/{conversation,prompt}           grade-school maths with its own train and test split
     hh_rlhf/{helpful,harmless,helpful_rejection_sampled}   human preferences, chats → pairs
-    town/…                                the embedded town; see `data/town`
+    town/…                                the embedded town; see `data/town/dataset.py`
 
 Files are looked for under $RLHF_JAX_DATA, then in `../shared/data` beside the repository, and
 downloaded from their public address where there is one.
@@ -13,8 +13,6 @@ downloaded from their public address where there is one.
 from __future__ import annotations
 
 import hashlib
-import importlib
-import inspect
 import logging
 import os
 from collections import Counter
@@ -28,6 +26,7 @@ import tensorflow_datasets as tfds
 from rlhf_jax.data.jsonl import open_bytes, read_jsonl, read_lines, string
 from rlhf_jax.data.record_builder import RecordBuilder, RecordConfig, cache_dir, read_records
 from rlhf_jax.data.records import Conversation, Message, Prompt, Record, Text
+from rlhf_jax.data.town import dataset
 from rlhf_jax.errors import UserError
 
 VALIDATION_SHARE = 0.1
@@ -50,7 +49,7 @@ class Source:
 
 
 def load_records(name: str, split: str, *, kind: str | None = None) -> list[Record]:
-    """The records of a data set's split, prepared on first use under `cache_dir()`.
+    """The records of a data set's split; real sets are prepared on first use under `cache_dir()`.
 
     `name` is "set/config", "set/kind", which is the first config of that kind, or "set": the first
     config of `kind`, or the first of all. `split` may be sliced ("train[:10%]"). The prepared files
@@ -58,16 +57,19 @@ def load_records(name: str, split: str, *, kind: str | None = None) -> list[Reco
     one. Raises UserError for unknown names and for files that cannot be had.
     """
     set_name, _, wanted = name.partition("/")
-    cls = _builder_class(set_name)
-    names = [c.name for c in cls.BUILDER_CONFIGS]
-    of_kind = [c.name for c in cls.BUILDER_CONFIGS if c.kind == (wanted or kind)]
-    config = wanted if wanted in names else next(iter(of_kind), None if wanted else names[0])
+    if set_name != "town" and set_name not in BUILDERS:
+        raise UserError(f"unknown data set {set_name!r}; known: {', '.join([*BUILDERS, 'town'])}")
+    cls = BUILDERS.get(set_name)
+    kinds = {c.name: c.kind for c in cls.BUILDER_CONFIGS} if cls else dataset.KINDS
+    of_kind = [c for c, its_kind in kinds.items() if its_kind == (wanted or kind)]
+    first = None if wanted else next(iter(kinds))
+    config = wanted if wanted in kinds else next(iter(of_kind), first)
     if config is None:
-        raise UserError(f"data set {set_name!r} has no config {wanted!r}; there are: {names}")
-    folder = cache_dir() / "datasets"
-    folder /= _fingerprint(cls, config)
-    builder = cls(config=config, data_dir=folder, file_format="array_record")
-    return read_records(builder, split)
+        raise UserError(f"data set {set_name!r} has no config {wanted!r}; there are: {[*kinds]}")
+    if cls is None:
+        return dataset.read_town(config, split)
+    folder = cache_dir() / "datasets" / _fingerprint(cls, config)
+    return read_records(cls(config=config, data_dir=folder, file_format="array_record"), split)
 
 
 def data_folder() -> Path | None:
@@ -224,14 +226,6 @@ BUILDERS: dict[str, type[RecordBuilder]] = {
 }
 
 
-def _builder_class(name: str) -> type[RecordBuilder]:
-    if name == "town":
-        return importlib.import_module("rlhf_jax.data.town.builder").Town
-    if name not in BUILDERS:
-        raise UserError(f"unknown data set {name!r}; known: {', '.join([*BUILDERS, 'town'])}")
-    return BUILDERS[name]
-
-
 def _fetch(sources: tuple[Source, ...], dl_manager) -> list[Path]:
     """Local paths of the sources: from a data folder, else downloaded."""
     return [_local_path(source) or _download(source, dl_manager) for source in sources]
@@ -258,20 +252,11 @@ def _download(source: Source, dl_manager) -> Path:
 
 
 def _fingerprint(cls: type[RecordBuilder], config: str) -> str:
-    """Names what a set is made from.
-
-    The bytes of local files, the hashes of files to be downloaded, or for a generated set (without
-    SOURCES) the code beside its builder.
-    """
+    """Names what a set is made from: local files' bytes, the hashes of those to be downloaded."""
     digest = hashlib.sha256()
-    sources = getattr(cls, "SOURCES", {}).get(config, ())
-    for source in sources:
+    for source in cls.SOURCES[config]:
         path = _local_path(source)
         digest.update(path.read_bytes() if path else f"{source.sha256}".encode())
-    if not sources:
-        folder = Path(inspect.getfile(cls)).parent
-        for path in sorted(folder.rglob("*.py")):
-            digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
-import jax
 import numpy as np
 
 from rlhf_jax.data.chat import decode_text, render_prompt
 from rlhf_jax.data.packing import Group, pack_groups
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.data.tokenizer import END
-from rlhf_jax.evaluation.rows import in_record_order, map_rows
-from rlhf_jax.models.scoring import sequence_logprobs
+from rlhf_jax.evaluation.rows import in_record_order, response_logprobs
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.training.model import Model
 
@@ -69,7 +66,7 @@ def sequence_kl(
     rows, _ = pack_groups(groups, -(-longest // 64) * 64, branches=1)
 
     def logprobs(model: Model) -> np.ndarray:
-        score = jax.jit(partial(sequence_logprobs, model.config))
-        return in_record_order(map_rows(score, model.params, rows, 64), rows)[:, 0]
+        values = response_logprobs(model.config, model.params, rows, 64)
+        return in_record_order(values, rows)[:, 0]
 
     return logprobs(model) - logprobs(reference)

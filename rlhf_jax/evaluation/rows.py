@@ -1,8 +1,9 @@
-"""Runs a jitted function over all rows of a packed data set, a fixed number of rows at a time."""
+"""Jitted functions over all rows of a packed data set, a fixed number of rows at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +11,10 @@ import numpy as np
 
 from rlhf_jax.data.packing import Arrays
 from rlhf_jax.data.pipeline import eval_batches
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.scoring import sequence_logprobs
+
+_logprobs = jax.jit(sequence_logprobs, static_argnums=0)  # one, so that stages share it compiled
 
 
 def map_rows(function: Callable, params: Any, rows: Arrays, batch_rows: int) -> Any:
@@ -21,6 +26,13 @@ def map_rows(function: Callable, params: Any, rows: Arrays, batch_rows: int) -> 
     batches = eval_batches(rows, min(batch_rows, count))
     results = [jax.device_get(function(params, batch)) for batch in batches]
     return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *results)
+
+
+def response_logprobs(
+    config: ModelConfig, params: Any, rows: Arrays, batch_rows: int
+) -> np.ndarray:
+    """log π of every response of packed groups, summed over its tokens: [B, P, K] nats."""
+    return map_rows(partial(_logprobs, config), params, rows, batch_rows)
 
 
 def in_record_order(values: np.ndarray, rows: Arrays) -> np.ndarray:

@@ -87,7 +87,7 @@ def fit(
     batches: Any,
     evaluate: Callable[[Any], Mapping[str, float]],
 ) -> tuple[Model, dict[str, float]]:
-    """Trains the model's parameters; returns (the trained model, rates of the loop).
+    """Trains the model's parameters; returns (the trained model, its evaluation and the rates).
 
     Args:
         loss_fn: (params, batch, rng) → ((total, weight), metrics).
@@ -110,8 +110,14 @@ def fit(
     )
     state = init_state(model.params, optimizer, ema=config.train.ema_decay > 0, mesh=mesh)
 
+    evaluated: dict[str, float] = {}
+
     def current(state):
         return state.params if state.ema_params is None else state.ema_params
+
+    def evaluation(state):
+        evaluated.update(evaluate(current(state)))
+        return evaluated
 
     state, rates = train(
         state,
@@ -123,16 +129,16 @@ def fit(
         log_every=config.train.log_every,
         checkpoint_every=config.train.checkpoint_every,
         keep_last=config.train.keep_last,
-        evaluations=[
-            (config.train.eval_every or config.train.steps, lambda s: evaluate(current(s)))
-        ],
+        evaluations=[(config.train.eval_every or config.train.steps, evaluation)],
         max_skipped=config.train.max_skipped,
         flops_per_token=model.flops_per_token(),
         tokenizer_hash=model.tokenizer.hash,
         tensorboard=config.train.tensorboard,
         wandb=config.train.wandb or None,
     )
-    return Model(model.config, current(state), model.tokenizer), rates
+    if not evaluated:  # it had been killed after its last step
+        evaluation(state)
+    return Model(model.config, current(state), model.tokenizer), evaluated | rates
 
 
 def batches_of(config: ConfigDict, model: Model, rows: Sequence[Arrays], weights: Sequence[float]):

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
@@ -20,7 +19,7 @@ from ml_collections import ConfigDict
 from rlhf_jax.data.packing import Arrays
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.preferences import preference_metrics, preference_plots
-from rlhf_jax.evaluation.rows import in_record_order, map_rows
+from rlhf_jax.evaluation.rows import in_record_order, response_logprobs
 from rlhf_jax.losses.preference import REFERENCE_FREE, kto_baseline, preference_loss
 from rlhf_jax.losses.reductions import weighted_sum
 from rlhf_jax.models.config import ModelConfig
@@ -40,28 +39,28 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     rows = [pack(source, "train", mismatched=config.loss.name == "kto") for source in sources]
     held_out = pack(config.data.validation, "validation")
 
-    score = jax.jit(partial(sequence_logprobs, reference.config))
-    for arrays in (*rows, held_out):
-        arrays["reference_logprobs"] = map_rows(
-            score, reference.params, arrays, config.eval.batch_rows
-        )
+    def logprobs(params: Any, arrays: Arrays) -> np.ndarray:
+        return response_logprobs(reference.config, params, arrays, config.eval.batch_rows)
 
-    def evaluate(params: Any) -> dict[str, float]:
-        logprobs = map_rows(score, params, held_out, config.eval.batch_rows)
-        return implicit_rewards(config, logprobs, held_out)[0]
+    for arrays in rows:
+        arrays["reference_logprobs"] = logprobs(reference.params, arrays)
+    held_out_reference = logprobs(reference.params, held_out)
+
+    def evaluate(params: Any):
+        """(metrics, plots) on the held-out pairs."""
+        return implicit_rewards(config, logprobs(params, held_out), held_out_reference, held_out)
 
     batches = batches_of(config, reference, rows, [*sources.values()])
     loss_fn = partial(loss, config, reference.config)
-    model, rates = fit(config, run, reference, loss_fn, batches, evaluate)
+    model, metrics = fit(config, run, reference, loss_fn, batches, lambda p: evaluate(p)[0])
     save_model(run.path, model)
-    logprobs = map_rows(score, model.params, held_out, config.eval.batch_rows)
-    metrics, plots = implicit_rewards(config, logprobs, held_out)
-    chat = evaluate_chat(config, run.path, model, parents["policy"], plots)
+    _, plots = evaluate(model.params)
+    metrics |= evaluate_chat(config, run.path, model, parents["policy"], plots)
     if "reward" in parents:
         judge = read_summary(parents["reward"])["metrics"]
         for name in ("accuracy", "accuracy_low", "accuracy_high"):
             metrics[f"eval/reward_model/{name}"] = judge[f"eval/{name}"]
-    return metrics | rates | chat
+    return metrics
 
 
 def loss(config: ConfigDict, shape: ModelConfig, params: Any, batch, rng):
@@ -102,14 +101,16 @@ def loss(config: ConfigDict, shape: ModelConfig, params: Any, batch, rng):
     return (total, weight), metrics | {"loss": (total, weight)}
 
 
-def implicit_rewards(config: ConfigDict, logprobs: np.ndarray, rows: Arrays):
+def implicit_rewards(
+    config: ConfigDict, logprobs: np.ndarray, reference_logprobs: np.ndarray, rows: Arrays
+):
     """(metrics, plots) of β(log π − log π_ref) as a reward on held-out pairs.
 
     Chosen and rejected log-probs are reported apart: both falling while their margin grows is what
     likelihood displacement looks like.
     """
     policy = in_record_order(logprobs, rows)
-    reference = in_record_order(rows["reference_logprobs"], rows)
+    reference = in_record_order(reference_logprobs, rows)
     lengths = in_record_order(rows["lengths"], rows)
     moved = policy - reference
     chosen, rejected = (config.loss.beta * moved[:, side] for side in (CHOSEN, REJECTED))

@@ -59,9 +59,9 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         text_bytes=sum(len(record.text.encode()) for record in validation),
         batch_rows=config.eval.batch_rows,
     )
-    model, rates = fit(config, run, model, loss_fn, batches, evaluate)
+    model, metrics = fit(config, run, model, loss_fn, batches, evaluate)
     save_model(run.path, model)
-    return evaluate(model.params) | rates
+    return metrics
 
 
 def _train_tokenizer(config: ConfigDict, texts: list[str]) -> Tokenizer:

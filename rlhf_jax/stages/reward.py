@@ -37,18 +37,18 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     held_out = pack(config.data.validation, "validation")
     score = jax.jit(partial(sequence_scores, initial.config))
 
-    def evaluate(params: Any) -> dict[str, float]:
+    def evaluate(params: Any):
+        """(metrics, plots) on the held-out pairs."""
         scores = map_rows(score, params, held_out, config.eval.batch_rows)
-        return score_metrics(scores, held_out)[0]
+        return score_metrics(scores, held_out)
 
     batches = batches_of(config, initial, rows, [*sources.values()])
     loss_fn = partial(loss, config, initial.config)
-    model, rates = fit(config, run, initial, loss_fn, batches, evaluate)
+    model, metrics = fit(config, run, initial, loss_fn, batches, lambda p: evaluate(p)[0])
     save_model(run.path, model)
-    scores = map_rows(score, model.params, held_out, config.eval.batch_rows)
-    metrics, plots = score_metrics(scores, held_out)
+    _, plots = evaluate(model.params)
     write_evaluation(run.path, plots=plots)
-    return metrics | rates
+    return metrics
 
 
 def with_score_head(model: Model, seed: int) -> Model:

@@ -47,10 +47,9 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
 
     evaluate = language_evaluation(base.config, held_out, batch_rows=config.eval.batch_rows)
     batches = batches_of(config, base, rows, weights)
-    model, rates = fit(config, run, base, loss_fn, batches, evaluate)
+    model, metrics = fit(config, run, base, loss_fn, batches, evaluate)
     save_model(run.path, model)
-    chat = evaluate_chat(config, run.path, model, parents["policy"])
-    return evaluate(model.params) | rates | chat
+    return metrics | evaluate_chat(config, run.path, model, parents["policy"])
 
 
 def _pack(config: ConfigDict, source: str, split: str, tokenizer: Tokenizer) -> Arrays:
