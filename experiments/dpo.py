@@ -14,9 +14,9 @@ OPTIMIZER = {
     "schedule": "linear",
     "final_fraction": 0.0,
 }
-# name: any of losses/preference.py; options: those of the loss's own function; sft_coefficient: of
-# the SFT term added to any of them (rpo, cpo and orpo have one of their own: leave this at 0).
-LOSS = {"name": "sigmoid", "beta": 0.1, "options": {}, "sft_coefficient": 0.0}
+# name: any of losses/preference.py; options: of its own function, as "gamma=1.6,divergence=js";
+# sft_coefficient: of the SFT term added to any of them (rpo, cpo, orpo have their own: leave it 0).
+LOSS = {"name": "sigmoid", "beta": 0.1, "options": "", "sft_coefficient": 0.0}
 
 
 def get_config(variant="town"):

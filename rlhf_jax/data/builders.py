@@ -56,9 +56,8 @@ def load_records(name: str, split: str, *, kind: str | None = None) -> list[Reco
     are keyed by the content of the source files, so a changed file is never mistaken for an older
     one. Raises UserError for unknown names and for files that cannot be had.
     """
+    check_name(name)
     set_name, _, wanted = name.partition("/")
-    if set_name != "town" and set_name not in BUILDERS:
-        raise UserError(f"unknown data set {set_name!r}; known: {', '.join([*BUILDERS, 'town'])}")
     cls = BUILDERS.get(set_name)
     kinds = {c.name: c.kind for c in cls.BUILDER_CONFIGS} if cls else dataset.KINDS
     of_kind = [c for c, its_kind in kinds.items() if its_kind == (wanted or kind)]
@@ -70,6 +69,13 @@ def load_records(name: str, split: str, *, kind: str | None = None) -> list[Reco
         return dataset.read_town(config, split)
     folder = cache_dir() / "datasets" / _fingerprint(cls, config)
     return read_records(cls(config=config, data_dir=folder, file_format="array_record"), split)
+
+
+def check_name(name: str) -> None:
+    """UserError if `name` is of no known data set."""
+    set_name = name.partition("/")[0]
+    if set_name != "town" and set_name not in BUILDERS:
+        raise UserError(f"unknown data set {set_name!r}; known: {', '.join([*BUILDERS, 'town'])}")
 
 
 def data_folder() -> Path | None:

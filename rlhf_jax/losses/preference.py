@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -323,7 +323,7 @@ def preference_loss(
     """
     loss = _find(name)
     options = {key: value for key, value in options.items() if value is not None}
-    _check_options(name, options)
+    check_options(name, options)
     references = ref_chosen_logprobs, ref_rejected_logprobs
     if any((reference is None) != (name in REFERENCE_FREE) for reference in references):
         use = "uses no" if name in REFERENCE_FREE else "needs both"
@@ -377,8 +377,8 @@ def _find(name: str) -> Callable[..., Any]:
     raise ValueError(f"unknown preference loss {name!r}{hint}; known: {', '.join(LOSSES)}")
 
 
-def _check_options(name: str, options: dict[str, Any]) -> None:
-    """Rejects an option the loss would ignore."""
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """ValueError for an unknown loss, or an option that the loss would ignore."""
     known = loss_options(name)
     unused = sorted(set(options) - set(known))
     if unused:

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.report import METRICS, environment, write_report
 from rlhf_jax.evaluation.tables import print_summary
-from rlhf_jax.stages.common import ancestry, read_summary
+from rlhf_jax.stages.common import ancestry, check, read_summary
 from rlhf_jax.training.rundir import RunDirectory
 
 STAGES = ("pretrain", "sft", "reward", "preference")
@@ -64,6 +64,7 @@ def run(config: ConfigDict, source: str, workdir: str | os.PathLike[str] | None 
 def _run(config: ConfigDict, source: str, workdir: Path, descendants: tuple[str, ...]) -> Path:
     if config.stage not in STAGES:
         raise UserError(f"config.stage = {config.stage!r}: choose one of {', '.join(STAGES)}")
+    check(config)
     lineage = (*descendants, source)
     parents = {
         role: _parent(parent, workdir.parent, lineage)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from rlhf_jax.data.builders import load_records
+from rlhf_jax.data.builders import check_name, load_records
 from rlhf_jax.data.encode import encode_texts
 from rlhf_jax.data.jsonl import read_jsonl
 from rlhf_jax.data.packing import Arrays, check_ids, pack_documents
@@ -18,6 +19,7 @@ from rlhf_jax.data.pipeline import make_dataset, make_iterator
 from rlhf_jax.data.records import Text, convert
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.losses.preference import check_options
 from rlhf_jax.training.loop import train
 from rlhf_jax.training.mesh import make_mesh
 from rlhf_jax.training.model import Model
@@ -41,6 +43,42 @@ def parse_sources(spec: str) -> dict[str, float]:
     return sources
 
 
+def parse_options(spec: str) -> dict[str, Any]:
+    """ "gamma=1.6,divergence=js" → {"gamma": 1.6, "divergence": "js"}."""
+    options: dict[str, Any] = {}
+    for part in filter(None, spec.split(",")):
+        name, equals, value = (x.strip() for x in part.partition("="))
+        if not equals:
+            raise UserError(f"loss.options: {part!r} is not name=value")
+        try:
+            options[name] = float(value)
+        except ValueError:
+            options[name] = value
+    return options
+
+
+def check(config: ConfigDict) -> None:
+    """UserError for what can be seen to be wrong before hours are spent on the parents."""
+    make_optimizer(config.optimizer, config.train.steps)
+    data, held_out = config.data, config.eval.get("source", "")
+    for spec in (data.train, data.validation, data.get("replay", ""), held_out):
+        for source in parse_sources(spec) if spec else ():
+            name = re.split(r"[@\[]", source)[0]
+            if not _is_file(name):
+                check_name(name)
+            elif not Path(name).is_file():
+                raise UserError(f"data: there is no file {name}")
+    if config.stage == "preference":
+        try:
+            check_options(config.loss.name, parse_options(config.loss.options))
+        except ValueError as error:
+            raise UserError(f"config.loss: {error}") from error
+
+
+def _is_file(source: str) -> bool:
+    return Path(source).suffix in (".jsonl", ".gz", ".xz")
+
+
 def read_records(config: ConfigDict, source: str, kind: str, split: str) -> list[Any]:
     """The records of one source, as records of `kind` (see `records.convert`).
 
@@ -48,7 +86,7 @@ def read_records(config: ConfigDict, source: str, kind: str, split: str) -> list
     place of `split`, and a slice: "town", "hh_rlhf/helpful", "gsm8k@test", "town[:50%]".
     """
     name, bracket, part = source.partition("[")
-    if Path(name).suffix in (".jsonl", ".gz", ".xz"):
+    if _is_file(name):
         if bracket:
             raise UserError(f"data: {source!r}: a file cannot be sliced")
         return read_jsonl(name, kind, max_bad_fraction=config.data.max_bad_fraction)

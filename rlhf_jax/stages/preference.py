@@ -25,7 +25,13 @@ from rlhf_jax.losses.reductions import weighted_sum
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import sequence_logprobs
 from rlhf_jax.stages.chat import evaluate_chat
-from rlhf_jax.stages.common import batches_of, fit, parse_sources, read_summary
+from rlhf_jax.stages.common import (
+    batches_of,
+    fit,
+    parse_options,
+    parse_sources,
+    read_summary,
+)
 from rlhf_jax.stages.pairs import CHOSEN, MISMATCHED, REJECTED, pack_pairs
 from rlhf_jax.training.model import load_model, save_model
 from rlhf_jax.training.rundir import RunDirectory
@@ -77,7 +83,7 @@ def loss(config: ConfigDict, shape: ModelConfig, params: Any, batch, rng):
         for x in (logprobs, batch["reference_logprobs"], batch["lengths"])
     )
     weights = batch["valid"].reshape(-1)
-    options = dict(config.loss.options)
+    options = parse_options(config.loss.options)
     if name == "kto":
         options["kl"] = kto_baseline(policy[:, MISMATCHED], reference[:, MISMATCHED], weights)
     references = (reference[:, CHOSEN], reference[:, REJECTED])

@@ -84,7 +84,7 @@ def experiments(tmp_path_factory) -> Path:
     (folder / "more.jsonl").write_text(_lines(list(town.demonstrations("train", 300))[200:]))
     (folder / "pairs.jsonl").write_text(_lines(town.pairs("train", 80)))
     (folder / "prompts.jsonl").write_text(_lines(town.prompts("heldout", 12)))
-    dpo = PAIRS.replace("{loss}", 'name="sigmoid", beta=0.1, options=dict(), sft_coefficient=0.5')
+    dpo = PAIRS.replace("{loss}", 'name="sigmoid", beta=0.1, options="", sft_coefficient=0.5')
     reward = PAIRS.replace("{loss}", "centering=0.0")
     stages = {
         "pretrain": PRETRAIN,

@@ -157,6 +157,9 @@ def test_parent_trained_anew_is_noticed(chain, tmp_path):
         (["--config.train.step=3"], 'Did you mean "steps" instead of "step"?'),
         (["--config.train.steps=many"], "invalid literal"),
         (["--config.loss.name=sigmiod"], "did you mean 'sigmoid'?"),
+        (["--config.loss.options=gamma=1"], "'sigmoid' has no option gamma"),
+        (["--config.loss.options=gamma"], "'gamma' is not name=value"),
+        (["--config.data.train=twon"], "unknown data set 'twon'"),
         (["--config.data.train=nowhere.jsonl"], "nowhere.jsonl"),
         (["--config.data.train=a.jsonl=2,a.jsonl=1"], "'a.jsonl' is named twice"),
         (["--config.init.policy=nowhere"], "nowhere is not the directory of a finished run"),
@@ -164,14 +167,13 @@ def test_parent_trained_anew_is_noticed(chain, tmp_path):
         (["extra"], "unexpected argument 'extra'"),
     ],
 )
-def test_mistakes_end_in_one_line_and_exit_code_2(chain, tmp_path, arguments, message):
-    experiments, runs, _ = chain
-    copy_parents(runs, tmp_path)
+def test_mistakes_end_in_one_line_before_anything_runs(experiments, tmp_path, arguments, message):
     result = run_main(f"--config={experiments}/dpo.py", f"--workdir={tmp_path}/dpo", *arguments)
     assert result.returncode == 2, result.stderr[-2000:]
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert message in line
     assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_config_is_a_mistake():

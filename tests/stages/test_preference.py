@@ -11,7 +11,7 @@ from rlhf_jax.stages import defaults, preference
 
 def _loss(monkeypatch, logprobs, batch, **settings):
     config = defaults.base(
-        "preference", loss={"beta": 0.1, "options": {}, "sft_coefficient": 0.0} | settings
+        "preference", loss={"beta": 0.1, "options": "", "sft_coefficient": 0.0} | settings
     )
     monkeypatch.setattr(preference, "sequence_logprobs", lambda *_: logprobs)
     return preference.loss(config, None, None, batch, None)
@@ -29,7 +29,7 @@ def test_the_sft_term_makes_sigmoid_rpo(monkeypatch, coefficient):
     (total, weight), metrics = _loss(
         monkeypatch, logprobs, batch, name="sigmoid", sft_coefficient=coefficient
     )
-    twin = {"name": "rpo", "options": {"sft_coefficient": coefficient}}
+    twin = {"name": "rpo", "options": f"sft_coefficient={coefficient}"}
     (expected, pairs), _ = _loss(monkeypatch, logprobs, batch, **twin)
     np.testing.assert_allclose([total, weight], [expected, pairs], rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], (total, weight), rtol=1e-5)
