@@ -286,7 +286,7 @@ REFERENCE_FREE = frozenset({"orpo", "simpo", "cpo"})
 # These couple the rows of what they are given: split over devices or microbatches, each part is
 # sorted by itself, a different (and noisier) loss than that of the whole batch.
 BATCHWISE = frozenset({"aot", "aot_unpaired"})
-_PER_TOKEN_REWARDS = frozenset({"orpo", "simpo", "sigmoid_norm"})
+PER_TOKEN = frozenset({"orpo", "simpo", "sigmoid_norm"})
 
 
 def preference_loss(
@@ -346,7 +346,7 @@ def preference_loss(
     )
     values = loss(pairs, beta=beta, **options)
     total = weighted_sum(*values) if name in BATCHWISE else weighted_sum(values, weights)
-    return total, {"loss": total} | _metrics(pairs, beta, name in _PER_TOKEN_REWARDS)
+    return total, {"loss": total} | _metrics(pairs, beta, name in PER_TOKEN)
 
 
 def _metrics(pairs: Pairs, beta: float, per_token: bool) -> dict[str, Reduction]:

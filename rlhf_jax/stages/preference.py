@@ -20,7 +20,12 @@ from rlhf_jax.data.packing import Arrays
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.preferences import preference_metrics, preference_plots
 from rlhf_jax.evaluation.rows import in_record_order, response_logprobs
-from rlhf_jax.losses.preference import REFERENCE_FREE, kto_baseline, preference_loss
+from rlhf_jax.losses.preference import (
+    PER_TOKEN,
+    REFERENCE_FREE,
+    kto_baseline,
+    preference_loss,
+)
 from rlhf_jax.losses.reductions import weighted_sum
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import sequence_logprobs
@@ -110,8 +115,9 @@ def loss(config: ConfigDict, shape: ModelConfig, params: Any, batch, rng):
 def implicit_rewards(
     config: ConfigDict, logprobs: np.ndarray, reference_logprobs: np.ndarray, rows: Arrays
 ):
-    """(metrics, plots) of β(log π − log π_ref) as a reward on held-out pairs.
+    """(metrics, plots) on held-out pairs of what the configured loss takes for a reward.
 
+    That is β(log π − log π_ref), or β log π without a reference, per token if the loss is.
     Chosen and rejected log-probs are reported apart: both falling while their margin grows is what
     likelihood displacement looks like.
     """
@@ -119,7 +125,10 @@ def implicit_rewards(
     reference = in_record_order(reference_logprobs, rows)
     lengths = in_record_order(rows["lengths"], rows)
     moved = policy - reference
-    chosen, rejected = (config.loss.beta * moved[:, side] for side in (CHOSEN, REJECTED))
+    rewards = config.loss.beta * (policy if config.loss.name in REFERENCE_FREE else moved)
+    if config.loss.name in PER_TOKEN:
+        rewards = rewards / np.maximum(lengths, 1)
+    chosen, rejected = rewards[:, CHOSEN], rewards[:, REJECTED]
     metrics = preference_metrics(chosen, rejected, lengths)
     metrics |= {
         "eval/logps/chosen": float(policy[:, CHOSEN].mean()),

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.losses.preference import LOSSES
 from rlhf_jax.stages import defaults, preference
 
 
+def _config(**settings):
+    settings = {"beta": 0.1, "options": "", "sft_coefficient": 0.0} | settings
+    return defaults.base("preference", loss=settings)
+
+
 def _loss(monkeypatch, logprobs, batch, **settings):
-    config = defaults.base(
-        "preference", loss={"beta": 0.1, "options": "", "sft_coefficient": 0.0} | settings
-    )
+    config = _config(**settings)
     monkeypatch.setattr(preference, "sequence_logprobs", lambda *_: logprobs)
     return preference.loss(config, None, None, batch, None)
 
@@ -36,3 +41,28 @@ def test_the_sft_term_makes_sigmoid_rpo(monkeypatch, coefficient):
     valid = np.asarray(batch["valid"]) > 0
     nll = -np.asarray(logprobs / batch["lengths"])[..., preference.CHOSEN][valid]
     np.testing.assert_allclose(metrics["sft_loss"], [nll.sum(), valid.sum()], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_held_out_rewards_are_those_of_the_loss(monkeypatch, name):
+    rng = np.random.default_rng(1)
+    logprobs, reference = (-rng.uniform(1, 30, (3, 4, 3)).astype(np.float32) for _ in range(2))
+    batch = {
+        "reference_logprobs": reference,
+        "lengths": rng.integers(1, 9, (3, 4, 3)),
+        "valid": rng.integers(0, 2, (3, 4)).astype(np.float32),
+        "example_ids": np.arange(12).reshape(3, 4),
+    }
+    _, training = _loss(
+        monkeypatch, jnp.asarray(logprobs), jax.tree.map(jnp.asarray, batch), name=name
+    )
+    pairs = batch | {"lengths": batch["lengths"][..., : preference.MISMATCHED]}
+    held_out, _ = preference.implicit_rewards(
+        _config(name=name), *(x[..., : preference.MISMATCHED] for x in (logprobs, reference)), pairs
+    )
+    total, weight = training["rewards/accuracies"]
+    assert held_out["eval/accuracy"] == pytest.approx(float(total / weight), abs=1e-5)
+    total, weight = training["rewards/margins"]
+    assert held_out["eval/rewards/margins"] == pytest.approx(
+        float(total / weight), rel=1e-5, abs=1e-5
+    )
