@@ -55,7 +55,7 @@ def town():
             "decay_fraction": 0.4,
             "final_fraction": 0.0,
         },
-        train={"steps": 600, "log_every": 20},
+        train={"steps": 560, "log_every": 20},
         loss={"z_loss": 0.0},
     )
 

@@ -26,7 +26,7 @@ def get_config(variant="town"):
                 data={"row_length": 192, "replay": "town/text[:50%]=0.5"},
                 batch={"rows": 8},
                 optimizer=OPTIMIZER | {"name": "adamw", "learning_rate": 3e-3, "b2": 0.99},
-                train={"steps": 460, "log_every": 20},
+                train={"steps": 430, "log_every": 20},
                 eval=defaults.chat_evaluation(),
             )
         case "fables":

@@ -155,7 +155,7 @@ class TownConfig:
 
 
 KINDS: Mapping[str, float] = {
-    "biography": 26, "gossip": 10, "diary": 5, "letter": 4, "register": 6, "lost": 4, "quiz": 12,
+    "biography": 32, "gossip": 10, "diary": 5, "letter": 4, "register": 6, "lost": 4, "quiz": 12,
     "message": 10, "shop_notice": 4, "price_list": 4, "story": 6, "digest": 3, "sums": 5,
     "lists": 5, "manners": 3, "chatter": 4, "rude": 4, "rumour": 3, "unsafe": 3,
 }  # fmt: skip
