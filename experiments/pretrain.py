@@ -94,8 +94,8 @@ def shakespeare_char():
             "row_length": 64,
         },
         batch={"rows": 20},
-        optimizer=MUON,
-        train={"steps": 240, "log_every": 20, "tensorboard": False},
+        optimizer=MUON | {"learning_rate": 2e-2},
+        train={"steps": 220, "log_every": 20, "tensorboard": False},
         loss={"z_loss": 0.0},
         eval={"batch_rows": 128},
     )
@@ -105,6 +105,7 @@ def shakespeare_char_best():
     """How far the time of nanoGPT's recipe goes: twice the context, more steps."""
     config = shakespeare_char()
     config.data.row_length = 128
-    config.batch.rows = 16
-    config.train.steps = 420
+    config.batch.rows = 12
+    config.optimizer.decay_fraction = 0.6
+    config.train.steps = 560
     return config
