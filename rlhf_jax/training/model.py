@@ -43,10 +43,18 @@ def load_model(workdir: str | os.PathLike[str], **changes: Any) -> Model:
     """The model of a finished run, with `changes` to fields of its config.
 
     Raises:
-        UserError: there is none, it is damaged, or it was trained with another tokenizer.
+        UserError: there is none, it is damaged, it was trained with another tokenizer, or its
+            config has a field this version lacks.
     """
     params, document = load_params(Path(workdir) / "model")
     tokenizer = Tokenizer.load(Path(workdir) / "tokenizer.json")
     if tokenizer.hash != document["tokenizer_hash"]:
         raise UserError(f"{workdir}/tokenizer.json is not the tokenizer its model was trained with")
-    return Model(ModelConfig(**(document["config"] | changes)).validate(), params, tokenizer)
+    fields = document["config"] | changes
+    unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(ModelConfig)})
+    if unknown:
+        raise UserError(
+            f"the model in {workdir} was saved by another version: this one knows no "
+            f"model.{unknown[0]}; train it anew"
+        )
+    return Model(ModelConfig(**fields).validate(), params, tokenizer)
