@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.training import loop
+from rlhf_jax.training import loop, progress
 from rlhf_jax.training.metrics import read_metrics
 from rlhf_jax.training.rundir import RunDirectory
 from rlhf_jax.training.state import init_state
@@ -128,12 +128,20 @@ def test_training_does_not_recompile(tmp_path, capsys):
     assert "compiled again" not in capsys.readouterr().out
 
 
-def test_evaluations_and_checkpoints_take_no_training_time(tmp_path):
+def test_evaluations_and_checkpoints_take_no_training_time(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
     def slow(state):
-        time.sleep(0.5)
+        clock[0] += 0.5
         return {}
 
-    _, rates = train(tmp_path, evaluations=((1, slow),), steps=5)
+    def tokens(batch):
+        clock[0] += 0.01
+        return 7
+
+    _, rates = train(tmp_path, evaluations=((1, slow),), steps=5, tokens=tokens)
     lines = read_metrics(tmp_path / "metrics.jsonl")
-    assert all(0 < line["time/step_seconds"] < 0.4 for line in lines[1:])
-    assert rates["train/steps_per_second"] > 1 / 0.4
+    assert [line["time/step_seconds"] for line in lines] == pytest.approx([0.01] * 5)
+    assert rates["train/steps_per_second"] == pytest.approx(100)
+    assert rates["train/tokens_per_second"] == pytest.approx(700)
