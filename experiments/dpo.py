@@ -42,6 +42,9 @@ def get_config(variant="town"):
                     "over_long": "drop",
                 },
                 batch={"rows": 8},
+                optimizer=OPTIMIZER | {"learning_rate": 5e-4},
+                # Per token: a sum over long, uneven replies mostly learns their length.
+                loss=LOSS | {"name": "sigmoid_norm", "beta": 5.0},
                 train={"steps": 60},
                 eval=defaults.chat_evaluation(source=pairs, count=64, gold=False)
                 | {"batch_rows": 16},
