@@ -43,6 +43,29 @@ def correct_metrics(
     return {key: right / len(prompts), f"{key}_low": low, f"{key}_high": high}
 
 
+def correct_table(
+    prompts: Sequence[Prompt], answers: Mapping[str, Sequence[Answer]]
+) -> dict[str, Any]:
+    """The report's table: shares of right answers, in any style, by task family and model."""
+    right = {
+        name: [is_correct(p, a.text) for p, a in zip(prompts, each, strict=True)]
+        for name, each in answers.items()
+    }
+    families = [p.meta["family"] for p in prompts]
+
+    def row(label: str, chosen: np.ndarray) -> list[Any]:
+        shares = (float(np.mean(np.array(each)[chosen])) for each in right.values())
+        return [label, int(chosen.sum()), *shares]
+
+    rows = [row(family, np.array(families) == family) for family in sorted(set(families))]
+    return {
+        "section": "changes",
+        "title": "Right answers by task family",
+        "columns": ["family", "prompts", *answers],
+        "rows": [*rows, row("all", np.ones(len(prompts), bool))],
+    }
+
+
 def gold_plots(
     scores: Mapping[str, Sequence[GoldScore]], prompts: Sequence[Prompt]
 ) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import os
 import runpy
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -136,10 +137,14 @@ def show(workdir: Path) -> None:
 
 
 def pick_samples(samples: list[dict[str, Any]], count: int = 3) -> list[dict[str, Any]]:
-    """The first samples on which the last two models differ, for the console."""
+    """For the console: the first sample on which the last two models differ of each family.
 
-    def differ(sample) -> bool:
+    Families come in the order of how many samples they have; without families, the first few.
+    """
+    first: dict[Any, dict[str, Any]] = {}
+    for i, sample in enumerate(samples):
         texts = list(sample["responses"].values())[-2:]
-        return len(set(texts)) == len(texts)
-
-    return [sample for sample in samples if differ(sample)][:count]
+        if len(set(texts)) == len(texts):
+            first.setdefault(sample.get("family", i), sample)
+    sizes = Counter(sample.get("family") for sample in samples)
+    return sorted(first.values(), key=lambda sample: -sizes[sample.get("family")])[:count]

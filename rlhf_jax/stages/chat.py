@@ -15,8 +15,15 @@ from ml_collections import ConfigDict
 
 from rlhf_jax.data.chat import render_prompt
 from rlhf_jax.data.records import Prompt
+from rlhf_jax.data.town.gold import GoldScore
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.gold import correct_metrics, gold_metrics, gold_plots, gold_scores
+from rlhf_jax.evaluation.gold import (
+    correct_metrics,
+    correct_table,
+    gold_metrics,
+    gold_plots,
+    gold_scores,
+)
 from rlhf_jax.evaluation.responses import Answer, answer, sequence_kl
 from rlhf_jax.evaluation.statistics import bootstrap_interval
 from rlhf_jax.stages.common import ancestry, read_records, say, write_evaluation, write_jsonl
@@ -51,26 +58,37 @@ def evaluate_chat(
         "eval/response_length": float(np.mean([len(a.tokens) for a in ours])),
         "eval/eos_rate": float(np.mean([a.finished for a in ours])),
     }
-    scores: Mapping[str, Any] = {}
+    scores: Mapping[str, Sequence[GoldScore]] = {}
+    tables = []
     if config.eval.gold:
         scores = {name: gold_scores(prompts, each) for name, each in answers.items()}
         metrics |= gold_metrics(scores[run.name], scores[start.name])
         facts = read_records(config, "town/facts", "prompt", "validation")
         metrics |= correct_metrics("facts", facts, _answer(config, model, facts))
         plots = [*gold_plots(scores, prompts), *plots]
-    write_evaluation(run, plots=plots)
-    write_jsonl(
-        run / "samples.jsonl",
-        [
-            {
-                "prompt": [{"role": m.role, "content": m.content} for m in prompt.messages],
-                "responses": {name: each[i].text for name, each in answers.items()},
-            }
-            | ({"scores": {name: each[i].total for name, each in scores.items()}} if scores else {})
-            for i, prompt in enumerate(prompts)
-        ],
-    )
+        tables = [correct_table(prompts, answers)]
+    write_evaluation(run, tables, plots)
+    write_jsonl(run / "samples.jsonl", _samples(prompts, answers, scores))
     return metrics
+
+
+def _samples(
+    prompts: Sequence[Prompt],
+    answers: Mapping[str, Sequence[Answer]],
+    scores: Mapping[str, Sequence[GoldScore]],
+) -> list[dict[str, Any]]:
+    """Each prompt with every model's answer and, where there are any, its scores."""
+    samples = []
+    for i, prompt in enumerate(prompts):
+        sample: dict[str, Any] = {
+            "prompt": [{"role": m.role, "content": m.content} for m in prompt.messages],
+            "responses": {name: each[i].text for name, each in answers.items()},
+        }
+        if scores:
+            sample["family"] = prompt.meta["family"]
+            sample["scores"] = {name: each[i].total for name, each in scores.items()}
+        samples.append(sample)
+    return samples
 
 
 def held_out_prompts(config: ConfigDict, model: Model) -> list[Prompt]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.evaluation.statistics import wilson_interval
+from rlhf_jax.stages.chain import pick_samples
 from rlhf_jax.training.model import load_model
 from tests.stages.conftest import run_main
 
@@ -179,3 +180,17 @@ def test_mistakes_end_in_one_line_before_anything_runs(experiments, tmp_path, ar
 def test_missing_config_is_a_mistake():
     result = run_main("--config=experiments/nothing.py")
     assert result.returncode == 2 and "there is no such file" in result.stderr
+
+
+def test_one_sample_of_each_of_the_largest_families_is_shown():
+    def sample(family, *texts):
+        return {"family": family, "responses": dict(zip(("sft", "dpo"), texts, strict=True))}
+
+    samples = [
+        sample("sums", "3", "4"), sample("facts", "same", "same"), sample("facts", "a", "b"),
+        sample("facts", "c", "d"), sample("claims", "yes", "no"), sample("lists", "x", "y"),
+        sample("lists", "u", "v"),
+    ]  # fmt: skip
+    assert pick_samples(samples) == [samples[2], samples[5], samples[0]]
+    plain = [{"responses": s["responses"]} for s in samples]
+    assert pick_samples(plain) == [plain[0], plain[2], plain[3]]
