@@ -44,7 +44,9 @@ DROPS = 4  # shown because their score fell most
 METRICS: dict[str, tuple[str, str, str]] = {
     "eval/gold_win_rate": ("Gold win rate", "against the starting model", ".1%"),
     "eval/gold_reward": ("Gold reward", "held-out prompts", ".3f"),
+    "eval/correct/facts": ("Facts right", "told in raw text only", ".1%"),
     "eval/accuracy": ("Accuracy", "held out", ".1%"),
+    "eval/reward_model/accuracy": ("Reward model's accuracy", "same pairs", ".1%"),
     "eval/bpb": ("Bits per byte", "held out", ".3f"),
     "eval/loss": ("Loss", "nats a token, held out", ".3f"),
     "eval/token_accuracy": ("Token accuracy", "held out", ".1%"),

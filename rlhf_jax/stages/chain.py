@@ -14,7 +14,7 @@ import runpy
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +123,7 @@ def show(workdir: Path) -> None:
     """Prints what a run came to: a table of its lineage, three samples, the report's path."""
     runs = ancestry(workdir)
     summaries = [read_summary(path) for path in runs]
-    names = [n for n in METRICS if any(n in s["metrics"] for s in summaries)]
-    rows = [[METRICS[n][0], *(s["metrics"].get(n) for s in summaries)] for n in names]
+    rows = summary_rows([s["metrics"] for s in summaries])
     rows.append(["Wall time (s)", *(s["wall_seconds"] for s in summaries)])
     samples = workdir / "samples.jsonl"
     chosen = []
@@ -134,6 +133,20 @@ def show(workdir: Path) -> None:
         )
     print_summary(f"{workdir}", ["", *(path.name for path in runs)], rows, chosen)
     print(f"report: {workdir / 'report.html'}", flush=True)
+
+
+def summary_rows(metrics: Sequence[Mapping[str, float]]) -> list[list[Any]]:
+    """Rows of the console's table, a column a run: what any run reports, with its 95 % interval."""
+    rows: list[list[Any]] = []
+    for name, (label, *_) in METRICS.items():
+        if not any(name in each for each in metrics):
+            continue
+        rows.append([label, *(each.get(name) for each in metrics)])
+        bounds = [(each.get(f"{name}_low"), each.get(f"{name}_high")) for each in metrics]
+        if any(low is not None for low, _ in bounds):
+            texts = (None if low is None else f"{low:.3g}–{high:.3g}" for low, high in bounds)
+            rows.append(["  95 % interval", *texts])
+    return rows
 
 
 def pick_samples(samples: list[dict[str, Any]], count: int = 3) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.evaluation.statistics import wilson_interval
-from rlhf_jax.stages.chain import pick_samples
+from rlhf_jax.stages.chain import pick_samples, summary_rows
 from rlhf_jax.training.model import load_model
 from tests.stages.conftest import run_main
 
@@ -194,3 +194,13 @@ def test_one_sample_of_each_of_the_largest_families_is_shown():
     assert pick_samples(samples) == [samples[2], samples[5], samples[0]]
     plain = [{"responses": s["responses"]} for s in samples]
     assert pick_samples(plain) == [plain[0], plain[2], plain[3]]
+
+
+def test_rows_of_the_table_have_their_intervals_below():
+    sft = {"eval/loss": 0.5, "eval/accuracy": 0.25, "other": 1.0}
+    dpo = {"eval/accuracy": 0.5, "eval/accuracy_low": 0.4012, "eval/accuracy_high": 0.5988}
+    assert summary_rows([sft, dpo]) == [
+        ["Accuracy", 0.25, 0.5],
+        ["  95 % interval", None, "0.401–0.599"],
+        ["Loss", 0.5, None],
+    ]
