@@ -1,8 +1,12 @@
-"""Direct preference optimisation of a fine-tuned model, on a 2-core CPU.
+"""Direct preference optimisation of a fine-tuned model; times are of a 2-core CPU.
 
-python -m rlhf_jax.main --config=experiments/dpo.py            the embedded town
-python -m rlhf_jax.main --config=experiments/dpo.py:hh         HH-RLHF, helpful
-… --config.loss.name=ipo --config.loss.beta=0.05               another loss of the family
+python -m rlhf_jax.main --config=experiments/dpo.py
+    the embedded town: 1 minute after its parents' 3; gold win rate over SFT 0.81 (0.75 to 0.85)
+python -m rlhf_jax.main --config=experiments/dpo.py:hh
+    HH-RLHF, helpful: 12 minutes, parents and all; accuracy on held-out pairs 0.63 (0.57 to 0.69),
+    of the reward model beside it 0.67 (0.61 to 0.73)
+… --config.loss.name=ipo --config.loss.beta=0.05
+    another loss of the family
 """
 
 from rlhf_jax.errors import UserError

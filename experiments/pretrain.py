@@ -1,12 +1,16 @@
-"""Pre-training from raw text, on a 2-core CPU.
+"""Pre-training from raw text; times are of a 2-core CPU.
 
-python -m rlhf_jax.main --config=experiments/pretrain.py            the embedded town
-python -m rlhf_jax.main --config=experiments/pretrain.py:fables     TinyFabulist fables
-python -m rlhf_jax.main --config=experiments/pretrain.py:hh         fables and HH-RLHF dialogues
+python -m rlhf_jax.main --config=experiments/pretrain.py
+    the embedded town: 80 seconds to 0.38 bits a byte
+python -m rlhf_jax.main --config=experiments/pretrain.py:fables
+    TinyFabulist fables: FABLES
+python -m rlhf_jax.main --config=experiments/pretrain.py:hh
+    fables and HH-RLHF dialogues: 6 minutes to 1.73 bits a byte
 python -m rlhf_jax.main --config=experiments/pretrain.py:shakespeare_char
-    the data, split, tokens and context of nanoGPT's CPU recipe, to its loss in less time
+    the data, split, tokens and context of nanoGPT's CPU recipe, to its loss of 1.88 in less time:
+    50 seconds to 1.86 nats a character
 python -m rlhf_jax.main --config=experiments/pretrain.py:shakespeare_char_best
-    the same data and split, as far as we get in the time nanoGPT takes
+    the same data and split, as far as we get in the time nanoGPT takes: 2 minutes to 1.69
 """
 
 from rlhf_jax.errors import UserError

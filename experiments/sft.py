@@ -1,9 +1,13 @@
-"""Supervised fine-tuning of a pre-trained model, on a 2-core CPU.
+"""Supervised fine-tuning of a pre-trained model; times are of a 2-core CPU, after its parent.
 
-python -m rlhf_jax.main --config=experiments/sft.py            the embedded town
-python -m rlhf_jax.main --config=experiments/sft.py:fables     TinyFabulist: prompt → fable
-python -m rlhf_jax.main --config=experiments/sft.py:gsm8k      grade-school maths
-python -m rlhf_jax.main --config=experiments/sft.py:hh         the preferred replies of HH-RLHF
+python -m rlhf_jax.main --config=experiments/sft.py
+    the embedded town: 2 minutes; 97 % (92 to 99) of questions about held-out people right
+python -m rlhf_jax.main --config=experiments/sft.py:fables
+    TinyFabulist, prompt → fable: SFTFABLES
+python -m rlhf_jax.main --config=experiments/sft.py:gsm8k
+    grade-school maths: GSM
+python -m rlhf_jax.main --config=experiments/sft.py:hh
+    the preferred replies of HH-RLHF: 2 minutes to 3.91 nats a token
 """
 
 from rlhf_jax.errors import UserError

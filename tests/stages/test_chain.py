@@ -103,7 +103,10 @@ def comparable(run):
     return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
 
 
-@pytest.mark.parametrize("fault", ["step:7", "checkpoint:arrays:8", "summary"])
+@pytest.mark.parametrize(
+    "fault",
+    ["step:7", pytest.param("checkpoint:arrays:8", marks=pytest.mark.slow), "summary"],
+)
 def test_killed_dpo_resumes_to_the_same_bits(chain, tmp_path, fault):
     experiments, runs, _ = chain
     copy_parents(runs, tmp_path)
