@@ -16,16 +16,16 @@ from rlhf_jax.models.scoring import target_statistics
 
 def language_evaluation(
     config: ModelConfig, rows: Arrays, *, text_bytes: int | None = None, batch_rows: int = 64
-) -> Callable[[Any], dict[str, float]]:
-    """Returns `evaluate(params) -> metrics` over held-out rows, compiled on first use.
+) -> Callable[[Any], tuple[dict[str, float], list[Any]]]:
+    """Returns `evaluate(params) -> (metrics, [])` over held-out rows, compiled on first use.
 
     Args:
         rows: packed rows; only targets of weight > 0 count.
         text_bytes: UTF-8 bytes of the text the targets stand for, for bits a byte.
 
     Returns:
-        A function giving eval/loss (nats a target token), eval/token_accuracy and, with
-        `text_bytes`, eval/bpb = Σ nats / (ln 2 · bytes), which doesn't depend on the vocabulary.
+        A function giving no figures, but eval/loss (nats a target token), eval/token_accuracy and,
+        with `text_bytes`, eval/bpb = Σ nats / (ln 2 · bytes), which no vocabulary changes.
     """
 
     @jax.jit
@@ -38,7 +38,7 @@ def language_evaluation(
             "targets": weights.sum(-1),
         }
 
-    def evaluate(params: Any) -> dict[str, float]:
+    def evaluate(params: Any) -> tuple[dict[str, float], list[Any]]:
         sums = jax.tree.map(
             lambda x: float(x.sum(dtype=np.float64)), map_rows(per_row, params, rows, batch_rows)
         )
@@ -48,6 +48,6 @@ def language_evaluation(
         }
         if text_bytes:
             metrics["eval/bpb"] = sums["nats"] / (np.log(2) * text_bytes)
-        return metrics
+        return metrics, []
 
     return evaluate

@@ -28,6 +28,9 @@ from rlhf_jax.training.rundir import RunDirectory, write_json
 from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_step
 
+Figure = dict[str, Any]  # what `evaluation.plots.draw` draws
+Evaluated = tuple[dict[str, float], list[Figure]]
+
 
 def parse_sources(spec: str) -> dict[str, float]:
     """ "a=3,b=1" → {"a": 3.0, "b": 1.0}; a name alone has weight 1."""
@@ -123,14 +126,14 @@ def fit(
     model: Model,
     loss_fn: Callable,
     batches: Any,
-    evaluate: Callable[[Any], Mapping[str, float]],
-) -> tuple[Model, dict[str, float]]:
-    """Trains the model's parameters; returns (the trained model, its evaluation and the rates).
+    evaluate: Callable[[Any], Evaluated],
+) -> tuple[Model, dict[str, float], list[Figure]]:
+    """Trains the model; returns (it, its evaluation's metrics and the loop's rates, its figures).
 
     Args:
         loss_fn: (params, batch, rng) → ((total, weight), metrics).
         batches: an iterator of host batches whose state can be saved.
-        evaluate: params → metrics, called every `train.eval_every` steps and at the end.
+        evaluate: params → (metrics, figures), every `train.eval_every` steps and at the end.
     """
     options = optimizer_config(config.optimizer)
     optimizer, schedule = make_optimizer(options, config.train.steps)
@@ -148,14 +151,15 @@ def fit(
     )
     state = init_state(model.params, optimizer, ema=config.train.ema_decay > 0, mesh=mesh)
 
-    evaluated: dict[str, float] = {}
+    evaluated: Evaluated | None = None
 
     def current(state):
         return state.params if state.ema_params is None else state.ema_params
 
     def evaluation(state):
-        evaluated.update(evaluate(current(state)))
-        return evaluated
+        nonlocal evaluated
+        evaluated = evaluate(current(state))
+        return evaluated[0]
 
     state, rates = train(
         state,
@@ -174,9 +178,8 @@ def fit(
         tensorboard=config.train.tensorboard,
         wandb=config.train.wandb or None,
     )
-    if not evaluated:  # it had been killed after its last step
-        evaluation(state)
-    return Model(model.config, current(state), model.tokenizer), evaluated | rates
+    metrics, figures = evaluated or evaluate(current(state))  # none: it was killed after the last
+    return Model(model.config, current(state), model.tokenizer), metrics | rates, figures
 
 
 def batches_of(config: ConfigDict, model: Model, rows: Sequence[Arrays], weights: Sequence[float]):

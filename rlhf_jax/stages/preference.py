@@ -31,6 +31,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import sequence_logprobs
 from rlhf_jax.stages.chat import evaluate_chat
 from rlhf_jax.stages.common import (
+    Evaluated,
     batches_of,
     fit,
     parse_options,
@@ -57,15 +58,13 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         arrays["reference_logprobs"] = logprobs(reference.params, arrays)
     held_out_reference = logprobs(reference.params, held_out)
 
-    def evaluate(params: Any):
-        """(metrics, plots) on the held-out pairs."""
+    def evaluate(params: Any) -> Evaluated:
         return implicit_rewards(config, logprobs(params, held_out), held_out_reference, held_out)
 
     batches = batches_of(config, reference, rows, [*sources.values()])
     loss_fn = partial(loss, config, reference.config)
-    model, metrics = fit(config, run, reference, loss_fn, batches, lambda p: evaluate(p)[0])
+    model, metrics, plots = fit(config, run, reference, loss_fn, batches, evaluate)
     save_model(run.path, model)
-    _, plots = evaluate(model.params)
     metrics |= evaluate_chat(config, run.path, model, parents["policy"], plots)
     if "reward" in parents:
         judge = read_summary(parents["reward"])["metrics"]
@@ -114,7 +113,7 @@ def loss(config: ConfigDict, shape: ModelConfig, params: Any, batch, rng):
 
 def implicit_rewards(
     config: ConfigDict, logprobs: np.ndarray, reference_logprobs: np.ndarray, rows: Arrays
-):
+) -> Evaluated:
     """(metrics, plots) on held-out pairs of what the configured loss takes for a reward.
 
     That is β(log π − log π_ref), or β log π without a reference, per token if the loss is.

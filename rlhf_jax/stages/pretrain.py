@@ -59,7 +59,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         text_bytes=sum(len(record.text.encode()) for record in validation),
         batch_rows=config.eval.batch_rows,
     )
-    model, metrics = fit(config, run, model, loss_fn, batches, evaluate)
+    model, metrics, _ = fit(config, run, model, loss_fn, batches, evaluate)
     save_model(run.path, model)
     return metrics
 

@@ -22,7 +22,7 @@ from rlhf_jax.losses.reward import bradley_terry
 from rlhf_jax.models import transformer
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import sequence_scores
-from rlhf_jax.stages.common import batches_of, fit, parse_sources, write_evaluation
+from rlhf_jax.stages.common import Evaluated, batches_of, fit, parse_sources, write_evaluation
 from rlhf_jax.stages.pairs import CHOSEN, REJECTED, pack_pairs
 from rlhf_jax.training.model import Model, load_model, save_model
 from rlhf_jax.training.rundir import RunDirectory
@@ -37,16 +37,14 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     held_out = pack(config.data.validation, "validation")
     score = jax.jit(partial(sequence_scores, initial.config))
 
-    def evaluate(params: Any):
-        """(metrics, plots) on the held-out pairs."""
+    def evaluate(params: Any) -> Evaluated:
         scores = map_rows(score, params, held_out, config.eval.batch_rows)
         return score_metrics(scores, held_out)
 
     batches = batches_of(config, initial, rows, [*sources.values()])
     loss_fn = partial(loss, config, initial.config)
-    model, metrics = fit(config, run, initial, loss_fn, batches, lambda p: evaluate(p)[0])
+    model, metrics, plots = fit(config, run, initial, loss_fn, batches, evaluate)
     save_model(run.path, model)
-    _, plots = evaluate(model.params)
     write_evaluation(run.path, plots=plots)
     return metrics
 
@@ -71,7 +69,7 @@ def loss(config: ConfigDict, shape: ModelConfig, params: Any, batch, rng):
     )
 
 
-def score_metrics(scores: np.ndarray, rows: Arrays):
+def score_metrics(scores: np.ndarray, rows: Arrays) -> Evaluated:
     """(metrics, plots) of scores [B, P, 2] on held-out pairs."""
     ordered = in_record_order(scores, rows)
     lengths = in_record_order(rows["lengths"], rows)

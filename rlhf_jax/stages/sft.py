@@ -47,7 +47,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
 
     evaluate = language_evaluation(base.config, held_out, batch_rows=config.eval.batch_rows)
     batches = batches_of(config, base, rows, weights)
-    model, metrics = fit(config, run, base, loss_fn, batches, evaluate)
+    model, metrics, _ = fit(config, run, base, loss_fn, batches, evaluate)
     save_model(run.path, model)
     return metrics | evaluate_chat(config, run.path, model, parents["policy"])
 

@@ -115,11 +115,7 @@ def train(
             if save:
                 with clock.paused():
                     writer.sync()
-                    meta = {
-                        "config": run.config,
-                        "tokenizer_hash": tokenizer_hash,
-                        "wall_seconds": run.wall_seconds(),
-                    }
+                    meta = _meta(run, tokenizer_hash)
                     checkpoints.save(number, state, batches.get_state(), meta)
             if stop:
                 break
@@ -172,6 +168,15 @@ class _Log:
     def close(self) -> None:
         self._progress.close()
         self._writer.close()
+
+
+def _meta(run: RunDirectory, tokenizer_hash: str | None) -> dict[str, Any]:
+    """What a checkpoint keeps beside the state, for `_resume`."""
+    return {
+        "config": run.config,
+        "tokenizer_hash": tokenizer_hash,
+        "wall_seconds": run.wall_seconds(),
+    }
 
 
 def _resume(state, batches, checkpoints: Checkpoints, run: RunDirectory, tokenizer_hash):

@@ -94,29 +94,13 @@ def make_step(
             scale = jnp.minimum(1, max_grad_norm / jnp.maximum(norm, 1e-30))
             grads = jax.tree.map(lambda g: g * scale, grads)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = state.ema_params
-        if ema_decay is not None:
-            average = jax.tree.map(
-                lambda a, p: ema_decay * a + (1 - ema_decay) * p, average, params
-            )
-        new = TrainState(
-            step=state.step + 1,
-            **jax.tree.map(
-                lambda new, old: jnp.where(applied, new, old),
-                {"params": params, "opt_state": opt_state, "ema_params": average},
-                {f: getattr(state, f) for f in ("params", "opt_state", "ema_params")},
-            ),
-            skipped=state.skipped + ~applied,
-            consecutive_skipped=jnp.where(applied, 0, state.consecutive_skipped + 1),
-        )
+        new, update_norm = _update(optimizer, state, grads, applied, ema_decay)
         if placed is not None:
             new = jax.lax.with_sharding_constraint(new, placed)
         metrics = _divide(sums) | {
             "train/grad_norm": norm,
             "train/param_norm": optax.tree.norm(new.params),
-            "train/update_norm": jnp.where(applied, optax.tree.norm(updates), 0),
+            "train/update_norm": update_norm,
             "train/weight": weight,
             "train/skipped": new.skipped,
             "train/consecutive_skipped": new.consecutive_skipped,
@@ -126,6 +110,32 @@ def make_step(
         return new, metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _update(
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    grads,
+    applied: jax.Array,
+    ema_decay: float | None,
+) -> tuple[TrainState, jax.Array]:
+    """(state after the step, ‖update‖); where not `applied`, only its counts change."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    average = state.ema_params
+    if ema_decay is not None:
+        average = jax.tree.map(lambda a, p: ema_decay * a + (1 - ema_decay) * p, average, params)
+    new = TrainState(
+        step=state.step + 1,
+        **jax.tree.map(
+            lambda new, old: jnp.where(applied, new, old),
+            {"params": params, "opt_state": opt_state, "ema_params": average},
+            {f: getattr(state, f) for f in ("params", "opt_state", "ema_params")},
+        ),
+        skipped=state.skipped + ~applied,
+        consecutive_skipped=jnp.where(applied, 0, state.consecutive_skipped + 1),
+    )
+    return new, jnp.where(applied, optax.tree.norm(updates), 0)
 
 
 def _freeze(params, patterns: Sequence[str]):
