@@ -6,6 +6,8 @@ python -m rlhf_jax.main --config=experiments/pretrain.py:fables
     TinyFabulist fables
 python -m rlhf_jax.main --config=experiments/pretrain.py:hh
     fables and HH-RLHF dialogues: 6 minutes to 1.73 bits a byte
+python -m rlhf_jax.main --config=experiments/pretrain.py:imdb
+    film reviews
 python -m rlhf_jax.main --config=experiments/pretrain.py:shakespeare_char
     the data, split, tokens and context of nanoGPT's CPU recipe, to its loss of 1.88 in less time:
     50 seconds to 1.86 nats a character
@@ -34,13 +36,15 @@ def get_config(variant="town"):
             return real("tinyfabulist", "tinyfabulist", steps=400)
         case "hh":
             return real("tinyfabulist=1,hh_rlhf/helpful=2", "hh_rlhf/helpful", steps=200)
+        case "imdb":
+            return real("imdb", "imdb[:50%]", steps=110)
         case "shakespeare_char":
             return shakespeare_char()
         case "shakespeare_char_best":
             return shakespeare_char_best()
     raise UserError(
         f"experiments/pretrain.py has no variant {variant!r}; there are: town, fables, hh, "
-        "shakespeare_char, shakespeare_char_best"
+        "imdb, shakespeare_char, shakespeare_char_best"
     )
 
 

@@ -2,8 +2,12 @@
 
 python -m rlhf_jax.main --config=experiments/reward.py
     the embedded town's labelers
+… --config=experiments/reward.py:member1, :member2
+    the same with other seeds: with the first one, an ensemble
 python -m rlhf_jax.main --config=experiments/reward.py:hh
     HH-RLHF, helpful: 1 minute after its parents' 8; accuracy on held-out pairs 0.67 (0.61 to 0.73)
+python -m rlhf_jax.main --config=experiments/reward.py:imdb
+    a classifier of a review's sentiment from its beginning, of reviews no policy has seen
 """
 
 from rlhf_jax.errors import UserError
@@ -13,12 +17,11 @@ from rlhf_jax.stages import defaults
 def get_config(variant="town"):
     match variant:
         case "town":
-            return reward(
-                "experiments/sft.py",
-                data={"row_length": 224},
-                batch={"rows": 32},
-                train={"steps": 100},
-            )
+            return town(seed=0)
+        case "member1":
+            return town(seed=1)
+        case "member2":
+            return town(seed=2)
         case "hh":
             return reward(
                 "experiments/sft.py:hh",
@@ -32,7 +35,30 @@ def get_config(variant="town"):
                 train={"steps": 60},
                 eval={"batch_rows": 16},
             )
-    raise UserError(f"experiments/reward.py has no variant {variant!r}; there are: town, hh")
+        case "imdb":
+            return reward(
+                "experiments/sft.py:imdb",
+                data={"train": "imdb/labelled", "validation": "imdb/labelled", "row_length": 512},
+                batch={"rows": 16},
+                loss={"name": "pointwise"},
+                train={"steps": 50},
+                eval={"batch_rows": 16},
+            )
+    raise UserError(
+        f"experiments/reward.py has no variant {variant!r}; there are: town, member1, member2, hh, "
+        "imdb"
+    )
+
+
+def town(seed):
+    config = reward(
+        "experiments/sft.py",
+        data={"row_length": 224},
+        batch={"rows": 32},
+        train={"steps": 100},
+    )
+    config.seed = seed
+    return config
 
 
 def reward(policy, **sections):
@@ -45,6 +71,5 @@ def reward(policy, **sections):
             "schedule": "linear",
             "final_fraction": 0.0,
         },
-        loss={"centering": 0.0},
         **sections,
     )

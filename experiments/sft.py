@@ -8,6 +8,8 @@ python -m rlhf_jax.main --config=experiments/sft.py:gsm8k
     grade-school maths
 python -m rlhf_jax.main --config=experiments/sft.py:hh
     the preferred replies of HH-RLHF: 2 minutes to 3.91 nats a token
+python -m rlhf_jax.main --config=experiments/sft.py:imdb
+    how a film review goes on after its first eight words
 """
 
 from rlhf_jax.errors import UserError
@@ -39,8 +41,13 @@ def get_config(variant="town"):
             return real("fables", "gsm8k", "gsm8k@test", steps=200)
         case "hh":
             return real("hh", "hh_rlhf/helpful", "hh_rlhf/helpful", steps=80)
+        case "imdb":
+            reviews = "imdb/conversation"
+            config = real("imdb", reviews, reviews, steps=80)
+            config.data.row_length = 512
+            return config
     raise UserError(
-        f"experiments/sft.py has no variant {variant!r}; there are: town, fables, gsm8k, hh"
+        f"experiments/sft.py has no variant {variant!r}; there are: town, fables, gsm8k, hh, imdb"
     )
 
 

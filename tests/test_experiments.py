@@ -13,9 +13,9 @@ from rlhf_jax.training.optimizer import make_optimizer
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 VARIANTS = {
-    "pretrain": ["town", "fables", "hh", "shakespeare_char", "shakespeare_char_best"],
-    "sft": ["town", "fables", "gsm8k", "hh"],
-    "reward": ["town", "hh"],
+    "pretrain": ["town", "fables", "hh", "imdb", "shakespeare_char", "shakespeare_char_best"],
+    "sft": ["town", "fables", "gsm8k", "hh", "imdb"],
+    "reward": ["town", "member1", "member2", "hh", "imdb"],
     "dpo": ["town", "hh"],
 }
 

@@ -4,6 +4,8 @@
     tinyfabulist/{text,conversation}      short fables for children; prompt → fable
     gsm8k/{conversation,prompt}           grade-school maths with its own train and test split
     hh_rlhf/{helpful,harmless,helpful_rejection_sampled}   human preferences, chats → pairs
+    imdb/{text,conversation,prompt}       film reviews: whole, or the first words → how they go on
+    imdb/labelled                         the same of other reviews, for the sentiment classifier
     town/…                                the embedded town; see `data/town/dataset.py`
 
 Files are looked for under $RLHF_JAX_DATA, then in `../shared/data` beside the repository, and
@@ -15,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -224,11 +227,73 @@ class HhRlhf(RecordBuilder):
         return _split_by_prompt(pairs, lambda pair: pair.prompt)
 
 
+class Imdb(RecordBuilder):
+    """Film reviews with their sentiment, https://aclanthology.org/P11-1015/, for controlled text.
+
+    The task of the DPO paper, https://arxiv.org/abs/2305.18290: the first OPENING_WORDS of a review
+    are the prompt, and a reply goes on with it for up to REPLY_WORDS, to the end of a sentence if
+    one ends there. `meta["label"]` is "1" for a review that likes its film, "0" for one that does
+    not; it is the whole review's, so that some replies show nothing of it. `meta["rating"]` is 1 to
+    4 or 7 to 10.
+
+    A hash of the prompt gives each review to the policy ("text", "conversation", "prompt") or to
+    the classifier that judges it ("labelled"), and another one splits each half.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS: ClassVar = [
+        RecordConfig(name="text", kind="text"),
+        RecordConfig(name="conversation", kind="conversation"),
+        RecordConfig(name="prompt", kind="prompt"),
+        RecordConfig(name="labelled", kind="conversation"),
+    ]
+    SOURCES: ClassVar = dict.fromkeys(
+        ("text", "conversation", "prompt", "labelled"),
+        (Source("sentiment_imdb/imdb_train.jsonl.xz"),),
+    )
+    OPENING_WORDS = 8
+    REPLY_WORDS = 40
+
+    def records(self, dl_manager) -> Mapping[str, Iterable[Record]]:
+        def convert(fields, default_id) -> Text:
+            text = re.sub(r"\s*(<br />\s*)+", "\n", string(fields, "text")).strip()
+            label = {"neg": "0", "pos": "1"}[string(fields, "label")]
+            meta = {"label": label, "rating": str(fields["rating"])}
+            return Text(string(fields, "id"), text, meta)
+
+        (path,) = _fetch(self.SOURCES["text"], dl_manager)
+        reviews = [r for r in read_lines(path, convert) if isinstance(r, Text)]
+        long = [r for r in reviews if len(r.text.split()) > self.OPENING_WORDS]
+        _report(self, +Counter({"too short": len(reviews) - len(long)}))
+        judges = self.builder_config.name == "labelled"
+        half = [r for r in long if (_fraction(("half", self._opening(r))) < 0.5) == judges]
+        return {
+            split: [self._record(review) for review in reviews]
+            for split, reviews in _split_by_prompt(half, self._opening).items()
+        }
+
+    def _opening(self, review: Text) -> str:
+        return " ".join(review.text.split()[: self.OPENING_WORDS])
+
+    def _record(self, review: Text) -> Record:
+        prompt = (_user(self._opening(review)),)
+        match self.builder_config.kind:
+            case "text":
+                return review
+            case "prompt":
+                return Prompt(review.id, prompt, review.meta)
+        words = review.text.split()[self.OPENING_WORDS :][: self.REPLY_WORDS]
+        ends = [i for i, word in enumerate(words, 1) if re.search(r"[.!?][\"')\]]*$", word)]
+        reply = " ".join(words[: ends[-1]] if ends else words)
+        return Conversation(review.id, (*prompt, _assistant(reply)), review.meta)
+
+
 BUILDERS: dict[str, type[RecordBuilder]] = {
     "tiny_shakespeare": TinyShakespeare,
     "tinyfabulist": Tinyfabulist,
     "gsm8k": Gsm8k,
     "hh_rlhf": HhRlhf,
+    "imdb": Imdb,
 }
 
 
@@ -270,10 +335,15 @@ def _split_by_prompt(records, prompt_of) -> dict[str, list]:
     """Train and validation by a hash of the prompt, so that no prompt is in both."""
     splits: dict[str, list] = {"train": [], "validation": []}
     for record in records:
-        digest = hashlib.sha256(repr(prompt_of(record)).encode()).digest()
-        held_out = int.from_bytes(digest[:8], "big") < VALIDATION_SHARE * 2**64
+        held_out = _fraction(prompt_of(record)) < VALIDATION_SHARE
         splits["validation" if held_out else "train"].append(record)
     return splits
+
+
+def _fraction(key: object) -> float:
+    """A hash of the key's repr as a number in [0, 1)."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _report(builder: RecordBuilder, skipped: Mapping[str, int]) -> None:

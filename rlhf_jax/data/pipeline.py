@@ -16,7 +16,7 @@ import numpy as np
 from rlhf_jax.data.packing import Arrays
 from rlhf_jax.errors import UserError
 
-_GROUP_AXES = ("last", "lengths", "valid", "example_ids")
+_GROUP_AXES = ("last", "lengths", "valid", "example_ids", "reference_logprobs", "labels")
 _SLOT_AXES = ("sources", "targets", "weights", "sequences")
 _UNUSED = {"row_ids": -1, "example_ids": -1}
 
@@ -77,7 +77,7 @@ def make_windows(
     span = np.arange(row_length, dtype=np.int32)
 
     def take(indices: Sequence[int]) -> Arrays:
-        starts = (_random_bits(indices, seed) % np.uint64(starts_count)).astype(np.int32)
+        starts = (random_bits(indices, seed) % np.uint64(starts_count)).astype(np.int32)
         places = starts[:, None] + span
         shape = places.shape
         return {
@@ -108,6 +108,21 @@ def eval_batches(arrays: Arrays, batch_size: int) -> Iterator[Arrays]:
         yield {name: _pad(name, array, 0, missing) for name, array in batch.items()}
 
 
+def pad_rows(arrays: Arrays, *, rows: int, slots: int, groups: int) -> Arrays:
+    """The same with rows, target slots and group places padded to multiples, as compiling likes."""
+
+    def missing(count: int, multiple: int) -> int:
+        return -count % multiple
+
+    padded = {}
+    for name, array in arrays.items():
+        if name in _SLOT_AXES + _GROUP_AXES:
+            multiple = slots if name in _SLOT_AXES else groups
+            array = _pad(name, array, 1, missing(array.shape[1], multiple))
+        padded[name] = _pad(name, array, 0, missing(len(array), rows))
+    return padded
+
+
 def concatenate_rows(sources: Sequence[Arrays]) -> Arrays:
     """All rows of several packed sets, numbered anew, slots and groups padded to the widest."""
     if not sources:
@@ -136,11 +151,11 @@ def _pad(name: str, array: np.ndarray, axis: int, count: int) -> np.ndarray:
 
 def _epoch_order(seed: int, source: int, epoch: int, count: int) -> np.ndarray:
     """A permutation of `count` rows."""
-    return np.argsort(_random_bits(range(count), seed, source, epoch), kind="stable")
+    return np.argsort(random_bits(range(count), seed, source, epoch), kind="stable")
 
 
-def _random_bits(indices: Sequence[int], *key: int) -> np.ndarray:
-    """64 random bits for each index, the same for the same key on any machine."""
+def random_bits(indices: Sequence[int], *key: int) -> np.ndarray:
+    """64 random bits for each index: uint64, the same for the same key on any machine."""
     state = np.zeros(1, np.uint64)
     for part in key:
         state = _splitmix64(state ^ np.uint64(part % 2**64))

@@ -1,73 +1,29 @@
-"""Figures as small SVG texts that follow the colours of the page, each with its data as CSV.
-
-The colours are Okabe & Ito's, told apart by every common kind of colour vision; lines differ by
-dash as well. Axes and text are drawn in `currentColor`, so that a figure inside a dark page is
-light. The same input gives the same bytes. Matplotlib is imported at the first figure.
-"""
+"""The kinds of figure that a report knows, by name, and the curves of a training run."""
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from html import escape
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from itertools import pairwise
-from math import isfinite, nan
 from typing import Any
 
+from rlhf_jax.evaluation.figure import (
+    BLUE,
+    DASHES,
+    GREY,
+    INK,
+    LINES,
+    MODELS,
+    Plot,
+    figure,
+    label_axes,
+    legend,
+    number,
+    tick,
+)
+from rlhf_jax.evaluation.frontier import best_of_n, frontier, oracle
 from rlhf_jax.evaluation.tables import format_percent
-
-BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY = (
-    "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9",
-)  # fmt: skip
-GREY, INK = "#999999", "#010203"  # INK stands for currentColor, which Matplotlib does not know
-LINES = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY)
-DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 1)))
-MODELS = (PURPLE, GREEN, SKY, GREY, ORANGE, BLUE)  # read from the end: the run's own model is blue
-SIZE = (4.4, 2.6)  # inches
-
-STYLE: dict[str, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 8,
-    "text.color": INK,
-    "text.parse_math": False,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "axes.formatter.useoffset": False,
-    "grid.color": INK,
-    "grid.alpha": 0.13,
-    "grid.linewidth": 0.6,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.major.width": 0.6,
-    "xtick.major.size": 3,
-    "ytick.major.size": 0,
-    "lines.linewidth": 1.3,
-    "lines.markersize": 3.5,
-    "legend.frameon": False,
-    "legend.handlelength": 1.6,
-    "svg.fonttype": "none",
-}
-
-
-@dataclass(frozen=True)
-class Plot:
-    """`svg` stands alone or inside HTML; `csv` holds every plotted point; `note` is the caption."""
-
-    title: str
-    svg: str
-    csv: str
-    note: str = ""
 
 
 def draw(spec: Mapping[str, Any]) -> Plot:
@@ -81,7 +37,9 @@ def draw(spec: Mapping[str, Any]) -> Plot:
         raise ValueError(f"unknown plot kind {spec.get('kind')!r}; known: {', '.join(KINDS)}")
     try:
         return KINDS[spec["kind"]](**arguments)
-    except TypeError as error:
+    except KeyError as error:
+        raise ValueError(f"plot {spec.get('title')!r}: there is no {error}") from error
+    except (TypeError, ValueError) as error:
         raise ValueError(f"plot {spec.get('title')!r}: {error}") from error
 
 
@@ -105,22 +63,62 @@ def curves(
         note: the caption.
     """
     rows = [(name, x, y) for name, (xs, ys) in series.items() for x, y in zip(xs, ys, strict=True)]
-    with _figure(title, ("series", xlabel, "value"), rows, note) as (axes, done):
+    with figure(title, ("series", xlabel, "value"), rows, note) as (axes, done):
         for x in resumes:
             axes.axvline(x, color=INK, alpha=0.5, linewidth=0.8, linestyle=(0, (1, 2)))
         for i, (name, (xs, ys)) in enumerate(series.items()):
-            y = [_number(value) for value in ys]
-            marked = len(y) <= 12 or name.endswith("held-out")
-            color, dash = LINES[i % len(LINES)], DASHES[i % len(DASHES)]
-            axes.plot(xs, y, dash, color=color, marker="o" if marked else "", label=name)
-        _axes(axes, xlabel, ylabel)
+            marked = len(ys) <= 12 or name.endswith("held-out")
+            _line(axes, i, name, xs, ys, marked)
+        label_axes(axes, xlabel, ylabel)
         if len(series) > 1:
-            _legend(axes)
+            legend(axes)
         if resumes:
             axes.annotate(
                 "resumed", (resumes[-1], 1), xycoords=("data", "axes fraction"),
                 xytext=(3, -6), textcoords="offset points", fontsize=6.5, alpha=0.7,
             )  # fmt: skip
+    return done()
+
+
+def lines(
+    title: str,
+    *,
+    x: Sequence[float],
+    series: Mapping[str, Sequence[float]],
+    bands: Mapping[str, Sequence[Sequence[float]]] | None = None,
+    xlabel: str = "",
+    ylabel: str = "",
+    note: str = "",
+) -> Plot:
+    """Lines over one common x; a non-finite y is a gap.
+
+    Args:
+        title: of the figure.
+        x: the horizontal values.
+        series: name → y.
+        bands: name → [low, high], shaded around the line of that name, e.g. over seeds.
+        xlabel: of the horizontal axis.
+        ylabel: of the vertical axis.
+        note: the caption.
+    """
+    bands = bands or {}
+    absent = [[None] * len(x)] * 2
+    rows = [
+        (name, *row)
+        for name, ys in series.items()
+        for row in zip(x, ys, *bands.get(name, absent), strict=True)
+    ]
+    header = ("series", xlabel or "x", "value", "low", "high")
+    with figure(title, header, rows, note) as (axes, done):
+        for i, (name, ys) in enumerate(series.items()):
+            if name in bands:
+                low, high = ([number(v) for v in end] for end in bands[name])
+                color = LINES[i % len(LINES)]
+                axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+            _line(axes, i, name, x, ys, len(x) <= 12)
+        label_axes(axes, xlabel, ylabel)
+        if len(series) > 1:
+            legend(axes)
     return done()
 
 
@@ -138,7 +136,7 @@ def reliability(
     low, high = edges[:-1], edges[1:]
     header = ("bin_low", "bin_high", "confidence", "accuracy", "count")
     rows = list(zip(low, high, confidence, accuracy, counts, strict=True))
-    with _figure(title, header, rows, note, height=3.0, panels=(3.2, 1)) as (panels, done):
+    with figure(title, header, rows, note, height=3.0, panels=(3.2, 1)) as (panels, done):
         axes, histogram = panels
         filled = [i for i, n in enumerate(counts) if n]
         start = low[filled[0]] if filled else 0.0
@@ -147,11 +145,11 @@ def reliability(
             [confidence[i] for i in filled], [accuracy[i] for i in filled], "-o", color=BLUE
         )  # fmt: skip
         axes.text(0.03, 0.9, f"ECE {ece:.3f}", transform=axes.transAxes)
-        _axes(axes, "", "accuracy")
+        label_axes(axes, "", "accuracy")
         histogram.stairs(counts, edges, fill=True, color=GREY)
         axes.set_xlim(start - 0.02, 1.02)
         axes.tick_params(labelbottom=False)
-        _axes(histogram, "predicted probability", "count")
+        label_axes(histogram, "predicted probability", "count")
     return done()
 
 
@@ -174,20 +172,20 @@ def grouped_bars(
         for name in names
     ]
     header = ("group", "series", "value", "low", "high")
-    with _figure(title, header, rows, note) as (axes, done):
+    with figure(title, header, rows, note) as (axes, done):
         width = 0.8 / len(names)
         for i, name in enumerate(names):
             x = [g - 0.4 + (i + 0.5) * width for g in range(len(groups))]
-            values = [_number(v) for v in series[name]]
+            values = [number(v) for v in series[name]]
             color = MODELS[(i - len(names)) % len(MODELS)]
             axes.bar(x, values, width * 0.92, color=color, label=name)
             if name in lows and name in highs:
                 axes.vlines(x, lows[name], highs[name], color=INK, linewidth=0.8)
         axes.axhline(0, color=INK, linewidth=0.6)
-        _axes(axes, "", ylabel)
+        label_axes(axes, "", ylabel)
         axes.set_xticks(range(len(groups)), groups)
         axes.tick_params(axis="x", length=0)
-        _legend(axes)
+        legend(axes)
     return done()
 
 
@@ -205,7 +203,7 @@ def intervals(
     """Rates in [0, 1] as points with whiskers, one a line; `reference`, e.g. ½, is dashed."""
     rows = list(zip(labels, values, low, high, strict=True))
     height = 0.75 + 0.34 * len(labels)
-    with _figure(title, ("label", "value", "low", "high"), rows, note, height) as (axes, done):
+    with figure(title, ("label", "value", "low", "high"), rows, note, height) as (axes, done):
         if reference is not None:
             axes.axvline(reference, color=INK, alpha=0.5, linewidth=0.8, linestyle="--")
         y = range(len(labels))
@@ -216,7 +214,7 @@ def intervals(
                 format_percent(value), (1, i), xycoords=("axes fraction", "data"), va="center",
                 xytext=(4, 0), textcoords="offset points", annotation_clip=False,
             )  # fmt: skip
-        _axes(axes, xlabel, "")
+        label_axes(axes, xlabel, "")
         axes.set_xlim(0, 1)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
         axes.set_yticks(y, labels)
@@ -241,14 +239,14 @@ def binned_accuracy(
     labels = _bin_labels(edges)
     rows = list(zip(labels, accuracy, low, high, counts, strict=True))
     header = (xlabel or "bin", "accuracy", "low", "high", "count")
-    with _figure(title, header, rows, note) as (axes, done):
+    with figure(title, header, rows, note) as (axes, done):
         filled = [i for i, n in enumerate(counts) if n]
         axes.axhline(0.5, color=INK, alpha=0.5, linewidth=0.8, linestyle="--")
         axes.vlines(
             filled, [low[i] for i in filled], [high[i] for i in filled], color=BLUE, linewidth=1.6
         )
         axes.plot(filled, [accuracy[i] for i in filled], "o", color=BLUE, markersize=5)
-        _axes(axes, xlabel, "accuracy")
+        label_axes(axes, xlabel, "accuracy")
         axes.set_xlim(-0.5, len(labels) - 0.5)
         axes.set_ylim(0, 1)
         size = 8 if len(labels) < 6 else 6
@@ -279,25 +277,53 @@ def histogram(
         for name, ns in counts.items()
         for (low, high), n in zip(pairwise(edges.tolist()), ns, strict=True)
     ]
-    with _figure(title, ("series", "bin_low", "bin_high", "count"), rows, note) as (axes, done):
+    with figure(title, ("series", "bin_low", "bin_high", "count"), rows, note) as (axes, done):
         for i, (name, ns) in enumerate(counts.items()):
             color = LINES[i % len(LINES)]
             axes.stairs(ns, edges, fill=True, color=color, alpha=0.25)
             axes.stairs(ns, edges, color=color, linewidth=1.2, label=name)
-        _axes(axes, xlabel, "count")
+        label_axes(axes, xlabel, "count")
         if len(counts) > 1:
-            _legend(axes)
+            legend(axes)
     return done()
 
 
 KINDS: dict[str, Callable[..., Plot]] = {
     f.__name__: f
-    for f in (curves, reliability, grouped_bars, intervals, binned_accuracy, histogram)
-}
+    for f in (
+        curves, lines, reliability, grouped_bars, intervals, binned_accuracy, histogram,
+        frontier, best_of_n, oracle,
+    )
+}  # fmt: skip
 
-# title, unit, and names in metrics.jsonl without their train/, time/ or (held out) eval/
+
+# Title, unit, and names in metrics.jsonl without their train/, time/ or (held out) eval/. What
+# differs in scale has a figure of its own; a * stands for any text, which then names the curve.
 PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Loss", "", ("loss",)),
+    ("Gold and proxy reward", "", ("gold_reward", "proxy_reward")),
+    ("Scores", "", ("objective/scores", "objective/shaped_scores", "objective/rlhf_reward")),
+    (
+        "KL to the reference",
+        "nats",
+        ("objective/kl", "kl", "objective/kl_exact", "objective/kl_k2", "objective/kl_k3")
+        + ("kl/k1", "kl/k2", "kl/k3"),
+    ),
+    ("KL coefficient", "", ("objective/kl_coefficient",)),
+    ("Reward components", "", ("rewards/*/mean",)),
+    ("Groups", "", ("frac_reward_zero_std", "reward_std")),
+    ("Entropy", "nats a sequence", ("objective/entropy",)),
+    ("Policy entropy", "nats a token", ("policy/entropy",)),
+    ("Policy update", "nats", ("policy/approxkl", "policy/approxkl_k3")),
+    ("Clipped share", "", ("policy/clipfrac", "policy/clipfrac_low", "policy/clipfrac_high")),
+    ("Ratio", "new to old policy", ("policy/ratio", "policy/ratio_max")),
+    ("Ratio spread", "", ("policy/ratio_var", "policy/ratio_deviation")),
+    ("Value", "explained variance", ("val/explained_variance",)),
+    ("Value loss", "", ("loss/value_avg",)),
+    ("Lengths", "tokens", ("completions/mean_length", "completions/mean_terminated_length")),
+    ("Ends of answers", "share", ("completions/eos_rate", "completions/clipped_ratio")),
+    ("Rollout mismatch", "nats", ("rollout/logprob_difference",)),
+    ("Rollout ratio", "trainer to sampler", ("rollout/ratio_max",)),
     ("Accuracy", "", ("rewards/accuracies", "accuracy", "token_accuracy")),
     ("Reward margin", "nats", ("rewards/margins",)),
     ("Rewards", "nats", ("rewards/chosen", "rewards/rejected")),
@@ -321,119 +347,53 @@ def training_curves(
         suffix: added to the titles, e.g. " · sft".
     """
     resumes = [record["step"] for record in records if record.get("time/resumed")]
+    logged = list(dict.fromkeys(key for record in records for key in record))
     plots = []
     for title, unit, names in PANELS:
         if titles is not None and title not in titles:
             continue
-        series: dict[str, Any] = {}
-        for name in names:
-            for prefix, label in PREFIXES:
-                points = [(r["step"], r[prefix + name]) for r in records if prefix + name in r]
-                if points:
-                    series[name.split("/")[-1].replace("_", " ") + label] = tuple(
-                        zip(*points, strict=True)
-                    )
+        keys = _matches(logged, names)
+        twice = {
+            label for label, n in Counter(short for short, _ in keys.values()).items() if n > 1
+        }
+        series: dict[str, Any] = {
+            full if short in twice else short: tuple(
+                zip(*((r["step"], r[key]) for r in records if key in r), strict=True)
+            )
+            for key, (short, full) in keys.items()
+        }
         if series:
             plots.append(curves(title + suffix, series, ylabel=unit, resumes=resumes))
     return plots
 
 
-@contextmanager
-def _figure(
-    title: str,
-    header: Sequence[str],
-    rows: Sequence[Sequence[Any]],
-    note: str,
-    height: float = SIZE[1],
-    panels: Sequence[float] = (),
-) -> Iterator[tuple[Any, Callable[[], Plot]]]:
-    """Axes (one, or a stack with the heights `panels`) and a function that gives the plot."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    data = _csv(header, rows)
-    salt = hashlib.sha256(f"{title}\n{data}".encode()).hexdigest()
-    buffer = io.StringIO()
-    style: Any = {**STYLE, "svg.hashsalt": salt}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(SIZE[0], height), layout="constrained")
-        ratios = {"height_ratios": panels} if panels else None
-        axes = figure.subplots(len(panels) or 1, sharex=True, gridspec_kw=ratios)
-        yield axes, lambda: Plot(title, _svg(buffer.getvalue(), title), data, note)
-        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
+def _matches(logged: Sequence[str], names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Key in the records → (its last part, the whole name), as labels, in the order of `names`."""
+    found = {}
+    for name in names:
+        before, star, after = name.partition("*")
+        for prefix, ending in PREFIXES:
+            for key in logged:
+                if fnmatchcase(key, prefix + name):
+                    text = key[len(prefix + before) : len(key) - len(after)] if star else name
+                    labels = (text if star else text.split("/")[-1], text)
+                    short, full = (label.replace("_", " ") + ending for label in labels)
+                    found[key] = (short, full.replace("/", " "))
+    return found
 
 
-def _axes(axes: Any, xlabel: str, ylabel: str) -> None:
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-        if not 1e-2 <= max(abs(low), abs(high)) < 1e4:
-            axis.set_major_formatter(lambda value, _: _tick(value))
-
-
-def _legend(axes: Any) -> None:
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
-
-
-def _tick(value: float) -> str:
-    """Short tick labels: 0.25, 3e−5, 12k, 3M."""
-    size = abs(value)
-    if size >= 1e6:
-        text = f"{value / 1e6:.4g}M"
-    elif size >= 1e4:
-        text = f"{value / 1e3:.4g}k"
-    else:
-        text = (
-            f"{value:.4g}" if size >= 1e-4 or size < 1e-12 else f"{value:.1e}".replace(".0e", "e")
-        )
-        text = re.sub(r"e([+-])0*(\d)", r"e\1\2", text)
-    return text.replace("-", "\u2212")
+def _line(axes: Any, i: int, name: str, x: Sequence[float], y: Sequence[Any], marked: bool) -> None:
+    """The i-th line of a figure."""
+    color, dash = LINES[i % len(LINES)], DASHES[i % len(DASHES)]
+    marker = "o" if marked else ""
+    axes.plot(x, [number(v) for v in y], dash, color=color, marker=marker, label=name)
 
 
 def _bin_labels(edges: Sequence[float]) -> list[str]:
     """Names of the bins (−∞, e₀), …, [e₋₁, ∞); between half-integers the integers they hold."""
     if all(edge % 1 == 0.5 for edge in edges):
-        first, last = [_tick(e + 0.5) for e in edges], [_tick(e - 0.5) for e in edges]
+        first, last = [tick(e + 0.5) for e in edges], [tick(e - 0.5) for e in edges]
         inner = [a if a == b else f"{a}…{b}" for a, b in zip(first[:-1], last[1:], strict=True)]
         return [f"≤{last[0]}", *inner, f"≥{first[-1]}"]
-    text = [_tick(edge) for edge in edges]
+    text = [tick(edge) for edge in edges]
     return [f"<{text[0]}", *(f"{a}…{b}" for a, b in pairwise(text)), f"≥{text[-1]}"]
-
-
-def _number(value: Any) -> float:
-    """`value` as a float, NaN where there is nothing to draw: None, "NaN", "Infinity"."""
-    number = nan if value is None else float(value)
-    return number if isfinite(number) else nan
-
-
-def _svg(text: str, title: str) -> str:
-    """Matplotlib's SVG without prolog, metadata and style sheet, named for screen readers."""
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", text)
-    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
-    text = text.replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "")
-    text = text.replace("xlink:href", "href").replace(INK, "currentColor")
-    text = text.replace("'DejaVu Sans'", "system-ui, sans-serif")
-    attributes = (
-        f'<svg role="img" aria-label="{escape(title)}" '
-        'style="stroke-linejoin: round; stroke-linecap: butt"'
-    )
-    return text.replace("<svg", attributes, 1)
-
-
-def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(map(_cell, header))
-    writer.writerows(map(_cell, row) for row in rows)
-    return buffer.getvalue()
-
-
-def _cell(value: Any) -> Any:
-    """Text that a spreadsheet would run as a formula gets an apostrophe in front."""
-    return (
-        f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
-    )

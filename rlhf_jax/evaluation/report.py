@@ -12,7 +12,14 @@ What is read (all but config.json may be missing, and its section is then left o
     evaluation.json  {"tables": [{"title", "columns", "rows", "note"?, "section"?}],
                       "plots": [{"kind", "title", "note"?, "section"?, …arguments of the function
                                  of that name in plots.py}]}
-                     section "changes" puts an entry under "What changed", else "Evaluation"
+                     section "changes" puts an entry under "What changed", else "Evaluation";
+                     "token_views": [{"title", "prompt": as in samples.jsonl, "tokens": [text],
+                       "values": {"advantage" or another quantity: [number or None a token]}}],
+                       coloured token by token;
+                     "timeline": [{"prompt": as in samples.jsonl,
+                       "answers": [{"step", "text", "scores": {name: number} (optional)}]}],
+                       the answers to the same prompts as training went on;
+                     "frontier": see compare.py, which alone reads it
 
 Every text that came from a model, a data set or a user is escaped, there is no script, and the
 page's own policy forbids loading anything, so a hostile prompt stays text.
@@ -20,22 +27,27 @@ page's own policy forbids loading anything, so a hostile prompt stays text.
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import platform
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import metadata, resources
+from importlib import metadata
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.plots import Plot, draw, training_curves
-from rlhf_jax.evaluation.tables import format_numbers, format_percent, format_seconds
+from rlhf_jax.evaluation.figure import number as finite
+from rlhf_jax.evaluation.page import template
+from rlhf_jax.evaluation.plots import draw, training_curves
+from rlhf_jax.evaluation.tables import (
+    format_numbers,
+    format_percent,
+    format_seconds,
+    printable,
+    prompt_text,
+)
 
 SAMPLES = 12  # shown in file order
 DROPS = 4  # shown because their score fell most
@@ -45,6 +57,7 @@ METRICS: dict[str, tuple[str, str, str]] = {
     "eval/gold_win_rate": ("Gold win rate", "against the starting model", ".1%"),
     "eval/gold_reward": ("Gold reward", "held-out prompts", ".3f"),
     "eval/correct/facts": ("Facts right", "told in raw text only", ".1%"),
+    "eval/pass_at_1": ("Pass@1", "held out", ".1%"),
     "eval/accuracy": ("Accuracy", "held out", ".1%"),
     "eval/reward_model/accuracy": ("Reward model's accuracy", "same pairs", ".1%"),
     "eval/bpb": ("Bits per byte", "held out", ".3f"),
@@ -59,6 +72,8 @@ METRICS: dict[str, tuple[str, str, str]] = {
 }
 NOT_COMPARED = ("eval/gold_win_rate", "eval/loss", "eval/token_accuracy", "train/tokens_per_second")
 TILES = 8
+ABOVE, BELOW = "230 159 0", "0 114 178"  # orange and blue of the figures
+OPACITY = 0.5  # of the fullest colour behind a token: text stays readable on it, light or dark
 
 
 @dataclass(frozen=True)
@@ -100,13 +115,15 @@ def render(directory: Path, summary: Mapping[str, Any] | None = None) -> str:
     run = read_run(directory, summary)
     lineage = read_lineage(run, directory)
     recorded = [p for r in lineage for p in r.summary.get("parents", {}).values()]
-    return _template().render(
+    return template("report.html.jinja").render(
         run=run,
         lineage=[_ancestor(r, recorded) for r in lineage],
         tiles=headlines(run, lineage[:-1]),
         verdict=verdict(run.metrics),
         stages=stage_table(lineage),
         entries={name: section(run.evaluation, name) for name in ("changes", "evaluation")},
+        token_views=token_views(run.evaluation.get("token_views", [])),
+        timeline=[over_time(entry) for entry in run.evaluation.get("timeline", [])],
         training=training_curves(run.records),
         ancestry=[
             plot
@@ -246,6 +263,69 @@ def largest_drops(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [s for s in sorted(samples, key=change)[:DROPS] if change(s) < 0]
 
 
+def token_views(views: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The texts of `token_views` in evaluation.json, a line a quantity, a colour a token.
+
+    The colours of a quantity have one scale over all views: its largest size in any of them.
+    """
+    scales: dict[str, float] = {}
+    for view in views:
+        for name, values in view["values"].items():
+            if len(values) != len(view["tokens"]):
+                raise UserError(
+                    f"evaluation.json: token view {view['title']!r} has {len(values)} numbers of "
+                    f"{name!r} for {len(view['tokens'])} tokens"
+                )
+            sizes = (abs(finite(value)) for value in values)
+            scales[name] = max([scales.get(name, 0.0), *filter(isfinite, sizes)])
+
+    def token(text: str, name: str, value: float) -> dict[str, str]:
+        share = abs(value) / scales[name] if isfinite(value) and scales[name] else 0.0
+        return {
+            "text": printable(text).replace("\n", "↵"),
+            "number": f"{name} {format_numbers([value])[0]}",
+            "color": f"rgb({ABOVE if value > 0 else BELOW} / {OPACITY * share:.3f})"
+            if share
+            else "",
+        }
+
+    return [
+        {
+            "title": view["title"],
+            "prompt": view["prompt"],
+            "lines": [
+                {
+                    "name": name,
+                    "scale": scales[name],
+                    "tokens": [
+                        token(text, name, finite(value))
+                        for text, value in zip(view["tokens"], values, strict=True)
+                    ],
+                }
+                for name, values in view["values"].items()
+            ],
+        }
+        for view in views
+    ]
+
+
+def over_time(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of `timeline` in evaluation.json as a table: step, answer, and a column a score."""
+    answers = entry["answers"]
+    names = list(dict.fromkeys(name for answer in answers for name in answer.get("scores", {})))
+    scores = [[finite(answer.get("scores", {}).get(name)) for name in names] for answer in answers]
+    columns = [
+        [f"{answer['step']:,}" for answer in answers],
+        [answer["text"] for answer in answers],
+    ]
+    columns += [format_numbers(column) for column in zip(*scores, strict=True)]
+    return {
+        "prompt": prompt_text(entry["prompt"]),
+        "scores": names,
+        "rows": [list(row) for row in zip(*columns, strict=True)],
+    }
+
+
 def flatten(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """A nested configuration as (dotted name, value as JSON)."""
     rows = []
@@ -323,22 +403,3 @@ def _read_jsonl(path: Path, fields: Iterable[str]) -> list[dict[str, Any]]:
             raise UserError(f"{path}:{i} {what}")
         records.append(record)
     return records
-
-
-@cache
-def _template() -> Any:
-    import jinja2
-    from markupsafe import Markup
-
-    def csv_link(plot: Plot) -> str:
-        return "data:text/csv;charset=utf-8;base64," + base64.b64encode(plot.csv.encode()).decode()
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["svg"] = lambda plot: Markup(plot.svg)
-    environment.filters["csv"] = csv_link
-    environment.filters["slug"] = lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-    environment.filters["num"] = lambda value: format_numbers([value])[0]
-    source = resources.files(__package__).joinpath("report.html.jinja")
-    return environment.from_string(source.read_text(encoding="utf-8"))

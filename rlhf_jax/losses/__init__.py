@@ -1,9 +1,29 @@
 """Losses: pure functions over arrays that return (sum, weight); below the rest of the package."""
 
+from rlhf_jax.losses.advantages import (
+    gae,
+    group_advantages,
+    remax,
+    reward_to_go,
+    whiten,
+    zero_variance,
+)
 from rlhf_jax.losses.cross_entropy import (
     TokenStatistics,
     token_cross_entropy,
     token_statistics,
+)
+from rlhf_jax.losses.policy import (
+    AGGREGATIONS,
+    OBJECTIVES,
+    Tokens,
+    aggregate,
+    check_policy_options,
+    importance_weights,
+    kl_loss,
+    policy_loss,
+    policy_options,
+    value_loss,
 )
 from rlhf_jax.losses.preference import (
     BATCHWISE,
@@ -15,23 +35,57 @@ from rlhf_jax.losses.preference import (
 )
 from rlhf_jax.losses.reductions import Reduction, add, mean, segment_logprobs, weighted_sum
 from rlhf_jax.losses.reward import bradley_terry, plackett_luce, pointwise_logistic
+from rlhf_jax.losses.shaping import (
+    ESTIMATORS,
+    adaptive_coefficient,
+    exact_kl,
+    kl_estimate,
+    missing_eos,
+    overlong_penalty,
+    token_rewards,
+    with_next_slot,
+)
 
 __all__ = [
+    "AGGREGATIONS",
     "BATCHWISE",
+    "ESTIMATORS",
     "LOSSES",
+    "OBJECTIVES",
     "REFERENCE_FREE",
     "Reduction",
     "TokenStatistics",
+    "Tokens",
+    "adaptive_coefficient",
     "add",
+    "aggregate",
     "bradley_terry",
+    "check_policy_options",
+    "exact_kl",
+    "gae",
+    "group_advantages",
+    "importance_weights",
+    "kl_estimate",
+    "kl_loss",
     "kto_baseline",
     "loss_options",
     "mean",
+    "missing_eos",
+    "overlong_penalty",
     "plackett_luce",
     "pointwise_logistic",
+    "policy_loss",
+    "policy_options",
     "preference_loss",
+    "remax",
+    "reward_to_go",
     "segment_logprobs",
     "token_cross_entropy",
+    "token_rewards",
     "token_statistics",
+    "value_loss",
     "weighted_sum",
+    "whiten",
+    "with_next_slot",
+    "zero_variance",
 ]

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from rlhf_jax.losses.cross_entropy import TokenStatistics, token_statistics
 from rlhf_jax.losses.reductions import segment_logprobs
+from rlhf_jax.losses.shaping import exact_kl
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.models.transformer import apply, scores, unembedding
+from rlhf_jax.models.transformer import apply, logits, scores, unembedding
 
 Batch = Mapping[str, jax.Array]
 
@@ -31,13 +32,19 @@ def _hidden(config: ModelConfig, params: Any, batch: Batch) -> jax.Array:
 
 
 def target_statistics(
-    config: ModelConfig, params: Any, batch: Batch, *, temperature: float = 1.0
+    config: ModelConfig,
+    params: Any,
+    batch: Batch,
+    *,
+    temperature: float = 1.0,
+    bias: jax.Array | None = None,
 ) -> TokenStatistics:
     """Log-probs (nats, f32) and what a loss needs beside them for every target of a batch.
 
     Args:
         batch: packed rows; hidden state `sources[b, m]` of row b predicts token `targets[b, m]`.
         temperature: the sampling temperature the log-probs are meant at.
+        bias: [vocab_size] added to the logits; −1e9 where a token could not be drawn.
 
     Returns:
         TokenStatistics of [B, M] arrays; unused slots (weight 0) hold finite numbers.
@@ -48,6 +55,7 @@ def target_statistics(
         hidden,
         unembedding(config, params),
         batch["targets"],
+        bias=bias,
         temperature=temperature,
         softcap=config.logit_softcap,
     )
@@ -76,3 +84,31 @@ def sequence_scores(config: ModelConfig, params: Any, batch: Batch) -> jax.Array
     return scores(config, params, jnp.take_along_axis(hidden, last, axis=1)).reshape(
         rows, groups, branches
     )
+
+
+def target_values(config: ModelConfig, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """A critic's values: of the state before every target [B, M], and after every branch [B, P·K].
+
+    The state before a token is the hidden state that predicts it.
+    """
+    hidden = _hidden(config, params, batch)
+    before = jnp.take_along_axis(hidden, batch["sources"][..., None], axis=1)
+    last = batch["last"].reshape(len(hidden), -1, 1)
+    after = jnp.take_along_axis(hidden, last, axis=1)
+    return scores(config, params, before), scores(config, params, after)
+
+
+def target_kl(
+    config: ModelConfig, params: Any, reference: Any, batch: Batch, *, temperature: float = 1.0
+) -> jax.Array:
+    """KL of the whole next-token distributions at every target: [B, M] nats.
+
+    It holds all logits at once, B·M·V of them: for a few rows.
+    """
+
+    def at_targets(params):
+        hidden = _hidden(config, params, batch)
+        hidden = jnp.take_along_axis(hidden, batch["sources"][..., None], axis=1)
+        return logits(config, params, hidden) / temperature
+
+    return exact_kl(at_targets(params), at_targets(reference))

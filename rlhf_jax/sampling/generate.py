@@ -1,28 +1,86 @@
-"""Completions of prompts: a compiled prefill and decoding loop over a key-value cache."""
+"""Completions of prompts: the host's side, which keeps the slots of the engine filled."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.errors import UserError
-from rlhf_jax.models import ModelConfig, apply, check_tokens, init_cache, logits
-from rlhf_jax.sampling.samplers import sample, uniforms
+from rlhf_jax.models import ModelConfig
+from rlhf_jax.sampling import engine
+from rlhf_jax.sampling.arguments import (
+    check_options,
+    check_prompts,
+    check_stop_strings,
+    check_streams,
+    token_masks,
+)
 
-_SHORTEST_BUCKET = 64  # compiling for another length costs more than padding to this one
+_SHORTEST_BUCKET = 32  # compiling for another length costs more than padding to this one
+_ROWS = 8  # prompts prefilled, or slots filled, by one call: always as many, for equal rounding
+
+
+class _Request(NamedTuple):
+    prompt: int
+    sample: int
+
+
+class _Waiting(NamedTuple):
+    """A request whose prompt is row `row` of a prefilled batch."""
+
+    number: int  # of the batch
+    batch: engine.Prefilled
+    row: int
+    request: _Request
+
+
+class _Streams(NamedTuple):
+    """What the random numbers of a request follow from, beside its sample."""
+
+    key: jax.Array
+    prompt_ids: Sequence[int]
+
+
+@dataclasses.dataclass
+class _Held:
+    """What a slot works on."""
+
+    request: _Request
+    looked: int = 0  # tokens the host has looked at
+
+
+@dataclasses.dataclass(frozen=True)
+class _Watch:
+    """What the host looks for among new tokens."""
+
+    stop_strings: Collection[str]
+    decode: Callable[[list[int]], str] | None
+    on_tokens: Callable[[int, int, list[int]], object] | None
+    chunk: int  # steps between two looks
+
+    def needed(self) -> bool:
+        return bool(self.stop_strings) or self.on_tokens is not None
+
+    def stop(self, tokens: list[int], looked: int) -> int | None:
+        """How many tokens a stop string leaves, if one ends after the first `looked`."""
+        if self.stop_strings and self.decode is not None:
+            for end in range(looked + 1, len(tokens) + 1):
+                text = self.decode(tokens[:end])
+                if any(string in text for string in self.stop_strings):
+                    return end
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    tokens: list[int]  # up to and including the stop token
+    tokens: list[int]  # up to and including the stop token, or the one that completes a stop string
     logprobs: np.ndarray  # f32, nats, of these tokens under the distribution they were drawn from
-    finished: bool  # ended by a stop token, not by the length limit
+    finished: bool  # ended by a stop token or string, not by the length limit
 
 
 def generate(
@@ -33,27 +91,49 @@ def generate(
     max_new_tokens: int,
     seed: int,
     temperature: float = 1.0,
-    stop_ids: Collection[int] = (),
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
     allowed_tokens: np.ndarray | None = None,
+    stop_ids: Collection[int] = (),
+    stop_strings: Collection[str] = (),
+    decode: Callable[[list[int]], str] | None = None,
+    on_tokens: Callable[[int, int, list[int]], object] | None = None,
+    chunk: int = 16,
     samples_per_prompt: int = 1,
     prompt_ids: Sequence[int] | None = None,
     batch_size: int = 64,
+    cache_length: int | None = None,
 ) -> list[Completion]:
     """Completes every prompt, `samples_per_prompt` times.
 
-    The random number behind a token is a function of (seed, prompt id, sample, token index)
-    alone, so what a prompt gets does not depend on its batch mates or on the batch size.
+    The random number behind a token is a function of (seed, prompt id, sample, token index) alone.
+    With one `batch_size` and one `cache_length`, tokens and log-probs are the same to the last bit
+    whatever else is in the call, in whatever order; with others, log-probs may round differently.
 
     Args:
         prompts: token ids; none may be empty.
         max_new_tokens: limit on the tokens of a completion, the stop token included.
         temperature: T of softmax(logits / T); 0 takes the most likely token, with the log-probs
             of T = 1.
-        stop_ids: tokens that end a completion.
+        top_k, top_p, min_p: see `samplers.sample`; in this order, each over what the last one kept.
+            Log-probs are normalised over the tokens that are left.
+        repetition_penalty: above 1 makes tokens of the prompt and the completion so far less
+            likely: see `samplers.penalise`.
         allowed_tokens: bool [vocab_size], the tokens that may be drawn; log-probs are normalised
             over them.
-        prompt_ids: what names a prompt in the random numbers, by default its index.
-        batch_size: rows decoded together.
+        stop_ids: tokens that end a completion.
+        stop_strings: a completion also ends with the first token for which `decode`, given its
+            tokens so far, returns a text with one of them.
+        on_tokens: called with (prompt index, sample, new tokens) as they come: in order, and
+            nothing after the end of a completion.
+        chunk: tokens between two looks of the host at them, for stop_strings and on_tokens.
+        prompt_ids: whole numbers below 2³² that name the prompts in the random numbers, by
+            default their indices.
+        batch_size: slots decoded together; a completion that ends makes room for the next.
+        cache_length: positions of a slot, by default those of the longest prompt and
+            max_new_tokens, rounded up to 2ⁿ or 3·2ⁿ; the code is compiled once for each.
 
     Returns:
         Completions in the order of the prompts, the samples of a prompt together.
@@ -65,159 +145,163 @@ def generate(
         "max_new_tokens": max_new_tokens,
         "samples_per_prompt": samples_per_prompt,
         "batch_size": batch_size,
+        "chunk": chunk,
+        "top_k": top_k,
     }
-    _check(config, prompts, temperature, counts)
-    allowed, stop = _masks(config, allowed_tokens, stop_ids)
+    reals = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
     prompt_ids = range(len(prompts)) if prompt_ids is None else prompt_ids
-    if len(prompt_ids) != len(prompts):
-        raise UserError(f"{len(prompt_ids)} prompt_ids for {len(prompts)} prompts")
-    rows = [(i, sample) for i in range(len(prompts)) for sample in range(samples_per_prompt)]
-    rows.sort(key=lambda row: len(prompts[row[0]]))
-    batch_size = min(batch_size, _next_power(len(rows)))
-    pending = []
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        tokens, lengths = _pad([prompts[i] for i, _ in batch], batch_size, config.max_length)
-        streams = np.zeros((batch_size, 2), np.uint32)
-        streams[: len(batch)] = [(prompt_ids[i], sample) for i, sample in batch]
-        outputs = _complete(
-            config,
-            params,
-            tokens,
-            lengths,
-            _row_keys(jax.random.key(seed), streams),
-            allowed,
-            stop,
-            temperature or 1.0,
-            greedy=temperature == 0,
-            max_new_tokens=max_new_tokens,
-        )
-        pending.append((batch, outputs))  # not read yet: the device runs ahead
-    completions = {
-        row: completion
-        for batch, outputs in pending
-        for row, completion in zip(batch, _read(*outputs), strict=False)
-    }
-    return [completions[row] for row in sorted(completions)]
+    check_options(counts, reals)
+    check_stop_strings(stop_strings, decode)
+    check_prompts(config, prompts, max_new_tokens, cache_length)
+    check_streams(seed, prompt_ids, len(prompts))
+    allowed, stop = token_masks(config, allowed_tokens, stop_ids)
+    if not len(prompts):
+        return []
+    if cache_length is None:
+        longest = max(len(prompt) for prompt in prompts)
+        cache_length = min(_round_up(longest + max_new_tokens), config.max_length)
+    sampling = engine.Sampling(
+        temperature=float(temperature) or None,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        allowed=allowed,
+        stop=stop,
+        limit=max_new_tokens,
+    )
+    penalised = repetition_penalty is not None
+    slots = engine.empty(config, batch_size, cache_length, penalised)
+    waiting = _prefilled(config, params, prompts, samples_per_prompt, cache_length, penalised)
+    completions = _complete(
+        partial(engine.advance, config, params),
+        slots,
+        sampling,
+        waiting,
+        len(prompts) * samples_per_prompt,
+        _Streams(jax.random.key(seed), prompt_ids),
+        _Watch(stop_strings, decode, on_tokens, chunk),
+    )
+    return [completions[request] for request in sorted(completions)]
 
 
-@partial(jax.jit, static_argnames=("config", "greedy", "max_new_tokens"))
 def _complete(
-    config, params, prompts, lengths, keys, allowed, stop, temperature, *, greedy, max_new_tokens
-):
-    """Rows of one batch: tokens and logprobs [B, max_new_tokens], count [B], finished [B].
+    advance: Callable[..., engine.Slots],
+    slots: engine.Slots,
+    sampling: engine.Sampling,
+    waiting: Iterator[_Waiting],
+    requests: int,
+    streams: _Streams,
+    watch: _Watch,
+) -> dict[_Request, Completion]:
+    """All completions: fills free slots, lets all advance and takes out what has ended, in turn."""
+    held: list[_Held | None] = [None] * len(slots.active)
+    completions: dict[_Request, Completion] = {}
+    unstarted = requests
+    while len(completions) < requests:
+        slots, started = _refill(slots, held, waiting, streams)
+        unstarted -= started
+        # Refilling costs a little: let a quarter of the slots end first, if any wait for them.
+        ended = min(max(1, len(held) // 4), unstarted) if unstarted else len(held)
+        live = np.array([work is not None for work in held])
+        steps = watch.chunk if watch.needed() else sampling.limit
+        slots = advance(slots, sampling, live, len(held) - ended, steps)
+        completions.update(_harvest(slots, held, watch))
+    return completions
 
-    A row of length 0 is padding and counts as finished from the start.
+
+def _prefilled(
+    config: ModelConfig,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    samples: int,
+    cache_length: int,
+    penalised: bool,
+) -> Iterator[_Waiting]:
+    """All requests, those of a prompt together; their prompts are prefilled as they are taken.
+
+    A batch is of one length, the next power of two to those of its prompts, so that what a prompt
+    gets does not depend on the others and few lengths are compiled.
     """
-    batch, longest = prompts.shape
-
-    def draw(hidden, index):
-        uniform = None if greedy else uniforms(keys, index)
-        return sample(logits(config, params, hidden), uniform, temperature, allowed)
-
-    def record(state, token, logprob):
-        active = ~state["finished"]
-        return {
-            "index": state["index"] + 1,
-            "tokens": state["tokens"].at[:, state["index"]].set(token),
-            "logprobs": state["logprobs"].at[:, state["index"]].set(logprob),
-            "count": state["count"] + active,
-            "finished": state["finished"] | stop[token],
-        }
-
-    def unfinished(carry):
-        _, state, _ = carry
-        return (state["index"] < max_new_tokens) & ~state["finished"].all()
-
-    def decode(carry):
-        token, state, cache = carry
-        hidden, cache = apply(config, params, token[:, None], cache=cache)
-        token, logprob = draw(hidden[:, 0], state["index"])
-        return token, record(state, token, logprob), cache
-
-    empty = init_cache(config, batch, longest + max_new_tokens)
-    hidden, cache = apply(config, params, prompts, cache=empty, prompt_lengths=lengths)
-    last = jnp.maximum(lengths - 1, 0)[:, None, None]
-    token, logprob = draw(jnp.take_along_axis(hidden, last, axis=1)[:, 0], 0)
-    state = {
-        "index": 0,
-        "tokens": jnp.zeros((batch, max_new_tokens), jnp.int32),
-        "logprobs": jnp.zeros((batch, max_new_tokens), jnp.float32),
-        "count": jnp.zeros(batch, jnp.int32),
-        "finished": lengths == 0,
-    }
-    state = record(state, token, logprob)
-    _, state, _ = jax.lax.while_loop(unfinished, decode, (token, state, cache))
-    return state["tokens"], state["logprobs"], state["count"], state["finished"]
-
-
-def _read(tokens, logprobs, count, finished) -> list[Completion]:
-    tokens, logprobs = np.asarray(tokens), np.asarray(logprobs)
-    return [
-        Completion(tokens[row, :n].tolist(), logprobs[row, :n].copy(), bool(done))
-        for row, (n, done) in enumerate(zip(np.asarray(count), np.asarray(finished), strict=True))
+    buckets: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        length = min(max(_SHORTEST_BUCKET, _next_power(len(prompt))), cache_length)
+        buckets.setdefault(length, []).append(i)
+    batches = [
+        (length, indices[start : start + _ROWS])
+        for length, indices in sorted(buckets.items())
+        for start in range(0, len(indices), _ROWS)
     ]
+    for number, (length, indices) in enumerate(batches):
+        tokens, lengths = np.zeros((_ROWS, length), np.int32), np.zeros(_ROWS, np.int32)
+        for row, i in enumerate(indices):
+            tokens[row, : len(prompts[i])] = prompts[i]
+            lengths[row] = len(prompts[i])
+        batch = engine.prefill(config, params, tokens, lengths, penalised)
+        for row, i in enumerate(indices):
+            for sample in range(samples):
+                yield _Waiting(number, batch, row, _Request(i, sample))
 
 
-@jax.jit
-def _row_keys(key, streams):
-    return jax.vmap(lambda s: jax.random.fold_in(jax.random.fold_in(key, s[0]), s[1]))(streams)
+def _refill(
+    slots: engine.Slots,
+    held: list[_Held | None],
+    waiting: Iterator[_Waiting],
+    streams: _Streams,
+) -> tuple[engine.Slots, int]:
+    """The slots with as many of the waiting requests as fit, and how many those were."""
+    free = [place for place, work in enumerate(held) if work is None]
+    started = 0
+    # `free` comes first: zip must not take a request that it has no place for.
+    pairs = zip(free, waiting, strict=False)
+    for _, group in itertools.groupby(pairs, lambda pair: pair[1].number):
+        while part := list(itertools.islice(group, _ROWS)):
+            sources, places = np.zeros(_ROWS, np.int32), np.full(_ROWS, len(held), np.int32)
+            names = np.zeros((_ROWS, 2), np.uint32)
+            for i, (place, (_, _, row, request)) in enumerate(part):
+                sources[i], places[i] = row, place
+                names[i] = streams.prompt_ids[request.prompt], request.sample
+                held[place] = _Held(request)
+            keys = engine.row_keys(streams.key, names)
+            slots = engine.insert(slots, part[0][1].batch, keys, sources, places)
+            started += len(part)
+    return slots, started
+
+
+def _harvest(
+    slots: engine.Slots, held: list[_Held | None], watch: _Watch
+) -> dict[_Request, Completion]:
+    """What has been completed; frees its places in `held` and passes new tokens on."""
+    tokens, logprobs, drawn, active, finished = jax.device_get(
+        (slots.tokens, slots.logprobs, slots.drawn, slots.active, slots.finished)
+    )
+    completions = {}
+    for place, work in enumerate(held):
+        if work is None or (active[place] and not watch.needed()):
+            continue
+        row = tokens[place, : drawn[place]].tolist()
+        cut = watch.stop(row, work.looked)
+        row = row[:cut]
+        if watch.on_tokens is not None:
+            watch.on_tokens(*work.request, row[work.looked :])
+        work.looked = len(row)
+        if cut is not None or not active[place]:
+            ended = cut is not None or bool(finished[place])
+            completions[work.request] = Completion(row, logprobs[place, : len(row)].copy(), ended)
+            held[place] = None
+    return completions
 
 
 def _next_power(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _pad(prompts, rows: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts as right-padded rows of a power-of-two length, so that few shapes are compiled."""
-    lengths = np.zeros(rows, np.int32)
-    lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
-    width = min(max(_SHORTEST_BUCKET, _next_power(int(lengths.max()))), max_length)
-    tokens = np.zeros((rows, width), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=False):
-        row[: len(prompt)] = prompt
-    return tokens, lengths
-
-
-def _check(config: ModelConfig, prompts, temperature: float, counts: dict[str, int]) -> None:
-    if config.head != "lm":
-        raise UserError("generation needs a model with head = 'lm'")
-    for name, count in counts.items():
-        if count < 1:
-            raise UserError(f"{name} = {count}: at least 1")
-    if not temperature >= 0:
-        raise UserError(f"temperature = {temperature}: at least 0")
-    for i, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise UserError(f"prompt {i} is empty: give it at least one token")
-        new = counts["max_new_tokens"]
-        if len(prompt) + new > config.max_length:
-            raise UserError(
-                f"prompt {i} has {len(prompt)} tokens, with max_new_tokens = {new} "
-                f"more than model.max_length = {config.max_length}"
-            )
-        _check_ids(config, f"prompt {i}", prompt)
-
-
-def _check_ids(config: ModelConfig, what: str, ids) -> None:
-    try:
-        check_tokens(config, np.asarray(ids))
-    except UserError as error:
-        raise UserError(f"{what}: {error}") from None
-
-
-def _masks(config: ModelConfig, allowed_tokens, stop_ids) -> tuple[np.ndarray | None, np.ndarray]:
-    """Bool [vocab_size] each: what may be drawn (None: everything) and what ends a completion."""
-    stop_ids = np.array(sorted(stop_ids), np.int64)
-    _check_ids(config, "stop_ids", stop_ids)
-    stop = np.zeros(config.vocab_size, bool)
-    stop[stop_ids] = True
-    if allowed_tokens is None:
-        return None, stop
-    allowed = np.asarray(allowed_tokens)
-    if allowed.shape != stop.shape or allowed.dtype != bool or not allowed.any():
-        raise UserError(
-            f"allowed_tokens must be a bool mask of {config.vocab_size} tokens with one or more "
-            f"allowed, not {allowed.dtype} {allowed.shape} with {np.count_nonzero(allowed)}"
-        )
-    return allowed, stop
+def _round_up(n: int) -> int:
+    """The smallest 2ᵏ or 3·2ᵏ from n on."""
+    power = _next_power(n)
+    return power * 3 // 4 if n <= power * 3 // 4 else power

@@ -7,8 +7,16 @@ import jax.numpy as jnp
 
 
 def uniforms(keys: jax.Array, index: jax.Array | int) -> jax.Array:
-    """f32 [B] in [0, 1): that of token `index` in the stream of each row's key [B]."""
-    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, index)))(keys)
+    """f32 [B] in [0, 1): that of token `index` ([B] or one for all) in each row's key [B]."""
+    index = jnp.broadcast_to(index, keys.shape)
+    return jax.vmap(lambda key, i: jax.random.uniform(jax.random.fold_in(key, i)))(keys, index)
+
+
+def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array | float) -> jax.Array:
+    """Logits [B, V] with those of the tokens seen (bool [B, V]) divided by `penalty` if positive
+    and multiplied by it if not, as in "CTRL", https://arxiv.org/abs/1909.05858.
+    """
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def sample(
@@ -16,24 +24,40 @@ def sample(
     uniform: jax.Array | None,
     temperature: jax.Array | float = 1.0,
     allowed: jax.Array | None = None,
+    *,
+    top_k: jax.Array | int | None = None,
+    top_p: jax.Array | float | None = None,
+    min_p: jax.Array | float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws from softmax(logits / T) over the allowed tokens by inverting its cumulative sum.
+    """Draws from softmax(logits / T) over the tokens kept by inverting its cumulative sum.
 
     One random number and one pass a row, where the Gumbel trick needs as many as there are tokens.
+    Of equal logits at the edge of what top-k or top-p keeps, the lower token ids stay.
 
     Args:
         logits: f32 [B, V].
         uniform: f32 [B] in [0, 1), or None for the most likely token.
         temperature: T > 0; for the most likely token it only scales the log-probs.
         allowed: bool [V] or [B, V], what may be drawn; None allows everything.
+        top_k: keeps so many of the most likely tokens.
+        top_p: keeps the fewest most likely of those whose probability reaches it, in (0, 1].
+        min_p: drops tokens less likely than this share of the most likely one's, in [0, 1].
 
     Returns:
         tokens int32 [B], and their log-probs f32 [B] (nats) under the distribution drawn from:
-        at temperature T and normalised over the allowed tokens alone.
+        at temperature T and normalised over the tokens kept.
     """
     logits = logits / temperature
     if allowed is not None:
         logits = jnp.where(allowed, logits, -jnp.inf)
+    if top_k is not None:
+        count = jnp.minimum(top_k, logits.shape[-1]).astype(logits.dtype)
+        logits = _keep_likeliest(logits, jnp.ones_like(logits), count)
+    if top_p is not None:
+        logits = _keep_likeliest(logits, jax.nn.softmax(logits, axis=-1), top_p)
+    if min_p is not None:
+        least = logits.max(-1, keepdims=True) + jnp.log(min_p)
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     if uniform is None:
         tokens = jnp.argmax(logits, axis=-1)
@@ -44,3 +68,28 @@ def sample(
         tokens = jnp.argmax(below > uniform[:, None] * below.max(-1, keepdims=True), axis=-1)
     tokens = tokens.astype(jnp.int32)
     return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+
+
+def _keep_likeliest(logits: jax.Array, weights: jax.Array, target: jax.Array | float) -> jax.Array:
+    """Logits [B, V] of the fewest highest whose weights reach `target`, −∞ for all others.
+
+    The lowest to keep is found bit by bit, on the order of floats as that of whole numbers: some
+    sums instead of a sort, which is many times slower on every backend.
+    """
+    bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    order = jnp.where(bits >= sign, ~bits, bits | sign)
+
+    def mass(least: jax.Array) -> jax.Array:
+        return jnp.sum(weights, axis=-1, where=order >= least[:, None])
+
+    def refine(i: jax.Array, lowest: jax.Array) -> jax.Array:
+        higher = lowest | (sign >> i)
+        return jnp.where(mass(higher) >= target, higher, lowest)
+
+    lowest = jnp.zeros_like(order, shape=len(order))
+    lowest = jax.lax.fori_loop(0, 32, lambda i, x: refine(i.astype(jnp.uint32), x), lowest)
+    equal = order == lowest[:, None]
+    above = mass(lowest + 1)[:, None] + (jnp.cumsum(equal, axis=-1) - 1) * weights
+    kept = (order > lowest[:, None]) | (equal & (above < target))
+    return jnp.where(kept, logits, -jnp.inf)

@@ -26,7 +26,7 @@ from rlhf_jax.evaluation.tables import print_summary
 from rlhf_jax.stages.common import ancestry, check, read_summary
 from rlhf_jax.training.rundir import RunDirectory
 
-STAGES = ("pretrain", "sft", "reward", "preference")
+STAGES = ("pretrain", "sft", "reward", "preference", "policy", "oracle")
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

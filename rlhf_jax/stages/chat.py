@@ -36,6 +36,7 @@ def evaluate_chat(
     model: Model,
     start: Path,
     plots: Sequence[dict[str, Any]] = (),
+    further: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """Answers held-out prompts with the new model and its ancestors; writes samples and figures.
 
@@ -43,7 +44,10 @@ def evaluate_chat(
         run: the stage's run directory. model: what the stage made.
         start: run directory of the model it started from, against which it is judged.
         plots: further figures for the report.
+        further: what else its evaluation.json holds; "plots" in it join the others.
     """
+    further = dict(further or {})
+    plots = [*further.pop("plots", []), *plots]
     prompts = held_out_prompts(config, model)[: config.eval.count]
     models = {path.name: load_model(path) for path in ancestry(start)} | {run.name: model}
     answers = {name: _answer(config, each, prompts) for name, each in models.items()}
@@ -67,7 +71,7 @@ def evaluate_chat(
         metrics |= correct_metrics("facts", facts, _answer(config, model, facts))
         plots = [*gold_plots(scores, prompts), *plots]
         tables = [correct_table(prompts, answers)]
-    write_evaluation(run, tables, plots)
+    write_evaluation(run, tables, plots, **further)
     write_jsonl(run / "samples.jsonl", _samples(prompts, answers, scores))
     return metrics
 

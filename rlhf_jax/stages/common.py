@@ -23,6 +23,7 @@ from rlhf_jax.losses.preference import check_options
 from rlhf_jax.training.loop import train
 from rlhf_jax.training.mesh import make_mesh
 from rlhf_jax.training.model import Model
+from rlhf_jax.training.objectives import check_objective, parse_options
 from rlhf_jax.training.optimizer import make_optimizer, optimizer_config
 from rlhf_jax.training.rundir import RunDirectory, write_json
 from rlhf_jax.training.state import init_state
@@ -46,31 +47,25 @@ def parse_sources(spec: str) -> dict[str, float]:
     return sources
 
 
-def parse_options(spec: str) -> dict[str, Any]:
-    """ "gamma=1.6,divergence=js" → {"gamma": 1.6, "divergence": "js"}."""
-    options: dict[str, Any] = {}
-    for part in filter(None, spec.split(",")):
-        name, equals, value = (x.strip() for x in part.partition("="))
-        if not equals:
-            raise UserError(f"loss.options: {part!r} is not name=value")
-        try:
-            options[name] = float(value)
-        except ValueError:
-            options[name] = value
-    return options
-
-
 def check(config: ConfigDict) -> None:
     """UserError for what can be seen to be wrong before hours are spent on the parents."""
     make_optimizer(config.optimizer, config.train.steps)
     data, held_out = config.data, config.eval.get("source", "")
-    for spec in (data.train, data.validation, data.get("replay", ""), held_out):
+    for spec in (
+        data.train,
+        data.validation,
+        data.get("replay", ""),
+        data.get("ptx", ""),
+        held_out,
+    ):
         for source in parse_sources(spec) if spec else ():
             name = re.split(r"[@\[]", source)[0]
             if not _is_file(name):
                 check_name(name)
             elif not Path(name).is_file():
                 raise UserError(f"data: there is no file {name}")
+    if config.stage == "policy":
+        check_objective(config)
     if config.stage == "preference":
         try:
             check_options(config.loss.name, parse_options(config.loss.options))
@@ -210,9 +205,12 @@ def ancestry(workdir: Path) -> list[Path]:
     return [*(ancestry(Path(parent)) if parent else []), workdir]
 
 
-def write_evaluation(run: Path, tables: Sequence[Any] = (), plots: Sequence[Any] = ()) -> None:
-    """Writes evaluation.json, which the report draws."""
-    write_json(run / "evaluation.json", {"tables": list(tables), "plots": list(plots)})
+def write_evaluation(
+    run: Path, tables: Sequence[Any] = (), plots: Sequence[Any] = (), **further: Any
+) -> None:
+    """Writes evaluation.json, which the report draws; `further` are other keys it knows."""
+    document = {"tables": list(tables), "plots": list(plots), **further}
+    write_json(run / "evaluation.json", document)
 
 
 def write_jsonl(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

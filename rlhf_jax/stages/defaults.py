@@ -34,6 +34,16 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
     )
     if stage == "sft":
         config.data.replay = ""  # raw text to mix in, its weights beside those of `train`
+    if stage == "reward":
+        # bradley_terry on pairs; pointwise on conversations labelled from 0 (bad) to 1 (good).
+        config.loss = ConfigDict({"name": "bradley_terry", "centering": 0.0})
+        # Scores of what `init.policy` answers to training prompts, kept for their mean and std.
+        config.normalize = ConfigDict(
+            {
+                "prompts": 256,  # drawn from the training records; 0: keep none
+                "max_new_tokens": 64,
+            }
+        )
     config.batch = ConfigDict(
         {
             "rows": 32,  # packed rows an update, over all devices
@@ -63,6 +73,151 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
             config[name] = ConfigDict()
         config[name].update(values)
     return config
+
+
+# What an on-policy algorithm is, as changes to `on_policy`'s sections.
+ALGORITHMS: dict[str, dict[str, dict[str, Any]]] = {
+    # https://arxiv.org/abs/1707.06347, as in https://arxiv.org/abs/1909.08593
+    "ppo": {
+        "advantage": {"name": "gae", "whiten": True},
+        "loss": {"name": "ppo", "aggregation": "token_mean"},
+        "kl": {"placement": "reward", "estimator": "k1"},
+    },
+    # https://arxiv.org/abs/2402.03300
+    "grpo": {
+        "advantage": {"name": "group", "baseline": "mean", "scale": "group"},
+        "loss": {"name": "ppo", "aggregation": "sequence_mean_token_mean"},
+        "kl": {"placement": "loss", "estimator": "k3", "level": "token"},
+    },
+    # https://arxiv.org/abs/2503.20783
+    "dr_grpo": {
+        "advantage": {"name": "group", "baseline": "mean", "scale": "none"},
+        "loss": {"name": "ppo", "aggregation": "constant"},
+        "kl": {"placement": "loss", "estimator": "k3", "level": "token"},
+    },
+    # https://arxiv.org/abs/2503.14476
+    "dapo": {
+        "advantage": {"name": "group", "baseline": "mean", "scale": "group"},
+        "loss": {
+            "name": "ppo",
+            "options": "clip_low=0.2,clip_high=0.28",
+            "aggregation": "token_mean",
+        },
+        "kl": {"placement": "none"},
+        "rollout": {"filter_zero_std": True, "resample": 2},
+    },
+    # https://arxiv.org/abs/2402.14740
+    "rloo": {
+        "advantage": {"name": "group", "baseline": "leave_one_out", "scale": "none"},
+        "loss": {"name": "policy_gradient", "aggregation": "sequence_mean"},
+        "kl": {"placement": "reward", "estimator": "k1"},
+    },
+    # https://doi.org/10.1007/BF00992696
+    "reinforce": {
+        "advantage": {"name": "group", "baseline": "none", "scale": "none"},
+        "loss": {"name": "policy_gradient", "aggregation": "sequence_mean"},
+        "kl": {"placement": "reward", "estimator": "k1"},
+    },
+    # https://arxiv.org/abs/2501.03262
+    "reinforce_pp": {
+        "advantage": {"name": "reward_to_go", "whiten": True},
+        "loss": {"name": "ppo", "aggregation": "token_mean"},
+        "kl": {"placement": "reward", "estimator": "k1"},
+    },
+    # https://arxiv.org/abs/2310.10505
+    "remax": {
+        "advantage": {"name": "remax"},
+        "loss": {"name": "policy_gradient", "aggregation": "sequence_mean"},
+        "kl": {"placement": "reward", "estimator": "k1"},
+    },
+    # https://arxiv.org/abs/2507.18071
+    "gspo": {
+        "advantage": {"name": "group", "baseline": "mean", "scale": "group"},
+        "loss": {"name": "gspo", "options": "", "aggregation": "sequence_mean_token_mean"},
+        "kl": {"placement": "none"},
+    },
+    # https://arxiv.org/abs/2506.13585
+    "cispo": {
+        "advantage": {"name": "group", "baseline": "mean", "scale": "group"},
+        "loss": {"name": "cispo", "options": "", "aggregation": "token_mean"},
+        "kl": {"placement": "none"},
+    },
+}
+
+
+def on_policy(algorithm: str, **sections: dict[str, Any]) -> ConfigDict:
+    """The configuration of the policy stage for one of `ALGORITHMS`, `sections` laid over it."""
+    merged: dict[str, dict[str, Any]] = {
+        "data": {"row_length": 256},
+        "batch": {"rows": 8},  # rows of a minibatch are a multiple of this
+        "rollout": {
+            "prompts": 64,  # an iteration
+            "samples": 1,  # a prompt
+            "max_prompt_tokens": 128,  # longer prompts are left out and counted
+            "max_new_tokens": 48,  # of an answer, its end included
+            "temperature": 1.0,
+            "top_k": 0,  # these three would sample from another distribution than is trained,
+            "top_p": 1.0,  # and are refused
+            "min_p": 0.0,
+            "slots": 64,  # answers decoded together
+            "missing_eos": "none",  # answers that did not end: "subtract" or "replace" by −penalty
+            "missing_eos_penalty": 1.0,
+            "truncated": "keep",  # "mask": such answers are not trained on
+            "overlong_buffer": 0,  # tokens below max_new_tokens that are punished softly (DAPO)
+            "filter_zero_std": False,  # leave out prompts whose answers all score the same
+            "resample": 0,  # further batches of prompts to replace those
+            "max_staleness": 0,  # updates a sample may be old; 0: any number
+        },
+        "reward": {
+            "scorers": "model=1",  # see rewards/scorers.py
+            "normalize": True,  # reward models, by their scores of the reference's answers
+            "ensemble": "mean",  # of several init.reward…: mean, min, mean_minus_std
+            "ensemble_k": 1.0,
+            "pattern": "",  # of the scorer "regex"
+            "on_error": "fail",  # of a reward function; "mask": the answer is left out and counted
+            "timeout_seconds": 60.0,
+        },
+        "kl": {
+            "coefficient": 0.05,
+            "placement": "reward",  # "reward", "loss" or "none"
+            "estimator": "k1",  # k1, k2, k3: losses/shaping.py
+            "level": "sequence",  # in the loss: of "sequence" or "token" log-ratios
+            "target": 0.0,  # nats a sequence for the adaptive controller; 0: fixed coefficient
+            "horizon": 10_000.0,  # sequences
+            "exact_rows": 1,  # rows on which the full-vocabulary KL is measured too
+        },
+        "advantage": {
+            "name": "gae",  # gae, reward_to_go, group, remax
+            "gamma": 1.0,
+            "lam": 0.95,
+            "bootstrap": False,  # an answer cut off is worth its last value, not 0
+            "baseline": "mean",  # of "group": none, mean, leave_one_out
+            "scale": "none",  # of "group": none, group, batch
+            "ddof": 1,
+            "eps": 1e-4,
+            "whiten": False,
+        },
+        "loss": {
+            "name": "ppo",  # losses/policy.py
+            "options": "",  # of its own function: "clip_low=0.2,clip_high=0.28"
+            "aggregation": "token_mean",
+            "entropy_coefficient": 0.0,
+            "importance": "none",  # correct the sampler's log-probs: "token" or "sequence"
+            "importance_cap": 2.0,
+            "importance_mode": "truncate",  # or "mask"
+            "ptx_coefficient": 0.0,  # of data.ptx's language-model loss, mixed in
+        },
+        "train": {"epochs": 1, "minibatches": 1},
+        "eval": chat_evaluation(during=128),  # held-out prompts sampled at train.eval_every
+    }
+    merged["data"]["ptx"] = ""  # raw text whose loss is mixed in, as in InstructGPT
+    if ALGORITHMS[algorithm]["advantage"]["name"] == "gae":
+        critic = dataclasses.asdict(OptimizerConfig()) | {"value_clip": 0.2}
+        merged["critic"] = {k: v for k, v in critic.items() if v is not None}
+    for changes in (ALGORITHMS[algorithm], sections):
+        for name, values in changes.items():
+            merged[name] = merged.get(name, {}) | values
+    return base("policy", **merged)
 
 
 def model(preset: str, **changes: Any) -> ConfigDict:

@@ -34,12 +34,12 @@ from rlhf_jax.stages.common import (
     Evaluated,
     batches_of,
     fit,
-    parse_options,
     parse_sources,
     read_summary,
 )
 from rlhf_jax.stages.pairs import CHOSEN, MISMATCHED, REJECTED, pack_pairs
 from rlhf_jax.training.model import load_model, save_model
+from rlhf_jax.training.objectives import parse_options
 from rlhf_jax.training.rundir import RunDirectory
 
 

@@ -107,6 +107,8 @@ def train(
             save = last or stop or number % checkpoint_every == 0
             wanted = last or due or number % log_every == 0
             log.add(number, metrics, tokens(batch), batch.get("row_ids"), bool(wanted))
+            if not due and not any(isinstance(x, jax.Array) for x in metrics.values()):
+                log.settle({})  # a step that ends on the host has nothing to run ahead of
             if due or save:
                 jax.block_until_ready(metrics)
                 with clock.paused():
@@ -198,6 +200,8 @@ def _resume(state, batches, checkpoints: Checkpoints, run: RunDirectory, tokeniz
 
 def _report_recompilation(step: Any) -> Callable:
     """The same step; a second compilation for a batch of the same shapes prints a warning."""
+    if not hasattr(step, "_cache_size"):  # not one compiled function, but a Python one of several
+        return step
     seen: set[tuple] = set()
 
     def watched(state, batch):

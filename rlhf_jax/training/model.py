@@ -18,11 +18,16 @@ from rlhf_jax.training.checkpoint import load_params, save_params
 
 @dataclass(frozen=True)
 class Model:
-    """What a stage starts from and what it makes."""
+    """What a stage starts from and what it makes.
+
+    `normalization` is the mean and the standard deviation of a reward model's scores of what the
+    policy it began as answers; who optimises against it may take scores in units of that.
+    """
 
     config: ModelConfig
     params: Any
     tokenizer: Tokenizer
+    normalization: tuple[float, float] | None = None
 
     def flops_per_token(self) -> float:
         """6 × parameters: forward and backward of the matrix products, attention left out."""
@@ -34,6 +39,7 @@ def save_model(workdir: str | os.PathLike[str], model: Model) -> None:
     document = {
         "config": dataclasses.asdict(model.config),
         "tokenizer_hash": model.tokenizer.hash,
+        "normalization": model.normalization,
     }
     model.tokenizer.save(Path(workdir) / "tokenizer.json")
     save_params(Path(workdir) / "model", model.params, document)
@@ -57,4 +63,6 @@ def load_model(workdir: str | os.PathLike[str], **changes: Any) -> Model:
             f"the model in {workdir} was saved by another version: this one knows no "
             f"model.{unknown[0]}; train it anew"
         )
-    return Model(ModelConfig(**fields).validate(), params, tokenizer)
+    stated = document.get("normalization")  # older versions wrote none
+    normalization = (float(stated[0]), float(stated[1])) if stated else None
+    return Model(ModelConfig(**fields).validate(), params, tokenizer, normalization)

@@ -161,7 +161,7 @@ def _accumulate(gradients, params, batch, rng, microbatches: int, mesh: Mesh | N
         return gradients(params, batch, rng)
 
     def split(x):
-        x = jnp.moveaxis(x.reshape(rows // microbatches, microbatches, *x.shape[1:]), 1, 0)
+        x = jnp.moveaxis(x.reshape(len(x) // microbatches, microbatches, *x.shape[1:]), 1, 0)
         if mesh is None:
             return x
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, BATCH_AXES)))

@@ -8,6 +8,7 @@ import hashlib
 import http.server
 import json
 import logging
+import lzma
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -223,6 +224,74 @@ def test_tinyfabulist(cache, caplog):
     train, validation = (load_records("tinyfabulist", s) for s in ("train", "validation"))
     assert len(train) + len(validation) == 8246 - 398
     assert not any("</think>" in record.text for record in train + validation)
+
+
+@pytest.fixture
+def reviews(tmp_path, monkeypatch):
+    """Two hundred reviews, every fourth opening shared, as the data folder's file."""
+    monkeypatch.setenv("RLHF_JAX_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data" / "sentiment_imdb").mkdir(parents=True)
+    lines = [
+        {
+            "id": f"train/{i}",
+            "label": "pos" if i % 2 else "neg",
+            "rating": 9 if i % 2 else 2,
+            "text": f"One two three four<br /><br />five six seven no{i % 50}. A film, it (is). "
+            + "word " * i,
+        }
+        for i in range(200)
+    ]
+    lines.append({"id": "short", "label": "neg", "rating": 1, "text": "Far too short to go on."})
+    path = tmp_path / "data" / builders.Imdb.SOURCES["text"][0].file
+    with lzma.open(path, "wt") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def imdb(config):
+    return {split: load_records(f"imdb/{config}", split) for split in ("train", "validation")}
+
+
+def test_imdb_continues_reviews(reviews, caplog):
+    conversations = [r for split in imdb("conversation").values() for r in split]
+    assert "left out 1 (too short)" in caplog.text
+    for record in conversations:
+        number = int(record.id.removeprefix("train/"))
+        prompt, reply = record.messages
+        assert prompt == Message("user", f"One two three four five six seven no{number % 50}.")
+        assert reply == Message("assistant", "A film, it (is).")
+        assert record.meta == {"label": str(number % 2), "rating": "9" if number % 2 else "2"}
+    prompts = {r.id: r.messages for split in imdb("prompt").values() for r in split}
+    assert prompts == {r.id: r.messages[:1] for r in conversations}
+    (text,) = {r.text[:30] for split in imdb("text").values() for r in split}
+    assert text == "One two three four\nfive six se"
+
+
+def test_imdb_keeps_the_classifier_and_the_policy_apart(reviews):
+    policy, classifier, text = (imdb(c) for c in ("conversation", "labelled", "text"))
+    parts = [policy["train"], policy["validation"], classifier["train"], classifier["validation"]]
+    assert sum(map(len, parts)) == 200
+    prompts = [{r.messages[0] for r in part} for part in parts]
+    assert sum(map(len, prompts)) == len(set.union(*prompts)) == 50
+    for split in ("train", "validation"):
+        assert {r.id for r in text[split]} == {r.id for r in policy[split]}
+    assert load_records("imdb", "train", kind="conversation") == policy["train"]
+
+
+@REAL
+def test_imdb(cache):
+    policy, classifier = imdb("text"), imdb("labelled")
+    sizes = [len(records) for part in (policy, classifier) for records in part.values()]
+    assert sum(sizes) == 25_000
+    assert all(11_000 < size < 11_500 for size in sizes[::2])
+    assert all(1_100 < size < 1_400 for size in sizes[1::2])
+    for record in classifier["validation"]:
+        prompt, reply = (m.content.split() for m in record.messages)
+        assert len(prompt) == 8 and 1 <= len(reply) <= 40
+        assert (int(record.meta["rating"]) > 5) == (record.meta["label"] == "1")
+    liked = sum(r.meta["label"] == "1" for r in classifier["train"])
+    assert abs(liked / sizes[2] - 0.5) < 0.02
+    assert not any("<br" in r.text for r in policy["train"])
 
 
 @REAL

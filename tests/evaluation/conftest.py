@@ -79,6 +79,17 @@ def write_parents(runs: Path, rng) -> None:
         })  # fmt: skip
 
 
+def token_views() -> list[dict]:
+    tokens = ["Three", " pears", "\n", "</span><script>x()</script>", ' "cost"', "]]>", "\x1b[0m"]
+    return [
+        {"title": "dpo, the best answer", "prompt": SAMPLES[1][0], "tokens": tokens,
+         "values": {"advantage": [0.5, -1.0, None, 0.0, 2.0, "NaN", -0.25],
+                    "kl": [0.0] * len(tokens)}},
+        {"title": ATTACK, "prompt": SAMPLES[4][0], "tokens": ["Ilse"],
+         "values": {"advantage": [-4.0], '<b>"q': [1.0]}},
+    ]  # fmt: skip
+
+
 def evaluation(rng) -> dict:
     margins = rng.normal(0.9, 1.2, 400)
     length = rng.integers(-30, 31, 400)
@@ -92,6 +103,14 @@ def evaluation(rng) -> dict:
     }
     spread = {k: np.full(5, 0.03) for k in gold}
     return {
+        "token_views": token_views(),
+        "timeline": [
+            {"prompt": SAMPLES[4][0], "answers": [
+                {"step": 0, "text": "", "scores": {"gold": 0.1}},
+                {"step": 1200, "text": f"Ilse. {ATTACK} ]]>", "scores": {"gold": 0.9, "kl": "NaN"}},
+            ]},
+            {"prompt": ATTACK, "answers": [{"step": 5, "text": "two\nlines"}]},
+        ],
         "plots": [
             {"kind": "grouped_bars", "section": "changes", "title": "Gold reward by component",
              "groups": COMPONENTS, "series": gold, "ylabel": "mean over prompts",
@@ -188,3 +207,54 @@ def write_runs(runs: Path) -> Path:
         },
     })  # fmt: skip
     return run
+
+
+def write_rl_runs(runs: Path) -> list[Path]:
+    """Run directories of PPO (its gold falls in the end), GRPO without gold, DPO and best of n."""
+    rng = np.random.default_rng(1)
+    shared = {"model": {"layers": 4}, "train": {"steps": 100}}
+    samples = [
+        {"prompt": prompt, "responses": {"sft": sft, "own": f"{own} ]]>"}, "scores": {"own": 0.5}}
+        for prompt, _, sft, own in SAMPLES
+    ]
+    steps = range(0, 101, 10)
+    ppo, grpo = (
+        [{"step": step, "objective/scores": 0.01 * step, "objective/kl": 0.09 * step,
+          "policy/clipfrac": 0.1 * rng.random(), "rewards/correct/mean": 0.5} for step in steps]
+        for _ in range(2)
+    )  # fmt: skip
+    for record in ppo:
+        at = record["step"] / 100
+        record |= {"eval/kl": 9 * at, "eval/gold_reward": 0.9 - (at - 0.6) ** 2}
+        record |= {"eval/proxy_reward": at}
+    ppo[3]["eval/gold_reward"] = "NaN"
+    for record in grpo[::5]:
+        record |= {"eval/kl": 0.05 * record["step"], "eval/proxy_reward": 0.01 * record["step"]}
+    gold = {
+        "eval/gold_win_rate": 0.7,
+        "eval/gold_win_rate_low": 0.6,
+        "eval/gold_win_rate_high": 0.8,
+    }
+    final = {"eval/kl": 4.0, "eval/gold_reward": 0.8, "eval/response_length": 8.25}
+    best = {"kl": [0, 0.19, 1.2], "gold": [0.1, 0.5, 0.4], "proxy": [0.1, 0.5, 0.9], "bound": True}
+    made = {
+        "ppo": ({"loss": {"cliprange": 0.2}, "note": ATTACK}, ppo, {"eval/kl": 9.0, **gold}, {}),
+        "grpo": ({"loss": {"group": 8}, "note": "plain"}, grpo, {}, {}),
+        "dpo": ({"loss": {"beta": 0.1}, "note": "plain"}, [{"step": 60}], final, {}),
+        "best_of_n": ({"loss": {}, "note": "plain"}, [], {}, {"frontier": best}),
+    }
+    for name, (config, records, metrics, evaluation) in made.items():
+        directory = runs / name
+        directory.mkdir()
+        write(directory, "config.json", {"stage": name, **shared, **config})
+        write(directory, "metrics.jsonl", records)
+        write(directory, "evaluation.json", evaluation)
+        write(directory, "summary.json", {"stage": name, "wall_seconds": 75, "metrics": metrics})
+        write(directory, "samples.jsonl", samples if name != "dpo" else samples[1:])
+    return [runs / name for name in made]
+
+
+@pytest.fixture
+def rl_runs(tmp_path: Path) -> list[Path]:
+    """The run directories of `write_rl_runs`."""
+    return write_rl_runs(tmp_path)

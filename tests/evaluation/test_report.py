@@ -90,7 +90,8 @@ def test_is_well_formed_and_self_contained(page):
 
 def test_has_every_section_and_number(page):
     assert set(page.attributes("id")) >= {
-        "changes", "samples", "evaluation", "training", "lineage", "config", "environment"
+        "changes", "samples", "evaluation", "tokens", "timeline", "training", "lineage", "config",
+        "environment",
     }  # fmt: skip
     for expected in (
         "On held-out prompts the gold scorer prefers this model",
@@ -107,6 +108,48 @@ def test_samples_stay_text(page, report):
     assert attack in page.text
     assert "<b>small talk</b>" in page.text
     assert "{{7*7}}" in page.text
+
+
+def test_token_views(page):
+    """Every quantity on one scale over all views; the numbers are readable, the tokens text."""
+    spans = [a for tag, a in page.tags if tag == "span" and "title" in a]
+    shown = [(a["title"], a.get("style")) for a in spans[:7]]
+    orange, blue = "background:rgb(230 159 0 / {})", "background:rgb(0 114 178 / {})"
+    assert shown == [
+        ("advantage 0.500", orange.format("0.062")),
+        ("advantage −1.000", blue.format("0.125")),
+        ("advantage –", None),
+        ("advantage 0.000", None),
+        ("advantage 2.000", orange.format("0.250")),
+        ("advantage –", None),
+        ("advantage −0.250", blue.format("0.031")),
+    ]
+    assert (spans[14]["title"], spans[14]["style"]) == (
+        "advantage −4.000", blue.format("0.500")
+    )  # fmt: skip
+    assert {a["title"]: a.get("style") for a in spans[7:14]} == {"kl 0.000": None}
+    assert spans[15]["title"] == '<b>"q 1.000'
+    words = 'Three pears↵</span><script>x()</script> "cost"]]>\ufffd[0m'
+    assert page.text.count(words) == 2
+    assert "advantage, full colour ±4.000" in page.text
+    assert not any("<" in value for value in page.attributes("style"))
+
+
+def test_the_timeline(page, report):
+    entry = json.loads((report.parent / "evaluation.json").read_text())["timeline"][0]
+    assert entry["answers"][1]["text"] in page.text
+    assert "user: My name is Ilse." in page.text
+    after = page.text[page.text.index("Answers to the same prompts") :]
+    places = [after.index(text) for text in ("0.100", "1,200", "0.900", "two\nlines")]
+    assert places == sorted(places)
+    assert [a.get("open", "shut") for tag, a in page.tags if tag == "details"][:2] == [None, "shut"]
+
+
+def test_a_token_view_that_does_not_fit_says_so(bare_run):
+    view = {"title": "t", "prompt": "p", "tokens": ["a", "b"], "values": {"kl": [1.0]}}
+    (bare_run / "evaluation.json").write_text(json.dumps({"token_views": [view]}))
+    with pytest.raises(UserError, match=r"token view 't' has 1 numbers of 'kl' for 2 tokens"):
+        write_report(bare_run)
 
 
 def test_every_figure_has_its_data(page):
@@ -138,7 +181,9 @@ def test_a_config_is_enough(tmp_path):
     (tmp_path / "config.json").write_text('{"stage": "sft", "seed": 3}')
     page = Page(write_report(tmp_path).read_text())
     assert "seed" in page.text
-    assert not set(page.attributes("id")) & {"changes", "samples", "evaluation", "training"}
+    assert not set(page.attributes("id")) & {
+        "changes", "samples", "tokens", "timeline", "evaluation", "training"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,12 @@ def test_reward_model_reuses_the_parents(chain):
     assert result.stdout.count("reusing") == 2
     metrics = summary(runs / "reward")["metrics"]
     assert metrics["eval/accuracy_low"] <= metrics["eval/accuracy"] <= metrics["eval/accuracy_high"]
-    assert "score_head" in load_model(runs / "reward").params
+    model = load_model(runs / "reward")
+    assert "score_head" in model.params
+    assert model.normalization == (
+        metrics["eval/reference_score_mean"],
+        metrics["eval/reference_score_std"],
+    )
 
 
 def test_a_reward_model_is_reported_beside(chain):

@@ -1,0 +1,169 @@
+"""Shaping: from scores of whole responses, and the KL to a reference, to rewards of tokens.
+
+Layout: [N, T] is N sampled sequences of T response slots, mask nonzero on the real tokens; [N] is
+one number per sequence. Masked slots are ignored, even a NaN.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.losses.checks import check_choice, check_range, check_rank, check_same_shape
+from rlhf_jax.losses.reductions import at_least_f32, keep_weighted
+
+ESTIMATORS = ("k1", "k2", "k3")
+POSITIONS = ("last", "after")
+EOS_MODES = ("none", "subtract", "replace")
+
+
+def kl_estimate(logprobs: jax.Array, ref_logprobs: jax.Array, kind: str) -> jax.Array:
+    """Estimates KL(π‖ref) from samples of π, elementwise on l = log π and r = log ref:
+
+    "k1" = l − r, "k2" = ½(l − r)², "k3" = exp(r − l) − 1 − (r − l).
+
+    http://joschu.net/blog/kl-approx.html. The values of k1 and k3 are unbiased. Their gradients are
+    another matter: see `kl_loss`.
+
+    Args:
+      logprobs, ref_logprobs: nats, one shape: of tokens, or summed over responses.
+      kind: one of ESTIMATORS.
+
+    Returns:
+      The same shape, nats.
+    """
+    check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    check_choice("kind", kind, ESTIMATORS)
+    dtype = at_least_f32(logprobs, ref_logprobs)
+    difference = logprobs.astype(dtype) - ref_logprobs.astype(dtype)
+    if kind == "k1":
+        return difference
+    if kind == "k2":
+        return difference**2 / 2
+    return jnp.expm1(-difference) + difference
+
+
+def exact_kl(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
+    """KL(p‖q) = Σ_v p_v·(log p_v − log q_v) of two softmaxes over the last axis, in nats.
+
+    Args:
+      logits, ref_logits: [..., V]; −inf = a token that cannot be.
+
+    Returns:
+      [...]; inf where p gives a token that q cannot.
+    """
+    check_same_shape(logits=logits, ref_logits=ref_logits)
+    dtype = at_least_f32(logits, ref_logits)
+    logp = jax.nn.log_softmax(logits.astype(dtype), axis=-1)
+    logq = jax.nn.log_softmax(ref_logits.astype(dtype), axis=-1)
+    possible = logp > -jnp.inf
+    logp, logq = jnp.where(possible, logp, 0), jnp.where(possible, logq, 0)
+    return jnp.sum(jnp.where(possible, jnp.exp(logp), 0) * (logp - logq), axis=-1)
+
+
+def token_rewards(
+    scores: jax.Array,
+    mask: jax.Array,
+    kl: jax.Array | None = None,
+    *,
+    coefficient: float | jax.Array = 0.0,
+    position: str = "last",
+) -> jax.Array:
+    """Rewards of tokens: −β·kl_t on every real token, plus the score at one slot.
+
+    Args:
+      scores: [N]; that of a row without a token is dropped. mask: [N, T].
+      kl: [N, T] nats (see `kl_estimate`), or None for no penalty.
+      coefficient: β, scalar.
+      position: "last" puts the score on the last real token; "after" on the slot behind it where
+        there is one, as the PPO of https://arxiv.org/abs/2403.17031 does. That slot is masked, so
+        "after" needs values there and `with_next_slot(mask)` in `gae`.
+
+    Returns:
+      [N, T] in units of the scores. No gradient flows through it.
+    """
+    check_rank("mask", mask, 2)
+    check_same_shape(scores=scores, first_slots=mask[:, 0])
+    check_same_shape(mask=mask, kl=kl)
+    check_choice("position", position, POSITIONS)
+    real = mask != 0
+    (scores,) = keep_weighted(jnp.any(real, axis=1), scores)
+    slot = _last_token(real)
+    if position == "after":
+        slot = jnp.minimum(slot + 1, mask.shape[1] - 1)
+    rewards = jnp.where(jnp.arange(mask.shape[1]) == slot[:, None], scores[:, None], 0)
+    if kl is not None:
+        (kl,) = keep_weighted(mask, kl)
+        rewards = rewards - coefficient * kl
+    return jax.lax.stop_gradient(rewards)
+
+
+def with_next_slot(mask: jax.Array) -> jax.Array:
+    """The mask [N, T] with the slot behind each row's last token added, where there is one."""
+    check_rank("mask", mask, 2)
+    real = mask != 0
+    following = jnp.arange(mask.shape[1]) == _last_token(real)[:, None] + 1
+    return jnp.where(following & jnp.any(real, axis=1, keepdims=True), 1, mask)
+
+
+def missing_eos(scores: jax.Array, finished: jax.Array, *, mode: str, penalty: float) -> jax.Array:
+    """Scores of responses that were cut off before their EOS: s − penalty, or −penalty.
+
+    Args:
+      scores: [N]. finished: [N] bool, the response ended by itself.
+      mode: "subtract", "replace", or "none", which leaves them.
+      penalty: in units of the scores, positive to punish.
+
+    Returns:
+      [N].
+    """
+    check_rank("scores", scores, 1)
+    check_same_shape(scores=scores, finished=finished)
+    check_choice("mode", mode, EOS_MODES)
+    if mode == "none":
+        return scores
+    punished = scores - penalty if mode == "subtract" else jnp.full_like(scores, -penalty)
+    return jnp.where(finished, scores, punished)
+
+
+def overlong_penalty(lengths: jax.Array, *, limit: int, buffer: int) -> jax.Array:
+    """DAPO's soft punishment of length: clip((limit − buffer − |y|) / buffer, −1, 0).
+
+    https://arxiv.org/abs/2503.14476. To be added to scores.
+
+    Args:
+      lengths: [N] tokens. limit: the length from which on it is −1. buffer: the tokens over which
+        it gets there.
+
+    Returns:
+      [N] in [−1, 0].
+    """
+    check_rank("lengths", lengths, 1)
+    check_range("buffer", buffer, 0 < buffer <= limit, "(0, limit]")
+    return jnp.clip((limit - buffer - lengths) / buffer, -1, 0)
+
+
+def adaptive_coefficient(
+    coefficient: float | jax.Array,
+    kl: float | jax.Array,
+    *,
+    target: float,
+    horizon: float,
+    count: int,
+) -> jax.Array:
+    """The next KL coefficient: β·(1 + e·count/horizon), e = clip(kl/target − 1, −0.2, 0.2).
+
+    "Fine-Tuning Language Models from Human Preferences", https://arxiv.org/abs/1909.08593.
+
+    Args:
+      coefficient: β. kl: measured, the mean over sequences of the sum over tokens, nats.
+      target: the KL to hold, nats. count: sequences since the last call. horizon: sequences.
+    """
+    check_range("target", target, target > 0, "(0, inf)")
+    error = jnp.clip(kl / target - 1, -0.2, 0.2)
+    return coefficient * (1 + error * count / horizon)
+
+
+def _last_token(real: jax.Array) -> jax.Array:
+    """[N, T] bool → index [N] of the last True; T − 1 in a row without."""
+    return real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)

@@ -1,0 +1,349 @@
+"""Scorers of (prompt, response) texts, and their weighted sum.
+
+    model      a reward model's score, computed elsewhere and given
+    gold       the town's exact scorer, the total in [0, 1]
+    correct    1 if the town's scorer says the reply is right, else 0
+    number     1 if the response's last number equals meta["answer"]'s, else 0
+    exact      1 if the response is meta["answer"], or without one meta["reference"], else 0
+    regex      1 if the pattern is found in the response, else 0
+    length     the response's tokens
+    path/to/file.py:function    a user's own, run in a separate process (see `worker`)
+
+A user's function is called as f(prompts, responses, **columns) and returns a list of numbers, one a
+response. `prompts` are lists of {"role", "content"}; a column holds every prompt's meta value of a
+key that all have, and `ids` the prompts' ids; columns the function has no parameter for are left
+out, and meta keys named ids, prompts or responses are never passed.
+
+A reward that can't be had is never taken for 0: it ends the run, or masks the example.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from types import TracebackType
+
+import numpy as np
+
+from rlhf_jax.data.records import Prompt
+from rlhf_jax.data.town.gold import gold_score, is_correct
+from rlhf_jax.errors import UserError
+from rlhf_jax.rewards.worker import Worker, WorkerFault
+
+NAMES = ("model", "gold", "correct", "number", "exact", "regex", "length")
+"""The scorers that are no user's function."""
+
+_FUNCTION = re.compile(r".+\.py:[^\W\d]\w*")
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)])[-−+])?"  # a sign, but not the minus of 7-5
+    r"(?:\$[-−]?)?"
+    r"((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+)
+_LARGEST = float(np.finfo(np.float32).max)
+_RESERVED = ("ids", "prompts", "responses")
+
+
+def parse_rewards(spec: str) -> dict[str, float]:
+    """ "model=1,length=-0.01" → {"model": 1.0, "length": -0.01}; a name alone has weight 1.
+
+    Raises:
+        UserError: a name is unknown or stands twice, a weight is no finite number, there is none.
+    """
+    weights: dict[str, float] = {}
+    for part in filter(None, (part.strip() for part in spec.split(","))):
+        name, equals, weight = part.rpartition("=")  # a path may hold "=" too
+        name, weight = (name.strip(), weight.strip()) if equals else (part, "1")
+        _check_name(name)
+        if name in weights:
+            raise UserError(f"rewards: {name!r} is named twice in {spec!r}")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            weights[name] = math.nan
+        if not math.isfinite(weights[name]):
+            raise UserError(f"rewards: the weight of {name!r} is no finite number: {weight!r}")
+    if not weights:
+        raise UserError(f"rewards: none is named; write name=weight, e.g. {NAMES[1]}=1")
+    return weights
+
+
+def _check_name(name: str) -> None:
+    if name in NAMES or _FUNCTION.fullmatch(name):
+        return
+    if name.partition(":")[0].endswith(".py"):
+        raise UserError(f"rewards: {name!r} names no function; write file.py:function")
+    (nearest,) = difflib.get_close_matches(name, NAMES, n=1, cutoff=0)
+    raise UserError(
+        f"rewards: unknown {name!r}; did you mean {nearest!r}? There are {', '.join(NAMES)} and "
+        "file.py:function"
+    )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What N responses are worth.
+
+    total: [N] f64, the weighted sum, NaN where it is not valid. valid: [N] bool. components: each
+    scorer's own [N] f64 by name, NaN where it failed. failures: how many examples each reason
+    ("name: reason") made invalid; one with two reasons is in both.
+    """
+
+    total: np.ndarray
+    valid: np.ndarray
+    components: Mapping[str, np.ndarray]
+    failures: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """Why an example has no score: `reason` for counting, `detail` for people."""
+
+    reason: str
+    detail: str
+
+
+class TextScorers:
+    """The scorers named by `weights`; a context manager that owns the users' processes.
+
+    Args:
+        weights: see `parse_rewards`.
+        pattern: what "regex" searches for.
+        timeout_seconds: how long a user's function may take for one batch.
+        on_error: "fail" ends the run at the first response without a score, naming it; "mask"
+            makes such responses invalid and counts them: all of a batch whose function raises,
+            returns another number of scores, times out or ends its process.
+
+    Raises:
+        UserError: an option is wrong, or a user's file or function can't be loaded.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        *,
+        pattern: str = "",
+        timeout_seconds: float = 60.0,
+        on_error: str = "fail",
+    ) -> None:
+        for name in weights:
+            _check_name(name)
+        if on_error not in ("fail", "mask"):
+            raise UserError(f"rewards: on_error is fail or mask, not {on_error!r}")
+        if not 0 < timeout_seconds < math.inf:
+            raise UserError(f"rewards: timeout_seconds must be positive, not {timeout_seconds}")
+        if bool(pattern) != ("regex" in weights):
+            raise UserError("rewards: the scorer 'regex' and the option pattern need each other")
+        self._weights = dict(weights)
+        self._seconds = timeout_seconds
+        self._mask = on_error == "mask"
+        self._scorers = _verifiers(pattern)
+        self._workers: dict[str, Worker] = {}
+        try:
+            for name in filter(_FUNCTION.fullmatch, weights):
+                self._workers[name] = _start(name)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> TextScorers:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the users' processes."""
+        for worker in self._workers.values():
+            worker.close()
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        *,
+        lengths: Sequence[int] | np.ndarray,
+        given: Mapping[str, np.ndarray] = {},
+    ) -> Scores:
+        """Scores N responses, each to its own prompt.
+
+        Args:
+            lengths: [N], tokens of each response.
+            given: [N] components computed elsewhere: "model", and any other instead of computing it
+                here.
+
+        Raises:
+            UserError: with on_error "fail", a response has no score: names the scorer and prompt.
+        """
+        count = len(responses)
+        if not len(prompts) == len(lengths) == count:
+            raise ValueError(f"{len(prompts)} prompts, {count} responses, {len(lengths)} lengths")
+        if unknown := given.keys() - self._weights.keys():
+            raise ValueError(f"given components without a weight: {sorted(unknown)}")
+        if "model" in self._weights and "model" not in given:
+            raise ValueError("the component 'model' has a weight and must be given")
+
+        valid, failures = np.ones(count, bool), Counter[str]()
+
+        def settle(name: str, values: np.ndarray, faults: dict[int, _Fault]) -> np.ndarray:
+            faults = _out_of_range(values) | faults
+            if faults and not self._mask:
+                raise UserError(_describe(name, faults, prompts))
+            failures.update(f"{name}: {fault.reason}" for fault in faults.values())
+            failed = [*faults]
+            valid[failed] = False
+            values[failed] = np.nan
+            return values
+
+        components: dict[str, np.ndarray] = {}
+        for name in self._weights if count else ():
+            if name in given:
+                found = _given(given[name], count)
+            elif name == "length":
+                found = np.array(lengths, np.float64), {}
+            elif name in self._workers:
+                found = self._call(name, prompts, responses)
+            else:
+                found = _each(self._scorers[name], prompts, responses)
+            components[name] = settle(name, *found)
+        if not count:
+            components = {name: np.zeros(0) for name in self._weights}
+
+        total = np.zeros(count)
+        for name, weight in self._weights.items():
+            total += weight * components[name]
+        total = settle("total", np.where(valid, total, 0.0), {})
+        total[~valid] = np.nan
+        return Scores(total, valid, components, dict(failures))
+
+    def _call(
+        self, name: str, prompts: Sequence[Prompt], responses: Sequence[str]
+    ) -> tuple[np.ndarray, dict[int, _Fault]]:
+        """A user's function's values and what is wrong with them."""
+        shared = set.intersection(*(set(prompt.meta) for prompt in prompts)).difference(_RESERVED)
+        columns = {key: [prompt.meta[key] for prompt in prompts] for key in sorted(shared)}
+        request = {
+            "prompts": [
+                [{"role": m.role, "content": m.content} for m in prompt.messages]
+                for prompt in prompts
+            ],
+            "responses": list(responses),
+            "columns": columns | {"ids": [prompt.id for prompt in prompts]},
+        }
+        try:
+            values, wrong = self._workers[name].call(request, self._seconds)
+        except WorkerFault as fault:
+            return _all_wrong(len(responses), fault.reason, fault.detail)
+        faults = {i: _Fault("not a number", f"got {what}") for i, what in wrong.items()}
+        return np.array(values, np.float64), faults
+
+
+def _start(name: str) -> Worker:
+    try:
+        return Worker(name)
+    except WorkerFault as fault:
+        raise UserError(f"reward {name!r} can't be loaded: {fault.detail}") from fault
+
+
+def _describe(name: str, faults: Mapping[int, _Fault], prompts: Sequence[Prompt]) -> str:
+    """One line about the first fault, and which prompts fail for the same reason."""
+    first, *others = sorted(faults)
+    fault = faults[first]
+    alike = [index for index in others if faults[index].reason == fault.reason]
+    where = f"prompt {prompts[first].id!r}"
+    if len(alike) == 1:
+        where += f" and {prompts[alike[0]].id!r}"
+    elif alike:
+        where += f" and {len(alike)} others up to {prompts[alike[-1]].id!r}"
+    return (
+        f"reward {name!r}, {where}: {fault.detail}; mend it, or leave such responses out with "
+        "on_error=mask"
+    )
+
+
+def _all_wrong(count: int, reason: str, detail: str) -> tuple[np.ndarray, dict[int, _Fault]]:
+    return np.full(count, np.nan), dict.fromkeys(range(count), _Fault(reason, detail))
+
+
+def _out_of_range(values: np.ndarray) -> dict[int, _Fault]:
+    """The values a loss in float32 can't hold."""
+    faults = {}
+    for index in np.flatnonzero(~(np.abs(values) <= _LARGEST)).tolist():
+        reason = "too large" if math.isfinite(values[index]) else "not finite"
+        faults[index] = _Fault(reason, f"the score {values[index]:g} is {reason}")
+    return faults
+
+
+def _given(values: np.ndarray, count: int) -> tuple[np.ndarray, dict[int, _Fault]]:
+    array = np.asarray(values)
+    if array.shape != (count,):
+        return _all_wrong(count, "wrong length", f"has shape {array.shape} for {count} responses")
+    if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
+        return _all_wrong(count, "not a number", f"got {array.dtype} scores")
+    return array.astype(np.float64), {}
+
+
+def _each(
+    scorer: Callable[[Prompt, str], float], prompts: Sequence[Prompt], responses: Sequence[str]
+) -> tuple[np.ndarray, dict[int, _Fault]]:
+    """A scorer's values, one response at a time; its UserErrors are faults of single examples."""
+    values, faults = np.full(len(responses), np.nan), {}
+    for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        try:
+            values[index] = scorer(prompt, response)
+        except UserError as error:
+            faults[index] = _Fault("no reference", str(error))
+    return values, faults
+
+
+def _verifiers(pattern: str) -> dict[str, Callable[[Prompt, str], float]]:
+    """The scorers that need the prompt's record and the response only."""
+    try:
+        search = re.compile(pattern).search
+    except re.error as error:
+        raise UserError(f"rewards: pattern {pattern!r} is no regular expression: {error}") from None
+    return {
+        "gold": lambda prompt, response: gold_score(prompt, response).total,
+        "correct": lambda prompt, response: float(is_correct(prompt, response)),
+        "number": _number_matches,
+        "exact": _is_reference,
+        "regex": lambda prompt, response: float(search(response) is not None),
+    }
+
+
+def _number_matches(prompt: Prompt, response: str) -> float:
+    wanted = last_number(_reference(prompt, "answer"))
+    if wanted is None:
+        raise UserError(f"meta['answer'] holds no number: {prompt.meta['answer']!r}")
+    return float(last_number(response) == wanted)
+
+
+def _is_reference(prompt: Prompt, response: str) -> float:
+    return float(response.strip() == _reference(prompt, "answer", "reference").strip())
+
+
+def _reference(prompt: Prompt, *keys: str) -> str:
+    for key in keys:
+        if key in prompt.meta:
+            return prompt.meta[key]
+    wanted = " or ".join(f"meta[{key!r}]" for key in keys)
+    raise UserError(f"the record has no {wanted} to compare with")
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number of a text, exactly, or None: "… is $1,234.50." → 1234.50, "7-5" → 5."""
+    matches = [*_NUMBER.finditer(text)]
+    if not matches:
+        return None
+    found = matches[-1]
+    minus = any(sign in found[0] for sign in "-−")
+    return Decimal(("-" if minus else "") + found[1].replace(",", ""))

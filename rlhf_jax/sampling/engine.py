@@ -1,0 +1,184 @@
+"""Slots that decode together: prompts are prefilled, copied into slots and continued there.
+
+A slot's numbers depend on its own prompt and random stream alone, not on the slot or on what the
+others hold: products and sums are row by row, and what an earlier completion left in the cache lies
+behind the mask with weight 0 exactly.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.models import ModelConfig, apply, init_cache, logits
+from rlhf_jax.sampling.samplers import penalise, sample, uniforms
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn: see `samplers.sample`. None leaves a step out of the compiled code."""
+
+    temperature: Any  # None: the most likely token
+    top_k: Any
+    top_p: Any
+    min_p: Any
+    repetition_penalty: Any
+    allowed: Any  # bool [V] or None
+    stop: Any  # bool [V], the tokens that end a completion
+    limit: int  # tokens of a completion
+
+
+class Prefilled(NamedTuple):
+    """P prompts, ready to be copied into slots; their caches are as long as their bucket."""
+
+    cache: dict[str, Any]
+    hidden: jax.Array  # [P, width] at each prompt's last token
+    seen: jax.Array | None  # bool [P, V], the prompt's tokens
+
+
+class Slots(NamedTuple):
+    """B completions under way, in caches of S positions."""
+
+    cache: dict[str, Any]
+    hidden: jax.Array  # [B, width], which the next token is drawn from
+    seen: jax.Array | None  # bool [B, V], the tokens so far, for the repetition penalty
+    keys: jax.Array  # [B] random keys from `row_keys`
+    drawn: jax.Array  # int32 [B], tokens of the completion
+    active: jax.Array  # bool [B]
+    finished: jax.Array  # bool [B], ended by a stop token
+    tokens: jax.Array  # int32 [B, S], the first `drawn` of each row
+    logprobs: jax.Array  # f32 [B, S], nats
+    steps: jax.Array  # int32, steps of the latest `advance`
+
+
+@partial(jax.jit, static_argnames=("config", "batch", "length", "penalised"))
+def empty(config: ModelConfig, batch: int, length: int, penalised: bool) -> Slots:
+    """`batch` idle slots with caches of `length` positions."""
+    return Slots(
+        cache=init_cache(config, batch, length),
+        hidden=jnp.zeros((batch, config.width), config.compute_dtype),
+        seen=jnp.zeros((batch, config.vocab_size), bool) if penalised else None,
+        keys=jnp.broadcast_to(jax.random.key(0), (batch,)),
+        drawn=jnp.zeros(batch, jnp.int32),
+        active=jnp.zeros(batch, bool),
+        finished=jnp.zeros(batch, bool),
+        tokens=jnp.zeros((batch, length), jnp.int32),
+        logprobs=jnp.zeros((batch, length), jnp.float32),
+        steps=jnp.int32(0),
+    )
+
+
+@partial(jax.jit, static_argnames=("config", "penalised"))
+def prefill(
+    config: ModelConfig, params: Any, prompts: jax.Array, lengths: jax.Array, penalised: bool
+) -> Prefilled:
+    """Reads prompts int32 [P, T], padded on the right, of lengths int32 [P]; 0 is an unused row."""
+    rows, longest = prompts.shape
+    bare = init_cache(config, rows, longest)
+    hidden, cache = apply(config, params, prompts, cache=bare, prompt_lengths=lengths)
+    last = jnp.maximum(lengths - 1, 0)[:, None, None]
+    seen = None
+    if penalised:
+        real = jnp.where(jnp.arange(longest) < lengths[:, None], prompts, config.vocab_size)
+        seen = jnp.zeros((rows, config.vocab_size), bool)
+        seen = seen.at[jnp.arange(rows)[:, None], real].set(True, mode="drop")
+    return Prefilled(cast(dict, cache), jnp.take_along_axis(hidden, last, axis=1)[:, 0], seen)
+
+
+@jax.jit
+def row_keys(key: jax.Array, streams: jax.Array) -> jax.Array:
+    """Random keys [R] of the streams uint32 [R, 2]: prompt id and sample."""
+    return jax.vmap(lambda s: jax.random.fold_in(jax.random.fold_in(key, s[0]), s[1]))(streams)
+
+
+@partial(jax.jit, donate_argnames="slots")
+def insert(
+    slots: Slots, prefilled: Prefilled, keys: jax.Array, sources: jax.Array, places: jax.Array
+) -> Slots:
+    """Copies prompts sources[r] into slots places[r], to be continued there under keys[r].
+
+    keys [R], sources and places int32 [R]. A place beyond the slots is dropped.
+    """
+
+    def put(old: Any, new: Any) -> jax.Array:
+        return old.at[places].set(new, mode="drop")
+
+    def put_cached(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[places, :, : new.shape[2]].set(new[sources], mode="drop")
+
+    cache, new = slots.cache, prefilled.cache
+    return slots._replace(
+        cache={
+            "keys": jax.tree.map(put_cached, cache["keys"], new["keys"]),
+            "values": jax.tree.map(put_cached, cache["values"], new["values"]),
+            "lengths": put(cache["lengths"], new["lengths"][sources]),
+        },
+        hidden=put(slots.hidden, prefilled.hidden[sources]),
+        seen=None if prefilled.seen is None else put(slots.seen, prefilled.seen[sources]),
+        keys=put(slots.keys, keys),
+        drawn=put(slots.drawn, 0),
+        active=put(slots.active, True),
+        finished=put(slots.finished, False),
+    )
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="slots")
+def advance(
+    config: ModelConfig,
+    params: Any,
+    slots: Slots,
+    sampling: Sampling,
+    live: jax.Array,
+    enough: jax.Array | int,
+    steps: jax.Array | int,
+) -> Slots:
+    """Draws tokens until at most `enough` slots are still active or `steps` tokens were drawn.
+
+    live: bool [B]; a slot where it is False stops being active at once.
+    """
+
+    def going(slots: Slots) -> jax.Array:
+        return (slots.steps < steps) & (slots.active.sum() > enough)
+
+    slots = slots._replace(active=slots.active & live, steps=jnp.int32(0))
+    return jax.lax.while_loop(going, partial(_step, config, params, sampling), slots)
+
+
+def _step(config: ModelConfig, params: Any, sampling: Sampling, slots: Slots) -> Slots:
+    """One token more in each active slot; an idle one repeats itself at a place that is masked."""
+    scores = logits(config, params, slots.hidden)
+    if slots.seen is not None:
+        scores = penalise(scores, slots.seen, sampling.repetition_penalty)
+    greedy = sampling.temperature is None
+    token, logprob = sample(
+        scores,
+        None if greedy else uniforms(slots.keys, slots.drawn),
+        1.0 if greedy else sampling.temperature,
+        sampling.allowed,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+    )
+    batch, room = slots.tokens.shape
+    rows = jnp.arange(batch)
+    place = (rows, jnp.where(slots.active, slots.drawn, room))
+    drawn = slots.drawn + slots.active
+    finished = slots.finished | (slots.active & sampling.stop[token])
+    active = slots.active & ~finished & (drawn < sampling.limit)
+    hidden, grown = apply(config, params, token[:, None], cache=slots.cache)
+    # A token that ends its completion is never read back: its cache does not grow.
+    cache = {**cast(dict, grown), "lengths": slots.cache["lengths"] + active}
+    seen = slots.seen
+    return slots._replace(
+        cache=cache,
+        hidden=hidden[:, 0],
+        seen=None if seen is None else seen.at[rows, token].set(True),
+        drawn=drawn,
+        active=active,
+        finished=finished,
+        tokens=slots.tokens.at[place].set(token, mode="drop"),
+        logprobs=slots.logprobs.at[place].set(logprob, mode="drop"),
+        steps=slots.steps + 1,
+    )

@@ -1,0 +1,243 @@
+"""On-policy reinforcement learning: a chat model, prompts and a reward → an aligned model.
+
+PPO with a critic, GRPO, Dr.GRPO, DAPO, RLOO, REINFORCE++, GSPO and CISPO are one loop that differs
+in `advantage`, `loss` and `kl`: see `defaults.ALGORITHMS`. Gold and proxy reward stand side by side
+at every evaluation, because that is where over-optimisation shows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from rlhf_jax.data.pipeline import make_dataset, make_iterator
+from rlhf_jax.data.town.gold import gold_score, is_correct
+from rlhf_jax.evaluation.rows import response_logprobs
+from rlhf_jax.evaluation.statistics import bootstrap_interval
+from rlhf_jax.stages.chat import evaluate_chat
+from rlhf_jax.stages.common import pack_texts, parse_sources, read_records, write_jsonl
+from rlhf_jax.stages.reward import with_score_head
+from rlhf_jax.stages.rollouts import (
+    Judge,
+    PromptSet,
+    Samples,
+    pack_samples,
+    read_prompts,
+    sample_answers,
+    text_task,
+)
+from rlhf_jax.training.loop import train
+from rlhf_jax.training.mesh import make_mesh
+from rlhf_jax.training.metrics import read_metrics
+from rlhf_jax.training.model import Model, load_model, save_model
+from rlhf_jax.training.on_policy import Iteration, OnPolicyState, make_iteration
+from rlhf_jax.training.rundir import RunDirectory
+
+VIEWS, TIMELINE = 6, 4  # samples a report shows token by token, and over time
+
+
+def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
+    """Optimises `init.policy` for `reward.scorers`; returns the metrics of summary.json."""
+    policy = load_model(parents["policy"], **config.compute)
+    mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
+    sources = parse_sources(config.data.train)
+    sets = [read_prompts(config, policy.tokenizer, source, "train") for source in sources]
+    prompts = PromptSet([r for s in sets for r in s.records], [t for s in sets for t in s.tokens])
+    held_out = read_prompts(config, policy.tokenizer, config.eval.source, "validation")
+    held_out = held_out.take(range(min(config.eval.during, len(held_out.records))))
+    rows = [each.arrays() for each in sets]
+    drawn = config.rollout.prompts * (1 + config.rollout.resample)
+    batches = make_iterator(
+        make_dataset(rows, drawn, seed=config.seed, weights=[*sources.values()])
+    )
+
+    texts = None
+    if config.loss.ptx_coefficient:
+        records = read_records(config, config.data.ptx, "text", "train")
+        packed = pack_texts(config, f"{config.data.ptx} (ptx)", records, policy.tokenizer, "split")
+        texts = make_dataset(packed, config.batch.rows, seed=config.seed)
+
+    with Judge(config, parents, policy) as judge:
+        task = text_task(config, policy, prompts, judge, mesh, texts)
+        iteration = make_iteration(config, task, policy.params, mesh=mesh)
+        state = iteration.init(policy.params, critic_params(config, policy, judge))
+        evaluation = partial(evaluate, config, run.path, policy, held_out, judge, iteration)
+        state, rates = train(
+            state,
+            iteration.step,
+            batches,
+            steps=config.train.steps,
+            run=run,
+            log_every=config.train.log_every,
+            checkpoint_every=config.train.checkpoint_every,
+            keep_last=config.train.keep_last,
+            evaluations=[(config.train.eval_every or config.train.steps, evaluation)],
+            max_skipped=config.train.max_skipped,
+            tokens=iteration.tokens,
+            tokenizer_hash=policy.tokenizer.hash,
+            tensorboard=config.train.tensorboard,
+            wandb=config.train.wandb or None,
+        )
+    model = dataclasses.replace(policy, params=state.policy.params)
+    save_model(run.path, model)
+    evaluations = [line for line in read_metrics(run.path / "metrics.jsonl") if "eval/kl" in line]
+    report = _report(run.path, evaluations)
+    metrics = evaluate_chat(config, run.path, model, parents["policy"], further=report)
+    return {**evaluations[-1], **metrics, **rates} | {"eval/sampled_kl": evaluations[-1]["eval/kl"]}
+
+
+def critic_params(config: ConfigDict, policy: Model, judge: Judge) -> Any:
+    """Where the critic starts: from the reward model if there is one, else from the policy's body.
+
+    A reward model's score of a prefix already is a guess of its value; a fresh head starts at 0.
+    """
+    if config.advantage.name != "gae":
+        return None
+    if judge.models and judge.models[0].config.width == policy.config.width:
+        first = judge.models[0]
+        mean, std = first.normalization if config.reward.normalize else (0.0, 1.0)
+        del mean  # a head has no bias; the critic learns the offset
+        head = {"kernel": first.params["score_head"]["kernel"] / std}
+        return {**first.params, "score_head": head}
+    value = with_score_head(policy, config.seed).params
+    return {**value, "score_head": jax.tree.map(np.zeros_like, value["score_head"])}
+
+
+def evaluate(
+    config: ConfigDict,
+    run: Path,
+    policy: Model,
+    held_out: PromptSet,
+    judge: Judge,
+    iteration: Iteration,
+    state: OnPolicyState,
+) -> dict[str, float]:
+    """Gold and proxy reward of answers to held-out prompts, sampled at temperature 1, and their KL.
+
+    Also keeps what the report shows: the answers now, and the newest samples token by token.
+    """
+    model = dataclasses.replace(policy, params=state.policy.params)
+    samples = sample_answers(config, model, held_out, samples=1, seed=config.seed, temperature=1.0)
+    rows = pack_samples(
+        samples,
+        row_length=config.data.row_length,
+        max_prompt=config.rollout.max_prompt_tokens,
+        max_new=config.rollout.max_new_tokens,
+        multiple=config.batch.rows,
+    )
+    scores = judge.score(samples, rows)
+    kl = _log_ratios(config, model, policy, rows)
+    low, high = bootstrap_interval(kl, config.seed)
+    metrics = {
+        "eval/proxy_reward": float(np.nanmean(scores.total)),
+        "eval/kl": float(kl.mean()),
+        "eval/kl_low": low,
+        "eval/kl_high": high,
+        "eval/response_length": float(np.mean([len(c.tokens) for c in samples.completions])),
+        "eval/eos_rate": float(np.mean([c.finished for c in samples.completions])),
+    }
+    found = {"proxy": scores.total}
+    if config.eval.gold:
+        pairs = list(zip(held_out.records, samples.texts, strict=True))
+        found["gold"] = np.array([gold_score(p, text).total for p, text in pairs])
+        metrics["eval/gold_reward"] = float(found["gold"].mean())
+        metrics["eval/sampled_correct"] = float(np.mean([is_correct(p, t) for p, t in pairs]))
+    _keep_timeline(run, int(state.iteration), samples, found)
+    write_jsonl(run / "views.jsonl", token_views(policy, iteration))
+    return metrics
+
+
+def token_views(policy: Model, iteration: Iteration) -> list[dict[str, Any]]:
+    """The newest rollout's first few samples: tokens with their advantage, KL and value."""
+    if not iteration.last:
+        return []
+    rollouts, arrays = iteration.last["rollouts"], iteration.last["arrays"]
+    samples: Samples = rollouts.samples
+    step = len(samples.completions) // min(VIEWS, len(samples.completions))
+    views = []
+    for n in range(0, step * min(VIEWS, len(samples.completions)), step):
+        tokens = samples.completions[n].tokens
+        values = {
+            "advantage": arrays["advantages"][n],
+            "kl": arrays["old_logprobs"][n] - arrays["ref_logprobs"][n],
+        }
+        if "old_values" in arrays:
+            values["value"] = arrays["old_values"][n]
+        record = samples.prompts.records[n // samples.each]
+        views.append(
+            {
+                "title": f"iteration {rollouts.version + 1}, score {rollouts.scores[n]:.2f}",
+                "prompt": [{"role": m.role, "content": m.content} for m in record.messages],
+                "tokens": [policy.tokenizer.decode([t]) or "⏹" for t in tokens],
+                "values": {k: [float(x) for x in v[: len(tokens)]] for k, v in values.items()},
+            }
+        )
+    return views
+
+
+def _log_ratios(config: ConfigDict, model: Model, reference: Model, rows) -> np.ndarray:
+    """log π(y|x) − log π_ref(y|x) of every packed answer: [N] nats."""
+    batch_rows, real = config.eval.batch_rows, rows["members"].ravel() >= 0
+
+    def logprobs(model: Model) -> np.ndarray:
+        return response_logprobs(model.config, model.params, rows, batch_rows).ravel()[real]
+
+    return logprobs(model) - logprobs(reference)
+
+
+def _keep_timeline(run: Path, step: int, samples: Samples, scores: Mapping[str, np.ndarray]):
+    """Appends the answers to the first few prompts; a step that is done again replaces its own."""
+    path = run / "timeline.jsonl"
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    kept = [json.loads(line) for line in lines]
+    new = {
+        "step": step,
+        "prompts": [
+            [{"role": m.role, "content": m.content} for m in record.messages]
+            for record in samples.prompts.records[:TIMELINE]
+        ],
+        "answers": list(samples.texts[:TIMELINE]),
+        "scores": [
+            {name: float(values[i]) for name, values in scores.items()}
+            for i in range(min(TIMELINE, len(samples.texts)))
+        ],
+    }
+    write_jsonl(path, [*(line for line in kept if line["step"] < step), new])
+
+
+def _report(run: Path, evaluations: list[dict[str, float]]) -> dict[str, Any]:
+    """What evaluation.json holds beside tables and plots: frontier, samples over time, tokens."""
+    lines = [json.loads(text) for text in (run / "timeline.jsonl").read_text("utf-8").splitlines()]
+    views = [json.loads(text) for text in (run / "views.jsonl").read_text("utf-8").splitlines()]
+    frontier: dict[str, Any] = {"bound": False}
+    for name, metric in (
+        ("kl", "eval/kl"),
+        ("gold", "eval/gold_reward"),
+        ("proxy", "eval/proxy_reward"),
+    ):
+        if metric in evaluations[-1]:
+            frontier[name] = [line[metric] for line in evaluations]
+    timeline = [
+        {
+            "prompt": prompt,
+            "answers": [
+                {"step": line["step"], "text": line["answers"][i], "scores": line["scores"][i]}
+                for line in lines
+            ],
+        }
+        for i, prompt in enumerate(lines[-1]["prompts"])
+    ]
+    figure = {
+        "kind": "frontier",
+        "title": "Gold and proxy reward against distance from the reference",
+        "series": {run.name: frontier},
+    }
+    return {"frontier": frontier, "timeline": timeline, "token_views": views, "plots": [figure]}

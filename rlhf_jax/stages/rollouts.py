@@ -1,0 +1,442 @@
+"""Text rollouts: prompts → sampled answers → rewards, and the rows a policy is trained on.
+
+An answer is never made of text again: the tokens that were sampled are the tokens that are scored
+and trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from rlhf_jax.data.chat import decode_text, render_prompt
+from rlhf_jax.data.packing import Arrays, Group, pack_groups
+from rlhf_jax.data.pipeline import pad_rows, random_bits
+from rlhf_jax.data.records import Prompt
+from rlhf_jax.data.tokenizer import END, Tokenizer
+from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.rows import map_rows
+from rlhf_jax.losses.advantages import zero_variance
+from rlhf_jax.losses.cross_entropy import token_cross_entropy
+from rlhf_jax.models.scoring import target_kl, target_statistics, target_values
+from rlhf_jax.rewards import (
+    Normalization,
+    Scores,
+    TextScorers,
+    combine_members,
+    member_scores,
+    parse_rewards,
+    stack_members,
+)
+from rlhf_jax.sampling.generate import Completion, generate
+from rlhf_jax.stages.common import read_records, say
+from rlhf_jax.training.mesh import batch_shards
+from rlhf_jax.training.model import Model, load_model
+from rlhf_jax.training.on_policy import Rollouts, Task
+
+SEQUENCES = (
+    16  # places for sequences in a row are a multiple of it, so that few shapes are compiled
+)
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts to sample from: their records and their tokens."""
+
+    records: Sequence[Prompt]
+    tokens: Sequence[Sequence[int]]
+
+    def take(self, indices: Sequence[int]) -> PromptSet:
+        """Those of the indices, in that order."""
+        return PromptSet([self.records[i] for i in indices], [self.tokens[i] for i in indices])
+
+    def arrays(self) -> Arrays:
+        """A data set of one row a prompt, for `pipeline.make_dataset`."""
+        return {
+            "tokens": np.zeros((len(self.records), 1), np.int32),
+            "row_ids": np.arange(len(self.records), dtype=np.int32),
+        }
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Answers to P prompts, G to each, those of a prompt together: N = P·G."""
+
+    prompts: PromptSet
+    completions: Sequence[Completion]
+    texts: Sequence[str]
+
+    @property
+    def each(self) -> int:
+        return len(self.completions) // len(self.prompts.records)
+
+    def take(self, prompts: Sequence[int]) -> Samples:
+        """The answers to some of the prompts."""
+        chosen = [i * self.each + k for i in prompts for k in range(self.each)]
+        return Samples(
+            self.prompts.take(prompts),
+            [self.completions[n] for n in chosen],
+            [self.texts[n] for n in chosen],
+        )
+
+    @staticmethod
+    def joined(parts: Sequence[Samples]) -> Samples:
+        """All of them, in order."""
+        prompts = PromptSet(
+            [r for part in parts for r in part.prompts.records],
+            [t for part in parts for t in part.prompts.tokens],
+        )
+        return Samples(
+            prompts,
+            [c for part in parts for c in part.completions],
+            [t for part in parts for t in part.texts],
+        )
+
+
+def read_prompts(config: ConfigDict, tokenizer: Tokenizer, source: str, split: str) -> PromptSet:
+    """The prompts of a source that leave room for an answer; the others are counted."""
+    limit = config.rollout.max_prompt_tokens
+    records = read_records(config, source, "prompt", split)
+    tokens = [render_prompt(record.messages, tokenizer) for record in records]
+    kept = [i for i, ids in enumerate(tokens) if len(ids) <= limit]
+    say(f"{source} ({split}) prompts", {"read": len(records), "too long": len(records) - len(kept)})
+    if not kept:
+        raise UserError(
+            f"none of the {len(records)} prompts of {source!r} has at most "
+            f"rollout.max_prompt_tokens = {limit} tokens"
+        )
+    return PromptSet(records, tokens).take(kept)
+
+
+def sample_answers(
+    config: ConfigDict,
+    model: Model,
+    prompts: PromptSet,
+    *,
+    samples: int,
+    seed: int,
+    temperature: float | None = None,
+    ids: Sequence[int] | None = None,
+) -> Samples:
+    """`samples` answers to each prompt by the engine, by default at the rollout's temperature.
+
+    `ids` name the prompts in the random numbers, by default their place.
+    """
+    rollout = config.rollout
+    completions = generate(
+        model.config,
+        model.params,
+        prompts.tokens,
+        max_new_tokens=rollout.max_new_tokens,
+        seed=seed,
+        temperature=rollout.temperature if temperature is None else temperature,
+        stop_ids=(END,),
+        samples_per_prompt=samples,
+        prompt_ids=ids,
+        batch_size=rollout.slots,
+        cache_length=rollout.max_prompt_tokens + rollout.max_new_tokens,
+    )
+    texts = [decode_text(c.tokens, model.tokenizer) for c in completions]
+    return Samples(prompts, completions, texts)
+
+
+def pack_samples(
+    samples: Samples, *, row_length: int, max_prompt: int, max_new: int, multiple: int
+) -> Arrays:
+    """Rows of prompts with as many of their answers as always fit one; shapes are multiples.
+
+    Beside the arrays of `pack_groups`, members [R, S] and slots, mask [R, S, T]: see `Rollouts`.
+    """
+    each = samples.each
+    fitting = [
+        k for k in range(1, each + 1) if each % k == 0 and max_prompt + k * max_new <= row_length
+    ]
+    if not fitting:
+        raise UserError(
+            f"data.row_length = {row_length} is less than rollout.max_prompt_tokens = {max_prompt} "
+            f"and rollout.max_new_tokens = {max_new} together"
+        )
+    share = fitting[-1]
+    groups = [
+        Group(
+            samples.prompts.tokens[first // each],
+            tuple(samples.completions[n].tokens for n in range(first, first + share)),
+            first // share,
+        )
+        for first in range(0, len(samples.completions), share)
+    ]
+    rows, _ = pack_groups(groups, row_length, branches=share)
+    rows = pad_rows(
+        rows, rows=multiple, slots=-(-row_length // 2), groups=max(1, SEQUENCES // share)
+    )
+    count = len(rows["valid"])
+    lengths = rows["lengths"].reshape(count, -1)
+    first = np.cumsum(lengths, axis=1) - lengths
+    span = np.arange(max_new)
+    mask = span < lengths[..., None]
+    branch = np.arange(share)
+    members = np.where(
+        rows["valid"][..., None] > 0, rows["example_ids"][..., None] * share + branch, -1
+    )
+    return rows | {
+        "members": members.reshape(count, -1).astype(np.int32),
+        "slots": np.where(mask, first[..., None] + span, 0).astype(np.int32),
+        "mask": mask.astype(np.float32),
+    }
+
+
+class Judge:
+    """Rewards of answers: a weighted sum of named scorers, reward models among them.
+
+    Use as a context manager: a user's reward function runs in a process of its own.
+
+    Raises:
+        UserError: a scorer that does not exist, a reward model with another tokenizer or without
+            the statistics to normalise its scores.
+    """
+
+    def __init__(self, config: ConfigDict, parents: Mapping[str, Path], policy: Model):
+        reward = config.reward
+        self._config = config
+        self.weights = parse_rewards(reward.scorers)
+        paths = [path for role, path in parents.items() if role.startswith("reward")]
+        models = [load_model(path, **config.compute) for path in paths]
+        self._members = self._normalizations = None
+        if "model" in self.weights:
+            if not models:
+                raise UserError("reward.scorers names a 'model', but there is no init.reward")
+            for path, model in zip(paths, models, strict=True):
+                if model.tokenizer.hash != policy.tokenizer.hash:
+                    raise UserError(f"{path} has another tokenizer than the policy")
+                if reward.normalize and model.normalization is None:
+                    raise UserError(
+                        f"{path} was saved without the statistics of its scores: train it anew, or "
+                        "set reward.normalize = False"
+                    )
+            self._members = stack_members([model.params for model in models])
+            self._score = jax.jit(partial(member_scores, models[0].config))
+            self._normalizations = [
+                Normalization(*model.normalization)
+                if reward.normalize and model.normalization
+                else Normalization(0.0, 1.0)
+                for model in models
+            ]
+        self.models = models
+        self._texts = TextScorers(
+            self.weights,
+            pattern=reward.pattern,
+            timeout_seconds=reward.timeout_seconds,
+            on_error=reward.on_error,
+        )
+
+    def __enter__(self) -> Judge:
+        self._texts.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._texts.__exit__(*error)
+
+    def score(self, samples: Samples, rows: Arrays) -> Scores:
+        """Scores [N] of the samples; `rows` are those packed from them."""
+        given = {}
+        if self._members is not None:
+            given["model"] = self._model_scores(rows)
+        prompts = [p for p in samples.prompts.records for _ in range(samples.each)]
+        lengths = [len(c.tokens) for c in samples.completions]
+        return self._texts.score(prompts, samples.texts, lengths=lengths, given=given)
+
+    def _model_scores(self, rows: Arrays) -> np.ndarray:
+        config, packed = self._config.reward, {k: rows[k] for k in _READ_BY_MODELS}
+
+        def by_row(params, batch):
+            return self._score(params, batch).swapaxes(0, 1)  # rows first: [B, members, P, K]
+
+        found = map_rows(by_row, self._members, packed, self._config.eval.batch_rows)
+        flat = found.swapaxes(0, 1).reshape(found.shape[1], -1)
+        members = rows["members"].ravel()
+        scores = np.empty((len(flat), int(members.max()) + 1))
+        scores[:, members[members >= 0]] = flat[:, members >= 0]
+        normal = [n.apply(s) for n, s in zip(self._normalizations, scores, strict=True)]
+        return np.asarray(combine_members(np.stack(normal), config.ensemble, config.ensemble_k))
+
+
+_READ_BY_MODELS = (
+    *("tokens", "positions", "segment_ids", "branch_ids", "sources", "targets", "weights"),
+    *("row_ids", "last", "lengths", "valid", "example_ids", "sequences"),
+)
+
+
+def text_task(
+    config: ConfigDict,
+    policy: Model,
+    prompts: PromptSet,
+    judge: Judge,
+    mesh: Any,
+    texts: Any = None,
+) -> Task:
+    """What `on_policy.make_iteration` trains on: answers to the prompts of a batch's row_ids.
+
+    `texts`, a data set of packed raw text, is the pre-training mix (PPO-ptx of InstructGPT,
+    https://arxiv.org/abs/2203.02155): every update takes its next batch.
+    """
+    temperature = config.rollout.temperature
+    value_shape = dataclasses.replace(policy.config, head="scalar")
+
+    def rollout(params: Any, batch: Mapping[str, np.ndarray], number: int) -> Rollouts:
+        model = dataclasses.replace(policy, params=params)
+        return text_rollout(config, model, prompts, batch["row_ids"], judge, mesh, number)
+
+    def text_rows(update: int) -> Arrays:
+        return {f"ptx/{name}": array for name, array in texts[update].items()}
+
+    def text_loss(params: Any, batch: Mapping[str, jax.Array]):
+        rows = {k.removeprefix("ptx/"): v for k, v in batch.items() if k.startswith("ptx/")}
+        statistics = target_statistics(policy.config, params, rows)
+        total, _ = token_cross_entropy(statistics, rows["weights"])
+        return total, {"loss/ptx": total}
+
+    return Task(
+        rollout=rollout,
+        statistics=partial(_statistics, policy.config, temperature),
+        values=partial(target_values, value_shape) if config.advantage.name == "gae" else None,
+        exact_kl=partial(target_kl, policy.config, temperature=temperature)
+        if config.kl.exact_rows
+        else None,
+        dtype=policy.config.compute_dtype,
+        extra_rows=text_rows if texts is not None else None,
+        extra_loss=text_loss if texts is not None else None,
+    )
+
+
+def _statistics(shape, temperature, params, batch):
+    return target_statistics(shape, params, batch, temperature=temperature)
+
+
+def text_rollout(
+    config: ConfigDict,
+    model: Model,
+    prompts: PromptSet,
+    chosen: np.ndarray,
+    judge: Judge,
+    mesh: Any,
+    number: int,
+) -> Rollouts:
+    """Samples, scores and packs one iteration's answers: rollout.prompts × rollout.samples.
+
+    With `rollout.filter_zero_std`, prompts whose answers all score the same are left out, and the
+    next of the batch take their place while there are any (dynamic sampling as in DAPO,
+    https://arxiv.org/abs/2503.14476; `rollout.resample` batches at most).
+    """
+    rollout = config.rollout
+    wanted, each = rollout.prompts, rollout.samples
+    (seed,) = random_bits([number], config.seed) >> np.uint64(33)
+    pack = partial(
+        pack_samples,
+        row_length=config.data.row_length,
+        max_prompt=rollout.max_prompt_tokens,
+        max_new=rollout.max_new_tokens,
+        multiple=row_multiple(config, mesh),
+    )
+    parts, scored, sampled, uniform = [], [], 0, 0
+    kept: list[tuple[int, int]] = []  # (block, prompt) with something to learn from
+    spare: list[tuple[int, int]] = []
+    for block in range(1 + rollout.resample):
+        indices = chosen[block * wanted : (block + 1) * wanted]
+        places = range(block * wanted, (block + 1) * wanted)
+        samples = sample_answers(
+            config,
+            model,
+            prompts.take([int(i) for i in indices]),
+            samples=each,
+            seed=int(seed),
+            ids=places,
+        )
+        rows = pack(samples)
+        scores = judge.score(samples, rows)
+        parts.append(samples)
+        scored.append(scores)
+        sampled += sum(len(c.tokens) for c in samples.completions)
+        same = np.asarray(
+            zero_variance(
+                np.nan_to_num(scores.total).reshape(-1, each),
+                np.float32(scores.valid).reshape(-1, each),
+            )
+        )
+        uniform += int(same.sum())
+        dull = same if rollout.filter_zero_std else np.zeros_like(same)
+        kept += [(block, i) for i in np.flatnonzero(~dull)]
+        spare += [(block, i) for i in np.flatnonzero(dull)]
+        if len(kept) >= wanted:
+            break
+    groups = sorted((kept + spare)[:wanted])
+    useful = np.repeat([group in set(kept) for group in groups], each)
+    if len(parts) > 1:
+        samples = Samples.joined(parts).take([b * wanted + i for b, i in groups])
+        rows = pack(samples)
+    order = np.concatenate([np.arange(each) + (b * wanted + i) * each for b, i in groups])
+    components = {
+        name: np.concatenate([s.components[name] for s in scored])[order]
+        for name in scored[0].components
+    }
+    total = np.concatenate([s.total for s in scored])[order]
+    weights = np.concatenate([s.valid for s in scored])[order] & useful
+    finished = np.array([c.finished for c in samples.completions])
+    if rollout.truncated == "mask":
+        weights &= finished
+    metrics = {f"rewards/{name}/mean": float(np.nanmean(x)) for name, x in components.items()}
+    metrics |= {f"rewards/{name}/std": float(np.nanstd(x)) for name, x in components.items()}
+    failures = sum(sum(s.failures.values()) for s in scored)
+    return Rollouts(
+        rows=rows,
+        mask=_padded([np.ones(len(c.tokens)) for c in samples.completions], rollout.max_new_tokens),
+        logprobs=_padded([c.logprobs for c in samples.completions], rollout.max_new_tokens),
+        scores=np.where(weights, np.nan_to_num(total), 0.0),
+        weights=weights.astype(np.float32),
+        finished=finished,
+        greedy_scores=_greedy_scores(config, model, samples.prompts, judge, pack),
+        metrics=metrics
+        | {
+            "rollout/tokens": float(sampled),
+            "rollout/blocks": float(len(parts)),
+            "rollout/zero_std_groups": float(uniform),
+            "rewards/failures": float(failures),
+        },
+        version=number,
+        samples=samples,
+    )
+
+
+def row_multiple(config: ConfigDict, mesh: Any) -> int:
+    """What an iteration's rows are a multiple of, so that few shapes are compiled."""
+    part = config.batch.rows
+    if part % (config.batch.microbatches * batch_shards(mesh)):
+        raise UserError(
+            f"batch.rows = {part} does not split into batch.microbatches = "
+            f"{config.batch.microbatches} over {batch_shards(mesh)} devices"
+        )
+    return part * config.train.minibatches
+
+
+def _greedy_scores(config, model, prompts, judge, pack) -> np.ndarray:
+    """[P] scores of the greedy answers for ReMax; zeros for the others, who don't ask."""
+    if config.advantage.name != "remax":
+        return np.zeros(len(prompts.records))
+    greedy = sample_answers(config, model, prompts, samples=1, seed=0, temperature=0.0)
+    scores = judge.score(greedy, pack(greedy))
+    return np.where(scores.valid, np.nan_to_num(scores.total), 0.0)
+
+
+def _padded(values: Sequence[np.ndarray], length: int) -> np.ndarray:
+    """f32 [N, length] of values shorter than that."""
+    padded = np.zeros((len(values), length), np.float32)
+    for row, value in zip(padded, values, strict=True):
+        row[: len(value)] = value
+    return padded

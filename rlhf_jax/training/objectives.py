@@ -1,0 +1,315 @@
+"""From scores to advantages, and from advantages to a loss: the losses put together by a config.
+
+Arrays are [N, T]: N sampled sequences, the samples of a prompt together, T response slots. What a
+field of the config means stands in `stages/defaults.py`, its equation in `losses/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.losses.advantages import gae, group_advantages, remax, reward_to_go, whiten
+from rlhf_jax.losses.checks import check_choice
+from rlhf_jax.losses.cross_entropy import TokenStatistics
+from rlhf_jax.losses.policy import (
+    AGGREGATIONS,
+    aggregate,
+    check_policy_options,
+    importance_weights,
+    kl_loss,
+    policy_loss,
+    value_loss,
+)
+from rlhf_jax.losses.reductions import Reduction
+from rlhf_jax.losses.shaping import (
+    ESTIMATORS,
+    kl_estimate,
+    missing_eos,
+    overlong_penalty,
+    token_rewards,
+)
+
+Metrics = dict[str, Any]
+ADVANTAGES = ("gae", "reward_to_go", "group", "remax")
+PLACEMENTS = ("reward", "loss", "none")
+
+
+class Sampled(NamedTuple):
+    """What was sampled and what is known of it before the first update."""
+
+    scores: jax.Array  # [N]
+    weights: jax.Array  # [N], 0 = a sequence that is left out
+    finished: jax.Array  # [N] bool, ended by itself
+    mask: jax.Array  # [N, T], 1 on response tokens, EOS included
+    logprobs: jax.Array  # [N, T] nats, of the policy that sampled, by the function that trains
+    ref_logprobs: jax.Array  # [N, T] nats
+    values: jax.Array  # [N, T], of the state before each token; 0 without a critic
+    last_values: jax.Array  # [N], of the state after the last token
+    greedy_scores: jax.Array  # [N / G], of the greedy answer to each prompt, for ReMax
+
+
+def check_objective(config: ConfigDict) -> None:
+    """UserError for a field of an on-policy config that cannot be followed."""
+    advantage, kl, loss, rollout = config.advantage, config.kl, config.loss, config.rollout
+    try:
+        check_choice("advantage.name", advantage.name, ADVANTAGES)
+        check_choice("kl.placement", kl.placement, PLACEMENTS)
+        check_choice("kl.estimator", kl.estimator, ESTIMATORS)
+        check_choice("kl.level", kl.level, ("token", "sequence"))
+        check_choice("loss.aggregation", loss.aggregation, AGGREGATIONS)
+        check_choice("loss.importance", loss.importance, ("none", "token", "sequence"))
+        check_choice("rollout.missing_eos", rollout.missing_eos, ("none", "subtract", "replace"))
+        check_choice("rollout.truncated", rollout.truncated, ("keep", "mask"))
+        check_policy_options(loss.name, parse_options(loss.options))
+    except ValueError as error:
+        raise UserError(f"config: {error}") from error
+    if kl.placement == "loss" and kl.estimator == "k1":
+        raise UserError(
+            "config: kl.estimator = 'k1' in the loss has no gradient on average and would "
+            "regularise nothing; use k2 or k3 there, or kl.placement = 'reward'"
+        )
+    if advantage.name == "group" and rollout.samples < 2 and advantage.baseline != "none":
+        raise UserError(
+            f"config: rollout.samples = {rollout.samples}: a baseline over the samples of a prompt "
+            "needs two or more of them"
+        )
+    truncating = {
+        "top_k": rollout.top_k > 0,
+        "top_p": rollout.top_p < 1,
+        "min_p": rollout.min_p > 0,
+    }
+    if any(truncating.values()):
+        name = next(name for name, on in truncating.items() if on)
+        raise UserError(
+            f"config: rollout.{name} = {rollout[name]}: what is trained is the whole distribution, "
+            "not its truncation, so ratios would not start at 1; sample with rollout.temperature "
+            "alone"
+        )
+    updates = config.train.epochs * config.train.minibatches
+    if rollout.max_staleness and updates - 1 > rollout.max_staleness:
+        raise UserError(
+            f"config: train.epochs x train.minibatches = {updates} updates would use samples up to "
+            f"{updates - 1} updates old, over rollout.max_staleness = {rollout.max_staleness}"
+        )
+
+
+def parse_options(spec: str) -> dict[str, Any]:
+    """ "gamma=1.6,divergence=js" → {"gamma": 1.6, "divergence": "js"}."""
+    options: dict[str, Any] = {}
+    for part in filter(None, spec.split(",")):
+        name, equals, value = (x.strip() for x in part.partition("="))
+        if not equals:
+            raise UserError(f"loss.options: {part!r} is not name=value")
+        try:
+            options[name] = float(value)
+        except ValueError:
+            options[name] = value
+    return options
+
+
+def shape_scores(config: ConfigDict, sampled: Sampled) -> jax.Array:
+    """[N] scores after what is taken off for answers that did not end or grew too long."""
+    rollout = config.rollout
+    scores = missing_eos(
+        sampled.scores,
+        sampled.finished,
+        mode=rollout.missing_eos,
+        penalty=rollout.missing_eos_penalty,
+    )
+    if rollout.overlong_buffer:
+        scores = scores + overlong_penalty(
+            sampled.mask.sum(-1), limit=rollout.max_new_tokens, buffer=rollout.overlong_buffer
+        )
+    return scores
+
+
+def advantages(
+    config: ConfigDict, sampled: Sampled, coefficient: jax.Array
+) -> tuple[dict[str, jax.Array], Metrics]:
+    """Advantages and returns [N, T] of what was sampled; metrics are scalars.
+
+    With `kl.placement = "reward"` every token pays coefficient · kl, so that what is maximised is
+    E[score] − coefficient · KL(π‖π_ref), whose optimum is known: π_ref · exp(score / coefficient).
+    """
+    options, mask = config.advantage, sampled.mask * sampled.weights[:, None]
+    scores = shape_scores(config, sampled)
+    kl = kl_estimate(sampled.logprobs, sampled.ref_logprobs, config.kl.estimator)
+    kl = jnp.where(mask > 0, kl, 0)
+    paid = coefficient if config.kl.placement == "reward" else jnp.zeros_like(coefficient)
+    rewards = token_rewards(scores, mask, kl, coefficient=paid)
+    totals = jnp.where(sampled.weights > 0, rewards.sum(-1), 0)
+    groups = totals.reshape(-1, config.rollout.samples)
+    returns = reward_to_go(rewards, mask, gamma=options.gamma)
+    match options.name:
+        case "gae":
+            bootstrap = jnp.where(sampled.finished, 0, sampled.last_values)
+            result, returns = gae(
+                rewards,
+                sampled.values,
+                mask,
+                gamma=options.gamma,
+                lam=options.lam,
+                bootstrap=bootstrap if options.bootstrap else None,
+            )
+        case "reward_to_go":
+            result = returns
+        case "group":
+            per_sequence = group_advantages(
+                groups,
+                mask=sampled.weights.reshape(groups.shape),
+                baseline=options.baseline,
+                scale=options.scale,
+                ddof=options.ddof,
+                eps=options.eps,
+            )
+            result = per_sequence.reshape(-1, 1) * mask
+        case _:
+            result = remax(groups, sampled.greedy_scores).reshape(-1, 1) * mask
+    metrics = _sampled_metrics(config, sampled, scores, rewards, kl, coefficient)
+    metrics |= _moments("advantages", result, mask)
+    if options.name == "gae":
+        metrics["val/explained_variance"] = _explained(sampled.values, returns, mask)
+    if options.whiten:
+        result = whiten(result, mask, ddof=int(options.ddof))
+    return {"advantages": result, "returns": returns}, metrics
+
+
+def policy_objective(
+    config: ConfigDict, statistics: TokenStatistics, batch: Mapping[str, jax.Array]
+) -> tuple[Reduction, dict[str, Reduction]]:
+    """((total, weight), metrics) of a minibatch: the policy loss, KL term and entropy bonus.
+
+    Args:
+        statistics: of the policy being trained, fields [N, T].
+        batch: [N, T] mask, old_logprobs, ref_logprobs, behaviour_logprobs, advantages; [N]
+            sequence_weights; [rows] kl_coefficient, one number repeated.
+    """
+    loss, mask, logprobs = config.loss, batch["mask"], statistics.logprobs
+    coefficient = batch["kl_coefficient"][0]
+    common: dict[str, Any] = {
+        "constant": config.rollout.max_new_tokens if loss.aggregation == "constant" else None,
+        "sequence_weights": batch["sequence_weights"],
+    }
+    importance = None
+    if loss.importance != "none":
+        importance = importance_weights(
+            batch["old_logprobs"],
+            batch["behaviour_logprobs"],
+            mask,
+            level=loss.importance,
+            cap=loss.importance_cap,
+            mode=loss.importance_mode,
+        )
+    (total, weight), metrics = policy_loss(
+        loss.name,
+        logprobs,
+        batch["old_logprobs"],
+        batch["advantages"],
+        mask,
+        importance=importance,
+        aggregation=loss.aggregation,
+        **common,
+        **parse_options(loss.options),
+    )
+    metrics["loss/policy_avg"] = metrics.pop("loss")
+    used = mask * batch["sequence_weights"][:, None]
+    ratio = jnp.exp(jnp.where(used > 0, logprobs - batch["old_logprobs"], 0))
+    one = jnp.ones(())
+    metrics["policy/ratio_max"] = jnp.max(ratio), one
+    metrics["policy/ratio_deviation"] = jnp.max(jnp.abs(ratio - 1)), one
+
+    entropy = aggregate(statistics.entropy, mask, loss.aggregation, **common)
+    metrics["policy/entropy"] = aggregate(
+        statistics.entropy, mask, "token_mean", sequence_weights=batch["sequence_weights"]
+    )
+    total = total - loss.entropy_coefficient * entropy[0]
+    if config.kl.placement == "loss":
+        per_token = kl_loss(
+            logprobs,
+            batch["ref_logprobs"],
+            mask,
+            estimator=config.kl.estimator,
+            level=config.kl.level,
+        )
+        penalty = aggregate(per_token, mask, loss.aggregation, **common)
+        total = total + coefficient * penalty[0]
+        metrics["loss/kl"] = penalty
+    return (total, weight), metrics | {"loss": (total, weight)}
+
+
+def value_objective(config: ConfigDict, values: jax.Array, batch: Mapping[str, jax.Array]):
+    """((total, weight), metrics) of the critic's values [N, T] against the returns."""
+    (total, weight), metrics = value_loss(
+        values,
+        batch["old_values"],
+        batch["returns"],
+        batch["mask"],
+        clip=config.critic.value_clip or None,
+        sequence_weights=batch["sequence_weights"],
+    )
+    renamed = {
+        "loss/value_avg": metrics["loss"],
+        "val/clipfrac": metrics["value/clipfrac"],
+        "loss": (total, weight),
+    }
+    return (total, weight), renamed
+
+
+def _sampled_metrics(config: ConfigDict, sampled: Sampled, scores, rewards, kl, coefficient):
+    """Standard names of what one looks at while a policy is trained."""
+    weights = sampled.weights
+    mask = sampled.mask * weights[:, None]
+    lengths = sampled.mask.sum(-1)
+    truncated = weights * ~sampled.finished
+    groups = (len(scores) // config.rollout.samples, config.rollout.samples)
+    spread = jnp.where(weights.reshape(groups) > 0, scores.reshape(groups), jnp.nan)
+    deviation = jnp.where(jnp.isnan(spread).all(-1), 0, jnp.nanstd(spread, axis=-1))
+    k1, k2, k3 = (
+        _mean((mask * kl_estimate(sampled.logprobs, sampled.ref_logprobs, k)).sum(-1), weights)
+        for k in ESTIMATORS
+    )
+    return {
+        "objective/scores": _mean(sampled.scores, weights),
+        "objective/shaped_scores": _mean(scores, weights),
+        "objective/kl": k1,
+        "objective/kl_k2": k2,
+        "objective/kl_k3": k3,
+        "objective/kl_coefficient": coefficient,
+        "objective/non_score_reward": -coefficient * _mean((mask * kl).sum(-1), weights),
+        "objective/rlhf_reward": _mean(scores, weights) - coefficient * k1,
+        "reward_std": jnp.mean(deviation),
+        "frac_reward_zero_std": jnp.mean(deviation == 0),
+        "completions/mean_length": _mean(lengths, weights),
+        "completions/max_length": jnp.max(lengths * weights),
+        "completions/mean_terminated_length": _mean(lengths, weights * sampled.finished),
+        "completions/mean_truncated_length": _mean(lengths, truncated),
+        "completions/clipped_ratio": _mean(truncated, weights),
+        "completions/eos_rate": _mean(sampled.finished, weights),
+        "completions/masked": jnp.sum(weights == 0),
+    }
+
+
+def _mean(values: jax.Array, weights: jax.Array) -> jax.Array:
+    weight = weights.sum()
+    return jnp.where(weights > 0, values * weights, 0).sum() / jnp.where(weight > 0, weight, 1)
+
+
+def _moments(name: str, values: jax.Array, mask: jax.Array) -> Metrics:
+    mean = _mean(values, mask)
+    variance = _mean((values - mean) ** 2, mask)
+    largest = jnp.max(jnp.where(mask > 0, jnp.abs(values), 0))
+    return {f"{name}/mean": mean, f"{name}/std": jnp.sqrt(variance), f"{name}/max": largest}
+
+
+def _explained(values: jax.Array, returns: jax.Array, mask: jax.Array) -> jax.Array:
+    """1 − Var(returns − values) / Var(returns); 0 where returns do not vary."""
+    error = returns - values
+    variance = _mean((returns - _mean(returns, mask)) ** 2, mask)
+    left = _mean((error - _mean(error, mask)) ** 2, mask)
+    return jnp.where(variance > 0, 1 - left / jnp.where(variance > 0, variance, 1), 0)

@@ -1,0 +1,434 @@
+"""One iteration of on-policy reinforcement learning, as a step the training loop can take.
+
+    rollouts → log-probs and values → rewards, advantages → epochs of minibatch updates → controller
+
+An iteration is atomic: a run is saved between iterations only, and everything in one is a function
+of the state, the batch of prompts and the iteration's number. So a run killed in the middle of a
+rollout or an epoch does the same iteration again, bit for bit.
+
+What is sampled, and by what policy, is a `Task`: text from a transformer (`stages/rollouts.py`) or
+the letters of a world of which everything is known (`stages/oracle.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from rlhf_jax.data.packing import Arrays
+from rlhf_jax.data.pipeline import random_bits
+from rlhf_jax.errors import UserError
+from rlhf_jax.losses.cross_entropy import TokenStatistics
+from rlhf_jax.losses.shaping import adaptive_coefficient
+from rlhf_jax.training.mesh import TRANSFORMER_RULES, Rules, shard_batch, shardings
+from rlhf_jax.training.objectives import (
+    Sampled,
+    advantages,
+    policy_objective,
+    value_objective,
+)
+from rlhf_jax.training.optimizer import make_optimizer, optimizer_config
+from rlhf_jax.training.rundir import fault_point
+from rlhf_jax.training.state import TrainState, init_state
+from rlhf_jax.training.step import make_step
+
+# The largest |ratio − 1| of a policy to itself, by what it computes in.
+RATIO_TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("iteration", "policy", "value", "kl_coefficient"),
+    meta_fields=(),
+)
+@dataclass(frozen=True)
+class OnPolicyState:
+    """What an iteration maps to the next one.
+
+    Attributes:
+      iteration: int32, iterations done.
+      policy, value: of the policy and, if there is one, the critic (else None).
+      kl_coefficient: f32, of the KL controller.
+    """
+
+    iteration: jax.Array
+    policy: TrainState
+    value: TrainState | None
+    kl_coefficient: jax.Array
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """N sampled sequences, the samples of a prompt together, as rows that can be trained on.
+
+    Attributes:
+      rows: [R, …] what the task's functions read, and of every row its S sequences: members [R, S]
+        int32, the sequence's index in the rollout or −1, and slots [R, S, T] int32, the place of
+        its token t among the row's M targets.
+      mask: f32 [N, T], 1 on response tokens, EOS included.
+      logprobs: f32 [N, T] nats, as the sampler said.
+      scores, weights: [N]; weight 0 leaves a sequence out. finished: bool [N].
+      greedy_scores: [N / G] of the greedy answers; zeros where nobody asked.
+      metrics: of the rollout, numbers by name.
+      version: iteration of the policy that sampled.
+      samples: whatever the task wants to remember of them.
+    """
+
+    rows: Arrays
+    mask: np.ndarray
+    logprobs: np.ndarray
+    scores: np.ndarray
+    weights: np.ndarray
+    finished: np.ndarray
+    greedy_scores: np.ndarray
+    metrics: Mapping[str, float]
+    version: int
+    samples: Any = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a policy is trained on.
+
+    Attributes:
+      rollout: (policy params, host batch of prompts, iteration) → Rollouts.
+      statistics: (policy params, rows) → TokenStatistics of [R, M] arrays, compiled by the caller.
+      values: (value params, rows) → ([R, M] value before each target, [R, S] value after the last
+        token of each sequence), or None without a critic.
+      exact_kl: (policy params, reference params, rows) → [R, M] full-vocabulary KL at each target,
+        or None.
+      dtype: what the policy computes in.
+      extra_rows: iteration and update → further arrays of a minibatch, as of the pre-training mix;
+        `extra_loss` (params, batch) → ((total, weight), metrics) of them, both or neither.
+    """
+
+    rollout: Callable[[Any, Mapping[str, np.ndarray], int], Rollouts]
+    statistics: Callable[[Any, Mapping[str, jax.Array]], TokenStatistics]
+    values: Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, jax.Array]] | None = None
+    exact_kl: Callable[[Any, Any, Mapping[str, jax.Array]], jax.Array] | None = None
+    dtype: str = "float32"
+    extra_rows: Callable[[int], Arrays] | None = None
+    extra_loss: Callable | None = None
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """`step(state, batch) -> (state, metrics)` and what comes with it."""
+
+    step: Callable[[OnPolicyState, Mapping[str, np.ndarray]], tuple[OnPolicyState, dict]]
+    init: Callable[[Any, Any], OnPolicyState]
+    tokens: Callable[[Mapping[str, np.ndarray]], int]
+    last: dict[str, Any]  # of the newest iteration: its rollouts and arrays, for a report
+
+
+def make_iteration(
+    config: ConfigDict,
+    task: Task,
+    reference: Any,
+    *,
+    mesh: Mesh | None = None,
+    rules: Rules = TRANSFORMER_RULES,
+    from_reference: bool = True,
+) -> Iteration:
+    """The iteration a config describes; see `stages/defaults.py` for its fields.
+
+    Args:
+      reference: params of the reference policy, never changed.
+      mesh: rows are split over it; None for one device.
+      from_reference: the policy starts as the reference, so their KL must start at 0.
+
+    Returns:
+      Iteration. Its step raises UserError where the ratio of the policy to itself is not 1: what
+      trains is then not what sampled, and nothing that follows would mean anything.
+    """
+    per_iteration = config.train.epochs * config.train.minibatches
+    updates = config.train.steps * per_iteration
+    policy_optimizer, policy_schedule = make_optimizer(config.optimizer, updates)
+    options = optimizer_config(config.optimizer)
+    common = {"mesh": mesh, "rules": rules, "microbatches": config.batch.microbatches}
+    policy_step = make_step(
+        functools.partial(_policy_loss, config, task),
+        policy_optimizer,
+        max_grad_norm=options.max_grad_norm,
+        freeze=options.freeze,
+        schedule=policy_schedule,
+        seed=config.seed,
+        **common,
+    )
+    value_step = None
+    if task.values is not None:
+        values = {k: v for k, v in config.critic.items() if k != "value_clip"}
+        value_options = optimizer_config(values)
+        value_optimizer, value_schedule = make_optimizer(value_options, updates)
+        value_step = make_step(
+            functools.partial(_value_loss, config, task),
+            value_optimizer,
+            max_grad_norm=value_options.max_grad_norm,
+            freeze=value_options.freeze,
+            schedule=value_schedule,
+            seed=config.seed,
+            **common,
+        )
+    if mesh is not None:
+        reference = jax.device_put(reference, shardings(mesh, reference, rules))
+    score = jax.jit(functools.partial(_score, task))
+    value = None if task.values is None else jax.jit(functools.partial(_values, task))
+    prepare = jax.jit(functools.partial(advantages, config))
+    exact = None if task.exact_kl is None else jax.jit(task.exact_kl)
+    last: dict[str, Any] = {}
+
+    def init(policy_params, value_params) -> OnPolicyState:
+        placed = {"mesh": mesh, "rules": rules}
+        return OnPolicyState(
+            iteration=jnp.zeros((), jnp.int32),
+            policy=init_state(policy_params, policy_optimizer, **placed),
+            value=None
+            if value_step is None
+            else init_state(value_params, value_optimizer, **placed),
+            kl_coefficient=jnp.asarray(config.kl.coefficient, jnp.float32),
+        )
+
+    def step(state: OnPolicyState, batch):
+        number = int(state.iteration)
+        rollouts = task.rollout(state.policy.params, batch, number)
+        fault_point("rollout", number + 1)
+        parts = list(_parts(rollouts.rows, config.train.minibatches))
+        scored = [score(state.policy.params, reference, _place(mesh, p)) for p in parts]
+        arrays = _unpack(rollouts, parts, scored)
+        if value is not None:
+            found = [value(state.value.params, _place(mesh, p)) for p in parts]
+            arrays |= _unpack(rollouts, parts, found)
+        if number == 0 and from_reference:
+            _check_start(arrays, rollouts.mask, task.dtype)
+        sampled = Sampled(
+            scores=np.float32(rollouts.scores),
+            weights=np.float32(rollouts.weights),
+            finished=rollouts.finished,
+            mask=rollouts.mask,
+            logprobs=arrays["old_logprobs"],
+            ref_logprobs=arrays["ref_logprobs"],
+            values=arrays.get("old_values", np.zeros_like(rollouts.mask)),
+            last_values=arrays.get("last_values", np.zeros(len(rollouts.mask), np.float32)),
+            greedy_scores=np.float32(rollouts.greedy_scores),
+        )
+        made, metrics = jax.device_get(prepare(sampled, state.kl_coefficient))
+        arrays |= made | {"behaviour_logprobs": rollouts.logprobs}
+        fault_point("scored", number + 1)
+
+        if exact is not None:
+            shown = {k: v[: config.kl.exact_rows] for k, v in rollouts.rows.items()}
+            metrics["objective/kl_exact"] = _exact(
+                exact(state.policy.params, reference, shown), shown
+            )
+        rows = _trainable(rollouts, arrays, float(state.kl_coefficient))
+        policy, critic, taken = state.policy, state.value, []
+        for update, chosen in enumerate(_minibatches(config, len(rows["members"]), number)):
+            minibatch = {name: x[chosen] for name, x in rows.items()}
+            _check_version(config, rollouts.version, number, update)
+            if task.extra_rows is not None:
+                minibatch |= task.extra_rows(number * per_iteration + update)
+            minibatch = _place(mesh, minibatch)
+            policy, of_policy = policy_step(policy, minibatch)
+            if update == 0:
+                _check_ratio(of_policy["policy/ratio_deviation"], task.dtype)
+            taken.append(of_policy)
+            if value_step is not None:
+                critic, of_value = value_step(critic, minibatch)
+                wanted = (
+                    "loss/value_avg",
+                    "val/clipfrac",
+                    "train/grad_norm",
+                    "train/learning_rate",
+                )
+                taken[-1] |= {name.replace("train/", "val/"): of_value[name] for name in wanted}
+            fault_point("update", update + 1)
+        metrics |= (
+            _summed(jax.device_get(taken)) | _mismatch(arrays, rollouts.mask) | rollouts.metrics
+        )
+        kept = float(rollouts.weights.sum())
+        last.update(rollouts=rollouts, arrays=arrays, tokens=int(rollouts.mask.sum()))
+        after = OnPolicyState(
+            iteration=state.iteration + 1,
+            policy=policy,
+            value=critic,
+            kl_coefficient=_controlled(config, state.kl_coefficient, metrics["objective/kl"], kept),
+        )
+        return after, {name: np.float32(value) for name, value in metrics.items()}
+
+    return Iteration(step, init, lambda batch: last["tokens"], last)
+
+
+def select(values: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Takes values of target slots [R, M] to sequences [R·S, T]; 0 outside the responses."""
+    rows, sequences, length = batch["slots"].shape
+    taken = jnp.take_along_axis(values, batch["slots"].reshape(rows, -1), axis=1)
+    taken = jnp.where(batch["mask"].reshape(rows, -1) > 0, taken, 0)
+    return taken.reshape(rows * sequences, length)
+
+
+def _sequences(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The arrays of a minibatch that are by sequence, [R, S, …] → [R·S, …]."""
+    names = ("mask", "old_logprobs", "ref_logprobs", "behaviour_logprobs", "advantages", "returns")
+    names += ("old_values", "sequence_weights")
+    flat = {n: batch[n].reshape(-1, *batch[n].shape[2:]) for n in names if n in batch}
+    return flat | {"kl_coefficient": batch["kl_coefficient"]}
+
+
+def _policy_loss(config: ConfigDict, task: Task, params, batch, rng):
+    statistics = TokenStatistics(*(select(x, batch) for x in task.statistics(params, batch)))
+    (total, weight), metrics = policy_objective(config, statistics, _sequences(batch))
+    if task.extra_loss is not None:
+        (extra, its_weight), its_metrics = task.extra_loss(params, batch)
+        mean = extra / jnp.maximum(its_weight, 1)
+        total = total + config.loss.ptx_coefficient * mean * weight
+        metrics |= its_metrics | {"loss": (total, weight)}
+    return (total, weight), metrics
+
+
+def _value_loss(config: ConfigDict, task: Task, params, batch, rng):
+    assert task.values is not None
+    values, _ = task.values(params, batch)
+    return value_objective(config, select(values, batch), _sequences(batch))
+
+
+def _score(task: Task, params, reference, batch) -> dict[str, jax.Array]:
+    """[R, S, T] of the function that trains: before the first update the ratio is exactly 1."""
+    shape = batch["slots"].shape
+    ours, theirs = task.statistics(params, batch), task.statistics(reference, batch)
+    found = {
+        "old_logprobs": ours.logprobs,
+        "ref_logprobs": theirs.logprobs,
+        "entropy": ours.entropy,
+    }
+    return {name: select(x, batch).reshape(shape) for name, x in found.items()}
+
+
+def _values(task: Task, params, batch) -> dict[str, jax.Array]:
+    assert task.values is not None
+    values, after = task.values(params, batch)
+    return {
+        "old_values": select(values, batch).reshape(batch["slots"].shape),
+        "last_values": after.reshape(batch["members"].shape),
+    }
+
+
+def _parts(rows: Arrays, count: int) -> Iterator[Arrays]:
+    """Consecutive parts of the size of a minibatch, so that all are compiled once."""
+    size = len(rows["members"]) // count
+    for start in range(0, size * count, size):
+        yield {name: x[start : start + size] for name, x in rows.items()}
+
+
+def _place(mesh: Mesh | None, batch: Arrays):
+    return batch if mesh is None else shard_batch(mesh, batch)
+
+
+def _unpack(rollouts: Rollouts, parts: list[Arrays], found: list[Any]) -> dict[str, np.ndarray]:
+    """Arrays of rows [R, S, …] in the order of the rollout: [N, …]."""
+    members = np.concatenate([part["members"] for part in parts])
+    real = members >= 0
+    order = np.argsort(members[real], kind="stable")
+    whole = jax.tree.map(lambda *x: np.concatenate(x), *jax.device_get(found))
+    return {name: x[real][order] for name, x in whole.items()}
+
+
+def _trainable(rollouts: Rollouts, arrays: Mapping[str, np.ndarray], coefficient: float) -> Arrays:
+    """The rows with everything a loss wants, [N, …] put back where its sequence lies."""
+    members = rollouts.rows["members"]
+    real = members >= 0
+    rows = dict(rollouts.rows)
+    wanted = ("old_logprobs", "ref_logprobs", "behaviour_logprobs", "advantages", "returns")
+    for name in (*wanted, "old_values"):
+        if name in arrays:
+            values = np.asarray(arrays[name], np.float32)
+            rows[name] = np.where(real[..., None], values[members], 0)
+    rows["sequence_weights"] = np.where(real, np.float32(rollouts.weights)[members], 0)
+    rows["kl_coefficient"] = np.full(len(members), coefficient, np.float32)
+    return rows
+
+
+def _minibatches(config: ConfigDict, rows: int, number: int) -> Iterator[np.ndarray]:
+    """Row indices of every minibatch of every epoch: a function of (seed, iteration, epoch)."""
+    count = config.train.minibatches
+    for epoch in range(config.train.epochs):
+        order = np.arange(rows)
+        if count > 1:
+            order = np.argsort(random_bits(order, config.seed, number, epoch), kind="stable")
+        yield from order.reshape(count, -1)
+
+
+def _check_version(config: ConfigDict, version: int, number: int, update: int) -> None:
+    """Samples of another iteration, or too many updates old, are refused."""
+    stale = (number - version) * config.train.epochs * config.train.minibatches + update
+    if config.rollout.max_staleness and stale > config.rollout.max_staleness:
+        raise UserError(
+            f"iteration {number + 1}: samples of iteration {version + 1} are {stale} updates old, "
+            f"over rollout.max_staleness = {config.rollout.max_staleness}"
+        )
+
+
+def _check_ratio(deviation, dtype: str) -> None:
+    if not float(deviation) <= RATIO_TOLERANCE[dtype]:
+        raise UserError(
+            "before its first update the policy's ratio to itself is off 1 by "
+            f"{float(deviation):.1e}, over {RATIO_TOLERANCE[dtype]:.0e} for {dtype}: the function "
+            "that trains is not the one that scored the samples (dropout, another precision, other "
+            "positions?)"
+        )
+
+
+def _check_start(arrays: Mapping[str, np.ndarray], mask: np.ndarray, dtype: str) -> None:
+    apart = np.abs(np.where(mask > 0, arrays["old_logprobs"] - arrays["ref_logprobs"], 0)).max()
+    if not apart <= RATIO_TOLERANCE[dtype]:
+        raise UserError(
+            f"the policy starts as its reference, yet their log-probs differ by up to {apart:.1e}, "
+            f"over {RATIO_TOLERANCE[dtype]:.0e} for {dtype}: KL would not start at 0"
+        )
+
+
+def _exact(kl, rows: Arrays) -> float:
+    """Full-vocabulary KL a sequence, over the sequences of a few rows."""
+    sequences = (rows["members"] >= 0).sum()
+    return float((np.asarray(kl) * (rows["weights"] > 0)).sum() / max(int(sequences), 1))
+
+
+def _mismatch(arrays: Mapping[str, np.ndarray], mask: np.ndarray) -> dict[str, float]:
+    """How far the sampler's log-probs are from those of the function that trains."""
+    gap = np.where(mask > 0, arrays["old_logprobs"] - arrays["behaviour_logprobs"], 0)
+    return {
+        "rollout/logprob_difference": float(np.abs(gap).max()),
+        "rollout/ratio_max": float(np.exp(gap.max())),
+        "objective/entropy": float((arrays["entropy"] * mask).sum() / max(len(mask), 1)),
+    }
+
+
+def _summed(taken: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """Metrics of an iteration's updates: their mean, but the last of what counts or describes."""
+    state = ("train/skipped", "train/consecutive_skipped", "train/param_norm")
+    metrics = {
+        name: float(taken[-1][name] if name in state else np.mean([m[name] for m in taken]))
+        for name in taken[0]
+    }
+    metrics["policy/ratio_var"] = metrics.pop("policy/ratio_square") - metrics["policy/ratio"] ** 2
+    return metrics
+
+
+def _controlled(config: ConfigDict, coefficient: jax.Array, kl: float, count: float) -> jax.Array:
+    """Ziegler's controller, or the coefficient as it is where no target is set."""
+    if not config.kl.target:
+        return coefficient
+    return adaptive_coefficient(
+        coefficient,
+        jnp.float32(kl),
+        target=config.kl.target,
+        horizon=config.kl.horizon,
+        count=count,
+    )
