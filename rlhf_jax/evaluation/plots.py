@@ -306,8 +306,7 @@ PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "KL to the reference",
         "nats",
-        ("objective/kl", "kl", "objective/kl_exact", "objective/kl_k2", "objective/kl_k3")
-        + ("kl/k1", "kl/k2", "kl/k3"),
+        ("objective/kl", "kl", "objective/kl_exact", "objective/kl_k2", "objective/kl_k3", "kl/*"),
     ),
     ("KL coefficient", "", ("objective/kl_coefficient",)),
     ("Reward components", "", ("rewards/*/mean",)),

@@ -17,7 +17,7 @@ from rlhf_jax.losses.shaping import exact_kl
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.transformer import apply, logits, scores, unembedding
 
-Batch = Mapping[str, jax.Array]
+Batch = Mapping[str, Any]  # of arrays
 
 
 def _hidden(config: ModelConfig, params: Any, batch: Batch) -> jax.Array:

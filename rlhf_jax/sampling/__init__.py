@@ -1,4 +1,4 @@
-"""Text from a model: token samplers and a compiled generator with a key-value cache."""
+"""Text from a model: token samplers and an engine that decodes many completions in slots."""
 
 from rlhf_jax.sampling.generate import Completion, generate
 

@@ -26,7 +26,10 @@ from rlhf_jax.evaluation.tables import print_summary
 from rlhf_jax.stages.common import ancestry, check, read_summary
 from rlhf_jax.training.rundir import RunDirectory
 
-STAGES = ("pretrain", "sft", "reward", "preference", "policy", "oracle")
+STAGES = (
+    *("pretrain", "sft", "reward", "preference"),
+    *("policy", "online_preference", "best_of_n", "oracle"),
+)
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

@@ -66,7 +66,7 @@ def check(config: ConfigDict) -> None:
                 raise UserError(f"data: there is no file {name}")
     if config.stage == "policy":
         check_objective(config)
-    if config.stage == "preference":
+    if config.stage in ("preference", "online_preference"):
         try:
             check_options(config.loss.name, parse_options(config.loss.options))
         except ValueError as error:

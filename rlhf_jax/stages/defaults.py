@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -145,11 +146,9 @@ ALGORITHMS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def on_policy(algorithm: str, **sections: dict[str, Any]) -> ConfigDict:
-    """The configuration of the policy stage for one of `ALGORITHMS`, `sections` laid over it."""
-    merged: dict[str, dict[str, Any]] = {
-        "data": {"row_length": 256},
-        "batch": {"rows": 8},  # rows of a minibatch are a multiple of this
+def _sampling() -> dict[str, dict[str, Any]]:
+    """What all stages share that sample and score answers."""
+    return {
         "rollout": {
             "prompts": 64,  # an iteration
             "samples": 1,  # a prompt
@@ -177,6 +176,15 @@ def on_policy(algorithm: str, **sections: dict[str, Any]) -> ConfigDict:
             "on_error": "fail",  # of a reward function; "mask": the answer is left out and counted
             "timeout_seconds": 60.0,
         },
+    }
+
+
+def on_policy(algorithm: str, **sections: dict[str, Any]) -> ConfigDict:
+    """The configuration of the policy stage for one of `ALGORITHMS`, `sections` laid over it."""
+    merged: dict[str, dict[str, Any]] = {
+        "data": {"row_length": 256},
+        "batch": {"rows": 8},  # rows of a minibatch are a multiple of this
+        **_sampling(),
         "kl": {
             "coefficient": 0.05,
             "placement": "reward",  # "reward", "loss" or "none"
@@ -214,10 +222,50 @@ def on_policy(algorithm: str, **sections: dict[str, Any]) -> ConfigDict:
     if ALGORITHMS[algorithm]["advantage"]["name"] == "gae":
         critic = dataclasses.asdict(OptimizerConfig()) | {"value_clip": 0.2}
         merged["critic"] = {k: v for k, v in critic.items() if v is not None}
-    for changes in (ALGORITHMS[algorithm], sections):
-        for name, values in changes.items():
-            merged[name] = merged.get(name, {}) | values
-    return base("policy", **merged)
+    for name, values in ALGORITHMS[algorithm].items():
+        merged[name] = merged.get(name, {}) | values
+    return _laid("policy", merged, sections)
+
+
+def online_preference(**sections: dict[str, Any]) -> ConfigDict:
+    """The configuration of the online_preference stage, `sections` laid over it."""
+    return _laid(
+        "online_preference",
+        {
+            "data": {"row_length": 256, "ptx": ""},
+            "batch": {"rows": 8},
+            **_sampling(),
+            # name: of losses/preference.py; options and sft_coefficient as in experiments/dpo.py
+            "loss": {"name": "sigmoid", "beta": 0.1, "options": "", "sft_coefficient": 0.0},
+            "train": {"epochs": 1, "minibatches": 1},
+            "eval": chat_evaluation(during=128),
+        },
+        sections,
+    )
+
+
+def best_of_n(**sections: dict[str, Any]) -> ConfigDict:
+    """The configuration of the best_of_n stage, `sections` laid over it."""
+    return _laid(
+        "best_of_n",
+        {
+            "data": {"row_length": 512},
+            **_sampling(),
+            "best_of_n": {
+                "samples": 64,  # to each held-out prompt, for the curves: a power of 2
+                "n": 8,  # to each training prompt, of which the best is trained on
+                "prompts": 1000,  # of training
+            },
+            "eval": chat_evaluation(during=128),
+        },
+        sections,
+    )
+
+
+def _laid(stage: str, merged: dict[str, dict[str, Any]], sections: Mapping[str, Any]) -> ConfigDict:
+    for name, values in sections.items():
+        merged[name] = merged.get(name, {}) | values
+    return base(stage, **merged)
 
 
 def model(preset: str, **changes: Any) -> ConfigDict:

@@ -9,7 +9,7 @@ those that are not. Nothing can lie above the frontier of expected reward agains
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,18 +22,20 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from rlhf_jax.data import enum121 as world
-from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.evaluation.best_of_n import best_of_n, kl_bound
-from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.losses.preference import preference_loss
 from rlhf_jax.models import transformer
-from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.models.scoring import target_statistics, target_values
-from rlhf_jax.sampling.generate import generate
 from rlhf_jax.stages import defaults
 from rlhf_jax.stages.common import write_evaluation
-from rlhf_jax.stages.rollouts import PromptSet, Samples, pack_samples
-from rlhf_jax.training.on_policy import OnPolicyState, Rollouts, Task, make_iteration
+from rlhf_jax.stages.letters import (
+    draw,
+    enumerate_logprobs,
+    letters_model,
+    letters_task,
+    lookup,
+    table_task,
+)
+from rlhf_jax.training.on_policy import OnPolicyState, Task, make_iteration
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.rundir import RunDirectory
 from rlhf_jax.training.state import init_state
@@ -51,10 +53,6 @@ TABLE_OPTIMIZER = {
     "decay_fraction": 0.5,
     "final_fraction": 0.0,
 }
-# The vocabulary of the transformer: actions 0 … 3 of the world are EOS, a, b, c.
-PAD, BOS, EOS = 0, 1, 2
-ALLOWED = np.array([False, False, True, True, True, True])
-PROMPTS = ((BOS, 3), (BOS, 4, 5), (BOS, 5, 3, 4), (BOS, 3, 3, 4, 5))
 
 
 @dataclass(frozen=True)
@@ -92,8 +90,9 @@ class Outcome:
 
 
 def _in_reward(samples: int, **loss: Any) -> dict[str, Any]:
-    """KL in the reward as k1, `samples` a prompt."""
+    """KL in the reward as k1, `samples` a prompt, two epochs so that ratios leave 1."""
     return {
+        "train": {"epochs": 2},
         "kl": {"placement": "reward", "estimator": "k1"},
         "rollout": {"samples": samples},
         "loss": loss,
@@ -104,7 +103,7 @@ def _k2(level: str) -> dict[str, Any]:
     return {"kl": {"placement": "loss", "estimator": "k2", "level": level}}
 
 
-_BIASED = {"tolerance": (0.02, 0.05), "regret": None}
+_BIASED: dict[str, Any] = {"tolerance": (0.02, 0.05), "regret": None}
 ROWS: dict[str, Row] = {
     "reinforce": Row("reinforce"),
     "reinforce_pp": Row("reinforce_pp"),
@@ -172,7 +171,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
             flush=True,
         )
     write_evaluation(run.path, [_table(results)], [_figure(results)])
-    metrics = {}
+    metrics: dict[str, float] = {}
     for name, (outcome, _, _, verdict) in results.items():
         metrics |= {
             f"oracle/{name}/reward": outcome.reward,
@@ -221,7 +220,7 @@ def run_row(row: Row, config: ConfigDict, seed: int = 0) -> Outcome:
     if row.policy == "table":
         start = {"table": jnp.asarray(world.REFERENCE, jnp.float32)}
         critic = {"table": jnp.zeros((world.PROMPTS, len(world.PREFIXES)))}
-        task, exact = table_task(made), lambda params: world.logprobs(np.float64(params["table"]))
+        task, exact = table_task(made), lambda params: _table_logprobs(params)
     else:
         shape = letters_model()
         start = transformer.init(shape, jax.random.key(seed + 1))
@@ -302,209 +301,6 @@ def judge(row: Row, outcome: Outcome) -> str:
     return "ok"
 
 
-def table_task(config: ConfigDict) -> Task:
-    """Sampling from, and scoring by, a table of logits [4 prompts, 40 prefixes, 4 actions]."""
-    groups, each = config.rollout.prompts, config.rollout.samples
-    prompts = np.repeat(np.arange(groups) % world.PROMPTS, each).astype(np.int32)
-    count = len(prompts)
-
-    def rollout(params: Any, batch: Mapping[str, Any], number: int) -> Rollouts:
-        key = jax.random.fold_in(jax.random.key(config.seed), number)
-        drawn = jax.device_get(_draw(params["table"], prompts, key))
-        greedy = np.zeros(groups)
-        if config.advantage.name == "remax":
-            found = jax.device_get(_draw(params["table"], prompts[::each], None))
-            greedy = _lookup(prompts[::each], found["actions"], found["mask"])
-        rows = {
-            "prompts": prompts,
-            "nodes": drawn["nodes"],
-            "targets": drawn["actions"],
-            "weights": drawn["mask"],
-            "members": np.arange(count, dtype=np.int32)[:, None],
-            "slots": np.broadcast_to(np.arange(world.MAX_TOKENS), (count, 1, world.MAX_TOKENS)),
-            "mask": drawn["mask"][:, None],
-        }
-        ended = (drawn["mask"] * (drawn["actions"] == 0)).any(-1)
-        return Rollouts(
-            rows=rows,
-            mask=drawn["mask"],
-            logprobs=drawn["logprobs"],
-            scores=_lookup(prompts, drawn["actions"], drawn["mask"]),
-            weights=np.ones(count, np.float32),
-            finished=ended,
-            greedy_scores=greedy,
-            metrics={},
-            version=number,
-        )
-
-    return Task(
-        rollout=rollout,
-        statistics=_table_statistics,
-        values=_table_values if config.advantage.name == "gae" else None,
-    )
-
-
-@jax.jit
-def _draw(table: jax.Array, prompts: jax.Array, key: jax.Array | None) -> dict[str, jax.Array]:
-    """One response to each prompt: actions, nodes, mask and logprobs [N, 4]; greedy without a key."""
-    count = len(prompts)
-
-    def step(carry, t):
-        node, alive = carry
-        logits = table[prompts, node]
-        if key is None:
-            action = jnp.argmax(logits, -1)
-        else:
-            action = jax.random.categorical(jax.random.fold_in(key, t), logits)
-        logprob = jax.nn.log_softmax(logits)[jnp.arange(count), action]
-        out = {"actions": action, "nodes": node, "mask": alive, "logprobs": logprob * alive}
-        following = jnp.asarray(_FOLLOWING)[node, action]
-        return (following, alive & (action != 0)), out
-
-    start = jnp.zeros(count, jnp.int32), jnp.ones(count, bool)
-    _, out = jax.lax.scan(step, start, jnp.arange(world.MAX_TOKENS))
-    out = {name: x.swapaxes(0, 1) for name, x in out.items()}
-    mask = out["mask"].astype(jnp.float32)
-    actions = jnp.where(out["mask"], out["actions"], 0).astype(jnp.int32)
-    return out | {"mask": mask, "actions": actions}
-
-
-def _following() -> np.ndarray:
-    """[40, 4] the node after an action at a node; 0 where there is none."""
-    index = {prefix: i for i, prefix in enumerate(world.PREFIXES)}
-    return np.array(
-        [[index.get((*prefix, a), 0) if a else 0 for a in range(4)] for prefix in world.PREFIXES],
-        np.int32,
-    )
-
-
-_FOLLOWING = _following()
-_OUTCOME = {world.code(response): i for i, response in enumerate(world.RESPONSES)}
-
-
-def _lookup(prompts: np.ndarray, actions: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """[N] true rewards of responses: actions [N, 4]."""
-    codes = np.ones(len(actions), np.int64)
-    for t in range(actions.shape[1]):
-        codes = np.where(mask[:, t] > 0, 4 * codes + actions[:, t], codes)
-    outcomes = np.array([_OUTCOME[code] for code in codes.tolist()])
-    return world.REWARDS[prompts, outcomes]
-
-
-def _table_statistics(params: Any, rows: Mapping[str, jax.Array]) -> TokenStatistics:
-    logits = jnp.asarray(params["table"])[jnp.asarray(rows["prompts"])[:, None], rows["nodes"]]
-    logsumexp = jax.nn.logsumexp(logits, -1)
-    every = logits - logsumexp[..., None]
-    targets = jnp.asarray(rows["targets"])[..., None]
-    return TokenStatistics(
-        logprobs=jnp.take_along_axis(every, targets, -1)[..., 0],
-        logsumexp=logsumexp,
-        mean_logit=logits.mean(-1),
-        entropy=-(jnp.exp(every) * every).sum(-1),
-        correct=(logits.argmax(-1) == targets[..., 0]).astype(jnp.float32),
-    )
-
-
-def _table_values(params: Any, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    values = params["table"][rows["prompts"][:, None], rows["nodes"]]
-    return values, jnp.zeros(rows["members"].shape)
-
-
-def letters_model() -> ModelConfig:
-    """A transformer of two layers and width 32 over PAD, BOS, EOS, a, b, c."""
-    return ModelConfig(
-        vocab_size=6,
-        layers=2,
-        width=32,
-        heads=2,
-        kv_heads=2,
-        head_dim=16,
-        mlp_width=64,
-        max_length=16,
-        tied_embeddings=False,
-        init_std=0.2,
-    ).validate()
-
-
-def letters_task(config: ConfigDict, shape: ModelConfig) -> Task:
-    """The same world for a transformer: the engine samples, packed rows train, PAD and BOS banned."""
-    each = config.rollout.samples
-    which = np.arange(config.rollout.prompts) % world.PROMPTS
-    records = [Prompt(str(p), (Message("user", str(p)),)) for p in which]
-    prompts = PromptSet(records, [PROMPTS[p] for p in which])
-    bias = jnp.where(jnp.asarray(ALLOWED), 0.0, -1e9)
-
-    def statistics(params: Any, rows: Mapping[str, jax.Array]) -> TokenStatistics:
-        return target_statistics(shape, params, rows, bias=bias)
-
-    def rollout(params: Any, batch: Mapping[str, Any], number: int) -> Rollouts:
-        completions = generate(
-            shape,
-            params,
-            prompts.tokens,
-            max_new_tokens=world.MAX_TOKENS,
-            seed=config.seed * 10**7 + number,
-            stop_ids=(EOS,),
-            allowed_tokens=ALLOWED,
-            samples_per_prompt=each,
-            batch_size=config.rollout.slots,
-            cache_length=16,
-        )
-        rows = pack_samples(
-            Samples(prompts, completions, [""] * len(completions)),
-            row_length=config.data.row_length,
-            max_prompt=config.rollout.max_prompt_tokens,
-            max_new=world.MAX_TOKENS,
-            multiple=config.batch.rows,
-        )
-        tokens = np.zeros((len(completions), world.MAX_TOKENS), np.int64)
-        mask, logprobs = np.zeros((2, *tokens.shape), np.float32)
-        for i, completion in enumerate(completions):
-            length = len(completion.tokens)
-            tokens[i, :length], mask[i, :length] = completion.tokens, 1
-            logprobs[i, :length] = completion.logprobs
-        return Rollouts(
-            rows=rows,
-            mask=mask,
-            logprobs=logprobs,
-            scores=_lookup(np.repeat(which, each), tokens - EOS, mask),
-            weights=np.ones(len(completions), np.float32),
-            finished=np.array([c.finished for c in completions]),
-            greedy_scores=np.zeros(len(which)),
-            metrics={},
-            version=number,
-        )
-
-    values = partial(target_values, dataclasses.replace(shape, head="scalar"))
-    return Task(
-        rollout=rollout,
-        statistics=statistics,
-        values=values if config.advantage.name == "gae" else None,
-    )
-
-
-def enumerate_logprobs(shape: ModelConfig, params: Any) -> np.ndarray:
-    """log π(response|prompt) [4, 121] of a transformer, all responses scored."""
-    longest = max(map(len, PROMPTS)) + world.MAX_TOKENS
-    tokens = np.zeros((world.PROMPTS, len(world.RESPONSES), longest), np.int32)
-    sources = np.zeros((*tokens.shape[:2], world.MAX_TOKENS), np.int32)
-    for p, prompt in enumerate(PROMPTS):
-        tokens[p, :, : len(prompt)] = prompt
-        tokens[p, :, len(prompt) : len(prompt) + world.MAX_TOKENS] = world.TOKENS + EOS
-        sources[p] = len(prompt) - 1 + np.arange(world.MAX_TOKENS)
-    rows = {
-        "tokens": tokens.reshape(-1, longest),
-        "positions": np.broadcast_to(np.arange(longest), (tokens.size // longest, longest)),
-        "segment_ids": np.ones((tokens.size // longest, longest), np.int32),
-        "sources": sources.reshape(-1, world.MAX_TOKENS),
-        "targets": np.tile(world.TOKENS + EOS, (world.PROMPTS, 1)),
-    }
-    bias = jnp.where(jnp.asarray(ALLOWED), 0.0, -1e9)
-    logprobs = target_statistics(shape, params, rows, bias=bias).logprobs
-    summed = (np.float64(logprobs) * np.tile(world.MASK, (world.PROMPTS, 1))).sum(-1)
-    return summed.reshape(world.PROMPTS, -1)
-
-
 # Losses on pairs: options, and E r and KL of the optimum of their exact population.
 PREFERENCE: dict[str, tuple[str, dict[str, Any], float, float]] = {
     "dpo": ("sigmoid", {"beta": BETA}, 0.5585, 0.7373),
@@ -543,8 +339,8 @@ def preference_row(name: str, config: ConfigDict):
     step = make_step(loss_fn, optimizer)
     state = init_state({"table": jnp.asarray(world.REFERENCE, jnp.float32)}, optimizer)
     for _ in range(steps):
-        state, _ = step(state, {"row_ids": np.zeros(1, np.int32)})
-    logp = world.logprobs(np.float64(state.params["table"]))
+        state, _ = step(state, {"row_ids": jnp.zeros(1, jnp.int32)})
+    logp = _table_logprobs(state.params)
     outcome = _exact_outcome(logp, reference)
     row = Row("", reward=reward, kl=kl, regret=None, note="the loss's own optimum")
     return outcome, (reward, kl), row.note, judge(row, outcome)
@@ -554,8 +350,8 @@ def best_of_row(config: ConfigDict, n: int = 8, samples: int = 20_000):
     """The best of eight reference samples, estimated from many, against the exact law."""
     prompts = np.repeat(np.arange(world.PROMPTS), samples).astype(np.int32)
     table = jnp.asarray(world.REFERENCE, jnp.float32)
-    drawn = jax.device_get(_draw(table, prompts, jax.random.key(config.seed)))
-    scores = _lookup(prompts, drawn["actions"], drawn["mask"]).reshape(world.PROMPTS, -1)
+    drawn = jax.device_get(draw(table, prompts, jax.random.key(config.seed)))
+    scores = lookup(prompts, drawn["actions"], drawn["mask"]).reshape(world.PROMPTS, -1)
     law, reference = np.log(world.best_of_n_law(n)), world.logprobs(world.REFERENCE)
     estimated = float(best_of_n(scores, scores, n).mean())
     parts = scores.reshape(world.PROMPTS, 20, -1).swapaxes(0, 1)
@@ -567,6 +363,10 @@ def best_of_row(config: ConfigDict, n: int = 8, samples: int = 20_000):
     if exact.kl > kl_bound(n):
         verdict = "KL over its bound"
     return outcome, (exact.reward, exact.kl), f"its exact law, KL ≤ {kl_bound(n):.3f}", verdict
+
+
+def _table_logprobs(params: Any) -> np.ndarray:
+    return world.logprobs(np.asarray(params["table"], np.float64))
 
 
 def _exact_outcome(logp: np.ndarray, reference: np.ndarray) -> Outcome:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +47,8 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     """Optimises `init.policy` for `reward.scorers`; returns the metrics of summary.json."""
     policy = load_model(parents["policy"], **config.compute)
     mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
-    sources = parse_sources(config.data.train)
-    sets = [read_prompts(config, policy.tokenizer, source, "train") for source in sources]
-    prompts = PromptSet([r for s in sets for r in s.records], [t for s in sets for t in s.tokens])
-    held_out = read_prompts(config, policy.tokenizer, config.eval.source, "validation")
-    held_out = held_out.take(range(min(config.eval.during, len(held_out.records))))
-    rows = [each.arrays() for each in sets]
-    drawn = config.rollout.prompts * (1 + config.rollout.resample)
-    batches = make_iterator(
-        make_dataset(rows, drawn, seed=config.seed, weights=[*sources.values()])
-    )
+    prompts, batches = training_prompts(config, policy)
+    held_out = held_out_prompts(config, policy)
 
     texts = None
     if config.loss.ptx_coefficient:
@@ -69,7 +60,13 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         task = text_task(config, policy, prompts, judge, mesh, texts)
         iteration = make_iteration(config, task, policy.params, mesh=mesh)
         state = iteration.init(policy.params, critic_params(config, policy, judge))
-        evaluation = partial(evaluate, config, run.path, policy, held_out, judge, iteration)
+
+        def evaluation(state: OnPolicyState) -> dict[str, float]:
+            views = token_views(policy, iteration)
+            model = dataclasses.replace(policy, params=state.policy.params)
+            number = int(state.iteration)
+            return evaluate(config, run.path, model, policy, held_out, judge, number, views)
+
         state, rates = train(
             state,
             iteration.step,
@@ -88,10 +85,32 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         )
     model = dataclasses.replace(policy, params=state.policy.params)
     save_model(run.path, model)
-    evaluations = [line for line in read_metrics(run.path / "metrics.jsonl") if "eval/kl" in line]
-    report = _report(run.path, evaluations)
-    metrics = evaluate_chat(config, run.path, model, parents["policy"], further=report)
-    return {**evaluations[-1], **metrics, **rates} | {"eval/sampled_kl": evaluations[-1]["eval/kl"]}
+    return finish(config, run.path, model, parents["policy"]) | rates
+
+
+def training_prompts(config: ConfigDict, policy: Model) -> tuple[PromptSet, Any]:
+    """The prompts to sample from, and an endless iterator of batches whose row_ids choose some."""
+    sources = parse_sources(config.data.train)
+    sets = [read_prompts(config, policy.tokenizer, source, "train") for source in sources]
+    drawn = config.rollout.prompts * (1 + config.rollout.resample)
+    rows = [each.arrays() for each in sets]
+    weights = [*sources.values()] if len(sets) > 1 else None
+    batches = make_iterator(make_dataset(rows, drawn, seed=config.seed, weights=weights))
+    return PromptSet.joined(sets), batches
+
+
+def held_out_prompts(config: ConfigDict, policy: Model) -> PromptSet:
+    """The first `eval.during` held-out prompts."""
+    held_out = read_prompts(config, policy.tokenizer, config.eval.source, "validation")
+    return held_out.take(range(min(config.eval.during, len(held_out.records))))
+
+
+def finish(config: ConfigDict, run: Path, model: Model, start: Path) -> dict[str, float]:
+    """The metrics of a run's last evaluation and of its greedy answers; writes what is reported."""
+    evaluations = [line for line in read_metrics(run / "metrics.jsonl") if "eval/kl" in line]
+    metrics = evaluate_chat(config, run, model, start, further=_report(run, evaluations))
+    last = {k: v for k, v in evaluations[-1].items() if k.startswith("eval/")}
+    return last | metrics | {"eval/sampled_gold_reward": last.get("eval/gold_reward", np.nan)}
 
 
 def critic_params(config: ConfigDict, policy: Model, judge: Judge) -> Any:
@@ -103,9 +122,9 @@ def critic_params(config: ConfigDict, policy: Model, judge: Judge) -> Any:
         return None
     if judge.models and judge.models[0].config.width == policy.config.width:
         first = judge.models[0]
-        mean, std = first.normalization if config.reward.normalize else (0.0, 1.0)
-        del mean  # a head has no bias; the critic learns the offset
-        head = {"kernel": first.params["score_head"]["kernel"] / std}
+        # Only the scale: a head has no bias, the critic learns the offset.
+        scale = first.normalization[1] if config.reward.normalize and first.normalization else 1.0
+        head = {"kernel": first.params["score_head"]["kernel"] / scale}
         return {**first.params, "score_head": head}
     value = with_score_head(policy, config.seed).params
     return {**value, "score_head": jax.tree.map(np.zeros_like, value["score_head"])}
@@ -114,17 +133,17 @@ def critic_params(config: ConfigDict, policy: Model, judge: Judge) -> Any:
 def evaluate(
     config: ConfigDict,
     run: Path,
-    policy: Model,
+    model: Model,
+    reference: Model,
     held_out: PromptSet,
     judge: Judge,
-    iteration: Iteration,
-    state: OnPolicyState,
+    step: int,
+    views: list[dict[str, Any]],
 ) -> dict[str, float]:
     """Gold and proxy reward of answers to held-out prompts, sampled at temperature 1, and their KL.
 
-    Also keeps what the report shows: the answers now, and the newest samples token by token.
+    Also keeps what the report shows: the answers at this step, and the views of the newest samples.
     """
-    model = dataclasses.replace(policy, params=state.policy.params)
     samples = sample_answers(config, model, held_out, samples=1, seed=config.seed, temperature=1.0)
     rows = pack_samples(
         samples,
@@ -134,7 +153,7 @@ def evaluate(
         multiple=config.batch.rows,
     )
     scores = judge.score(samples, rows)
-    kl = _log_ratios(config, model, policy, rows)
+    kl = _log_ratios(config, model, reference, rows)
     low, high = bootstrap_interval(kl, config.seed)
     metrics = {
         "eval/proxy_reward": float(np.nanmean(scores.total)),
@@ -150,8 +169,8 @@ def evaluate(
         found["gold"] = np.array([gold_score(p, text).total for p, text in pairs])
         metrics["eval/gold_reward"] = float(found["gold"].mean())
         metrics["eval/sampled_correct"] = float(np.mean([is_correct(p, t) for p, t in pairs]))
-    _keep_timeline(run, int(state.iteration), samples, found)
-    write_jsonl(run / "views.jsonl", token_views(policy, iteration))
+    _keep_timeline(run, step, samples, found)
+    write_jsonl(run / "views.jsonl", views)
     return metrics
 
 

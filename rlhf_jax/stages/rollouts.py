@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -58,6 +59,11 @@ class PromptSet:
         """Those of the indices, in that order."""
         return PromptSet([self.records[i] for i in indices], [self.tokens[i] for i in indices])
 
+    @staticmethod
+    def joined(sets: Sequence[PromptSet]) -> PromptSet:
+        """All of them, in order."""
+        return PromptSet([r for s in sets for r in s.records], [t for s in sets for t in s.tokens])
+
     def arrays(self) -> Arrays:
         """A data set of one row a prompt, for `pipeline.make_dataset`."""
         return {
@@ -90,12 +96,8 @@ class Samples:
     @staticmethod
     def joined(parts: Sequence[Samples]) -> Samples:
         """All of them, in order."""
-        prompts = PromptSet(
-            [r for part in parts for r in part.prompts.records],
-            [t for part in parts for t in part.prompts.tokens],
-        )
         return Samples(
-            prompts,
+            PromptSet.joined([part.prompts for part in parts]),
             [c for part in parts for c in part.completions],
             [t for part in parts for t in part.texts],
         )
@@ -209,7 +211,8 @@ class Judge:
         self.weights = parse_rewards(reward.scorers)
         paths = [path for role, path in parents.items() if role.startswith("reward")]
         models = [load_model(path, **config.compute) for path in paths]
-        self._members = self._normalizations = None
+        self._members: Any = None
+        self._normalizations: list[Normalization] = []
         if "model" in self.weights:
             if not models:
                 raise UserError("reward.scorers names a 'model', but there is no init.reward")
@@ -292,7 +295,9 @@ def text_task(
 
     def rollout(params: Any, batch: Mapping[str, np.ndarray], number: int) -> Rollouts:
         model = dataclasses.replace(policy, params=params)
-        return text_rollout(config, model, prompts, batch["row_ids"], judge, mesh, number)
+        greedy = config.advantage.name == "remax"
+        rows = batch["row_ids"]
+        return text_rollout(config, model, prompts, rows, judge, mesh, number, greedy=greedy)
 
     def text_rows(update: int) -> Arrays:
         return {f"ptx/{name}": array for name, array in texts[update].items()}
@@ -328,12 +333,15 @@ def text_rollout(
     judge: Judge,
     mesh: Any,
     number: int,
+    *,
+    greedy: bool = False,
 ) -> Rollouts:
     """Samples, scores and packs one iteration's answers: rollout.prompts × rollout.samples.
 
     With `rollout.filter_zero_std`, prompts whose answers all score the same are left out, and the
     next of the batch take their place while there are any (dynamic sampling as in DAPO,
-    https://arxiv.org/abs/2503.14476; `rollout.resample` batches at most).
+    https://arxiv.org/abs/2503.14476; `rollout.resample` batches at most). `greedy`: also score the
+    greedy answer to each prompt, ReMax's baseline.
     """
     rollout = config.rollout
     wanted, each = rollout.prompts, rollout.samples
@@ -364,16 +372,13 @@ def text_rollout(
         parts.append(samples)
         scored.append(scores)
         sampled += sum(len(c.tokens) for c in samples.completions)
-        same = np.asarray(
-            zero_variance(
-                np.nan_to_num(scores.total).reshape(-1, each),
-                np.float32(scores.valid).reshape(-1, each),
-            )
-        )
+        totals = jnp.asarray(np.nan_to_num(scores.total).reshape(-1, each))
+        valid = jnp.asarray(scores.valid.reshape(-1, each), jnp.float32)
+        same = np.asarray(zero_variance(totals, valid))
         uniform += int(same.sum())
         dull = same if rollout.filter_zero_std else np.zeros_like(same)
-        kept += [(block, i) for i in np.flatnonzero(~dull)]
-        spare += [(block, i) for i in np.flatnonzero(dull)]
+        kept += [(block, i) for i in np.flatnonzero(~dull).tolist()]
+        spare += [(block, i) for i in np.flatnonzero(dull).tolist()]
         if len(kept) >= wanted:
             break
     groups = sorted((kept + spare)[:wanted])
@@ -401,7 +406,9 @@ def text_rollout(
         scores=np.where(weights, np.nan_to_num(total), 0.0),
         weights=weights.astype(np.float32),
         finished=finished,
-        greedy_scores=_greedy_scores(config, model, samples.prompts, judge, pack),
+        greedy_scores=_greedy_scores(config, model, samples.prompts, judge, pack)
+        if greedy
+        else np.zeros(wanted),
         metrics=metrics
         | {
             "rollout/tokens": float(sampled),
@@ -426,9 +433,7 @@ def row_multiple(config: ConfigDict, mesh: Any) -> int:
 
 
 def _greedy_scores(config, model, prompts, judge, pack) -> np.ndarray:
-    """[P] scores of the greedy answers for ReMax; zeros for the others, who don't ask."""
-    if config.advantage.name != "remax":
-        return np.zeros(len(prompts.records))
+    """[P] scores of the greedy answers."""
     greedy = sample_answers(config, model, prompts, samples=1, seed=0, temperature=0.0)
     scores = judge.score(greedy, pack(greedy))
     return np.where(scores.valid, np.nan_to_num(scores.total), 0.0)

@@ -16,9 +16,8 @@ from rlhf_jax.training.mesh import shard_batch
 from rlhf_jax.training.metrics import MetricsWriter
 from rlhf_jax.training.progress import Clock, Progress
 from rlhf_jax.training.rundir import RunDirectory, fault_point
-from rlhf_jax.training.state import TrainState
 
-Evaluation = tuple[int, Callable[[TrainState], Mapping[str, float]]]
+Evaluation = tuple[int, Callable[[Any], Mapping[str, float]]]
 
 
 def count_tokens(batch: Mapping[str, np.ndarray]) -> int:
@@ -27,7 +26,7 @@ def count_tokens(batch: Mapping[str, np.ndarray]) -> int:
 
 
 def train(
-    state: TrainState,
+    state: Any,
     step: Callable,
     batches,
     *,
@@ -44,7 +43,7 @@ def train(
     tokenizer_hash: str | None = None,
     tensorboard: bool = True,
     wandb: str | None = None,
-) -> tuple[TrainState, dict[str, float]]:
+) -> tuple[Any, dict[str, float]]:
     """Trains up to `steps` steps, from the newest checkpoint of the run if it has one.
 
     A line is written to metrics.jsonl for every step that is a multiple of `log_every`, is
@@ -55,8 +54,8 @@ def train(
     fetched one step late, so that the device never waits for the host.
 
     Args:
-      state: from `init_state`; donated.
-      step: from `make_step`.
+      state: from `init_state`, or any tree a step maps to the next; donated.
+      step: from `make_step`, or another that returns (state, metrics).
       batches: iterator of host batches with `get_state() -> JSON` and `set_state`.
       steps: total, counted from the very first.
       run: the held run directory.

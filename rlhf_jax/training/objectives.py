@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from rlhf_jax.errors import UserError
@@ -36,6 +37,7 @@ from rlhf_jax.losses.shaping import (
 )
 
 Metrics = dict[str, Any]
+Array = jax.Array | np.ndarray
 ADVANTAGES = ("gae", "reward_to_go", "group", "remax")
 PLACEMENTS = ("reward", "loss", "none")
 
@@ -43,15 +45,15 @@ PLACEMENTS = ("reward", "loss", "none")
 class Sampled(NamedTuple):
     """What was sampled and what is known of it before the first update."""
 
-    scores: jax.Array  # [N]
-    weights: jax.Array  # [N], 0 = a sequence that is left out
-    finished: jax.Array  # [N] bool, ended by itself
-    mask: jax.Array  # [N, T], 1 on response tokens, EOS included
-    logprobs: jax.Array  # [N, T] nats, of the policy that sampled, by the function that trains
-    ref_logprobs: jax.Array  # [N, T] nats
-    values: jax.Array  # [N, T], of the state before each token; 0 without a critic
-    last_values: jax.Array  # [N], of the state after the last token
-    greedy_scores: jax.Array  # [N / G], of the greedy answer to each prompt, for ReMax
+    scores: Array  # [N]
+    weights: Array  # [N], 0 = a sequence that is left out
+    finished: Array  # [N] bool, ended by itself
+    mask: Array  # [N, T], 1 on response tokens, EOS included
+    logprobs: Array  # [N, T] nats, of the policy that sampled, by the function that trains
+    ref_logprobs: Array  # [N, T] nats
+    values: Array  # [N, T], of the state before each token; 0 without a critic
+    last_values: Array  # [N], of the state after the last token
+    greedy_scores: Array  # [N / G], of the greedy answer to each prompt, for ReMax
 
 
 def check_objective(config: ConfigDict) -> None:

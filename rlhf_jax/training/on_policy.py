@@ -111,7 +111,7 @@ class Task:
     """
 
     rollout: Callable[[Any, Mapping[str, np.ndarray], int], Rollouts]
-    statistics: Callable[[Any, Mapping[str, jax.Array]], TokenStatistics]
+    statistics: Callable[[Any, Mapping[str, Any]], TokenStatistics]
     values: Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, jax.Array]] | None = None
     exact_kl: Callable[[Any, Any, Mapping[str, jax.Array]], jax.Array] | None = None
     dtype: str = "float32"
@@ -186,13 +186,11 @@ def make_iteration(
     last: dict[str, Any] = {}
 
     def init(policy_params, value_params) -> OnPolicyState:
-        placed = {"mesh": mesh, "rules": rules}
+        start = functools.partial(init_state, mesh=mesh, rules=rules)
         return OnPolicyState(
             iteration=jnp.zeros((), jnp.int32),
-            policy=init_state(policy_params, policy_optimizer, **placed),
-            value=None
-            if value_step is None
-            else init_state(value_params, value_optimizer, **placed),
+            policy=start(policy_params, policy_optimizer),
+            value=None if value_step is None else start(value_params, value_optimizer),
             kl_coefficient=jnp.asarray(config.kl.coefficient, jnp.float32),
         )
 
@@ -203,21 +201,21 @@ def make_iteration(
         parts = list(_parts(rollouts.rows, config.train.minibatches))
         scored = [score(state.policy.params, reference, _place(mesh, p)) for p in parts]
         arrays = _unpack(rollouts, parts, scored)
-        if value is not None:
+        if value is not None and state.value is not None:
             found = [value(state.value.params, _place(mesh, p)) for p in parts]
             arrays |= _unpack(rollouts, parts, found)
         if number == 0 and from_reference:
             _check_start(arrays, rollouts.mask, task.dtype)
         sampled = Sampled(
-            scores=np.float32(rollouts.scores),
-            weights=np.float32(rollouts.weights),
+            scores=rollouts.scores.astype(np.float32),
+            weights=rollouts.weights,
             finished=rollouts.finished,
             mask=rollouts.mask,
             logprobs=arrays["old_logprobs"],
             ref_logprobs=arrays["ref_logprobs"],
             values=arrays.get("old_values", np.zeros_like(rollouts.mask)),
             last_values=arrays.get("last_values", np.zeros(len(rollouts.mask), np.float32)),
-            greedy_scores=np.float32(rollouts.greedy_scores),
+            greedy_scores=rollouts.greedy_scores.astype(np.float32),
         )
         made, metrics = jax.device_get(prepare(sampled, state.kl_coefficient))
         arrays |= made | {"behaviour_logprobs": rollouts.logprobs}
@@ -230,7 +228,7 @@ def make_iteration(
             )
         rows = _trainable(rollouts, arrays, float(state.kl_coefficient))
         policy, critic, taken = state.policy, state.value, []
-        for update, chosen in enumerate(_minibatches(config, len(rows["members"]), number)):
+        for update, chosen in enumerate(minibatches(config, len(rows["members"]), number)):
             minibatch = {name: x[chosen] for name, x in rows.items()}
             _check_version(config, rollouts.version, number, update)
             if task.extra_rows is not None:
@@ -240,7 +238,7 @@ def make_iteration(
             if update == 0:
                 _check_ratio(of_policy["policy/ratio_deviation"], task.dtype)
             taken.append(of_policy)
-            if value_step is not None:
+            if value_step is not None and critic is not None:
                 critic, of_value = value_step(critic, minibatch)
                 wanted = (
                     "loss/value_avg",
@@ -274,11 +272,15 @@ def select(values: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
     return taken.reshape(rows * sequences, length)
 
 
+_BY_SEQUENCE = (
+    *("mask", "old_logprobs", "ref_logprobs", "behaviour_logprobs", "advantages", "returns"),
+    *("old_values", "sequence_weights"),
+)
+
+
 def _sequences(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """The arrays of a minibatch that are by sequence, [R, S, …] → [R·S, …]."""
-    names = ("mask", "old_logprobs", "ref_logprobs", "behaviour_logprobs", "advantages", "returns")
-    names += ("old_values", "sequence_weights")
-    flat = {n: batch[n].reshape(-1, *batch[n].shape[2:]) for n in names if n in batch}
+    flat = {n: batch[n].reshape(-1, *batch[n].shape[2:]) for n in _BY_SEQUENCE if n in batch}
     return flat | {"kl_coefficient": batch["kl_coefficient"]}
 
 
@@ -350,18 +352,18 @@ def _trainable(rollouts: Rollouts, arrays: Mapping[str, np.ndarray], coefficient
         if name in arrays:
             values = np.asarray(arrays[name], np.float32)
             rows[name] = np.where(real[..., None], values[members], 0)
-    rows["sequence_weights"] = np.where(real, np.float32(rollouts.weights)[members], 0)
+    rows["sequence_weights"] = np.where(real, rollouts.weights[members], 0)
     rows["kl_coefficient"] = np.full(len(members), coefficient, np.float32)
     return rows
 
 
-def _minibatches(config: ConfigDict, rows: int, number: int) -> Iterator[np.ndarray]:
+def minibatches(config: ConfigDict, rows: int, number: int) -> Iterator[np.ndarray]:
     """Row indices of every minibatch of every epoch: a function of (seed, iteration, epoch)."""
     count = config.train.minibatches
     for epoch in range(config.train.epochs):
         order = np.arange(rows)
         if count > 1:
-            order = np.argsort(random_bits(order, config.seed, number, epoch), kind="stable")
+            order = np.argsort(random_bits(range(rows), config.seed, number, epoch), kind="stable")
         yield from order.reshape(count, -1)
 
 
@@ -430,5 +432,5 @@ def _controlled(config: ConfigDict, coefficient: jax.Array, kl: float, count: fl
         jnp.float32(kl),
         target=config.kl.target,
         horizon=config.kl.horizon,
-        count=count,
+        count=round(count),
     )

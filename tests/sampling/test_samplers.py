@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import chisquare
 
-from rlhf_jax.sampling.samplers import sample, uniforms
+from rlhf_jax.sampling.samplers import penalise, sample, uniforms
 
 LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.125, 0.125]]))
 
@@ -32,14 +33,94 @@ def test_temperature_and_mask_renormalise_by_hand():
     np.testing.assert_allclose(logprobs, np.log(1 / 2), rtol=1e-5)
 
 
-def test_frequencies_match_the_probabilities():
+def truncated(logits, *, top_k=None, top_p=None, min_p=None, allowed=None):
+    """Exact probabilities [V] by sorting, in float64: an implementation of its own."""
+    probs = np.exp(np.asarray(logits, np.float64))
+    if allowed is not None:
+        probs = np.where(allowed, probs, 0)
+    order = np.argsort(-probs, kind="stable")
+    if top_k is not None:
+        probs[order[top_k:]] = 0
+    probs /= probs.sum()
+    if top_p is not None:
+        probs[order[1:][np.cumsum(probs[order])[:-1] >= top_p]] = 0
+    if min_p is not None:
+        probs[probs < min_p * probs.max()] = 0
+    return probs / probs.sum()
+
+
+OPTIONS = [
+    {},
+    {"top_k": 5},
+    {"top_p": 0.7},
+    {"min_p": 0.2},
+    {"allowed": np.arange(16) % 3 > 0},
+    {"top_k": 9, "top_p": 0.9, "min_p": 0.05, "allowed": np.arange(16) % 5 > 0},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
+def test_frequencies_and_logprobs_match_the_exact_probabilities(options):
     rows = 20_000
     logits = jnp.asarray(np.random.default_rng(0).normal(0, 2, 16), jnp.float32)
     keys = jax.vmap(jax.random.key)(jnp.arange(rows))
-    tokens, _ = sample(jnp.broadcast_to(logits, (rows, 16)), uniforms(keys, 3), 1.3)
-    expected = rows * np.asarray(jax.nn.softmax(logits / 1.3))
-    chi_square = ((np.bincount(tokens, minlength=16) - expected) ** 2 / expected).sum()
-    assert chi_square < 37.7  # 15 degrees of freedom, one chance in a thousand
+    tokens, logprobs = sample(
+        jnp.broadcast_to(logits, (rows, 16)), uniforms(keys, 3), 1.3, **options
+    )
+    exact = truncated(logits / 1.3, **options)
+    kept = exact > 0
+    counts = np.bincount(tokens, minlength=16)
+    assert not counts[~kept].any()
+    assert chisquare(counts[kept], rows * exact[kept]).pvalue > 1e-3
+    np.testing.assert_allclose(np.exp(logprobs), exact[np.asarray(tokens)], rtol=1e-5)
+    every = dict(zip(np.asarray(tokens).tolist(), np.exp(logprobs).tolist(), strict=True))
+    assert sum(every.values()) == pytest.approx(exact[list(every)].sum(), rel=1e-5)
+    assert exact[list(every)].sum() > 0.999
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"top_p": 0.4}, [1]),
+        ({"top_p": 0.6}, [1, 3]),
+        ({"top_p": 0.8}, [1, 3, 0]),  # two tokens tie at 1/8: the lower id
+        ({"top_p": 0.9}, [1, 3, 0, 2]),
+        ({"top_p": 1e-9}, [1]),
+        ({"top_k": 1}, [1]),
+        ({"top_k": 3}, [1, 3, 0]),
+        ({"top_k": 99}, [1, 3, 0, 2]),
+        ({"top_k": 2, "top_p": 0.6}, [1]),  # 2/3 of the two
+        ({"min_p": 0.3}, [1, 3]),
+        ({"min_p": 0.2}, [1, 3, 0, 2]),
+        ({"min_p": 1.0}, [1]),
+        ({"min_p": 0.0}, [1, 3, 0, 2]),
+    ],
+)
+def test_what_is_kept_by_hand(options, kept):
+    logits = jnp.log(jnp.array([0.125, 0.5, 0.125, 0.25]))
+    uniform = jnp.linspace(0, 1 - 2**-20, 400)
+    tokens, logprobs = sample(jnp.broadcast_to(logits, (400, 4)), uniform, **options)
+    assert set(tokens.tolist()) == set(kept)
+    mass = np.exp(np.asarray(logits))[kept].sum()
+    np.testing.assert_allclose(np.exp(logprobs), np.exp(logits)[tokens] / mass, rtol=1e-5)
+
+
+def test_many_ties_and_rows_of_their_own():
+    logits = jnp.stack([jnp.zeros(10), jnp.array([-1e30] * 5 + [1.0] * 5), -jnp.arange(10.0)])
+    uniform = jnp.linspace(0, 0.999, 200)
+    for row, kept in zip(logits, ([0, 1, 2], [5, 6, 7], [0, 1, 2]), strict=True):
+        tokens, _ = sample(jnp.broadcast_to(row, (200, 10)), uniform, top_k=3)
+        assert sorted(set(tokens.tolist())) == kept
+    tokens, _ = sample(logits, None, top_k=1)
+    assert tokens.tolist() == [0, 5, 0]
+
+
+def test_repetition_penalty_by_hand():
+    logits = jnp.array([[2.0, -2.0, 0.0, 2.0], [2.0, -2.0, 1.0, 3.0]])
+    seen = jnp.array([[True, True, True, False], [False, True, False, True]])
+    np.testing.assert_array_equal(
+        penalise(logits, seen, 2.0), [[1.0, -4.0, 0.0, 2.0], [2.0, -4.0, 1.0, 1.5]]
+    )
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-23])

@@ -1,0 +1,216 @@
+"""Best-of-n: many answers to a prompt, the one a reward likes best; then fine-tuning on winners.
+
+Selection at inference needs no training and is the yardstick of every other method: how proxy and
+gold reward grow with n, and from where on they part, is measured without bias from N samples a
+prompt ("WebGPT", https://arxiv.org/abs/2112.09332; "Scaling Laws for Reward Model
+Overoptimization", https://arxiv.org/abs/2210.10760). Rejection-sampling fine-tuning then teaches
+the winners ("Llama 2", https://arxiv.org/abs/2307.09288).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from rlhf_jax.data.packing import Arrays, Document, pack_documents
+from rlhf_jax.data.pipeline import random_bits
+from rlhf_jax.data.town.gold import gold_score, is_correct
+from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.best_of_n import (
+    best_of_n,
+    best_of_n_curve,
+    fit_overoptimization,
+    kl_bound,
+    kl_terms,
+)
+from rlhf_jax.evaluation.language import language_evaluation
+from rlhf_jax.losses.cross_entropy import token_cross_entropy
+from rlhf_jax.models.scoring import target_statistics
+from rlhf_jax.stages.chat import evaluate_chat
+from rlhf_jax.stages.common import batches_of, fit, say
+from rlhf_jax.stages.policy import held_out_prompts
+from rlhf_jax.stages.rollouts import (
+    Judge,
+    PromptSet,
+    Samples,
+    pack_samples,
+    read_prompts,
+    sample_answers,
+)
+from rlhf_jax.training.model import Model, load_model, save_model
+from rlhf_jax.training.rundir import RunDirectory
+
+Figure = dict[str, Any]
+BLOCK = 32  # prompts whose answers are held at a time
+
+
+def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
+    """Measures best-of-n of `init.policy`, trains it on winners; the metrics of summary.json."""
+    policy = load_model(parents["policy"], **config.compute)
+    options = config.best_of_n
+    with Judge(config, parents, policy) as judge:
+        held_out = held_out_prompts(config, policy)
+        measured = measure(config, policy, held_out, judge, options.samples, seed=config.seed)
+        metrics, further = curves(config, run.path.name, measured)
+        say_curve(metrics, options.samples)
+        prompts = read_prompts(config, policy.tokenizer, config.data.train, "train")
+        prompts = prompts.take(range(min(options.prompts, len(prompts.records))))
+        rows = winners(config, policy, prompts, judge)
+
+    def loss_fn(params, batch, rng):
+        statistics = target_statistics(policy.config, params, batch)
+        return token_cross_entropy(statistics, batch["weights"])
+
+    evaluate = language_evaluation(policy.config, rows, batch_rows=config.eval.batch_rows)
+    batches = batches_of(config, policy, [rows], [1.0])
+    model, trained, _ = fit(config, run, policy, loss_fn, batches, evaluate)
+    save_model(run.path, model)
+    metrics |= {k: v for k, v in trained.items() if k.startswith("train/")}
+    return metrics | evaluate_chat(config, run.path, model, parents["policy"], further=further)
+
+
+def measure(
+    config: ConfigDict,
+    policy: Model,
+    prompts: PromptSet,
+    judge: Judge,
+    samples: int,
+    *,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """[P, N] of N answers to each prompt: proxy, logprob and, where asked for, gold and correct."""
+    found: dict[str, list[np.ndarray]] = {}
+    for _, answers, scores in _blocks(config, policy, prompts, judge, samples, seed):
+        columns = {
+            "proxy": scores.total,
+            "logprob": np.array([c.logprobs.sum() for c in answers.completions]),
+        }
+        if config.eval.gold:
+            records = [p for p in answers.prompts.records for _ in range(samples)]
+            pairs = list(zip(records, answers.texts, strict=True))
+            columns["gold"] = np.array([gold_score(p, text).total for p, text in pairs])
+            columns["correct"] = np.array([float(is_correct(p, text)) for p, text in pairs])
+        for name, values in columns.items():
+            found.setdefault(name, []).append(values.reshape(-1, samples))
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def curves(
+    config: ConfigDict, name: str, measured: Mapping[str, np.ndarray]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Metrics, and what the report shows, of the best of n = 1, 2, 4, … samples.
+
+    The KL of best-of-n is at most log n − (n−1)/n, and is stated as that bound.
+    """
+    proxy = measured["proxy"]
+    ns = [1 << k for k in range(proxy.shape[1].bit_length()) if 1 << k <= proxy.shape[1]]
+    shown = [key for key in ("proxy", "gold", "correct") if key in measured]
+    series = {key: best_of_n_curve(proxy, measured[key], ns, config.seed) for key in shown}
+    bounds = [float(kl_bound(n)) for n in ns]
+    metrics: dict[str, float] = {}
+    for i, n in enumerate(ns):
+        metrics[f"eval/best_of_{n}/kl_bound"] = bounds[i]
+        metrics[f"eval/best_of_{n}/kl_estimate"] = float(
+            best_of_n(proxy, kl_terms(n, measured["logprob"]), n).mean()
+        )
+        for key in shown:
+            metrics[f"eval/best_of_{n}/{key}"] = series[key]["mean"][i]
+    frontier = {"kl": bounds, "bound": True, "proxy": series["proxy"]["mean"]}
+    plots: list[Figure] = [
+        {
+            "kind": "best_of_n",
+            "title": "Reward of the best of n by the proxy",
+            "n": ns,
+            "series": series,
+            "note": "95 % bands over prompts; KL to the reference ≤ log n − (n−1)/n.",
+        }
+    ]
+    tables = []
+    if "gold" in series:
+        gold = series["gold"]["mean"]
+        frontier["gold"] = gold
+        peak = int(np.argmax(gold))
+        metrics["eval/best_of_n/peak_n"] = float(ns[peak])
+        metrics["eval/best_of_n/peak_gold"] = gold[peak]
+        fits = fit_overoptimization(np.sqrt(bounds[1:]), np.array(gold[1:]) - gold[0])
+        tables.append(
+            {
+                "title": "Gold reward gained, as a function of d = √KL (bound)",
+                "columns": ["form", "α", "β", "R²", "residual"],
+                "rows": [
+                    [form, fit.alpha, fit.beta, fit.r2, fit.residual_std]
+                    for form, fit in zip(
+                        ("d(α − βd)", "d(α − β log d)"), fits.values(), strict=True
+                    )
+                ],
+            }
+        )
+    plots.append(
+        {
+            "kind": "frontier",
+            "title": "Gold and proxy reward against the bound of KL",
+            "series": {name: frontier},
+        }
+    )
+    return metrics, {"frontier": frontier, "plots": plots, "tables": tables}
+
+
+def say_curve(metrics: Mapping[str, float], samples: int) -> None:
+    """Prints the curve: one line for every n."""
+    n = 1
+    while n <= samples:
+        names = ("proxy", "gold", "correct")
+        values = [
+            f"{k} {metrics[f'eval/best_of_{n}/{k}']:.3f}"
+            for k in names
+            if f"eval/best_of_{n}/{k}" in metrics
+        ]
+        print(f"best of {n}: {', '.join(values)}, KL ≤ {metrics[f'eval/best_of_{n}/kl_bound']:.2f}")
+        n *= 2
+    if "eval/best_of_n/peak_n" in metrics:
+        print(f"gold reward is highest at n = {metrics['eval/best_of_n/peak_n']:.0f}", flush=True)
+
+
+def winners(config: ConfigDict, policy: Model, prompts: PromptSet, judge: Judge) -> Arrays:
+    """Packed rows of the best of `best_of_n.n` answers to each training prompt; only answers count
+    that ended by themselves, and only they are trained on."""
+    documents: list[Document] = []
+    n = config.best_of_n.n
+    seed = int(random_bits([1], config.seed)[0] >> np.uint64(33))  # not the one measured with
+    for block, answers, scores in _blocks(config, policy, prompts, judge, n, seed):
+        finished = np.array([c.finished for c in answers.completions]).reshape(-1, n)
+        usable = finished & scores.valid.reshape(-1, n)
+        totals = np.where(usable, scores.total.reshape(-1, n), -np.inf)
+        for i, prompt in enumerate(block.tokens):
+            if usable[i].any():
+                reply = answers.completions[i * n + int(totals[i].argmax())].tokens
+                documents.append(Document([*prompt, *reply], [0] * len(prompt) + [1] * len(reply)))
+    if not documents:
+        raise UserError("no answer to any training prompt ended by itself: nothing to train on")
+    rows, packing = pack_documents(documents, config.data.row_length)
+    dropped = len(prompts.records) - len(documents)
+    say("winners", {"prompts": len(prompts.records), "without an answer": dropped} | packing)
+    return rows
+
+
+def _blocks(config, policy, prompts: PromptSet, judge: Judge, samples: int, seed: int):
+    """(prompts, answers, scores) of one block of prompts after the other."""
+    count = len(prompts.records)
+    for start in range(0, count, BLOCK):
+        ids: Sequence[int] = range(start, min(start + BLOCK, count))
+        block = prompts.take(ids)
+        answers: Samples = sample_answers(
+            config, policy, block, samples=samples, seed=seed, temperature=1.0, ids=ids
+        )
+        rows = pack_samples(
+            answers,
+            row_length=config.data.row_length,
+            max_prompt=config.rollout.max_prompt_tokens,
+            max_new=config.rollout.max_new_tokens,
+            multiple=config.eval.batch_rows,
+        )
+        yield block, answers, judge.score(answers, rows)

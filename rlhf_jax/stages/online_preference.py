@@ -1,0 +1,155 @@
+"""Online preference optimisation: the policy's own answers, labelled as they come, make the pairs.
+
+The best and the worst of a prompt's answers by `reward.scorers` are chosen and rejected; the
+loss is any of losses/preference.py against the model it started from. "Direct Language Model
+Alignment from Online AI Feedback", https://arxiv.org/abs/2402.04792; several updates on one set of
+pairs make it iterated DPO, https://arxiv.org/abs/2312.11456.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from rlhf_jax.data.packing import Arrays, Group, pack_groups
+from rlhf_jax.data.pipeline import pad_rows
+from rlhf_jax.evaluation.rows import response_logprobs
+from rlhf_jax.stages.pairs import CHOSEN, REJECTED
+from rlhf_jax.stages.policy import evaluate, finish, held_out_prompts, training_prompts
+from rlhf_jax.stages.preference import loss
+from rlhf_jax.stages.rollouts import (
+    Judge,
+    PromptSet,
+    Samples,
+    row_multiple,
+    text_rollout,
+)
+from rlhf_jax.training.loop import train
+from rlhf_jax.training.mesh import make_mesh, shard_batch
+from rlhf_jax.training.model import Model, load_model, save_model
+from rlhf_jax.training.on_policy import Rollouts, minibatches
+from rlhf_jax.training.optimizer import make_optimizer, optimizer_config
+from rlhf_jax.training.rundir import RunDirectory, fault_point
+from rlhf_jax.training.state import TrainState, init_state
+from rlhf_jax.training.step import make_step
+
+
+def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
+    """Optimises `init.policy` on pairs of its own answers; returns the metrics of summary.json."""
+    reference = load_model(parents["policy"], **config.compute)
+    mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
+    prompts, batches = training_prompts(config, reference)
+    held_out = held_out_prompts(config, reference)
+    options = optimizer_config(config.optimizer)
+    updates = config.train.steps * config.train.epochs * config.train.minibatches
+    optimizer, schedule = make_optimizer(options, updates)
+    update = make_step(
+        partial(loss, config, reference.config),
+        optimizer,
+        mesh=mesh,
+        microbatches=config.batch.microbatches,
+        max_grad_norm=options.max_grad_norm,
+        freeze=options.freeze,
+        schedule=schedule,
+        seed=config.seed,
+    )
+    sampled = [0]
+    with Judge(config, parents, reference) as judge:
+        step = _iteration(config, reference, prompts, judge, update, mesh, sampled)
+
+        def evaluation(state: TrainState) -> dict[str, float]:
+            model = dataclasses.replace(reference, params=state.params)
+            number = int(state.step) // (config.train.epochs * config.train.minibatches)
+            return evaluate(config, run.path, model, reference, held_out, judge, number, [])
+
+        state, rates = train(
+            init_state(reference.params, optimizer, mesh=mesh),
+            step,
+            batches,
+            steps=config.train.steps,
+            run=run,
+            log_every=config.train.log_every,
+            checkpoint_every=config.train.checkpoint_every,
+            keep_last=config.train.keep_last,
+            evaluations=[(config.train.eval_every or config.train.steps, evaluation)],
+            max_skipped=config.train.max_skipped,
+            tokens=lambda batch: sampled[0],
+            tokenizer_hash=reference.tokenizer.hash,
+            tensorboard=config.train.tensorboard,
+            wandb=config.train.wandb or None,
+        )
+    model = dataclasses.replace(reference, params=state.params)
+    save_model(run.path, model)
+    return finish(config, run.path, model, parents["policy"]) | rates
+
+
+def _iteration(
+    config: ConfigDict,
+    reference: Model,
+    prompts: PromptSet,
+    judge: Judge,
+    update: Callable,
+    mesh: Mesh | None,
+    sampled: list[int],
+) -> Callable[[TrainState, Mapping[str, np.ndarray]], tuple[TrainState, dict[str, Any]]]:
+    """A step of the loop: sample, label, update on the pairs."""
+    per_iteration = config.train.epochs * config.train.minibatches
+
+    def step(state: TrainState, batch: Mapping[str, np.ndarray]):
+        number = int(state.step) // per_iteration
+        model = dataclasses.replace(reference, params=state.params)
+        rollouts = text_rollout(config, model, prompts, batch["row_ids"], judge, mesh, number)
+        fault_point("rollout", number + 1)
+        rows, tied = pack_best_and_worst(
+            rollouts, config.data.row_length, row_multiple(config, mesh)
+        )
+        rows["reference_logprobs"] = response_logprobs(
+            reference.config, reference.params, rows, config.eval.batch_rows
+        )
+        taken = []
+        for chosen in minibatches(config, len(rows["valid"]), number):
+            part = {name: x[chosen] for name, x in rows.items()}
+            state, metrics = update(state, part if mesh is None else shard_batch(mesh, part))
+            taken.append(metrics)
+            fault_point("update", len(taken))
+        fetched = jax.device_get(taken)
+        metrics = {name: np.float32(np.mean([m[name] for m in fetched])) for name in fetched[0]}
+        metrics["train/consecutive_skipped"] = fetched[-1]["train/consecutive_skipped"]
+        metrics["objective/scores"] = np.float32(rollouts.scores.mean())
+        metrics["pairs/tied"] = np.float32(tied)
+        metrics["completions/mean_length"] = np.float32(rollouts.mask.sum(-1).mean())
+        sampled[0] = int(rollouts.mask.sum())
+        return state, metrics | {k: np.float32(v) for k, v in rollouts.metrics.items()}
+
+    return step
+
+
+def pack_best_and_worst(rollouts: Rollouts, row_length: int, multiple: int) -> tuple[Arrays, int]:
+    """Rows of pairs, a prompt's best answer before its worst, and how many prompts had none.
+
+    A prompt whose answers tie, or with fewer than two that count, keeps its place with weight 0.
+    """
+    samples: Samples = rollouts.samples
+    scores = rollouts.scores.reshape(-1, samples.each)
+    counts = rollouts.weights.reshape(-1, samples.each) > 0
+    best = np.where(counts, scores, -np.inf).argmax(1)
+    worst = np.where(counts, scores, np.inf).argmin(1)
+    span = np.arange(len(scores))
+    useful = (counts.sum(1) > 1) & (scores[span, best] > scores[span, worst])
+    groups = []
+    for i, tokens in enumerate(samples.prompts.tokens):
+        pair = {CHOSEN: best[i], REJECTED: worst[i]}
+        answers = [samples.completions[i * samples.each + pair[k]].tokens for k in sorted(pair)]
+        groups.append(Group(tokens, tuple(answers), i))
+    rows, _ = pack_groups(groups, row_length, branches=2)
+    valid = (rows["example_ids"] >= 0) & useful[rows["example_ids"]]
+    rows["valid"] = valid.astype(np.float32)
+    return pad_rows(rows, rows=multiple, slots=-(-row_length // 2), groups=8), int((~useful).sum())
