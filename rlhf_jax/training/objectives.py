@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from rlhf_jax.errors import UserError
@@ -37,7 +36,7 @@ from rlhf_jax.losses.shaping import (
 )
 
 Metrics = dict[str, Any]
-Array = jax.Array | np.ndarray
+Array = Any  # on the host or a device
 ADVANTAGES = ("gae", "reward_to_go", "group", "remax")
 PLACEMENTS = ("reward", "loss", "none")
 

@@ -89,7 +89,7 @@ class Rollouts:
     weights: np.ndarray
     finished: np.ndarray
     greedy_scores: np.ndarray
-    metrics: Mapping[str, float]
+    metrics: dict[str, float]
     version: int
     samples: Any = None
 
