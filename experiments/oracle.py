@@ -15,8 +15,9 @@ def get_config():
         data={"train": "", "validation": ""},
         oracle={
             "rows": "",  # names of stages/oracle.py, separated by commas; none: all
-            "table_steps": 500,
-            "transformer_steps": 300,
+            "table_steps": 350,
+            "transformer_steps": 60,
             "preference_steps": 600,
+            "threads": 2,  # rows at a time
         },
     )

@@ -77,12 +77,15 @@ def pack_documents(documents: Sequence[Document], row_length: int) -> tuple[Arra
     return arrays, _stats(arrays, len(documents))
 
 
-def pack_groups(groups: Sequence[Group], row_length: int, *, branches: int) -> tuple[Arrays, Stats]:
+def pack_groups(
+    groups: Sequence[Group], row_length: int, *, branches: int, most: int | None = None
+) -> tuple[Arrays, Stats]:
     """Packs groups of one prompt and exactly `branches` (K) responses, sharing the prompt's tokens.
 
     A group is one segment: prompt, branch 1, …, branch K in row order; the positions of each
     branch continue from the prompt's end. Every token of a branch is a target; the first is
-    predicted from the prompt's last token, so K slots share that source.
+    predicted from the prompt's last token, so K slots share that source. A row has at most `most`
+    groups, where that is given.
     Raises UserError where there is no group or one is longer than a row.
     """
     for group in groups:
@@ -93,7 +96,7 @@ def pack_groups(groups: Sequence[Group], row_length: int, *, branches: int) -> t
     # Pieces are the prompts and branches in order: K + 1 a group.
     pieces = [piece for group in groups for piece in (group.prompt, *group.branches)]
     size = np.array([len(piece) for piece in pieces], np.int64).reshape(-1, branches + 1)
-    rows, starts = _place(size.sum(1), row_length)
+    rows, starts = _place(size.sum(1), row_length, most)
     prompt_end = rows * row_length + starts + size[:, 0]
     piece_place = (rows * row_length + starts)[:, None] + np.cumsum(size, 1) - size
     piece_position = np.where(np.arange(branches + 1) == 0, 0, size[:, :1])
@@ -175,8 +178,10 @@ def fingerprint(arrays: Arrays) -> str:
     return digest.hexdigest()
 
 
-def _place(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row and start index of each item by best-fit decreasing, ties by order.
+def _place(
+    lengths: np.ndarray, row_length: int, most: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Row and start index of each item by best-fit decreasing, ties by order; `most` items a row.
 
     Free rows are kept in a bucket per remaining length; a bit mask of the buckets in use finds the
     tightest one that fits in one operation.
@@ -192,6 +197,7 @@ def _place(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray
         )
     buckets: list[list[int]] = [[] for _ in range(row_length + 1)]
     in_use, count = 0, 0
+    held: list[int] = []  # items of each row
     rows, starts = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
     for item in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[item])
@@ -203,9 +209,11 @@ def _place(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray
                 in_use ^= 1 << free
         else:
             free, row = row_length, count
+            held.append(0)
             count += 1
         rows[item], starts[item] = row, row_length - free
-        if free > length:
+        held[row] += 1
+        if free > length and held[row] != most:
             buckets[free - length].append(row)
             in_use |= 1 << (free - length)
     return rows, starts

@@ -181,6 +181,7 @@ def letters_task(config: ConfigDict, shape: ModelConfig) -> Task:
             max_prompt=config.rollout.max_prompt_tokens,
             max_new=world.MAX_TOKENS,
             multiple=config.batch.rows,
+            shortest=8,
         )
         tokens = np.zeros((len(completions), world.MAX_TOKENS), np.int64)
         mask, logprobs = np.zeros((2, *tokens.shape), np.float32)

@@ -26,6 +26,7 @@ from rlhf_jax.stages.pairs import CHOSEN, REJECTED
 from rlhf_jax.stages.policy import evaluate, finish, held_out_prompts, training_prompts
 from rlhf_jax.stages.preference import loss
 from rlhf_jax.stages.rollouts import (
+    SHORTEST,
     Judge,
     PromptSet,
     Samples,
@@ -149,7 +150,8 @@ def pack_best_and_worst(rollouts: Rollouts, row_length: int, multiple: int) -> t
         pair = {CHOSEN: best[i], REJECTED: worst[i]}
         answers = [samples.completions[i * samples.each + pair[k]].tokens for k in sorted(pair)]
         groups.append(Group(tokens, tuple(answers), i))
-    rows, _ = pack_groups(groups, row_length, branches=2)
+    most = max(1, row_length // (2 * SHORTEST))
+    rows, _ = pack_groups(groups, row_length, branches=2, most=most)
     valid = (rows["example_ids"] >= 0) & useful[rows["example_ids"]]
     rows["valid"] = valid.astype(np.float32)
-    return pad_rows(rows, rows=multiple, slots=-(-row_length // 2), groups=8), int((~useful).sum())
+    return pad_rows(rows, rows=multiple, slots=row_length, groups=most), int((~useful).sum())

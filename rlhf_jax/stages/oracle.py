@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from rlhf_jax.data import enum121 as world
+from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.best_of_n import best_of_n, kl_bound
 from rlhf_jax.losses.preference import preference_loss
 from rlhf_jax.models import transformer
@@ -144,8 +146,12 @@ ROWS: dict[str, Row] = {
     ),
     "rloo_transformer": Row("rloo", {"rollout": {"samples": 4}}, policy="transformer", regret=0.02),
     "ppo_transformer": Row("ppo", {"train": {"epochs": 2}}, policy="transformer", regret=0.02),
-    "reinforce_transformer": Row("reinforce", policy="transformer", regret=0.02),
 }
+
+
+# What became of a row: where it landed, (E r, KL) expected, a note, the verdict.
+Result = tuple[Outcome, tuple[float, float], str, str]
+BEST_OF = "best_of_8"
 
 
 def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
@@ -154,22 +160,20 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     Raises:
         RuntimeError: a row did not land where theory says, or lies above the frontier.
     """
-    wanted = list(filter(None, config.oracle.rows.split(","))) or [*ROWS, *PREFERENCE, "best_of_8"]
-    results: dict[str, tuple[Outcome, tuple[float, float], str, str]] = {}
-    for name in wanted:
-        if name in ROWS:
-            outcome = run_row(ROWS[name], config)
-            results[name] = (outcome, *_expected(ROWS[name]), judge(ROWS[name], outcome))
-        elif name in PREFERENCE:
-            results[name] = preference_row(name, config)
-        else:
-            results[name] = best_of_row(config)
-        outcome, _, note, verdict = results[name]
-        print(
-            f"{name:24s} E r {outcome.reward:7.4f}  KL {outcome.kl:7.4f}  "
-            f"regret {outcome.regret:8.5f}  {note}: {verdict}",
-            flush=True,
-        )
+    wanted = list(filter(None, config.oracle.rows.split(","))) or [*ROWS, *PREFERENCE, BEST_OF]
+    unknown = [name for name in wanted if name not in (*ROWS, *PREFERENCE, BEST_OF)]
+    if unknown:
+        known = ", ".join([*ROWS, *PREFERENCE, BEST_OF])
+        raise UserError(f"oracle.rows: there is no row {unknown[0]!r}; there are: {known}")
+    results: dict[str, Result] = {}
+    with ThreadPoolExecutor(config.oracle.threads) as pool:  # most of a row's time is compiling
+        for name, result in zip(wanted, pool.map(partial(_result, config), wanted), strict=True):
+            outcome, _, note, verdict = results[name] = result
+            print(
+                f"{name:24s} E r {outcome.reward:7.4f}  KL {outcome.kl:7.4f}  "
+                f"regret {outcome.regret:8.5f}  {note}: {verdict}",
+                flush=True,
+            )
     write_evaluation(run.path, [_table(results)], [_figure(results)])
     metrics: dict[str, float] = {}
     for name, (outcome, _, _, verdict) in results.items():
@@ -185,6 +189,13 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     return metrics
 
 
+def _result(config: ConfigDict, name: str) -> Result:
+    if name in ROWS:
+        outcome = run_row(ROWS[name], config)
+        return outcome, *_expected(ROWS[name]), judge(ROWS[name], outcome)
+    return preference_row(name, config) if name in PREFERENCE else best_of_row(config)
+
+
 def row_config(row: Row, config: ConfigDict, seed: int = 0) -> ConfigDict:
     """The ordinary config of the policy stage for a row."""
     each = row.changes.get("rollout", {}).get("samples", 1)
@@ -198,7 +209,7 @@ def row_config(row: Row, config: ConfigDict, seed: int = 0) -> ConfigDict:
             "slots": 256,
         },
         "data": {"row_length": 64},
-        "batch": {"rows": 32},
+        "batch": {"rows": 8},
         "kl": {"coefficient": BETA, "exact_rows": 0},
         "optimizer": dict(TABLE_OPTIMIZER),
         "train": {"steps": steps},
@@ -243,11 +254,11 @@ def _outcome(
     value = world.expected_reward(best) - beta * world.kl(best, reference)
     reward, kl = world.expected_reward(logp), world.kl(logp, reference)
     scores, divergences = [], []
+    logprobs = jax.jit(lambda params, rows: task.statistics(params, rows).logprobs)
     for number in range(8):  # what a run would report, from fresh samples
         rollouts = task.rollout(state.policy.params, {}, 10**6 + number)
-        ours = task.statistics(state.policy.params, rollouts.rows).logprobs
-        theirs = task.statistics(start, rollouts.rows).logprobs
-        gap = np.where(rollouts.rows["weights"] > 0, ours - theirs, 0)
+        gap = logprobs(state.policy.params, rollouts.rows) - logprobs(start, rollouts.rows)
+        gap = np.where(rollouts.rows["weights"] > 0, gap, 0)
         scores.append(rollouts.scores)
         divergences.append(gap.sum() / len(rollouts.scores))
     every = np.concatenate(scores)
@@ -308,7 +319,7 @@ PREFERENCE: dict[str, tuple[str, dict[str, Any], float, float]] = {
 }
 
 
-def preference_row(name: str, config: ConfigDict):
+def preference_row(name: str, config: ConfigDict) -> Result:
     """Minimises a preference loss over all pairs at once, weighted by their exact law."""
     loss, options, reward, kl = PREFERENCE[name]
     reference = world.logprobs(world.REFERENCE)
@@ -346,7 +357,7 @@ def preference_row(name: str, config: ConfigDict):
     return outcome, (reward, kl), row.note, judge(row, outcome)
 
 
-def best_of_row(config: ConfigDict, n: int = 8, samples: int = 20_000):
+def best_of_row(config: ConfigDict, n: int = 8, samples: int = 20_000) -> Result:
     """The best of eight reference samples, estimated from many, against the exact law."""
     prompts = np.repeat(np.arange(world.PROMPTS), samples).astype(np.int32)
     table = jnp.asarray(world.REFERENCE, jnp.float32)
@@ -376,10 +387,7 @@ def _exact_outcome(logp: np.ndarray, reference: np.ndarray) -> Outcome:
     return Outcome(reward, kl, value - (reward - BETA * kl))
 
 
-Results = Mapping[str, tuple[Outcome, tuple[float, float], str, str]]
-
-
-def _table(results: Results) -> dict[str, Any]:
+def _table(results: Mapping[str, Result]) -> dict[str, Any]:
     columns = [
         "algorithm",
         "E[r]",
@@ -397,7 +405,7 @@ def _table(results: Results) -> dict[str, Any]:
     return {"title": "Where each algorithm landed", "columns": columns, "rows": rows}
 
 
-def _figure(results: Results) -> dict[str, Any]:
+def _figure(results: Mapping[str, Result]) -> dict[str, Any]:
     betas = np.geomspace(0.12, 50, 60)
     reference = world.logprobs(world.REFERENCE)
     best = [world.optimum(beta) for beta in betas]

@@ -43,9 +43,7 @@ from rlhf_jax.training.mesh import batch_shards
 from rlhf_jax.training.model import Model, load_model
 from rlhf_jax.training.on_policy import Rollouts, Task
 
-SEQUENCES = (
-    16  # places for sequences in a row are a multiple of it, so that few shapes are compiled
-)
+SHORTEST = 16  # tokens a sequence: a row has places for no more of them than fit at that length
 
 
 @dataclass(frozen=True)
@@ -151,9 +149,15 @@ def sample_answers(
 
 
 def pack_samples(
-    samples: Samples, *, row_length: int, max_prompt: int, max_new: int, multiple: int
+    samples: Samples,
+    *,
+    row_length: int,
+    max_prompt: int,
+    max_new: int,
+    multiple: int,
+    shortest: int = SHORTEST,
 ) -> Arrays:
-    """Rows of prompts with as many of their answers as always fit one; shapes are multiples.
+    """Rows of prompts with as many of their answers as always fit one, all of one shape.
 
     Beside the arrays of `pack_groups`, members [R, S] and slots, mask [R, S, T]: see `Rollouts`.
     """
@@ -175,10 +179,9 @@ def pack_samples(
         )
         for first in range(0, len(samples.completions), share)
     ]
-    rows, _ = pack_groups(groups, row_length, branches=share)
-    rows = pad_rows(
-        rows, rows=multiple, slots=-(-row_length // 2), groups=max(1, SEQUENCES // share)
-    )
+    most = max(1, row_length // (shortest * share))
+    rows, _ = pack_groups(groups, row_length, branches=share, most=most)
+    rows = pad_rows(rows, rows=multiple, slots=row_length, groups=most)
     count = len(rows["valid"])
     lengths = rows["lengths"].reshape(count, -1)
     first = np.cumsum(lengths, axis=1) - lengths
