@@ -385,7 +385,8 @@ def _line(axes: Any, i: int, name: str, x: Sequence[float], y: Sequence[Any], ma
     """The i-th line of a figure."""
     color, dash = LINES[i % len(LINES)], DASHES[i % len(DASHES)]
     marker = "o" if marked else ""
-    axes.plot(x, [number(v) for v in y], dash, color=color, marker=marker, label=name)
+    values = [number(v) for v in y]
+    axes.plot(x, values, linestyle=dash, color=color, marker=marker, label=name)
 
 
 def _bin_labels(edges: Sequence[float]) -> list[str]:

@@ -71,6 +71,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
             number = int(state.step) // (config.train.epochs * config.train.minibatches)
             return evaluate(config, run.path, model, reference, held_out, judge, number, [])
 
+        before = evaluate(config, run.path, reference, reference, held_out, judge, 0, [])
         state, rates = train(
             init_state(reference.params, optimizer, mesh=mesh),
             step,
@@ -89,7 +90,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         )
     model = dataclasses.replace(reference, params=state.params)
     save_model(run.path, model)
-    return finish(config, run.path, model, parents["policy"]) | rates
+    return finish(config, run.path, model, parents["policy"], before) | rates
 
 
 def _iteration(

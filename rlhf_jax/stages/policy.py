@@ -67,6 +67,8 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
             number = int(state.iteration)
             return evaluate(config, run.path, model, policy, held_out, judge, number, views)
 
+        before = evaluate(config, run.path, policy, policy, held_out, judge, 0, [])
+
         state, rates = train(
             state,
             iteration.step,
@@ -85,7 +87,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         )
     model = dataclasses.replace(policy, params=state.policy.params)
     save_model(run.path, model)
-    return finish(config, run.path, model, parents["policy"]) | rates
+    return finish(config, run.path, model, parents["policy"], before) | rates
 
 
 def training_prompts(config: ConfigDict, policy: Model) -> tuple[PromptSet, Any]:
@@ -105,10 +107,16 @@ def held_out_prompts(config: ConfigDict, policy: Model) -> PromptSet:
     return held_out.take(range(min(config.eval.during, len(held_out.records))))
 
 
-def finish(config: ConfigDict, run: Path, model: Model, start: Path) -> dict[str, float]:
-    """The metrics of a run's last evaluation and of its greedy answers; writes what is reported."""
+def finish(
+    config: ConfigDict, run: Path, model: Model, start: Path, before: dict[str, float]
+) -> dict[str, float]:
+    """The metrics of a run's last evaluation and of its greedy answers; writes what is reported.
+
+    `before`: the evaluation of the model it started from, the first point of every curve.
+    """
     evaluations = [line for line in read_metrics(run / "metrics.jsonl") if "eval/kl" in line]
-    metrics = evaluate_chat(config, run, model, start, further=_report(run, evaluations))
+    report = _report(run, [before, *evaluations])
+    metrics = evaluate_chat(config, run, model, start, further=report)
     last = {k: v for k, v in evaluations[-1].items() if k.startswith("eval/")}
     return last | metrics | {"eval/sampled_gold_reward": last.get("eval/gold_reward", np.nan)}
 
@@ -229,7 +237,8 @@ def _keep_timeline(run: Path, step: int, samples: Samples, scores: Mapping[str, 
             for i in range(min(TIMELINE, len(samples.texts)))
         ],
     }
-    write_jsonl(path, [*(line for line in kept if line["step"] < step), new])
+    others = [line for line in kept if line["step"] != step]
+    write_jsonl(path, sorted([*others, new], key=lambda line: line["step"]))
 
 
 def _report(run: Path, evaluations: list[dict[str, float]]) -> dict[str, Any]:

@@ -219,3 +219,8 @@ def test_names_that_end_alike_are_shown_whole():
     kl, ratio = training_curves(records)
     assert kl.csv.splitlines()[1:] == ["objective kl,1,0.25", "kl,1,0.5", "kl held-out,1,1.0"]
     assert ratio.csv.splitlines()[1:] == ["ratio,1,NaN"]
+
+
+def test_a_figure_may_have_more_lines_than_there_are_plain_dashes():
+    series = {f"line {i}": ((0, 1), (i, i + 1)) for i in range(9)}
+    assert draw({"kind": "curves", "title": "Many", "series": series}).svg.count("line ") >= 9
