@@ -1,7 +1,9 @@
-"""Best-of-n by a reward model, measured, and fine-tuning on the winners; on a 2-core CPU.
+"""Best-of-n by a reward, measured, and fine-tuning on the winners; times are of a 2-core CPU.
 
 python -m rlhf_jax.main --config=experiments/best_of_n.py
-    the embedded town
+    the embedded town, by the reward model of experiments/reward.py
+python -m rlhf_jax.main --config=experiments/best_of_n.py:sentiment
+    the continuations of film reviews that a classifier likes best
 """
 
 from rlhf_jax.errors import UserError
@@ -11,14 +13,27 @@ from rlhf_jax.stages import defaults
 def get_config(variant="town"):
     match variant:
         case "town":
-            return best_of_n()
-    raise UserError(f"experiments/best_of_n.py has no variant {variant!r}; there are: town")
+            return best_of_n(
+                init={"policy": "experiments/sft.py", "reward": "experiments/reward.py"},
+                best_of_n={"samples": 128, "n": 16, "prompts": 800},
+            )
+        case "sentiment":
+            return best_of_n(
+                init={"policy": "experiments/sft.py:imdb", "reward": "experiments/reward.py:imdb"},
+                data={"train": "imdb/prompt", "validation": "imdb/prompt"},
+                rollout={"max_prompt_tokens": 48, "max_new_tokens": 64},
+                best_of_n={"samples": 64, "n": 16, "prompts": 400},
+                eval=defaults.chat_evaluation(
+                    source="imdb/prompt", count=64, gold=False, during=96
+                ),
+            )
+    raise UserError(
+        f"experiments/best_of_n.py has no variant {variant!r}; there are: town, sentiment"
+    )
 
 
 def best_of_n(**sections):
     return defaults.best_of_n(
-        init={"policy": "experiments/sft.py", "reward": "experiments/reward.py"},
-        best_of_n={"samples": 128, "n": 16, "prompts": 800},
         batch={"rows": 8},
         optimizer={"learning_rate": 3e-4, "schedule": "linear", "warmup_steps": 5},
         train={"steps": 40},

@@ -1,37 +1,81 @@
-"""Group-relative policy optimisation and its family: no critic, several answers a prompt.
+"""Group-relative policy optimisation and its family: no critic, several answers to a prompt.
+
+Times are of a 2-core CPU.
 
 python -m rlhf_jax.main --config=experiments/grpo.py
-    the embedded town
+    the embedded town, against the reward model of experiments/reward.py
+python -m rlhf_jax.main --config=experiments/grpo.py:rloo
+    another algorithm of the family on the same task: dr_grpo, dapo, rloo, reinforce, reinforce_pp,
+    remax, gspo, cispo
+python -m rlhf_jax.main --config=experiments/grpo.py:arithmetic
+    the town's sums and differences, against a verifier
+python -m rlhf_jax.main --config=experiments/grpo.py:gsm8k
+    grade-school maths against its last number: a model of this size does not solve it
 """
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.stages import defaults
 
+OPTIMIZER = {
+    "learning_rate": 2e-4,
+    "schedule": "linear",
+    "warmup_steps": 10,
+    "final_fraction": 0.1,
+}
 FAMILY = ("grpo", "dr_grpo", "dapo", "rloo", "reinforce", "reinforce_pp", "remax", "gspo", "cispo")
 
 
 def get_config(variant="grpo"):
     if variant in FAMILY:
-        return town(variant)
+        grouped = variant not in ("reinforce", "reinforce_pp", "remax")
+        return grpo(
+            variant,
+            init={"policy": "experiments/sft.py", "reward": "experiments/reward.py"},
+            rollout={"prompts": 32, "samples": 8} if grouped else {"prompts": 128},
+            kl={"coefficient": 0.25},
+            train={"steps": 20, "eval_every": 4},
+        )
+    if variant == "arithmetic":
+        return grpo(
+            "grpo",
+            init={"policy": "experiments/sft.py"},
+            data={"train": "town/arithmetic[:90%]", "validation": "town/arithmetic"},
+            rollout={"prompts": 64, "samples": 8, "max_prompt_tokens": 48, "max_new_tokens": 24},
+            reward={"scorers": "correct=1"},
+            kl={"placement": "none"},
+            optimizer=OPTIMIZER | {"learning_rate": 1e-3},
+            train={"steps": 100, "eval_every": 10},
+            eval=defaults.chat_evaluation(source="town/arithmetic@train[90%:]"),
+        )
+    if variant == "gsm8k":
+        return grpo(
+            "grpo",
+            init={"policy": "experiments/sft.py:gsm8k"},
+            data={"train": "gsm8k/prompt", "validation": "gsm8k/prompt@test", "row_length": 768},
+            rollout={
+                "prompts": 16,
+                "samples": 8,
+                "max_prompt_tokens": 192,
+                "max_new_tokens": 128,
+            },
+            reward={"scorers": "number=1"},
+            train={"steps": 12, "eval_every": 4},
+            eval=defaults.chat_evaluation(source="gsm8k/prompt@test", count=64, gold=False)
+            | {"batch_rows": 16, "max_new_tokens": 128},
+        )
     raise UserError(
-        f"experiments/grpo.py has no variant {variant!r}; there are: {', '.join(FAMILY)}"
+        f"experiments/grpo.py has no variant {variant!r}; there are: {', '.join(FAMILY)}, "
+        "arithmetic, gsm8k"
     )
 
 
-def town(algorithm, **sections):
-    base = {
-        "init": {"policy": "experiments/sft.py", "reward": "experiments/reward.py"},
-        "rollout": {"prompts": 32, "samples": 8},
+def grpo(algorithm, train, **sections):
+    common = {
         "data": {"row_length": 320},
-        "batch": {"rows": 8},
-        "optimizer": {
-            "learning_rate": 2e-4,
-            "schedule": "linear",
-            "warmup_steps": 10,
-            "final_fraction": 0.1,
-        },
-        "train": {"steps": 60, "epochs": 1, "minibatches": 2, "log_every": 1, "eval_every": 10},
+        "batch": {"rows": 4},
+        "optimizer": OPTIMIZER,
+        "train": {"minibatches": 2, "log_every": 1} | train,
     }
     for name, values in sections.items():
-        base[name] = base.get(name, {}) | values
-    return defaults.on_policy(algorithm, **base)
+        common[name] = common.get(name, {}) | values
+    return defaults.on_policy(algorithm, **common)

@@ -1,7 +1,9 @@
-"""DPO on the policy's own answers, labelled by a reward model as they come; on a 2-core CPU.
+"""DPO on the policy's own answers, labelled by a reward as they come; times are of a 2-core CPU.
 
 python -m rlhf_jax.main --config=experiments/online_dpo.py
-    the embedded town
+    the embedded town, labelled by the reward model of experiments/reward.py
+python -m rlhf_jax.main --config=experiments/online_dpo.py:sentiment
+    continuations of film reviews, labelled by a classifier
 """
 
 from rlhf_jax.errors import UserError
@@ -11,11 +13,36 @@ from rlhf_jax.stages import defaults
 def get_config(variant="town"):
     match variant:
         case "town":
-            return defaults.online_preference(
+            return online_dpo(
                 init={"policy": "experiments/sft.py", "reward": "experiments/reward.py"},
-                rollout={"prompts": 64, "samples": 4},
-                data={"row_length": 320},
-                optimizer={"learning_rate": 2e-4, "schedule": "linear", "warmup_steps": 5},
-                train={"steps": 30, "minibatches": 2, "log_every": 1, "eval_every": 10},
             )
-    raise UserError(f"experiments/online_dpo.py has no variant {variant!r}; there are: town")
+        case "sentiment":
+            return online_dpo(
+                init={"policy": "experiments/sft.py:imdb", "reward": "experiments/reward.py:imdb"},
+                data={"train": "imdb/prompt", "validation": "imdb/prompt", "row_length": 384},
+                rollout={
+                    "prompts": 64,
+                    "samples": 4,
+                    "max_prompt_tokens": 48,
+                    "max_new_tokens": 64,
+                },
+                eval=defaults.chat_evaluation(
+                    source="imdb/prompt", count=64, gold=False, during=128
+                ),
+            )
+    raise UserError(
+        f"experiments/online_dpo.py has no variant {variant!r}; there are: town, sentiment"
+    )
+
+
+def online_dpo(**sections):
+    common = {
+        "rollout": {"prompts": 64, "samples": 4},
+        "data": {"row_length": 320},
+        "batch": {"rows": 4},
+        "optimizer": {"learning_rate": 2e-4, "schedule": "linear", "warmup_steps": 5},
+        "train": {"steps": 20, "minibatches": 2, "log_every": 1, "eval_every": 4},
+    }
+    for name, values in sections.items():
+        common[name] = common.get(name, {}) | values
+    return defaults.online_preference(**common)

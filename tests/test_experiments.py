@@ -9,6 +9,7 @@ import pytest
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.stages.chain import STAGES, load_config
+from rlhf_jax.training.objectives import check_objective
 from rlhf_jax.training.optimizer import make_optimizer
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -17,6 +18,13 @@ VARIANTS = {
     "sft": ["town", "fables", "gsm8k", "hh", "imdb"],
     "reward": ["town", "member1", "member2", "hh", "imdb"],
     "dpo": ["town", "hh"],
+    "ppo": ["town", "hh", "sentiment"],
+    "grpo": [
+        *("grpo", "dr_grpo", "dapo", "rloo", "reinforce", "reinforce_pp", "remax"),
+        *("gspo", "cispo", "arithmetic", "gsm8k"),
+    ],
+    "online_dpo": ["town", "sentiment"],
+    "best_of_n": ["town", "sentiment"],
 }
 
 
@@ -28,6 +36,8 @@ def test_experiment(name, variant, monkeypatch):
     config = load_config(f"experiments/{name}.py:{variant}")
     assert config.stage in STAGES
     make_optimizer(config.optimizer, config.train.steps)
+    if config.stage == "policy":
+        check_objective(config)
     if config.stage == "pretrain":
         ModelConfig(**config.model.to_dict()).validate()
     else:
@@ -37,9 +47,13 @@ def test_experiment(name, variant, monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_unknown_variant_lists_the_known(name):
-    with pytest.raises(UserError, match="there are: town"):
+    with pytest.raises(UserError, match="there are: "):
         load_config(f"{EXPERIMENTS}/{name}.py:tow")
 
 
+def test_the_oracle_is_a_valid_config():
+    assert load_config(f"{EXPERIMENTS}/oracle.py").stage == "oracle"
+
+
 def test_all_experiments_are_tested():
-    assert {path.stem for path in EXPERIMENTS.glob("*.py")} == set(VARIANTS)
+    assert {path.stem for path in EXPERIMENTS.glob("*.py")} == {*VARIANTS, "oracle"}

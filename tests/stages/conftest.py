@@ -64,6 +64,46 @@ def get_config():
     )
 """
 
+# On-policy stages, on top of sft.py and reward.py.
+SAMPLING = """
+ROLLOUT = dict(max_prompt_tokens=160, max_new_tokens=10, slots=16)
+ON_POLICY = dict(
+    init=dict(policy="{folder}/sft.py", reward="{folder}/reward.py"),
+    data=dict(train="{folder}/prompts.jsonl", row_length=256),
+    eval=EVAL | dict(during=6),
+)
+
+
+def get_config():
+    return {made}
+"""
+
+MADE = {
+    "ppo": """defaults.on_policy(
+        "ppo", **ON_POLICY, rollout=ROLLOUT | dict(prompts=8), batch=dict(rows=2),
+        reward=dict(scorers="model=1,gold=0.5,length=-0.01"),
+        optimizer=OPTIMIZER, critic=OPTIMIZER, kl=dict(target=2.0, horizon=100.0),
+        train=dict(steps=4, epochs=2, minibatches=2, log_every=1, checkpoint_every=2,
+                   eval_every=2, tensorboard=False),
+    )""",
+    "grpo": """defaults.on_policy(
+        "dapo", **ON_POLICY, batch=dict(rows=2), optimizer=OPTIMIZER,
+        rollout=ROLLOUT | dict(prompts=4, samples=4, filter_zero_std=True, resample=1),
+        reward=dict(scorers="gold"),
+        loss=dict(ptx_coefficient=0.5), advantage=dict(scale="batch"),
+        train=TRAIN | dict(steps=2, log_every=1),
+    )""",
+    "online": """defaults.online_preference(
+        **ON_POLICY, rollout=ROLLOUT | dict(prompts=6, samples=3), batch=dict(rows=2),
+        optimizer=OPTIMIZER, train=TRAIN | dict(steps=2, minibatches=2, log_every=1),
+    )""",
+    "best_of_n": """defaults.best_of_n(
+        **ON_POLICY | dict(data=dict(train="{folder}/prompts.jsonl", row_length=340)),
+        rollout=ROLLOUT, batch=dict(rows=2), optimizer=OPTIMIZER,
+        best_of_n=dict(samples=8, n=2, prompts=8), train=TRAIN | dict(steps=3),
+    )""",
+}
+
 
 def _lines(records) -> str:
     lines = []
@@ -76,7 +116,7 @@ def _lines(records) -> str:
 
 @pytest.fixture(scope="session")
 def experiments(tmp_path_factory) -> Path:
-    """A folder with pretrain.py, sft.py, reward.py, dpo.py and the data they read."""
+    """A folder with an experiment of every stage and the data they read."""
     folder = tmp_path_factory.mktemp("experiments")
     town = Town()
     (folder / "texts.jsonl").write_text(_lines(town.texts("train", 300)))
@@ -92,6 +132,12 @@ def experiments(tmp_path_factory) -> Path:
         "dpo": dpo.replace("{stage}", "preference").replace("{eval}", "EVAL"),
         "reward": reward.replace("{stage}", "reward").replace("{eval}", "dict(batch_rows=8)"),
     }
+    stages["reward"] = stages["reward"].replace(
+        "loss=dict(", "normalize=dict(prompts=8, max_new_tokens=10), loss=dict("
+    )
+    for name, made in MADE.items():
+        stages[name] = SAMPLING.replace("{made}", made)
+    stages["grpo"] = stages["grpo"].replace("data=dict(", 'data=dict(ptx="{folder}/texts.jsonl", ')
     for name, text in stages.items():
         text = (COMMON + text).replace("{folder}", str(folder)).replace("{steps}", "12")
         (folder / f"{name}.py").write_text(text)

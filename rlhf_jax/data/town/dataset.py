@@ -3,6 +3,8 @@
 text, conversation, pair, prompt    records of that kind
 facts                               prompts: every fact about a person, asked once; of those
                                     training may ask about, and ("validation") of the others
+arithmetic                          prompts: sums and differences only; those of "validation" are
+                                    of pairs of numbers that training never asks about
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import tensorflow_datasets as tfds
 
 from rlhf_jax.data.records import Record
 from rlhf_jax.data.town.town import Town
-from rlhf_jax.data.town.world import HELDOUT, TRAIN
+from rlhf_jax.data.town.world import HELDOUT, TRAIN, TownConfig
 from rlhf_jax.errors import UserError
 
 KINDS = {
@@ -23,6 +25,7 @@ KINDS = {
     "pair": "pair",
     "prompt": "prompt",
     "facts": "prompt",
+    "arithmetic": "prompt",
 }
 _STREAMS: dict[str, Callable[[Town, str], Iterable[Record]]] = {
     "text": Town.texts,
@@ -30,7 +33,9 @@ _STREAMS: dict[str, Callable[[Town, str], Iterable[Record]]] = {
     "pair": Town.pairs,
     "prompt": Town.prompts,
     "facts": Town.fact_prompts,
+    "arithmetic": Town.prompts,
 }
+_CONFIGS = {"arithmetic": TownConfig(families={"arithmetic": 1.0}, prompts=8_000)}
 _SPLITS = {"train": TRAIN, "validation": HELDOUT}
 
 
@@ -54,4 +59,4 @@ def read_town(config: str, split: str) -> list[Record]:
 
 @functools.cache
 def _make(config: str, split: str) -> tuple[Record, ...]:
-    return tuple(_STREAMS[config](Town(), _SPLITS[split]))
+    return tuple(_STREAMS[config](Town(_CONFIGS.get(config)), _SPLITS[split]))

@@ -20,7 +20,7 @@ SMALL = TownConfig(
 
 @pytest.fixture(autouse=True)
 def small_town(monkeypatch):
-    monkeypatch.setattr(dataset, "Town", lambda: Town(SMALL))
+    monkeypatch.setattr(dataset, "Town", lambda config=None: Town(config or SMALL))
     dataset._make.cache_clear()
     yield
     dataset._make.cache_clear()

@@ -1,0 +1,254 @@
+"""The on-policy stages through the front door: metrics, faults, mistakes of reward functions."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from rlhf_jax.data.records import Message, Prompt
+from rlhf_jax.sampling import Completion
+from rlhf_jax.stages.online_preference import pack_best_and_worst
+from rlhf_jax.stages.rollouts import PromptSet, Samples, pack_samples
+from rlhf_jax.training.checkpoint import load_params
+from rlhf_jax.training.on_policy import Rollouts
+from tests.stages.conftest import run_main
+
+
+@pytest.fixture(scope="module")
+def chain(experiments, tmp_path_factory):
+    """(experiments, runs): everything up to ppo, run once."""
+    runs = tmp_path_factory.mktemp("runs")
+    result = run_main(f"--config={experiments}/ppo.py", f"--workdir={runs}/ppo")
+    assert result.returncode == 0, result.stderr[-3000:]
+    return experiments, runs
+
+
+def summary(run):
+    return json.loads((run / "summary.json").read_text())["metrics"]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def timeless(run):
+    """Lines of metrics.jsonl without measurements of time."""
+    return [
+        {k: v for k, v in line.items() if not k.startswith("time/")}
+        for line in lines(run / "metrics.jsonl")
+    ]
+
+
+def test_ppo_reports_what_a_researcher_watches(chain):
+    _, runs = chain
+    logged = lines(runs / "ppo/metrics.jsonl")
+    assert [line["step"] for line in logged] == [1, 2, 3, 4]
+    assert set(logged[0]) >= {
+        "objective/kl", "objective/kl_k2", "objective/kl_k3", "objective/kl_exact",
+        "objective/entropy", "objective/scores", "objective/rlhf_reward",
+        "objective/non_score_reward", "objective/kl_coefficient",
+        "policy/approxkl", "policy/clipfrac", "policy/clipfrac_low", "policy/clipfrac_high",
+        "policy/ratio", "policy/ratio_max", "policy/ratio_var", "policy/entropy",
+        "loss/policy_avg", "loss/value_avg", "val/clipfrac", "val/explained_variance",
+        "advantages/mean", "advantages/std", "completions/mean_length",
+        "completions/mean_terminated_length", "completions/mean_truncated_length",
+        "completions/clipped_ratio", "completions/eos_rate", "frac_reward_zero_std", "reward_std",
+        "train/grad_norm", "rewards/model/mean", "rewards/gold/mean", "rewards/length/mean",
+        "rollout/logprob_difference",
+    }  # fmt: skip
+    assert abs(logged[0]["objective/kl"]) < 1e-5 and logged[1]["objective/kl"] != 0
+    assert logged[0]["rollout/logprob_difference"] < 1e-4
+    evaluated = [line for line in logged if "eval/kl" in line]
+    assert [line["step"] for line in evaluated] == [2, 4]
+    assert {"eval/gold_reward", "eval/proxy_reward"} <= set(evaluated[0])
+    metrics = summary(runs / "ppo")
+    assert {"eval/gold_win_rate", "eval/kl", "eval/proxy_reward"} <= set(metrics)
+
+
+def test_the_report_has_what_was_sampled(chain):
+    _, runs = chain
+    kept = json.loads((runs / "ppo/evaluation.json").read_text())
+    assert len(kept["frontier"]["kl"]) == 3 and abs(kept["frontier"]["kl"][0]) < 1e-6
+    assert [a["step"] for a in kept["timeline"][0]["answers"]] == [0, 2, 4]
+    view = kept["token_views"][0]
+    assert len(view["tokens"]) == len(view["values"]["advantage"]) == len(view["values"]["value"])
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "rollout:3",
+        pytest.param("scored:3", marks=pytest.mark.slow),
+        "update:3",
+        pytest.param("checkpoint:sealed:2", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_in_an_iteration_it_ends_with_the_same_bits(chain, fault):
+    experiments, runs = chain
+    there = runs.with_name(f"{runs.name}-{fault.replace(':', '-')}")
+    for parent in ("pretrain", "sft", "reward"):
+        shutil.copytree(runs / parent, there / parent)
+    command = f"--config={experiments}/ppo.py", f"--workdir={there}/ppo"
+    assert run_main(*command, fault=fault).returncode == -9
+    assert not (there / "ppo/summary.json").exists()
+    result = run_main(*command)
+    assert result.returncode == 0, result.stderr[-2000:]
+    ours, theirs = (load_params(path / "ppo/model")[0] for path in (there, runs))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert timeless(there / "ppo") == timeless(runs / "ppo")
+    for name in ("samples.jsonl", "timeline.jsonl", "views.jsonl"):
+        assert (there / "ppo" / name).read_text() == (runs / "ppo" / name).read_text()
+
+
+def test_groups_a_mixed_in_text_and_dynamic_sampling(chain):
+    experiments, runs = chain
+    result = run_main(f"--config={experiments}/grpo.py", f"--workdir={runs}/grpo")
+    assert result.returncode == 0, result.stderr[-2000:]
+    logged = lines(runs / "grpo/metrics.jsonl")
+    assert all({"loss/ptx", "rewards/gold/std", "rollout/blocks"} <= set(line) for line in logged)
+    assert all(line["rollout/blocks"] in (1, 2) for line in logged)
+
+
+def test_online_pairs(chain):
+    experiments, runs = chain
+    result = run_main(f"--config={experiments}/online.py", f"--workdir={runs}/online")
+    assert result.returncode == 0, result.stderr[-2000:]
+    logged = lines(runs / "online/metrics.jsonl")
+    assert {"pairs/tied", "rewards/margins", "objective/scores"} <= set(logged[-1])
+    assert "eval/gold_win_rate" in summary(runs / "online")
+
+
+def test_best_of_n_measures_and_trains(chain):
+    experiments, runs = chain
+    result = run_main(f"--config={experiments}/best_of_n.py", f"--workdir={runs}/best_of_n")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "best of 8: proxy" in result.stdout and "KL ≤ 1.20" in result.stdout
+    metrics = summary(runs / "best_of_n")
+    proxy = [metrics[f"eval/best_of_{n}/proxy"] for n in (1, 2, 4, 8)]
+    assert proxy == sorted(proxy)
+    assert metrics["eval/best_of_n/peak_n"] in (1, 2, 4, 8)
+    kept = json.loads((runs / "best_of_n/evaluation.json").read_text())
+    assert kept["frontier"]["bound"] is True
+
+
+FUNCTIONS = """
+import math, time
+
+def good(prompts, responses, ids, **columns):
+    return [len(r) / 10 for r in responses]
+
+def raises(prompts, responses):
+    raise RuntimeError("no such thing")
+
+def nan(prompts, responses):
+    return [math.nan] + [0.0] * (len(responses) - 1)
+
+def none(prompts, responses):
+    return [None] + [0.0] * (len(responses) - 1)
+
+def short(prompts, responses):
+    return [0.0]
+
+def hangs(prompts, responses):
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("raises", "no such thing"),
+        pytest.param("nan", "heldout-", marks=pytest.mark.slow),
+        pytest.param("none", "heldout-", marks=pytest.mark.slow),
+        pytest.param("short", "1 ", marks=pytest.mark.slow),
+        pytest.param("hangs", "2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_reward_function_that_fails_ends_the_run_in_one_line(chain, tmp_path, name, message):
+    experiments, runs = chain
+    file = tmp_path / "mine.py"
+    file.write_text(FUNCTIONS)
+    result = run_main(
+        f"--config={experiments}/ppo.py",
+        f"--workdir={runs}/fails-{name}",
+        f"--config.reward.scorers={file}:{name}",
+        "--config.reward.timeout_seconds=2",
+    )
+    assert result.returncode == 2, result.stdout[-500:] + result.stderr[-2000:]
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert name in error and message in error
+
+
+def test_a_reward_function_of_ones_own_and_masked_failures(chain, tmp_path):
+    experiments, runs = chain
+    file = tmp_path / "mine.py"
+    file.write_text(FUNCTIONS)
+    result = run_main(
+        f"--config={experiments}/ppo.py",
+        f"--workdir={runs}/mine",
+        f"--config.reward.scorers={file}:good=1,{file}:nan=0.5",
+        "--config.reward.on_error=mask",
+        "--config.train.steps=1",
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    (logged,) = lines(runs / "mine/metrics.jsonl")
+    assert logged["completions/masked"] == 1 and logged["rewards/failures"] == 1
+
+
+def test_a_truncated_distribution_is_refused_before_the_parents_run(experiments, tmp_path):
+    result = run_main(
+        f"--config={experiments}/ppo.py",
+        f"--workdir={tmp_path}/runs/ppo",
+        "--config.rollout.top_p=0.9",
+    )
+    assert result.returncode == 2
+    assert "rollout.top_p = 0.9" in result.stderr
+    assert not (tmp_path / "runs/sft").exists()
+
+
+def samples(lengths, each):
+    """Prompts of 3 tokens with answers of given lengths."""
+    count = len(lengths) // each
+    records = [Prompt(str(i), (Message("user", "x"),)) for i in range(count)]
+    prompts = PromptSet(records, [[1, 2, 3]] * count)
+    answers = [Completion(list(range(10, 10 + n)), np.zeros(n, np.float32), True) for n in lengths]
+    return Samples(prompts, answers, [""] * len(answers))
+
+
+def test_every_sampled_token_has_its_slot():
+    lengths = [1, 5, 3, 4, 2, 2, 6, 1]
+    rows = pack_samples(
+        samples(lengths, 4), row_length=32, max_prompt=3, max_new=6, multiple=4, shortest=8
+    )
+    assert len(rows["tokens"]) % 4 == 0
+    found = {}
+    for row in range(len(rows["members"])):
+        for s, member in enumerate(rows["members"][row]):
+            used = rows["mask"][row, s] > 0
+            if member < 0:
+                assert not used.any()
+                continue
+            slots = rows["slots"][row, s][used]
+            assert (rows["weights"][row, slots] == 1).all()
+            found[int(member)] = rows["targets"][row, slots].tolist()
+    assert found == {n: list(range(10, 10 + length)) for n, length in enumerate(lengths)}
+    assert rows["mask"].sum() == rows["weights"].sum() == sum(lengths)
+
+
+def test_the_best_and_the_worst_answer_make_a_pair():
+    answers = samples([1, 2, 3, 4, 5, 6], 3)
+    rollouts = Rollouts(
+        rows={}, mask=np.zeros((6, 6)), logprobs=np.zeros((6, 6)),
+        scores=np.array([0.5, 0.1, 0.9, 1.0, 1.0, 1.0]), weights=np.ones(6, np.float32),
+        finished=np.ones(6, bool), greedy_scores=np.zeros(2), metrics={}, version=0,
+        samples=answers,
+    )  # fmt: skip
+    rows, tied = pack_best_and_worst(rollouts, 32, 2)
+    assert tied == 1
+    (place,) = np.argwhere(rows["valid"] > 0)
+    assert rows["lengths"][tuple(place)].tolist() == [3, 2]

@@ -1,0 +1,283 @@
+"""One iteration of on-policy RL, on the world of which everything is known."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.data import enum121 as world
+from rlhf_jax.errors import UserError
+from rlhf_jax.losses.cross_entropy import TokenStatistics
+from rlhf_jax.models import transformer
+from rlhf_jax.stages import defaults
+from rlhf_jax.stages.chain import load_config
+from rlhf_jax.stages.letters import enumerate_logprobs, letters_model, letters_task, table_task
+from rlhf_jax.stages.oracle import ROWS, Row, judge, row_config, run_row
+from rlhf_jax.training.mesh import make_mesh
+from rlhf_jax.training.objectives import check_objective
+from rlhf_jax.training.on_policy import make_iteration, minibatches
+
+ORACLE = "experiments/oracle.py"
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+
+
+def table(algorithm="rloo", **sections):
+    config = row_config(
+        Row(algorithm, {"rollout": {"samples": 4}, **sections}), load_config(ORACLE)
+    )
+    config.rollout.prompts = 16
+    config.train.steps = 10
+    start = {"table": jnp.asarray(world.REFERENCE, jnp.float32)}
+    return config, table_task(config), start
+
+
+def letters(algorithm="rloo", **sections):
+    changes = {"rollout": {"samples": 4}, **sections}
+    config = row_config(Row(algorithm, changes, policy="transformer"), load_config(ORACLE))
+    config.rollout.prompts = 16
+    config.rollout.slots = 32
+    config.train.steps = 10
+    shape = letters_model()
+    return config, letters_task(config, shape), transformer.init(shape, jax.random.key(1)), shape
+
+
+def steps(config, task, start, count, **options):
+    iteration = make_iteration(config, task, start, **options)
+    value = None
+    if task.values is not None:
+        value = {"table": jnp.zeros((world.PROMPTS, len(world.PREFIXES)))}
+    state, metrics = iteration.init(start, value), {}
+    for _ in range(count):
+        state, metrics = iteration.step(state, {})
+    return state, metrics, iteration
+
+
+def test_metrics_of_the_first_iteration():
+    _, metrics, iteration = steps(*table(), 1)
+    assert metrics["objective/kl"] == 0
+    assert metrics["policy/ratio_deviation"] < 1e-6
+    assert metrics["rollout/logprob_difference"] < 1e-5
+    rollouts = iteration.last["rollouts"]
+    np.testing.assert_allclose(metrics["objective/scores"], rollouts.scores.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["completions/mean_length"], rollouts.mask.sum(-1).mean())
+    np.testing.assert_allclose(metrics["completions/eos_rate"], rollouts.finished.mean())
+    entropy = -(np.exp(world.log_softmax(world.REFERENCE)) * world.log_softmax(world.REFERENCE))
+    assert 0 < metrics["policy/entropy"] <= entropy.sum(-1).max()
+
+
+def test_an_iteration_repeats_bit_for_bit():
+    first, second = (steps(*table("ppo", train={"epochs": 2, "minibatches": 2}), 3) for _ in "ab")
+    for a, b in zip(jax.tree.leaves(first[0]), jax.tree.leaves(second[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert first[1] == second[1]
+
+
+def test_every_epoch_takes_every_row_once():
+    config, *_ = table(train={"epochs": 3, "minibatches": 4})
+    taken = [list(minibatches(config, 32, number)) for number in (0, 0, 1)]
+    for parts in taken:
+        epochs = np.concatenate(parts).reshape(3, 32)
+        assert [sorted(epoch) for epoch in epochs.tolist()] == [list(range(32))] * 3
+        assert len({tuple(epoch) for epoch in epochs.tolist()}) == 3
+    np.testing.assert_array_equal(taken[0], taken[1])
+    assert not np.array_equal(taken[0], taken[2])
+
+
+def test_a_policy_that_is_not_the_one_that_scored_is_refused():
+    config, task, start = table()
+    calls = []
+
+    def statistics(params, rows):
+        calls.append(0)
+        found = task.statistics(params, rows)
+        # The first two calls score the policy and its reference, the third trains.
+        return found if len(calls) < 3 else found._replace(logprobs=found.logprobs + 1e-3)
+
+    with pytest.raises(UserError, match=r"ratio to itself is off 1 by 1.0e-03, over 1e-05"):
+        steps(config, dataclasses.replace(task, statistics=statistics), start, 1)
+
+
+def test_a_policy_must_start_as_its_reference():
+    config, task, start = table()
+    moved = {"table": start["table"].at[0, 0, 1].add(0.1)}
+    iteration = make_iteration(config, task, start)
+    with pytest.raises(UserError, match="KL would not start at 0"):
+        iteration.step(iteration.init(moved, None), {})
+    free = make_iteration(config, task, start, from_reference=False)
+    _, metrics = free.step(free.init(moved, None), {})
+    assert metrics["objective/kl"] != 0
+
+
+def test_left_out_sequences_change_nothing():
+    config, task, start = table()
+
+    def with_rubbish(scale):
+        def rollout(params, batch, number):
+            found = task.rollout(params, batch, number)
+            weights = (np.arange(len(found.scores)) % 4 != 1).astype(np.float32)
+            scores = np.where(weights > 0, found.scores, scale)
+            return dataclasses.replace(found, scores=scores, weights=weights)
+
+        return dataclasses.replace(task, rollout=rollout)
+
+    one, two = (steps(config, with_rubbish(scale), start, 2)[0] for scale in (0.0, 1e3))
+    np.testing.assert_array_equal(one.policy.params["table"], two.policy.params["table"])
+
+
+def test_nothing_left_to_learn_from_is_a_skipped_update():
+    config, task, start = table()
+
+    def rollout(params, batch, number):
+        found = task.rollout(params, batch, number)
+        return dataclasses.replace(found, weights=np.zeros_like(found.weights))
+
+    state, metrics, _ = steps(config, dataclasses.replace(task, rollout=rollout), start, 2)
+    np.testing.assert_array_equal(state.policy.params["table"], start["table"])
+    assert metrics["train/consecutive_skipped"] == 2
+
+
+def test_equal_scores_teach_nothing():
+    config, task, start = table("dr_grpo", kl={"placement": "none"})
+
+    def rollout(params, batch, number):
+        found = task.rollout(params, batch, number)
+        return dataclasses.replace(found, scores=np.ones_like(found.scores))
+
+    state, metrics, _ = steps(config, dataclasses.replace(task, rollout=rollout), start, 1)
+    assert metrics["frac_reward_zero_std"] == 1
+    assert metrics["train/grad_norm"] == 0
+    np.testing.assert_array_equal(state.policy.params["table"], start["table"])
+
+
+def test_microbatches_and_devices_do_not_change_an_iteration():
+    config, task, start, _ = letters()
+    whole, *_ = steps(config, task, start, 2)
+    config.batch.microbatches = 2
+    halves, *_ = steps(config, task, start, 2)
+    mesh = make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:4])
+    spread, *_ = steps(config, task, start, 2, mesh=mesh)
+    for other in (halves, spread):
+        for a, b in zip(
+            jax.tree.leaves(whole.policy.params), jax.tree.leaves(other.policy.params), strict=True
+        ):
+            np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_the_transformer_task_scores_what_it_samples():
+    """Its rewards and log-probs are those of the enumeration of all its responses."""
+    _, task, start, shape = letters()
+    rollouts = task.rollout(start, {}, 0)
+    exact = enumerate_logprobs(shape, start)
+    np.testing.assert_allclose(np.exp(exact).sum(1), 1, rtol=1e-5)
+    sequence = (rollouts.logprobs * rollouts.mask).sum(-1)
+    prompt = np.repeat(np.arange(16) % 4, 4)
+    for n, score in enumerate(rollouts.scores):
+        (outcome,) = np.flatnonzero(np.isclose(world.REWARDS[prompt[n]], score, atol=1e-9))
+        np.testing.assert_allclose(sequence[n], exact[prompt[n], outcome], atol=1e-4)
+
+
+def test_stale_samples_are_refused():
+    config, task, start = table(rollout={"samples": 4, "max_staleness": 1})
+
+    def rollout(params, batch, number):
+        return dataclasses.replace(task.rollout(params, batch, number), version=0)
+
+    stale = dataclasses.replace(task, rollout=rollout)
+    steps(config, stale, start, 2)
+    with pytest.raises(UserError, match="samples of iteration 1 are 2 updates old"):
+        steps(config, stale, start, 3)
+
+
+def test_the_controller_moves_towards_its_target():
+    kl = {"coefficient": 0.2, "target": 0.5, "horizon": 100.0}
+    state, *_ = steps(*table(kl=kl), 1)
+    # KL is 0 at first: e = −0.2, 64 sequences of a horizon of 100.
+    np.testing.assert_allclose(state.kl_coefficient, 0.2 * (1 - 0.2 * 64 / 100), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("rollout", {"top_p": 0.9}, "rollout.top_p = 0.9: what is trained is the whole"),
+        ("rollout", {"top_k": 5}, "rollout.top_k = 5"),
+        ("rollout", {"samples": 1}, "a baseline over the samples of a prompt needs two"),
+        ("rollout", {"max_staleness": 1}, "would use samples up to 3 updates old"),
+        ("kl", {"placement": "loss", "estimator": "k1"}, "would regularise nothing"),
+        ("kl", {"placement": "rewards"}, "kl.placement must be one of"),
+        ("loss", {"name": "pppo"}, "unknown .* 'pppo'"),
+        ("loss", {"options": "clip_hihg=1"}, "clip_hihg"),
+        ("loss", {"aggregation": "mean"}, "loss.aggregation must be one of token_mean"),
+        ("advantage", {"name": "gea"}, "advantage.name must be one of gae"),
+    ],
+)
+def test_mistakes_are_found_before_anything_runs(section, values, message):
+    config = defaults.on_policy(
+        "grpo", rollout={"samples": 8}, train={"epochs": 2, "minibatches": 2}
+    )
+    check_objective(config)
+    config[section].update(values)
+    with pytest.raises(UserError, match=message):
+        check_objective(config)
+
+
+@pytest.mark.parametrize("algorithm", sorted(defaults.ALGORITHMS))
+def test_every_algorithm_is_a_valid_config_and_lowers_regret(algorithm):
+    each = 1 if algorithm in ("ppo", "reinforce", "reinforce_pp", "remax") else 8
+    in_reward = {"placement": "reward", "estimator": "k1"}
+    row = Row(algorithm, {"rollout": {"samples": each}, "kl": in_reward}, regret=0.2)
+    config = load_config(ORACLE)
+    config.oracle.table_steps = 40
+    check_objective(row_config(row, config))
+    outcome = run_row(row, config)
+    assert outcome.regret < 0.2  # 0.370 before
+    assert outcome.reward < world.frontier(outcome.kl)
+
+
+def test_a_wrong_place_is_a_failed_row():
+    config = load_config(ORACLE)
+    config.oracle.table_steps = 5
+    outcome = run_row(ROWS["rloo"], config)
+    assert judge(ROWS["rloo"], outcome).startswith("regret over")
+    above = dataclasses.replace(outcome, reward=world.frontier(outcome.kl) + 0.01, measured=None)
+    assert judge(ROWS["rloo"], above) == "above the frontier"
+    mismeasured = dataclasses.replace(outcome, measured=(outcome.reward, outcome.kl + 1))
+    assert "KL measured as" in judge(ROWS["rloo"], mismeasured)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", ["reinforce", "rloo", "ppo", "grpo", "dr_grpo", "adaptive_kl"])
+def test_tier_two_on_three_seeds(name, seed):
+    config = load_config(ORACLE)
+    config.oracle.table_steps = 500
+    outcome = run_row(ROWS[name], config, seed)
+    assert judge(ROWS[name], outcome) == "ok"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["rloo", "ppo", "reinforce"])
+def test_a_transformer_reaches_the_optimum(algorithm):
+    config = load_config(ORACLE)
+    config.oracle.transformer_steps = 300
+    each = 4 if algorithm == "rloo" else 1
+    row = Row(algorithm, {"rollout": {"samples": each}}, policy="transformer", regret=0.02)
+    assert judge(row, run_row(row, config)) == "ok"
+
+
+def test_statistics_of_a_table_are_those_of_its_logits():
+    _, task, start = table()
+    rows = task.rollout(start, {}, 0).rows
+    found = task.statistics(start, rows)
+    assert isinstance(found, TokenStatistics)
+    exact = world.log_softmax(world.REFERENCE)[rows["prompts"][:, None], rows["nodes"]]
+    chosen = np.take_along_axis(exact, rows["targets"][..., None], -1)[..., 0]
+    np.testing.assert_allclose(found.logprobs, chosen, atol=1e-5)
+    np.testing.assert_allclose(found.entropy, -(np.exp(exact) * exact).sum(-1), atol=1e-5)
