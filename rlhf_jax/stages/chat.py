@@ -44,10 +44,11 @@ def evaluate_chat(
         run: the stage's run directory. model: what the stage made.
         start: run directory of the model it started from, against which it is judged.
         plots: further figures for the report.
-        further: what else its evaluation.json holds; "plots" in it join the others.
+        further: what else its evaluation.json holds; "plots" and "tables" in it join the others.
     """
     further = dict(further or {})
     plots = [*further.pop("plots", []), *plots]
+    tables = list(further.pop("tables", []))
     prompts = held_out_prompts(config, model)[: config.eval.count]
     models = {path.name: load_model(path) for path in ancestry(start)} | {run.name: model}
     answers = {name: _answer(config, each, prompts) for name, each in models.items()}
@@ -63,14 +64,13 @@ def evaluate_chat(
         "eval/eos_rate": float(np.mean([a.finished for a in ours])),
     }
     scores: Mapping[str, Sequence[GoldScore]] = {}
-    tables = []
     if config.eval.gold:
         scores = {name: gold_scores(prompts, each) for name, each in answers.items()}
         metrics |= gold_metrics(scores[run.name], scores[start.name])
         facts = read_records(config, "town/facts", "prompt", "validation")
         metrics |= correct_metrics("facts", facts, _answer(config, model, facts))
         plots = [*gold_plots(scores, prompts), *plots]
-        tables = [correct_table(prompts, answers)]
+        tables.append(correct_table(prompts, answers))
     write_evaluation(run, tables, plots, **further)
     write_jsonl(run / "samples.jsonl", _samples(prompts, answers, scores))
     return metrics
