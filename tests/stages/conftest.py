@@ -99,7 +99,7 @@ MADE = {
     )""",
     "best_of_n": """defaults.best_of_n(
         **ON_POLICY | dict(data=dict(train="{folder}/prompts.jsonl", row_length=340)),
-        rollout=ROLLOUT, batch=dict(rows=2), optimizer=OPTIMIZER,
+        rollout=ROLLOUT, batch=dict(rows=1), optimizer=OPTIMIZER,
         best_of_n=dict(samples=8, n=2, prompts=8), train=TRAIN | dict(steps=3),
     )""",
 }
