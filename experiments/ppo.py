@@ -2,6 +2,8 @@
 
 python -m rlhf_jax.main --config=experiments/ppo.py
     the embedded town, against the reward model of experiments/reward.py
+python -m rlhf_jax.main --config=experiments/ppo.py:ensemble
+    the same against three reward models: their mean less their standard deviation
 python -m rlhf_jax.main --config=experiments/ppo.py:hh
     HH-RLHF, helpful, against the reward model trained on its pairs
 python -m rlhf_jax.main --config=experiments/ppo.py:sentiment
@@ -39,12 +41,10 @@ SENTIMENT = {
 def get_config(variant="town"):
     match variant:
         case "town":
-            return ppo(
-                init={"policy": "experiments/sft.py", "reward": "experiments/reward.py"},
-                rollout={"prompts": 128},
-                kl={"coefficient": 0.25},
-                train={"steps": 20, "eval_every": 4},
-            )
+            return town()
+        case "ensemble":
+            members = {f"reward_{i}": f"experiments/reward.py:member{i}" for i in (1, 2)}
+            return town(init=members, reward={"ensemble": "mean_minus_std"})
         case "hh":
             return ppo(
                 **HH,
@@ -60,7 +60,18 @@ def get_config(variant="town"):
                 eval=real("imdb/prompt", 64),
             )
     raise UserError(
-        f"experiments/ppo.py has no variant {variant!r}; there are: town, hh, sentiment"
+        f"experiments/ppo.py has no variant {variant!r}; there are: town, ensemble, hh, sentiment"
+    )
+
+
+def town(init=None, **sections):
+    parents = {"policy": "experiments/sft.py", "reward": "experiments/reward.py"}
+    return ppo(
+        init=parents | (init or {}),
+        rollout={"prompts": 128},
+        kl={"coefficient": 0.25},
+        train={"steps": 20, "eval_every": 4},
+        **sections,
     )
 
 
@@ -78,4 +89,4 @@ def ppo(train, **sections):
 def real(source, max_new_tokens):
     """Evaluation on prompts for which there is no exact scorer."""
     changes = {"source": source, "count": 64, "gold": False, "max_new_tokens": max_new_tokens}
-    return defaults.chat_evaluation(**changes) | {"batch_rows": 16, "during": 128}
+    return defaults.chat_evaluation(**changes) | {"batch_rows": 16}

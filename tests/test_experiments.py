@@ -18,7 +18,7 @@ VARIANTS = {
     "sft": ["town", "fables", "gsm8k", "hh", "imdb"],
     "reward": ["town", "member1", "member2", "hh", "imdb"],
     "dpo": ["town", "hh"],
-    "ppo": ["town", "hh", "sentiment"],
+    "ppo": ["town", "ensemble", "hh", "sentiment"],
     "grpo": [
         *("grpo", "dr_grpo", "dapo", "rloo", "reinforce", "reinforce_pp", "remax"),
         *("gspo", "cispo", "arithmetic", "gsm8k"),

@@ -76,6 +76,21 @@ def evaluate_chat(
     return metrics
 
 
+def sampled_metrics(
+    config: ConfigDict, model: Model, reference: Model, prompts: Sequence[Prompt]
+) -> dict[str, float]:
+    """eval/kl and, where asked for, eval/gold_reward of answers sampled at temperature 1.
+
+    A point on the way of a run: what `rlhf_jax.compare` draws against those of other runs.
+    """
+    sampled = _answer(config, model, prompts, temperature=1.0)
+    metrics = {"eval/kl": float(sequence_kl(model, reference, prompts, sampled).mean())}
+    if config.eval.gold:
+        scores = gold_scores(prompts, sampled)
+        metrics["eval/gold_reward"] = float(np.mean([score.total for score in scores]))
+    return metrics
+
+
 def _samples(
     prompts: Sequence[Prompt],
     answers: Mapping[str, Sequence[Answer]],

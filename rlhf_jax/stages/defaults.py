@@ -190,6 +190,7 @@ def on_policy(algorithm: str, **sections: dict[str, Any]) -> ConfigDict:
             "placement": "reward",  # "reward", "loss" or "none"
             "estimator": "k1",  # k1, k2, k3: losses/shaping.py
             "level": "sequence",  # in the loss: of "sequence" or "token" log-ratios
+            "importance": False,  # in the loss: times the ratio, whose gradient then counts too
             "target": 0.0,  # nats a sequence for the adaptive controller; 0: fixed coefficient
             "horizon": 10_000.0,  # sequences
             "exact_rows": 1,  # rows on which the full-vocabulary KL is measured too
@@ -216,7 +217,7 @@ def on_policy(algorithm: str, **sections: dict[str, Any]) -> ConfigDict:
             "ptx_coefficient": 0.0,  # of data.ptx's language-model loss, mixed in
         },
         "train": {"epochs": 1, "minibatches": 1},
-        "eval": chat_evaluation(during=128),  # held-out prompts sampled at train.eval_every
+        "eval": chat_evaluation(),
     }
     merged["data"]["ptx"] = ""  # raw text whose loss is mixed in, as in InstructGPT
     if ALGORITHMS[algorithm]["advantage"]["name"] == "gae":
@@ -238,7 +239,7 @@ def online_preference(**sections: dict[str, Any]) -> ConfigDict:
             # name: of losses/preference.py; options and sft_coefficient as in experiments/dpo.py
             "loss": {"name": "sigmoid", "beta": 0.1, "options": "", "sft_coefficient": 0.0},
             "train": {"epochs": 1, "minibatches": 1},
-            "eval": chat_evaluation(during=128),
+            "eval": chat_evaluation(),
         },
         sections,
     )
@@ -256,7 +257,7 @@ def best_of_n(**sections: dict[str, Any]) -> ConfigDict:
                 "n": 8,  # to each training prompt, of which the best is trained on
                 "prompts": 1000,  # of training
             },
-            "eval": chat_evaluation(during=128),
+            "eval": chat_evaluation(),
         },
         sections,
     )
@@ -281,6 +282,7 @@ def chat_evaluation(**changes: Any) -> dict[str, Any]:
         "max_new_tokens": 64,
         "temperature": 0.0,  # of the answers that are judged; 0: greedy
         "gold": True,  # judged by the town's scorer
+        "during": 128,  # prompts sampled at train.eval_every
     } | changes
 
 

@@ -38,7 +38,7 @@ from rlhf_jax.training.mesh import make_mesh
 from rlhf_jax.training.metrics import read_metrics
 from rlhf_jax.training.model import Model, load_model, save_model
 from rlhf_jax.training.on_policy import Iteration, OnPolicyState, make_iteration
-from rlhf_jax.training.rundir import RunDirectory
+from rlhf_jax.training.rundir import RunDirectory, write_json
 
 VIEWS, TIMELINE = 6, 4  # samples a report shows token by token, and over time
 
@@ -65,6 +65,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
             views = token_views(policy, iteration)
             model = dataclasses.replace(policy, params=state.policy.params)
             number = int(state.iteration)
+            write_json(run.path / "histograms.json", histograms(iteration))
             return evaluate(config, run.path, model, policy, held_out, judge, number, views)
 
         before = evaluate(config, run.path, policy, policy, held_out, judge, 0, [])
@@ -182,6 +183,13 @@ def evaluate(
     return metrics
 
 
+def histograms(iteration: Iteration) -> dict[str, list[float]]:
+    """The newest rollout's advantages, returns and values, of every token: what is drawn."""
+    arrays, shown = iteration.last["arrays"], ("advantages", "returns", "old_values")
+    tokens = iteration.last["rollouts"].mask > 0
+    return {name: arrays[name][tokens].tolist() for name in shown if name in arrays}
+
+
 def token_views(policy: Model, iteration: Iteration) -> list[dict[str, Any]]:
     """The newest rollout's first few samples: tokens with their advantage, KL and value."""
     if not iteration.last:
@@ -268,4 +276,14 @@ def _report(run: Path, evaluations: list[dict[str, float]]) -> dict[str, Any]:
         "title": "Gold and proxy reward against distance from the reference",
         "series": {run.name: frontier},
     }
-    return {"frontier": frontier, "timeline": timeline, "token_views": views, "plots": [figure]}
+    plots = [figure]
+    if (run / "histograms.json").exists():
+        values = json.loads((run / "histograms.json").read_text())
+        xlabel = "of a token, last iteration"
+        for title, names in (
+            ("Advantages", ("advantages",)),
+            ("Returns", ("returns", "old_values")),
+        ):
+            shown = {name.replace("old_", ""): values[name] for name in names if name in values}
+            plots.append({"kind": "histogram", "title": title, "values": shown, "xlabel": xlabel})
+    return {"frontier": frontier, "timeline": timeline, "token_views": views, "plots": plots}

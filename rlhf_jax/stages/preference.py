@@ -7,6 +7,7 @@ are computed once, before training, and travel with the rows. A reward model of 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from rlhf_jax.losses.preference import (
 from rlhf_jax.losses.reductions import weighted_sum
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import sequence_logprobs
-from rlhf_jax.stages.chat import evaluate_chat
+from rlhf_jax.stages.chat import evaluate_chat, held_out_prompts, sampled_metrics
 from rlhf_jax.stages.common import (
     Evaluated,
     batches_of,
@@ -58,8 +59,15 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         arrays["reference_logprobs"] = logprobs(reference.params, arrays)
     held_out_reference = logprobs(reference.params, held_out)
 
+    prompts = held_out_prompts(config, reference)[: config.eval.during]
+
     def evaluate(params: Any) -> Evaluated:
-        return implicit_rewards(config, logprobs(params, held_out), held_out_reference, held_out)
+        policy = logprobs(params, held_out)
+        metrics, figures = implicit_rewards(config, policy, held_out_reference, held_out)
+        if config.train.eval_every:
+            model = dataclasses.replace(reference, params=params)
+            metrics |= sampled_metrics(config, model, reference, prompts)
+        return metrics, figures
 
     batches = batches_of(config, reference, rows, [*sources.values()])
     loss_fn = partial(loss, config, reference.config)

@@ -93,6 +93,13 @@ MADE = {
         loss=dict(ptx_coefficient=0.5), advantage=dict(scale="batch"),
         train=TRAIN | dict(steps=2, log_every=1),
     )""",
+    "ensemble": """defaults.on_policy(
+        "rloo", **ON_POLICY | dict(init=ON_POLICY["init"] | dict(
+            reward_2="{folder}/reward.py")), rollout=ROLLOUT | dict(prompts=4, samples=2),
+        batch=dict(rows=2), optimizer=OPTIMIZER, reward=dict(ensemble="mean_minus_std"),
+        kl=dict(placement="loss", estimator="k3", level="token", importance=True),
+        loss=dict(importance="token"), train=TRAIN | dict(steps=1, log_every=1),
+    )""",
     "online": """defaults.online_preference(
         **ON_POLICY, rollout=ROLLOUT | dict(prompts=6, samples=3), batch=dict(rows=2),
         optimizer=OPTIMIZER, train=TRAIN | dict(steps=2, minibatches=2, log_every=1),

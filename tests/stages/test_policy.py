@@ -114,6 +114,21 @@ def test_groups_a_mixed_in_text_and_dynamic_sampling(chain):
     assert all(line["rollout/blocks"] in (1, 2) for line in logged)
 
 
+def test_an_ensemble_of_one_model_twice_scores_as_the_model(chain):
+    experiments, runs = chain
+    result = run_main(f"--config={experiments}/ensemble.py", f"--workdir={runs}/ensemble")
+    assert result.returncode == 0, result.stderr[-2000:]
+    (logged,) = lines(runs / "ensemble/metrics.jsonl")
+    assert {"loss/kl", "rewards/model/mean"} <= set(logged)
+    result = run_main(
+        f"--config={experiments}/ensemble.py",
+        f"--workdir={runs}/single",
+        "--config.reward.ensemble=mean",
+    )
+    (single,) = lines(runs / "single/metrics.jsonl")
+    assert logged["objective/scores"] == pytest.approx(single["objective/scores"], abs=1e-5)
+
+
 def test_online_pairs(chain):
     experiments, runs = chain
     result = run_main(f"--config={experiments}/online.py", f"--workdir={runs}/online")
