@@ -28,12 +28,13 @@ FAMILY = ("grpo", "dr_grpo", "dapo", "rloo", "reinforce", "reinforce_pp", "remax
 def get_config(variant="grpo"):
     if variant in FAMILY:
         grouped = variant not in ("reinforce", "reinforce_pp", "remax")
+        without_ratio = variant in ("rloo", "reinforce", "remax")
         return grpo(
             variant,
             init={"policy": "experiments/sft.py", "reward": "experiments/reward.py"},
             rollout={"prompts": 32, "samples": 8} if grouped else {"prompts": 128},
             kl={"coefficient": 0.25},
-            train={"steps": 20, "eval_every": 4},
+            train={"steps": 20, "eval_every": 4, "minibatches": 1 if without_ratio else 2},
         )
     if variant == "arithmetic":
         return grpo(

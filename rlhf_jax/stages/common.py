@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from rlhf_jax.losses.preference import check_options
 from rlhf_jax.training.loop import train
 from rlhf_jax.training.mesh import make_mesh
 from rlhf_jax.training.model import Model
-from rlhf_jax.training.objectives import check_objective, parse_options
+from rlhf_jax.training.objectives import check_objective, check_sampling, parse_options
 from rlhf_jax.training.optimizer import make_optimizer, optimizer_config
 from rlhf_jax.training.rundir import RunDirectory, write_json
 from rlhf_jax.training.state import init_state
@@ -49,7 +50,10 @@ def parse_sources(spec: str) -> dict[str, float]:
 
 def check(config: ConfigDict) -> None:
     """UserError for what can be seen to be wrong before hours are spent on the parents."""
-    make_optimizer(config.optimizer, config.train.steps)
+    updates = config.train.steps
+    if config.stage in ("policy", "online_preference"):
+        updates *= config.train.epochs * config.train.minibatches
+    make_optimizer(config.optimizer, updates)
     data, held_out = config.data, config.eval.get("source", "")
     for spec in (
         data.train,
@@ -64,8 +68,17 @@ def check(config: ConfigDict) -> None:
                 check_name(name)
             elif not Path(name).is_file():
                 raise UserError(f"data: there is no file {name}")
+    if config.stage in ("policy", "online_preference", "best_of_n"):
+        check_sampling(config)
     if config.stage == "policy":
         check_objective(config)
+        if "critic" in config:
+            make_optimizer({k: v for k, v in config.critic.items() if k != "value_clip"}, updates)
+    if config.stage == "online_preference" and config.loss.name == "kto":
+        raise UserError(
+            "config: loss.name = 'kto' needs an answer to another prompt beside each pair, which "
+            "online pairs lack; choose another loss"
+        )
     if config.stage in ("preference", "online_preference"):
         try:
             check_options(config.loss.name, parse_options(config.loss.options))
@@ -214,5 +227,10 @@ def write_evaluation(
 
 
 def write_jsonl(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Writes one JSON object a line."""
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
+    """Writes one JSON object a line, so that the file is the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

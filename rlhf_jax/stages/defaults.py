@@ -233,7 +233,7 @@ def online_preference(**sections: dict[str, Any]) -> ConfigDict:
     return _laid(
         "online_preference",
         {
-            "data": {"row_length": 256, "ptx": ""},
+            "data": {"row_length": 256},
             "batch": {"rows": 8},
             **_sampling(),
             # name: of losses/preference.py; options and sft_coefficient as in experiments/dpo.py

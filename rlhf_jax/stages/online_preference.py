@@ -23,7 +23,13 @@ from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.data.pipeline import pad_rows
 from rlhf_jax.evaluation.rows import response_logprobs
 from rlhf_jax.stages.pairs import CHOSEN, REJECTED
-from rlhf_jax.stages.policy import evaluate, finish, held_out_prompts, training_prompts
+from rlhf_jax.stages.policy import (
+    evaluate,
+    finish,
+    first_evaluation,
+    held_out_prompts,
+    training_prompts,
+)
 from rlhf_jax.stages.preference import loss
 from rlhf_jax.stages.rollouts import (
     SHORTEST,
@@ -71,7 +77,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
             number = int(state.step) // (config.train.epochs * config.train.minibatches)
             return evaluate(config, run.path, model, reference, held_out, judge, number, [])
 
-        before = evaluate(config, run.path, reference, reference, held_out, judge, 0, [])
+        before = first_evaluation(config, run.path, reference, held_out, judge)
         state, rates = train(
             init_state(reference.params, optimizer, mesh=mesh),
             step,
@@ -117,7 +123,7 @@ def _iteration(
             reference.config, reference.params, rows, config.eval.batch_rows
         )
         taken = []
-        for chosen in minibatches(config, len(rows["valid"]), number):
+        for chosen in minibatches(config, (rows["valid"] > 0).any(axis=1), number):
             part = {name: x[chosen] for name, x in rows.items()}
             state, metrics = update(state, part if mesh is None else shard_batch(mesh, part))
             taken.append(metrics)
@@ -125,9 +131,13 @@ def _iteration(
         fetched = jax.device_get(taken)
         metrics = {name: np.float32(np.mean([m[name] for m in fetched])) for name in fetched[0]}
         metrics["train/consecutive_skipped"] = fetched[-1]["train/consecutive_skipped"]
-        metrics["objective/scores"] = np.float32(rollouts.scores.mean())
+        counted = max(float(rollouts.weights.sum()), 1.0)
+        metrics["objective/scores"] = np.float32(
+            (rollouts.scores * rollouts.weights).sum() / counted
+        )
         metrics["pairs/tied"] = np.float32(tied)
         metrics["completions/mean_length"] = np.float32(rollouts.mask.sum(-1).mean())
+        metrics["completions/eos_rate"] = np.float32(rollouts.finished.mean())
         sampled[0] = int(rollouts.mask.sum())
         return state, metrics | {k: np.float32(v) for k, v in rollouts.metrics.items()}
 

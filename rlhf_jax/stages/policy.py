@@ -68,7 +68,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
             write_json(run.path / "histograms.json", histograms(iteration))
             return evaluate(config, run.path, model, policy, held_out, judge, number, views)
 
-        before = evaluate(config, run.path, policy, policy, held_out, judge, 0, [])
+        before = first_evaluation(config, run.path, policy, held_out, judge)
 
         state, rates = train(
             state,
@@ -119,7 +119,11 @@ def finish(
     report = _report(run, [before, *evaluations])
     metrics = evaluate_chat(config, run, model, start, further=report)
     last = {k: v for k, v in evaluations[-1].items() if k.startswith("eval/")}
-    return last | metrics | {"eval/sampled_gold_reward": last.get("eval/gold_reward", np.nan)}
+    # Of the same samples as the proxy reward; the others are of greedy answers.
+    for name in ("gold_reward", "kl"):
+        if f"eval/{name}" in last:
+            metrics[f"eval/sampled_{name}"] = last[f"eval/{name}"]
+    return last | metrics
 
 
 def critic_params(config: ConfigDict, policy: Model, judge: Judge) -> Any:
@@ -129,14 +133,27 @@ def critic_params(config: ConfigDict, policy: Model, judge: Judge) -> Any:
     """
     if config.advantage.name != "gae":
         return None
-    if judge.models and judge.models[0].config.width == policy.config.width:
+    shape = dataclasses.replace(policy.config, head="scalar")
+    if judge.models and judge.models[0].config == shape:
         first = judge.models[0]
         # Only the scale: a head has no bias, the critic learns the offset.
-        scale = first.normalization[1] if config.reward.normalize and first.normalization else 1.0
-        head = {"kernel": first.params["score_head"]["kernel"] / scale}
+        scale = judge.weights.get("model", 1.0)
+        if config.reward.normalize and first.normalization:
+            scale /= first.normalization[1]
+        head = {"kernel": first.params["score_head"]["kernel"] * scale}
         return {**first.params, "score_head": head}
     value = with_score_head(policy, config.seed).params
     return {**value, "score_head": jax.tree.map(np.zeros_like, value["score_head"])}
+
+
+def first_evaluation(
+    config: ConfigDict, run: Path, policy: Model, held_out: PromptSet, judge: Judge
+) -> dict[str, float]:
+    """That of the model a run starts from; a resumed run reads it back."""
+    kept = run / "before.json"
+    if not kept.exists():
+        write_json(kept, evaluate(config, run, policy, policy, held_out, judge, 0, []))
+    return json.loads(kept.read_text())
 
 
 def evaluate(
@@ -166,6 +183,7 @@ def evaluate(
     low, high = bootstrap_interval(kl, config.seed)
     metrics = {
         "eval/proxy_reward": float(np.nanmean(scores.total)),
+        "eval/reward_failures": float(np.sum(~scores.valid)),
         "eval/kl": float(kl.mean()),
         "eval/kl_low": low,
         "eval/kl_high": high,

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -216,12 +216,15 @@ class Judge:
         models = [load_model(path, **config.compute) for path in paths]
         self._members: Any = None
         self._normalizations: list[Normalization] = []
+        for path, model in zip(paths, models, strict=True):
+            if model.config.head != "scalar":
+                raise UserError(f"init.reward: {path} is not a reward model but a language model")
+            if model.tokenizer.hash != policy.tokenizer.hash:
+                raise UserError(f"{path} has another tokenizer than the policy")
+            if model.config != models[0].config:
+                raise UserError(f"{path} and {paths[0]} are models of different shapes")
         if "model" in self.weights:
-            if not models:
-                raise UserError("reward.scorers names a 'model', but there is no init.reward")
             for path, model in zip(paths, models, strict=True):
-                if model.tokenizer.hash != policy.tokenizer.hash:
-                    raise UserError(f"{path} has another tokenizer than the policy")
                 if reward.normalize and model.normalization is None:
                     raise UserError(
                         f"{path} was saved without the statistics of its scores: train it anew, or "
@@ -356,72 +359,85 @@ def text_rollout(
         max_new=rollout.max_new_tokens,
         multiple=row_multiple(config, mesh),
     )
-    parts, scored, sampled, uniform = [], [], 0, 0
-    kept: list[tuple[int, int]] = []  # (block, prompt) with something to learn from
-    spare: list[tuple[int, int]] = []
-    for block in range(1 + rollout.resample):
-        indices = chosen[block * wanted : (block + 1) * wanted]
-        places = range(block * wanted, (block + 1) * wanted)
-        samples = sample_answers(
-            config,
-            model,
-            prompts.take([int(i) for i in indices]),
-            samples=each,
-            seed=int(seed),
-            ids=places,
-        )
-        rows = pack(samples)
-        scores = judge.score(samples, rows)
-        parts.append(samples)
-        scored.append(scores)
-        sampled += sum(len(c.tokens) for c in samples.completions)
-        totals = jnp.asarray(np.nan_to_num(scores.total).reshape(-1, each))
-        valid = jnp.asarray(scores.valid.reshape(-1, each), jnp.float32)
-        same = np.asarray(zero_variance(totals, valid))
-        uniform += int(same.sum())
-        dull = same if rollout.filter_zero_std else np.zeros_like(same)
-        kept += [(block, i) for i in np.flatnonzero(~dull).tolist()]
-        spare += [(block, i) for i in np.flatnonzero(dull).tolist()]
-        if len(kept) >= wanted:
-            break
-    groups = sorted((kept + spare)[:wanted])
-    useful = np.repeat([group in set(kept) for group in groups], each)
-    if len(parts) > 1:
-        samples = Samples.joined(parts).take([b * wanted + i for b, i in groups])
+    drawn = [_draw(config, model, prompts, chosen, judge, pack, 0, int(seed))]
+    while sum(len(d.useful) for d in drawn) < wanted and len(drawn) <= rollout.resample:
+        drawn.append(_draw(config, model, prompts, chosen, judge, pack, len(drawn), int(seed)))
+    useful = [(block, i) for block, d in enumerate(drawn) for i in d.useful]
+    spare = [(block, i) for block, d in enumerate(drawn) for i in range(wanted)]
+    spare = [place for place in spare if place not in set(useful)]
+    groups = sorted((useful + spare)[:wanted])
+    samples, rows = drawn[0].samples, drawn[0].rows
+    if len(drawn) > 1:
+        places = [block * wanted + i for block, i in groups]
+        samples = Samples.joined([d.samples for d in drawn]).take(places)
         rows = pack(samples)
     order = np.concatenate([np.arange(each) + (b * wanted + i) * each for b, i in groups])
-    components = {
-        name: np.concatenate([s.components[name] for s in scored])[order]
-        for name in scored[0].components
+    total = np.concatenate([d.scores.total for d in drawn])
+    weights = np.concatenate([d.scores.valid for d in drawn])
+    metrics = _reward_metrics([d.scores for d in drawn]) | {
+        "rollout/tokens": float(sum(len(c.tokens) for d in drawn for c in d.samples.completions)),
+        "rollout/blocks": float(len(drawn)),
+        "rollout/zero_std_groups": float(sum(d.uniform for d in drawn)),
     }
-    total = np.concatenate([s.total for s in scored])[order]
-    weights = np.concatenate([s.valid for s in scored])[order] & useful
+    weights = weights[order] & np.repeat([group in set(useful) for group in groups], each)
     finished = np.array([c.finished for c in samples.completions])
     if rollout.truncated == "mask":
         weights &= finished
-    metrics = {f"rewards/{name}/mean": float(np.nanmean(x)) for name, x in components.items()}
-    metrics |= {f"rewards/{name}/std": float(np.nanstd(x)) for name, x in components.items()}
-    failures = sum(sum(s.failures.values()) for s in scored)
+    greedy_scores = np.zeros(wanted)
+    if greedy:
+        found = _greedy_scores(config, model, samples.prompts, judge, pack)
+        greedy_scores = np.where(found.valid, np.nan_to_num(found.total), 0.0)
+        weights &= np.repeat(found.valid, each)
+        metrics["rewards/failures"] += float(sum(found.failures.values()))
     return Rollouts(
         rows=rows,
-        mask=_padded([np.ones(len(c.tokens)) for c in samples.completions], rollout.max_new_tokens),
-        logprobs=_padded([c.logprobs for c in samples.completions], rollout.max_new_tokens),
-        scores=np.where(weights, np.nan_to_num(total), 0.0),
+        mask=padded([np.ones(len(c.tokens)) for c in samples.completions], rollout.max_new_tokens),
+        logprobs=padded([c.logprobs for c in samples.completions], rollout.max_new_tokens),
+        scores=np.where(weights, np.nan_to_num(total[order]), 0.0),
         weights=weights.astype(np.float32),
         finished=finished,
-        greedy_scores=_greedy_scores(config, model, samples.prompts, judge, pack)
-        if greedy
-        else np.zeros(wanted),
-        metrics=metrics
-        | {
-            "rollout/tokens": float(sampled),
-            "rollout/blocks": float(len(parts)),
-            "rollout/zero_std_groups": float(uniform),
-            "rewards/failures": float(failures),
-        },
+        greedy_scores=greedy_scores,
+        metrics=metrics,
         version=number,
         samples=samples,
     )
+
+
+class _Drawn(NamedTuple):
+    """The answers to one block of prompts: `useful` are the prompts to train on."""
+
+    samples: Samples
+    rows: Arrays
+    scores: Scores
+    useful: list[int]
+    uniform: int  # prompts whose answers all score the same
+
+
+def _draw(config, model, prompts, chosen, judge, pack, block: int, seed: int) -> _Drawn:
+    """Samples and scores block `block` of the chosen prompts."""
+    wanted, each = config.rollout.prompts, config.rollout.samples
+    places = range(block * wanted, (block + 1) * wanted)
+    block_prompts = prompts.take([int(i) for i in chosen[places.start : places.stop]])
+    samples = sample_answers(config, model, block_prompts, samples=each, seed=seed, ids=places)
+    rows = pack(samples)
+    scores = judge.score(samples, rows)
+    totals = jnp.asarray(np.nan_to_num(scores.total).reshape(-1, each))
+    valid = jnp.asarray(scores.valid.reshape(-1, each), jnp.float32)
+    same = np.asarray(zero_variance(totals, valid))
+    useful = np.flatnonzero(~same) if config.rollout.filter_zero_std else np.arange(wanted)
+    return _Drawn(samples, rows, scores, useful.tolist(), int(same.sum()) if each > 1 else 0)
+
+
+def _reward_metrics(scored: Sequence[Scores]) -> dict[str, float]:
+    """Means and spreads of everything that was scored, also of what is not trained on."""
+    metrics = {"rewards/failures": float(sum(sum(s.failures.values()) for s in scored))}
+    columns = {name: [s.components[name] for s in scored] for name in scored[0].components}
+    for name, parts in (columns | {"total": [s.total for s in scored]}).items():
+        values = np.concatenate(parts)
+        values = values[np.isfinite(values)]
+        metrics[f"rewards/{name}/mean"] = float(values.mean()) if len(values) else 0.0
+        metrics[f"rewards/{name}/std"] = float(values.std()) if len(values) else 0.0
+    return metrics
 
 
 def row_multiple(config: ConfigDict, mesh: Any) -> int:
@@ -435,14 +451,13 @@ def row_multiple(config: ConfigDict, mesh: Any) -> int:
     return part * config.train.minibatches
 
 
-def _greedy_scores(config, model, prompts, judge, pack) -> np.ndarray:
+def _greedy_scores(config, model, prompts, judge, pack) -> Scores:
     """[P] scores of the greedy answers."""
     greedy = sample_answers(config, model, prompts, samples=1, seed=0, temperature=0.0)
-    scores = judge.score(greedy, pack(greedy))
-    return np.where(scores.valid, np.nan_to_num(scores.total), 0.0)
+    return judge.score(greedy, pack(greedy))
 
 
-def _padded(values: Sequence[np.ndarray], length: int) -> np.ndarray:
+def padded(values: Sequence[np.ndarray], length: int) -> np.ndarray:
     """f32 [N, length] of values shorter than that."""
     padded = np.zeros((len(values), length), np.float32)
     for row, value in zip(padded, values, strict=True):

@@ -154,7 +154,7 @@ class _Log:
         skipped = int(metrics["train/consecutive_skipped"])
         self._clock.settled(tokens)
         if skipped >= self._max_skipped:
-            first = number - skipped + 1
+            first = max(1, number - skipped + 1)
             rows = {n: np.asarray(ids).tolist() for n, ids in self._rows if first <= n <= number}
             raise UserError(
                 f"steps {first} to {number} had no finite loss and gradient, or no weight; the "

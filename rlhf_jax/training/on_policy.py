@@ -106,7 +106,7 @@ class Task:
       exact_kl: (policy params, reference params, rows) → [R, M] full-vocabulary KL at each target,
         or None.
       dtype: what the policy computes in.
-      extra_rows: iteration and update → further arrays of a minibatch, as of the pre-training mix;
+      extra_rows: number of an update → further arrays of its minibatch, as of a pre-training mix;
         `extra_loss` (params, batch) → ((total, weight), metrics) of them, both or neither.
     """
 
@@ -194,74 +194,91 @@ def make_iteration(
             kl_coefficient=jnp.asarray(config.kl.coefficient, jnp.float32),
         )
 
+    def known(state: OnPolicyState, rollouts: Rollouts) -> dict[str, np.ndarray]:
+        """What the policy, its reference and the critic say of the samples: arrays [N, …]."""
+        parts = list(_parts(rollouts.rows, config.train.minibatches))
+        found = [score(state.policy.params, reference, _place(mesh, p)) for p in parts]
+        arrays = _unpack(parts, found)
+        if value is not None and state.value is not None:
+            found = [value(state.value.params, _place(mesh, p)) for p in parts]
+            arrays |= _unpack(parts, found)
+        return arrays
+
+    def update(state: OnPolicyState, rows: Arrays, number: int, version: int):
+        """(policy, critic, metrics of every update) after all epochs over the rows."""
+        policy, critic, taken = state.policy, state.value, []
+        chosen = minibatches(config, (rows["members"] >= 0).any(axis=1), number)
+        for i, indices in enumerate(chosen):
+            minibatch = {name: x[indices] for name, x in rows.items()}
+            _check_version(config, version, number, i)
+            if task.extra_rows is not None:
+                minibatch |= task.extra_rows(number * per_iteration + i)
+            minibatch = _place(mesh, minibatch)
+            policy, metrics = policy_step(policy, minibatch)
+            if i == 0:
+                parts = config.batch.microbatches  # the deviation is a mean over them
+                _check_ratio(metrics["policy/ratio_deviation"] * parts, task.dtype)
+            if value_step is not None and critic is not None:
+                critic, of_value = value_step(critic, minibatch)
+                metrics |= {name.replace("train/", "val/"): of_value[name] for name in _OF_CRITIC}
+            taken.append(metrics)
+            fault_point("update", i + 1)
+        return policy, critic, _summed(jax.device_get(taken))
+
     def step(state: OnPolicyState, batch):
         number = int(state.iteration)
         rollouts = task.rollout(state.policy.params, batch, number)
         fault_point("rollout", number + 1)
-        parts = list(_parts(rollouts.rows, config.train.minibatches))
-        scored = [score(state.policy.params, reference, _place(mesh, p)) for p in parts]
-        arrays = _unpack(rollouts, parts, scored)
-        if value is not None and state.value is not None:
-            found = [value(state.value.params, _place(mesh, p)) for p in parts]
-            arrays |= _unpack(rollouts, parts, found)
+        arrays = known(state, rollouts)
         if number == 0 and from_reference:
             _check_start(arrays, rollouts.mask, task.dtype)
-        sampled = Sampled(
-            scores=rollouts.scores.astype(np.float32),
-            weights=rollouts.weights,
-            finished=rollouts.finished,
-            mask=rollouts.mask,
-            logprobs=arrays["old_logprobs"],
-            ref_logprobs=arrays["ref_logprobs"],
-            values=arrays.get("old_values", np.zeros_like(rollouts.mask)),
-            last_values=arrays.get("last_values", np.zeros(len(rollouts.mask), np.float32)),
-            greedy_scores=rollouts.greedy_scores.astype(np.float32),
+        made, metrics = jax.device_get(
+            prepare(sampled_arrays(rollouts, arrays), state.kl_coefficient)
         )
-        made, metrics = jax.device_get(prepare(sampled, state.kl_coefficient))
         arrays |= made | {"behaviour_logprobs": rollouts.logprobs}
         fault_point("scored", number + 1)
-
         if exact is not None:
-            shown = {k: v[: config.kl.exact_rows] for k, v in rollouts.rows.items()}
-            metrics["objective/kl_exact"] = _exact(
-                exact(state.policy.params, reference, shown), shown
-            )
+            shown = _some_rows(rollouts.rows, config, number)
+            divergence = exact(state.policy.params, reference, shown)
+            metrics["objective/kl_exact"] = _by_sequence(divergence, shown)
         rows = _trainable(rollouts, arrays, float(state.kl_coefficient))
-        policy, critic, taken = state.policy, state.value, []
-        for update, chosen in enumerate(minibatches(config, len(rows["members"]), number)):
-            minibatch = {name: x[chosen] for name, x in rows.items()}
-            _check_version(config, rollouts.version, number, update)
-            if task.extra_rows is not None:
-                minibatch |= task.extra_rows(number * per_iteration + update)
-            minibatch = _place(mesh, minibatch)
-            policy, of_policy = policy_step(policy, minibatch)
-            if update == 0:
-                _check_ratio(of_policy["policy/ratio_deviation"], task.dtype)
-            taken.append(of_policy)
-            if value_step is not None and critic is not None:
-                critic, of_value = value_step(critic, minibatch)
-                wanted = (
-                    "loss/value_avg",
-                    "val/clipfrac",
-                    "train/grad_norm",
-                    "train/learning_rate",
-                )
-                taken[-1] |= {name.replace("train/", "val/"): of_value[name] for name in wanted}
-            fault_point("update", update + 1)
-        metrics |= (
-            _summed(jax.device_get(taken)) | _mismatch(arrays, rollouts.mask) | rollouts.metrics
-        )
-        kept = float(rollouts.weights.sum())
+        policy, critic, of_updates = update(state, rows, number, rollouts.version)
+        metrics |= {**of_updates, **rollouts.metrics, **_mismatch(arrays, rollouts.mask)}
         last.update(rollouts=rollouts, arrays=arrays, tokens=int(rollouts.mask.sum()))
+        count = float(rollouts.weights.sum())
         after = OnPolicyState(
             iteration=state.iteration + 1,
             policy=policy,
             value=critic,
-            kl_coefficient=_controlled(config, state.kl_coefficient, metrics["objective/kl"], kept),
+            kl_coefficient=_controlled(
+                config, state.kl_coefficient, metrics["objective/kl"], count
+            ),
         )
         return after, {name: np.float32(value) for name, value in metrics.items()}
 
     return Iteration(step, init, lambda batch: last["tokens"], last)
+
+
+_OF_CRITIC = (
+    *("loss/value_avg", "val/clipfrac", "val/mean", "train/grad_norm"),
+    *("train/skipped", "train/consecutive_skipped"),
+)
+
+
+def sampled_arrays(rollouts: Rollouts, arrays: Mapping[str, np.ndarray]) -> Sampled:
+    """What `objectives.advantages` wants to know of a rollout."""
+    count = len(rollouts.mask)
+    return Sampled(
+        scores=rollouts.scores.astype(np.float32),
+        weights=rollouts.weights,
+        finished=rollouts.finished,
+        mask=rollouts.mask,
+        logprobs=arrays["old_logprobs"],
+        ref_logprobs=arrays["ref_logprobs"],
+        values=arrays.get("old_values", np.zeros_like(rollouts.mask)),
+        last_values=arrays.get("last_values", np.zeros(count, np.float32)),
+        greedy_scores=rollouts.greedy_scores.astype(np.float32),
+    )
 
 
 def select(values: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -333,7 +350,7 @@ def _place(mesh: Mesh | None, batch: Arrays):
     return batch if mesh is None else shard_batch(mesh, batch)
 
 
-def _unpack(rollouts: Rollouts, parts: list[Arrays], found: list[Any]) -> dict[str, np.ndarray]:
+def _unpack(parts: list[Arrays], found: list[Any]) -> dict[str, np.ndarray]:
     """Arrays of rows [R, S, …] in the order of the rollout: [N, …]."""
     members = np.concatenate([part["members"] for part in parts])
     real = members >= 0
@@ -357,14 +374,16 @@ def _trainable(rollouts: Rollouts, arrays: Mapping[str, np.ndarray], coefficient
     return rows
 
 
-def minibatches(config: ConfigDict, rows: int, number: int) -> Iterator[np.ndarray]:
-    """Row indices of every minibatch of every epoch: a function of (seed, iteration, epoch)."""
+def minibatches(config: ConfigDict, real: Any, number: int) -> Iterator[np.ndarray]:
+    """Row indices of every minibatch of every epoch: a function of (seed, iteration, epoch).
+
+    `real` [R] tells rows from padding: the real ones are dealt out evenly.
+    """
     count = config.train.minibatches
     for epoch in range(config.train.epochs):
-        order = np.arange(rows)
-        if count > 1:
-            order = np.argsort(random_bits(range(rows), config.seed, number, epoch), kind="stable")
-        yield from order.reshape(count, -1)
+        bits = random_bits(range(len(real)), config.seed, number, epoch)
+        order = np.lexsort((bits, ~real)) if count > 1 else np.arange(len(real))
+        yield from order.reshape(-1, count).T
 
 
 def _check_version(config: ConfigDict, version: int, number: int, update: int) -> None:
@@ -396,10 +415,18 @@ def _check_start(arrays: Mapping[str, np.ndarray], mask: np.ndarray, dtype: str)
         )
 
 
-def _exact(kl, rows: Arrays) -> float:
-    """Full-vocabulary KL a sequence, over the sequences of a few rows."""
-    sequences = (rows["members"] >= 0).sum()
-    return float((np.asarray(kl) * (rows["weights"] > 0)).sum() / max(int(sequences), 1))
+def _some_rows(rows: Arrays, config: ConfigDict, number: int) -> Arrays:
+    """`kl.exact_rows` rows by chance: packing has put the longest first."""
+    real = np.flatnonzero((rows["members"] >= 0).any(1))
+    bits = random_bits(range(len(real)), config.seed, number, config.train.epochs)
+    chosen = real[np.argsort(bits, kind="stable")][: config.kl.exact_rows]
+    return {name: x[chosen] for name, x in rows.items()}
+
+
+def _by_sequence(divergence: jax.Array, rows: Arrays) -> float:
+    """Full-vocabulary KL [R, M] summed over targets, a sequence."""
+    total = (np.asarray(divergence) * (rows["weights"] > 0)).sum()
+    return float(total / (rows["members"] >= 0).sum())
 
 
 def _mismatch(arrays: Mapping[str, np.ndarray], mask: np.ndarray) -> dict[str, float]:
@@ -407,18 +434,25 @@ def _mismatch(arrays: Mapping[str, np.ndarray], mask: np.ndarray) -> dict[str, f
     gap = np.where(mask > 0, arrays["old_logprobs"] - arrays["behaviour_logprobs"], 0)
     return {
         "rollout/logprob_difference": float(np.abs(gap).max()),
+        "rollout/logprob_difference_mean": float(np.abs(gap).sum() / mask.sum()),
+        "rollout/kl_k3": float((np.expm1(gap) - gap).sum() / mask.sum()),
         "rollout/ratio_max": float(np.exp(gap.max())),
         "objective/entropy": float((arrays["entropy"] * mask).sum() / max(len(mask), 1)),
     }
 
 
 def _summed(taken: list[dict[str, np.ndarray]]) -> dict[str, float]:
-    """Metrics of an iteration's updates: their mean, but the last of what counts or describes."""
-    state = ("train/skipped", "train/consecutive_skipped", "train/param_norm")
-    metrics = {
-        name: float(taken[-1][name] if name in state else np.mean([m[name] for m in taken]))
-        for name in taken[0]
-    }
+    """Metrics of an iteration's updates: their mean; the last of counts, the most of maxima."""
+
+    def over(name: str, values: list[np.ndarray]) -> float:
+        if name.endswith(("skipped", "param_norm")):
+            return float(values[-1])
+        return float(np.max(values) if name.endswith(("_max", "_deviation")) else np.mean(values))
+
+    metrics = {name: over(name, [m[name] for m in taken]) for name in taken[0]}
+    if "val/consecutive_skipped" in metrics:  # a critic that stands still must end a run too
+        worst = max(metrics["train/consecutive_skipped"], metrics["val/consecutive_skipped"])
+        metrics["train/consecutive_skipped"] = worst
     metrics["policy/ratio_var"] = metrics.pop("policy/ratio_square") - metrics["policy/ratio"] ** 2
     return metrics
 
