@@ -18,18 +18,33 @@ COMPARED = ("ppo", "grpo", "online_dpo", "best_of_n")
 
 def main() -> None:
     runs = Path(sys.argv[1] if len(sys.argv) > 1 else "runs")
-    if (runs / "dpo").is_dir():
-        plots = evaluation(runs / "dpo")["plots"]
-        write("town", next(plot for plot in plots if plot["title"] == "Gold reward by component"))
-    present = [name for name in COMPARED if (runs / name / "evaluation.json").is_file()]
-    if present:
-        series = {name: evaluation(runs / name)["frontier"] for name in present}
+    finished = [name for name in ("dpo", *COMPARED) if (runs / name / "evaluation.json").is_file()]
+    if not finished:
+        names = ", ".join(("dpo", *COMPARED))
+        sys.exit(f"error: nothing to draw: {runs} has no evaluation.json of {names}")
+    if "dpo" in finished:
+        write("town", plot(runs / "dpo", "Gold reward by component"))
+    if series := {name: frontier(runs / name) for name in finished if name != "dpo"}:
         title = "Gold (solid) and proxy reward against √KL"
         write("frontier", {"kind": "frontier", "title": title, "series": series, "wide": True})
 
 
+def plot(run: Path, title: str) -> dict[str, Any]:
+    for spec in evaluation(run).get("plots", []):
+        if spec["title"] == title:
+            return spec
+    sys.exit(f"error: {run}/evaluation.json has no plot {title!r}; run the experiment again")
+
+
+def frontier(run: Path) -> dict[str, Any]:
+    points = evaluation(run).get("frontier")
+    if not points:
+        sys.exit(f"error: {run}/evaluation.json has no frontier; run the experiment again")
+    return points
+
+
 def evaluation(run: Path) -> dict[str, Any]:
-    return json.loads((run / "evaluation.json").read_text())
+    return json.loads((run / "evaluation.json").read_text("utf-8"))
 
 
 def write(name: str, spec: dict[str, Any]) -> None:

@@ -132,31 +132,29 @@ def optimum(beta: float) -> np.ndarray:
     return tilt(logprobs(REFERENCE), REWARDS / beta)
 
 
-def frontier(divergence: float) -> float:
-    """The most expected reward at a KL(π‖REFERENCE) of `divergence` nats.
+def temperature(divergence: float, reference: np.ndarray) -> float:
+    """β whose optimum is `divergence` nats from the reference [PROMPTS, 121]: the frontier's slope.
 
-    No (KL, reward) of any policy lies above; the greedy policy's KL, 5.98, is where it ends.
+    No further than 1e-4 … 1e6.
     """
-    reference = logprobs(REFERENCE)
     low, high = np.log(1e-4), np.log(1e6)
     for _ in range(100):
         middle = (low + high) / 2
-        if kl(optimum(np.exp(middle)), reference) > divergence:
+        if kl(tilt(reference, REWARDS / np.exp(middle)), reference) > divergence:
             low = middle
         else:
             high = middle
-    return expected_reward(optimum(np.exp(high)))
+    return float(np.exp(high))
 
 
-def best_of_n_law(n: int) -> np.ndarray:
-    """Probabilities [PROMPTS, 121] of the best of n reference samples: F(y)ⁿ − F⁻(y)ⁿ.
+def frontier(divergence: float, reference: np.ndarray | None = None) -> float:
+    """The most expected reward at a KL to the reference of `divergence` nats.
 
-    F(y) is the probability of a reward up to that of y, F⁻(y) of one below it; none are equal.
+    No (KL, reward) of any policy lies above; the greedy policy's KL, 5.98, is where it ends.
+
+    Args:
+        divergence: KL(π‖reference).
+        reference: its log-probabilities [PROMPTS, 121]; those of REFERENCE if None.
     """
-    probs = np.exp(logprobs(REFERENCE))
-    order = np.argsort(REWARDS, axis=1)
-    upto = np.cumsum(np.take_along_axis(probs, order, axis=1), axis=1)
-    law = np.diff(upto**n, axis=1, prepend=0)
-    result = np.empty_like(law)
-    np.put_along_axis(result, order, law, axis=1)
-    return result
+    reference = logprobs(REFERENCE) if reference is None else reference
+    return expected_reward(tilt(reference, REWARDS / temperature(divergence, reference)))

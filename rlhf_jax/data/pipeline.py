@@ -7,7 +7,6 @@ and its `get_state()` is a JSON-serialisable dict from which `set_state` continu
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -18,6 +17,7 @@ from rlhf_jax.errors import UserError
 
 _GROUP_AXES = ("last", "lengths", "valid", "example_ids", "reference_logprobs", "labels")
 _SLOT_AXES = ("sources", "targets", "weights", "sequences")
+_ENDLESS = 2**62  # rows; batches of one must still be countable
 _UNUSED = {"row_ids": -1, "example_ids": -1}
 
 
@@ -57,7 +57,7 @@ def make_dataset(
         return {name: array[index] for name, array in arrays.items()}
 
     # Grain's own shuffle takes 0.1 ms a row on small sets; only its mixing and batching are used.
-    draws = [grain.MapDataset.range(i, sys.maxsize, len(sources)) for i in range(len(sources))]
+    draws = [grain.MapDataset.range(i, _ENDLESS, len(sources)) for i in range(len(sources))]
     mixed = draws[0] if len(draws) == 1 else grain.MapDataset.mix(draws, weights)
     return mixed.batch(batch_size, batch_fn=take)
 
@@ -90,7 +90,7 @@ def make_windows(
             "row_ids": starts,
         }
 
-    return grain.MapDataset.range(sys.maxsize).batch(batch_size, batch_fn=take)
+    return grain.MapDataset.range(_ENDLESS).batch(batch_size, batch_fn=take)
 
 
 def make_iterator(dataset: grain.MapDataset) -> grain.DatasetIterator:

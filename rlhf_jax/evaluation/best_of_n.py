@@ -51,15 +51,42 @@ def best_of_n(proxy: ArrayLike, values: ArrayLike, n: int) -> np.ndarray:
     Raises:
         ValueError: unless 1 <= n <= N; on different shapes or non-finite numbers.
     """
-    chosen_by, valued = np.asarray(proxy, np.float64), np.asarray(values, np.float64)
-    if chosen_by.ndim != 2 or chosen_by.shape != valued.shape or not chosen_by.size:
-        raise ValueError(
-            f"proxy and values must be [prompts, samples], got {chosen_by.shape}, {valued.shape}"
-        )
-    if not (np.isfinite(chosen_by).all() and np.isfinite(valued).all()):
-        raise ValueError("proxy and values must be finite")
+    chosen_by, valued = _tables(proxy, values)
     by_rank = _rank_weights(chosen_by.shape[1], n)
     return np.array([_shared(row, by_rank) @ v for row, v in zip(chosen_by, valued, strict=True)])
+
+
+def best_of_n_win_rate(proxy: ArrayLike, values: ArrayLike, n: int) -> np.ndarray:
+    """Probability that the best of n samples by proxy has a higher value than one other sample.
+
+        1/N Σᵢ E[1(v* > vᵢ) + ½·1(v* = vᵢ)],   v* of the best of n drawn from the others than i
+
+    The average over every opponent i and all C(N−1, n) draws from the other N−1 samples, hence
+    unbiased for n + 1 fresh samples. At most `win_bound(n)` if `values` is `proxy`. Samples of one
+    proxy are chosen equally often.
+
+    Args:
+        proxy: [P, N] scores that choose, in any units.
+        values: [P, N] what decides who wins, e.g. gold rewards of the same samples.
+        n: samples to choose from, 1 to N − 1.
+
+    Returns:
+        [P] in [0, 1].
+
+    Raises:
+        ValueError: unless 1 <= n <= N − 1; on different shapes or non-finite numbers.
+    """
+    chosen_by, valued = _tables(proxy, values)
+    samples = chosen_by.shape[1]
+    if not 1 <= n < samples:
+        raise ValueError(f"n = {n} must be at least 1 and below the {samples} samples")
+    by_rank = _rank_weights(samples - 1, n)
+    rates = []
+    for row, value in zip(chosen_by, valued, strict=True):
+        ours, theirs = value[None, :], value[:, None]
+        beats = (ours > theirs) + 0.5 * (ours == theirs)
+        rates.append(np.sum(_shared_without(row, by_rank) * beats) / samples)
+    return np.array(rates)
 
 
 def best_of_n_curve(
@@ -216,6 +243,18 @@ def _fit(x: np.ndarray, damping: np.ndarray, y: np.ndarray) -> OveroptimizationF
     )
 
 
+def _tables(proxy: ArrayLike, values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Both as [P, N], checked."""
+    chosen_by, valued = np.asarray(proxy, np.float64), np.asarray(values, np.float64)
+    if chosen_by.ndim != 2 or chosen_by.shape != valued.shape or not chosen_by.size:
+        raise ValueError(
+            f"proxy and values must be [prompts, samples], got {chosen_by.shape}, {valued.shape}"
+        )
+    if not (np.isfinite(chosen_by).all() and np.isfinite(valued).all()):
+        raise ValueError("proxy and values must be finite")
+    return chosen_by, valued
+
+
 def _rank_weights(samples: int, n: int) -> np.ndarray:
     """[N] probability C(i, n−1)/C(N, n) that rank i, 0 the lowest, is the highest of n drawn.
 
@@ -236,3 +275,22 @@ def _shared(proxy: np.ndarray, by_rank: np.ndarray) -> np.ndarray:
     _, level, counts = np.unique(proxy, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     return (np.add.reduceat(by_rank, ends - counts) / counts)[level]
+
+
+def _shared_without(proxy: np.ndarray, by_rank: np.ndarray) -> np.ndarray:
+    """[N, N] whose row i is `_shared` of the samples but i, with 0 for i itself.
+
+    Leaving i out moves the ranks of all levels above it, and the end of its own, down by one.
+    """
+    _, level, counts = np.unique(proxy, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    mass = np.concatenate([[0.0], np.cumsum(by_rank), [0.0]])  # the last is of no rank: never read
+    count, end = counts[level], ends[level]
+    start = end - count
+    above = (mass[end - 1] - mass[start - 1]) / count
+    below = (mass[end] - mass[start]) / count
+    equal = (mass[end - 1] - mass[start]) / np.maximum(count - 1, 1)
+    left_out = level[:, None]
+    weights = np.where(level > left_out, above, np.where(level < left_out, below, equal))
+    np.fill_diagonal(weights, 0)
+    return weights

@@ -137,21 +137,23 @@ def frontier_points(name: str, run: Run) -> dict[str, Any]:
 def row(name: str, run: Run, points: Mapping[str, Any]) -> list[str]:
     """A run's line of the table, in the order of `COLUMNS`.
 
-    What summary.json lacks is the last point of the frontier.
+    Rewards and KL are those of the frontier's last point, or without a frontier the summary's: one
+    may be of sampled answers and the other of greedy ones, or even of another model.
     """
     metrics = run.metrics
-
-    def final(metric: str, key: str) -> float:
-        return finite(metrics[metric] if metric in metrics else (points.get(key) or [None])[-1])
-
-    kl = final("eval/kl", "kl")
-    bound = "≤ " if points["bound"] else ""
+    if points["kl"]:
+        final = {key: finite((points.get(key) or [None])[-1]) for key in ("kl", *REWARDS)}
+    else:
+        measured = {"kl": "eval/kl", **REWARDS}
+        final = {key: finite(metrics.get(metric)) for key, metric in measured.items()}
+    kl = final["kl"]
+    bound = "≤ " if points["kl"] and points["bound"] else ""
     return [
         name,
         str(run.summary.get("stage", "–")),
         f"{int(run.records[-1]['step']):,}" if run.records else "–",
         format_seconds(run.summary.get("wall_seconds")),
-        *(number(metric, final(metric, key)) for key, metric in REWARDS.items()),
+        *(number(metric, final[key]) for key, metric in REWARDS.items()),
         _with_bound(bound, sqrt(max(0.0, kl)) if isfinite(kl) else kl),
         _with_bound(bound, kl),
         *_peak(points),

@@ -155,6 +155,7 @@ def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def _cell(value: Any) -> Any:
     """Text that a spreadsheet would run as a formula gets an apostrophe in front."""
-    return (
-        f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
-    )
+    if not isinstance(value, str):
+        return value
+    guard = "'" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else ""
+    return guard + value.replace("\r", "\n")  # csv would not quote what may end a row

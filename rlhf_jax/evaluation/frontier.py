@@ -64,7 +64,7 @@ def frontier(
             x, y = [_root(kl) for kl in exact["kl"]], [number(v) for v in exact["reward"]]
             handles += axes.plot(x, y, color=INK, linewidth=1, label="exact")
         for i, (name, run) in enumerate(series.items()):
-            color, marker = LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]
+            color, marker = _look(i)
             bound = "KL ≤" if run.get("bound") else "KL"
             label = f"{name}, {bound}" if run.get("bound") else name
             handles.append(Line2D([], [], color=color, marker=marker, label=label))
@@ -122,11 +122,11 @@ def best_of_n(
     ]
     with figure(title, ("series", "n", "mean", "low", "high"), rows, note) as (axes, done):
         for i, (name, s) in enumerate(series.items()):
-            color, mean = LINES[i % len(LINES)], [number(v) for v in s["mean"]]
+            (color, marker), mean = _look(i), [number(v) for v in s["mean"]]
             if "low" in s and "high" in s:
                 low, high = ([number(v) for v in s[end]] for end in ("low", "high"))
                 axes.fill_between(n, low, high, color=color, alpha=0.18, linewidth=0)
-            axes.plot(n, mean, color=color, marker=MARKERS[i % len(MARKERS)], label=name)
+            axes.plot(n, mean, color=color, marker=marker, label=name)
             if name == "gold" and any(map(isfinite, mean)):
                 index, _, y = _mark_peak(axes, n, mean, color)
                 axes.annotate(
@@ -169,12 +169,13 @@ def oracle(
         for kl, reward in zip(exact["kl"], exact["reward"], strict=True)
     ]
     rows += [(name, *map(point.get, keys)) for name, point in points.items()]
-    with figure(title, ("series", *keys), rows, note, 3.0) as (axes, done):
+    width, height = WIDE
+    with figure(title, ("series", *keys), rows, note, height, width=width) as (axes, done):
         kls, rewards = ([number(v) for v in exact[key]] for key in ("kl", "reward"))
         axes.plot(kls, rewards, color=INK, linewidth=1, label="exact")
         for i, (name, point) in enumerate(points.items()):
             x, y, expected_x, expected_y = (number(point.get(key)) for key in keys)
-            style = {"color": LINES[i % len(LINES)], "marker": MARKERS[i % len(MARKERS)]}
+            style = dict(zip(("color", "marker"), _look(i), strict=True))
             axes.plot([x, expected_x], [y, expected_y], ":", color=style["color"], linewidth=0.8)
             axes.plot(
                 [expected_x], [expected_y], markersize=8, markerfacecolor="none", linestyle="",
@@ -183,7 +184,7 @@ def oracle(
             axes.plot([x], [y], markersize=4.5, linestyle="", label=name, **style)
         label_axes(axes, xlabel, ylabel)
         axes.margins(0.06, 0.1)
-        legend(axes)
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7, borderaxespad=0)
     return done()
 
 
@@ -191,6 +192,11 @@ def peak(values: Sequence[Any]) -> int | None:
     """The index of the largest finite value, the first of several; None where there is none."""
     finite = [i for i, value in enumerate(values) if isfinite(number(value))]
     return max(finite, key=lambda i: number(values[i]), default=None)
+
+
+def _look(index: int) -> tuple[str, str]:
+    """(colour, marker) of a series, another for each of the first 36."""
+    return LINES[index % len(LINES)], MARKERS[(index + index // len(LINES)) % len(MARKERS)]
 
 
 def _mark_peak(

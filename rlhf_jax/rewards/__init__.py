@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         combine_members,
         member_scores,
         normalization_of,
+        same_config,
         stack_members,
     )
     from rlhf_jax.rewards.scorers import Scores, TextScorers, parse_rewards
@@ -27,6 +28,7 @@ __all__ = [
     "member_scores",
     "normalization_of",
     "parse_rewards",
+    "same_config",
     "stack_members",
 ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import jax
@@ -16,6 +16,9 @@ from rlhf_jax.models.scoring import Batch, sequence_scores
 
 Array = TypeVar("Array", np.ndarray, jax.Array)
 COMBINATIONS = ("mean", "min", "mean_minus_std")
+
+# How a model starts and how it is computed: not what it computes.
+_FREE = ("init_std", "copy_init", "unroll", "remat")
 
 # Scores that differ by less than this share of their size differ by rounding only.
 _RESOLUTION = 1e-6
@@ -47,6 +50,26 @@ def combine_members(scores: Array, how: str = "mean", k: float = 1.0) -> Array:
         case "mean_minus_std":
             return scores.mean(axis=0) - k * scores.std(axis=0)
     raise UserError(f"an ensemble's scores combine by {', '.join(COMBINATIONS)}, not {how!r}")
+
+
+def same_config(configs: Sequence[ModelConfig], names: Sequence[str]) -> None:
+    """Refuses models that one config cannot score, though their parameters may be alike in shape.
+
+    Args:
+        configs: of the models.
+        names: what to call each, e.g. its run directory.
+
+    Raises:
+        UserError: two differ: names the first field that does, and both models.
+    """
+    for config, name in zip(configs, names, strict=True):
+        for field in fields(ModelConfig):
+            ours, theirs = getattr(configs[0], field.name), getattr(config, field.name)
+            if ours != theirs and field.name not in _FREE:
+                raise UserError(
+                    f"the reward models of an ensemble must have one config: {field.name} is "
+                    f"{ours!r} in {names[0]} and {theirs!r} in {name}"
+                )
 
 
 def stack_members(members: Sequence[Any]) -> Any:

@@ -5,7 +5,7 @@
     correct    1 if the town's scorer says the reply is right, else 0
     number     1 if the response's last number equals meta["answer"]'s, else 0
     exact      1 if the response is meta["answer"], or without one meta["reference"], else 0
-    regex      1 if the pattern is found in the response, else 0
+    regex      1 if the pattern is found in the response, else 0; in a separate process too
     length     the response's tokens
     path/to/file.py:function    a user's own, run in a separate process (see `worker`)
 
@@ -26,7 +26,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +41,7 @@ NAMES = ("model", "gold", "correct", "number", "exact", "regex", "length")
 """The scorers that are no user's function."""
 
 _FUNCTION = re.compile(r".+\.py:[^\W\d]\w*")
+_SEARCH = f"{Path(__file__).with_name('regex.py')}:search"
 _NUMBER = re.compile(
     r"(?:(?<![\w.)])[-−+])?"  # a sign, but not the minus of 7-5
     r"(?:\$[-−]?)?"
@@ -108,15 +111,16 @@ class _Fault:
 
 
 class TextScorers:
-    """The scorers named by `weights`; a context manager that owns the users' processes.
+    """The scorers named by `weights`; a context manager that owns the processes of some.
 
     Args:
         weights: see `parse_rewards`.
         pattern: what "regex" searches for.
-        timeout_seconds: how long a user's function may take for one batch.
+        timeout_seconds: how long a user's function, or "regex", may take for one batch.
         on_error: "fail" ends the run at the first response without a score, naming it; "mask"
             makes such responses invalid and counts them: all of a batch whose function raises,
-            returns another number of scores, times out or ends its process.
+            returns another number of scores, times out or ends its process, and all of one that
+            "regex" times out on.
 
     Raises:
         UserError: an option is wrong, or a user's file or function can't be loaded.
@@ -141,11 +145,13 @@ class TextScorers:
         self._weights = dict(weights)
         self._seconds = timeout_seconds
         self._mask = on_error == "mask"
-        self._scorers = _verifiers(pattern)
+        _check_pattern(pattern)
+        self._pattern = pattern
         self._workers: dict[str, Worker] = {}
         try:
-            for name in filter(_FUNCTION.fullmatch, weights):
-                self._workers[name] = _start(name)
+            for name in weights:
+                if name == "regex" or _FUNCTION.fullmatch(name):
+                    self._workers[name] = _start(name)
         except BaseException:
             self.close()
             raise
@@ -162,7 +168,7 @@ class TextScorers:
         self.close()
 
     def close(self) -> None:
-        """Ends the users' processes."""
+        """Ends the processes."""
         for worker in self._workers.values():
             worker.close()
 
@@ -213,7 +219,7 @@ class TextScorers:
             elif name in self._workers:
                 found = self._call(name, prompts, responses)
             else:
-                found = _each(self._scorers[name], prompts, responses)
+                found = _each(_VERIFIERS[name], prompts, responses)
             components[name] = settle(name, *found)
         if not count:
             components = {name: np.zeros(0) for name in self._weights}
@@ -228,17 +234,12 @@ class TextScorers:
     def _call(
         self, name: str, prompts: Sequence[Prompt], responses: Sequence[str]
     ) -> tuple[np.ndarray, dict[int, _Fault]]:
-        """A user's function's values and what is wrong with them."""
-        shared = set.intersection(*(set(prompt.meta) for prompt in prompts)).difference(_RESERVED)
-        columns = {key: [prompt.meta[key] for prompt in prompts] for key in sorted(shared)}
-        request = {
-            "prompts": [
-                [{"role": m.role, "content": m.content} for m in prompt.messages]
-                for prompt in prompts
-            ],
-            "responses": list(responses),
-            "columns": columns | {"ids": [prompt.id for prompt in prompts]},
-        }
+        """The values of a scorer in a process of its own and what is wrong with them."""
+        if name == "regex":
+            request = {"prompts": [], "columns": {"pattern": self._pattern}}
+        else:
+            request = _described(prompts)
+        request["responses"] = list(responses)
         try:
             values, wrong = self._workers[name].call(request, self._seconds)
         except WorkerFault as fault:
@@ -247,9 +248,28 @@ class TextScorers:
         return np.array(values, np.float64), faults
 
 
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(f"rewards: pattern {pattern!r} is no regular expression: {error}") from None
+
+
+def _described(prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What a user's function is told of the prompts."""
+    shared = set.intersection(*(set(prompt.meta) for prompt in prompts)).difference(_RESERVED)
+    columns = {key: [prompt.meta[key] for prompt in prompts] for key in sorted(shared)}
+    return {
+        "prompts": [
+            [{"role": m.role, "content": m.content} for m in prompt.messages] for prompt in prompts
+        ],
+        "columns": columns | {"ids": [prompt.id for prompt in prompts]},
+    }
+
+
 def _start(name: str) -> Worker:
     try:
-        return Worker(name)
+        return Worker(_SEARCH if name == "regex" else name)
     except WorkerFault as fault:
         raise UserError(f"reward {name!r} can't be loaded: {fault.detail}") from fault
 
@@ -305,21 +325,6 @@ def _each(
     return values, faults
 
 
-def _verifiers(pattern: str) -> dict[str, Callable[[Prompt, str], float]]:
-    """The scorers that need the prompt's record and the response only."""
-    try:
-        search = re.compile(pattern).search
-    except re.error as error:
-        raise UserError(f"rewards: pattern {pattern!r} is no regular expression: {error}") from None
-    return {
-        "gold": lambda prompt, response: gold_score(prompt, response).total,
-        "correct": lambda prompt, response: float(is_correct(prompt, response)),
-        "number": _number_matches,
-        "exact": _is_reference,
-        "regex": lambda prompt, response: float(search(response) is not None),
-    }
-
-
 def _number_matches(prompt: Prompt, response: str) -> float:
     wanted = last_number(_reference(prompt, "answer"))
     if wanted is None:
@@ -347,3 +352,12 @@ def last_number(text: str) -> Decimal | None:
     found = matches[-1]
     minus = any(sign in found[0] for sign in "-−")
     return Decimal(("-" if minus else "") + found[1].replace(",", ""))
+
+
+_VERIFIERS: Mapping[str, Callable[[Prompt, str], float]] = {
+    "gold": lambda prompt, response: gold_score(prompt, response).total,
+    "correct": lambda prompt, response: float(is_correct(prompt, response)),
+    "number": _number_matches,
+    "exact": _is_reference,
+}
+"""The scorers that need the prompt's record and the response only."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from rlhf_jax.errors import UserError
 from rlhf_jax.models import ModelConfig
 from rlhf_jax.sampling import engine
 from rlhf_jax.sampling.arguments import (
@@ -22,6 +24,7 @@ from rlhf_jax.sampling.arguments import (
 )
 
 _SHORTEST_BUCKET = 32  # compiling for another length costs more than padding to this one
+_REPLACEMENT = "\ufffd"  # half a character; the next token may complete it, and it is gone
 _ROWS = 8  # prompts prefilled, or slots filled, by one call: always as many, for equal rounding
 
 
@@ -68,12 +71,20 @@ class _Watch:
 
     def stop(self, tokens: list[int], looked: int) -> int | None:
         """How many tokens a stop string leaves, if one ends after the first `looked`."""
-        if self.stop_strings and self.decode is not None:
-            for end in range(looked + 1, len(tokens) + 1):
-                text = self.decode(tokens[:end])
-                if any(string in text for string in self.stop_strings):
-                    return end
-        return None
+        decode = self.decode
+        if not self.stop_strings or decode is None:
+            return None
+
+        def stopped(end: int) -> bool:
+            text = decode(tokens[:end])
+            return any(string in text for string in self.stop_strings)
+
+        ends = range(looked + 1, len(tokens) + 1)
+        if any(_REPLACEMENT in string for string in self.stop_strings):
+            return next(filter(stopped, ends), None)
+        if not ends or not stopped(len(tokens)):
+            return None
+        return ends[bisect.bisect_left(ends, True, key=stopped)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +136,8 @@ def generate(
             over them.
         stop_ids: tokens that end a completion.
         stop_strings: a completion also ends with the first token for which `decode`, given its
-            tokens so far, returns a text with one of them.
+            tokens so far, returns a text with one of them. More tokens must only add to the text,
+            but for a U+FFFD at its end.
         on_tokens: called with (prompt index, sample, new tokens) as they come: in order, and
             nothing after the end of a completion.
         chunk: tokens between two looks of the host at them, for stop_strings and on_tokens.
@@ -139,7 +151,8 @@ def generate(
         Completions in the order of the prompts, the samples of a prompt together.
 
     Raises:
-        UserError: arguments the model cannot follow, each named.
+        UserError: arguments the model cannot follow, each named; a token was drawn whose
+            probability is not finite.
     """
     counts = {
         "max_new_tokens": max_new_tokens,
@@ -280,6 +293,11 @@ def _harvest(
     tokens, logprobs, drawn, active, finished = jax.device_get(
         (slots.tokens, slots.logprobs, slots.drawn, slots.active, slots.finished)
     )
+    if not np.isfinite(logprobs[np.arange(logprobs.shape[1]) < drawn[:, None]]).all():
+        raise UserError(
+            "the model's probabilities are not finite: its parameters are broken, or its training "
+            "diverged; take an earlier checkpoint, or train it with a lower learning rate"
+        )
     completions = {}
     for place, work in enumerate(held):
         if work is None or (active[place] and not watch.needed()):

@@ -23,15 +23,17 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.best_of_n import (
     best_of_n,
     best_of_n_curve,
+    best_of_n_win_rate,
     fit_overoptimization,
     kl_bound,
     kl_terms,
+    win_bound,
 )
 from rlhf_jax.evaluation.language import language_evaluation
 from rlhf_jax.losses.cross_entropy import token_cross_entropy
 from rlhf_jax.models.scoring import target_statistics
 from rlhf_jax.stages.chat import evaluate_chat
-from rlhf_jax.stages.common import batches_of, fit, say
+from rlhf_jax.stages.common import batches_of, fit, parse_sources, say
 from rlhf_jax.stages.policy import held_out_prompts
 from rlhf_jax.stages.rollouts import (
     Judge,
@@ -57,15 +59,17 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         measured = measure(config, policy, held_out, judge, options.samples, seed=config.seed)
         metrics, further = curves(config, run.path.name, measured)
         say_curve(metrics, options.samples)
-        prompts = read_prompts(config, policy.tokenizer, config.data.train, "train")
+        sources = parse_sources(config.data.train)
+        read = [read_prompts(config, policy.tokenizer, source, "train") for source in sources]
+        prompts = PromptSet.joined(read)
         prompts = prompts.take(range(min(options.prompts, len(prompts.records))))
-        rows = winners(config, policy, prompts, judge)
+        rows, held = winners(config, policy, prompts, judge)
 
     def loss_fn(params, batch, rng):
         statistics = target_statistics(policy.config, params, batch)
         return token_cross_entropy(statistics, batch["weights"])
 
-    evaluate = language_evaluation(policy.config, rows, batch_rows=config.eval.batch_rows)
+    evaluate = language_evaluation(policy.config, held, batch_rows=config.eval.batch_rows)
     batches = batches_of(config, policy, [rows], [1.0])
     model, trained, _ = fit(config, run, policy, loss_fn, batches, evaluate)
     save_model(run.path, model)
@@ -96,7 +100,16 @@ def measure(
             columns["correct"] = np.array([float(is_correct(p, text)) for p, text in pairs])
         for name, values in columns.items():
             found.setdefault(name, []).append(values.reshape(-1, samples))
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+    measured = {name: np.concatenate(parts) for name, parts in found.items()}
+    whole = np.isfinite(measured["proxy"]).all(1)
+    if not whole.all():
+        say(
+            "best of n",
+            {"prompts": len(whole), "left out for a failed reward": int((~whole).sum())},
+        )
+    if not whole.any():
+        raise UserError("the reward failed on an answer to every held-out prompt")
+    return {name: values[whole] for name, values in measured.items()}
 
 
 def curves(
@@ -119,6 +132,10 @@ def curves(
         )
         for key in shown:
             metrics[f"eval/best_of_{n}/{key}"] = series[key]["mean"][i]
+    judged = "gold" if "gold" in measured else "proxy"
+    rivals = ns[:-1]  # one sample is the opponent
+    wins = [float(best_of_n_win_rate(proxy, measured[judged], n).mean()) for n in rivals]
+    metrics |= {f"eval/best_of_{n}/win_rate": win for n, win in zip(rivals, wins, strict=True)}
     frontier = {"kl": bounds, "bound": True, "proxy": series["proxy"]["mean"]}
     plots: list[Figure] = [
         {
@@ -129,6 +146,16 @@ def curves(
             "note": "95 % bands over prompts; KL to the reference ≤ log n − (n−1)/n.",
         }
     ]
+    plots.append(
+        {
+            "kind": "best_of_n",
+            "title": f"Win rate of the best of n over one sample, by {judged} reward",
+            "n": rivals,
+            "series": {judged: {"mean": wins}},
+            "bound": [float(win_bound(n)) for n in rivals],
+            "note": "At most n/(n + 1).",
+        }
+    )
     tables = []
     if "gold" in series:
         gold = series["gold"]["mean"]
@@ -136,19 +163,8 @@ def curves(
         peak = int(np.argmax(gold))
         metrics["eval/best_of_n/peak_n"] = float(ns[peak])
         metrics["eval/best_of_n/peak_gold"] = gold[peak]
-        fits = fit_overoptimization(np.sqrt(bounds[1:]), np.array(gold[1:]) - gold[0])
-        tables.append(
-            {
-                "title": "Gold reward gained, as a function of d = √KL (bound)",
-                "columns": ["form", "α", "β", "R²", "residual"],
-                "rows": [
-                    [form, fit.alpha, fit.beta, fit.r2, fit.residual_std]
-                    for form, fit in zip(
-                        ("d(α − βd)", "d(α − β log d)"), fits.values(), strict=True
-                    )
-                ],
-            }
-        )
+        if len(ns) > 3:
+            tables.append(_fit_table(bounds, gold))
     plots.append(
         {
             "kind": "frontier",
@@ -157,6 +173,19 @@ def curves(
         }
     )
     return metrics, {"frontier": frontier, "plots": plots, "tables": tables}
+
+
+def _fit_table(bounds: Sequence[float], gold: Sequence[float]) -> dict[str, Any]:
+    fits = fit_overoptimization(np.sqrt(bounds[1:]), np.array(gold[1:]) - gold[0])
+    names = ("d(α − βd)", "d(α − β log d)")
+    return {
+        "title": "Gold reward gained, as a function of d = √KL (bound)",
+        "columns": ["form", "α", "β", "R²", "residual"],
+        "rows": [
+            [name, fit.alpha, fit.beta, fit.r2, fit.residual_std]
+            for name, fit in zip(names, fits.values(), strict=True)
+        ],
+    }
 
 
 def say_curve(metrics: Mapping[str, float], samples: int) -> None:
@@ -175,9 +204,13 @@ def say_curve(metrics: Mapping[str, float], samples: int) -> None:
         print(f"gold reward is highest at n = {metrics['eval/best_of_n/peak_n']:.0f}", flush=True)
 
 
-def winners(config: ConfigDict, policy: Model, prompts: PromptSet, judge: Judge) -> Arrays:
-    """Packed rows of the best of `best_of_n.n` answers to each training prompt; only answers count
-    that ended by themselves, and only they are trained on."""
+def winners(
+    config: ConfigDict, policy: Model, prompts: PromptSet, judge: Judge
+) -> tuple[Arrays, Arrays]:
+    """Packed rows of the best of `best_of_n.n` answers to each training prompt: (train, held out).
+
+    Only answers that ended by themselves count and are trained on. A tenth is held out.
+    """
     documents: list[Document] = []
     n = config.best_of_n.n
     seed = int(random_bits([1], config.seed)[0] >> np.uint64(33))  # not the one measured with
@@ -189,12 +222,17 @@ def winners(config: ConfigDict, policy: Model, prompts: PromptSet, judge: Judge)
             if usable[i].any():
                 reply = answers.completions[i * n + int(totals[i].argmax())].tokens
                 documents.append(Document([*prompt, *reply], [0] * len(prompt) + [1] * len(reply)))
-    if not documents:
-        raise UserError("no answer to any training prompt ended by itself: nothing to train on")
-    rows, packing = pack_documents(documents, config.data.row_length)
+    if len(documents) < 2:
+        raise UserError(
+            f"answers to only {len(documents)} of {len(prompts.records)} training prompts ended by "
+            "themselves: nothing to train on; raise rollout.max_new_tokens"
+        )
     dropped = len(prompts.records) - len(documents)
-    say("winners", {"prompts": len(prompts.records), "without an answer": dropped} | packing)
-    return rows
+    say("winners", {"prompts": len(prompts.records), "without an answer": dropped})
+    held = max(1, len(documents) // 10)
+    train, _ = pack_documents(documents[held:], config.data.row_length)
+    held_out, _ = pack_documents(documents[:held], config.data.row_length)
+    return train, held_out
 
 
 def _blocks(config, policy, prompts: PromptSet, judge: Judge, samples: int, seed: int):

@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlhf_jax.data import enum121 as world
+from rlhf_jax.data.pipeline import random_bits
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.models.config import ModelConfig
@@ -49,13 +50,14 @@ def table_task(config: ConfigDict) -> Task:
             "slots": np.broadcast_to(np.arange(world.MAX_TOKENS), (count, 1, world.MAX_TOKENS)),
             "mask": drawn["mask"][:, None],
         }
+        scores = lookup(prompts, drawn["actions"], drawn["mask"])
         ended = (drawn["mask"] * (drawn["actions"] == 0)).any(-1)
         return Rollouts(
             rows=rows,
             mask=drawn["mask"],
             logprobs=drawn["logprobs"],
-            scores=lookup(prompts, drawn["actions"], drawn["mask"]),
-            weights=np.ones(count, np.float32),
+            scores=scores,
+            weights=_kept(config, scores),
             finished=ended,
             greedy_scores=greedy,
             metrics={},
@@ -109,11 +111,25 @@ _OUTCOME = {world.code(response): i for i, response in enumerate(world.RESPONSES
 
 def lookup(prompts: np.ndarray, actions: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """[N] true rewards of responses: actions [N, 4]."""
+    return world.REWARDS[prompts, outcomes(actions, mask)]
+
+
+def outcomes(actions: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """[N] which of the 121 responses each is: actions [N, 4]."""
     codes = np.ones(len(actions), np.int64)
     for t in range(actions.shape[1]):
         codes = np.where(mask[:, t] > 0, 4 * codes + actions[:, t], codes)
-    outcomes = np.array([_OUTCOME[code] for code in codes.tolist()])
-    return world.REWARDS[prompts, outcomes]
+    return np.array([_OUTCOME[code] for code in codes.tolist()])
+
+
+def _kept(config: ConfigDict, scores: np.ndarray) -> np.ndarray:
+    """[N] weights: 0 with `rollout.filter_zero_std` where all samples of a prompt score the same.
+
+    Nothing takes their place: prompts are four, and all of them are in the batch already.
+    """
+    groups = scores.reshape(-1, config.rollout.samples)
+    dull = config.rollout.filter_zero_std & (np.ptp(groups, axis=1) == 0)
+    return np.repeat(1 - dull.astype(np.float32), config.rollout.samples)
 
 
 def _table_statistics(params: Any, rows: Mapping[str, jax.Array]) -> TokenStatistics:
@@ -168,7 +184,7 @@ def letters_task(config: ConfigDict, shape: ModelConfig) -> Task:
             params,
             prompts.tokens,
             max_new_tokens=world.MAX_TOKENS,
-            seed=config.seed * 10**7 + number,
+            seed=int(random_bits([number], config.seed)[0] >> np.uint64(33)),
             stop_ids=(EOS,),
             allowed_tokens=ALLOWED,
             samples_per_prompt=each,
@@ -189,12 +205,13 @@ def letters_task(config: ConfigDict, shape: ModelConfig) -> Task:
             length = len(completion.tokens)
             tokens[i, :length], mask[i, :length] = completion.tokens, 1
             logprobs[i, :length] = completion.logprobs
+        scores = lookup(np.repeat(which, each), tokens - EOS, mask)
         return Rollouts(
             rows=rows,
             mask=mask,
             logprobs=logprobs,
-            scores=lookup(np.repeat(which, each), tokens - EOS, mask),
-            weights=np.ones(len(completions), np.float32),
+            scores=scores,
+            weights=_kept(config, scores),
             finished=np.array([c.finished for c in completions]),
             greedy_scores=np.zeros(len(which)),
             metrics={},

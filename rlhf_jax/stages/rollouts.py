@@ -35,6 +35,7 @@ from rlhf_jax.rewards import (
     combine_members,
     member_scores,
     parse_rewards,
+    same_config,
     stack_members,
 )
 from rlhf_jax.sampling.generate import Completion, generate
@@ -221,8 +222,7 @@ class Judge:
                 raise UserError(f"init.reward: {path} is not a reward model but a language model")
             if model.tokenizer.hash != policy.tokenizer.hash:
                 raise UserError(f"{path} has another tokenizer than the policy")
-            if model.config != models[0].config:
-                raise UserError(f"{path} and {paths[0]} are models of different shapes")
+        same_config([model.config for model in models], [str(path) for path in paths])
         if "model" in self.weights:
             for path, model in zip(paths, models, strict=True):
                 if reward.normalize and model.normalization is None:

@@ -165,3 +165,9 @@ def test_a_batch_costs_under_two_milliseconds():
         next(iterator)
         times.append(time.thread_time() - start)
     assert np.median(times) < 2e-3
+
+
+def test_a_batch_may_be_one_row():
+    rows = {"tokens": np.arange(3)[:, None], "row_ids": np.arange(3)}
+    iterator = make_iterator(make_dataset(rows, 1, seed=0))
+    assert sorted(int(next(iterator)["row_ids"][0]) for _ in range(3)) == [0, 1, 2]

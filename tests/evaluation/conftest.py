@@ -236,12 +236,19 @@ def write_rl_runs(runs: Path) -> list[Path]:
         "eval/gold_win_rate_high": 0.8,
     }
     final = {"eval/kl": 4.0, "eval/gold_reward": 0.8, "eval/response_length": 8.25}
+    tuned = {"eval/kl": 6.5, "eval/kl_low": 6.0, "eval/kl_high": 7.0, "eval/gold_reward": 0.65,
+             "eval/response_length": 7.5, "eval/best_of_4/gold": 0.4}  # fmt: skip
     best = {"kl": [0, 0.19, 1.2], "gold": [0.1, 0.5, 0.4], "proxy": [0.1, 0.5, 0.9], "bound": True}
     made = {
-        "ppo": ({"loss": {"cliprange": 0.2}, "note": ATTACK}, ppo, {"eval/kl": 9.0, **gold}, {}),
+        "ppo": (
+            {"loss": {"cliprange": 0.2}, "note": ATTACK},
+            ppo,
+            {"eval/kl": 9.5, "eval/gold_reward": 0.8, **gold},
+            {},
+        ),
         "grpo": ({"loss": {"group": 8}, "note": "plain"}, grpo, {}, {}),
         "dpo": ({"loss": {"beta": 0.1}, "note": "plain"}, [{"step": 60}], final, {}),
-        "best_of_n": ({"loss": {}, "note": "plain"}, [], {}, {"frontier": best}),
+        "best_of_n": ({"loss": {}, "note": "plain"}, [], tuned, {"frontier": best}),
     }
     for name, (config, records, metrics, evaluation) in made.items():
         directory = runs / name

@@ -14,6 +14,7 @@ from rlhf_jax.evaluation.best_of_n import (
     best_of_n,
     best_of_n_curve,
     best_of_n_law,
+    best_of_n_win_rate,
     fit_overoptimization,
     kl_bound,
     kl_estimate,
@@ -124,6 +125,43 @@ def test_best_of_all_is_the_best_and_of_one_the_mean():
     for n in (2, 100, 2048, 4095):
         ones = best_of_n(proxy, np.ones_like(proxy), n)
         np.testing.assert_allclose(ones, 1, atol=1e-9)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 4, 100])
+@pytest.mark.parametrize("n", [1, 2, 3, 6])
+def test_win_rate_counts_every_draw_against_every_opponent(levels, n):
+    rng = np.random.default_rng(levels)
+    proxy, values = rng.integers(0, levels, (3, 7)), rng.integers(0, 3, (3, 7))
+    for p, v, rate in zip(proxy, values, best_of_n_win_rate(proxy, values, n), strict=True):
+        wins = []
+        for opponent in range(7):
+            for draw in combinations([i for i in range(7) if i != opponent], n):
+                best = [i for i in draw if p[i] == max(p[list(draw)])]
+                wins.append(np.mean(np.sign(v[best] - v[opponent]) / 2 + 0.5))
+        assert rate == pytest.approx(np.mean(wins), abs=1e-12)
+
+
+def test_win_rate_in_the_small_world(reference):
+    rng = np.random.default_rng(5)
+    rewards = np.concatenate(
+        [
+            r[rng.choice(121, (64, 256), p=np.exp(p))]
+            for r, p in zip(world.REWARDS, reference, strict=True)
+        ]
+    )
+    for n in (2, 4, 8, 16, 64, 255):
+        rates = best_of_n_win_rate(rewards, rewards, n)
+        assert rates.shape == (256,) and rates.max() <= win_bound(n) + 1e-9
+        if n in TABLE:
+            error = rates.std() / 16
+            assert rates.mean() == pytest.approx(TABLE[n][4], abs=4 * error + 1e-5)
+    distinct = rng.normal(size=(2, 256))
+    for n in (1, 7, 255):
+        np.testing.assert_allclose(best_of_n_win_rate(distinct, distinct, n), win_bound(n))
+        np.testing.assert_allclose(best_of_n_win_rate(distinct, np.ones((2, 256)), n), 0.5)
+    for n in (0, 256):
+        with pytest.raises(ValueError, match="at least 1 and below the 256 samples"):
+            best_of_n_win_rate(distinct, distinct, n)
 
 
 @pytest.mark.parametrize("n", [0, 5])

@@ -45,16 +45,22 @@ def run(name: str, samples=()) -> Run:
 
 def test_rows(rl_runs):
     ppo, grpo, dpo, best = compare(rl_runs).rows
-    # the peak, 0.9 at step 60, is at KL 5.4; √9 = 3; gold and proxy at the end of metrics.jsonl
+    # the peak, 0.9 at step 60, is at KL 5.4; √9 = 3; all from the end of metrics.jsonl
     assert ppo == ["ppo", "ppo", "100", "1 min 15 s", "0.740", "1.000", "3.00", "9.00",
                    "0.900", "5.40", "70.0\u00a0% (60.0\u00a0% – 80.0\u00a0%)", "–"]  # fmt: skip
     assert grpo[4:10] == ["–", "1.000", "2.24", "5.00", "–", "–"]
     assert dpo[2:] == [
         "60", "1 min 15 s", "0.800", "–", "2.00", "4.00", "–", "–", "–", "8.2"
     ]  # fmt: skip
-    assert best[2:10] == [
-        "–", "1 min 15 s", "0.400", "0.900", "≤ 1.10", "≤ 1.20", "0.500", "≤ 0.19"
+    # not the 0.650 at KL 6.50 of the model that was tuned on the best
+    assert best[2:] == [
+        "–", "1 min 15 s", "0.400", "0.900", "≤ 1.10", "≤ 1.20", "0.500", "≤ 0.19", "–", "7.5"
     ]  # fmt: skip
+
+
+def test_a_measured_kl_is_no_bound(rl_runs):
+    (rl_runs[3] / "evaluation.json").write_text('{"frontier": {"kl": [], "bound": true}}')
+    assert compare(rl_runs[3:]).rows[0][4:10] == ["0.650", "–", "2.55", "6.50", "–", "–"]
 
 
 def test_the_figure_has_every_point_of_every_run(rl_runs):

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from rlhf_jax.evaluation.figure import _csv
 from rlhf_jax.evaluation.plots import curves, draw, training_curves
 
 SPECS = [
@@ -74,6 +75,9 @@ def test_labels_are_text_not_markup():
 def test_csv_holds_every_point_and_no_formula():
     plot = draw({"kind": "curves", "title": "t", "series": {"=cmd()": [[1, 2], [-0.5, None]]}})
     assert plot.csv == "series,step,value\n'=cmd(),1,-0.5\n'=cmd(),2,\n"
+    rows = [[f"{start}1"] for start in "=+-@\t\r"]
+    assert _csv(["a-1"], rows[:5]) == "a-1\n'=1\n'+1\n'-1\n'@1\n'\t1\n"
+    assert _csv(["x\r=cmd()"], rows[5:]) == '"x\n=cmd()"\n"\'\n1"\n'
 
 
 FRONTIER, BEST_OF_N, ORACLE = ({"title": "t", **spec} for spec in SPECS[-3:])

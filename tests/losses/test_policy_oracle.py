@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import enum121 as world
+from rlhf_jax.evaluation.best_of_n import best_of_n_law
 from rlhf_jax.losses import (
     OBJECTIVES,
     aggregate,
@@ -299,9 +300,14 @@ def test_the_frontier_and_best_of_n_have_their_golden_numbers():
     np.testing.assert_allclose(world.frontier(0.1), 0.09225, atol=1e-5)
     np.testing.assert_allclose(world.frontier(0), -0.180583, atol=1e-6)
     ref = world.logprobs(world.REFERENCE)
-    np.testing.assert_allclose(np.exp(ref), world.best_of_n_law(1), rtol=1e-9)
+
+    def of_best(n):
+        pairs = zip(np.exp(ref), world.REWARDS, strict=True)
+        return np.stack([best_of_n_law(probs, rewards, n) for probs, rewards in pairs])
+
+    np.testing.assert_allclose(np.exp(ref), of_best(1), rtol=1e-9)
     for n, kl, reward in ((2, 0.1911, 0.1508), (8, 1.1893, 0.6462), (64, 3.1534, 1.2211)):
-        law = world.best_of_n_law(n)
+        law = of_best(n)
         np.testing.assert_allclose(law.sum(1), 1, rtol=1e-12)
         logp = np.log(np.maximum(law, 1e-300))
         found = world.kl(logp, ref), world.expected_reward(logp)

@@ -17,6 +17,7 @@ from rlhf_jax.rewards import (
     combine_members,
     member_scores,
     normalization_of,
+    same_config,
     stack_members,
 )
 
@@ -103,6 +104,14 @@ def test_members_of_other_shapes_are_named_by_leaf():
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), member())
     with pytest.raises(UserError, match=r"float32.*bfloat16"):
         stack_members([member(), half])
+
+
+def test_members_of_other_configs_are_named_by_field():
+    same_config([], [])
+    same_config([CONFIG, dataclasses.replace(CONFIG, init_std=0.5, remat="full")], ["a", "b"])
+    other = dataclasses.replace(CONFIG, rope_theta=500.0, logit_softcap=30.0)
+    with pytest.raises(UserError, match=r"rope_theta is 10000\.0 in a and 500\.0 in c"):
+        same_config([CONFIG, CONFIG, other], ["a", "b", "c"])
 
 
 def test_normalization_by_hand():

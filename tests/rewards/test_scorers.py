@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
@@ -119,6 +121,22 @@ def test_regex_searches():
     assert found.total.tolist() == [2, 0, 0]
 
 
+@pytest.mark.parametrize("on_error", ["fail", "mask"])
+def test_a_search_without_end_is_killed(on_error):
+    prompts, endless = [prompt("a"), prompt("b")], "a" * 40 + "!"
+    options = {"pattern": "(a+)+$", "timeout_seconds": 0.5, "on_error": on_error}
+    with TextScorers({"regex": 1}, **options) as scorers:
+        begun = time.monotonic()
+        if on_error == "fail":
+            with pytest.raises(UserError, match="'regex', prompt 'a' and 'b': took longer than"):
+                scorers.score(prompts, ["aa", endless], lengths=[1, 1])
+        else:
+            found = scorers.score(prompts, ["aa", endless], lengths=[1, 1])
+            assert not found.valid.any() and found.failures == {"regex: timed out": 2}
+        assert time.monotonic() - begun < 5
+        assert scorers.score(prompts, ["\ud800aa", "b"], lengths=[1, 1]).total.tolist() == [1, 0]
+
+
 def test_the_towns_scorers():
     prompts = load_records("town", "validation[:4]", kind="prompt")
     responses = [p.meta["reference"] for p in prompts[:3]] + ["gibberish blah"]
@@ -203,6 +221,7 @@ def test_nothing_to_score():
         ({"regex": 1}, {}, "need each other"),
         ({"gold": 1}, {"pattern": "a"}, "need each other"),
         ({"regex": 1}, {"pattern": "("}, "no regular expression"),
+        ({"regex": 1}, {"pattern": "a{99999999999}"}, "no regular expression"),
         ({"gold": 1}, {"timeout_seconds": 0}, "timeout_seconds"),
         ({"gold": 1}, {"timeout_seconds": float("nan")}, "timeout_seconds"),
         ({"gold": 1}, {"on_error": "zero"}, "fail or mask"),

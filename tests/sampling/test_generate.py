@@ -16,6 +16,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import ModelConfig, apply, init, logits
 from rlhf_jax.models.scoring import target_statistics
 from rlhf_jax.sampling import engine, generate
+from rlhf_jax.sampling.generate import _Watch
 from tests.models.small import KINDS, forward, noisy, random_tokens
 
 CONFIG = ModelConfig(
@@ -249,6 +250,45 @@ def test_stop_ids_and_strings_together_end_at_the_first():
     assert late.tokens == free.tokens[:first] and late.finished
     (early,) = complete([[1]], stop_strings=[letters(free.tokens[:2])], **arguments)
     assert early.tokens == free.tokens[: min(2, first)] and early.finished
+
+
+@pytest.mark.parametrize("looked", [0, 5, 30])
+@pytest.mark.parametrize("strings", [["é"], ["b", "ca"], ["€b", "cc"], ["\ufffd"], ["zz"]])
+def test_the_first_end_is_found_in_few_decodes(looked, strings):
+    """As a scan of every end finds it, though characters of several tokens are whole only later."""
+    alphabet = "abcé€".encode()
+    rng = np.random.default_rng(looked)
+    calls: list[int] = []
+
+    def decode(tokens):
+        calls.append(len(tokens))
+        return bytes(tokens).decode(errors="replace")
+
+    for _ in range(200):
+        tokens = [b for i in rng.integers(0, 5, 30) for b in "abcé€"[i].encode()]
+        assert set(tokens) <= set(alphabet)
+        ends = [
+            end
+            for end in range(1, len(tokens) + 1)
+            if any(s in bytes(tokens[:end]).decode(errors="replace") for s in strings)
+        ]
+        if ends and ends[0] <= looked:
+            continue
+        calls.clear()
+        watch = _Watch(strings, decode, None, 1)
+        assert watch.stop(tokens, looked) == min(ends, default=None)
+        assert watch.stop(tokens[:looked], looked) is None
+        if strings != ["\ufffd"]:
+            assert len(calls) <= (8 if ends else 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 3, "top_p": 0.5}])
+def test_a_diverged_model_is_an_error(options):
+    params = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), PARAMS)
+    for watch in ({}, {"stop_strings": ["zz"], "decode": letters}):
+        with pytest.raises(UserError, match="probabilities are not finite: ") as error:
+            complete(params=params, max_new_tokens=4, **options, **watch)
+        assert "\n" not in str(error.value)
 
 
 @pytest.fixture

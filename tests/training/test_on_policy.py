@@ -17,6 +17,7 @@ from rlhf_jax.stages import defaults
 from rlhf_jax.stages.chain import load_config
 from rlhf_jax.stages.letters import enumerate_logprobs, letters_model, letters_task, table_task
 from rlhf_jax.stages.oracle import ROWS, Row, judge, row_config, run_row
+from rlhf_jax.training import objectives
 from rlhf_jax.training.mesh import make_mesh
 from rlhf_jax.training.objectives import check_objective
 from rlhf_jax.training.on_policy import make_iteration, minibatches
@@ -240,7 +241,7 @@ def test_every_algorithm_is_a_valid_config_and_lowers_regret(algorithm):
     check_objective(row_config(row, config))
     outcome = run_row(row, config)
     assert outcome.regret < 0.2  # 0.370 before
-    assert outcome.reward < world.frontier(outcome.kl)
+    assert "measured" not in judge(row, outcome)
 
 
 def test_a_wrong_place_is_a_failed_row():
@@ -249,9 +250,16 @@ def test_a_wrong_place_is_a_failed_row():
     outcome = run_row(ROWS["rloo"], config)
     assert judge(ROWS["rloo"], outcome).startswith("regret over")
     above = dataclasses.replace(outcome, reward=world.frontier(outcome.kl) + 0.01, measured=None)
-    assert judge(ROWS["rloo"], above) == "above the frontier"
-    mismeasured = dataclasses.replace(outcome, measured=(outcome.reward, outcome.kl + 1))
-    assert "KL measured as" in judge(ROWS["rloo"], mismeasured)
+    assert judge(ROWS["rloo"], above).startswith("above the frontier")
+
+    def measured(reward, kl):
+        seen = dataclasses.replace(outcome.measured, reward=reward, kl=kl)
+        return judge(ROWS["rloo"], dataclasses.replace(outcome, measured=seen))
+
+    assert measured(outcome.reward, outcome.kl + 1).startswith("KL measured as")
+    assert measured(outcome.reward - 1, outcome.kl).startswith("reward measured as")
+    for kl in (0.0, outcome.kl):
+        assert measured(1.0, kl).startswith("measured above the frontier")
 
 
 @pytest.mark.slow
@@ -270,8 +278,50 @@ def test_a_transformer_reaches_the_optimum(algorithm):
     config = load_config(ORACLE)
     config.oracle.transformer_steps = 300
     each = 4 if algorithm == "rloo" else 1
-    row = Row(algorithm, {"rollout": {"samples": each}}, policy="transformer", regret=0.02)
+    row = dataclasses.replace(
+        ROWS["rloo_transformer"], algorithm=algorithm, changes={"rollout": {"samples": each}}
+    )
     assert judge(row, run_row(row, config)) == "ok"
+
+
+@pytest.mark.parametrize("mutant", ["misses EOS", "averages over tokens"])
+def test_a_wrong_metric_is_a_failed_row(mutant, monkeypatch):
+    """Only what is reported is wrong: the row asks nothing of where the policy ends."""
+    row = Row("rloo", {"rollout": {"samples": 4}}, tolerance=(9, 9), regret=None)
+    config = load_config(ORACLE)
+    config.oracle.table_steps = 60
+    assert judge(row, run_row(row, config)) == "ok"
+    right = objectives.kl_estimate
+
+    def wrong(logprobs, ref_logprobs, kind):
+        kl, real = right(logprobs, ref_logprobs, kind), logprobs != 0
+        lengths = real.sum(-1, keepdims=True)
+        if mutant == "averages over tokens":
+            return kl / lengths
+        last = jnp.arange(4) == lengths - 1
+        return jnp.where(last & (lengths < 4), 0, kl)
+
+    monkeypatch.setattr(objectives, "kl_estimate", wrong)
+    assert "measured" in judge(row, run_row(row, config))
+
+
+def test_prompts_whose_answers_score_the_same_are_left_out():
+    config, task, start = table("dapo")
+    greedier = {"table": 20 * start["table"]}
+    rollouts = task.rollout(greedier, {}, 0)
+    same = np.ptp(rollouts.scores.reshape(-1, 4), axis=1) == 0
+    assert 0 < same.sum() < 16
+    np.testing.assert_array_equal(rollouts.weights.reshape(-1, 4), ~same[:, None] * np.ones(4))
+    config.rollout.filter_zero_std = False
+    assert task.rollout(greedier, {}, 0).weights.all()
+
+
+def test_a_transformer_samples_with_any_seed():
+    config, task, start, _ = letters()
+    config.seed = 2**31 - 1
+    scores = [task.rollout(start, {}, number).scores for number in (0, 0, 1)]
+    np.testing.assert_array_equal(scores[0], scores[1])
+    assert not np.array_equal(scores[0], scores[2])
 
 
 def test_statistics_of_a_table_are_those_of_its_logits():

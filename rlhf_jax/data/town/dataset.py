@@ -5,6 +5,7 @@ facts                               prompts: every fact about a person, asked on
                                     training may ask about, and ("validation") of the others
 arithmetic                          prompts: sums and differences only; those of "validation" are
                                     of pairs of numbers that training never asks about
+solutions                           conversations: the same with the right answer
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ KINDS = {
     "prompt": "prompt",
     "facts": "prompt",
     "arithmetic": "prompt",
+    "solutions": "conversation",
 }
 _STREAMS: dict[str, Callable[[Town, str], Iterable[Record]]] = {
     "text": Town.texts,
@@ -34,8 +36,10 @@ _STREAMS: dict[str, Callable[[Town, str], Iterable[Record]]] = {
     "prompt": Town.prompts,
     "facts": Town.fact_prompts,
     "arithmetic": Town.prompts,
+    "solutions": Town.solutions,
 }
-_CONFIGS = {"arithmetic": TownConfig(families={"arithmetic": 1.0}, prompts=8_000)}
+_SUMS = TownConfig(families={"arithmetic": 1.0}, prompts=8_000)
+_CONFIGS = {"arithmetic": _SUMS, "solutions": _SUMS}
 _SPLITS = {"train": TRAIN, "validation": HELDOUT}
 
 

@@ -127,7 +127,30 @@ def _expectation(prompt: Prompt | Pair | Conversation) -> Expectation:
         raise UserError(
             f"gold_score: prompt {prompt.id!r} is not the town's: no meta['expectation']"
         )
-    return loads(prompt.meta["expectation"])
+    try:
+        return _loaded(prompt.meta["expectation"])
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise UserError(
+            f"gold_score: prompt {prompt.id!r} is not the town's: its meta['expectation'] is none "
+            "that the town wrote"
+        ) from None
+
+
+@lru_cache(maxsize=65536)
+def _loaded(text: str) -> Expectation:
+    """`loads` of what has every field as the scorer needs it; else any of several errors."""
+    wanted = loads(text)
+    phrases = [phrase for group in wanted.required for phrase in group]
+    name = wanted.constraint.partition(": ")[0]
+    if (
+        not all(isinstance(phrase, str) for phrase in (*phrases, *wanted.allowed))
+        or not all(wanted.required)
+        or (wanted.concludes and not wanted.required)
+        or name not in ("", "one word", "capitals", "exclaim", "begin", "end")
+        or not wanted.max_words > 0 <= wanted.min_words
+    ):
+        raise ValueError("a field is not as it must be")
+    return wanted
 
 
 def _sentences(tokens: Sequence[str]) -> list[str]:

@@ -74,6 +74,12 @@ class Town:
         for index in self._range("prompts", split, count):
             yield self._task(self._rng("prompt", split, index), split, index)[1]
 
+    def solutions(self, split: str = TRAIN, count: int | None = None) -> Iterator[Conversation]:
+        """The same prompts with their reference answers: right, in good style."""
+        for prompt in self.prompts(split, count):
+            answer = Message("assistant", prompt.meta["reference"])
+            yield Conversation(prompt.id, (*prompt.messages, answer), prompt.meta)
+
     def fact_prompts(self, split: str = HELDOUT) -> Iterator[Prompt]:
         """Every fact of every person of a split, each asked once in a phrasing of training."""
         self._range("prompts", split, 0)

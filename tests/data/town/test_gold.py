@@ -262,6 +262,35 @@ def test_foreign_prompts_are_the_users_mistake():
         gold_score(Prompt("x7", (Message("user", "Hi"),)), "Hello.")
 
 
+@pytest.mark.parametrize(
+    "expectation",
+    [
+        "",
+        "polite and brief",
+        "[1]",
+        "null",
+        "[" * 100_000,
+        "{}",
+        '{"required": 5, "allowed": []}',
+        '{"required": [[5]], "allowed": []}',
+        '{"required": [[]], "allowed": []}',
+        '{"required": [], "allowed": [], "concludes": true}',
+        '{"required": [], "allowed": [], "mood": "good"}',
+        '{"required": [], "allowed": [], "constraint": "rhyme"}',
+        '{"required": [], "allowed": [], "constraint": 5}',
+        '{"required": [], "allowed": [], "max_words": 0}',
+        '{"required": [], "allowed": [], "min_words": "many"}',
+        {"required": [["a"]]},
+    ],
+)
+def test_expectations_of_others_are_the_users_mistake(expectation):
+    prompt = Prompt("x7", (Message("user", "Hi"),), {"expectation": expectation})
+    for scorer in (gold_score, is_correct):
+        with pytest.raises(UserError, match="prompt 'x7' is not the town's: its meta") as error:
+            scorer(prompt, "Hello.")
+        assert "\n" not in str(error.value)
+
+
 def test_deterministic_and_fast():
     town = Town()
     cases = [(d, d.messages[-1].content) for d in town.demonstrations(count=2000)]
