@@ -57,8 +57,8 @@ def test_ppo_reports_what_a_researcher_watches(chain):
         "advantages/mean", "advantages/std", "completions/mean_length",
         "completions/mean_terminated_length", "completions/mean_truncated_length",
         "completions/clipped_ratio", "completions/eos_rate", "completions/min_length",
-        "train/grad_norm", "val/skipped", "rewards/model/mean", "rewards/gold/mean", "rewards/length/mean",
-        "rollout/logprob_difference",
+        "train/grad_norm", "val/skipped", "rewards/model/mean", "rewards/gold/mean",
+        "rewards/length/mean", "rollout/logprob_difference",
     }  # fmt: skip
     assert abs(logged[0]["objective/kl"]) < 1e-5 and logged[1]["objective/kl"] != 0
     assert logged[0]["rollout/logprob_difference"] < 1e-4
