@@ -39,12 +39,12 @@ def get_config(variant="grpo"):
     if variant == "arithmetic":
         return grpo(
             "grpo",
-            init={"policy": "experiments/sft.py"},
+            init={"policy": "experiments/sft.py:arithmetic"},
             data={"train": "town/arithmetic[:90%]", "validation": "town/arithmetic"},
             rollout={"prompts": 64, "samples": 8, "max_prompt_tokens": 48, "max_new_tokens": 24},
             reward={"scorers": "correct=1"},
             kl={"placement": "none"},
-            optimizer=OPTIMIZER | {"learning_rate": 1e-3},
+            optimizer=OPTIMIZER | {"learning_rate": 3e-4},
             train={"steps": 100, "eval_every": 10},
             eval=defaults.chat_evaluation(source="town/arithmetic@train[90%:]"),
         )

@@ -2,6 +2,8 @@
 
 python -m rlhf_jax.main --config=experiments/sft.py
     the embedded town: 2 minutes; 97 % (92 to 99) of questions about held-out people right
+python -m rlhf_jax.main --config=experiments/sft.py:arithmetic
+    further on, the town's sums and differences only, stopped early: 40 % right, for RL to finish
 python -m rlhf_jax.main --config=experiments/sft.py:fables
     TinyFabulist, prompt → fable
 python -m rlhf_jax.main --config=experiments/sft.py:gsm8k
@@ -35,6 +37,19 @@ def get_config(variant="town"):
                 train={"steps": 430, "log_every": 20},
                 eval=defaults.chat_evaluation(),
             )
+        case "arithmetic":
+            return sft(
+                "experiments/sft.py",
+                data={
+                    "train": "town/solutions[:90%]",
+                    "validation": "town/solutions@train[90%:]",
+                    "row_length": 192,
+                },
+                batch={"rows": 8},
+                optimizer=OPTIMIZER | {"name": "adamw", "learning_rate": 3e-3, "b2": 0.99},
+                train={"steps": 200, "log_every": 20},
+                eval=defaults.chat_evaluation(source="town/arithmetic@train[90%:]"),
+            )
         case "fables":
             return real("fables", "tinyfabulist", "tinyfabulist", steps=200)
         case "gsm8k":
@@ -47,7 +62,8 @@ def get_config(variant="town"):
             config.data.row_length = 512
             return config
     raise UserError(
-        f"experiments/sft.py has no variant {variant!r}; there are: town, fables, gsm8k, hh, imdb"
+        f"experiments/sft.py has no variant {variant!r}; there are: town, arithmetic, fables, "
+        "gsm8k, hh, imdb"
     )
 
 

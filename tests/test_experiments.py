@@ -15,7 +15,7 @@ from rlhf_jax.training.optimizer import make_optimizer
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 VARIANTS = {
     "pretrain": ["town", "fables", "hh", "imdb", "shakespeare_char", "shakespeare_char_best"],
-    "sft": ["town", "fables", "gsm8k", "hh", "imdb"],
+    "sft": ["town", "arithmetic", "fables", "gsm8k", "hh", "imdb"],
     "reward": ["town", "member1", "member2", "hh", "imdb"],
     "dpo": ["town", "hh"],
     "ppo": ["town", "ensemble", "hh", "sentiment"],
@@ -42,7 +42,7 @@ def test_experiment(name, variant, monkeypatch):
         ModelConfig(**config.model.to_dict()).validate()
     else:
         parent = load_config(config.init.policy)
-        assert STAGES.index(parent.stage) < STAGES.index(config.stage)
+        assert STAGES.index(parent.stage) <= STAGES.index(config.stage)
 
 
 @pytest.mark.parametrize("name", sorted(VARIANTS))
