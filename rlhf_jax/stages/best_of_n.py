@@ -34,7 +34,7 @@ from rlhf_jax.losses.cross_entropy import token_cross_entropy
 from rlhf_jax.models.scoring import target_statistics
 from rlhf_jax.stages.chat import evaluate_chat
 from rlhf_jax.stages.common import batches_of, fit, parse_sources, say
-from rlhf_jax.stages.policy import held_out_prompts
+from rlhf_jax.stages.policy import held_out_set
 from rlhf_jax.stages.rollouts import (
     Judge,
     PromptSet,
@@ -55,7 +55,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     policy = load_model(parents["policy"], **config.compute)
     options = config.best_of_n
     with Judge(config, parents, policy) as judge:
-        held_out = held_out_prompts(config, policy)
+        held_out = held_out_set(config, policy)
         measured = measure(config, policy, held_out, judge, options.samples, seed=config.seed)
         metrics, further = curves(config, run.path.name, measured)
         say_curve(metrics, options.samples)

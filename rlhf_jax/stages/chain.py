@@ -23,7 +23,8 @@ from ml_collections import ConfigDict
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.report import METRICS, environment, write_report
 from rlhf_jax.evaluation.tables import print_summary
-from rlhf_jax.stages.common import ancestry, check, read_summary
+from rlhf_jax.stages.checks import check
+from rlhf_jax.stages.common import ancestry, read_summary
 from rlhf_jax.training.rundir import RunDirectory
 
 STAGES = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from rlhf_jax.data.builders import check_name, load_records
+from rlhf_jax.data.builders import load_records
 from rlhf_jax.data.encode import encode_texts
 from rlhf_jax.data.jsonl import read_jsonl
 from rlhf_jax.data.packing import Arrays, check_ids, pack_documents
@@ -20,11 +19,9 @@ from rlhf_jax.data.pipeline import make_dataset, make_iterator
 from rlhf_jax.data.records import Text, convert
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.losses.preference import check_options
 from rlhf_jax.training.loop import train
 from rlhf_jax.training.mesh import make_mesh
 from rlhf_jax.training.model import Model
-from rlhf_jax.training.objectives import check_objective, check_sampling, parse_options
 from rlhf_jax.training.optimizer import make_optimizer, optimizer_config
 from rlhf_jax.training.rundir import RunDirectory, write_json
 from rlhf_jax.training.state import init_state
@@ -48,45 +45,8 @@ def parse_sources(spec: str) -> dict[str, float]:
     return sources
 
 
-def check(config: ConfigDict) -> None:
-    """UserError for what can be seen to be wrong before hours are spent on the parents."""
-    updates = config.train.steps
-    if config.stage in ("policy", "online_preference"):
-        updates *= config.train.epochs * config.train.minibatches
-    make_optimizer(config.optimizer, updates)
-    data, held_out = config.data, config.eval.get("source", "")
-    for spec in (
-        data.train,
-        data.validation,
-        data.get("replay", ""),
-        data.get("ptx", ""),
-        held_out,
-    ):
-        for source in parse_sources(spec) if spec else ():
-            name = re.split(r"[@\[]", source)[0]
-            if not _is_file(name):
-                check_name(name)
-            elif not Path(name).is_file():
-                raise UserError(f"data: there is no file {name}")
-    if config.stage in ("policy", "online_preference", "best_of_n"):
-        check_sampling(config)
-    if config.stage == "policy":
-        check_objective(config)
-        if "critic" in config:
-            make_optimizer({k: v for k, v in config.critic.items() if k != "value_clip"}, updates)
-    if config.stage == "online_preference" and config.loss.name == "kto":
-        raise UserError(
-            "config: loss.name = 'kto' needs an answer to another prompt beside each pair, which "
-            "online pairs lack; choose another loss"
-        )
-    if config.stage in ("preference", "online_preference"):
-        try:
-            check_options(config.loss.name, parse_options(config.loss.options))
-        except ValueError as error:
-            raise UserError(f"config.loss: {error}") from error
-
-
-def _is_file(source: str) -> bool:
+def is_file(source: str) -> bool:
+    """Whether a source is a file, not a data set."""
     return Path(source).suffix in (".jsonl", ".gz", ".xz")
 
 
@@ -97,7 +57,7 @@ def read_records(config: ConfigDict, source: str, kind: str, split: str) -> list
     place of `split`, and a slice: "town", "hh_rlhf/helpful", "gsm8k@test", "town[:50%]".
     """
     name, bracket, part = source.partition("[")
-    if _is_file(name):
+    if is_file(name):
         if bracket:
             raise UserError(f"data: {source!r}: a file cannot be sliced")
         return read_jsonl(name, kind, max_bad_fraction=config.data.max_bad_fraction)
@@ -169,25 +129,46 @@ def fit(
         evaluated = evaluate(current(state))
         return evaluated[0]
 
-    state, rates = train(
+    state, rates = train_loop(
+        config,
+        run,
+        state,
+        step,
+        batches,
+        evaluation,
+        mesh=mesh,
+        flops_per_token=model.flops_per_token(),
+        tokenizer_hash=model.tokenizer.hash,
+    )
+    metrics, figures = evaluated or evaluate(current(state))  # none: it was killed after the last
+    return Model(model.config, current(state), model.tokenizer), metrics | rates, figures
+
+
+def train_loop(
+    config: ConfigDict,
+    run: RunDirectory,
+    state: Any,
+    step: Callable,
+    batches: Any,
+    evaluation: Callable[[Any], Mapping[str, float]],
+    **options: Any,
+) -> tuple[Any, dict[str, float]]:
+    """`training.loop.train` as `config.train` describes it; `options` are its other arguments."""
+    return train(
         state,
         step,
         batches,
         steps=config.train.steps,
         run=run,
-        mesh=mesh,
         log_every=config.train.log_every,
         checkpoint_every=config.train.checkpoint_every,
         keep_last=config.train.keep_last,
         evaluations=[(config.train.eval_every or config.train.steps, evaluation)],
         max_skipped=config.train.max_skipped,
-        flops_per_token=model.flops_per_token(),
-        tokenizer_hash=model.tokenizer.hash,
         tensorboard=config.train.tensorboard,
         wandb=config.train.wandb or None,
+        **options,
     )
-    metrics, figures = evaluated or evaluate(current(state))  # none: it was killed after the last
-    return Model(model.config, current(state), model.tokenizer), metrics | rates, figures
 
 
 def batches_of(config: ConfigDict, model: Model, rows: Sequence[Arrays], weights: Sequence[float]):

@@ -226,6 +226,9 @@ def letters_task(config: ConfigDict, shape: ModelConfig) -> Task:
     )
 
 
+_statistics = jax.jit(target_statistics, static_argnums=0)
+
+
 def enumerate_logprobs(shape: ModelConfig, params: Any) -> np.ndarray:
     """log π(response|prompt) [4, 121] of a transformer, all responses scored."""
     longest = max(map(len, PROMPTS)) + world.MAX_TOKENS
@@ -243,6 +246,6 @@ def enumerate_logprobs(shape: ModelConfig, params: Any) -> np.ndarray:
         "targets": np.tile(world.TOKENS + EOS, (world.PROMPTS, 1)),
     }
     bias = jnp.where(jnp.asarray(ALLOWED), 0.0, -1e9)
-    logprobs = target_statistics(shape, params, rows, bias=bias).logprobs
+    logprobs = _statistics(shape, params, rows, bias=bias).logprobs
     summed = (np.float64(logprobs) * np.tile(world.MASK, (world.PROMPTS, 1))).sum(-1)
     return summed.reshape(world.PROMPTS, -1)

@@ -22,12 +22,14 @@ from ml_collections import ConfigDict
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.data.pipeline import pad_rows
 from rlhf_jax.evaluation.rows import response_logprobs
+from rlhf_jax.stages.common import train_loop
 from rlhf_jax.stages.pairs import CHOSEN, REJECTED
 from rlhf_jax.stages.policy import (
     evaluate,
     finish,
     first_evaluation,
-    held_out_prompts,
+    held_out_set,
+    sampled_tokens,
     training_prompts,
 )
 from rlhf_jax.stages.preference import loss
@@ -39,7 +41,6 @@ from rlhf_jax.stages.rollouts import (
     row_multiple,
     text_rollout,
 )
-from rlhf_jax.training.loop import train
 from rlhf_jax.training.mesh import make_mesh, shard_batch
 from rlhf_jax.training.model import Model, load_model, save_model
 from rlhf_jax.training.on_policy import Rollouts, minibatches
@@ -54,7 +55,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     reference = load_model(parents["policy"], **config.compute)
     mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
     prompts, batches = training_prompts(config, reference)
-    held_out = held_out_prompts(config, reference)
+    held_out = held_out_set(config, reference)
     options = optimizer_config(config.optimizer)
     updates = config.train.steps * config.train.epochs * config.train.minibatches
     optimizer, schedule = make_optimizer(options, updates)
@@ -68,9 +69,8 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         schedule=schedule,
         seed=config.seed,
     )
-    sampled = [0]
     with Judge(config, parents, reference) as judge:
-        step = _iteration(config, reference, prompts, judge, update, mesh, sampled)
+        step = _iteration(config, reference, prompts, judge, update, mesh)
 
         def evaluation(state: TrainState) -> dict[str, float]:
             model = dataclasses.replace(reference, params=state.params)
@@ -78,21 +78,15 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
             return evaluate(config, run.path, model, reference, held_out, judge, number, [])
 
         before = first_evaluation(config, run.path, reference, held_out, judge)
-        state, rates = train(
+        state, rates = train_loop(
+            config,
+            run,
             init_state(reference.params, optimizer, mesh=mesh),
             step,
             batches,
-            steps=config.train.steps,
-            run=run,
-            log_every=config.train.log_every,
-            checkpoint_every=config.train.checkpoint_every,
-            keep_last=config.train.keep_last,
-            evaluations=[(config.train.eval_every or config.train.steps, evaluation)],
-            max_skipped=config.train.max_skipped,
-            tokens=lambda batch: sampled[0],
+            evaluation,
+            tokens=sampled_tokens,
             tokenizer_hash=reference.tokenizer.hash,
-            tensorboard=config.train.tensorboard,
-            wandb=config.train.wandb or None,
         )
     model = dataclasses.replace(reference, params=state.params)
     save_model(run.path, model)
@@ -106,7 +100,6 @@ def _iteration(
     judge: Judge,
     update: Callable,
     mesh: Mesh | None,
-    sampled: list[int],
 ) -> Callable[[TrainState, Mapping[str, np.ndarray]], tuple[TrainState, dict[str, Any]]]:
     """A step of the loop: sample, label, update on the pairs."""
     per_iteration = config.train.epochs * config.train.minibatches
@@ -138,7 +131,6 @@ def _iteration(
         metrics["pairs/tied"] = np.float32(tied)
         metrics["completions/mean_length"] = np.float32(rollouts.mask.sum(-1).mean())
         metrics["completions/eos_rate"] = np.float32(rollouts.finished.mean())
-        sampled[0] = int(rollouts.mask.sum())
         return state, metrics | {k: np.float32(v) for k, v in rollouts.metrics.items()}
 
     return step

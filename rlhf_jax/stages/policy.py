@@ -22,7 +22,13 @@ from rlhf_jax.data.town.gold import gold_score, is_correct
 from rlhf_jax.evaluation.rows import response_logprobs
 from rlhf_jax.evaluation.statistics import bootstrap_interval
 from rlhf_jax.stages.chat import evaluate_chat
-from rlhf_jax.stages.common import pack_texts, parse_sources, read_records, write_jsonl
+from rlhf_jax.stages.common import (
+    pack_texts,
+    parse_sources,
+    read_records,
+    train_loop,
+    write_jsonl,
+)
 from rlhf_jax.stages.reward import with_score_head
 from rlhf_jax.stages.rollouts import (
     Judge,
@@ -33,7 +39,6 @@ from rlhf_jax.stages.rollouts import (
     sample_answers,
     text_task,
 )
-from rlhf_jax.training.loop import train
 from rlhf_jax.training.mesh import make_mesh
 from rlhf_jax.training.metrics import read_metrics
 from rlhf_jax.training.model import Model, load_model, save_model
@@ -48,7 +53,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     policy = load_model(parents["policy"], **config.compute)
     mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
     prompts, batches = training_prompts(config, policy)
-    held_out = held_out_prompts(config, policy)
+    held_out = held_out_set(config, policy)
 
     texts = None
     if config.loss.ptx_coefficient:
@@ -70,21 +75,15 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
 
         before = first_evaluation(config, run.path, policy, held_out, judge)
 
-        state, rates = train(
+        state, rates = train_loop(
+            config,
+            run,
             state,
             iteration.step,
             batches,
-            steps=config.train.steps,
-            run=run,
-            log_every=config.train.log_every,
-            checkpoint_every=config.train.checkpoint_every,
-            keep_last=config.train.keep_last,
-            evaluations=[(config.train.eval_every or config.train.steps, evaluation)],
-            max_skipped=config.train.max_skipped,
-            tokens=iteration.tokens,
+            evaluation,
+            tokens=sampled_tokens,
             tokenizer_hash=policy.tokenizer.hash,
-            tensorboard=config.train.tensorboard,
-            wandb=config.train.wandb or None,
         )
     model = dataclasses.replace(policy, params=state.policy.params)
     save_model(run.path, model)
@@ -102,7 +101,12 @@ def training_prompts(config: ConfigDict, policy: Model) -> tuple[PromptSet, Any]
     return PromptSet.joined(sets), batches
 
 
-def held_out_prompts(config: ConfigDict, policy: Model) -> PromptSet:
+def sampled_tokens(batch: Any, metrics: Mapping[str, Any]) -> int:
+    """What a step of on-policy training counts for its rate."""
+    return int(metrics["rollout/tokens"])
+
+
+def held_out_set(config: ConfigDict, policy: Model) -> PromptSet:
     """The first `eval.during` held-out prompts."""
     held_out = read_prompts(config, policy.tokenizer, config.eval.source, "validation")
     return held_out.take(range(min(config.eval.during, len(held_out.records))))

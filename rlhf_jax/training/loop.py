@@ -20,7 +20,7 @@ from rlhf_jax.training.rundir import RunDirectory, fault_point
 Evaluation = tuple[int, Callable[[Any], Mapping[str, float]]]
 
 
-def count_tokens(batch: Mapping[str, np.ndarray]) -> int:
+def count_tokens(batch: Mapping[str, np.ndarray], metrics: Mapping[str, Any]) -> int:
     """Tokens of a packed batch that are not padding."""
     return int(np.count_nonzero(batch["segment_ids"]))
 
@@ -39,7 +39,7 @@ def train(
     evaluations: Sequence[Evaluation] = (),
     max_skipped: int = 10,
     flops_per_token: float | None = None,
-    tokens: Callable[[Mapping[str, np.ndarray]], int] = count_tokens,
+    tokens: Callable[[Mapping[str, np.ndarray], Mapping[str, Any]], int] = count_tokens,
     tokenizer_hash: str | None = None,
     tensorboard: bool = True,
     wandb: str | None = None,
@@ -65,7 +65,7 @@ def train(
         not keep the state: the next step donates it.
       max_skipped: consecutive skipped updates that end the run.
       flops_per_token: for flops_per_second; None: not reported.
-      tokens: counts a batch.
+      tokens: (batch, metrics) → number trained on or sampled in a step.
       tokenizer_hash: kept in the checkpoints and compared on resume.
       tensorboard: also write TensorBoard files.
       wandb: also log to this W&B project.
@@ -105,7 +105,7 @@ def train(
             stop = run.stop_requested
             save = last or stop or number % checkpoint_every == 0
             wanted = last or due or number % log_every == 0
-            log.add(number, metrics, tokens(batch), batch.get("row_ids"), bool(wanted))
+            log.add(number, metrics, tokens(batch, metrics), batch.get("row_ids"), bool(wanted))
             if not due and not any(isinstance(x, jax.Array) for x in metrics.values()):
                 log.settle({})  # a step that ends on the host has nothing to run ahead of
             if due or save:

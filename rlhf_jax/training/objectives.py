@@ -6,7 +6,6 @@ field of the config means stands in `stages/defaults.py`, its equation in `losse
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,8 +15,6 @@ from ml_collections import ConfigDict
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses.advantages import (
-    BASELINES,
-    SCALES,
     gae,
     group_advantages,
     remax,
@@ -25,13 +22,9 @@ from rlhf_jax.losses.advantages import (
     whiten,
     zero_variance,
 )
-from rlhf_jax.losses.checks import check_choice
 from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.losses.policy import (
-    AGGREGATIONS,
-    LEVELS,
     aggregate,
-    check_policy_options,
     importance_weights,
     kl_loss,
     policy_loss,
@@ -39,20 +32,15 @@ from rlhf_jax.losses.policy import (
 )
 from rlhf_jax.losses.reductions import Reduction
 from rlhf_jax.losses.shaping import (
-    EOS_MODES,
     ESTIMATORS,
     kl_estimate,
     missing_eos,
     overlong_penalty,
     token_rewards,
 )
-from rlhf_jax.rewards import parse_rewards
 
 Metrics = dict[str, Any]
-COMBINATIONS = ("mean", "min", "mean_minus_std")
 Array = Any  # on the host or a device
-ADVANTAGES = ("gae", "reward_to_go", "group", "remax")
-PLACEMENTS = ("reward", "loss", "none")
 
 
 class Sampled(NamedTuple):
@@ -67,112 +55,6 @@ class Sampled(NamedTuple):
     values: Array  # [N, T], of the state before each token; 0 without a critic
     last_values: Array  # [N], of the state after the last token
     greedy_scores: Array  # [N / G], of the greedy answer to each prompt, for ReMax
-
-
-def check_sampling(config: ConfigDict) -> None:
-    """UserError for a field about sampling or rewards that a stage cannot follow."""
-    rollout, reward = config.rollout, config.reward
-    weights = parse_rewards(reward.scorers)
-    if not 0 < rollout.temperature < math.inf:
-        raise UserError(f"config: rollout.temperature = {rollout.temperature} must be above 0")
-    named = [role for role, path in config.init.items() if role.startswith("reward") and path]
-    if "model" in weights and not named:
-        raise UserError("config: reward.scorers names a 'model', but there is no init.reward")
-    try:
-        check_choice("reward.ensemble", reward.ensemble, COMBINATIONS)
-        check_choice("reward.on_error", reward.on_error, ("fail", "mask"))
-        check_choice("rollout.missing_eos", rollout.missing_eos, EOS_MODES)
-        check_choice("rollout.truncated", rollout.truncated, ("keep", "mask"))
-    except ValueError as error:
-        raise UserError(f"config: {error}") from error
-    if not 0 <= rollout.overlong_buffer <= rollout.max_new_tokens:
-        raise UserError(
-            f"config: rollout.overlong_buffer = {rollout.overlong_buffer} must be between 0 and "
-            f"rollout.max_new_tokens = {rollout.max_new_tokens}"
-        )
-    pair = 2 if config.stage == "online_preference" else 1
-    longest = rollout.max_prompt_tokens + pair * rollout.max_new_tokens
-    if longest > config.data.row_length:
-        raise UserError(
-            f"config: a prompt of rollout.max_prompt_tokens with {pair} answer(s) of "
-            f"rollout.max_new_tokens has {longest} tokens, over data.row_length = "
-            f"{config.data.row_length}"
-        )
-    if rollout.filter_zero_std and rollout.samples < 2:
-        raise UserError(
-            "config: rollout.filter_zero_std needs rollout.samples of 2 or more: one answer to a "
-            "prompt has no spread"
-        )
-
-
-def check_objective(config: ConfigDict) -> None:
-    """UserError for a field of an on-policy config that cannot be followed."""
-    advantage, kl, loss, rollout = config.advantage, config.kl, config.loss, config.rollout
-    updates = config.train.epochs * config.train.minibatches
-    try:
-        check_choice("advantage.name", advantage.name, ADVANTAGES)
-        check_choice("advantage.baseline", advantage.baseline, BASELINES)
-        check_choice("advantage.scale", advantage.scale, SCALES)
-        check_choice("kl.placement", kl.placement, PLACEMENTS)
-        check_choice("kl.estimator", kl.estimator, ESTIMATORS)
-        check_choice("kl.level", kl.level, LEVELS)
-        check_choice("loss.aggregation", loss.aggregation, AGGREGATIONS)
-        check_choice("loss.importance", loss.importance, ("none", "token", "sequence"))
-        check_choice("loss.importance_mode", loss.importance_mode, ("truncate", "mask"))
-        _try_objective(loss.name, parse_options(loss.options))
-    except ValueError as error:
-        raise UserError(f"config: {error}") from error
-    if kl.placement == "loss" and kl.estimator == "k1":
-        raise UserError(
-            "config: kl.estimator = 'k1' in the loss has no gradient on average and would "
-            "regularise nothing; use k2 or k3 there, or kl.placement = 'reward'"
-        )
-    if kl.target < 0 or kl.horizon <= 0 or (kl.target and kl.placement == "none"):
-        raise UserError(
-            f"config: kl.target = {kl.target} with kl.horizon = {kl.horizon} and kl.placement = "
-            f"{kl.placement!r}: a target is positive, with a horizon above 0 and a KL that is paid"
-        )
-    relative = advantage.baseline != "none" or advantage.scale == "group"
-    if advantage.name == "group" and rollout.samples < 2 and relative:
-        raise UserError(
-            f"config: rollout.samples = {rollout.samples}: a baseline over the samples of a prompt "
-            "needs two or more of them"
-        )
-    truncating = {
-        "top_k": rollout.top_k > 0,
-        "top_p": rollout.top_p < 1,
-        "min_p": rollout.min_p > 0,
-    }
-    if any(truncating.values()):
-        name = next(name for name, on in truncating.items() if on)
-        raise UserError(
-            f"config: rollout.{name} = {rollout[name]}: what is trained is the whole distribution, "
-            "not its truncation, so ratios would not start at 1; sample with rollout.temperature "
-            "alone"
-        )
-    if loss.name == "policy_gradient" and updates > 1:
-        raise UserError(
-            f"config: loss.name = 'policy_gradient' has no ratio: of {updates} updates on the same "
-            "samples all but the first would be biased; set train.epochs and train.minibatches to "
-            "1, or loss.name = 'ppo'"
-        )
-    if rollout.max_staleness and updates - 1 > rollout.max_staleness:
-        raise UserError(
-            f"config: train.epochs x train.minibatches = {updates} updates would use samples up to "
-            f"{updates - 1} updates old, over rollout.max_staleness = {rollout.max_staleness}"
-        )
-    if bool(loss.ptx_coefficient) != bool(config.data.ptx):
-        raise UserError("config: loss.ptx_coefficient and data.ptx go together: set both or none")
-
-
-def _try_objective(name: str, options: dict[str, Any]) -> None:
-    """ValueError for options of a policy loss that it does not know or whose values are wrong."""
-    check_policy_options(name, options)
-    one = jnp.ones((1, 1))
-    try:
-        jax.eval_shape(lambda: policy_loss(name, one, one, one, one, **options))
-    except TypeError as error:
-        raise ValueError(f"loss.options of {name!r}: {error}") from error
 
 
 def parse_options(spec: str) -> dict[str, Any]:

@@ -15,11 +15,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -121,12 +122,20 @@ class Task:
 
 @dataclass(frozen=True)
 class Iteration:
-    """`step(state, batch) -> (state, metrics)` and what comes with it."""
+    """A step of the loop, and what comes with it.
+
+    Attributes:
+      step: (state, batch of prompts) → (state, metrics).
+      init: (policy params, critic params or None) → state.
+      assess: (state, rollouts) → (arrays [N, …], metrics), what the policy, its reference and the
+        critic say of samples, the advantages included; trains nothing.
+      last: the newest iteration's rollouts and arrays, for a report.
+    """
 
     step: Callable[[OnPolicyState, Mapping[str, np.ndarray]], tuple[OnPolicyState, dict]]
     init: Callable[[Any, Any], OnPolicyState]
-    tokens: Callable[[Mapping[str, np.ndarray]], int]
-    last: dict[str, Any]  # of the newest iteration: its rollouts and arrays, for a report
+    assess: Callable[[OnPolicyState, Rollouts], tuple[dict[str, np.ndarray], dict]]
+    last: dict[str, Any]
 
 
 def make_iteration(
@@ -149,38 +158,16 @@ def make_iteration(
       Iteration. Its step raises UserError where the ratio of the policy to itself is not 1: what
       trains is then not what sampled, and nothing that follows would mean anything.
     """
-    per_iteration = config.train.epochs * config.train.minibatches
-    updates = config.train.steps * per_iteration
-    policy_optimizer, policy_schedule = make_optimizer(config.optimizer, updates)
-    options = optimizer_config(config.optimizer)
-    common = {"mesh": mesh, "rules": rules, "microbatches": config.batch.microbatches}
-    policy_step = make_step(
-        functools.partial(_policy_loss, config, task),
-        policy_optimizer,
-        max_grad_norm=options.max_grad_norm,
-        freeze=options.freeze,
-        schedule=policy_schedule,
-        seed=config.seed,
-        **common,
-    )
-    value_step = None
+    learner = functools.partial(_learner, config, mesh=mesh, rules=rules)
+    policy = learner(config.optimizer, functools.partial(_policy_loss, config, task))
+    critic = None
     if task.values is not None:
-        values = {k: v for k, v in config.critic.items() if k != "value_clip"}
-        value_options = optimizer_config(values)
-        value_optimizer, value_schedule = make_optimizer(value_options, updates)
-        value_step = make_step(
-            functools.partial(_value_loss, config, task),
-            value_optimizer,
-            max_grad_norm=value_options.max_grad_norm,
-            freeze=value_options.freeze,
-            schedule=value_schedule,
-            seed=config.seed,
-            **common,
-        )
+        section = {k: v for k, v in config.critic.items() if k != "value_clip"}
+        critic = learner(section, functools.partial(_value_loss, config, task))
     if mesh is not None:
         reference = jax.device_put(reference, shardings(mesh, reference, rules))
     score = jax.jit(functools.partial(_score, task))
-    value = None if task.values is None else jax.jit(functools.partial(_values, task))
+    value = jax.jit(functools.partial(_values, task))
     prepare = jax.jit(functools.partial(advantages, config))
     exact = None if task.exact_kl is None else jax.jit(task.exact_kl)
     last: dict[str, Any] = {}
@@ -189,74 +176,99 @@ def make_iteration(
         start = functools.partial(init_state, mesh=mesh, rules=rules)
         return OnPolicyState(
             iteration=jnp.zeros((), jnp.int32),
-            policy=start(policy_params, policy_optimizer),
-            value=None if value_step is None else start(value_params, value_optimizer),
+            policy=start(policy_params, policy.optimizer),
+            value=None if critic is None else start(value_params, critic.optimizer),
             kl_coefficient=jnp.asarray(config.kl.coefficient, jnp.float32),
         )
 
-    def known(state: OnPolicyState, rollouts: Rollouts) -> dict[str, np.ndarray]:
-        """What the policy, its reference and the critic say of the samples: arrays [N, …]."""
+    def assess(state: OnPolicyState, rollouts: Rollouts) -> tuple[dict[str, np.ndarray], dict]:
         parts = list(_parts(rollouts.rows, config.train.minibatches))
         found = [score(state.policy.params, reference, _place(mesh, p)) for p in parts]
         arrays = _unpack(parts, found)
-        if value is not None and state.value is not None:
+        if state.value is not None:
             found = [value(state.value.params, _place(mesh, p)) for p in parts]
             arrays |= _unpack(parts, found)
-        return arrays
+        sampled = _sampled(rollouts, arrays)
+        made, metrics = jax.device_get(prepare(sampled, state.kl_coefficient))
+        return arrays | made | {"behaviour_logprobs": rollouts.logprobs}, metrics
 
     def update(state: OnPolicyState, rows: Arrays, number: int, version: int):
         """(policy, critic, metrics of every update) after all epochs over the rows."""
-        policy, critic, taken = state.policy, state.value, []
+        ours, values, taken = state.policy, state.value, []
         chosen = minibatches(config, (rows["members"] >= 0).any(axis=1), number)
         for i, indices in enumerate(chosen):
             minibatch = {name: x[indices] for name, x in rows.items()}
             _check_version(config, version, number, i)
             if task.extra_rows is not None:
-                minibatch |= task.extra_rows(number * per_iteration + i)
+                minibatch |= task.extra_rows(number * _updates(config) + i)
             minibatch = _place(mesh, minibatch)
-            policy, metrics = policy_step(policy, minibatch)
+            ours, metrics = policy.step(ours, minibatch)
             if i == 0:
                 parts = config.batch.microbatches  # the deviation is a mean over them
                 _check_ratio(metrics["policy/ratio_deviation"] * parts, task.dtype)
-            if value_step is not None and critic is not None:
-                critic, of_value = value_step(critic, minibatch)
+            if critic is not None:
+                values, of_value = critic.step(values, minibatch)
                 metrics |= {name.replace("train/", "val/"): of_value[name] for name in _OF_CRITIC}
             taken.append(metrics)
             fault_point("update", i + 1)
-        return policy, critic, _summed(jax.device_get(taken))
+        return ours, values, _summed(jax.device_get(taken))
 
     def step(state: OnPolicyState, batch):
         number = int(state.iteration)
         rollouts = task.rollout(state.policy.params, batch, number)
         fault_point("rollout", number + 1)
-        arrays = known(state, rollouts)
+        arrays, metrics = assess(state, rollouts)
         if number == 0 and from_reference:
             _check_start(arrays, rollouts.mask, task.dtype)
-        made, metrics = jax.device_get(
-            prepare(sampled_arrays(rollouts, arrays), state.kl_coefficient)
-        )
-        arrays |= made | {"behaviour_logprobs": rollouts.logprobs}
         fault_point("scored", number + 1)
         if exact is not None:
             shown = _some_rows(rollouts.rows, config, number)
             divergence = exact(state.policy.params, reference, shown)
             metrics["objective/kl_exact"] = _by_sequence(divergence, shown)
         rows = _trainable(rollouts, arrays, float(state.kl_coefficient))
-        policy, critic, of_updates = update(state, rows, number, rollouts.version)
+        ours, values, of_updates = update(state, rows, number, rollouts.version)
         metrics |= {**of_updates, **rollouts.metrics, **_mismatch(arrays, rollouts.mask)}
-        last.update(rollouts=rollouts, arrays=arrays, tokens=int(rollouts.mask.sum()))
+        last.update(rollouts=rollouts, arrays=arrays)
         count = float(rollouts.weights.sum())
         after = OnPolicyState(
             iteration=state.iteration + 1,
-            policy=policy,
-            value=critic,
+            policy=ours,
+            value=values,
             kl_coefficient=_controlled(
                 config, state.kl_coefficient, metrics["objective/kl"], count
             ),
         )
         return after, {name: np.float32(value) for name, value in metrics.items()}
 
-    return Iteration(step, init, lambda batch: last["tokens"], last)
+    return Iteration(step, init, assess, last)
+
+
+class _Learner(NamedTuple):
+    step: Callable
+    optimizer: optax.GradientTransformation
+
+
+def _learner(config: ConfigDict, section: Any, loss_fn: Callable, *, mesh, rules) -> _Learner:
+    """The update of the policy or the critic, with the optimizer its section describes."""
+    options = optimizer_config(section)
+    optimizer, schedule = make_optimizer(options, config.train.steps * _updates(config))
+    step = make_step(
+        loss_fn,
+        optimizer,
+        mesh=mesh,
+        rules=rules,
+        microbatches=config.batch.microbatches,
+        max_grad_norm=options.max_grad_norm,
+        freeze=options.freeze,
+        schedule=schedule,
+        seed=config.seed,
+    )
+    return _Learner(step, optimizer)
+
+
+def _updates(config: ConfigDict) -> int:
+    """Of one iteration."""
+    return config.train.epochs * config.train.minibatches
 
 
 _OF_CRITIC = (
@@ -265,7 +277,7 @@ _OF_CRITIC = (
 )
 
 
-def sampled_arrays(rollouts: Rollouts, arrays: Mapping[str, np.ndarray]) -> Sampled:
+def _sampled(rollouts: Rollouts, arrays: Mapping[str, np.ndarray]) -> Sampled:
     """What `objectives.advantages` wants to know of a rollout."""
     count = len(rollouts.mask)
     return Sampled(

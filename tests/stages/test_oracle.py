@@ -9,7 +9,8 @@ import pytest
 
 from rlhf_jax.data import enum121 as world
 from rlhf_jax.evaluation.best_of_n import best_of_n_law, kl_terms
-from rlhf_jax.stages.oracle import BEST_OF, PREFERENCE, ROWS, judge_best_of
+from rlhf_jax.stages.oracle_judge import judge_best_of
+from rlhf_jax.stages.oracle_rows import BEST_OF, PREFERENCE, ROWS
 from tests.stages.conftest import run_main
 
 CONFIG = "--config=experiments/oracle.py"

@@ -15,11 +15,13 @@ from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.models import transformer
 from rlhf_jax.stages import defaults
 from rlhf_jax.stages.chain import load_config
+from rlhf_jax.stages.checks import check_objective
 from rlhf_jax.stages.letters import enumerate_logprobs, letters_model, letters_task, table_task
-from rlhf_jax.stages.oracle import ROWS, Row, judge, row_config, run_row
+from rlhf_jax.stages.oracle import run_row
+from rlhf_jax.stages.oracle_judge import judge
+from rlhf_jax.stages.oracle_rows import ROWS, Row, row_config
 from rlhf_jax.training import objectives
 from rlhf_jax.training.mesh import make_mesh
-from rlhf_jax.training.objectives import check_objective
 from rlhf_jax.training.on_policy import make_iteration, minibatches
 
 ORACLE = "experiments/oracle.py"
