@@ -104,7 +104,12 @@ def label_axes(axes: Any, xlabel: str, ylabel: str) -> None:
 
 def legend(axes: Any, *entries: Any) -> None:
     """A legend above the axes, of `entries` (handles, labels) or else of all that has a label."""
-    axes.legend(*entries, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
+    labels = (entries or axes.get_legend_handles_labels())[1]
+    longest = max(map(len, labels), default=0) + 5  # with its handle
+    columns = min(3, int(axes.figure.get_figwidth() * 16 // longest))  # 16 letters an inch
+    axes.legend(
+        *entries, loc="lower left", bbox_to_anchor=(0, 1), ncols=max(1, columns), borderaxespad=0.2
+    )
 
 
 def tick(value: float) -> str:

@@ -19,7 +19,7 @@ from rlhf_jax.evaluation.figure import (
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
 WIDE = (7.6, 3.9)  # inches, for a figure as wide as a page
-DASHED: dict[str, Any] = {"gold": {"linestyle": "-"}, "proxy": {"linestyle": "--"}}
+KINDS = ("gold", "proxy")
 MINUS = str.maketrans("-", "\u2212")
 
 
@@ -33,7 +33,9 @@ def frontier(
     wide: bool = False,
     note: str = "",
 ) -> Plot:
-    """Gold (solid) and proxy reward (dashed) of each run against √KL, the gold peaks marked.
+    """Gold reward of each run against √KL, its peak marked, and the proxy in a panel below.
+
+    Each has its own scale: a proxy that is over-optimised would flatten the gold reward's peak.
 
     Args:
         title: of the figure.
@@ -55,38 +57,42 @@ def frontier(
     if exact:
         for kl, reward in zip(exact["kl"], exact["reward"], strict=True):
             rows.append(("exact", kl, _cell(_root(kl)), reward, None))
+    shown = [k for k in KINDS if any(run.get(k) for run in series.values())] or ["gold"]
     width, height = WIDE if wide else (SIZE[0], 3.0)
+    height += 1.2 * (len(shown) - 1)
     header = ("series", "kl", "sqrt_kl", "gold", "proxy")
-    with figure(title, header, rows, note, height, width=width) as (axes, done):
+    shares = [3, 2][: len(shown)]
+    with figure(title, header, rows, note, height, shares, width) as (axes, done):
+        panels = dict(zip(shown, axes if len(shown) > 1 else [axes], strict=True))
         handles: list[Any] = []
         peaks = []
         if exact:
             x, y = [_root(kl) for kl in exact["kl"]], [number(v) for v in exact["reward"]]
-            handles += axes.plot(x, y, color=INK, linewidth=1, label="exact")
+            handles += panels[shown[0]].plot(x, y, color=INK, linewidth=1, label="exact")
         for i, (name, run) in enumerate(series.items()):
             color, marker = _look(i)
             bound = "KL ≤" if run.get("bound") else "KL"
             label = f"{name}, {bound}" if run.get("bound") else name
             handles.append(Line2D([], [], color=color, marker=marker, label=label))
             x = [_root(kl) for kl in run["kl"]]
-            for key in ("proxy", "gold"):
+            for key, panel in panels.items():
                 y = [number(v) for v in run.get(key) or [None] * len(x)]
                 count = sum(isfinite(a) and isfinite(b) for a, b in zip(x, y, strict=True))
-                axes.plot(
-                    x, y, color=color, **DASHED[key],
+                panel.plot(
+                    x, y, color=color, linestyle="--" if key == "proxy" else "-",
                     marker=marker if count <= 12 else "", markersize=6 if count == 1 else 3.5,
                     markerfacecolor=color if key == "gold" else "none",
                 )  # fmt: skip
                 if key == "gold" and count > 1:
-                    index, at, best = _mark_peak(axes, x, y, color)
+                    index, at, best = _mark_peak(panel, x, y, color)
                     text = f"{best:.3g} at {bound} {float(run['kl'][index]):.3g}".translate(MINUS)
                     peaks.append((at, best, f"{name}: {text}" if len(series) > 1 else text))
-        if {"gold", "proxy"} <= {key for run in series.values() for key in run if run[key]}:
-            handles += [Line2D([], [], color=INK, label=key, **DASHED[key]) for key in DASHED]
-        label_axes(axes, xlabel, ylabel)
-        axes.margins(0.04, 0.14)
-        _place(axes, peaks, width, height)
-        legend(axes, handles, [handle.get_label() for handle in handles])
+        for key, panel in panels.items():
+            label_axes(panel, xlabel, f"{key} {ylabel}" if len(panels) > 1 else ylabel)
+            panel.margins(0.04, 0.14)
+            panel.label_outer()
+        _place(panels[shown[0]], peaks, width, height * shares[0] / sum(shares))
+        legend(panels[shown[0]], handles, [handle.get_label() for handle in handles])
     return done()
 
 
