@@ -19,7 +19,7 @@ from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import target_statistics, target_values
 from rlhf_jax.sampling.generate import generate
-from rlhf_jax.stages.rollouts import PromptSet, Samples, pack_samples
+from rlhf_jax.stages.rollouts import PromptSet, Samples, pack_samples, padded
 from rlhf_jax.training.on_policy import Rollouts, Task
 
 # The vocabulary of the transformer: actions 0 … 3 of the world are EOS, a, b, c.
@@ -199,13 +199,15 @@ def letters_task(config: ConfigDict, shape: ModelConfig) -> Task:
             multiple=config.batch.rows,
             shortest=8,
         )
-        tokens = np.zeros((len(completions), world.MAX_TOKENS), np.int64)
-        mask, logprobs = np.zeros((2, *tokens.shape), np.float32)
-        for i, completion in enumerate(completions):
-            length = len(completion.tokens)
-            tokens[i, :length], mask[i, :length] = completion.tokens, 1
-            logprobs[i, :length] = completion.logprobs
-        scores = lookup(np.repeat(which, each), tokens - EOS, mask)
+        mask, logprobs, tokens = (
+            padded(values, world.MAX_TOKENS)
+            for values in (
+                [np.ones(len(c.tokens)) for c in completions],
+                [c.logprobs for c in completions],
+                [np.array(c.tokens) for c in completions],
+            )
+        )
+        scores = lookup(np.repeat(which, each), tokens.astype(np.int64) - EOS, mask)
         return Rollouts(
             rows=rows,
             mask=mask,
