@@ -14,7 +14,7 @@ def get_config():
         "oracle",
         data={"train": "", "validation": ""},
         oracle={
-            "rows": "",  # names of stages/oracle.py, separated by commas; none: all
+            "rows": "",  # names of stages/oracle_rows.py, separated by commas; none: all
             "table_steps": 350,
             "transformer_steps": 60,
             "preference_steps": 600,

@@ -131,12 +131,33 @@ def test_an_ensemble_of_one_model_twice_scores_as_the_model(chain):
     assert logged["objective/scores"] == pytest.approx(single["objective/scores"], abs=1e-5)
 
 
-def test_online_pairs(chain):
+JUDGE = """
+from itertools import groupby
+
+def judge(prompts, responses, ids):
+    scores, sizes = [], set()
+    for _, answers in groupby(zip(ids, responses, strict=True), key=lambda pair: pair[0]):
+        answers = [text for _, text in answers]
+        sizes.add(len(answers))
+        scores += [sum(a > b for b in answers) / len(answers) for a in answers]
+    assert sizes <= {1, 3}, sizes  # held-out prompts have one answer
+    return scores
+"""
+
+
+def test_online_pairs_labelled_by_a_judge_that_compares(chain, tmp_path):
     experiments, runs = chain
-    result = run_main(f"--config={experiments}/online.py", f"--workdir={runs}/online")
+    (tmp_path / "judge.py").write_text(JUDGE)
+    result = run_main(
+        f"--config={experiments}/online.py",
+        f"--workdir={runs}/online",
+        f"--config.reward.scorers={tmp_path}/judge.py:judge",
+        "--config.init.reward=",
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     logged = lines(runs / "online/metrics.jsonl")
     assert {"pairs/tied", "rewards/margins", "objective/scores"} <= set(logged[-1])
+    assert 0 < logged[-1]["objective/scores"] < 1
     assert "eval/gold_win_rate" in summary(runs / "online")
 
 
