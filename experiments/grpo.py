@@ -8,7 +8,8 @@ python -m rlhf_jax.main --config=experiments/grpo.py:rloo
     another algorithm of the family on the same task: dr_grpo, dapo, rloo, reinforce, reinforce_pp,
     remax, gspo, cispo
 python -m rlhf_jax.main --config=experiments/grpo.py:arithmetic
-    the town's sums and differences, against a verifier
+    the town's sums and differences, against a verifier: 27 minutes beside other work; greedy
+    answers to held-out sums from 69 % right to 94 % (90 to 96), sampled ones from 50 % to 90 %
 python -m rlhf_jax.main --config=experiments/grpo.py:gsm8k
     grade-school maths against its last number: a model of this size does not solve it
 """
@@ -41,11 +42,11 @@ def get_config(variant="grpo"):
             "grpo",
             init={"policy": "experiments/sft.py:arithmetic"},
             data={"train": "town/arithmetic[:90%]", "validation": "town/arithmetic"},
-            rollout={"prompts": 64, "samples": 8, "max_prompt_tokens": 48, "max_new_tokens": 24},
+            rollout={"prompts": 128, "samples": 8, "max_prompt_tokens": 48, "max_new_tokens": 24},
             reward={"scorers": "correct=1"},
             kl={"placement": "none"},
-            optimizer=OPTIMIZER | {"learning_rate": 3e-4},
-            train={"steps": 100, "eval_every": 10},
+            optimizer=OPTIMIZER | {"learning_rate": 4e-4},
+            train={"steps": 150, "eval_every": 15},
             eval=defaults.chat_evaluation(source="town/arithmetic@train[90%:]"),
         )
     if variant == "gsm8k":

@@ -3,7 +3,7 @@
 python -m rlhf_jax.main --config=experiments/online_dpo.py
     the embedded town, labelled by the reward model of experiments/reward.py
 python -m rlhf_jax.main --config=experiments/online_dpo.py:sentiment
-    continuations of film reviews, labelled by a classifier
+    continuations of film reviews, labelled by a classifier: 4 minutes; 1.4 deviations at KL 5.4
 """
 
 from rlhf_jax.errors import UserError

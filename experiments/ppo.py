@@ -8,6 +8,8 @@ python -m rlhf_jax.main --config=experiments/ppo.py:hh
     HH-RLHF, helpful, against the reward model trained on its pairs
 python -m rlhf_jax.main --config=experiments/ppo.py:sentiment
     the controlled sentiment task of the DPO paper: continue a film review, to a classifier's liking
+    (which is right about 62 % of the beginnings it never saw, and the truth here by definition):
+    7 minutes; from 0.0 to 1.7 of the classifier's deviations at KL 9.5
 """
 
 from rlhf_jax.errors import UserError
