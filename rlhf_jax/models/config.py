@@ -8,18 +8,27 @@ from rlhf_jax.errors import UserError
 
 _CHOICES = {
     "norm": ("rms", "layer"),
+    "norm_place": ("before", "after", "around"),
     "position": ("rope", "learned"),
     "activation": ("swiglu", "geglu", "gelu", "gelu_tanh"),
+    "rope_scaling": ("none", "linear", "yarn", "llama3"),
     "head": ("lm", "scalar"),
     "compute_dtype": ("float32", "bfloat16"),
     "remat": ("none", "full", "dots"),
 }
 _WHOLE = (
     *("vocab_size", "layers", "width", "heads", "kv_heads", "head_dim", "mlp_width"),
-    *("max_length", "unroll", "sliding_window"),
+    *("max_length", "unroll", "sliding_window", "rope_original_length"),
 )
-_REAL = ("norm_eps", "rope_theta", "init_std", "logit_softcap", "attention_softcap")
-_OPTIONAL = ("sliding_window", "logit_softcap", "attention_softcap")
+_OPTIONAL = (
+    *("sliding_window", "logit_softcap", "attention_softcap", "query_scale"),
+    *("rope_original_length", "rope_attention_factor", "rope_local_theta"),
+)
+_REAL = (
+    *("norm_eps", "rope_theta", "rope_local_theta", "rotary_fraction", "rope_factor", "rope_low"),
+    *("rope_high", "rope_attention_factor", "embed_scale", "query_scale", "init_std"),
+    *("logit_softcap", "attention_softcap"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +52,32 @@ class ModelConfig:
     norm: str = "rms"  # "rms" or "layer"
     norm_eps: float = 1e-5
     norm_bias: bool = False  # of "layer" norms
+    norm_plus_one: bool = False  # norms multiply by 1 + scale, as in Gemma
+    norm_place: str = "before"  # of what a sublayer reads; "after" it (OLMo-2); "around" (Gemma-2)
+    parallel: bool = False  # attention and MLP read the same x, as in GPT-NeoX
     position: str = "rope"  # "rope" (rotated halves, as in Llama) or "learned"
     rope_theta: float = 10_000.0
+    rotary_fraction: float = 1.0  # of each head's dimensions, its first ones
+    rope_scaling: str = "none"  # "linear", "yarn" or "llama3": `transformer.rope_frequencies`
+    rope_factor: float = 1.0
+    rope_original_length: int | None = None  # tokens, before scaling
+    rope_low: float = 1.0  # turns within it below which a frequency is divided by the factor
+    rope_high: float = 4.0  # and above which it is kept
+    rope_attention_factor: float | None = None  # of YaRN's cos and sin; None: 0.1·ln(factor) + 1
+    rope_local_theta: float | None = None  # of windowed layers, unscaled; None: as the others
     activation: str = "swiglu"  # "swiglu", "geglu" (tanh), "gelu" (erf) or "gelu_tanh"
     attention_bias: bool = False
+    attention_out_bias: bool = True  # with attention_bias: of its output too (not in Qwen2)
     mlp_bias: bool = False
     qk_norm: bool = False  # RMS norm of queries and keys per head, before RoPE
+    qk_norm_whole: bool = False  # over all heads at once, as in OLMo-2
+    query_scale: float | None = None  # of queries; None: 1/√head_dim
+    embed_scale: float = 1.0  # of embeddings as they enter; √width in Gemma
     tied_embeddings: bool = True
     logit_softcap: float | None = None  # c·tanh(logits/c)
     attention_softcap: float | None = None
     sliding_window: int | None = None  # tokens visible back, the present one included
+    window_pattern: str = "w"  # of layers, repeated: w has the window, g sees everything
     head: str = "lm"  # "lm", or "scalar" for reward and value models
     init_std: float = 0.02
     copy_init: bool = False  # attention starts by adding what it attends to: `transformer.init`
@@ -80,9 +105,40 @@ class ModelConfig:
             )
         if self.position == "rope" and self.head_dim % 2:
             raise UserError(f"model.head_dim = {self.head_dim}: RoPE needs an even number")
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+            raise UserError(
+                f"model.rotary_fraction = {self.rotary_fraction}: RoPE needs an even number of the "
+                f"{self.head_dim} dimensions of a head"
+            )
+        if self.rope_scaling in ("yarn", "llama3") and self.rope_original_length is None:
+            raise UserError(
+                f"model.rope_scaling = {self.rope_scaling!r} needs model.rope_original_length"
+            )
+        if self.rope_low >= self.rope_high:
+            raise UserError(
+                f"model.rope_low = {self.rope_low} must be below model.rope_high = {self.rope_high}"
+            )
+        if not self.window_pattern or set(self.window_pattern) - set("wg"):
+            raise UserError(
+                f"model.window_pattern = {self.window_pattern!r}: one letter a layer, w for the "
+                "window or g for none"
+            )
+        if self.parallel and self.norm_place != "before":
+            raise UserError("model.parallel = True: only with norm_place = 'before'")
         if self.norm_bias and self.norm == "rms":
             raise UserError("model.norm_bias = True: only norm = 'layer' has a bias")
         return self
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that are rotated."""
+        return int(self.head_dim * self.rotary_fraction)
+
+    @property
+    def windowed(self) -> tuple[bool, ...]:
+        """Of each layer, whether it sees only `sliding_window` tokens back."""
+        pattern = self.window_pattern if self.sliding_window is not None else "g"
+        return tuple(pattern[i % len(pattern)] == "w" for i in range(self.layers))
 
 
 def _gpt2(layers: int, width: int, heads: int, **changes) -> ModelConfig:

@@ -37,21 +37,67 @@ class _Context(NamedTuple):
     """What every layer needs and none changes."""
 
     bias: jax.Array  # f32 [B or 1, T, keys]
-    rope: tuple[jax.Array, jax.Array] | None  # cos, sin: f32 [B or 1, T, 1, head_dim/2]
+    rope: tuple[jax.Array, jax.Array] | None  # cos, sin: f32 [B or 1, T, 1, rotary_dim/2]
     positions: jax.Array  # int32 [B or 1, T]
 
 
-def _rope_table(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    angles = positions[:, :, None, None].astype(jnp.float32) * config.rope_theta**-exponents
-    return jnp.cos(angles), jnp.sin(angles)
+def rope_frequencies(config: ModelConfig, *, windowed: bool = False) -> tuple[np.ndarray, float]:
+    """(radians a position [rotary_dim/2], factor of cos and sin) of RoPE.
+
+        θ^(−2i/d)
+
+    "linear" divides all by rope_factor. "llama3" divides those that turn less than rope_low times
+    within rope_original_length tokens, keeps those that turn more than rope_high times, and blends
+    in between, in the number of turns. "yarn" does so in the dimension's index, and stretches cos
+    and sin: "YaRN", https://arxiv.org/abs/2309.00071.
+
+    Args:
+        windowed: of a layer with a sliding window, which may have an unscaled θ of its own.
+    """
+    local = config.rope_local_theta if windowed else None
+    theta, dim = local or config.rope_theta, config.rotary_dim
+    kept = theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
+    if local or config.rope_scaling == "none":
+        return kept, 1.0
+    divided = kept / config.rope_factor
+    if config.rope_scaling == "linear":
+        return divided, 1.0
+    length, low, high = config.rope_original_length, config.rope_low, config.rope_high
+    assert length is not None  # `validate`
+    if config.rope_scaling == "llama3":
+        turns = length * kept / (2 * np.pi)
+        share = np.clip((turns - low) / (high - low), 0, 1)
+        return share * kept + (1 - share) * divided, 1.0
+
+    def index(turns: float) -> float:
+        """Of the dimension that turns so often within the length."""
+        return dim * np.log(length / (turns * 2 * np.pi)) / (2 * np.log(theta))
+
+    first, last = max(np.floor(index(high)), 0), min(np.ceil(index(low)), dim - 1)
+    ramp = (np.arange(dim // 2) - first) / max(last - first, 1e-3)
+    share = 1 - np.clip(ramp, 0, 1)
+    factor = config.rope_attention_factor or 0.1 * float(np.log(config.rope_factor)) + 1
+    return share * kept + (1 - share) * divided, factor
+
+
+def _rope_table(
+    config: ModelConfig, positions: jax.Array, windowed: bool
+) -> tuple[jax.Array, jax.Array]:
+    frequencies, factor = rope_frequencies(config, windowed=windowed)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies.astype(np.float32)
+    return factor * jnp.cos(angles), factor * jnp.sin(angles)
 
 
 def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the halves of heads x [B, T, H, d]: "RoFormer", https://arxiv.org/abs/2104.09864."""
+    """Rotates the halves of the first dimensions of heads x [B, T, H, d]; the others stay.
+
+    "RoFormer", https://arxiv.org/abs/2104.09864.
+    """
     cos, sin = rope
-    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    left, right, rest = jnp.split(
+        x.astype(jnp.float32), (cos.shape[-1], 2 * cos.shape[-1]), axis=-1
+    )
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin, rest], axis=-1)
 
 
 def _rms(x: jax.Array, eps: float) -> jax.Array:
@@ -65,11 +111,13 @@ class _Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        plus_one = self.config.norm_plus_one
+        start = nn.initializers.zeros if plus_one else nn.initializers.ones
+        scale = self.param("scale", start, (x.shape[-1],))
         if self.kind == "layer":
             x = x.astype(jnp.float32)
             x = x - jnp.mean(x, axis=-1, keepdims=True)
-        y = _rms(x, self.config.norm_eps) * scale
+        y = _rms(x, self.config.norm_eps) * (1 + scale if plus_one else scale)
         if self.kind == "layer" and self.config.norm_bias:
             y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         return y.astype(self.config.compute_dtype)
@@ -104,18 +152,20 @@ class _Attention(nn.Module):
     def __call__(self, x: jax.Array, context: _Context, cached: KeysValues | None):
         config, bias = self.config, self.config.attention_bias
 
-        def heads(name: str, count: int) -> jax.Array:
+        def heads(name: str, count: int, norm: bool = False) -> jax.Array:
             y = _Dense(config, count * config.head_dim, bias, name=name)(x)
+            if not (norm and config.qk_norm_whole):
+                y = y.reshape(*x.shape[:2], count, config.head_dim)
+            if norm:
+                y = _Norm(config, "rms", name=f"{name}_norm")(y)
             return y.reshape(*x.shape[:2], count, config.head_dim)
 
-        query, key = heads("query", config.heads), heads("key", config.kv_heads)
+        query = heads("query", config.heads, config.qk_norm)
+        key = heads("key", config.kv_heads, config.qk_norm)
         value = heads("value", config.kv_heads)
-        if config.qk_norm:
-            query = _Norm(config, "rms", name="query_norm")(query)
-            key = _Norm(config, "rms", name="key_norm")(key)
         if context.rope is not None:
             query, key = _rotate(query, context.rope), _rotate(key, context.rope)
-        query = query * config.head_dim**-0.5
+        query = query * (config.query_scale or config.head_dim**-0.5)
         query, key, value = (y.astype(x.dtype).swapaxes(1, 2) for y in (query, key, value))
         query = query.reshape(query.shape[0], config.kv_heads, -1, *query.shape[2:])
         new = key, value
@@ -131,6 +181,7 @@ class _Attention(nn.Module):
             mixed = attend_cached(query, *new, context.bias, softcap=config.attention_softcap)
         mixed = mixed.reshape(len(x), config.heads, -1, config.head_dim).swapaxes(1, 2)
         mixed = mixed.reshape(*x.shape[:2], -1)
+        bias = bias and config.attention_out_bias
         return _Dense(config, config.width, bias, residual=True, name="out")(mixed), new
 
 
@@ -160,11 +211,16 @@ class _Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, context: _Context, cached: KeysValues | None = None):
         config = self.config
-        y = _Norm(config, config.norm, name="attention_norm")(x)
+
+        def norm(name: str, x: jax.Array, *places: str) -> jax.Array:
+            return _Norm(config, config.norm, name=name)(x) if config.norm_place in places else x
+
+        y = norm("attention_norm", x, "before", "around")
         y, new = _Attention(config, name="attention")(y, context, cached)
-        x = x + y
-        x = x + _Mlp(config, name="mlp")(_Norm(config, config.norm, name="mlp_norm")(x))
-        return x, new
+        after = x + norm("attention_post_norm", y, "after", "around")
+        y = norm("mlp_norm", x if config.parallel else after, "before", "around")
+        y = _Mlp(config, name="mlp")(y)
+        return after + norm("mlp_post_norm", y, "after", "around"), new
 
 
 @partial(jax.jit, static_argnums=0)
@@ -186,7 +242,7 @@ def init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     config.validate()
     keys = jax.random.split(key, 4)
     block, x = _Block(config), jnp.zeros((1, 1, config.width), config.compute_dtype)
-    context = _context(config, jnp.zeros((1, 1), jnp.int32))
+    context = _contexts(config, jnp.zeros((1, 1), jnp.int32))[0]
 
     def normal(key: jax.Array, *shape: int, std: float = config.init_std) -> jax.Array:
         return std * jax.random.normal(key, shape, jnp.float32)
@@ -262,13 +318,13 @@ def apply(
         raise UserError(f"{length} tokens a row, but model.max_length = {config.max_length}")
     if cache is not None and prompt_lengths is None:
         positions = cache["lengths"][:, None] + jnp.arange(length)
-        context = _context(config, positions, slots=cache["keys"][0].shape[2])
-        hidden, new = _decode(config, params, tokens, context, cache)
+        contexts = _contexts(config, positions, slots=cache["keys"][0].shape[2])
+        hidden, new = _decode(config, params, tokens, contexts, cache)
         return Output(hidden, {**new, "lengths": cache["lengths"] + length})
     if positions is None:
         positions = jnp.arange(length)[None]
-    context = _context(config, positions, segment_ids, branch_ids)
-    hidden, (keys, values) = _forward(config, params, tokens, context)
+    contexts = _contexts(config, positions, segment_ids, branch_ids)
+    hidden, (keys, values) = _forward(config, params, tokens, contexts)
     if cache is not None and prompt_lengths is not None:
         cache = {
             "keys": _fill(cache["keys"], keys),
@@ -278,25 +334,34 @@ def apply(
     return Output(hidden, cache)
 
 
-def _context(
+def _contexts(
     config: ModelConfig,
     positions: jax.Array,
     segment_ids: jax.Array | None = None,
     branch_ids: jax.Array | None = None,
     slots: int | None = None,
-) -> _Context:
-    if slots is None:
-        bias = attention_bias(positions, segment_ids, branch_ids, config.sliding_window)
-    else:
-        bias = cached_attention_bias(positions, slots, config.sliding_window)
-    rope = _rope_table(config, positions) if config.position == "rope" else None
-    return _Context(bias, rope, positions)
+) -> list[_Context]:
+    """That of each kind of layer the model has: those that see everything, those with a window."""
+    contexts = []
+    for windowed in sorted(set(config.windowed)):
+        window = config.sliding_window if windowed else None
+        if slots is None:
+            bias = attention_bias(positions, segment_ids, branch_ids, window)
+        else:
+            bias = cached_attention_bias(positions, slots, window)
+        rope = _rope_table(config, positions, windowed) if config.position == "rope" else None
+        contexts.append(_Context(bias, rope, positions))
+    return contexts
 
 
-def _embed(config: ModelConfig, params: Params, tokens: jax.Array, context: _Context) -> jax.Array:
+def _embed(
+    config: ModelConfig, params: Params, tokens: jax.Array, positions: jax.Array
+) -> jax.Array:
     x = jnp.take(params["embed"]["embedding"], tokens, axis=0)
+    if config.embed_scale != 1:
+        x = x * config.embed_scale
     if config.position == "learned":
-        x = x + jnp.take(params["position_embed"]["embedding"], context.positions, axis=0)
+        x = x + jnp.take(params["position_embed"]["embedding"], positions, axis=0)
     return x.astype(config.compute_dtype)
 
 
@@ -305,12 +370,17 @@ def _final_norm(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
 
 
 def _forward(
-    config: ModelConfig, params: Params, tokens: jax.Array, context: _Context
+    config: ModelConfig, params: Params, tokens: jax.Array, contexts: list[_Context]
 ) -> tuple[jax.Array, KeysValues]:
     """Hidden states, and keys and values [layers, B, kv_heads, T, head_dim]: layers in a scan."""
+    mixed = len(contexts) > 1
 
     def block(x, layer):
-        return _Block(config).apply({"params": layer}, x, context)
+        params, windowed = layer
+        context = contexts[0]
+        if mixed:
+            context = jax.tree.map(partial(_select, windowed), *contexts)
+        return _Block(config).apply({"params": params}, x, context)
 
     if config.remat != "none":
         saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -319,22 +389,28 @@ def _forward(
             policy=saved if config.remat == "dots" else None,
             prevent_cse=config.unroll > 1,
         )
-    x = _embed(config, params, tokens, context)
-    x, new = jax.lax.scan(block, x, params["layers"], unroll=min(config.unroll, config.layers))
+    x = _embed(config, params, tokens, contexts[0].positions)
+    layers = params["layers"], np.array(config.windowed) if mixed else None
+    x, new = jax.lax.scan(block, x, layers, unroll=min(config.unroll, config.layers))
     return _final_norm(config, params, x), new
 
 
+def _select(windowed: jax.Array, everything: jax.Array, window: jax.Array) -> jax.Array:
+    return jnp.where(windowed, window, everything)
+
+
 def _decode(
-    config: ModelConfig, params: Params, tokens: jax.Array, context: _Context, cache: Cache
+    config: ModelConfig, params: Params, tokens: jax.Array, contexts: list[_Context], cache: Cache
 ) -> tuple[jax.Array, Cache]:
     """Hidden states and the cache with the new tokens: layers one by one, caches in place.
 
     A scan over the layers would copy the whole cache at every step.
     """
-    x = _embed(config, params, tokens, context)
+    x = _embed(config, params, tokens, contexts[0].positions)
     keys, values = [], []
     for i, cached in enumerate(zip(cache["keys"], cache["values"], strict=True)):
         layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
+        context = contexts[config.windowed[i] if len(contexts) > 1 else 0]
         x, (key, value) = _Block(config).apply({"params": layer}, x, context, cached)
         keys.append(key)
         values.append(value)

@@ -1,0 +1,415 @@
+"""Weights of Hugging Face models in *.safetensors ↔ our parameters.
+
+A tensor is read by byte range, one layer at a time, and written straight into the stacked
+parameter where it lies, so that little more than the parameters themselves is ever in memory.
+Nothing is unpickled: *.bin and *.pt files are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import transformer
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.hf_config import FAMILIES, to_document
+
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+_FLOATS = ("F32", "BF16", "F16")
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A Hugging Face tensor and the parameters it holds.
+
+    Attributes:
+      theirs: its name, after the base, "{i}" for the layer.
+      ours: "/"-joined paths, those below layers/ stacked over layers.
+      layout: "same"; "transposed"; "joined": ours side by side on the last axis (GPT-2);
+        "interleaved": theirs [heads·3·d, …] holds query, key and value of each head (GPT-NeoX).
+      based: whether the family's base stands in front of the name.
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    layout: str = "same"
+    based: bool = True
+
+
+def rules(kind: str, config: ModelConfig) -> list[Rule]:
+    """Of all tensors that a model of this type and config has."""
+    names = {"gpt2": _GPT2, "gpt_neox": _NEOX}.get(kind, _LLAMA | _POST.get(kind, {}))
+    shapes = _shapes(config)
+    found = []
+    for theirs, (layout, *ours) in names.items():
+        present = [name for name in ours if name in shapes]
+        if present:
+            found.append(Rule(theirs, tuple(ours), layout, theirs not in _UNBASED))
+    covered = {name for rule in found for name in rule.ours}
+    assert covered == set(shapes), f"{kind}: {covered ^ set(shapes)}"
+    return found
+
+
+_UNBASED = ("lm_head.weight", "embed_out.weight", "score.weight")
+
+
+def _dense(theirs: str, ours: str, layout: str = "transposed") -> dict[str, tuple[str, ...]]:
+    return {
+        f"layers.{{i}}.{theirs}.weight": (layout, f"layers/{ours}/kernel"),
+        f"layers.{{i}}.{theirs}.bias": ("same", f"layers/{ours}/bias"),
+    }
+
+
+def _norm(theirs: str, ours: str) -> dict[str, tuple[str, ...]]:
+    return {
+        f"{theirs}.weight": ("same", f"{ours}/scale"),
+        f"{theirs}.bias": ("same", f"{ours}/bias"),
+    }
+
+
+_LLAMA: dict[str, tuple[str, ...]] = {
+    "embed_tokens.weight": ("same", "embed/embedding"),
+    **_norm("layers.{i}.input_layernorm", "layers/attention_norm"),
+    **_dense("self_attn.q_proj", "attention/query"),
+    **_dense("self_attn.k_proj", "attention/key"),
+    **_dense("self_attn.v_proj", "attention/value"),
+    **_dense("self_attn.o_proj", "attention/out"),
+    **_norm("layers.{i}.self_attn.q_norm", "layers/attention/query_norm"),
+    **_norm("layers.{i}.self_attn.k_norm", "layers/attention/key_norm"),
+    **_norm("layers.{i}.post_attention_layernorm", "layers/mlp_norm"),
+    **_dense("mlp.gate_proj", "mlp/gate"),
+    **_dense("mlp.up_proj", "mlp/up"),
+    **_dense("mlp.down_proj", "mlp/down"),
+    **_norm("norm", "final_norm"),
+    "lm_head.weight": ("transposed", "lm_head/kernel"),
+    "score.weight": ("transposed", "score_head/kernel"),
+}
+_AROUND = {
+    **_norm("layers.{i}.post_attention_layernorm", "layers/attention_post_norm"),
+    **_norm("layers.{i}.pre_feedforward_layernorm", "layers/mlp_norm"),
+    **_norm("layers.{i}.post_feedforward_layernorm", "layers/mlp_post_norm"),
+}
+_POST = {"gemma2": _AROUND, "gemma3_text": _AROUND, "olmo2": _AROUND}
+_QKV = ("attention/query", "attention/key", "attention/value")
+_GPT2: dict[str, tuple[str, ...]] = {
+    "wte.weight": ("same", "embed/embedding"),
+    "wpe.weight": ("same", "position_embed/embedding"),
+    **_norm("h.{i}.ln_1", "layers/attention_norm"),
+    "h.{i}.attn.c_attn.weight": ("joined", *(f"layers/{n}/kernel" for n in _QKV)),
+    "h.{i}.attn.c_attn.bias": ("joined", *(f"layers/{n}/bias" for n in _QKV)),
+    **_norm("h.{i}.ln_2", "layers/mlp_norm"),
+    **{
+        f"h.{{i}}.{theirs}.{a}": ("same", f"layers/{ours}/{b}")
+        for theirs, ours in (
+            ("attn.c_proj", "attention/out"),
+            ("mlp.c_fc", "mlp/up"),
+            ("mlp.c_proj", "mlp/down"),
+        )
+        for a, b in (("weight", "kernel"), ("bias", "bias"))
+    },
+    **_norm("ln_f", "final_norm"),
+    "lm_head.weight": ("transposed", "lm_head/kernel"),
+    "score.weight": ("transposed", "score_head/kernel"),
+}
+_NEOX: dict[str, tuple[str, ...]] = {
+    "embed_in.weight": ("same", "embed/embedding"),
+    **_norm("layers.{i}.input_layernorm", "layers/attention_norm"),
+    "layers.{i}.attention.query_key_value.weight": (
+        *("interleaved", *(f"layers/{n}/kernel" for n in _QKV)),
+    ),
+    "layers.{i}.attention.query_key_value.bias": (
+        *("interleaved", *(f"layers/{n}/bias" for n in _QKV)),
+    ),
+    **_dense("attention.dense", "attention/out"),
+    **_norm("layers.{i}.post_attention_layernorm", "layers/mlp_norm"),
+    **_dense("mlp.dense_h_to_4h", "mlp/up"),
+    **_dense("mlp.dense_4h_to_h", "mlp/down"),
+    **_norm("final_layer_norm", "final_norm"),
+    "embed_out.weight": ("transposed", "lm_head/kernel"),
+    "score.weight": ("transposed", "score_head/kernel"),
+}
+# Masks and tables that older files hold beside the weights.
+_BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
+_NEOX_BUFFERS = ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq")
+
+
+def _unpack(rule: Rule, heads: int, tensor: np.ndarray) -> list[np.ndarray]:
+    match rule.layout:
+        case "same":
+            return [tensor]
+        case "transposed":
+            return [tensor.T]
+        case "joined":
+            return np.split(tensor, len(rule.ours), axis=-1)
+    split = tensor.reshape(heads, len(rule.ours), -1, *tensor.shape[1:])
+    parts = [split[:, k].reshape(-1, *tensor.shape[1:]) for k in range(len(rule.ours))]
+    return [part.T for part in parts]
+
+
+def _pack(rule: Rule, heads: int, parts: list[np.ndarray]) -> np.ndarray:
+    match rule.layout:
+        case "same":
+            return parts[0]
+        case "transposed":
+            return parts[0].T
+        case "joined":
+            return np.concatenate(parts, axis=-1)
+    rest = parts[0].T.shape[1:]
+    split = [part.T.reshape(heads, 1, -1, *rest) for part in parts]
+    return np.concatenate(split, axis=1).reshape(-1, *rest)
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of our parameters by "/"-joined name."""
+    made = jax.eval_shape(partial(transformer.init, config), jax.random.key(0))
+    return {
+        "/".join(key.key for key in path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(made)
+    }
+
+
+def read_weights(
+    directory: Path,
+    kind: str,
+    config: ModelConfig,
+    sharding: Callable[[str, tuple[int, ...]], Any] | None = None,
+) -> dict[str, Any]:
+    """The float32 parameters of a Hugging Face directory.
+
+    Args:
+        kind, config: from `hf_config.read_config`.
+        sharding: (name, shape) → where a parameter lies; None: on the default device.
+
+    Raises:
+        UserError: a file is missing, damaged or not of safetensors; a tensor is missing, unknown,
+            in two files, of another shape or not of float32, bfloat16 or float16.
+    """
+    files = _files(directory)
+    expected = _expected(kind, config, files, directory)
+    params: dict[str, jax.Array] = {}
+    for rule, layers in expected:
+        for ours, shape in rule.shapes.items():
+            place = None if sharding is None else sharding(ours, shape)
+            params[ours] = jnp.zeros(shape, jnp.float32, device=place)
+        for layer, name in layers:
+            parts = _unpack(rule.rule, config.heads, _read(files[name], name, rule.theirs))
+            for ours, part in zip(rule.rule.ours, parts, strict=True):
+                value = np.ascontiguousarray(part, np.float32)
+                whole = params[ours]
+                if layer is not None:
+                    whole = _put(whole, value, layer)
+                elif whole.sharding.is_fully_addressable and sharding is None:
+                    whole = jnp.asarray(value)
+                else:
+                    whole = jax.device_put(value, whole.sharding)
+                params[ours] = whole
+    return _nested(params)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put(whole: jax.Array, value: jax.Array, layer) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(whole, value, layer, 0)
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """A rule with the shapes of its tensor and of our stacked parameters."""
+
+    rule: Rule
+    theirs: tuple[int, ...]
+    shapes: dict[str, tuple[int, ...]]
+
+
+Layers = list[tuple[int | None, str]]
+
+
+def _expected(
+    kind: str, config: ModelConfig, files: Mapping[str, Path], directory: Path
+) -> list[tuple[_Expected, Layers]]:
+    """What the files must hold, having checked that they hold just that."""
+    family, shapes = FAMILIES[kind], _shapes(config)
+    bases = [b for b in family.bases if b and any(n.startswith(b) for n in files)]
+    base = bases[0] if bases else family.bases[-1]
+    found, known = [], set()
+    for rule in rules(kind, config):
+        prefix = base if rule.based else ""
+        stacked = "{i}" in rule.theirs
+        ours = {name: shapes[name] for name in rule.ours}
+        single = [np.empty(s[1:] if stacked else s, np.bool_) for s in ours.values()]
+        expected = _Expected(rule, _pack(rule, config.heads, single).shape, ours)
+        layers: Layers = [(None, prefix + rule.theirs)]
+        if stacked:
+            layers = [(i, prefix + rule.theirs.format(i=i)) for i in range(config.layers)]
+        found.append((expected, layers))
+        known |= {name for _, name in layers}
+    if missing := sorted(known - set(files)):
+        raise UserError(
+            f"{directory}: {len(missing)} tensors are missing, the first is {missing[0]}"
+        )
+    tied = {"lm_head.weight", "embed_out.weight"} if config.tied_embeddings else set()
+    ignored = _BUFFERS + (_NEOX_BUFFERS if kind == "gpt_neox" else ())
+    extra = [n for n in sorted(set(files) - known - tied) if not n.endswith(ignored)]
+    if extra:
+        raise UserError(
+            f"{directory}: {len(extra)} tensors are not of a {kind} model with this config, the "
+            f"first is {extra[0]}"
+        )
+    return found
+
+
+def _files(directory: Path) -> dict[str, Path]:
+    """Tensor name → the file that holds it."""
+    paths = sorted(directory.glob("*.safetensors"))
+    if not paths:
+        pickled = sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in directory.glob(s))
+        if pickled:
+            raise UserError(
+                f"{directory}/{pickled[0]} is a pickle, which could run code when it is read; "
+                "convert it to safetensors"
+            )
+        raise UserError(f"{directory} holds no *.safetensors")
+    if (index := directory / INDEX).exists():
+        named = _index(index)
+        wanted = sorted(set(named.values()))
+        absent = [name for name in wanted if not (directory / name).is_file()]
+        if absent:
+            raise UserError(f"{index} names {absent[0]}, which is not there")
+        paths = [directory / name for name in wanted]
+    found: dict[str, Path] = {}
+    for path in paths:
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                if name in found:
+                    raise UserError(f"tensor {name} is in {found[name].name} and in {path.name}")
+                found[name] = path
+    return found
+
+
+def _index(path: Path) -> dict[str, str]:
+    try:
+        table = json.loads(path.read_text("utf-8"))["weight_map"]
+        if not all(isinstance(v, str) for v in table.values()):
+            raise TypeError("a file name is no text")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is no index of safetensors ({str(error)[:100]})") from error
+    for name in table.values():
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{path} names {name[:80]!r}, which is no file beside it")
+    return table
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, "np")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is no safetensors file: {str(error)[:200]}") from error
+
+
+def _read(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    with _opened(path) as file:
+        part = file.get_slice(name)
+        if tuple(part.get_shape()) != shape:
+            raise UserError(f"{path}: {name} has shape {part.get_shape()}, not {list(shape)}")
+        if part.get_dtype() not in _FLOATS:
+            raise UserError(
+                f"{path}: {name} is of {part.get_dtype()}; weights must be of {', '.join(_FLOATS)}"
+            )
+        try:
+            return part[:]
+        except (SafetensorError, ValueError, TypeError) as error:
+            raise UserError(f"{path}: cannot read {name}: {str(error)[:200]}") from error
+
+
+def _nested(flat: Mapping[str, jax.Array]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *path, last = name.split("/")
+        node = tree
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree
+
+
+def write_weights(
+    directory: Path,
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    *,
+    dtype: str = "float32",
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes config.json and *.safetensors that transformers loads, in files of `shard_bytes`.
+
+    float32 is exact; the others round to nearest.
+
+    Raises:
+        UserError: no model type computes what the config says, or an unknown dtype.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype = {dtype!r}: choose one of {', '.join(DTYPES)}")
+    kind, document = to_document(config)
+    tensors = _tensors(kind, config, params, DTYPES[dtype])
+    shards: list[dict[str, np.ndarray]] = [{}]
+    names: dict[str, int] = {}
+    temporary: list[Path] = []
+    total = size = 0
+
+    def flush() -> None:
+        path = directory / f"shard-{len(temporary)}.tmp"
+        save_file(shards.pop(), path, metadata={"format": "pt"})
+        temporary.append(path)
+
+    for name, tensor in tensors:
+        if shards[0] and size + tensor.nbytes > shard_bytes:
+            flush()
+            shards.append({})
+            size = 0
+        shards[0][name] = tensor
+        names[name] = len(temporary)
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    count = len(temporary)
+    single = ["model.safetensors"]
+    final = [f"model-{k + 1:05}-of-{count:05}.safetensors" for k in range(count)]
+    final = final if count > 1 else single
+    for path, name in zip(temporary, final, strict=True):
+        path.replace(directory / name)
+    if count > 1:
+        table = {name: final[k] for name, k in names.items()}
+        index = {"metadata": {"total_size": total}, "weight_map": table}
+        (directory / INDEX).write_text(json.dumps(index, indent=2))
+    document["dtype"] = dtype
+    (directory / "config.json").write_text(json.dumps(document, indent=2) + "\n")
+
+
+def _tensors(
+    kind: str, config: ModelConfig, params: Mapping[str, Any], dtype: Any
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of the model by its Hugging Face name."""
+    flat = {
+        "/".join(key.key for key in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    base = FAMILIES[kind].bases[0]
+    for rule in rules(kind, config):
+        prefix = base if rule.based else ""
+        for i in range(config.layers) if "{i}" in rule.theirs else (None,):
+            parts = [np.asarray(flat[n] if i is None else flat[n][i]) for n in rule.ours]
+            packed = _pack(rule, config.heads, parts)
+            name = prefix + (rule.theirs if i is None else rule.theirs.format(i=i))
+            yield name, np.ascontiguousarray(packed).astype(dtype)

@@ -1,0 +1,162 @@
+"""Weights and logits against the transformers library, on random models of every family."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.models import apply, init_cache, logits
+from rlhf_jax.models.hf_config import read_config, to_document
+from rlhf_jax.models.hf_weights import read_weights, write_weights
+
+torch = pytest.importorskip("torch", reason="needs requirements-parity.txt")
+transformers = pytest.importorskip("transformers", reason="needs requirements-parity.txt")
+
+SHAPE = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0} | {
+    "original_max_position_embeddings": 16
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
+MULTIHEAD = SHAPE | {"num_key_value_heads": 4}
+GPT2 = {
+    "vocab_size": 61,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 64,
+    "initializer_range": 0.2,
+}
+CASES = {
+    "llama": ("llama", SHAPE),
+    "llama-tied-biased": (
+        "llama",
+        SHAPE | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
+    "llama-3.1": ("llama", SHAPE | {"rope_parameters": LLAMA3}),
+    "llama-yarn": ("llama", SHAPE | {"rope_parameters": YARN}),
+    "llama-linear": ("llama", SHAPE | {"rope_parameters": LINEAR}),
+    "mistral": ("mistral", SHAPE | {"sliding_window": 5}),
+    "qwen2": ("qwen2", SHAPE),
+    "qwen2-windowed": (
+        "qwen2",
+        SHAPE | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
+    ),
+    "qwen3": ("qwen3", SHAPE | {"tie_word_embeddings": True}),
+    "gemma": ("gemma", SHAPE),
+    "gemma2": ("gemma2", SHAPE | {"sliding_window": 5, "query_pre_attn_scalar": 12}),
+    "gemma3": ("gemma3_text", SHAPE | {"sliding_window": 5, "query_pre_attn_scalar": 12}),
+    "olmo2": ("olmo2", SHAPE),
+    "gpt2": ("gpt2", GPT2),
+    "gpt-neox": ("gpt_neox", MULTIHEAD),
+    "gpt-neox-serial": ("gpt_neox", MULTIHEAD | {"use_parallel_residual": False}),
+}
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def saved(request, tmp_path_factory):
+    """(directory, the torch model, the same read by us)."""
+    kind, fields = CASES[request.param]
+    torch.manual_seed(0)
+    if kind in ("gpt2", "gpt_neox", "qwen2", "olmo2", "mistral"):
+        fields = {k: v for k, v in fields.items() if k != "head_dim"}
+    config = transformers.CONFIG_MAPPING[kind](**fields, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():  # norms and biases too, so that none can hide a mistake
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn_like(parameter)
+    directory = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(directory)
+    kind, ours = read_config(directory)
+    return directory, model, ours, read_weights(directory, kind, ours)
+
+
+def theirs(model, tokens):
+    with torch.no_grad():
+        return model(torch.as_tensor(np.asarray(tokens), dtype=torch.long)).logits.numpy()
+
+
+def random_tokens(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 61, shape).astype(np.int32)
+
+
+def test_logits_are_those_of_transformers(saved):
+    _, model, config, params = saved
+    tokens = random_tokens(2, 40)
+    ours = logits(config, params, apply(config, params, jnp.asarray(tokens)).hidden)
+    np.testing.assert_allclose(ours, theirs(model, tokens), **CLOSE)
+
+
+def test_packed_rows_and_shared_prompts_give_the_same_logits(saved):
+    _, model, config, params = saved
+    lengths = (17, 9, 12)
+    documents = [random_tokens(n, seed=n) for n in lengths]
+    batch = {
+        "segment_ids": np.repeat([1, 2, 3, 0], (*lengths, 2)),
+        "positions": np.concatenate([*(np.arange(n) for n in lengths), [0, 0]]),
+    }
+    row = np.concatenate([*documents, [0, 0]])
+    arrays = {name: jnp.asarray(x[None], jnp.int32) for name, x in batch.items()}
+    hidden = apply(config, params, jnp.asarray(row[None], jnp.int32), **arrays).hidden
+    ours = np.split(np.asarray(logits(config, params, hidden))[0], np.cumsum(lengths))
+    for document, found in zip(documents, ours, strict=False):
+        np.testing.assert_allclose(found, theirs(model, document[None])[0], **CLOSE)
+
+
+def test_cached_steps_of_padded_prompts_give_the_same_logits(saved):
+    _, model, config, params = saved
+    tokens, lengths = random_tokens(2, 20), np.array([11, 7], np.int32)
+    whole = theirs(model, tokens)
+    cache = init_cache(config, 2, 20)
+    prompts = jnp.asarray(np.where(np.arange(11) < lengths[:, None], tokens[:, :11], 0))
+    output = apply(config, params, prompts, cache=cache, prompt_lengths=jnp.asarray(lengths))
+    for step in range(6):
+        at = lengths + step
+        following = jnp.asarray(tokens[np.arange(2), at][:, None])
+        output = apply(config, params, following, cache=output.cache)
+        found = np.asarray(logits(config, params, output.hidden))[:, 0]
+        np.testing.assert_allclose(found, whole[np.arange(2), at], **CLOSE)
+
+
+def test_the_round_trip_is_bitwise(saved, tmp_path):
+    directory, model, config, params = saved
+    kind, _ = read_config(directory)
+    assert to_document(config)[0] == kind
+    write_weights(tmp_path, config, params, shard_bytes=20_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    kind, again = read_config(tmp_path)
+    assert dataclasses.replace(again, init_std=config.init_std) == config
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager"
+    )
+    state = model.state_dict()
+    found = loaded.state_dict()
+    assert state.keys() == found.keys()
+    for name, tensor in state.items():
+        assert torch.equal(tensor, found[name]), name
+    tokens = random_tokens(1, 30)
+    np.testing.assert_array_equal(theirs(loaded.eval(), tokens), theirs(model, tokens))
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
