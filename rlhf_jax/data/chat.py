@@ -1,4 +1,6 @@
-"""The one chat format: messages to tokens, with the training mask made by construction.
+"""Messages to tokens, with the training mask made by construction.
+
+A model that came with a chat template keeps it (`hub_tokenizer`); ours is
 
     <|bos|><|user|>question<|end|><|assistant|>answer<|end|><|user|>…
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rlhf_jax.data.hub_tokenizer import HubTokenizer
 from rlhf_jax.data.records import ROLES, Message
 from rlhf_jax.data.tokenizer import ASSISTANT, BOS, END, SYSTEM, TOOL, USER, Tokenizer
 from rlhf_jax.errors import UserError
@@ -54,8 +57,11 @@ def check_messages(messages: Sequence[Message], *, reply_last: bool) -> None:
         raise UserError(f"a prompt must end with a user's or tool's turn, not {previous!r}")
 
 
+AnyTokenizer = Tokenizer | HubTokenizer
+
+
 def render_conversation(
-    messages: Sequence[Message], tokenizer: Tokenizer, *, last_turn_only: bool = False
+    messages: Sequence[Message], tokenizer: AnyTokenizer, *, last_turn_only: bool = False
 ) -> tuple[list[int], list[int]]:
     """Tokens of a whole conversation and which of them are trained.
 
@@ -63,28 +69,38 @@ def render_conversation(
     of each assistant turn (only the last one if `last_turn_only`), 0 elsewhere.
     """
     check_messages(messages, reply_last=True)
+    if isinstance(tokenizer, HubTokenizer):
+        return tokenizer.conversation(messages, last_turn_only=last_turn_only)
     return _render(messages, tokenizer, last_turn_only)
 
 
-def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
-    """Tokens of a conversation that awaits a reply; the last one is `<|assistant|>`."""
+def render_prompt(messages: Sequence[Message], tokenizer: AnyTokenizer) -> list[int]:
+    """Tokens of a conversation that awaits a reply; in our format the last is `<|assistant|>`."""
     check_messages(messages, reply_last=False)
+    if isinstance(tokenizer, HubTokenizer):
+        return tokenizer.prompt(messages)
     tokens, _ = _render(messages, tokenizer, False)
     return [*tokens, ASSISTANT]
 
 
-def render_reply(reply: str, tokenizer: Tokenizer) -> list[int]:
-    """Tokens of an assistant's reply as they follow `render_prompt`; the last one is `<|end|>`."""
+def render_reply(reply: str, tokenizer: AnyTokenizer) -> list[int]:
+    """Tokens of an assistant's reply as they follow `render_prompt`; the last one ends it."""
+    if isinstance(tokenizer, HubTokenizer):
+        return tokenizer.reply(reply)
     return [*encode_texts([reply], tokenizer)[0], END]
 
 
-def encode_texts(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+def encode_texts(texts: Sequence[str], tokenizer: AnyTokenizer) -> list[list[int]]:
     """Tokens of whole turns or documents, without control tokens."""
+    if isinstance(tokenizer, HubTokenizer):
+        return tokenizer.encode_batch(texts)
     return tokenizer.encode_batch([f" {text}" if text else "" for text in texts])
 
 
-def decode_text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+def decode_text(ids: Sequence[int], tokenizer: AnyTokenizer) -> str:
     """The text of a turn; control tokens are left out."""
+    if isinstance(tokenizer, HubTokenizer):
+        return tokenizer.decode(ids)
     return tokenizer.decode(ids).removeprefix(" ")
 
 

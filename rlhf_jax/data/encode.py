@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rlhf_jax.data import chat
-from rlhf_jax.data.chat import render_conversation, render_prompt, render_reply
+from rlhf_jax.data.chat import AnyTokenizer, render_conversation, render_prompt, render_reply
 from rlhf_jax.data.packing import Document, Group
 from rlhf_jax.data.records import Conversation, Pair, Text
-from rlhf_jax.data.tokenizer import BOS, END, Tokenizer
+from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 
 Stats = dict[str, int]
@@ -22,7 +22,7 @@ CHAT_POLICIES = ("error", "drop", "truncate_prompt_left")
 
 
 def encode_texts(
-    records: Sequence[Text], tokenizer: Tokenizer, row_length: int, *, over_long: str = "split"
+    records: Sequence[Text], tokenizer: AnyTokenizer, row_length: int, *, over_long: str = "split"
 ) -> tuple[list[Document], Stats]:
     """`<|bos|>text<|end|>` documents in which every token but BOS is a target.
 
@@ -30,20 +30,21 @@ def encode_texts(
     token is still a target once (only the first piece starts with BOS); "error"; "drop".
     """
     _check_policy(over_long, TEXT_POLICIES)
-    if not tokenizer.control:
+    if isinstance(tokenizer, Tokenizer) and not tokenizer.control:
         raise UserError("a character-level tokenizer has no <|bos|>; train on windows of a stream")
     documents, stats, long = [], _new_stats(records), []
+    start = _start(tokenizer)
     encoded = chat.encode_texts([record.text for record in records], tokenizer)
     for record, ids in zip(records, encoded, strict=True):
-        tokens = [BOS, *ids, END]
+        tokens = [*start, *ids, tokenizer.end]
         if len(tokens) <= row_length:
             stats["encoded"] += 1
             documents.append(_all_targets(tokens))
         elif over_long == "split":
             stats["encoded"] += 1
             stats["split"] += 1
-            for start in range(0, len(tokens) - 1, row_length - 1):
-                documents.append(_all_targets(tokens[start : start + row_length]))
+            for i in range(0, len(tokens) - 1, row_length - 1):
+                documents.append(_all_targets(tokens[i : i + row_length]))
         else:
             long.append((len(tokens), record.id))
     _settle(stats, long, over_long, row_length, TEXT_POLICIES)
@@ -52,7 +53,7 @@ def encode_texts(
 
 def encode_conversations(
     records: Sequence[Conversation],
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     row_length: int,
     *,
     last_turn_only: bool = False,
@@ -77,10 +78,12 @@ def encode_conversations(
                 continue
             reply = len(render_reply(record.messages[-1].content, tokenizer))
             _check_reply_fits(record.id, reply, row_length)
-            tokens = [BOS, *tokens[1 - row_length :]]
-            is_target = [0, *is_target[1 - row_length :]]
-            whole = is_target.index(0, 1)
-            is_target[1:whole] = [0] * (whole - 1)
+            start = _start(tokenizer)
+            kept = row_length - len(start)
+            tokens = [*start, *tokens[-kept:]]
+            is_target = is_target[-kept:]
+            whole = is_target.index(0)
+            is_target = [0] * (len(start) + whole) + is_target[whole:]
             stats["truncated"] += 1
         stats["encoded"] += 1
         documents.append(Document(tokens, is_target))
@@ -89,7 +92,7 @@ def encode_conversations(
 
 
 def encode_pairs(
-    records: Sequence[Pair], tokenizer: Tokenizer, row_length: int, *, over_long: str = "error"
+    records: Sequence[Pair], tokenizer: AnyTokenizer, row_length: int, *, over_long: str = "error"
 ) -> tuple[list[Group], Stats]:
     """Groups of a prompt and two branches: chosen, then rejected. A group must fit a row.
 
@@ -110,7 +113,8 @@ def encode_pairs(
                 long.append((length, record.id))
                 continue
             _check_reply_fits(record.id, replies, row_length)
-            prompt = [BOS, *prompt[replies + 1 - row_length :]]
+            start = _start(tokenizer)
+            prompt = [*start, *prompt[replies + len(start) - row_length :]]
             stats["truncated"] += 1
         stats["encoded"] += 1
         stats["identical"] += branches[0] == branches[1]
@@ -132,6 +136,10 @@ def check_trained_share(documents: Sequence[Document]) -> float:
             "supervised fine-tuning needs replies to train on and prompts to leave out"
         )
     return targets / tokens
+
+
+def _start(tokenizer: AnyTokenizer) -> list[int]:
+    return [] if tokenizer.bos is None else [tokenizer.bos]
 
 
 def _all_targets(tokens: list[int]) -> Document:

@@ -37,6 +37,7 @@ class Tokenizer:
     Attributes:
       vocab_size: ids are 0 … vocab_size − 1.
       control: control token → id; empty for a character-level tokenizer.
+      bos, end: ids of the tokens around a document. ends: ids that end a reply.
       hash: sha256 of the canonical JSON; equal hashes give equal ids for every text.
     """
 
@@ -51,6 +52,9 @@ class Tokenizer:
         self.hash = hashlib.sha256(self._json.encode()).hexdigest()
         self.vocab_size = self._tokenizer.get_vocab_size()
         self.control = _control_ids(content)
+        self.bos: int | None = BOS
+        self.end = END
+        self.ends: tuple[int, ...] = (END,)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; never a control id. UserError for a character it cannot represent."""

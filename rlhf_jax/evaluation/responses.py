@@ -10,7 +10,6 @@ import numpy as np
 from rlhf_jax.data.chat import decode_text, render_prompt
 from rlhf_jax.data.packing import Group, pack_groups
 from rlhf_jax.data.records import Prompt
-from rlhf_jax.data.tokenizer import END
 from rlhf_jax.evaluation.rows import in_record_order, response_logprobs
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.training.model import Model
@@ -42,7 +41,7 @@ def answer(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
-        stop_ids=(END,),
+        stop_ids=model.tokenizer.ends,
         batch_size=batch_rows,
     )
     return [

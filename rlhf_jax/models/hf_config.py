@@ -137,7 +137,8 @@ _NEUTRAL = {
     *("_name_or_path", "hidden_dropout", "classifier_dropout", "resid_pdrop", "embd_pdrop"),
     *("attn_pdrop", "summary_type", "summary_use_proj", "summary_activation"),
     *("task_specific_params", "summary_proj_to_labels", "summary_first_dropout"),
-    *("reorder_and_upcast_attn", "id2label", "label2id", "cache_implementation", "is_decoder", "max_window_layers", "auto_map"),
+    *("reorder_and_upcast_attn", "id2label", "label2id", "cache_implementation"),
+    *("is_decoder", "max_window_layers", "auto_map"),
     *("quantization_config", "problem_type", "n_ctx", "output_hidden_states", "output_attentions"),
     *("return_dict", "is_encoder_decoder", "_attn_implementation_autoset", "num_labels"),
 }  # fmt: skip

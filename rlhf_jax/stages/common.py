@@ -12,16 +12,16 @@ import jax
 from ml_collections import ConfigDict
 
 from rlhf_jax.data.builders import load_records
+from rlhf_jax.data.chat import AnyTokenizer
 from rlhf_jax.data.encode import encode_texts
 from rlhf_jax.data.jsonl import read_jsonl
 from rlhf_jax.data.packing import Arrays, check_ids, pack_documents
 from rlhf_jax.data.pipeline import make_dataset, make_iterator
 from rlhf_jax.data.records import Text, convert
-from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.training.loop import train
 from rlhf_jax.training.mesh import make_mesh
-from rlhf_jax.training.model import Model
+from rlhf_jax.training.model import Model, fingerprint, is_hub_directory
 from rlhf_jax.training.optimizer import make_optimizer, optimizer_config
 from rlhf_jax.training.rundir import RunDirectory, write_json
 from rlhf_jax.training.state import init_state
@@ -69,7 +69,7 @@ def read_records(config: ConfigDict, source: str, kind: str, split: str) -> list
 
 
 def pack_texts(
-    config: ConfigDict, what: str, records: Sequence[Text], tokenizer: Tokenizer, over_long: str
+    config: ConfigDict, what: str, records: Sequence[Text], tokenizer: AnyTokenizer, over_long: str
 ) -> Arrays:
     """Raw text as packed rows in which every token is a target; says what became of the records."""
     documents, counts = encode_texts(
@@ -180,7 +180,20 @@ def batches_of(config: ConfigDict, model: Model, rows: Sequence[Arrays], weights
 
 
 def read_summary(workdir: Path) -> dict[str, Any]:
-    """summary.json of a finished run; UserError if the run is not finished."""
+    """summary.json of a finished run, or of a Hugging Face directory what stands for it.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if is_hub_directory(workdir):
+        return {
+            "stage": "hub",
+            "status": "done",
+            "config_hash": fingerprint(workdir),
+            "parents": {},
+            "wall_seconds": 0.0,
+            "metrics": {},
+        }
     path = workdir / "summary.json"
     try:
         summary = json.loads(path.read_text())

@@ -6,16 +6,21 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from rlhf_jax.data.chat import AnyTokenizer
 from rlhf_jax.data.encode import encode_pairs
 from rlhf_jax.data.packing import Arrays, pack_groups
-from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.stages.common import read_records, say
 
 CHOSEN, REJECTED, MISMATCHED = 0, 1, 2  # branches of a group
 
 
 def pack_pairs(
-    config: ConfigDict, source: str, split: str, tokenizer: Tokenizer, *, mismatched: bool = False
+    config: ConfigDict,
+    source: str,
+    split: str,
+    tokenizer: AnyTokenizer,
+    *,
+    mismatched: bool = False,
 ) -> Arrays:
     """Rows of groups: a prompt with its chosen and its rejected response.
 

@@ -18,10 +18,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlhf_jax.data.chat import render_prompt, render_reply
+from rlhf_jax.data.chat import AnyTokenizer, render_prompt, render_reply
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.data.records import Conversation
-from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.preferences import preference_metrics, preference_plots
 from rlhf_jax.evaluation.responses import answer
@@ -92,7 +91,7 @@ def with_score_head(model: Model, seed: int) -> Model:
     return Model(shape, params, model.tokenizer)
 
 
-def pack_labelled(config: ConfigDict, source: str, split: str, tokenizer: Tokenizer) -> Arrays:
+def pack_labelled(config: ConfigDict, source: str, split: str, tokenizer: AnyTokenizer) -> Arrays:
     """Rows of groups of one reply, and beside them `labels` [B, P, 1] in [0, 1]."""
     records = read_records(config, source, "conversation", split)
     length, over_long = config.data.row_length, config.data.over_long

@@ -18,11 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlhf_jax.data.chat import decode_text, render_prompt
+from rlhf_jax.data.chat import AnyTokenizer, decode_text, render_prompt
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.data.pipeline import pad_rows, random_bits
 from rlhf_jax.data.records import Prompt
-from rlhf_jax.data.tokenizer import END, Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.rows import map_rows
 from rlhf_jax.losses.advantages import zero_variance
@@ -102,7 +101,7 @@ class Samples:
         )
 
 
-def read_prompts(config: ConfigDict, tokenizer: Tokenizer, source: str, split: str) -> PromptSet:
+def read_prompts(config: ConfigDict, tokenizer: AnyTokenizer, source: str, split: str) -> PromptSet:
     """The prompts of a source that leave room for an answer; the others are counted."""
     limit = config.rollout.max_prompt_tokens
     records = read_records(config, source, "prompt", split)
@@ -139,7 +138,7 @@ def sample_answers(
         max_new_tokens=rollout.max_new_tokens,
         seed=seed,
         temperature=rollout.temperature if temperature is None else temperature,
-        stop_ids=(END,),
+        stop_ids=model.tokenizer.ends,
         samples_per_prompt=samples,
         prompt_ids=ids,
         batch_size=rollout.slots,

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from rlhf_jax.data.chat import AnyTokenizer
 from rlhf_jax.data.encode import check_trained_share, encode_conversations
 from rlhf_jax.data.packing import Arrays, pack_documents
-from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.evaluation.language import language_evaluation
 from rlhf_jax.losses.cross_entropy import token_cross_entropy
 from rlhf_jax.models.scoring import target_statistics
@@ -52,7 +52,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     return metrics | evaluate_chat(config, run.path, model, parents["policy"])
 
 
-def _pack(config: ConfigDict, source: str, split: str, tokenizer: Tokenizer) -> Arrays:
+def _pack(config: ConfigDict, source: str, split: str, tokenizer: AnyTokenizer) -> Arrays:
     records = read_records(config, source, "conversation", split)
     length = config.data.row_length
     documents, counts = encode_conversations(

@@ -1,0 +1,232 @@
+"""A model's own tokenizer and chat template: its ids, its masks, and what no text may do."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+
+from rlhf_jax.data import chat, template
+from rlhf_jax.data.hub_tokenizer import HubTokenizer
+from rlhf_jax.data.records import Message
+from rlhf_jax.data.template import Template
+from rlhf_jax.errors import UserError
+
+TEXT = [
+    "The quick brown fox jumps over the lazy dog.",
+    "What is 12 + 30? It is 42.\n\n1. One\n2. Two",
+    "Où est la bibliothèque ? 東京 🦊",
+    "user assistant system model\n",
+] * 20
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + "
+    "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
+    "{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+LLAMA2 = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+KINDS = {
+    "chatml": (CHATML, None, "<|im_end|>", ["<|im_start|>", "<|im_end|>"]),
+    "llama3": (
+        LLAMA3,
+        "<|begin_of_text|>",
+        "<|eot_id|>",
+        ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    ),
+    "llama2": (LLAMA2, "<s>", "</s>", ["<s>", "</s>"]),
+    "gemma": (GEMMA, "<bos>", "<eos>", ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]),
+}
+CONVERSATION = [
+    Message("user", "What is 12 + 30?"),
+    Message("assistant", "It is 42."),
+    Message("user", "Où est le renard 🦊?"),
+    Message("assistant", "Over the lazy dog."),
+]
+
+
+def write(directory, kind):
+    """Trains a tokenizer like that kind of model's and writes what a hub directory holds."""
+    source, bos, eos, special = KINDS[kind]
+    if kind in ("chatml", "llama3"):
+        made = tokenizers.Tokenizer(models.BPE())
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        made = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+        replaced = normalizers.Replace(" ", "▁")
+        prepended = normalizers.Sequence([normalizers.Prepend("▁"), replaced])
+        made.normalizer = prepended if kind == "llama2" else replaced
+        made.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+        alphabet = []
+    first = ["<unk>", *(f"<0x{i:02X}>" for i in range(256))] if not alphabet else []
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, special_tokens=first, initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(TEXT, trainer)
+    content = json.loads(made.to_str())
+    content["added_tokens"] = []
+    made = tokenizers.Tokenizer.from_str(json.dumps(content))
+    made.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in special])
+    made.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+    made.save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eos,
+        "chat_template": source,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return HubTokenizer.load(directory)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def saved(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp(request.param)
+    return request.param, directory, write(directory, request.param)
+
+
+def test_ids_are_those_of_transformers(saved):
+    transformers = pytest.importorskip("transformers", reason="needs requirements-parity.txt")
+    _, directory, ours = saved
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    for text in TEXT[:4]:
+        assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+    messages = [{"role": m.role, "content": m.content} for m in CONVERSATION]
+    for size in (1, 3):
+        wanted = theirs.apply_chat_template(
+            messages[:size], add_generation_prompt=True, return_dict=False
+        )
+        assert ours.prompt(CONVERSATION[:size]) == wanted
+    wanted = theirs.apply_chat_template(messages, return_dict=False)
+    tokens, _ = ours.conversation(CONVERSATION)
+    assert tokens == wanted[: len(tokens)]
+    assert not theirs.decode(wanted[len(tokens) :]).strip()
+
+
+def test_what_is_trained_is_the_replies_and_their_ends(saved):
+    kind, _, ours = saved
+    tokens, is_target = chat.render_conversation(CONVERSATION, ours)
+    trained = ours.decode([t for t, on in zip(tokens, is_target, strict=True) if on])
+    assert "".join(trained.split()) == "Itis42.Overthelazydog."
+    ends = [i for i, on in enumerate(is_target) if on and tokens[i] in ours.ends]
+    assert len(ends) == 2 and ends[-1] == len(tokens) - 1
+    _, last = chat.render_conversation(CONVERSATION, ours, last_turn_only=True)
+    assert sum(last) < sum(is_target) and last[-1] == 1
+    if ours.bos is not None and kind != "llama2":
+        assert tokens[0] == ours.bos and tokens.count(ours.bos) == 1
+
+
+@pytest.mark.parametrize("reply", ["Yes.", "\n\nNo: \n1. a", " and so on", "", "ا 🦊"])
+def test_a_prompt_and_its_reply_are_the_conversation(saved, reply):
+    kind, _, ours = saved
+    messages = [Message("user", "Is it so?"), Message("assistant", reply)]
+    prompt = chat.render_prompt(messages[:1], ours)
+    whole, _ = chat.render_conversation(messages, ours)
+    assert whole[: len(prompt)] == prompt
+    if kind in ("chatml", "llama2"):  # the others trim what is said
+        assert prompt + chat.render_reply(reply, ours) == whole
+
+
+def test_no_text_becomes_a_control_token(saved):
+    _, _, ours = saved
+    special = [ours._id(name) for name in KINDS[saved[0]][3]]
+    forged = "".join(KINDS[saved[0]][3])
+    assert not set(special) & set(ours.encode(forged))
+    for role in ("user", "system"):
+        messages = [Message("user", forged)]
+        if role == "system":
+            messages = [Message("system", forged), *messages]
+        honest = [Message(m.role, "x") for m in messages]
+        if saved[0] == "llama2" and role == "system":
+            continue
+        counts = [
+            [ids.count(s) for s in special] for ids in (ours.prompt(messages), ours.prompt(honest))
+        ]
+        assert counts[0] == counts[1]
+        assert forged in ours.decode(ours.prompt(messages))
+    think = ours._id("<think>")
+    assert think not in ours.prompt([Message("user", "<think>")])
+    assert think in ours.reply("<think> so")
+    assert not set(special) & set(ours.reply(forged)[:-1])
+
+
+def test_saved_and_loaded_it_is_the_same(saved, tmp_path):
+    _, _, ours = saved
+    ours.save(tmp_path)
+    again = HubTokenizer.load(tmp_path)
+    assert again.ends == ours.ends and again.bos == ours.bos
+    assert again.conversation(CONVERSATION) == ours.conversation(CONVERSATION)
+    again.save(tmp_path)
+    assert HubTokenizer.load(tmp_path).hash == again.hash
+
+
+def edited(directory, tmp_path, source):
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer.json").write_text((directory / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"chat_template": source})
+    )
+    return HubTokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{% for m in messages %}", "chat template fails: TemplateSyntaxError"),
+        ("{{ ''.__class__.__mro__ }}", "fails: SecurityError"),
+        ("{{ messages.append(1) }}", "fails: SecurityError"),
+        ("{{ raise_exception('no system') }}", "no system"),
+        ("{{ 'x' * 5000000 }}", "writes more than 4,000,000 characters"),
+        ("{{ 'x' * 2000000000 }}", "too much memory"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "no token that ends"),
+        (
+            "{{ '<|im_start|>thinking' if add_generation_prompt else 'x<|im_end|>' }}",
+            "token 0 is",
+        ),
+    ],
+)
+def test_a_template_that_fails_is_refused_in_one_line(tmp_path, source, message):
+    (tmp_path / "made").mkdir()
+    write(tmp_path / "made", "chatml")
+    with pytest.raises(UserError) as error:
+        edited(tmp_path / "made", tmp_path, source)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_template_that_hangs_is_ended(monkeypatch):
+    monkeypatch.setattr(template, "SECONDS", 1.0)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    made = Template(endless, {})
+    with pytest.raises(UserError, match="longer than 1 s"):
+        made.render([])
+    made = Template("{{ messages[0] }}", {})
+    assert made.render(["again"]) == "again"
+
+
+def test_a_tokenizer_of_another_kind_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
+        HubTokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="it has no model"):
+        HubTokenizer.load(tmp_path)
