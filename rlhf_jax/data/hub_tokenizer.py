@@ -165,6 +165,15 @@ class HubTokenizer:
         generation = {"eos_token_id": list(self.ends), "bos_token_id": self.bos}
         (directory / "generation_config.json").write_text(json.dumps(generation, indent=2))
 
+    def export(self, directory: str | Path) -> None:
+        """As `save`: that is what transformers reads."""
+        self.save(directory)
+
+    @property
+    def pad(self) -> int:
+        """What transformers pads batches with: some token has to be it."""
+        return self.end
+
     @classmethod
     def load(cls, directory: str | Path) -> HubTokenizer:
         """Reads tokenizer.json, tokenizer_config.json and the chat template of a directory.

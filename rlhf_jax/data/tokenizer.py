@@ -28,6 +28,13 @@ CONTROL_TOKENS = (
     "<|tool|>",
 )
 PAD, BOS, END, SYSTEM, USER, ASSISTANT, TOOL = range(len(CONTROL_TOKENS))
+_ROLES_THERE = {"bos": BOS, "eos": END, "pad": PAD}
+# The format of `chat.py`, in Jinja.
+TEMPLATE = (
+    "<|bos|>{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
+    "{% if message['content'] %}{{ ' ' + message['content'] }}{% endif %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 MIN_BPE_VOCAB = len(CONTROL_TOKENS) + 256
 
 
@@ -55,6 +62,7 @@ class Tokenizer:
         self.bos: int | None = BOS
         self.end = END
         self.ends: tuple[int, ...] = (END,)
+        self.pad = PAD
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; never a control id. UserError for a character it cannot represent."""
@@ -82,6 +90,28 @@ class Tokenizer:
     def save(self, path: str | os.PathLike) -> None:
         """Writes a Hugging Face `tokenizer.json`."""
         Path(path).write_text(self._json, encoding="utf-8")
+
+    def export(self, directory: str | os.PathLike) -> None:
+        """Writes what transformers reads, its chat template included.
+
+        There the control tokens are special tokens, so that text which spells one becomes one.
+        """
+        if not self.control:
+            raise UserError("a character-level tokenizer has no chat format to export")
+        content = json.loads(self._json)
+        content["added_tokens"] = [
+            {"id": i, "content": name, "special": True}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            for name, i in self.control.items()
+        ]
+        names = {f"{role}_token": CONTROL_TOKENS[i] for role, i in _ROLES_THERE.items()}
+        settings = names | {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "chat_template": TEMPLATE,
+        }
+        (Path(directory) / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+        (Path(directory) / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Tokenizer:

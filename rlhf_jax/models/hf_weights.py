@@ -351,10 +351,11 @@ def write_weights(
     *,
     dtype: str = "float32",
     shard_bytes: int = 5 * 10**9,
+    extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes config.json and *.safetensors that transformers loads, in files of `shard_bytes`.
 
-    float32 is exact; the others round to nearest.
+    float32 is exact; the others round to nearest. `extra` stands in config.json too.
 
     Raises:
         UserError: no model type computes what the config says, or an unknown dtype.
@@ -393,7 +394,7 @@ def write_weights(
         table = {name: final[k] for name, k in names.items()}
         index = {"metadata": {"total_size": total}, "weight_map": table}
         (directory / INDEX).write_text(json.dumps(index, indent=2))
-    document["dtype"] = dtype
+    document |= {"dtype": dtype, **(extra or {})}
     (directory / "config.json").write_text(json.dumps(document, indent=2) + "\n")
 
 

@@ -1,0 +1,77 @@
+"""Writes a model for other tools: `python -m rlhf_jax.export --workdir=runs/dpo --out=dpo-hf`.
+
+The directory loads in transformers: a language model, or a reward model for sequence
+classification, with its tokenizer and chat template. Exit codes: 0 done, 2 the user's mistake, 1 a
+bug.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from rlhf_jax.errors import EXIT_DONE, EXIT_USER, UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"in the command line: {message}")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = _Parser(prog="python -m rlhf_jax.export", description="Writes a model for others.")
+    parser.add_argument("--workdir", required=True, help="a finished run")
+    parser.add_argument("--out", required=True, help="the directory to write, new or empty")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    parser.add_argument("--shard-bytes", type=int, default=5 * 10**9, help="the most a file holds")
+    return parser.parse_args(argv)
+
+
+def export(workdir: Path, out: Path, *, dtype: str, shard_bytes: int) -> None:
+    """Writes the model of a finished run into `out`.
+
+    Raises:
+        UserError: there is no such model, no model type of transformers computes what it does, or
+            `out` holds something already.
+    """
+    from rlhf_jax.models.hf_weights import write_weights
+    from rlhf_jax.training.model import load_model
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty directory")
+    if shard_bytes < 1:
+        raise UserError(f"--shard-bytes = {shard_bytes} must be at least 1")
+    model = load_model(workdir)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = model.tokenizer
+    special = {"bos_token_id": tokenizer.bos, "eos_token_id": list(tokenizer.ends)}
+    special |= {"pad_token_id": tokenizer.pad}
+    write_weights(
+        out, model.config, model.params, dtype=dtype, shard_bytes=shard_bytes, extra=special
+    )
+    tokenizer.export(out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command line (default: this process's) and returns the exit code."""
+    try:
+        arguments = parse(sys.argv[1:] if argv is None else argv)
+        out = Path(arguments.out)
+        export(
+            Path(arguments.workdir),
+            out,
+            dtype=arguments.dtype,
+            shard_bytes=arguments.shard_bytes,
+        )
+        print(f"written: {out}", flush=True)
+        return EXIT_DONE
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER
+
+
+if __name__ == "__main__":
+    sys.exit(main())
