@@ -151,11 +151,13 @@ def experiments(tmp_path_factory) -> Path:
     return folder
 
 
-def run_main(*arguments: str, fault: str | None = None) -> subprocess.CompletedProcess:
+def run_main(
+    *arguments: str, fault: str | None = None, module: str = "rlhf_jax.main"
+) -> subprocess.CompletedProcess:
     """The command line in a process of its own, on one device."""
     environment = os.environ | ({"FAULT": fault} if fault else {})
     return subprocess.run(
-        [sys.executable, "-m", "rlhf_jax.main", *arguments],
+        [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,

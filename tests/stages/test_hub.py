@@ -1,0 +1,60 @@
+"""A model directory as it comes from the Hub goes through the stages and out again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+
+from rlhf_jax.models import PRESETS, init
+from rlhf_jax.models.hf_weights import write_weights
+from rlhf_jax.training.model import load_model
+from tests.data.test_hub_tokenizer import write
+from tests.stages.conftest import run_main
+
+
+def test_from_a_directory_through_sft_and_grpo_to_an_export(experiments, tmp_path):
+    source = tmp_path / "given"
+    source.mkdir()
+    tokenizer = write(source, "chatml")
+    config = dataclasses.replace(
+        PRESETS["1b"], vocab_size=tokenizer.vocab_size, layers=2, width=32, heads=4, kv_heads=2,
+        head_dim=8, mlp_width=64, max_length=1024, compute_dtype="float32", tied_embeddings=False,
+    )  # fmt: skip
+    write_weights(source, config, init(config, jax.random.key(0)))
+
+    def run(stage, policy, *more):
+        arguments = [f"--config={experiments}/{stage}.py", f"--workdir={tmp_path}/{stage}"]
+        result = run_main(*arguments, f"--config.init.policy={policy}", *more)
+        assert result.returncode == 0, result.stderr[-2000:]
+        return tmp_path / stage
+
+    sft = run("sft", source, "--config.data.row_length=768")
+    tuned = load_model(sft)
+    assert tuned.tokenizer.ends == tokenizer.ends and tuned.config.rope_theta == 500_000.0
+    long = ["--config.data.row_length=768", "--config.rollout.max_prompt_tokens=600"]
+    grpo = run("grpo", sft, "--config.train.steps=1", "--config.init.reward=", *long)
+    parents = json.loads((sft / "summary.json").read_text())["parents"]
+    assert parents["policy"] == str(source)
+
+    result = run_main(f"--workdir={grpo}", f"--out={tmp_path}/out", module="rlhf_jax.export")
+    assert result.returncode == 0, result.stderr[-2000:]
+    again, trained = load_model(tmp_path / "out"), load_model(grpo)
+    assert again.config == dataclasses.replace(
+        trained.config, remat="none", init_std=again.config.init_std
+    )
+    jax.tree.map(np.testing.assert_array_equal, again.params, trained.params)
+
+
+def test_a_directory_that_cannot_be_used_is_named(experiments, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    result = run_main(
+        f"--config={experiments}/sft.py",
+        f"--workdir={tmp_path}/run",
+        f"--config.init.policy={tmp_path}",
+    )
+    assert result.returncode == 2
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert "model_type = 't5' is not supported" in line
