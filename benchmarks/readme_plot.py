@@ -25,7 +25,7 @@ def main() -> None:
     if "dpo" in finished:
         write("town", plot(runs / "dpo", "Gold reward by component"))
     if series := {name: frontier(runs / name) for name in finished if name != "dpo"}:
-        title = "Gold (solid) and proxy reward against √KL"
+        title = "Gold and proxy reward against √KL"
         write("frontier", {"kind": "frontier", "title": title, "series": series, "wide": True})
 
 

@@ -203,7 +203,7 @@ def hangs(prompts, responses):
         ("raises", "no such thing"),
         pytest.param("nan", "heldout-", marks=pytest.mark.slow),
         pytest.param("none", "heldout-", marks=pytest.mark.slow),
-        pytest.param("short", "1 numbers? for", marks=pytest.mark.slow),
+        pytest.param("short", "returned 1 scores for", marks=pytest.mark.slow),
         pytest.param("hangs", "2 s", marks=pytest.mark.slow),
     ],
 )
