@@ -20,13 +20,12 @@ from tests.data.test_hub_tokenizer import CONVERSATION, TEXT
 LAYOUTS = {"tiny": "Qwen3", "125m": "GPT2", "1b": "Llama"}
 
 
+SMALL = {"layers": 2, "width": 32, "heads": 4, "kv_heads": 4, "head_dim": 8, "mlp_width": 48}
+
+
 def small(preset, vocabulary, **changes):
-    config = dataclasses.replace(
-        PRESETS[preset],
-        **{"vocab_size": vocabulary, "layers": 2, "width": 32, "heads": 4, "mlp_width": 48},
-        **{"kv_heads": 4, "head_dim": 8, "max_length": 64, "compute_dtype": "float32"},
-        **changes,
-    )
+    fields = SMALL | {"max_length": 64, "compute_dtype": "float32"} | changes
+    config = dataclasses.replace(PRESETS[preset], vocab_size=vocabulary, **fields)
     return config, init(config, jax.random.key(0))
 
 

@@ -1,9 +1,11 @@
 """JSON lines to records, strictly: a bad line is named, or counted under an explicit allowance.
 
-Formats by kind (any other key becomes a `meta` entry; `id` is optional; files may be .gz or .xz):
+Formats by kind (any other key becomes a `meta` entry; `id` is optional; files may be .gz or .xz, or
+.parquet, whose rows are such objects and whose nulls are absent keys):
 
     text          {"text": str}
-    conversation  {"messages": [{"role", "content"}, …]} or {"prompt": str | messages, "response"}
+    conversation  {"messages": [{"role", "content"}, …]}, or {"prompt": str | messages} with
+                  "response": str or "completion": str | messages
     prompt        {"prompt": str | messages} or {"messages": […]}
     pair          {"prompt", "chosen", "rejected"}: replies as text or as messages,
                   or {"chosen": messages, "rejected": messages} that share all but the last
@@ -74,7 +76,9 @@ def read_jsonl(
             raise BadLine("mixed format", f"{_names(keys)} after lines with {_names(formats[0])}")
         return record
 
-    return read_lines(path, convert, max_bad_fraction=max_bad_fraction, skipped=skipped)
+    records = read_lines(path, convert, max_bad_fraction=max_bad_fraction, skipped=skipped)
+    print(f"{path}: {len(records):,} records of {_names(formats[0])}, read as {kind}", flush=True)
+    return records
 
 
 def read_lines(
@@ -92,9 +96,11 @@ def read_lines(
         raise UserError(f"max_bad_fraction must be in [0, 1), got {max_bad_fraction}")
     reasons: Counter[str] = Counter()
     records, first_error = [], ""
-    for number, raw in _raw_lines(path):
+    table = Path(path).suffix == ".parquet"
+    for number, raw in _rows(path) if table else _raw_lines(path):
         try:
-            records.append(convert(_parse(raw), f"{Path(path).name}:{number}"))
+            fields = raw if isinstance(raw, dict) else _parse(raw)
+            records.append(convert(fields, f"{Path(path).name}:{number}"))
         except BadLine as error:
             reasons[error.reason] += 1
             first_error = first_error or f"{path}:{number}: {error}; the line: {_excerpt(raw)}"
@@ -144,6 +150,28 @@ def _raw_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         where = f"{path}:{number + 1}" if number else str(path)
         raise UserError(f"{where}: cannot read: {error}") from error
+
+
+def _rows(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(1-based number, object) of each row of a Parquet file, a few at a time."""
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(1024):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield number, _without_nulls(fields)
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: cannot read row {number + 1}: {str(error)[:200]}") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
@@ -198,7 +226,8 @@ def _conversation(fields: dict[str, Any], default_id: str, keys: frozenset[str])
     if "messages" in keys:
         messages = _messages(fields, "messages")
     else:
-        messages = (*_prompt(fields), Message("assistant", string(fields, "response")))
+        name = "response" if "response" in keys else "completion"
+        messages = _side(fields, name, _prompt(fields))
     _check(messages, reply_last=True)
     return Conversation(_id(fields, default_id), messages, _meta(fields, keys))
 
@@ -353,6 +382,7 @@ FORMATS: dict[str, tuple[tuple[frozenset[str], Callable], ...]] = {
     "conversation": (
         (frozenset({"messages"}), _conversation),
         (frozenset({"prompt", "response"}), _conversation),
+        (frozenset({"prompt", "completion"}), _conversation),
     ),
     "prompt": ((frozenset({"messages"}), _prompt_record), (frozenset({"prompt"}), _prompt_record)),
     "pair": (

@@ -47,7 +47,7 @@ def parse_sources(spec: str) -> dict[str, float]:
 
 def is_file(source: str) -> bool:
     """Whether a source is a file, not a data set."""
-    return Path(source).suffix in (".jsonl", ".gz", ".xz")
+    return Path(source).suffix in (".jsonl", ".gz", ".xz", ".parquet")
 
 
 def read_records(config: ConfigDict, source: str, kind: str, split: str) -> list[Any]:

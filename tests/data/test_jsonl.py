@@ -37,6 +37,8 @@ GOOD = {
 OTHER_FORMATS = [
     ("conversation", {"prompt": "hi", "response": "yo"}),
     ("conversation", {"prompt": [U], "response": "yo"}),
+    ("conversation", {"prompt": "hi", "completion": "yo"}),
+    ("conversation", {"prompt": [U], "completion": [A]}),
     ("prompt", {"messages": [U]}),
     ("prompt", {"prompt": [U]}),
     ("pair", {"chosen": [U, A], "rejected": [U, B]}),
@@ -209,3 +211,24 @@ def mutate(line: bytes, rng: np.random.Generator) -> bytes:
             case 3:
                 data[at:at] = data[at : at + int(rng.integers(1, 20))]
     return bytes(data)
+
+
+def test_parquet_rows_are_the_same_records(tmp_path, capsys):
+    table = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [
+        {"prompt": "hi", "chosen": [A], "rejected": [B], "topic": "greeting", "margin": None},
+        {"prompt": "ho", "chosen": [A], "rejected": [B], "topic": None, "margin": 2.0},
+    ]
+    path = tmp_path / "pairs.parquet"
+    parquet.write_table(table.Table.from_pylist(rows), path)
+    first, second = read_jsonl(path, "pair")
+    assert first == Pair("pairs.parquet:1", (USER,), "yo", "no", None, {"topic": "greeting"})
+    assert second == Pair("pairs.parquet:2", (Message("user", "ho"),), "yo", "no", 2.0, {})
+    assert "2 records of {'chosen', 'prompt', 'rejected'}" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"pairs\.parquet:1: missing key"):
+        read_jsonl(path, "text")
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(UserError, match="cannot read row 1"):
+        read_jsonl(path, "pair")
