@@ -1,0 +1,161 @@
+"""Model directories of other makes: older configs, several files, and every mistake named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import PRESETS, init
+from rlhf_jax.models.hf_config import read_config, to_document
+from rlhf_jax.models.hf_weights import INDEX, read_weights, write_weights
+
+LLAMA = dataclasses.replace(
+    PRESETS["8b"], vocab_size=61, layers=2, width=16, heads=4, kv_heads=2, head_dim=4,
+    mlp_width=24, max_length=64, compute_dtype="float32", remat="none",
+)  # fmt: skip
+WINDOWED = {"sliding_window": 5, "window_pattern": "wwwwwg", "layers": 6}
+GEMMA3 = dataclasses.replace(
+    LLAMA, tied_embeddings=True, norm_plus_one=True, norm_place="around", qk_norm=True,
+    activation="geglu", embed_scale=4.0, query_scale=0.5, norm_eps=1e-6, rope_theta=1e6,
+    rope_local_theta=1e4, rope_scaling="linear", rope_factor=8.0, **WINDOWED,
+)  # fmt: skip
+PYTHIA = dataclasses.replace(
+    LLAMA, kv_heads=4, norm="layer", norm_bias=True, attention_bias=True, mlp_bias=True,
+    parallel=True, activation="gelu", rope_theta=10_000.0, rotary_fraction=0.5,
+)  # fmt: skip
+YARN = dataclasses.replace(
+    LLAMA, rope_scaling="yarn", rope_factor=4.0, rope_original_length=16, rope_high=32.0
+)
+
+
+@pytest.fixture(name="directory")
+def _directory(tmp_path):
+    write_weights(tmp_path, LLAMA, init(LLAMA, jax.random.key(0)))
+    return tmp_path
+
+
+def change_config(directory, **changes):
+    path = directory / "config.json"
+    document = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in document.items() if v != "gone"}))
+
+
+def change_tensors(directory, change):
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def read(directory):
+    return read_weights(directory, *read_config(directory))
+
+
+@pytest.mark.parametrize("config", [LLAMA, GEMMA3, PYTHIA, YARN])
+def test_older_spellings_say_the_same(tmp_path, config):
+    kind, document = to_document(config)
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    assert read_config(tmp_path) == (kind, dataclasses.replace(config, copy_init=False))
+    new = document.pop("rope_parameters")
+    if kind == "gemma3_text":
+        new, local = new["full_attention"], new["sliding_attention"]
+        old = {"rope_local_base_freq": local["rope_theta"], "sliding_window_pattern": 6}
+        del document["layer_types"]
+    elif kind == "gpt_neox":
+        old = {"rotary_emb_base": new["rope_theta"], "rotary_pct": new["partial_rotary_factor"]}
+    else:
+        old = {}
+    if new["rope_type"] != "default":
+        scaling = {k: v for k, v in new.items() if k not in ("rope_theta", "rope_type")}
+        old["rope_scaling"] = scaling | {"type": new["rope_type"]}
+    document |= {"rope_theta": new["rope_theta"], "torch_dtype": "bfloat16"} | old
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    assert read_config(tmp_path) == (kind, dataclasses.replace(config, copy_init=False))
+
+
+def test_what_is_not_used_is_said(directory, capsys):
+    change_config(directory, made_by="somebody")
+    read(directory)
+    assert "not used: made_by" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type = 'mamba' is not supported; supported are llama"),
+        ({"auto_map": {"AutoModel": "x.Y"}}, "run code of its own"),
+        ({"quantization_config": {"bits": 4}}, "has quantised weights"),
+        ({"hidden_size": "gone"}, "there is no hidden_size; it should be a whole number"),
+        ({"hidden_size": 16.5}, "hidden_size = '16.5' should be a whole number"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps = '1e-5' should be a number"),
+        ({"hidden_act": "relu"}, "hidden_act = 'relu' should be one of silu"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1.0}}, "should be one of"),
+        ({"num_key_value_heads": 3}, "heads = 4 is not a multiple of model.kv_heads = 3"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention = True is not"),
+        ({"num_hidden_layers": 3}, "the first is model.layers.2"),
+        ({"num_hidden_layers": 1}, "the first is model.layers.1"),
+        ({"intermediate_size": 25}, "has shape"),
+        ({"tie_word_embeddings": None}, "there is no tie_word_embeddings"),
+    ],
+)
+def test_a_config_that_cannot_be_followed_is_named(directory, changes, message):
+    change_config(directory, **changes)
+    with pytest.raises(UserError) as error:
+        read(directory)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(NORM), f"1 tensors are missing, the first is {NORM}"),
+        (lambda t: t.update(more=t[NORM]), "the first is more"),
+        (lambda t: t.update({NORM: t[NORM][1:]}), "has shape [15], not [16]"),
+        (lambda t: t.update({NORM: t[NORM].astype(np.int32)}), "is of I32; weights must be of"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(directory, change, message):
+    change_tensors(directory, change)
+    with pytest.raises(UserError) as error:
+        read(directory)
+    assert message in str(error.value)
+
+
+def test_files_that_are_wrong_are_named(directory, tmp_path_factory):
+    (directory / INDEX).write_text(json.dumps({"weight_map": {"a": "b.safetensors"}}))
+    with pytest.raises(UserError, match=r"names b\.safetensors, which is not there"):
+        read(directory)
+    (directory / INDEX).write_text(json.dumps({"weight_map": {"a": "../b.safetensors"}}))
+    with pytest.raises(UserError, match="which is no file beside it"):
+        read(directory)
+    (directory / INDEX).unlink()
+    whole = (directory / "model.safetensors").read_bytes()
+    (directory / "second.safetensors").write_bytes(whole)
+    with pytest.raises(UserError, match=r"is in model\.safetensors and in second"):
+        read(directory)
+    (directory / "second.safetensors").unlink()
+    (directory / "model.safetensors").write_bytes(whole[:-8])
+    with pytest.raises(UserError, match="is no safetensors file"):
+        read(directory)
+    (directory / "model.safetensors").unlink()
+    (directory / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
+    with pytest.raises(UserError, match="is a pickle, which could run code"):
+        read(directory)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_read_exactly(tmp_path, dtype):
+    params = init(LLAMA, jax.random.key(0))
+    write_weights(tmp_path, LLAMA, params, dtype=dtype)
+    found = read(tmp_path)
+    rounded = jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), params)
+    jax.tree.map(np.testing.assert_array_equal, found, rounded)
