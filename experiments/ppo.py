@@ -3,7 +3,8 @@
 python -m rlhf_jax.main --config=experiments/ppo.py
     the embedded town, against the reward model of experiments/reward.py
 python -m rlhf_jax.main --config=experiments/ppo.py:ensemble
-    the same against three reward models: their mean less their standard deviation
+    the same against three reward models, their mean less their standard deviation: gold win rate
+    0.81 (0.76 to 0.86) at KL 1.2
 python -m rlhf_jax.main --config=experiments/ppo.py:hh
     HH-RLHF, helpful, against the reward model trained on its pairs: from -0.2 to 0.4 of its
     deviations at KL 4.5, and the answers are nonsense that it likes: the models are that small
