@@ -74,10 +74,10 @@ def read_records(builder: RecordBuilder, split: str) -> list[Record]:
         files.parent.mkdir(parents=True, exist_ok=True)
         with open(files.parent / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if files.is_dir():  # another process was first
-                builder.info.read_from_directory(files)
-            else:
+            if not files.is_dir():
                 builder.download_and_prepare()
+    if not builder.info.splits:  # another process was first, after this builder was made
+        builder.info.read_from_directory(files)
     try:
         source = builder.as_data_source(split=split)
     except ValueError as error:

@@ -78,6 +78,15 @@ def test_two_that_prepare_at_once_take_turns(tmp_path):
     assert results[0] == results[1] and len(results[0]) == 2
 
 
+def test_one_made_before_the_files_were_there_reads_them(tmp_path):
+    """As when another process prepares between the making of a builder and its use."""
+    early, first = (
+        Everything(config="text", data_dir=tmp_path, file_format="array_record") for _ in range(2)
+    )
+    records = read_records(first, "train")
+    assert read_records(early, "train") == records and len(records) == 2
+
+
 def test_unknown_names_list_the_known(cache):
     with pytest.raises(UserError, match="unknown data set 'c4'; known: tiny_shakespeare"):
         load_records("c4", "train")
