@@ -1,8 +1,8 @@
 """Writes a model for other tools: `python -m rlhf_jax.export --workdir=runs/dpo --out=dpo-hf`.
 
 The directory loads in transformers: a language model, or a reward model for sequence
-classification, with its tokenizer and chat template. Exit codes: 0 done, 2 the user's mistake, 1 a
-bug.
+classification, with its tokenizer and chat template. A model under an adapter is written as PEFT's
+adapter; with `--merge` as a whole model. Exit codes: 0 done, 2 the user's mistake, 1 a bug.
 """
 
 from __future__ import annotations
@@ -27,18 +27,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="the directory to write, new or empty")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     parser.add_argument("--shard-bytes", type=int, default=5 * 10**9, help="the most a file holds")
+    parser.add_argument("--merge", action="store_true", help="fold the adapter into the weights")
     return parser.parse_args(argv)
 
 
-def export(workdir: Path, out: Path, *, dtype: str, shard_bytes: int) -> None:
+def export(workdir: Path, out: Path, *, dtype: str, shard_bytes: int, merge: bool = False) -> None:
     """Writes the model of a finished run into `out`.
+
+    An adapter names its base by path; a base that is one of our runs is written into `out`/base.
 
     Raises:
         UserError: there is no such model, no model type of transformers computes what it does, or
             `out` holds something already.
     """
+    from rlhf_jax.models import lora
     from rlhf_jax.models.hf_weights import write_weights
-    from rlhf_jax.training.model import load_model
+    from rlhf_jax.models.peft import write_adapter
+    from rlhf_jax.training.model import is_hub_directory, load_model
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty directory")
@@ -47,12 +52,18 @@ def export(workdir: Path, out: Path, *, dtype: str, shard_bytes: int) -> None:
     model = load_model(workdir)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = model.tokenizer
+    tokenizer.export(out)
+    if model.adapter is not None and model.base is not None and not merge:
+        base = model.base.directory
+        if not is_hub_directory(base):
+            export(base, out / "base", dtype=dtype, shard_bytes=shard_bytes)
+            base = (out / "base").resolve()
+        write_adapter(out, model.config, model.params, model.adapter, base)
+        return
+    params = model.params if model.adapter is None else lora.merge(model.params)
     special = {"bos_token_id": tokenizer.bos, "eos_token_id": list(tokenizer.ends)}
     special |= {"pad_token_id": tokenizer.pad}
-    write_weights(
-        out, model.config, model.params, dtype=dtype, shard_bytes=shard_bytes, extra=special
-    )
-    tokenizer.export(out)
+    write_weights(out, model.config, params, dtype=dtype, shard_bytes=shard_bytes, extra=special)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
             out,
             dtype=arguments.dtype,
             shard_bytes=arguments.shard_bytes,
+            merge=arguments.merge,
         )
         print(f"written: {out}", flush=True)
         return EXIT_DONE

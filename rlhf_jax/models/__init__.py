@@ -1,6 +1,7 @@
 """One decoder-only transformer as pure functions of a config and a nested dict of arrays."""
 
 from rlhf_jax.models.config import PRESETS, ModelConfig
+from rlhf_jax.models.lora import param_count
 from rlhf_jax.models.transformer import (
     Output,
     apply,
@@ -8,7 +9,6 @@ from rlhf_jax.models.transformer import (
     init,
     init_cache,
     logits,
-    param_count,
     scores,
     unembedding,
 )

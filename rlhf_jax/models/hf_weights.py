@@ -1,18 +1,20 @@
 """Weights of Hugging Face models in *.safetensors ↔ our parameters.
 
-A tensor is read by byte range, one layer at a time, and written straight into the stacked
-parameter where it lies, so that little more than the parameters themselves is ever in memory.
+Every header is checked before the first weight is read. Then tensors come one by one and are
+written straight into the stacked parameter where it lies: beside the parameters themselves no more
+than one file is ever in memory.
 Nothing is unpickled: *.bin and *.pt files are refused.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -172,6 +174,18 @@ def _pack(rule: Rule, heads: int, parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(split, axis=1).reshape(-1, *rest)
 
 
+def _packed_shape(rule: Rule, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """Of their tensor that holds ours of these shapes."""
+    match rule.layout:
+        case "same":
+            return shapes[0]
+        case "transposed":
+            return shapes[0][::-1]
+        case "joined":
+            return (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
+    return (sum(shape[-1] for shape in shapes), *shapes[0][:-1][::-1])
+
+
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of our parameters by "/"-joined name."""
     made = jax.eval_shape(partial(transformer.init, config), jax.random.key(0))
@@ -197,25 +211,24 @@ def read_weights(
         UserError: a file is missing, damaged or not of safetensors; a tensor is missing, unknown,
             in two files, of another shape or not of float32, bfloat16 or float16.
     """
-    files = _files(directory)
-    expected = _expected(kind, config, files, directory)
+    held = _headers(directory)
+    _check_size(config, held, directory)
+    places = _places(kind, config, held, directory)
     params: dict[str, jax.Array] = {}
-    for rule, layers in expected:
-        for ours, shape in rule.shapes.items():
-            place = None if sharding is None else sharding(ours, shape)
-            params[ours] = jnp.zeros(shape, jnp.float32, device=place)
-        for layer, name in layers:
-            parts = _unpack(rule.rule, config.heads, _read(files[name], name, rule.theirs))
-            for ours, part in zip(rule.rule.ours, parts, strict=True):
-                value = np.ascontiguousarray(part, np.float32)
-                whole = params[ours]
-                if layer is not None:
-                    whole = _put(whole, value, layer)
-                elif whole.sharding.is_fully_addressable and sharding is None:
-                    whole = jnp.asarray(value)
-                else:
-                    whole = jax.device_put(value, whole.sharding)
-                params[ours] = whole
+    for path in dict.fromkeys(header.path for header in held.values()):
+        with _opened(path) as file:
+            for name in [n for n, header in held.items() if header.path == path and n in places]:
+                rule, layer, shapes = places[name]
+                parts = _unpack(rule, config.heads, _read(file, path, name))
+                for ours, part in zip(rule.ours, parts, strict=True):
+                    where = None if sharding is None else sharding(ours, shapes[ours])
+                    value = np.ascontiguousarray(part, np.float32)
+                    if layer is None:
+                        params[ours] = jax.device_put(value, where)
+                        continue
+                    if ours not in params:
+                        params[ours] = jnp.zeros(shapes[ours], jnp.float32, device=where)
+                    params[ours] = _put(params[ours], value, layer)
     return _nested(params)
 
 
@@ -224,54 +237,85 @@ def _put(whole: jax.Array, value: jax.Array, layer) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(whole, value, layer, 0)
 
 
-@dataclass(frozen=True)
-class _Expected:
-    """A rule with the shapes of its tensor and of our stacked parameters."""
+class _Header(NamedTuple):
+    """Where a tensor is and what its file says of it."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class _Place(NamedTuple):
+    """Where a tensor goes: the layer of stacked parameters, or None."""
 
     rule: Rule
-    theirs: tuple[int, ...]
+    layer: int | None
     shapes: dict[str, tuple[int, ...]]
 
 
-Layers = list[tuple[int | None, str]]
+def _check_size(config: ModelConfig, held: Mapping[str, _Header], directory: Path) -> None:
+    """Refuses a config of more than the files hold before anything of that size is made."""
+    numbers = sum(math.prod(header.shape) for header in held.values())
+    fields = ("vocab_size", "layers", "width", "heads", "kv_heads", "head_dim", "mlp_width")
+    for name in (*fields, *(("max_length",) if config.position == "learned" else ())):
+        if getattr(config, name) > numbers:
+            raise UserError(
+                f"{directory}: config.json asks for {name} = {getattr(config, name)}, but its "
+                f"files hold {numbers} numbers in all"
+            )
+    if config.layers > len(held):
+        raise UserError(
+            f"{directory}: config.json asks for {config.layers} layers, its files hold "
+            f"{len(held)} tensors"
+        )
 
 
-def _expected(
-    kind: str, config: ModelConfig, files: Mapping[str, Path], directory: Path
-) -> list[tuple[_Expected, Layers]]:
-    """What the files must hold, having checked that they hold just that."""
+def _places(
+    kind: str, config: ModelConfig, held: Mapping[str, _Header], directory: Path
+) -> dict[str, _Place]:
+    """Where each tensor goes, having checked that the files hold just what they must."""
     family, shapes = FAMILIES[kind], _shapes(config)
-    bases = [b for b in family.bases if b and any(n.startswith(b) for n in files)]
+    bases = [b for b in family.bases if b and any(n.startswith(b) for n in held)]
     base = bases[0] if bases else family.bases[-1]
-    found, known = [], set()
+    found: dict[str, _Place] = {}
+    wanted: dict[str, tuple[int, ...]] = {}
     for rule in rules(kind, config):
         prefix = base if rule.based else ""
         stacked = "{i}" in rule.theirs
         ours = {name: shapes[name] for name in rule.ours}
-        single = [np.empty(s[1:] if stacked else s, np.bool_) for s in ours.values()]
-        expected = _Expected(rule, _pack(rule, config.heads, single).shape, ours)
-        layers: Layers = [(None, prefix + rule.theirs)]
-        if stacked:
-            layers = [(i, prefix + rule.theirs.format(i=i)) for i in range(config.layers)]
-        found.append((expected, layers))
-        known |= {name for _, name in layers}
-    if missing := sorted(known - set(files)):
+        shape = _packed_shape(rule, [s[1:] if stacked else s for s in ours.values()])
+        for i in range(config.layers) if stacked else (None,):
+            name = prefix + rule.theirs.format(i=i)
+            found[name] = _Place(rule, i, ours)
+            wanted[name] = shape
+    if missing := [name for name in found if name not in held]:
         raise UserError(
             f"{directory}: {len(missing)} tensors are missing, the first is {missing[0]}"
         )
     tied = {"lm_head.weight", "embed_out.weight"} if config.tied_embeddings else set()
     ignored = _BUFFERS + (_NEOX_BUFFERS if kind == "gpt_neox" else ())
-    extra = [n for n in sorted(set(files) - known - tied) if not n.endswith(ignored)]
+    extra = [n for n in sorted(set(held) - set(found) - tied) if not n.endswith(ignored)]
     if extra:
         raise UserError(
             f"{directory}: {len(extra)} tensors are not of a {kind} model with this config, the "
             f"first is {extra[0]}"
         )
+    for name, shape in wanted.items():
+        header = held[name]
+        if header.shape != shape:
+            raise UserError(
+                f"{header.path}: {name} has shape {list(header.shape)}, not {list(shape)}"
+            )
+        if header.dtype not in _FLOATS:
+            raise UserError(
+                f"{header.path}: {name} is of {header.dtype}; weights must be of "
+                f"{', '.join(_FLOATS)}"
+            )
     return found
 
 
-def _files(directory: Path) -> dict[str, Path]:
-    """Tensor name → the file that holds it."""
+def _headers(directory: Path) -> dict[str, _Header]:
+    """What the directory's files say of every tensor."""
     paths = sorted(directory.glob("*.safetensors"))
     if not paths:
         pickled = sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in directory.glob(s))
@@ -288,13 +332,16 @@ def _files(directory: Path) -> dict[str, Path]:
         if absent:
             raise UserError(f"{index} names {absent[0]}, which is not there")
         paths = [directory / name for name in wanted]
-    found: dict[str, Path] = {}
+    found: dict[str, _Header] = {}
     for path in paths:
         with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118 - no mapping
                 if name in found:
-                    raise UserError(f"tensor {name} is in {found[name].name} and in {path.name}")
-                found[name] = path
+                    raise UserError(
+                        f"tensor {name} is in {found[name].path.name} and in {path.name}"
+                    )
+                part = file.get_slice(name)
+                found[name] = _Header(path, tuple(part.get_shape()), part.get_dtype())
     return found
 
 
@@ -318,19 +365,11 @@ def _opened(path: Path) -> Any:
         raise UserError(f"{path} is no safetensors file: {str(error)[:200]}") from error
 
 
-def _read(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    with _opened(path) as file:
-        part = file.get_slice(name)
-        if tuple(part.get_shape()) != shape:
-            raise UserError(f"{path}: {name} has shape {part.get_shape()}, not {list(shape)}")
-        if part.get_dtype() not in _FLOATS:
-            raise UserError(
-                f"{path}: {name} is of {part.get_dtype()}; weights must be of {', '.join(_FLOATS)}"
-            )
-        try:
-            return part[:]
-        except (SafetensorError, ValueError, TypeError) as error:
-            raise UserError(f"{path}: cannot read {name}: {str(error)[:200]}") from error
+def _read(file: Any, path: Path, name: str) -> np.ndarray:
+    try:
+        return file.get_slice(name)[:]
+    except (SafetensorError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: cannot read {name}: {str(error)[:200]}") from error
 
 
 def _nested(flat: Mapping[str, jax.Array]) -> dict[str, Any]:
@@ -412,5 +451,5 @@ def _tensors(
         for i in range(config.layers) if "{i}" in rule.theirs else (None,):
             parts = [np.asarray(flat[n] if i is None else flat[n][i]) for n in rule.ours]
             packed = _pack(rule, config.heads, parts)
-            name = prefix + (rule.theirs if i is None else rule.theirs.format(i=i))
+            name = prefix + rule.theirs.format(i=i)
             yield name, np.ascontiguousarray(packed).astype(dtype)

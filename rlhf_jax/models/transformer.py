@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.models import lora
 from rlhf_jax.models.attention import (
     attend,
     attend_cached,
@@ -135,10 +136,11 @@ class _Dense(nn.Module):
         std = config.init_std
         if self.residual:
             std = std / np.sqrt(2 * config.layers)
-        kernel = self.param("kernel", nn.initializers.normal(std), (x.shape[-1], self.features))
+        if self.is_initializing():
+            self.param("kernel", nn.initializers.normal(std), (x.shape[-1], self.features))
         # Products over a flat token axis: XLA's CPU backend would transpose the gradient of a
         # [B, T, width] one by a slow copy.
-        y = x.reshape(-1, x.shape[-1]) @ kernel.astype(dtype)
+        y = lora.product(x.reshape(-1, x.shape[-1]), self.variables["params"], dtype)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(dtype)
@@ -462,11 +464,6 @@ def scores(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
     if config.head != "scalar":
         raise ValueError("scores need a model with head = 'scalar'")
     return hidden.astype(jnp.float32) @ params["score_head"]["kernel"][:, 0]
-
-
-def param_count(params: Params) -> int:
-    """How many numbers the parameters are."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def check_tokens(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import numpy as np
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.lora import combine
 from rlhf_jax.models.scoring import Batch, sequence_scores
 
 Array = TypeVar("Array", np.ndarray, jax.Array)
@@ -72,8 +73,15 @@ def same_config(configs: Sequence[ModelConfig], names: Sequence[str]) -> None:
                 )
 
 
-def stack_members(members: Sequence[Any]) -> Any:
-    """The parameters of K models of one config as one tree, each leaf [K, …].
+class Members(NamedTuple):
+    """The parameters of K models: `shared` are the same arrays in all, `own` leaves are [K, …]."""
+
+    own: dict[str, Any]
+    shared: dict[str, Any]
+
+
+def stack_members(members: Sequence[Any]) -> Members:
+    """The parameters of K models of one config; what they share, as adapters do, is not copied.
 
     Raises:
         UserError: there are none, or they are not of one config: names the first leaf that differs.
@@ -90,7 +98,19 @@ def stack_members(members: Sequence[Any]) -> Any:
                     f"the reward models of an ensemble must have one config: {name} is {ours} in "
                     f"member 0 and {theirs} in member {number}"
                 )
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+
+    def part(nodes: Sequence[Any], shared: bool) -> dict[str, Any]:
+        kept: dict[str, Any] = {}
+        for name, child in nodes[0].items():
+            children = [node[name] for node in nodes]
+            if isinstance(child, Mapping):
+                if found := part(children, shared):
+                    kept[name] = found
+            elif shared == all(other is child for other in children):
+                kept[name] = child if shared else jnp.stack(children)
+        return kept
+
+    return Members(part(members, False), part(members, True))
 
 
 def _leaves(params: Any) -> dict[str, str]:
@@ -101,9 +121,13 @@ def _leaves(params: Any) -> dict[str, str]:
     }
 
 
-def member_scores(config: ModelConfig, stacked_params: Any, batch: Batch) -> jax.Array:
-    """`sequence_scores` of every member of `stack_members` on one batch: [K, B, P, Kb] f32."""
-    return jax.vmap(lambda params: sequence_scores(config, params, batch))(stacked_params)
+def member_scores(config: ModelConfig, members: Members, batch: Batch) -> jax.Array:
+    """`sequence_scores` of every member on one batch: [K, B, P, Kb] f32."""
+
+    def score(own: Mapping[str, Any]) -> jax.Array:
+        return sequence_scores(config, combine(own, members.shared), batch)
+
+    return jax.vmap(score)(members.own) if members.own else score({})[None]
 
 
 @dataclass(frozen=True)

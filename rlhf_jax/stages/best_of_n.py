@@ -33,7 +33,7 @@ from rlhf_jax.evaluation.language import language_evaluation
 from rlhf_jax.losses.cross_entropy import token_cross_entropy
 from rlhf_jax.models.scoring import target_statistics
 from rlhf_jax.stages.chat import evaluate_chat
-from rlhf_jax.stages.common import batches_of, fit, parse_sources, say
+from rlhf_jax.stages.common import batches_of, fit, load_start, parse_sources, say
 from rlhf_jax.stages.policy import held_out_set
 from rlhf_jax.stages.rollouts import (
     Judge,
@@ -43,7 +43,7 @@ from rlhf_jax.stages.rollouts import (
     read_prompts,
     sample_answers,
 )
-from rlhf_jax.training.model import Model, load_model, save_model
+from rlhf_jax.training.model import Model, save_model
 from rlhf_jax.training.rundir import RunDirectory
 
 Figure = dict[str, Any]
@@ -52,7 +52,7 @@ BLOCK = 32  # prompts whose answers are held at a time
 
 def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Measures best-of-n of `init.policy`, trains it on winners; the metrics of summary.json."""
-    policy = load_model(parents["policy"], **config.compute)
+    policy = load_start(config, parents["policy"])
     options = config.best_of_n
     with Judge(config, parents, policy) as judge:
         held_out = held_out_set(config, policy)

@@ -18,6 +18,7 @@ from rlhf_jax.losses.checks import check_choice
 from rlhf_jax.losses.policy import AGGREGATIONS, LEVELS, check_policy_options, policy_loss
 from rlhf_jax.losses.preference import check_options
 from rlhf_jax.losses.shaping import EOS_MODES, ESTIMATORS
+from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.rewards import parse_rewards
 from rlhf_jax.rewards.ensemble import COMBINATIONS
 from rlhf_jax.stages.common import is_file, parse_sources
@@ -34,6 +35,8 @@ def check(config: ConfigDict) -> None:
     if config.stage in ("policy", "online_preference"):
         updates *= config.train.epochs * config.train.minibatches
     make_optimizer(config.optimizer, updates)
+    if "adapter" in config:
+        AdapterConfig(**config.adapter).validate()
     data, held_out = config.data, config.eval.get("source", "")
     for spec in (
         data.train,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -19,16 +20,21 @@ from rlhf_jax.data.packing import Arrays, check_ids, pack_documents
 from rlhf_jax.data.pipeline import make_dataset, make_iterator
 from rlhf_jax.data.records import Text, convert
 from rlhf_jax.errors import UserError
+from rlhf_jax.models.lora import AdapterConfig
+from rlhf_jax.training.learner import make_learner
 from rlhf_jax.training.loop import train
 from rlhf_jax.training.mesh import make_mesh
-from rlhf_jax.training.model import Model, fingerprint, is_hub_directory
-from rlhf_jax.training.optimizer import make_optimizer, optimizer_config
+from rlhf_jax.training.model import Model, as_trainable, fingerprint, is_hub_directory, load_model
 from rlhf_jax.training.rundir import RunDirectory, write_json
-from rlhf_jax.training.state import init_state
-from rlhf_jax.training.step import make_step
 
 Figure = dict[str, Any]  # what `evaluation.plots.draw` draws
 Evaluated = tuple[dict[str, float], list[Figure]]
+
+
+def load_start(config: ConfigDict, directory: Path) -> Model:
+    """The model a stage starts from, with the adapter it is to train if there is one."""
+    model = load_model(directory, **config.compute)
+    return as_trainable(model, AdapterConfig(**config.adapter), config.seed)
 
 
 def parse_sources(spec: str) -> dict[str, float]:
@@ -103,45 +109,39 @@ def fit(
         batches: an iterator of host batches whose state can be saved.
         evaluate: params → (metrics, figures), every `train.eval_every` steps and at the end.
     """
-    options = optimizer_config(config.optimizer)
-    optimizer, schedule = make_optimizer(options, config.train.steps)
     mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
-    step = make_step(
+    learner = make_learner(
+        config,
+        config.optimizer,
+        model.params,
         loss_fn,
-        optimizer,
+        updates=config.train.steps,
         mesh=mesh,
-        microbatches=config.batch.microbatches,
-        max_grad_norm=options.max_grad_norm,
-        ema_decay=config.train.ema_decay or None,
-        freeze=options.freeze,
-        schedule=schedule,
-        seed=config.seed,
+        ema_decay=config.train.ema_decay,
     )
-    state = init_state(model.params, optimizer, ema=config.train.ema_decay > 0, mesh=mesh)
-
     evaluated: Evaluated | None = None
-
-    def current(state):
-        return state.params if state.ema_params is None else state.ema_params
 
     def evaluation(state):
         nonlocal evaluated
-        evaluated = evaluate(current(state))
+        evaluated = evaluate(learner.params(state))
         return evaluated[0]
 
     state, rates = train_loop(
         config,
         run,
-        state,
-        step,
+        learner.init(),
+        learner.step,
         batches,
         evaluation,
         mesh=mesh,
         flops_per_token=model.flops_per_token(),
         tokenizer_hash=model.tokenizer.hash,
     )
-    metrics, figures = evaluated or evaluate(current(state))  # none: it was killed after the last
-    return Model(model.config, current(state), model.tokenizer), metrics | rates, figures
+    metrics, figures = evaluated or evaluate(
+        learner.params(state)
+    )  # none: it was killed after the last
+    made = dataclasses.replace(model, params=learner.params(state), normalization=None)
+    return made, metrics | rates, figures
 
 
 def train_loop(

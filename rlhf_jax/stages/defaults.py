@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from rlhf_jax.models.config import PRESETS
+from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 
@@ -66,6 +67,8 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
         }
     )
     if stage != "pretrain":  # which states its whole model
+        # rank = 0 trains all weights: models/lora.py
+        config.adapter = ConfigDict(dataclasses.asdict(AdapterConfig()))
         config.compute = ConfigDict({"compute_dtype": "float32", "remat": "dots"})
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all other devices
     config.eval = ConfigDict({"batch_rows": 64})

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.data.pipeline import pad_rows
 from rlhf_jax.evaluation.rows import response_logprobs
-from rlhf_jax.stages.common import train_loop
+from rlhf_jax.stages.common import load_start, train_loop
 from rlhf_jax.stages.pairs import CHOSEN, REJECTED
 from rlhf_jax.stages.policy import (
     evaluate,
@@ -41,54 +41,49 @@ from rlhf_jax.stages.rollouts import (
     row_multiple,
     text_rollout,
 )
+from rlhf_jax.training.learner import Learner, make_learner
 from rlhf_jax.training.mesh import make_mesh, shard_batch
-from rlhf_jax.training.model import Model, load_model, save_model
+from rlhf_jax.training.model import Model, save_model
 from rlhf_jax.training.on_policy import Rollouts, minibatches
-from rlhf_jax.training.optimizer import make_optimizer, optimizer_config
 from rlhf_jax.training.rundir import RunDirectory, fault_point
-from rlhf_jax.training.state import TrainState, init_state
-from rlhf_jax.training.step import make_step
+from rlhf_jax.training.state import TrainState
 
 
 def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Optimises `init.policy` on pairs of its own answers; returns the metrics of summary.json."""
-    reference = load_model(parents["policy"], **config.compute)
+    reference = load_start(config, parents["policy"])
     mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
     prompts, batches = training_prompts(config, reference)
     held_out = held_out_set(config, reference)
-    options = optimizer_config(config.optimizer)
-    updates = config.train.steps * config.train.epochs * config.train.minibatches
-    optimizer, schedule = make_optimizer(options, updates)
-    update = make_step(
+    per_iteration = config.train.epochs * config.train.minibatches
+    learner = make_learner(
+        config,
+        config.optimizer,
+        reference.params,
         partial(loss, config, reference.config),
-        optimizer,
+        updates=config.train.steps * per_iteration,
         mesh=mesh,
-        microbatches=config.batch.microbatches,
-        max_grad_norm=options.max_grad_norm,
-        freeze=options.freeze,
-        schedule=schedule,
-        seed=config.seed,
     )
     with Judge(config, parents, reference) as judge:
-        step = _iteration(config, reference, prompts, judge, update, mesh)
+        step = _iteration(config, reference, prompts, judge, learner, mesh)
 
         def evaluation(state: TrainState) -> dict[str, float]:
-            model = dataclasses.replace(reference, params=state.params)
-            number = int(state.step) // (config.train.epochs * config.train.minibatches)
+            model = dataclasses.replace(reference, params=learner.params(state))
+            number = int(state.step) // per_iteration
             return evaluate(config, run.path, model, reference, held_out, judge, number, [])
 
         before = first_evaluation(config, run.path, reference, held_out, judge)
         state, rates = train_loop(
             config,
             run,
-            init_state(reference.params, optimizer, mesh=mesh),
+            learner.init(),
             step,
             batches,
             evaluation,
             tokens=sampled_tokens,
             tokenizer_hash=reference.tokenizer.hash,
         )
-    model = dataclasses.replace(reference, params=state.params)
+    model = dataclasses.replace(reference, params=learner.params(state))
     save_model(run.path, model)
     return finish(config, run.path, model, parents["policy"], before) | rates
 
@@ -98,7 +93,7 @@ def _iteration(
     reference: Model,
     prompts: PromptSet,
     judge: Judge,
-    update: Callable,
+    learner: Learner,
     mesh: Mesh | None,
 ) -> Callable[[TrainState, Mapping[str, np.ndarray]], tuple[TrainState, dict[str, Any]]]:
     """A step of the loop: sample, label, update on the pairs."""
@@ -106,7 +101,7 @@ def _iteration(
 
     def step(state: TrainState, batch: Mapping[str, np.ndarray]):
         number = int(state.step) // per_iteration
-        model = dataclasses.replace(reference, params=state.params)
+        model = dataclasses.replace(reference, params=learner.params(state))
         rollouts = text_rollout(config, model, prompts, batch["row_ids"], judge, mesh, number)
         fault_point("rollout", number + 1)
         rows, tied = pack_best_and_worst(
@@ -118,7 +113,7 @@ def _iteration(
         taken = []
         for chosen in minibatches(config, (rows["valid"] > 0).any(axis=1), number):
             part = {name: x[chosen] for name, x in rows.items()}
-            state, metrics = update(state, part if mesh is None else shard_batch(mesh, part))
+            state, metrics = learner.step(state, part if mesh is None else shard_batch(mesh, part))
             taken.append(metrics)
             fault_point("update", len(taken))
         fetched = jax.device_get(taken)

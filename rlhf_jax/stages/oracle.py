@@ -146,8 +146,8 @@ def run_row(row: Row, config: ConfigDict, seed: int = 0) -> Outcome:
             scalar = dataclasses.replace(shape, head="scalar")
             critic = transformer.init(scalar, jax.random.key(seed + 2))
         task, exact = letters_task(made, shape), partial(enumerate_logprobs, shape)
-    iteration = make_iteration(made, task, start, rules=RULES)
-    state = iteration.init(start, critic)
+    iteration = make_iteration(made, task, start, critic, rules=RULES)
+    state = iteration.init()
     for _ in range(made.train.steps):
         state, _ = iteration.step(state, {})
     logp, reference = exact(state.policy.params), exact(start)

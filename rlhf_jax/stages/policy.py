@@ -21,8 +21,10 @@ from rlhf_jax.data.pipeline import make_dataset, make_iterator
 from rlhf_jax.data.town.gold import gold_score, is_correct
 from rlhf_jax.evaluation.rows import response_logprobs
 from rlhf_jax.evaluation.statistics import bootstrap_interval
+from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.stages.chat import evaluate_chat
 from rlhf_jax.stages.common import (
+    load_start,
     pack_texts,
     parse_sources,
     read_records,
@@ -41,7 +43,7 @@ from rlhf_jax.stages.rollouts import (
 )
 from rlhf_jax.training.mesh import make_mesh
 from rlhf_jax.training.metrics import read_metrics
-from rlhf_jax.training.model import Model, load_model, save_model
+from rlhf_jax.training.model import Model, as_trainable, save_model
 from rlhf_jax.training.on_policy import Iteration, OnPolicyState, make_iteration
 from rlhf_jax.training.rundir import RunDirectory, write_json
 
@@ -50,7 +52,7 @@ VIEWS, TIMELINE = 6, 4  # samples a report shows token by token, and over time
 
 def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Optimises `init.policy` for `reward.scorers`; returns the metrics of summary.json."""
-    policy = load_model(parents["policy"], **config.compute)
+    policy = load_start(config, parents["policy"])
     mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
     prompts, batches = training_prompts(config, policy)
     held_out = held_out_set(config, policy)
@@ -63,12 +65,12 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
 
     with Judge(config, parents, policy) as judge:
         task = text_task(config, policy, prompts, judge, mesh, texts)
-        iteration = make_iteration(config, task, policy.params, mesh=mesh)
-        state = iteration.init(policy.params, critic_params(config, policy, judge))
+        critic = critic_params(config, policy, judge)
+        iteration = make_iteration(config, task, policy.params, critic, mesh=mesh)
 
         def evaluation(state: OnPolicyState) -> dict[str, float]:
             views = token_views(policy, iteration)
-            model = dataclasses.replace(policy, params=state.policy.params)
+            model = dataclasses.replace(policy, params=iteration.params(state))
             number = int(state.iteration)
             write_json(run.path / "histograms.json", histograms(iteration))
             return evaluate(config, run.path, model, policy, held_out, judge, number, views)
@@ -78,14 +80,14 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         state, rates = train_loop(
             config,
             run,
-            state,
+            iteration.init(),
             iteration.step,
             batches,
             evaluation,
             tokens=sampled_tokens,
             tokenizer_hash=policy.tokenizer.hash,
         )
-    model = dataclasses.replace(policy, params=state.policy.params)
+    model = dataclasses.replace(policy, params=iteration.params(state))
     save_model(run.path, model)
     return finish(config, run.path, model, parents["policy"], before) | rates
 
@@ -140,6 +142,8 @@ def critic_params(config: ConfigDict, policy: Model, judge: Judge) -> Any:
     shape = dataclasses.replace(policy.config, head="scalar")
     if judge.models and judge.models[0].config == shape:
         first = judge.models[0]
+        if policy.adapter is None or first.adapter is None:
+            first = as_trainable(first, policy.adapter or AdapterConfig(), config.seed)
         # Only the scale: a head has no bias, the critic learns the offset.
         scale = judge.weights.get("model", 1.0)
         if config.reward.normalize and first.normalization:

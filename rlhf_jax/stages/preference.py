@@ -35,18 +35,19 @@ from rlhf_jax.stages.common import (
     Evaluated,
     batches_of,
     fit,
+    load_start,
     parse_sources,
     read_summary,
 )
 from rlhf_jax.stages.pairs import CHOSEN, MISMATCHED, REJECTED, pack_pairs
-from rlhf_jax.training.model import load_model, save_model
+from rlhf_jax.training.model import save_model
 from rlhf_jax.training.objectives import parse_options
 from rlhf_jax.training.rundir import RunDirectory
 
 
 def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Optimises `init.policy` on pairs and returns the metrics of summary.json."""
-    reference = load_model(parents["policy"], **config.compute)
+    reference = load_start(config, parents["policy"])
     sources = parse_sources(config.data.train)
     pack = partial(pack_pairs, config, tokenizer=reference.tokenizer)
     rows = [pack(source, "train", mismatched=config.loss.name == "kto") for source in sources]

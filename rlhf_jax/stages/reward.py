@@ -35,13 +35,14 @@ from rlhf_jax.stages.common import (
     Evaluated,
     batches_of,
     fit,
+    load_start,
     parse_sources,
     read_records,
     say,
     write_evaluation,
 )
 from rlhf_jax.stages.pairs import CHOSEN, REJECTED, pack_pairs
-from rlhf_jax.training.model import Model, load_model, save_model
+from rlhf_jax.training.model import Model, save_model
 from rlhf_jax.training.rundir import RunDirectory
 
 LOSSES = ("bradley_terry", "pointwise")
@@ -50,7 +51,7 @@ LOSSES = ("bradley_terry", "pointwise")
 def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Trains a reward model on the body of `init.policy`; returns the metrics of summary.json."""
     _check_loss(config)
-    policy = load_model(parents["policy"], **config.compute)
+    policy = load_start(config, parents["policy"])
     initial = with_score_head(policy, config.seed)
     sources = parse_sources(config.data.train)
     pointwise = config.loss.name == "pointwise"
@@ -86,9 +87,10 @@ def _check_loss(config: ConfigDict) -> None:
 def with_score_head(model: Model, seed: int) -> Model:
     """The same body under a fresh scalar head."""
     shape = dataclasses.replace(model.config, head="scalar")
-    fresh = transformer.init(shape, jax.random.key(seed))
-    params = {name: model.params.get(name, value) for name, value in fresh.items()}
-    return Model(shape, params, model.tokenizer)
+    head = jax.jit(lambda key: transformer.init(shape, key)["score_head"])(jax.random.key(seed))
+    body = {name: value for name, value in model.params.items() if name != "lm_head"}
+    params = body | {"score_head": head}
+    return dataclasses.replace(model, config=shape, params=params, normalization=None)
 
 
 def pack_labelled(config: ConfigDict, source: str, split: str, tokenizer: AnyTokenizer) -> Arrays:

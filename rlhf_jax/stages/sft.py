@@ -19,14 +19,22 @@ from rlhf_jax.evaluation.language import language_evaluation
 from rlhf_jax.losses.cross_entropy import token_cross_entropy
 from rlhf_jax.models.scoring import target_statistics
 from rlhf_jax.stages.chat import evaluate_chat
-from rlhf_jax.stages.common import batches_of, fit, pack_texts, parse_sources, read_records, say
-from rlhf_jax.training.model import load_model, save_model
+from rlhf_jax.stages.common import (
+    batches_of,
+    fit,
+    load_start,
+    pack_texts,
+    parse_sources,
+    read_records,
+    say,
+)
+from rlhf_jax.training.model import save_model
 from rlhf_jax.training.rundir import RunDirectory
 
 
 def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Fine-tunes `init.policy` and returns the metrics of summary.json."""
-    base = load_model(parents["policy"], **config.compute)
+    base = load_start(config, parents["policy"])
     sources = parse_sources(config.data.train)
     rows = [_pack(config, source, "train", base.tokenizer) for source in sources]
     replayed = parse_sources(config.data.replay) if config.data.replay else {}

@@ -230,6 +230,25 @@ def load_params(
     return params, document
 
 
+def load_document(directory: str | os.PathLike) -> dict[str, Any]:
+    """The JSON that `save_params` kept with the parameters, which are not looked at.
+
+    Raises:
+      UserError: nothing there, or not whole.
+    """
+    path = Path(directory).absolute()
+    if not path.is_dir():
+        raise UserError(f"cannot load parameters from {directory}: there is no such directory")
+    for name in ("manifest.json", "data.json"):
+        try:
+            document = json.loads((path / name).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"cannot load parameters from {directory}: {name} is missing or not valid"
+            ) from error
+    return document
+
+
 def seal(path: Path) -> None:
     """Writes the manifest of every file under `path`, after making them durable."""
     files = {}

@@ -199,15 +199,16 @@ def _resume(state, batches, checkpoints: Checkpoints, run: RunDirectory, tokeniz
 
 def _report_recompilation(step: Any) -> Callable:
     """The same step; a second compilation for a batch of the same shapes prints a warning."""
-    if not hasattr(step, "_cache_size"):  # not one compiled function, but a Python one of several
+    compiled = getattr(step, "func", step)  # under a partial
+    if not hasattr(compiled, "_cache_size"):  # not one function, but a Python one of several
         return step
     seen: set[tuple] = set()
 
     def watched(state, batch):
-        compiled = step._cache_size()
+        before = compiled._cache_size()
         result = step(state, batch)
         shapes = tuple((name, x.shape, str(x.dtype)) for name, x in sorted(batch.items()))
-        if shapes in seen and step._cache_size() > compiled:
+        if shapes in seen and compiled._cache_size() > before:
             print(f"warning: the step was compiled again for batch shapes {shapes}", flush=True)
         seen.add(shapes)
         return result

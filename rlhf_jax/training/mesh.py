@@ -18,16 +18,15 @@ Rules = Sequence[tuple[str, P]]
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
+_KERNEL = "(kernel|int8/codes|nf4/(codes|scale))$"
 # Axis 0 of everything under layers/ is the layer; it is never sharded.
 TRANSFORMER_RULES: Rules = (
     (r"embed(ding)?s?/embedding$", P("tensor", "fsdp")),
-    (r"attention/(query|key|value)/kernel$", P(None, "fsdp", "tensor")),
-    (r"attention/out/kernel$", P(None, "tensor", "fsdp")),
-    (r"mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),
-    (r"mlp/down/kernel$", P(None, "tensor", "fsdp")),
+    (rf"(attention/(query|key|value)|mlp/(gate|up))/{_KERNEL}", P(None, "fsdp", "tensor")),
+    (rf"(attention/out|mlp/down)/{_KERNEL}", P(None, "tensor", "fsdp")),
     (r"lm_head/kernel$", P("fsdp", "tensor")),
     (r"head/kernel$", P("fsdp")),
-    (r"(scale|bias)$", P()),
+    (r"(scale|bias)$|lora/", P()),
 )
 
 
@@ -81,6 +80,21 @@ def shardings(mesh: Mesh, tree, rules: Rules = TRANSFORMER_RULES):
     specs = [_spec(mesh, name, leaf.shape, rules) for name, leaf in named_leaves(tree).items()]
     placed = [NamedSharding(mesh, spec) for spec in specs]
     return jax.tree.unflatten(jax.tree.structure(tree), placed)
+
+
+def placed(mesh: Mesh | None, tree, rules: Rules = TRANSFORMER_RULES):
+    """The tree's arrays where the rules put them; an array that is in it twice stays one.
+
+    Without a mesh they are as they were.
+    """
+    if mesh is None:
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    there: dict[int, jax.Array] = {}
+    for leaf, place in zip(leaves, jax.tree.leaves(shardings(mesh, tree, rules)), strict=True):
+        if id(leaf) not in there:
+            there[id(leaf)] = jax.device_put(leaf, place)
+    return jax.tree.unflatten(structure, [there[id(leaf)] for leaf in leaves])
 
 
 def _spec(mesh: Mesh, name: str, shape: tuple[int, ...], rules: Rules) -> P:

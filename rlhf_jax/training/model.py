@@ -9,7 +9,8 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,49 +24,94 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_config import read_config
 from rlhf_jax.models.hf_weights import read_weights
-from rlhf_jax.training.checkpoint import load_params, save_params
+from rlhf_jax.models.lora import (
+    AdapterConfig,
+    attach,
+    combine,
+    merge,
+    own,
+    param_count,
+    quantize,
+    split,
+)
+from rlhf_jax.training.checkpoint import load_document, load_params, save_params
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """The weights of a directory, as `kept` (see `AdapterConfig.base`), never changed.
+
+    Models whose adapters are on the same base share its arrays.
+    """
+
+    directory: Path
+    fingerprint: str
+    kept: str
+    params: Any
+
+
+_bases: weakref.WeakValueDictionary[tuple[str, str], Base] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True)
 class Model:
     """What a stage starts from and what it makes.
 
-    `normalization` is the mean and the standard deviation of a reward model's scores of what the
-    policy it began as answers; who optimises against it may take scores in units of that.
+    `params` hold the adapter if there is one, and then `base` is what it is on. `normalization` is
+    the mean and the standard deviation of a reward model's scores of what the policy it began as
+    answers; who optimises against it may take scores in units of that.
     """
 
     config: ModelConfig
     params: Any
     tokenizer: AnyTokenizer
     normalization: tuple[float, float] | None = None
+    adapter: AdapterConfig | None = None
+    base: Base | None = None
 
     def flops_per_token(self) -> float:
-        """6 × parameters: forward and backward of the matrix products, attention left out."""
-        return 6.0 * sum(x.size for x in jax.tree.leaves(self.params))
+        """Of training: 6 × parameters, 4 × where they are frozen, attention left out."""
+        trained = sum(x.size for x in jax.tree.leaves(split(self.params)[0]))
+        if self.adapter is None:
+            return 6.0 * trained
+        return 4.0 * param_count(self.params) + 6.0 * trained
 
 
 def save_model(workdir: str | os.PathLike[str], model: Model) -> None:
-    """Writes the model into a run directory, atomically, over an older one if there is one."""
-    document = {
+    """Writes the model into a run directory, atomically, over an older one if there is one.
+
+    Of a model under an adapter only what its base has not, and where that lies.
+    """
+    document: dict[str, Any] = {
         "config": dataclasses.asdict(model.config),
         "tokenizer_hash": model.tokenizer.hash,
         "normalization": model.normalization,
     }
+    params = model.params
+    if model.adapter is not None:
+        assert model.base is not None
+        params = own(params)
+        document["adapter"] = dataclasses.asdict(model.adapter)
+        document["base"] = {
+            "directory": str(model.base.directory),
+            "fingerprint": model.base.fingerprint,
+        }
     _save_tokenizer(Path(workdir), model.tokenizer)
-    save_params(Path(workdir) / "model", model.params, document)
+    save_params(Path(workdir) / "model", params, document)
 
 
 def load_model(workdir: str | os.PathLike[str], **changes: Any) -> Model:
     """The model of a finished run or a Hugging Face directory, with `changes` to its config.
 
     Raises:
-        UserError: there is none, it is damaged, it was trained with another tokenizer, or its
-            config has a field this version lacks.
+        UserError: there is none, it is damaged, it was trained with another tokenizer, its config
+            has a field this version lacks, or the base its adapter is on has moved or changed.
     """
-    if is_hub_directory(workdir):
-        return _load_hub(Path(workdir), changes)
-    params, document = load_params(Path(workdir) / "model")
-    tokenizer = _load_tokenizer(Path(workdir))
+    directory = Path(workdir).resolve()
+    if is_hub_directory(directory):
+        return _load_hub(directory, changes)
+    document = load_document(directory / "model")
+    tokenizer = _load_tokenizer(directory)
     if tokenizer.hash != document["tokenizer_hash"]:
         raise UserError(f"{workdir}/tokenizer.json is not the tokenizer its model was trained with")
     fields = document["config"] | changes
@@ -75,9 +121,73 @@ def load_model(workdir: str | os.PathLike[str], **changes: Any) -> Model:
             f"the model in {workdir} was saved by another version: this one knows no "
             f"model.{unknown[0]}; train it anew"
         )
+    config = ModelConfig(**fields).validate()
     stated = document.get("normalization")  # older versions wrote none
     normalization = (float(stated[0]), float(stated[1])) if stated else None
-    return Model(ModelConfig(**fields).validate(), params, tokenizer, normalization)
+    if "adapter" not in document:
+        base = _base(directory, "float32", lambda: load_params(directory / "model")[0])
+        return Model(config, base.params, tokenizer, normalization, base=base)
+    adapter = AdapterConfig(**document["adapter"]).validate()
+    base = _load_base(directory, document["base"], adapter.base)
+    added, _ = load_params(directory / "model")
+    body = {k: v for k, v in base.params.items() if k != "lm_head" or config.head == "lm"}
+    params = combine(added, body)
+    return Model(config, params, tokenizer, normalization, adapter, base)
+
+
+def as_trainable(model: Model, adapter: AdapterConfig, seed: int) -> Model:
+    """The model with what `adapter` asks for: a fresh one, the model's own, or none.
+
+    A model that has an adapter goes on with it if `adapter` is the same. If `adapter` is none
+    (rank 0) it is merged, and all weights are trained.
+
+    Raises:
+        UserError: the model has another adapter, or `adapter` does not fit it.
+    """
+    adapter.validate()
+    if model.adapter == adapter or (model.adapter is None and not adapter.rank):
+        return model
+    base = model.base
+    assert base is not None
+    if model.adapter is not None:
+        if adapter.rank:
+            wanted = dataclasses.asdict(adapter)
+            name = next(k for k, v in dataclasses.asdict(model.adapter).items() if v != wanted[k])
+            raise UserError(
+                f"the model has an adapter with {name} = {getattr(model.adapter, name)!r}, the "
+                f"config asks for {wanted[name]!r}: give the same adapter, or export the model "
+                "with --merge and start from that"
+            )
+        print(f"the adapter on {base.directory} is merged: all weights are trained", flush=True)
+        return dataclasses.replace(model, params=merge(model.params), adapter=None, base=None)
+    kept = _base(base.directory, adapter.base, lambda: quantize(base.params, adapter.base))
+    params = attach(kept.params, adapter, jax.random.key(seed))
+    return dataclasses.replace(model, params=params, adapter=adapter, base=kept)
+
+
+def _base(directory: Path, kept: str, load: Callable[[], Any]) -> Base:
+    """The weights of a directory, from memory while any model of them is alive."""
+    now = fingerprint(directory)
+    base = _bases.get((str(directory), kept))
+    if base is None or base.fingerprint != now:
+        base = Base(directory, now, kept, load())
+        _bases[str(directory), kept] = base
+    return base
+
+
+def _load_base(workdir: Path, stated: Mapping[str, str], kept: str) -> Base:
+    """What the adapter in `workdir` is on."""
+    directory = Path(stated["directory"])
+    if not directory.is_dir():
+        raise UserError(f"{workdir} is an adapter on {directory}, which is not there")
+    if fingerprint(directory) != stated["fingerprint"]:
+        raise UserError(f"{workdir} is an adapter on {directory}, which has changed since")
+    found = _bases.get((str(directory), kept))
+    if found is not None and found.fingerprint == stated["fingerprint"]:
+        return found
+    whole = load_model(directory).base
+    assert whole is not None
+    return _base(directory, kept, lambda: quantize(whole.params, kept))
 
 
 def is_hub_directory(path: str | os.PathLike[str]) -> bool:
@@ -97,8 +207,9 @@ def _load_hub(directory: Path, changes: Mapping[str, Any]) -> Model:
             f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model's vocab_size is "
             f"{config.vocab_size}"
         )
+    base = _base(directory, "float32", lambda: read_weights(directory, kind, config))
     config = dataclasses.replace(config, **changes).validate()
-    return Model(config, read_weights(directory, kind, config), tokenizer)
+    return Model(config, base.params, tokenizer, base=base)
 
 
 def _save_tokenizer(workdir: Path, tokenizer: AnyTokenizer) -> None:
@@ -116,7 +227,14 @@ def _load_tokenizer(workdir: Path) -> AnyTokenizer:
 
 
 def fingerprint(directory: Path) -> str:
-    """Tells Hugging Face directories apart: names, sizes, and both ends of what the files hold."""
+    """Tells directories of models apart.
+
+    Of a run by the manifest of its model, which has the SHA-256 of every file; of Hugging Face's
+    by the names, the sizes and both ends of its files.
+    """
+    if not is_hub_directory(directory):
+        manifest = directory / "model" / "manifest.json"
+        return hashlib.sha256(manifest.read_bytes()).hexdigest()[:12]
     digest = hashlib.sha256()
     for path in sorted(p for p in directory.iterdir() if p.suffix in (".json", ".safetensors")):
         with open(path, "rb") as file:

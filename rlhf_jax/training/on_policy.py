@@ -15,12 +15,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -29,17 +28,16 @@ from rlhf_jax.data.pipeline import random_bits
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.losses.shaping import adaptive_coefficient
-from rlhf_jax.training.mesh import TRANSFORMER_RULES, Rules, shard_batch, shardings
+from rlhf_jax.training.learner import Learner, make_learner
+from rlhf_jax.training.mesh import TRANSFORMER_RULES, Rules, placed, shard_batch
 from rlhf_jax.training.objectives import (
     Sampled,
     advantages,
     policy_objective,
     value_objective,
 )
-from rlhf_jax.training.optimizer import make_optimizer, optimizer_config
 from rlhf_jax.training.rundir import fault_point
-from rlhf_jax.training.state import TrainState, init_state
-from rlhf_jax.training.step import make_step
+from rlhf_jax.training.state import TrainState
 
 # The largest |ratio − 1| of a policy to itself, by what it computes in.
 RATIO_TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}
@@ -126,14 +124,16 @@ class Iteration:
 
     Attributes:
       step: (state, batch of prompts) → (state, metrics).
-      init: (policy params, critic params or None) → state.
+      init: () → the state before the first iteration.
+      params: state → all of the policy's parameters.
       assess: (state, rollouts) → (arrays [N, …], metrics), what the policy, its reference and the
         critic say of samples, the advantages included; trains nothing.
       last: the newest iteration's rollouts and arrays, for a report.
     """
 
     step: Callable[[OnPolicyState, Mapping[str, np.ndarray]], tuple[OnPolicyState, dict]]
-    init: Callable[[Any, Any], OnPolicyState]
+    init: Callable[[], OnPolicyState]
+    params: Callable[[OnPolicyState], Any]
     assess: Callable[[OnPolicyState, Rollouts], tuple[dict[str, np.ndarray], dict]]
     last: dict[str, Any]
 
@@ -141,8 +141,10 @@ class Iteration:
 def make_iteration(
     config: ConfigDict,
     task: Task,
-    reference: Any,
+    start: Any,
+    critic: Any = None,
     *,
+    reference: Any = None,
     mesh: Mesh | None = None,
     rules: Rules = TRANSFORMER_RULES,
     from_reference: bool = True,
@@ -150,7 +152,9 @@ def make_iteration(
     """The iteration a config describes; see `stages/defaults.py` for its fields.
 
     Args:
-      reference: params of the reference policy, never changed.
+      start: params of the policy as it starts; under an adapter only that is trained.
+      critic: params of the critic as it starts, for a task that has values.
+      reference: params of the reference policy, never changed; None: `start`.
       mesh: rows are split over it; None for one device.
       from_reference: the policy starts as the reference, so their KL must start at 0.
 
@@ -158,35 +162,38 @@ def make_iteration(
       Iteration. Its step raises UserError where the ratio of the policy to itself is not 1: what
       trains is then not what sampled, and nothing that follows would mean anything.
     """
-    learner = functools.partial(_learner, config, mesh=mesh, rules=rules)
-    policy = learner(config.optimizer, functools.partial(_policy_loss, config, task))
-    critic = None
+    reference = start if reference is None else reference
+    start, critic, reference = placed(mesh, (start, critic, reference), rules)
+    updates = config.train.steps * _updates(config)
+    learn = functools.partial(make_learner, config, updates=updates, mesh=mesh, rules=rules)
+    policy = learn(config.optimizer, start, functools.partial(_policy_loss, config, task))
+    values: Learner | None = None
     if task.values is not None:
         section = {k: v for k, v in config.critic.items() if k != "value_clip"}
-        critic = learner(section, functools.partial(_value_loss, config, task))
-    if mesh is not None:
-        reference = jax.device_put(reference, shardings(mesh, reference, rules))
+        values = learn(section, critic, functools.partial(_value_loss, config, task))
     score = jax.jit(functools.partial(_score, task))
     value = jax.jit(functools.partial(_values, task))
     prepare = jax.jit(functools.partial(advantages, config))
     exact = None if task.exact_kl is None else jax.jit(task.exact_kl)
     last: dict[str, Any] = {}
 
-    def init(policy_params, value_params) -> OnPolicyState:
-        start = functools.partial(init_state, mesh=mesh, rules=rules)
+    def init() -> OnPolicyState:
         return OnPolicyState(
             iteration=jnp.zeros((), jnp.int32),
-            policy=start(policy_params, policy.optimizer),
-            value=None if critic is None else start(value_params, critic.optimizer),
+            policy=policy.init(),
+            value=None if values is None else values.init(),
             kl_coefficient=jnp.asarray(config.kl.coefficient, jnp.float32),
         )
 
+    def params(state: OnPolicyState) -> Any:
+        return policy.params(state.policy)
+
     def assess(state: OnPolicyState, rollouts: Rollouts) -> tuple[dict[str, np.ndarray], dict]:
         parts = list(_parts(rollouts.rows, config.train.minibatches))
-        found = [score(state.policy.params, reference, _place(mesh, p)) for p in parts]
+        found = [score(params(state), reference, _place(mesh, p)) for p in parts]
         arrays = _unpack(parts, found)
-        if state.value is not None:
-            found = [value(state.value.params, _place(mesh, p)) for p in parts]
+        if values is not None and state.value is not None:
+            found = [value(values.params(state.value), _place(mesh, p)) for p in parts]
             arrays |= _unpack(parts, found)
         sampled = _sampled(rollouts, arrays)
         made, metrics = jax.device_get(prepare(sampled, state.kl_coefficient))
@@ -194,7 +201,7 @@ def make_iteration(
 
     def update(state: OnPolicyState, rows: Arrays, number: int, version: int):
         """(policy, critic, metrics of every update) after all epochs over the rows."""
-        ours, values, taken = state.policy, state.value, []
+        ours, theirs, taken = state.policy, state.value, []
         chosen = minibatches(config, (rows["members"] >= 0).any(axis=1), number)
         for i, indices in enumerate(chosen):
             minibatch = {name: x[indices] for name, x in rows.items()}
@@ -206,16 +213,16 @@ def make_iteration(
             if i == 0:
                 parts = config.batch.microbatches  # the deviation is a mean over them
                 _check_ratio(metrics["policy/ratio_deviation"] * parts, task.dtype)
-            if critic is not None:
-                values, of_value = critic.step(values, minibatch)
+            if values is not None and theirs is not None:
+                theirs, of_value = values.step(theirs, minibatch)
                 metrics |= {name.replace("train/", "val/"): of_value[name] for name in _OF_CRITIC}
             taken.append(metrics)
             fault_point("update", i + 1)
-        return ours, values, _summed(jax.device_get(taken))
+        return ours, theirs, _summed(jax.device_get(taken))
 
     def step(state: OnPolicyState, batch):
         number = int(state.iteration)
-        rollouts = task.rollout(state.policy.params, batch, number)
+        rollouts = task.rollout(params(state), batch, number)
         fault_point("rollout", number + 1)
         arrays, metrics = assess(state, rollouts)
         if number == 0 and from_reference:
@@ -223,47 +230,24 @@ def make_iteration(
         fault_point("scored", number + 1)
         if exact is not None:
             shown = _some_rows(rollouts.rows, config, number)
-            divergence = exact(state.policy.params, reference, shown)
+            divergence = exact(params(state), reference, shown)
             metrics["objective/kl_exact"] = _by_sequence(divergence, shown)
         rows = _trainable(rollouts, arrays, float(state.kl_coefficient))
-        ours, values, of_updates = update(state, rows, number, rollouts.version)
+        ours, theirs, of_updates = update(state, rows, number, rollouts.version)
         metrics |= {**of_updates, **rollouts.metrics, **_mismatch(arrays, rollouts.mask)}
         last.update(rollouts=rollouts, arrays=arrays)
         count = float(rollouts.weights.sum())
         after = OnPolicyState(
             iteration=state.iteration + 1,
             policy=ours,
-            value=values,
+            value=theirs,
             kl_coefficient=_controlled(
                 config, state.kl_coefficient, metrics["objective/kl"], count
             ),
         )
         return after, {name: np.float32(value) for name, value in metrics.items()}
 
-    return Iteration(step, init, assess, last)
-
-
-class _Learner(NamedTuple):
-    step: Callable
-    optimizer: optax.GradientTransformation
-
-
-def _learner(config: ConfigDict, section: Any, loss_fn: Callable, *, mesh, rules) -> _Learner:
-    """The update of the policy or the critic, with the optimizer its section describes."""
-    options = optimizer_config(section)
-    optimizer, schedule = make_optimizer(options, config.train.steps * _updates(config))
-    step = make_step(
-        loss_fn,
-        optimizer,
-        mesh=mesh,
-        rules=rules,
-        microbatches=config.batch.microbatches,
-        max_grad_norm=options.max_grad_norm,
-        freeze=options.freeze,
-        schedule=schedule,
-        seed=config.seed,
-    )
-    return _Learner(step, optimizer)
+    return Iteration(step, init, params, assess, last)
 
 
 def _updates(config: ConfigDict) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.models.lora import combine
 from rlhf_jax.training.mesh import (
     BATCH_AXES,
     TRANSFORMER_RULES,
@@ -35,6 +38,7 @@ def make_step(
     max_grad_norm: float | None = None,
     ema_decay: float | None = None,
     freeze: Sequence[str] = (),
+    frozen: Any = None,
     schedule: Callable[[jax.Array], jax.Array] | None = None,
     seed: int = 0,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
@@ -59,6 +63,8 @@ def make_step(
       max_grad_norm: clip by global norm.
       ema_decay: ema_params ← decay · ema_params + (1 − decay) · params; the state needs `ema=True`.
       freeze: regexes of parameters that are constants: no backward pass, no share in the norm.
+      frozen: parameters that the state lacks and `loss_fn` sees beside its own, as `lora.split`
+        gives them; on a mesh already where they belong.
       schedule: learning rate by number of applied updates, only to report it.
       seed: of `rng`.
 
@@ -69,21 +75,22 @@ def make_step(
       train/weight, train/skipped (so far), train/consecutive_skipped, and train/learning_rate.
     """
 
-    def gradients(params, batch, rng):
+    def gradients(frozen, params, batch, rng):
         def objective(params):
-            (total, weight), metrics = loss_fn(_freeze(params, freeze), batch, rng)
+            whole = combine(_freeze(params, freeze), frozen) if frozen else _freeze(params, freeze)
+            (total, weight), metrics = loss_fn(whole, batch, rng)
             return total, ((total, weight), {"loss": (total, weight)} | metrics)
 
         grads, sums = jax.grad(objective, has_aux=True)(params)
         return grads, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), sums)
 
-    def step(state: TrainState, batch):
+    def step(state: TrainState, batch, frozen=None):
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         placed = None if mesh is None else shardings(mesh, state, rules)
         if mesh is not None:
             batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
         grads, ((total, weight), sums) = _accumulate(
-            gradients, state.params, batch, rng, microbatches, mesh
+            partial(gradients, frozen), state.params, batch, rng, microbatches, mesh
         )
         grads = jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1), grads)
         if placed is not None:
@@ -109,7 +116,8 @@ def make_step(
             metrics["train/learning_rate"] = schedule(state.step - state.skipped)
         return new, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    compiled = jax.jit(step, donate_argnums=0)
+    return partial(compiled, frozen=frozen) if frozen else compiled
 
 
 def _update(

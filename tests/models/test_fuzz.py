@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 import resource
 import shutil
 
@@ -36,9 +37,8 @@ def directory(tmp_path_factory):
 def places(node, path=()):
     """Every place in a JSON document."""
     yield path
-    items = node.items() if isinstance(node, dict) else enumerate(node)
     if isinstance(node, dict | list):
-        for key, value in items:
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
             yield from places(value, (*path, key))
 
 
@@ -75,6 +75,28 @@ def damage(data, chance):
     return bytes(data)
 
 
+def rewrite(template, chance):
+    """A template with a few of its pieces removed, doubled, moved or replaced."""
+    pieces = re.findall(r"\w+|\s+|.", template, re.DOTALL)
+    for _ in range(chance.randint(1, 4)):
+        i, j = chance.randrange(len(pieces)), chance.randrange(len(pieces))
+        pieces[i] = chance.choice(["", pieces[j], pieces[i] * 2, "{{", "%}", "range(10**9)", "|"])
+    return "".join(pieces)
+
+
+def harm(path, chance):
+    """Changes one file: its JSON, its template or its bytes."""
+    if path.suffix == ".json" and chance.random() < 0.8:
+        document = json.loads(path.read_text("utf-8"))
+        if "chat_template" in document and chance.random() < 0.7:
+            document["chat_template"] = rewrite(document["chat_template"], chance)
+        else:
+            document = change(document, chance)
+        path.write_text(json.dumps(document), "utf-8")
+    else:
+        path.write_bytes(damage(path.read_bytes(), chance))
+
+
 def loads(path):
     """Whether the directory loads; an error of the user's is one line."""
     try:
@@ -97,12 +119,7 @@ def test_damaged_files_end_in_one_line(directory, tmp_path, monkeypatch, count):
         chance = random.Random(number)
         copy = tmp_path / "copy"
         shutil.copytree(directory, copy)
-        victim = copy / chance.choice(files).name
-        if victim.suffix == ".json" and chance.random() < 0.7:
-            document = change(json.loads(victim.read_text("utf-8")), chance)
-            victim.write_text(json.dumps(document), "utf-8")
-        else:
-            victim.write_bytes(damage(victim.read_bytes(), chance))
+        harm(copy / chance.choice(files).name, chance)
         good += loads(copy)
         shutil.rmtree(copy)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before

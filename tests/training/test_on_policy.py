@@ -12,7 +12,7 @@ import pytest
 from rlhf_jax.data import enum121 as world
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses.cross_entropy import TokenStatistics
-from rlhf_jax.models import transformer
+from rlhf_jax.models import lora, transformer
 from rlhf_jax.stages import defaults
 from rlhf_jax.stages.chain import load_config
 from rlhf_jax.stages.checks import check_objective
@@ -21,7 +21,7 @@ from rlhf_jax.stages.oracle import run_row
 from rlhf_jax.stages.oracle_judge import judge
 from rlhf_jax.stages.oracle_rows import ROWS, Row, row_config
 from rlhf_jax.training import objectives
-from rlhf_jax.training.mesh import make_mesh
+from rlhf_jax.training.mesh import make_mesh, named_leaves
 from rlhf_jax.training.on_policy import make_iteration, minibatches
 
 ORACLE = "experiments/oracle.py"
@@ -53,11 +53,11 @@ def letters(algorithm="rloo", **sections):
 
 
 def steps(config, task, start, count, **options):
-    iteration = make_iteration(config, task, start, **options)
     value = None
     if task.values is not None:
         value = {"table": jnp.zeros((world.PROMPTS, len(world.PREFIXES)))}
-    state, metrics = iteration.init(start, value), {}
+    iteration = make_iteration(config, task, start, value, **options)
+    state, metrics = iteration.init(), {}
     for _ in range(count):
         state, metrics = iteration.step(state, {})
     return state, metrics, iteration
@@ -113,11 +113,11 @@ def test_a_policy_that_is_not_the_one_that_scored_is_refused():
 def test_a_policy_must_start_as_its_reference():
     config, task, start = table()
     moved = {"table": start["table"].at[0, 0, 1].add(0.1)}
-    iteration = make_iteration(config, task, start)
+    iteration = make_iteration(config, task, moved, reference=start)
     with pytest.raises(UserError, match="KL would not start at 0"):
-        iteration.step(iteration.init(moved, None), {})
-    free = make_iteration(config, task, start, from_reference=False)
-    _, metrics = free.step(free.init(moved, None), {})
+        iteration.step(iteration.init(), {})
+    free = make_iteration(config, task, moved, reference=start, from_reference=False)
+    _, metrics = free.step(free.init(), {})
     assert metrics["objective/kl"] != 0
 
 
@@ -174,6 +174,21 @@ def test_microbatches_and_devices_do_not_change_an_iteration():
             jax.tree.leaves(whole.policy.params), jax.tree.leaves(other.policy.params), strict=True
         ):
             np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_an_adapter_shares_its_base_with_the_reference_and_agrees_over_devices():
+    config, task, start, _ = letters("grpo", rollout={"samples": 4})
+    start = lora.attach(start, lora.AdapterConfig(rank=2), jax.random.key(3))
+    state, metrics, iteration = steps(config, task, start, 2)
+    trained = named_leaves(state.policy.params)
+    assert trained and all("/lora/" in name for name in trained)
+    base, after = (named_leaves(lora.without_adapter(p)) for p in (start, iteration.params(state)))
+    assert all(after[name] is base[name] for name in base)
+    assert metrics["objective/kl"] != 0
+    mesh = make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:4])
+    spread, *_ = steps(config, task, start, 2, mesh=mesh)
+    for name, leaf in named_leaves(spread.policy.params).items():
+        np.testing.assert_allclose(leaf, trained[name], atol=1e-4)
 
 
 def test_the_transformer_task_scores_what_it_samples():

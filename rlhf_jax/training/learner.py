@@ -1,0 +1,75 @@
+"""A model being trained: the step its config describes, and what is trained of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from rlhf_jax.models.lora import combine, split
+from rlhf_jax.training.mesh import TRANSFORMER_RULES, Rules, placed
+from rlhf_jax.training.optimizer import make_optimizer, optimizer_config
+from rlhf_jax.training.state import TrainState, init_state
+from rlhf_jax.training.step import make_step
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What trains one model.
+
+    Attributes:
+      step: of `make_step`.
+      init: () → the state before the first step.
+      params: a state → all of the model's parameters, the average where one is kept; those that an
+        adapter leaves alone are the very arrays it was made with.
+    """
+
+    step: Callable[[TrainState, Any], tuple[TrainState, dict]]
+    init: Callable[[], TrainState]
+    params: Callable[[TrainState], Any]
+
+
+def make_learner(
+    config: ConfigDict,
+    section: Any,
+    params: Any,
+    loss_fn: Callable,
+    *,
+    updates: int,
+    mesh: Mesh | None = None,
+    rules: Rules = TRANSFORMER_RULES,
+    ema_decay: float = 0.0,
+) -> Learner:
+    """What trains `params`, under an adapter only that, for so many `updates`.
+
+    Args:
+      section: of the config, an optimizer's; config gives batch.microbatches and the seed.
+      loss_fn: see `make_step`.
+    """
+    options = optimizer_config(section)
+    optimizer, schedule = make_optimizer(options, updates)
+    trained, frozen = split(placed(mesh, params, rules))
+    step = make_step(
+        loss_fn,
+        optimizer,
+        mesh=mesh,
+        rules=rules,
+        microbatches=config.batch.microbatches,
+        max_grad_norm=options.max_grad_norm,
+        ema_decay=ema_decay or None,
+        freeze=options.freeze,
+        frozen=frozen,
+        schedule=schedule,
+        seed=config.seed,
+    )
+    ema = ema_decay > 0
+    init = partial(init_state, trained, optimizer, ema=ema, mesh=mesh, rules=rules)
+
+    def whole(state: TrainState) -> Any:
+        return combine(state.ema_params if ema else state.params, frozen)
+
+    return Learner(step, init, whole)
