@@ -1,8 +1,8 @@
 """Weights of Hugging Face models in *.safetensors ↔ our parameters.
 
 Every header is checked before the first weight is read. Then tensors come one by one and are
-written straight into the stacked parameter where it lies: beside the parameters themselves no more
-than one file is ever in memory.
+written piece by piece into the stacked parameters where they lie: beside the parameters themselves
+no more than one tensor is ever in memory.
 Nothing is unpickled: *.bin and *.pt files are refused.
 """
 
@@ -31,6 +31,7 @@ from rlhf_jax.models.hf_config import FAMILIES, to_document
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _FLOATS = ("F32", "BF16", "F16")
 INDEX = "model.safetensors.index.json"
+PIECE = 2**20  # numbers converted at a time
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ _BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
 _NEOX_BUFFERS = ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq")
 
 
-def _unpack(rule: Rule, heads: int, tensor: np.ndarray) -> list[np.ndarray]:
+def _unpack(rule: Rule, head_dim: int, tensor: np.ndarray) -> list[np.ndarray]:
     match rule.layout:
         case "same":
             return [tensor]
@@ -156,7 +157,7 @@ def _unpack(rule: Rule, heads: int, tensor: np.ndarray) -> list[np.ndarray]:
             return [tensor.T]
         case "joined":
             return np.split(tensor, len(rule.ours), axis=-1)
-    split = tensor.reshape(heads, len(rule.ours), -1, *tensor.shape[1:])
+    split = tensor.reshape(-1, len(rule.ours), head_dim, *tensor.shape[1:])
     parts = [split[:, k].reshape(-1, *tensor.shape[1:]) for k in range(len(rule.ours))]
     return [part.T for part in parts]
 
@@ -215,26 +216,45 @@ def read_weights(
     _check_size(config, held, directory)
     places = _places(kind, config, held, directory)
     params: dict[str, jax.Array] = {}
-    for path in dict.fromkeys(header.path for header in held.values()):
-        with _opened(path) as file:
-            for name in [n for n, header in held.items() if header.path == path and n in places]:
-                rule, layer, shapes = places[name]
-                parts = _unpack(rule, config.heads, _read(file, path, name))
-                for ours, part in zip(rule.ours, parts, strict=True):
-                    where = None if sharding is None else sharding(ours, shapes[ours])
-                    value = np.ascontiguousarray(part, np.float32)
-                    if layer is None:
-                        params[ours] = jax.device_put(value, where)
-                        continue
-                    if ours not in params:
-                        params[ours] = jnp.zeros(shapes[ours], jnp.float32, device=where)
-                    params[ours] = _put(params[ours], value, layer)
+    for name, (rule, layer, shapes) in places.items():
+        for ours in rule.ours:
+            if ours not in params:
+                where = None if sharding is None else sharding(ours, shapes[ours])
+                params[ours] = jnp.zeros(shapes[ours], jnp.float32, device=where)
+        for start, piece in _pieces(held[name], name, rule, config):
+            parts = _unpack(rule, config.head_dim, piece)
+            for ours, part in zip(rule.ours, parts, strict=True):
+                value = np.ascontiguousarray(part, np.float32)
+                at = np.zeros(value.ndim, np.int32)
+                at[-1 if rule.layout in ("transposed", "interleaved") else 0] = start
+                at = at if layer is None else np.array([layer, *at], np.int32)
+                params[ours] = _put(params[ours], value, at)
     return _nested(params)
 
 
 @partial(jax.jit, donate_argnums=0)
-def _put(whole: jax.Array, value: jax.Array, layer) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(whole, value, layer, 0)
+def _put(whole: jax.Array, value: jax.Array, at: jax.Array) -> jax.Array:
+    value = value.reshape((1,) * (whole.ndim - value.ndim) + value.shape)
+    return jax.lax.dynamic_update_slice(whole, value, list(at))
+
+
+def _pieces(
+    header: _Header, name: str, rule: Rule, config: ModelConfig
+) -> Iterator[tuple[int, np.ndarray]]:
+    """A tensor in pieces of a few rows, and where each belongs on the axis of ours they lie on."""
+    count = header.shape[0]
+    share = len(rule.ours) if rule.layout == "interleaved" else 1
+    unit = share * config.head_dim if share > 1 else 1
+    size = count
+    if len(header.shape) > 1:
+        size = max(1, PIECE // (math.prod(header.shape[1:]) * unit)) * unit
+    with _opened(header.path) as file:  # closed after each, which frees the pages it read
+        for start in range(0, count, size):
+            try:
+                piece = file.get_slice(name)[start : min(start + size, count)]
+            except (SafetensorError, ValueError, TypeError) as error:
+                raise UserError(f"{header.path}: cannot read {name}: {str(error)[:200]}") from error
+            yield start // share, piece
 
 
 class _Header(NamedTuple):
@@ -363,13 +383,6 @@ def _opened(path: Path) -> Any:
         return safe_open(path, "np")
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is no safetensors file: {str(error)[:200]}") from error
-
-
-def _read(file: Any, path: Path, name: str) -> np.ndarray:
-    try:
-        return file.get_slice(name)[:]
-    except (SafetensorError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: cannot read {name}: {str(error)[:200]}") from error
 
 
 def _nested(flat: Mapping[str, jax.Array]) -> dict[str, Any]:

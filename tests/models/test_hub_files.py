@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -159,3 +161,39 @@ def test_half_precision_is_read_exactly(tmp_path, dtype):
     found = read(tmp_path)
     rounded = jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), params)
     jax.tree.map(np.testing.assert_array_equal, found, rounded)
+
+
+LOAD = """
+import resource, sys
+from pathlib import Path
+import jax
+from rlhf_jax.models.hf_config import read_config
+from rlhf_jax.models.hf_weights import read_weights
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+jax.block_until_ready(jax.jit(lambda x: x + 1)(jax.numpy.zeros(8)))
+before, directory = peak(), Path(sys.argv[1])
+params = jax.block_until_ready(read_weights(directory, *read_config(directory)))
+print(peak() - before, sum(x.nbytes for x in jax.tree.leaves(params)))
+"""
+
+
+def test_a_load_needs_little_more_memory_than_the_parameters(tmp_path):
+    """Of a process of its own, above what JAX alone takes: at most target + 1.2 × a file."""
+    config = dataclasses.replace(
+        PRESETS["1b"], vocab_size=16_000, layers=8, width=512, heads=8, kv_heads=2, head_dim=64,
+        mlp_width=2048, compute_dtype="float32",
+    )  # fmt: skip
+    params = init(config, jax.random.key(0))
+    write_weights(tmp_path, config, params, dtype="bfloat16", shard_bytes=60_000_000)
+    del params
+    shard = max(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert 50_000_000 < shard <= 61_000_000
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    grown, target = map(int, result.stdout.split()[-2:])
+    assert target > 150_000_000
+    assert grown < 1.2 * shard + target

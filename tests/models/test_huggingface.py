@@ -12,6 +12,7 @@ import pytest
 from rlhf_jax.models import apply, init_cache, logits
 from rlhf_jax.models.hf_config import read_config, to_document
 from rlhf_jax.models.hf_weights import read_weights, write_weights
+from rlhf_jax.sampling.generate import generate
 
 torch = pytest.importorskip("torch", reason="needs requirements-parity.txt")
 transformers = pytest.importorskip("transformers", reason="needs requirements-parity.txt")
@@ -24,7 +25,7 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 80,
     "initializer_range": 0.2,
 }
 LLAMA3 = {
@@ -45,7 +46,7 @@ GPT2 = {
     "n_embd": 32,
     "n_layer": 3,
     "n_head": 4,
-    "n_positions": 64,
+    "n_positions": 80,
     "initializer_range": 0.2,
 }
 CASES = {
@@ -139,6 +140,21 @@ def test_cached_steps_of_padded_prompts_give_the_same_logits(saved):
         output = apply(config, params, following, cache=output.cache)
         found = np.asarray(logits(config, params, output.hidden))[:, 0]
         np.testing.assert_allclose(found, whole[np.arange(2), at], **CLOSE)
+
+
+@pytest.mark.slow
+def test_greedy_generation_agrees_for_64_tokens(saved):
+    _, model, config, params = saved
+    prompts = [random_tokens(n, seed=n).tolist() for n in (9, 4)]
+    options = {"max_new_tokens": 64, "temperature": 0.0, "stop_ids": (), "seed": 0}
+    for prompt, ours in zip(prompts, generate(config, params, prompts, **options), strict=True):
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            found = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False,
+                eos_token_id=None, pad_token_id=0,
+            )  # fmt: skip
+        assert list(ours.tokens) == found[0, len(prompt) :].tolist()
 
 
 def test_the_round_trip_is_bitwise(saved, tmp_path):
