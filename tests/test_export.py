@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 from rlhf_jax.data import chat
 from rlhf_jax.data.records import Message
 from rlhf_jax.data.tokenizer import train_bpe
+from rlhf_jax.errors import UserError
 from rlhf_jax.export import main
 from rlhf_jax.models import PRESETS, apply, init, logits, scores
 from rlhf_jax.training.model import Model, load_model, save_model
@@ -71,6 +73,9 @@ def test_a_reward_model_is_the_same_there(tmp_path):
     transformers = pytest.importorskip("transformers", reason="needs requirements-parity.txt")
     run, config, params, tokenizer = saved(tmp_path, "tiny", head="scalar")
     assert main([f"--workdir={run}", f"--out={tmp_path}/out"]) == 0
+    again = load_model(tmp_path / "out")
+    assert again.config.head == "scalar"
+    jax.tree.map(np.testing.assert_array_equal, again.params, params)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     tokens, _ = chat.render_conversation(CONVERSATION, tokenizer)
     with torch.no_grad():
@@ -91,6 +96,16 @@ def test_what_is_exported_is_read_again_bitwise(tmp_path):
         "It is 42.", tokenizer
     )
     assert again.tokenizer.ends == tokenizer.ends
+
+
+def test_a_classifier_of_several_labels_is_no_reward_model(tmp_path):
+    run, *_ = saved(tmp_path, "tiny", head="scalar")
+    assert main([f"--workdir={run}", f"--out={tmp_path}/out"]) == 0
+    path = tmp_path / "out/config.json"
+    document = json.loads(path.read_text()) | {"id2label": {"0": "a", "1": "b"}}
+    path.write_text(json.dumps(document))
+    with pytest.raises(UserError, match="a classifier of 2 labels; a reward model has one"):
+        load_model(tmp_path / "out")
 
 
 def test_mistakes_end_in_one_line(tmp_path, capsys):

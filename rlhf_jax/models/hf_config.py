@@ -66,12 +66,26 @@ def read_config(directory: Path) -> tuple[str, ModelConfig]:
             raise UserError(f"{path}: the model {why} ({key})")
     family = FAMILIES[kind]
     reader = _Reader(path, family.defaults | document)
-    fields = family.fields(reader)
+    fields = family.fields(reader) | {"head": _head(path, document)}
     reader.finish()
     try:
         return kind, ModelConfig(**fields).validate()
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def _head(path: Path, document: Json) -> str:
+    """That of a model with one score, or a language model's."""
+    named = document.get("architectures")
+    if not isinstance(named, list) or not str(named[:1]).endswith("ForSequenceClassification']"):
+        return "lm"
+    labels = document.get("id2label", {"0": "", "1": ""})  # what transformers assumes
+    if not isinstance(labels, dict) or len(labels) != 1:
+        raise UserError(
+            f"{path}: a classifier of {len(labels) if isinstance(labels, dict) else labels!r} "
+            "labels; a reward model has one score (num_labels = 1)"
+        )
+    return "scalar"
 
 
 def to_document(config: ModelConfig) -> tuple[str, Json]:
