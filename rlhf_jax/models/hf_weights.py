@@ -38,8 +38,8 @@ class Rule:
     """A Hugging Face tensor and the parameters it holds.
 
     Attributes:
-      theirs: its name, after the base, "{i}" for the layer.
-      ours: "/"-joined paths, those below layers/ stacked over layers.
+      theirs: its name, after the base, "{i}" for the layer, "{e}" for the expert.
+      ours: "/"-joined paths, those below layers/ stacked over layers, then over experts.
       layout: "same"; "transposed"; "joined": ours side by side on the last axis (GPT-2);
         "interleaved": theirs [heads·3·d, …] holds query, key and value of each head (GPT-NeoX).
       based: whether the family's base stands in front of the name.
@@ -53,7 +53,7 @@ class Rule:
 
 def rules(kind: str, config: ModelConfig) -> list[Rule]:
     """Of all tensors that a model of this type and config has."""
-    names = {"gpt2": _GPT2, "gpt_neox": _NEOX}.get(kind, _LLAMA | _POST.get(kind, {}))
+    names = {"gpt2": _GPT2, "gpt_neox": _NEOX}.get(kind, _LLAMA | _OWN.get(kind, {}))
     shapes = _shapes(config)
     found = []
     for theirs, (layout, *ours) in names.items():
@@ -104,7 +104,23 @@ _AROUND = {
     **_norm("layers.{i}.pre_feedforward_layernorm", "layers/mlp_norm"),
     **_norm("layers.{i}.post_feedforward_layernorm", "layers/mlp_post_norm"),
 }
-_POST = {"gemma2": _AROUND, "gemma3_text": _AROUND, "olmo2": _AROUND}
+_OWN = {
+    "gemma2": _AROUND,
+    "gemma3_text": _AROUND,
+    "olmo2": _AROUND,
+    "mixtral": {
+        **_dense("block_sparse_moe.gate", "mlp/router"),
+        **_dense("block_sparse_moe.experts.{e}.w1", "mlp/experts/gate"),
+        **_dense("block_sparse_moe.experts.{e}.w3", "mlp/experts/up"),
+        **_dense("block_sparse_moe.experts.{e}.w2", "mlp/experts/down"),
+    },
+    "qwen3_moe": {
+        **_dense("mlp.gate", "mlp/router"),
+        **_dense("mlp.experts.{e}.gate_proj", "mlp/experts/gate"),
+        **_dense("mlp.experts.{e}.up_proj", "mlp/experts/up"),
+        **_dense("mlp.experts.{e}.down_proj", "mlp/experts/down"),
+    },
+}
 _QKV = ("attention/query", "attention/key", "attention/value")
 _GPT2: dict[str, tuple[str, ...]] = {
     "wte.weight": ("same", "embed/embedding"),
@@ -146,6 +162,13 @@ _NEOX: dict[str, tuple[str, ...]] = {
 # Masks and tables that older files hold beside the weights.
 _BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
 _NEOX_BUFFERS = ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq")
+
+
+def _named(rule: Rule, config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Its tensors' names, and where in ours each lies: (), (layer,) or (layer, expert)."""
+    counts = {"{i}": config.layers, "{e}": config.experts}
+    for place in np.ndindex(*(counts[k] for k in counts if k in rule.theirs)):
+        yield rule.theirs.format(**dict(zip("ie", place, strict=False))), place
 
 
 def _unpack(rule: Rule, heads: int, tensor: np.ndarray) -> list[np.ndarray]:
@@ -218,23 +241,26 @@ def read_weights(
     for path in dict.fromkeys(header.path for header in held.values()):
         with _opened(path) as file:
             for name in [n for n, header in held.items() if header.path == path and n in places]:
-                rule, layer, shapes = places[name]
+                rule, place, shapes = places[name]
                 parts = _unpack(rule, config.heads, _read(file, path, name))
                 for ours, part in zip(rule.ours, parts, strict=True):
                     where = None if sharding is None else sharding(ours, shapes[ours])
                     value = np.ascontiguousarray(part, np.float32)
-                    if layer is None:
+                    if not place:
                         params[ours] = jax.device_put(value, where)
                         continue
                     if ours not in params:
                         params[ours] = jnp.zeros(shapes[ours], jnp.float32, device=where)
-                    params[ours] = _put(params[ours], value, layer)
+                    params[ours] = _put(params[ours], value, place)
     return _nested(params)
 
 
 @partial(jax.jit, donate_argnums=0)
-def _put(whole: jax.Array, value: jax.Array, layer) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(whole, value, layer, 0)
+def _put(whole: jax.Array, value: jax.Array, place: tuple) -> jax.Array:
+    start = place + (0,) * value.ndim
+    return jax.lax.dynamic_update_slice(
+        whole, value.reshape((1,) * len(place) + value.shape), start
+    )
 
 
 class _Header(NamedTuple):
@@ -246,10 +272,10 @@ class _Header(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where a tensor goes: the layer of stacked parameters, or None."""
+    """Where a tensor goes: (layer, expert) of stacked parameters, or less."""
 
     rule: Rule
-    layer: int | None
+    place: tuple[int, ...]
     shapes: dict[str, tuple[int, ...]]
 
 
@@ -263,11 +289,12 @@ def _check_size(config: ModelConfig, held: Mapping[str, _Header], directory: Pat
                 f"{directory}: config.json asks for {name} = {getattr(config, name)}, but its "
                 f"files hold {numbers} numbers in all"
             )
-    if config.layers > len(held):
-        raise UserError(
-            f"{directory}: config.json asks for {config.layers} layers, its files hold "
-            f"{len(held)} tensors"
-        )
+    for what, count in (("layers", config.layers), ("experts", config.layers * config.experts)):
+        if count > len(held):
+            raise UserError(
+                f"{directory}: config.json asks for {count} {what}, its files hold {len(held)} "
+                "tensors"
+            )
 
 
 def _places(
@@ -281,13 +308,11 @@ def _places(
     wanted: dict[str, tuple[int, ...]] = {}
     for rule in rules(kind, config):
         prefix = base if rule.based else ""
-        stacked = "{i}" in rule.theirs
         ours = {name: shapes[name] for name in rule.ours}
-        shape = _packed_shape(rule, [s[1:] if stacked else s for s in ours.values()])
-        for i in range(config.layers) if stacked else (None,):
-            name = prefix + rule.theirs.format(i=i)
-            found[name] = _Place(rule, i, ours)
-            wanted[name] = shape
+        for name, place in _named(rule, config):
+            found[prefix + name] = _Place(rule, place, ours)
+            each = [shape[len(place) :] for shape in ours.values()]
+            wanted[prefix + name] = _packed_shape(rule, each)
     if missing := [name for name in found if name not in held]:
         raise UserError(
             f"{directory}: {len(missing)} tensors are missing, the first is {missing[0]}"
@@ -448,8 +473,6 @@ def _tensors(
     base = FAMILIES[kind].bases[0]
     for rule in rules(kind, config):
         prefix = base if rule.based else ""
-        for i in range(config.layers) if "{i}" in rule.theirs else (None,):
-            parts = [np.asarray(flat[n] if i is None else flat[n][i]) for n in rule.ours]
-            packed = _pack(rule, config.heads, parts)
-            name = prefix + rule.theirs.format(i=i)
-            yield name, np.ascontiguousarray(packed).astype(dtype)
+        for name, place in _named(rule, config):
+            packed = _pack(rule, config.heads, [np.asarray(flat[n][place]) for n in rule.ours])
+            yield prefix + name, np.ascontiguousarray(packed).astype(dtype)
