@@ -18,7 +18,7 @@ _CHOICES = {
 }
 _WHOLE = (
     *("vocab_size", "layers", "width", "heads", "kv_heads", "head_dim", "mlp_width"),
-    *("max_length", "unroll", "sliding_window", "rope_original_length"),
+    *("max_length", "unroll", "sliding_window", "rope_original_length", "experts_per_token"),
 )
 _OPTIONAL = (
     *("sliding_window", "logit_softcap", "attention_softcap", "query_scale"),
@@ -69,6 +69,9 @@ class ModelConfig:
     attention_bias: bool = False
     attention_out_bias: bool = True  # with attention_bias: of its output too (not in Qwen2)
     mlp_bias: bool = False
+    experts: int = 0  # MLPs of mlp_width in each layer, of which a router chooses; 0: one for all
+    experts_per_token: int = 2
+    expert_renormalize: bool = True  # the chosen ones' weights sum to 1; not in all of Qwen3-MoE
     qk_norm: bool = False  # RMS norm of queries and keys per head, before RoPE
     qk_norm_whole: bool = False  # over all heads at once, as in OLMo-2
     query_scale: float | None = None  # of queries; None: 1/√head_dim
@@ -99,6 +102,18 @@ class ModelConfig:
             kinds, what = (int, "whole number") if field in _WHOLE else (int | float, "number")
             if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
                 raise UserError(f"model.{field} = {value!r}: give a {what} above 0")
+        if isinstance(self.experts, bool) or not isinstance(self.experts, int) or self.experts < 0:
+            raise UserError(f"model.experts = {self.experts!r}: give a whole number, 0 for none")
+        if self.experts and self.experts_per_token > self.experts:
+            raise UserError(
+                f"model.experts_per_token = {self.experts_per_token} is above model.experts = "
+                f"{self.experts}"
+            )
+        if self.experts and (self.activation != "swiglu" or self.mlp_bias):
+            raise UserError(
+                f"model.experts = {self.experts}: experts have activation = 'swiglu' and no "
+                "mlp_bias"
+            )
         if self.heads % self.kv_heads:
             raise UserError(
                 f"model.heads = {self.heads} is not a multiple of model.kv_heads = {self.kv_heads}"

@@ -1,7 +1,8 @@
 """config.json of Hugging Face models ↔ ModelConfig.
 
-Llama, Mistral, Qwen2 and 2.5, Qwen3, Gemma 1 to 3 (text), OLMo-2, GPT-2, GPT-NeoX (Pythia). What
-changes what a model computes is read or refused; a key that is not known is named aloud.
+Llama, Mistral, Mixtral, Qwen2 and 2.5, Qwen3 and its MoE, Gemma 1 to 3 (text), OLMo-2, GPT-2,
+GPT-NeoX (Pythia). What changes what a model computes is read or refused; a key that is not known
+is named aloud.
 """
 
 from __future__ import annotations
@@ -140,6 +141,8 @@ def _computed(config: ModelConfig) -> Json:
         fields["attention_out_bias"] = None
     if not config.qk_norm:
         fields["qk_norm_whole"] = None
+    if not config.experts:
+        fields |= {"experts_per_token": None, "expert_renormalize": None}
     del fields["window_pattern"]
     return fields
 
@@ -155,14 +158,18 @@ _NEUTRAL = {
     *("is_decoder", "max_window_layers", "auto_map"),
     *("quantization_config", "problem_type", "n_ctx", "output_hidden_states", "output_attentions"),
     *("return_dict", "is_encoder_decoder", "_attn_implementation_autoset", "num_labels"),
+    # Of training in transformers; ours has neither the noise nor the balancing loss.
+    *("router_jitter_noise", "router_aux_loss_coef", "output_router_logits"),
 }  # fmt: skip
-# Keys of which we compute one value only.
+# Keys of which we compute one value only, where a family does not ask for them.
 _ONLY: Json = {
     "use_bidirectional_attention": (None, False),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
     "num_experts_per_tok": (None,),
+    "mlp_only_layers": (None, []),
+    "decoder_sparse_step": (None, 1),
     "no_rope_layers": (None,),
 }
 
@@ -173,10 +180,6 @@ class _Reader:
     def __init__(self, path: Path, document: Mapping[str, Any], quiet: bool = False):
         self._path, self._document, self._quiet = path, document, quiet
         self._asked = set(_NEUTRAL)
-        for key, allowed in _ONLY.items():
-            self._asked.add(key)
-            if document.get(key, allowed[0]) not in allowed:
-                raise UserError(f"{path}: {key} = {document[key]!r} is not supported")
 
     def get(self, key: str) -> Any:
         self._asked.add(key)
@@ -217,8 +220,15 @@ class _Reader:
         return _Reader(Path(f"{self._path}: {key}"), value, self._quiet)
 
     def finish(self) -> None:
-        """Says which keys nobody asked for."""
-        unknown = sorted(set(self._document) - self._asked)
+        """Says which keys nobody asked for.
+
+        Raises:
+            UserError: one of them changes what the model computes.
+        """
+        for key in sorted(_ONLY.keys() & self._document.keys() - self._asked):
+            if (value := self._document[key]) not in _ONLY[key]:
+                raise UserError(f"{self._path}: {key} = {value!r:.80} is not supported")
+        unknown = sorted(set(self._document) - self._asked - set(_ONLY))
         if unknown and not self._quiet:
             print(f"{self._path}: not used: {', '.join(unknown)}", flush=True)
 
@@ -439,6 +449,57 @@ def _qwen3_document(config: ModelConfig) -> Json:
     return _qwen_document(config) | {"attention_bias": config.attention_bias}
 
 
+def _expert_fields(reader: _Reader) -> Json:
+    """Of a mixture: transformers 4 and 5 write different keys."""
+    key = "num_local_experts" if reader.get("num_experts") is None else "num_experts"
+    count = reader.whole(key)
+    if count < 1:
+        raise UserError(f"config.json: {key} = {count} must be above 0")
+    return {"experts": count, "experts_per_token": reader.whole("num_experts_per_tok")}
+
+
+def _expert_document(config: ModelConfig) -> Json:
+    if not config.experts:
+        raise UserError("no experts")
+    return {"num_experts_per_tok": config.experts_per_token}
+
+
+def _mixtral_fields(reader: _Reader) -> Json:
+    fields = _gated(reader, reader.one_of("hidden_act", {"silu": "swiglu"}))
+    return fields | _windows(reader, fields["layers"]) | _expert_fields(reader)
+
+
+def _mixtral_document(config: ModelConfig) -> Json:
+    count = {"num_local_experts": config.experts}
+    return _mistral_document(config) | _expert_document(config) | count
+
+
+def _qwen3_moe_fields(reader: _Reader) -> Json:
+    fields = _gated(reader, reader.one_of("hidden_act", {"silu": "swiglu"}))
+    if reader.flag("use_sliding_window"):
+        fields |= _windows(reader, fields["layers"])
+    else:
+        reader.get("sliding_window")
+    fields |= {
+        "mlp_width": reader.whole("moe_intermediate_size"),
+        "expert_renormalize": reader.flag("norm_topk_prob"),
+        "attention_bias": reader.flag("attention_bias"),
+        "qk_norm": True,
+    }
+    return fields | _expert_fields(reader)
+
+
+def _qwen3_moe_document(config: ModelConfig) -> Json:
+    document = _mistral_document(config) | _expert_document(config)
+    return document | {
+        "num_experts": config.experts,
+        "moe_intermediate_size": config.mlp_width,
+        "norm_topk_prob": config.expert_renormalize,
+        "attention_bias": config.attention_bias,
+        "use_sliding_window": any(config.windowed),
+    }
+
+
 def _gemma_fields(reader: _Reader) -> Json:
     reader.get("hidden_act")  # "gelu" in the first releases, which meant the tanh one
     named = reader.get("hidden_activation") is not None
@@ -613,9 +674,6 @@ _LLAMA: Json = {
     "attention_bias": False,
     "mlp_bias": False,
 }
-_QWEN = {k: v for k, v in _LLAMA.items() if k not in ("attention_bias", "mlp_bias")} | {
-    "use_sliding_window": False
-}
 _GEMMA: Json = {
     "rms_norm_eps": 1e-6,
     "initializer_range": 0.02,
@@ -624,16 +682,37 @@ _GEMMA: Json = {
     "hidden_act": "gelu_pytorch_tanh",
     "head_dim": 256,
 }
+_MISTRAL = {k: v for k, v in _LLAMA.items() if k not in ("attention_bias", "mlp_bias")}
+_QWEN = _MISTRAL | {"use_sliding_window": False}
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama", _llama_fields, _llama_document, _LLAMA),
-    "mistral": Family(
-        "Mistral",
-        _mistral_fields,
-        _mistral_document,
-        {k: v for k, v in _LLAMA.items() if k not in ("attention_bias", "mlp_bias")},
+    "mistral": Family("Mistral", _mistral_fields, _mistral_document, _MISTRAL),
+    "mixtral": Family(
+        "Mixtral",
+        _mixtral_fields,
+        _mixtral_document,
+        _MISTRAL
+        | {
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1_000_000.0,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
     ),
     "qwen2": Family("Qwen2", _qwen2_fields, _qwen_document, _QWEN),
     "qwen3": Family("Qwen3", _qwen3_fields, _qwen3_document, _QWEN | {"attention_bias": False}),
+    "qwen3_moe": Family(
+        "Qwen3Moe",
+        _qwen3_moe_fields,
+        _qwen3_moe_document,
+        _QWEN
+        | {
+            "attention_bias": False,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+        },
+    ),
     "gemma": Family("Gemma", _gemma_fields, _gemma_document, _GEMMA),
     "gemma2": Family(
         "Gemma2",

@@ -39,8 +39,8 @@ class Rule:
     """A Hugging Face tensor and the parameters it holds.
 
     Attributes:
-      theirs: its name, after the base, "{i}" for the layer.
-      ours: "/"-joined paths, those below layers/ stacked over layers.
+      theirs: its name, after the base, "{i}" for the layer, "{e}" for the expert.
+      ours: "/"-joined paths, those below layers/ stacked over layers, then over experts.
       layout: "same"; "transposed"; "joined": ours side by side on the last axis (GPT-2);
         "interleaved": theirs [heads·3·d, …] holds query, key and value of each head (GPT-NeoX).
       based: whether the family's base stands in front of the name.
@@ -54,7 +54,7 @@ class Rule:
 
 def rules(kind: str, config: ModelConfig) -> list[Rule]:
     """Of all tensors that a model of this type and config has."""
-    names = {"gpt2": _GPT2, "gpt_neox": _NEOX}.get(kind, _LLAMA | _POST.get(kind, {}))
+    names = {"gpt2": _GPT2, "gpt_neox": _NEOX}.get(kind, _LLAMA | _OWN.get(kind, {}))
     shapes = _shapes(config)
     found = []
     for theirs, (layout, *ours) in names.items():
@@ -105,7 +105,23 @@ _AROUND = {
     **_norm("layers.{i}.pre_feedforward_layernorm", "layers/mlp_norm"),
     **_norm("layers.{i}.post_feedforward_layernorm", "layers/mlp_post_norm"),
 }
-_POST = {"gemma2": _AROUND, "gemma3_text": _AROUND, "olmo2": _AROUND}
+_OWN = {
+    "gemma2": _AROUND,
+    "gemma3_text": _AROUND,
+    "olmo2": _AROUND,
+    "mixtral": {
+        **_dense("block_sparse_moe.gate", "mlp/router"),
+        **_dense("block_sparse_moe.experts.{e}.w1", "mlp/experts/gate"),
+        **_dense("block_sparse_moe.experts.{e}.w3", "mlp/experts/up"),
+        **_dense("block_sparse_moe.experts.{e}.w2", "mlp/experts/down"),
+    },
+    "qwen3_moe": {
+        **_dense("mlp.gate", "mlp/router"),
+        **_dense("mlp.experts.{e}.gate_proj", "mlp/experts/gate"),
+        **_dense("mlp.experts.{e}.up_proj", "mlp/experts/up"),
+        **_dense("mlp.experts.{e}.down_proj", "mlp/experts/down"),
+    },
+}
 _QKV = ("attention/query", "attention/key", "attention/value")
 _GPT2: dict[str, tuple[str, ...]] = {
     "wte.weight": ("same", "embed/embedding"),
@@ -147,6 +163,13 @@ _NEOX: dict[str, tuple[str, ...]] = {
 # Masks and tables that older files hold beside the weights.
 _BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
 _NEOX_BUFFERS = ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq")
+
+
+def _named(rule: Rule, config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Its tensors' names, and where in ours each lies: (), (layer,) or (layer, expert)."""
+    counts = {"{i}": config.layers, "{e}": config.experts}
+    for place in np.ndindex(*(counts[k] for k in counts if k in rule.theirs)):
+        yield rule.theirs.format(**dict(zip("ie", place, strict=False))), place
 
 
 def _unpack(rule: Rule, head_dim: int, tensor: np.ndarray) -> list[np.ndarray]:
@@ -216,7 +239,7 @@ def read_weights(
     _check_size(config, held, directory)
     places = _places(kind, config, held, directory)
     params: dict[str, jax.Array] = {}
-    for name, (rule, layer, shapes) in places.items():
+    for name, (rule, place, shapes) in places.items():
         for ours in rule.ours:
             if ours not in params:
                 where = None if sharding is None else sharding(ours, shapes[ours])
@@ -227,7 +250,7 @@ def read_weights(
                 value = np.ascontiguousarray(part, np.float32)
                 at = np.zeros(value.ndim, np.int32)
                 at[-1 if rule.layout in ("transposed", "interleaved") else 0] = start
-                at = at if layer is None else np.array([layer, *at], np.int32)
+                at = np.array([*place, *at], np.int32)
                 params[ours] = _put(params[ours], value, at)
     return _nested(params)
 
@@ -266,10 +289,10 @@ class _Header(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where a tensor goes: the layer of stacked parameters, or None."""
+    """Where a tensor goes: (layer, expert) of stacked parameters, or less."""
 
     rule: Rule
-    layer: int | None
+    place: tuple[int, ...]
     shapes: dict[str, tuple[int, ...]]
 
 
@@ -283,11 +306,12 @@ def _check_size(config: ModelConfig, held: Mapping[str, _Header], directory: Pat
                 f"{directory}: config.json asks for {name} = {getattr(config, name)}, but its "
                 f"files hold {numbers} numbers in all"
             )
-    if config.layers > len(held):
-        raise UserError(
-            f"{directory}: config.json asks for {config.layers} layers, its files hold "
-            f"{len(held)} tensors"
-        )
+    for what, count in (("layers", config.layers), ("experts", config.layers * config.experts)):
+        if count > len(held):
+            raise UserError(
+                f"{directory}: config.json asks for {count} {what}, its files hold {len(held)} "
+                "tensors"
+            )
 
 
 def _places(
@@ -301,13 +325,11 @@ def _places(
     wanted: dict[str, tuple[int, ...]] = {}
     for rule in rules(kind, config):
         prefix = base if rule.based else ""
-        stacked = "{i}" in rule.theirs
         ours = {name: shapes[name] for name in rule.ours}
-        shape = _packed_shape(rule, [s[1:] if stacked else s for s in ours.values()])
-        for i in range(config.layers) if stacked else (None,):
-            name = prefix + rule.theirs.format(i=i)
-            found[name] = _Place(rule, i, ours)
-            wanted[name] = shape
+        for name, place in _named(rule, config):
+            found[prefix + name] = _Place(rule, place, ours)
+            each = [shape[len(place) :] for shape in ours.values()]
+            wanted[prefix + name] = _packed_shape(rule, each)
     if missing := [name for name in found if name not in held]:
         raise UserError(
             f"{directory}: {len(missing)} tensors are missing, the first is {missing[0]}"
@@ -461,8 +483,6 @@ def _tensors(
     base = FAMILIES[kind].bases[0]
     for rule in rules(kind, config):
         prefix = base if rule.based else ""
-        for i in range(config.layers) if "{i}" in rule.theirs else (None,):
-            parts = [np.asarray(flat[n] if i is None else flat[n][i]) for n in rule.ours]
-            packed = _pack(rule, config.heads, parts)
-            name = prefix + rule.theirs.format(i=i)
-            yield name, np.ascontiguousarray(packed).astype(dtype)
+        for name, place in _named(rule, config):
+            packed = _pack(rule, config.heads, [np.asarray(flat[n][place]) for n in rule.ours])
+            yield prefix + name, np.ascontiguousarray(packed).astype(dtype)

@@ -46,7 +46,8 @@ class AdapterConfig:
         rank grows, https://arxiv.org/abs/2312.03732; "dora", which trains each output's magnitude
         beside its direction, https://arxiv.org/abs/2402.09353.
       base: how the frozen kernels are kept: "float32", "bfloat16", "int8" (a scale an output) or
-        "nf4" (4 bits, a scale for 64 inputs). Norms, biases and embeddings stay float32.
+        "nf4" (4 bits, a scale for 64 inputs). Norms, biases, embeddings, routers and experts stay
+        float32.
     """
 
     rank: int = 0
@@ -228,6 +229,8 @@ def quantize(params: Mapping[str, Any], how: str) -> Tree:
         return dict(params)
     kept = dict(params)
     for name, node in _kernels(params):
+        if name.endswith("/router"):
+            continue
         *way, last = name.split("/")
         parent = kept
         for step in way:
@@ -296,14 +299,15 @@ def param_count(params: Mapping[str, Any]) -> int:
 
 
 def _kernels(params: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """("layers/attention/query", its node) of every kernel of the layers."""
+    """("layers/attention/query", its node) of every kernel [layers, in, out], so of no expert's."""
 
     def walk(name: str, node: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
         if any(how in node for how in ("kernel", *STORED)):
             yield name, node
             return
         for child in sorted(k for k, v in node.items() if isinstance(v, Mapping)):
-            yield from walk(f"{name}/{child}", node[child])
+            if child != "experts":
+                yield from walk(f"{name}/{child}", node[child])
 
     if isinstance(layers := params.get("layers"), Mapping):
         yield from walk("layers", layers)

@@ -5,6 +5,7 @@ Layers are stacked on axis 0 of their parameters and scanned. Linen does not lea
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -207,6 +208,53 @@ class _Mlp(nn.Module):
         return _Dense(config, config.width, config.mlp_bias, residual=True, name="down")(y)
 
 
+class _Experts(nn.Module):
+    """MLPs of which each token has its own few, weighted by a router, in float32:
+
+        Σ over the experts_per_token largest p_e of p_e · mlp_e(x),  p = softmax(x · router)
+
+    the p_e divided by their sum with `expert_renormalize`. Every expert computes every token, and
+    a weight of 0 takes out those not chosen: no token is dropped, and none depends on which others
+    are in its batch. The router is trained by the task's loss alone, no balancing one is added.
+
+    "Outrageously Large Neural Networks", https://arxiv.org/abs/1701.06538; softmax before the
+    choice as in "Mixtral of Experts", https://arxiv.org/abs/2401.04088.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        config, mlp = self.config, _Mlp(self.config, parent=None)
+        tokens = x.reshape(-1, x.shape[-1])
+        exact = dataclasses.replace(config, compute_dtype="float32")
+        with jax.default_matmul_precision("highest"):  # a rounded product may choose another
+            router = _Dense(exact, config.experts, bias=False, name="router")
+            shares = nn.softmax(router(tokens.astype(jnp.float32)))
+        largest, chosen = jax.lax.top_k(shares, config.experts_per_token)
+        if config.expert_renormalize:
+            largest = largest / largest.sum(axis=-1, keepdims=True)
+        weights = (largest[..., None] * nn.one_hot(chosen, config.experts)).sum(axis=1)  # [N, E]
+
+        def start(key: jax.Array) -> Params:
+            keys = jax.random.split(key, config.experts)
+            return jax.vmap(lambda key: mlp.init(key, tokens)["params"])(keys)
+
+        def expert(params: Params, weight: jax.Array) -> jax.Array:
+            return weight[:, None] * cast(jax.Array, mlp.apply({"params": params}, tokens))
+
+        if config.remat != "none":  # else the backward pass keeps what all computed
+            expert = jax.checkpoint(expert, prevent_cse=False)
+        if self.is_initializing():
+            self.param("experts", start)
+        y, _ = jax.lax.scan(
+            lambda y, each: (y + expert(*each), None),
+            jnp.zeros(tokens.shape, jnp.float32),
+            (self.variables["params"]["experts"], weights.T),
+        )
+        return y.astype(x.dtype).reshape(x.shape)
+
+
 class _Block(nn.Module):
     config: ModelConfig
 
@@ -221,7 +269,7 @@ class _Block(nn.Module):
         y, new = _Attention(config, name="attention")(y, context, cached)
         after = x + norm("attention_post_norm", y, "after", "around")
         y = norm("mlp_norm", x if config.parallel else after, "before", "around")
-        y = _Mlp(config, name="mlp")(y)
+        y = (_Experts if config.experts else _Mlp)(config, name="mlp")(y)
         return after + norm("mlp_post_norm", y, "after", "around"), new
 
 
@@ -229,8 +277,9 @@ class _Block(nn.Module):
 def init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     """Fresh float32 parameters: a nested dict, those of the layers stacked on axis 0.
 
-    Kernels are [(layers,) in, out] and normal with `init_std`, the two that write to the residual
-    stream scaled by 1/√(2·layers) as in GPT-2; the score head has std 1/√(width + 1).
+    Kernels are [(layers,) in, out], of experts [layers, experts, in, out], and normal with
+    `init_std`, the two that write to the residual stream scaled by 1/√(2·layers) as in GPT-2; the
+    score head has std 1/√(width + 1).
 
     With `copy_init` attention's output kernel is the value kernel transposed, scaled so that their
     product is about the identity: from the first step on, a token's embedding goes on to whatever

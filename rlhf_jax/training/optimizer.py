@@ -158,19 +158,19 @@ def make_optimizer(
 
 
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Orthogonalised momentum for each layer's matrix [in, out] of kernels [layers, in, out].
+    """Orthogonalised momentum for each matrix of kernels [layers, (experts,) in, out].
 
     Scaled by muon_rms · √max(in, out), to the RMS of Adam's updates, so that Adam's learning rate
     and weight decay serve: "Muon is Scalable for LLM Training", https://arxiv.org/abs/2502.16982.
     """
 
     def dimensions(updates):
-        return jax.tree.map(lambda x: MuonDimensionNumbers(1, 2), updates)
+        return jax.tree.map(lambda x: MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), updates)
 
     def rescale(updates, params=None):
         del params
         scale = config.muon_rms
-        return jax.tree.map(lambda x: x * (scale * math.sqrt(max(x.shape[1:]))), updates)
+        return jax.tree.map(lambda x: x * (scale * math.sqrt(max(x.shape[-2:]))), updates)
 
     return optax.chain(
         scale_by_muon(

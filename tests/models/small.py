@@ -34,6 +34,7 @@ KINDS = {
     "llama": SMALL,
     "gpt2": LEARNED,
     "grouped-window": dataclasses.replace(SMALL, kv_heads=2, sliding_window=5, qk_norm=True),
+    "experts": dataclasses.replace(SMALL, mlp_width=12, experts=4),
     "multiquery-capped": dataclasses.replace(
         SMALL,
         kv_heads=1,

@@ -49,6 +49,7 @@ GPT2 = {
     "n_positions": 80,
     "initializer_range": 0.2,
 }
+QWEN3_MOE = SHAPE | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 CASES = {
     "llama": ("llama", SHAPE),
     "llama-tied-biased": (
@@ -65,6 +66,9 @@ CASES = {
         SHAPE | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
     ),
     "qwen3": ("qwen3", SHAPE | {"tie_word_embeddings": True}),
+    "mixtral": ("mixtral", SHAPE | {"num_local_experts": 5, "sliding_window": 7}),
+    "qwen3_moe": ("qwen3_moe", QWEN3_MOE | {"norm_topk_prob": True}),
+    "qwen3_moe-unnormalized": ("qwen3_moe", QWEN3_MOE | {"norm_topk_prob": False}),
     "gemma": ("gemma", SHAPE),
     "gemma2": ("gemma2", SHAPE | {"sliding_window": 5, "query_pre_attn_scalar": 12}),
     "gemma3": ("gemma3_text", SHAPE | {"sliding_window": 5, "query_pre_attn_scalar": 12}),

@@ -26,6 +26,9 @@ from tests.models.small import SMALL
         ({"width": 16.5}, "width = 16.5: give a whole number"),
         ({"sliding_window": -1}, "sliding_window = -1: give a whole number above 0"),
         ({"norm_eps": 0.0}, "norm_eps = 0.0: give a number above 0"),
+        ({"experts": -1}, "experts = -1: give a whole number, 0 for none"),
+        ({"experts": 2, "experts_per_token": 3}, "experts_per_token = 3 is above model.experts"),
+        ({"experts": 2, "activation": "geglu"}, "experts = 2: experts have activation = 'swiglu'"),
         ({"norm_bias": True}, "only norm = 'layer' has a bias"),
     ],
 )

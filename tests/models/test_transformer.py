@@ -80,6 +80,8 @@ def numpy_forward(config, params, tokens):
         return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
     def mlp(x, p):
+        if "experts" in p:
+            return np.stack([mixture(token, p) for token in x])
         up = dense(x, p["up"])
         if config.activation == "swiglu":
             gate = dense(x, p["gate"])
@@ -87,6 +89,15 @@ def numpy_forward(config, params, tokens):
         if config.activation == "geglu":
             return dense(gelu(dense(x, p["gate"])) * up, p["down"])
         return dense(gelu(up), p["down"])
+
+    def mixture(token, p):
+        share = np.exp(dense(token, p["router"]))
+        share /= share.sum()
+        chosen = np.argsort(-share)[: config.experts_per_token]
+        if config.expert_renormalize:
+            share /= share[chosen].sum()
+        pick = [jax.tree.map(lambda leaf, e=e: leaf[e], p["experts"]) for e in chosen]
+        return sum(share[e] * mlp(token, own) for e, own in zip(chosen, pick, strict=True))
 
     x = params["embed"]["embedding"][tokens]
     if config.position == "learned":

@@ -107,6 +107,19 @@ def test_muon_orthogonalises_each_layer_by_itself(shape):
     np.testing.assert_array_equal(other[1:], after[1:])
 
 
+def test_muon_orthogonalises_each_expert_by_itself():
+    config = {"name": "muon", "learning_rate": 1.0, "schedule": "constant"}
+    gradient = jax.random.normal(jax.random.key(0), (2, 3, 16, 40))
+
+    def step(gradient):
+        tree = {"layers": {"kernel": gradient}}
+        (after,) = updates(config, [tree], jax.tree.map(jnp.zeros_like, tree))
+        return np.asarray(after["layers"]["kernel"])
+
+    alike = step(gradient.reshape(6, 16, 40)).reshape(gradient.shape)
+    np.testing.assert_allclose(step(gradient), alike, rtol=1e-5, atol=1e-5)
+
+
 def test_muon_leaves_embeddings_norms_and_heads_to_adam():
     params = model.init()
     gradient = jax.tree.map(jnp.ones_like, params)
