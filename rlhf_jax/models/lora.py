@@ -46,8 +46,7 @@ class AdapterConfig:
         rank grows, https://arxiv.org/abs/2312.03732; "dora", which trains each output's magnitude
         beside its direction, https://arxiv.org/abs/2402.09353.
       base: how the frozen kernels are kept: "float32", "bfloat16", "int8" (a scale an output) or
-        "nf4" (4 bits, a scale for 64 inputs). Norms, biases, embeddings, routers and experts stay
-        float32.
+        "nf4" (4 bits, a scale for 64 inputs). Norms, biases, embeddings and routers stay float32.
     """
 
     rank: int = 0
@@ -89,13 +88,15 @@ def attach(params: Mapping[str, Any], adapter: AdapterConfig, key: jax.Array) ->
 
     For kernels [layers, in, out]: a [layers, in, rank], uniform within ±1/√in as PyTorch's linear
     layers are, b [layers, rank, out], scale [layers] and, for DoRA, magnitude [layers, out].
+    Experts get none.
 
     Raises:
         UserError: no kernel has a name that matches, or the rank is above a kernel's own.
     """
-    found = {name: node for name, node in _kernels(params) if re.search(adapter.targets, name)}
+    kernels = {n: node for n, node in _kernels(params) if len(kernel_shape(node)) == 3}
+    found = {name: node for name, node in kernels.items() if re.search(adapter.targets, name)}
     if not found:
-        names = ", ".join(name for name, _ in _kernels(params))
+        names = ", ".join(kernels)
         raise UserError(f"adapter.targets = {adapter.targets!r} is found in none of {names}")
     added: Tree = {}
     keys = jax.random.split(key, len(found))
@@ -299,15 +300,14 @@ def param_count(params: Mapping[str, Any]) -> int:
 
 
 def _kernels(params: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """("layers/attention/query", its node) of every kernel [layers, in, out], so of no expert's."""
+    """("layers/attention/query", its node) of every kernel [layers, (experts,) in, out]."""
 
     def walk(name: str, node: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
         if any(how in node for how in ("kernel", *STORED)):
             yield name, node
             return
         for child in sorted(k for k, v in node.items() if isinstance(v, Mapping)):
-            if child != "experts":
-                yield from walk(f"{name}/{child}", node[child])
+            yield from walk(f"{name}/{child}", node[child])
 
     if isinstance(layers := params.get("layers"), Mapping):
         yield from walk("layers", layers)

@@ -104,13 +104,22 @@ def test_a_mesh_changes_no_value():
     np.testing.assert_allclose(found, forward(CONFIG, params, tokens), rtol=1e-5, atol=1e-5)
 
 
-def test_adapters_and_quantisation_leave_experts_alone():
-    params = noisy(CONFIG)
-    adapter = AdapterConfig(rank=2, base="int8")
-    adapted = lora.attach(lora.quantize(params, "int8"), adapter, jax.random.key(0))
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+def test_experts_are_quantised_but_get_no_adapter(base):
+    params, tokens = noisy(CONFIG), random_tokens(1, 9)
+    kept = lora.quantize(params, base)
+    adapted = lora.attach(kept, AdapterConfig(rank=2, base=base), jax.random.key(0))
     mlp = adapted["layers"]["mlp"]
-    assert_trees_close(mlp, params["layers"]["mlp"], rtol=0)
-    assert "int8" in adapted["layers"]["attention"]["query"]
+    assert_trees_close(mlp["router"], params["layers"]["mlp"]["router"], rtol=0)
+    assert base in mlp["experts"]["down"] and "lora" not in mlp["experts"]["down"]
+    assert "lora" in adapted["layers"]["attention"]["query"]
+    assert lora.param_count(adapted) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    found = forward(CONFIG, adapted, tokens)
+    np.testing.assert_allclose(found, forward(CONFIG, lora.merge(adapted), tokens), atol=1e-4)
+
+
+def test_only_the_router_of_a_mixture_may_have_an_adapter():
+    params = noisy(CONFIG)
     with pytest.raises(UserError, match=r"is found in none of .*, layers/mlp/router$"):
         lora.attach(params, AdapterConfig(rank=2, targets="experts/"), jax.random.key(0))
     routed = lora.attach(params, AdapterConfig(rank=2, targets="router$"), jax.random.key(0))
