@@ -6,15 +6,19 @@ Formats by kind (any other key becomes a `meta` entry; `id` is optional; files m
     text          {"text": str}
     conversation  {"messages": [{"role", "content"}, …]}, or {"prompt": str | messages} with
                   "response": str or "completion": str | messages
-    prompt        {"prompt": str | messages} or {"messages": […]}
+    prompt        {"prompt": str | messages}, {"messages": […]} or a pair; the reply that ends
+                  messages is left away
     pair          {"prompt", "chosen", "rejected"}: replies as text or as messages,
-                  or {"chosen": messages, "rejected": messages} that share all but the last
-    hh            {"chosen", "rejected"} as "\\n\\nHuman: …\\n\\nAssistant: …" dialogues → pairs
+                  or {"chosen": messages, "rejected": messages} that share all but the last, or as
+                  "\\n\\nHuman: …\\n\\nAssistant: …" dialogues, or as texts whose prompt is what
+                  both begin with, up to its last white space
+    hh            {"chosen", "rejected"} as such dialogues → pairs
 """
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import logging
 import lzma
@@ -23,7 +27,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
@@ -35,6 +39,7 @@ from rlhf_jax.errors import UserError
 MAX_LINE_BYTES = 16 * 2**20
 _BOM = b"\xef\xbb\xbf"
 _EXCERPT = 80
+_SLICE = re.compile(r"\[(?!:\])(?:(-?\d+)(%?))?:(?:(-?\d+)(%?))?\]")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -119,6 +124,36 @@ def read_lines(
     if skipped is not None:
         skipped.update(reasons)
     return records
+
+
+def count_rows(path: str | os.PathLike) -> int:
+    """The lines of a JSON-lines file that are not blank, or the rows of a Parquet file."""
+    table = Path(path).suffix == ".parquet"
+    return sum(1 for _ in (_rows(path) if table else _raw_lines(path)))
+
+
+def take_slice(records: Sequence[Record], part: str, name: str) -> list[Record]:
+    """The records that a slice names, as TFDS reads slices: "[:95%]", "[100:200]", "[-10:]".
+
+    A per cent is that of all records, to the nearest record.
+
+    Raises UserError for another grammar, a bound beyond the records, or a slice without any.
+    """
+    found, count = _SLICE.fullmatch(part), len(records)
+    if found is None:
+        raise UserError(f"data: {name}{part}: a slice looks like [:95%], [95%:] or [100:200]")
+    bounds: list[int | None] = []
+    for number, percent in (found.group(1, 2), found.group(3, 4)):
+        bound = None if number is None else int(number)
+        if bound is not None and percent:
+            bound = round(bound * count / 100)
+        if bound is not None and abs(bound) > count:
+            raise UserError(f"data: {name}{part}: there are only {count} records")
+        bounds.append(bound)
+    taken = list(records[slice(*bounds)])
+    if not taken:
+        raise UserError(f"data: {name}{part} is empty: there are {count} records in all")
+    return taken
 
 
 def open_bytes(path: str | os.PathLike) -> BufferedIOBase:
@@ -233,13 +268,23 @@ def _conversation(fields: dict[str, Any], default_id: str, keys: frozenset[str])
 
 
 def _prompt_record(fields: dict[str, Any], default_id: str, keys: frozenset[str]) -> Prompt:
-    messages = _messages(fields, "messages") if "messages" in keys else _prompt(fields)
+    if "chosen" in keys:
+        messages = _pair(fields, default_id, keys).prompt
+    else:
+        messages = _messages(fields, "messages") if "messages" in keys else _prompt(fields)
+    if messages and messages[-1].role == "assistant":
+        _check(messages, reply_last=True)
+        messages = messages[:-1]
     _check(messages, reply_last=False)
     return Prompt(_id(fields, default_id), messages, _meta(fields, keys))
 
 
 def _pair(fields: dict[str, Any], default_id: str, keys: frozenset[str]) -> Pair:
     prompt = _prompt(fields) if "prompt" in keys else None
+    if prompt is None and all(isinstance(fields[name], str) for name in ("chosen", "rejected")):
+        if string(fields, "chosen").startswith("\n\nHuman:"):
+            return _hh_pair(fields, default_id, keys)
+        return _shared_prefix_pair(fields, default_id, keys)
     sides = [_side(fields, name, prompt) for name in ("chosen", "rejected")]
     return _make_pair(sides, fields, default_id, keys)
 
@@ -249,8 +294,26 @@ def _hh_pair(fields: dict[str, Any], default_id: str, keys: frozenset[str]) -> P
     return _make_pair(sides, fields, default_id, keys)
 
 
+def _shared_prefix_pair(fields: dict[str, Any], default_id: str, keys: frozenset[str]) -> Pair:
+    """The prompt is what both texts begin with, up to its last white space: no word is cut."""
+    texts = [string(fields, name) for name in ("chosen", "rejected")]
+    same = itertools.takewhile(lambda both: both[0] == both[1], zip(*texts, strict=False))
+    before = re.match(r"(?s).*(?=\s)", texts[0][: sum(1 for _ in same)])
+    shared = before.end() if before else 0
+    if not shared:
+        raise BadLine(
+            "no prompt", "'chosen' and 'rejected' share no beginning that leaves a reply to each"
+        )
+    prompt = Message("user", texts[0][:shared])
+    sides = [(prompt, Message("assistant", text[shared:])) for text in texts]
+    return _make_pair(sides, fields, default_id, keys)
+
+
 def _make_pair(
-    sides: list[tuple[Message, ...]], fields: dict[str, Any], default_id: str, keys: frozenset[str]
+    sides: Sequence[tuple[Message, ...]],
+    fields: dict[str, Any],
+    default_id: str,
+    keys: frozenset[str],
 ) -> Pair:
     for side in sides:
         _check(side, reply_last=True)
@@ -279,8 +342,7 @@ def _side(
     if prompt is None:
         raise BadLine(
             "wrong type",
-            f"field {name!r}: without a 'prompt' it must be a list of messages "
-            "(for Human/Assistant dialogues use kind 'hh')",
+            f"field {name!r}: without a 'prompt', both sides are lists of messages or texts",
         )
     return (*prompt, Message("assistant", string(fields, name)))
 
@@ -384,7 +446,10 @@ FORMATS: dict[str, tuple[tuple[frozenset[str], Callable], ...]] = {
         (frozenset({"prompt", "response"}), _conversation),
         (frozenset({"prompt", "completion"}), _conversation),
     ),
-    "prompt": ((frozenset({"messages"}), _prompt_record), (frozenset({"prompt"}), _prompt_record)),
+    "prompt": tuple(
+        (frozenset(keys), _prompt_record)
+        for keys in ({"messages"}, {"prompt"}, {"chosen", "rejected"})
+    ),
     "pair": (
         (frozenset({"prompt", "chosen", "rejected"}), _pair),
         (frozenset({"chosen", "rejected"}), _pair),

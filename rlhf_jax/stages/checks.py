@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from rlhf_jax.losses.shaping import EOS_MODES, ESTIMATORS
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.rewards import parse_rewards
 from rlhf_jax.rewards.ensemble import COMBINATIONS
-from rlhf_jax.stages.common import is_file, parse_sources
+from rlhf_jax.stages.common import parse_source, parse_sources
 from rlhf_jax.training.objectives import parse_options
 from rlhf_jax.training.optimizer import make_optimizer
 
@@ -46,11 +45,11 @@ def check(config: ConfigDict) -> None:
         held_out,
     ):
         for source in parse_sources(spec) if spec else ():
-            name = re.split(r"[@\[]", source)[0]
-            if not is_file(name):
-                check_name(name)
-            elif not Path(name).is_file():
-                raise UserError(f"data: there is no file {name}")
+            parsed = parse_source(source)
+            if not parsed.is_file:
+                check_name(parsed.name)
+            elif not Path(parsed.name).is_file():
+                raise UserError(f"data: there is no file {parsed.name}")
     if config.stage in ("policy", "online_preference", "best_of_n"):
         _check_sampling(config)
     if config.stage == "policy":
