@@ -12,6 +12,7 @@ Formats by kind (any other key becomes a `meta` entry; `id` is optional; files m
                   or {"chosen": messages, "rejected": messages} that share all but the last, or as
                   "\\n\\nHuman: …\\n\\nAssistant: …" dialogues, or as texts whose prompt is what
                   both begin with, up to its last white space
+    preference    a pair, or a conversation with a "label": true where its last reply is good
     hh            {"chosen", "rejected"} as such dialogues → pairs
 """
 
@@ -61,7 +62,8 @@ def read_jsonl(
     """The records of a JSON-lines file, all of one format.
 
     Args:
-      kind: "text", "conversation", "prompt", "pair" or "hh"; see the module's docstring.
+      kind: "text", "conversation", "prompt", "pair", "preference" or "hh"; see the module's
+        docstring.
       max_bad_fraction: the share of lines, in [0, 1), that may be bad. They are skipped, counted by
         reason, and the counts logged as a warning. At 0 the first bad line ends the reading.
       skipped: if given, receives those counts.
@@ -267,6 +269,12 @@ def _conversation(fields: dict[str, Any], default_id: str, keys: frozenset[str])
     return Conversation(_id(fields, default_id), messages, _meta(fields, keys))
 
 
+def _unpaired(fields: dict[str, Any], default_id: str, keys: frozenset[str]) -> Conversation:
+    if fields["label"] not in (True, False):
+        raise BadLine("bad label", f"field 'label' must be true or false, not {fields['label']!r}")
+    return _conversation(fields, default_id, keys - {"label"})
+
+
 def _prompt_record(fields: dict[str, Any], default_id: str, keys: frozenset[str]) -> Prompt:
     if "chosen" in keys:
         messages = _pair(fields, default_id, keys).prompt
@@ -439,6 +447,10 @@ def _excerpt(value: Any) -> str:
     return ascii(text if len(text) <= _EXCERPT else text[:_EXCERPT] + "…")
 
 
+_PAIRS = (
+    (frozenset({"prompt", "chosen", "rejected"}), _pair),
+    (frozenset({"chosen", "rejected"}), _pair),
+)
 FORMATS: dict[str, tuple[tuple[frozenset[str], Callable], ...]] = {
     "text": ((frozenset({"text"}), _text_record),),
     "conversation": (
@@ -450,9 +462,12 @@ FORMATS: dict[str, tuple[tuple[frozenset[str], Callable], ...]] = {
         (frozenset(keys), _prompt_record)
         for keys in ({"messages"}, {"prompt"}, {"chosen", "rejected"})
     ),
-    "pair": (
-        (frozenset({"prompt", "chosen", "rejected"}), _pair),
-        (frozenset({"chosen", "rejected"}), _pair),
+    "pair": _PAIRS,
+    "preference": (
+        *_PAIRS,
+        (frozenset({"messages", "label"}), _unpaired),
+        (frozenset({"prompt", "response", "label"}), _unpaired),
+        (frozenset({"prompt", "completion", "label"}), _unpaired),
     ),
     "hh": ((frozenset({"chosen", "rejected"}), _hh_pair),),
 }

@@ -90,6 +90,7 @@ def _read_source(config: ConfigDict, source: str, kind: str, split: str) -> list
     if parsed.is_file:
         records = read_jsonl(name, kind, max_bad_fraction=config.data.max_bad_fraction)
         return take_slice(records, part, name) if part else records
+    kind = "pair" if kind == "preference" else kind  # no data set has unpaired records
     records = load_records(name, (own_split or split) + part, kind=kind)
     if not records:
         raise UserError(f"data: {source!r} has no records in its split {own_split or split!r}")

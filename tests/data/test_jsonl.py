@@ -107,6 +107,23 @@ def test_ids_margins_and_other_keys_are_kept(tmp_path):
     assert pair == Pair("7", (USER,), "yo", "no", 2.0, meta)
 
 
+def test_preferences_are_pairs_or_labelled_replies(tmp_path):
+    for fields in (
+        {"prompt": "hi", "completion": "yo"},
+        {"prompt": [U], "completion": [A]},
+        {"prompt": "hi", "response": "yo"},
+        {"messages": [U, A]},
+    ):
+        (record,) = read_jsonl(write(tmp_path, fields | {"label": True}), "preference")
+        assert record == Conversation("f.jsonl:1", (USER, REPLY), {"label": "true"})
+        for label in ("good", 0.5, None):
+            with pytest.raises(UserError, match=r"bad label.* must be true or false"):
+                read_jsonl(write(tmp_path, fields | {"label": label}), "preference")
+    assert read_jsonl(write(tmp_path, GOOD["pair"][0]), "preference") == [GOOD["pair"][1]]
+    with pytest.raises(UserError, match="missing key"):
+        read_jsonl(write(tmp_path, {"messages": [U, A]}), "preference")
+
+
 def test_a_prompt_that_is_only_implied_ends_at_a_white_space(tmp_path):
     fields = {"chosen": "The sky is blue.", "rejected": "The sky is black."}
     (pair,) = read_jsonl(write(tmp_path, fields), "pair")
