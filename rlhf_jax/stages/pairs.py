@@ -90,6 +90,12 @@ def _labelled_rows(
     length, over_long = config.data.row_length, config.data.over_long
     if over_long not in ("error", "drop"):
         raise UserError(f"data.over_long = {over_long!r}: labelled replies know error and drop")
+    for record in records:
+        if record.messages[-1].more:
+            raise UserError(
+                f"record {record.id!r}: a labelled reply that calls a tool is not supported; the "
+                "sft stage trains on tool calls"
+            )
     by_record = np.array([label_of(record) for record in records], np.float32)
     prompts = [render_prompt(record.messages[:-1], tokenizer) for record in records]
     replies = [render_reply(record.messages[-1].content, tokenizer) for record in records]

@@ -107,6 +107,61 @@ def test_ids_margins_and_other_keys_are_kept(tmp_path):
     assert pair == Pair("7", (USER,), "yo", "no", 2.0, meta)
 
 
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+def call(arguments, **more):
+    return more | {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+
+
+@pytest.mark.parametrize("arguments", [{"city": "Köln"}, '{"city": "Köln"}'])
+@pytest.mark.parametrize("tools", [[WEATHER], json.dumps([WEATHER])])
+def test_tool_calls(tmp_path, arguments, tools):
+    turns = [
+        U,
+        {"role": "assistant", "content": None, "tool_calls": [call(arguments, id="c1")]},
+        {"role": "tool", "name": "weather", "tool_call_id": "c1", "content": "18 °C"},
+        A | {"tool_calls": []},
+    ]
+    (record,) = read_jsonl(write(tmp_path, {"messages": turns, "tools": tools}), "conversation")
+    first, called, result, last = record.messages
+    assert first.to_json() == U | {"tools": [WEATHER]}
+    stated = [call({"city": "Köln"}, id="c1")]
+    assert called.to_json() == {"role": "assistant", "content": "", "tool_calls": stated}
+    assert list(called.to_json()["tool_calls"][0]) == ["id", "type", "function"]
+    assert result.to_json() == turns[2]
+    assert last == REPLY and record.meta == {}
+    (prompt,) = read_jsonl(write(tmp_path, {"messages": turns, "tools": tools}), "prompt")
+    assert prompt.messages == record.messages[:-1]
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        (U | {"tool_calls": [call({})]}, r"bad message: messages\[0\] .* found .*tool_calls"),
+        (A | {"tool_calls": "weather()"}, "tool_calls must be a list"),
+        (A | {"tool_calls": ["weather()"]}, r"tool_calls\[0\] must be"),
+        (A | {"tool_calls": [call({}) | {"type": "code"}]}, r"tool_calls\[0\] must be"),
+        (A | {"tool_calls": [call([1])]}, "'arguments' must be an object"),
+        (A | {"tool_calls": [call("{1}")]}, "invalid JSON"),
+        (A | {"tool_calls": [call({"x": "\ud800"})]}, "lone surrogate"),
+        (A | {"name": "me"}, "bad message"),
+    ],
+)
+def test_bad_tool_calls_are_named(tmp_path, turn, message):
+    turns = [turn] if turn["role"] == "user" else [U, turn]
+    with pytest.raises(UserError, match=message):
+        read_jsonl(write(tmp_path, {"messages": turns}), "conversation")
+
+
+def test_tools_must_be_schemas_and_the_replies_of_pairs_text(tmp_path):
+    with pytest.raises(UserError, match="bad tools"):
+        read_jsonl(write(tmp_path, {"messages": [U, A], "tools": ["weather"]}), "conversation")
+    pair = {"chosen": [U, A | {"tool_calls": [call({})]}], "rejected": [U, B]}
+    with pytest.raises(UserError, match="a pair's replies are text"):
+        read_jsonl(write(tmp_path, pair), "pair")
+
+
 def test_preferences_are_pairs_or_labelled_replies(tmp_path):
     for fields in (
         {"prompt": "hi", "completion": "yo"},
