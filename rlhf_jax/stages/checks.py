@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from rlhf_jax.data.builders import check_name
+from rlhf_jax.data.hub_data import check_hub_name
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses.advantages import BASELINES, SCALES
 from rlhf_jax.losses.checks import check_choice
@@ -46,7 +47,9 @@ def check(config: ConfigDict) -> None:
     ):
         for source in parse_sources(spec) if spec else ():
             parsed = parse_source(source)
-            if not parsed.is_file:
+            if parsed.is_hub:
+                check_hub_name(parsed.name)
+            elif not parsed.is_file:
                 check_name(parsed.name)
             elif not Path(parsed.name).is_file():
                 raise UserError(f"data: there is no file {parsed.name}")

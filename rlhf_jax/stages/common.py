@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from rlhf_jax.data.builders import load_records
 from rlhf_jax.data.chat import AnyTokenizer
 from rlhf_jax.data.encode import encode_texts
+from rlhf_jax.data.hub_data import PREFIX, load_rows
 from rlhf_jax.data.jsonl import count_rows, read_jsonl, take_slice
 from rlhf_jax.data.packing import Arrays, check_ids, pack_documents
 from rlhf_jax.data.pipeline import make_dataset, make_iterator
@@ -59,9 +60,14 @@ class Source(NamedTuple):
     part: str
 
     @property
+    def is_hub(self) -> bool:
+        """Whether the package `datasets` loads it."""
+        return self.name.startswith(PREFIX)
+
+    @property
     def is_file(self) -> bool:
         """Whether it is a file, not a data set."""
-        return Path(self.name).suffix in (".jsonl", ".gz", ".xz", ".parquet")
+        return not self.is_hub and Path(self.name).suffix in (".jsonl", ".gz", ".xz", ".parquet")
 
 
 def parse_source(source: str) -> Source:
@@ -79,16 +85,18 @@ def read_records(config: ConfigDict, source: str, kind: str, split: str) -> list
 
     A source is a JSONL or Parquet file, with a slice if wanted, or a data set with, as far as
     wanted, a config, a split of its own in place of `split`, and a slice: "mine.jsonl[:95%]",
-    "town", "hh_rlhf/helpful", "gsm8k@test", "town[:50%]". Several, "a.jsonl,b.jsonl", are read one
-    after the other.
+    "town", "hh_rlhf/helpful", "gsm8k@test", "town[:50%]", "hf:owner/name@train". Several,
+    "a.jsonl,b.jsonl", are read one after the other.
     """
     return [r for each in source.split(",") for r in _read_source(config, each, kind, split)]
 
 
 def _read_source(config: ConfigDict, source: str, kind: str, split: str) -> list[Any]:
     name, own_split, part = parsed = parse_source(source)
-    if parsed.is_file:
-        records = read_jsonl(name, kind, max_bad_fraction=config.data.max_bad_fraction)
+    if parsed.is_file or parsed.is_hub:
+        rows = load_rows(name, own_split or split) if parsed.is_hub else None
+        bad = config.data.max_bad_fraction
+        records = read_jsonl(name, kind, max_bad_fraction=bad, rows=rows)
         return take_slice(records, part, name) if part else records
     kind = "pair" if kind == "preference" else kind  # no data set has unpaired records
     records = load_records(name, (own_split or split) + part, kind=kind)
@@ -100,8 +108,8 @@ def _read_source(config: ConfigDict, source: str, kind: str, split: str) -> list
 def settle_sources(config: ConfigDict) -> ConfigDict:
     """A copy in which an empty data.validation or eval.source has become what it stands for.
 
-    Without a data.validation the last 5 % of each of the user's files in data.train, at least one
-    record, are held out, which is said; eval.source is then the same.
+    Without a data.validation the last 5 % of each of the user's files and "hf:" data sets in
+    data.train, at least one record, are held out, which is said; eval.source is then the same.
 
     Raises:
         UserError: there is nothing to hold out from: a data set, or a file that is sliced already.
@@ -126,14 +134,19 @@ def settle_sources(config: ConfigDict) -> ConfigDict:
 
 def _hold_out(source: str) -> tuple[str, str]:
     """(what is trained on, what is held out) of a source."""
-    name, _, part = parsed = parse_source(source)
-    if not parsed.is_file or part:
+    name, split, part = parsed = parse_source(source)
+    if not (parsed.is_file or parsed.is_hub) or part:
         why = "is sliced already" if part else "is no file of yours"
         raise UserError(
             f"config: data.validation is empty and {source!r} {why}; name what is held out with "
             "--config.data.validation=…"
         )
-    count = count_rows(name)
+    if parsed.is_hub:
+        split = split or "train"  # what is held out must not be another split
+        count = len(load_rows(name, split))
+        name = f"{name}@{split}"
+    else:
+        count = count_rows(name)
     few = round(0.95 * count) == count
     print(f"held out: the last {'record' if few else '5 %'} of {name}", flush=True)
     return (f"{name}[:-1]", f"{name}[-1:]") if few else (f"{name}[:95%]", f"{name}[95%:]")

@@ -26,7 +26,8 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
     config.data = ConfigDict(
         {
             # A data set ("town", "hh_rlhf/helpful", "gsm8k@test", "town[:50%]") or a JSONL file
-            # ("notes.jsonl[:1000]"); several are mixed by weight: "town=3,notes.jsonl=1".
+            # ("notes.jsonl[:1000]") or one that the package datasets loads ("hf:owner/name");
+            # several are mixed by weight: "town=3,notes.jsonl=1".
             "train": "town",
             "validation": "town",  # "": the last 5 % of the files in `train`
             "row_length": 256,  # tokens a packed row

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
+import types
 
 import pytest
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.stages import defaults
+from rlhf_jax.stages.checks import check
 from rlhf_jax.stages.common import parse_source, read_records, settle_sources
 from tests.stages.conftest import run_main
 
@@ -80,3 +84,59 @@ def test_own_asks_for_a_model_and_for_data(name, tmp_path):
     result = run_main(*command, f"--config.init.policy={tmp_path}")
     assert result.returncode == 2 and "set --config.data.train=" in result.stderr
     assert "Traceback" not in result.stderr and not (tmp_path / "run").exists()
+
+
+class Rows(list):
+    """What datasets.load_dataset gives, as far as it is used."""
+
+
+@pytest.fixture
+def datasets(monkeypatch):
+    """A stand-in for the package; its list holds what was asked for."""
+    asked = []
+
+    def load_dataset(path, name=None, *, split):
+        asked.append((path, name, split))
+        if path == "no/such":
+            raise FileNotFoundError("Dataset 'no/such'\ndoesn't exist")
+        return Rows({"prompt": f"{i}?", "completion": f"{i}!", "x": None} for i in range(30))
+
+    module = types.ModuleType("datasets")
+    module.load_dataset = load_dataset
+    module.__spec__ = importlib.util.spec_from_loader("datasets", None)
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return asked
+
+
+def test_data_sets_of_the_package_datasets(datasets, capsys):
+    config = settle_sources(config_of("hf:me/mine/big=2,hf:tiny@test"))
+    assert config.data.train == "hf:me/mine/big@train[:95%]=2,hf:tiny@test[:95%]"
+    assert config.data.validation == "hf:me/mine/big@train[95%:],hf:tiny@test[95%:]"
+    check(config)
+    records = read_records(config, config.data.validation, "conversation", "validation")
+    assert [r.id for r in records] == ["big:29", "big:30", "hf:tiny:29", "hf:tiny:30"]
+    assert records[0].messages[0].content == "28?" and records[0].meta == {}
+    assert set(datasets) == {("me/mine", "big", "train"), ("tiny", None, "test")}
+    assert "30 records of {'completion', 'prompt'}" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"cannot load 'hf:no/such', split 'train': Dataset 'no"):
+        read_records(config, "hf:no/such", "conversation", "train")
+
+
+@pytest.mark.parametrize("name", ["hf:", "hf:a/b/c/d", "hf:/no/folder"])
+def test_names_of_the_hub(name, datasets):
+    with pytest.raises(UserError, match="names look like"):
+        check(config_of(name, "town", "town"))
+
+
+def test_without_the_package_it_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        settle_sources(config_of("hf:me/mine"))
+
+
+def test_a_folder_as_the_real_package_reads_it(tmp_path):
+    pytest.importorskip("datasets", reason="an optional package")
+    write(tmp_path / "train.jsonl", 5)
+    config = settle_sources(config_of(f"hf:{tmp_path}"))
+    records = read_records(config, config.data.train, "conversation", "train")
+    assert [r.messages[0].content for r in records] == ["0?", "1?", "2?", "3?"]
