@@ -25,7 +25,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.preferences import preference_metrics, preference_plots
 from rlhf_jax.evaluation.responses import answer
 from rlhf_jax.evaluation.rows import in_record_order, map_rows
-from rlhf_jax.evaluation.statistics import calibration, wilson_interval
+from rlhf_jax.evaluation.statistics import auc, calibration, wilson_interval
 from rlhf_jax.losses.reward import bradley_terry, pointwise_logistic
 from rlhf_jax.models import transformer
 from rlhf_jax.models.config import ModelConfig
@@ -137,7 +137,7 @@ def label_metrics(scores: np.ndarray, rows: Arrays) -> Evaluated:
     if len(correct):
         metrics["eval/accuracy"] = float(correct.mean())
     if len(good) and len(bad):
-        metrics["eval/auc"] = _auc(good, bad)
+        metrics["eval/auc"] = auc(good, bad)
     plots = [
         {"kind": "reliability", "title": "Calibration"} | dataclasses.asdict(reliability),
         {
@@ -148,13 +148,6 @@ def label_metrics(scores: np.ndarray, rows: Arrays) -> Evaluated:
         },
     ]
     return metrics, plots
-
-
-def _auc(good: np.ndarray, bad: np.ndarray) -> float:
-    """P(good > bad) + ½ P(good = bad)."""
-    below = np.sort(bad)
-    lower, upper = (np.searchsorted(below, good, side) for side in ("left", "right"))
-    return float((lower + upper).mean() / (2 * len(bad)))
 
 
 def reference_scores(
