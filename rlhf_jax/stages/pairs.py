@@ -24,23 +24,34 @@ def pack_preferences(
 ) -> Arrays:
     """Rows of pairs, or of the replies of a file that labels each by itself, which hold `labels`.
 
-    See `pack_pairs` and `pack_labelled`.
+    See `read_preferences`, `pack_pairs` and `pack_labelled`.
+    """
+    records = read_preferences(config, source, split)
+    pairs = [record for record in records if isinstance(record, Pair)]
+    if pairs:
+        return _pair_rows(config, f"{source} ({split})", pairs, tokenizer, mismatched)
+    single = [record for record in records if isinstance(record, Conversation)]
+    return _labelled_rows(config, f"{source} ({split})", single, tokenizer, mismatched)
+
+
+def read_preferences(
+    config: ConfigDict, source: str, split: str
+) -> list[Pair] | list[Conversation]:
+    """The pairs of a source, or the conversations of a file that labels each by itself.
 
     Raises:
         UserError: single replies for a loss other than KTO, or beside pairs.
     """
     records = read_records(config, source, "preference", split)
-    pairs = [record for record in records if isinstance(record, Pair)]
-    if len(pairs) == len(records):
-        return _pair_rows(config, f"{source} ({split})", pairs, tokenizer, mismatched)
-    if pairs:
+    kinds = {type(record) for record in records}
+    if len(kinds) > 1:
         raise UserError(f"data: {source!r} mixes pairs and unpaired records; use one of them")
-    if config.loss.name != "kto":
+    if Conversation in kinds and config.loss.name != "kto":
         raise UserError(
             f"data: {source!r} holds unpaired records: use loss.name = 'kto', or the reward "
             "stage's 'pointwise'"
         )
-    return _labelled_rows(config, f"{source} ({split})", records, tokenizer, mismatched)
+    return records
 
 
 def pack_pairs(config: ConfigDict, source: str, split: str, tokenizer: AnyTokenizer) -> Arrays:

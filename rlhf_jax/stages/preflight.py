@@ -25,7 +25,7 @@ from rlhf_jax.evaluation.statistics import auc, wilson_interval
 from rlhf_jax.evaluation.tables import format_percent, print_table, printable
 from rlhf_jax.stages.chain import PARENTLESS, default_workdir, prepare
 from rlhf_jax.stages.common import parse_sources, read_records, read_summary
-from rlhf_jax.stages.pairs import label_of
+from rlhf_jax.stages.pairs import label_of, read_preferences
 from rlhf_jax.training.model import is_hub_directory
 
 SAMPLE = 1000  # records of a source that are tokenised
@@ -99,7 +99,7 @@ def preflight(config: ConfigDict, source: str, workdir: str | None) -> None:
     prompts_only = config.stage not in ("sft", "reward", "preference")
     limit = config.rollout.max_prompt_tokens if prompts_only else config.data.row_length
     for name in parse_sources(config.data.train):
-        records = read_records(config, name, _kind(config), "train")
+        records = _read(config, name)
         chosen = np.random.default_rng(config.seed).permutation(len(records))[:SAMPLE]
         sample = [records[i] for i in sorted(chosen)]
         judged = isinstance(records[0], Pair) or config.stage in ("reward", "preference")
@@ -112,15 +112,18 @@ def preflight(config: ConfigDict, source: str, workdir: str | None) -> None:
         show_example(_typical(encoded, limit), tokenizer)
 
 
-def _kind(config: ConfigDict) -> str:
+def _read(config: ConfigDict, source: str) -> Sequence[ChatRecord]:
+    """The records of a training source as its stage reads them."""
     match config.stage:
-        case "sft":
-            return "conversation"
-        case "reward":
-            return "conversation" if config.loss.name == "pointwise" else "pair"
         case "preference":
-            return "preference"
-    return "prompt"
+            return read_preferences(config, source, "train")
+        case "reward":
+            kind = "conversation" if config.loss.name == "pointwise" else "pair"
+        case "sft":
+            kind = "conversation"
+        case _:
+            kind = "prompt"
+    return read_records(config, source, kind, "train")
 
 
 def _parent(policy: str, runs: Path) -> Path:
