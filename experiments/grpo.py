@@ -13,6 +13,10 @@ python -m rlhf_jax.main --config=experiments/grpo.py:arithmetic
 python -m rlhf_jax.main --config=experiments/grpo.py:gsm8k
     grade-school maths against its last number: 6 minutes after its parents; a model of this size
     does not solve it: 1 to 3 % of sampled answers are right before and after
+python -m rlhf_jax.main --config=experiments/grpo.py:own --config.init.policy=/path/to/model \\
+        --config.data.train=prompts.jsonl --config.reward.scorers=mine.py:score
+    your model, prompts and reward function; or a reward model, --config.init.reward=…; LoRA,
+    --config.adapter.rank=16, wants about ten times the rate: --config.optimizer.learning_rate=1e-5
 """
 
 from rlhf_jax.errors import UserError
@@ -66,9 +70,19 @@ def get_config(variant="grpo"):
             eval=defaults.chat_evaluation(source="gsm8k/prompt@test", count=64, gold=False)
             | {"batch_rows": 16, "max_new_tokens": 128},
         )
+    if variant == "own":
+        return grpo(
+            "grpo",
+            init={"policy": "", "reward": ""},
+            data=defaults.OWN_PROMPTS,
+            rollout=defaults.OWN_ROLLOUT | {"prompts": 8, "samples": 8},
+            optimizer=defaults.TUNING | {"learning_rate": 1e-6},
+            train={"steps": 100, "eval_every": 20},
+            eval=defaults.own_evaluation(max_new_tokens=256),
+        )
     raise UserError(
         f"experiments/grpo.py has no variant {variant!r}; there are: {', '.join(FAMILY)}, "
-        "arithmetic, gsm8k"
+        "arithmetic, gsm8k, own"
     )
 
 

@@ -12,6 +12,11 @@ python -m rlhf_jax.main --config=experiments/ppo.py:sentiment
     the controlled sentiment task of the DPO paper: continue a film review, to a classifier's liking
     (which is right about 62 % of the beginnings it never saw, and the truth here by definition):
     7 minutes; from 0.0 to 1.7 of the classifier's deviations at KL 9.5
+python -m rlhf_jax.main --config=experiments/ppo.py:own --config.init.policy=/path/to/model \\
+        --config.data.train=prompts.jsonl --config.init.reward=runs/reward-own
+    your model and prompts against a reward model, or with --config.reward.scorers=mine.py:score a
+    function; LoRA, --config.adapter.rank=16, wants about ten times the rate:
+    --config.optimizer.learning_rate=1e-5
 """
 
 from rlhf_jax.errors import UserError
@@ -63,8 +68,22 @@ def get_config(variant="town"):
                 train={"steps": 32, "eval_every": 4},
                 eval=real("imdb/prompt", 64),
             )
+        case "own":
+            return defaults.on_policy(
+                "ppo",
+                init={"policy": "", "reward": ""},
+                data=defaults.OWN_PROMPTS,
+                rollout=defaults.OWN_ROLLOUT | {"prompts": 64},
+                batch={"rows": 4},
+                optimizer=defaults.TUNING | {"learning_rate": 1e-6},
+                critic={"learning_rate": 1e-5, "warmup_steps": 10},
+                train={"steps": 100, "epochs": 2, "minibatches": 2, "log_every": 1}
+                | {"eval_every": 20},
+                eval=defaults.own_evaluation(max_new_tokens=256),
+            )
     raise UserError(
-        f"experiments/ppo.py has no variant {variant!r}; there are: town, ensemble, hh, sentiment"
+        f"experiments/ppo.py has no variant {variant!r}; there are: town, ensemble, hh, "
+        "sentiment, own"
     )
 
 

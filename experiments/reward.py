@@ -8,10 +8,22 @@ python -m rlhf_jax.main --config=experiments/reward.py:hh
     HH-RLHF, helpful: 1 minute after its parents' 8; accuracy on held-out pairs 0.67 (0.61 to 0.73)
 python -m rlhf_jax.main --config=experiments/reward.py:imdb
     a classifier of a review's sentiment from its beginning, of reviews no policy has seen
+python -m rlhf_jax.main --config=experiments/reward.py:own --config.init.policy=/path/to/model \\
+        --config.data.train=pairs.jsonl
+    from your model and your pairs, of which the last 5 % are held out; of replies with a label each
+    with --config.loss.name=pointwise; LoRA, --config.adapter.rank=16, wants about ten times the
+    rate: --config.optimizer.learning_rate=1e-4
 """
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.stages import defaults
+
+OPTIMIZER = {
+    "learning_rate": 5e-4,
+    "warmup_steps": 10,
+    "schedule": "linear",
+    "final_fraction": 0.0,
+}
 
 
 def get_config(variant="town"):
@@ -44,9 +56,17 @@ def get_config(variant="town"):
                 train={"steps": 50},
                 eval={"batch_rows": 16},
             )
+        case "own":
+            return reward(
+                "",
+                data=defaults.OWN_DATA,
+                batch={"rows": 8},
+                optimizer=defaults.TUNING | {"learning_rate": 1e-5},
+                eval={"batch_rows": 16},
+            )
     raise UserError(
         f"experiments/reward.py has no variant {variant!r}; there are: town, member1, member2, hh, "
-        "imdb"
+        "imdb, own"
     )
 
 
@@ -62,14 +82,4 @@ def town(seed):
 
 
 def reward(policy, **sections):
-    return defaults.base(
-        "reward",
-        init={"policy": policy},
-        optimizer={
-            "learning_rate": 5e-4,
-            "warmup_steps": 10,
-            "schedule": "linear",
-            "final_fraction": 0.0,
-        },
-        **sections,
-    )
+    return defaults.base("reward", init={"policy": policy}, **({"optimizer": OPTIMIZER} | sections))

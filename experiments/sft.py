@@ -12,6 +12,10 @@ python -m rlhf_jax.main --config=experiments/sft.py:hh
     the preferred replies of HH-RLHF: 2 minutes to 3.91 nats a token
 python -m rlhf_jax.main --config=experiments/sft.py:imdb
     how a film review goes on after its first eight words
+python -m rlhf_jax.main --config=experiments/sft.py:own --config.init.policy=/path/to/model \\
+        --config.data.train=mine.jsonl
+    your model, from the Hub or of a run, on your data, of which the last 5 % are held out; LoRA,
+    --config.adapter.rank=16, wants about ten times the rate: --config.optimizer.learning_rate=2e-4
 """
 
 from rlhf_jax.errors import UserError
@@ -61,9 +65,17 @@ def get_config(variant="town"):
             config = real("imdb", reviews, reviews, steps=80)
             config.data.row_length = 512
             return config
+        case "own":
+            return sft(
+                "",
+                data=defaults.OWN_DATA,
+                batch={"rows": 8},
+                optimizer=defaults.TUNING | {"learning_rate": 2e-5},
+                eval=defaults.own_evaluation(),
+            )
     raise UserError(
         f"experiments/sft.py has no variant {variant!r}; there are: town, arithmetic, fables, "
-        "gsm8k, hh, imdb"
+        "gsm8k, hh, imdb, own"
     )
 
 

@@ -1,8 +1,8 @@
 """The front door: `python -m rlhf_jax.main --config=experiments/dpo.py [--config.train.steps=100]`.
 
 Flags become a config, the config names a stage, the stage runs in a run directory; parents named
-by `config.init` run first. Exit codes: 0 done, 75 stopped but resumable, 2 the user's mistake, 1 a
-bug.
+by `config.init` run first. With --preflight nothing runs: what it would train on is shown. Exit
+codes: 0 done, 75 stopped but resumable, 2 the user's mistake, 1 a bug.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ def use_huge_pages() -> None:
 
 
 def parse(argv: list[str]):
-    """Returns (config, its source "file.py[:variant]", workdir or None) of a command line."""
+    """Returns (config, its source "file.py[:variant]", workdir or None, whether --preflight)."""
     from absl import flags
     from ml_collections import config_flags
 
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=[sys.argv[0], *argv])
     flags.DEFINE_string("workdir", None, "run directory", flag_values=values)
+    flags.DEFINE_boolean("preflight", False, "show the data and run nothing", flag_values=values)
     try:
         rest = values([sys.argv[0], *argv])[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
@@ -47,16 +48,17 @@ def parse(argv: list[str]):
     source = config_flags.get_config_filename(values["config"])
     if not os.path.isfile(source.partition(":")[0]):
         raise UserError(f"--config={source}: there is no such file")
-    return values.config, source, values.workdir
+    return values.config, source, values.workdir, values.preflight
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line (default: this process's) and returns the exit code."""
     try:
-        config, source, workdir = parse(sys.argv[1:] if argv is None else argv)
-        from rlhf_jax.stages import chain
+        config, source, workdir, preflight_only = parse(sys.argv[1:] if argv is None else argv)
+        from rlhf_jax.stages import chain, preflight
 
-        chain.run(config, source, workdir)
+        run = preflight.preflight if preflight_only else chain.run
+        run(config, source, workdir)
         return EXIT_DONE
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

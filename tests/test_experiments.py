@@ -15,13 +15,13 @@ from rlhf_jax.training.optimizer import make_optimizer
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 VARIANTS = {
     "pretrain": ["town", "fables", "hh", "imdb", "shakespeare_char", "shakespeare_char_best"],
-    "sft": ["town", "arithmetic", "fables", "gsm8k", "hh", "imdb"],
-    "reward": ["town", "member1", "member2", "hh", "imdb"],
-    "dpo": ["town", "hh"],
-    "ppo": ["town", "ensemble", "hh", "sentiment"],
+    "sft": ["town", "arithmetic", "fables", "gsm8k", "hh", "imdb", "own"],
+    "reward": ["town", "member1", "member2", "hh", "imdb", "own"],
+    "dpo": ["town", "hh", "own"],
+    "ppo": ["town", "ensemble", "hh", "sentiment", "own"],
     "grpo": [
         *("grpo", "dr_grpo", "dapo", "rloo", "reinforce", "reinforce_pp", "remax"),
-        *("gspo", "cispo", "arithmetic", "gsm8k"),
+        *("gspo", "cispo", "arithmetic", "gsm8k", "own"),
     ],
     "online_dpo": ["town", "sentiment"],
     "best_of_n": ["town", "sentiment"],
@@ -40,6 +40,9 @@ def test_experiment(name, variant, monkeypatch):
         check_objective(config)
     if config.stage == "pretrain":
         ModelConfig(**config.model.to_dict()).validate()
+    elif variant == "own":
+        assert not (config.init.policy or config.data.train or config.data.validation)
+        assert not config.eval.get("source", "") and not config.eval.get("gold", False)
     else:
         parent = load_config(config.init.policy)
         assert STAGES.index(parent.stage) <= STAGES.index(config.stage)

@@ -7,6 +7,9 @@ A model that came with a chat template keeps it (`hub_tokenizer`); ours is
 Training and generation render through the same function, so the tokens of a prompt followed by
 those of a reply and `<|end|>` are exactly the tokens of the conversation.
 
+Tool calls, a tool's name, and with the first turn the tools there are, follow the content of a turn
+as one line of JSON, {"tool_calls": […]}, {"name": …}, {"tools": […]}.
+
 The text of a turn or document is encoded with a space in front, which `decode_text` takes away: a
 word then has the same token at the start as anywhere else, and can be copied from there.
 """
@@ -113,7 +116,8 @@ def _render(
         )
     tokens, is_target = [BOS], [0]
     for i, message in enumerate(messages):
-        content = render_reply(message.content, tokenizer)
+        text = "\n".join(filter(None, (message.content, message.more)))
+        content = render_reply(text, tokenizer)
         trained = message.role == "assistant" and (not last_turn_only or i == len(messages) - 1)
         tokens += [ROLE_IDS[message.role], *content]
         is_target += [0, *[int(trained)] * len(content)]

@@ -76,7 +76,7 @@ def encode_conversations(
             if over_long != "truncate_prompt_left":
                 long.append((len(tokens), record.id))
                 continue
-            reply = len(render_reply(record.messages[-1].content, tokenizer))
+            reply = len(tokens) - len(render_prompt(record.messages[:-1], tokenizer))
             _check_reply_fits(record.id, reply, row_length)
             start = _start(tokenizer)
             kept = row_length - len(start)

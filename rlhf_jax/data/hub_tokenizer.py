@@ -6,6 +6,9 @@ special, "<think>" or "<tool_call>", are those tokens in an assistant's text too
 hold no such thing ids are those of the tokenizers library for the whole conversation, except that a
 reply never merges with the template's text before it: the tokens of a prompt, then those of its
 reply, are the tokens of the conversation, always.
+
+Tool calls and schemas go to the template, where no text in them becomes a token of the vocabulary's
+added ones, special or not: "</tool_call>" in an argument is text.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +31,7 @@ from rlhf_jax.errors import UserError
 FILE, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 _NO_TEMPLATE = "this tokenizer has no chat template; give it one to train on chats"
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # stand around the number of a token that a message spells
+_ESCAPED = r"\\ue0f[01]"  # the same as JSON that is all ASCII writes them
 _SPELLED = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
 
 
@@ -134,9 +139,7 @@ class HubTokenizer:
             prompt = self._rendered(messages[:i], add_generation_prompt=True)
             if not whole.startswith(prompt):
                 raise self._broken(prompt, whole)
-            end = self._names.search(whole, len(prompt))
-            if end is None:
-                raise UserError("the chat template writes no token that ends the assistant's turn")
+            end = self._find_end(whole, len(prompt), self.ends)
             before = self._tokens(whole[done : len(prompt)], first=not tokens)
             lead = prompt[self._last_control(prompt) :]
             reply = self._continued(lead, whole[len(prompt) : end.start()])
@@ -225,22 +228,53 @@ class HubTokenizer:
 
     def _disguised(self, message: Message) -> str:
         """The message's text with every token it spells, and may not be, replaced by a number."""
-        if _OPEN in message.content or _CLOSE in message.content:
+        return self._hidden(message.content, but_ordinary=message.role == "assistant")
+
+    def _hidden(self, text: str, *, but_ordinary: bool = False) -> str:
+        """Text with the added tokens it spells replaced; special ones only if `but_ordinary`."""
+        if _OPEN in text or _CLOSE in text:
             raise UserError(f"a message holds {_OPEN!r} or {_CLOSE!r}, which are used internally")
 
         def hide(match: re.Match[str]) -> str:
             added = self._by_text[match[0]]
-            if message.role == "assistant" and not added.special:
+            if but_ordinary and not added.special:
                 return match[0]
             return f"{_OPEN}{added.id}{_CLOSE}"
 
-        return self._names.sub(hide, message.content)
+        return self._names.sub(hide, text)
+
+    def _all_hidden(self, value: Any) -> Any:
+        """`_hidden` of every text in a JSON value."""
+        if isinstance(value, str):
+            return self._hidden(value)
+        if isinstance(value, dict):
+            return {self._hidden(k): self._all_hidden(v) for k, v in value.items()}
+        return [self._all_hidden(v) for v in value] if isinstance(value, list) else value
 
     def _rendered(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         if self._template is None:
             raise UserError(_NO_TEMPLATE)
-        shown = [{"role": m.role, "content": self._disguised(m)} for m in messages]
-        return self._template.render(shown, add_generation_prompt=add_generation_prompt)
+        turns = [{"role": m.role, "content": self._disguised(m)} for m in messages]
+        more = [self._all_hidden(json.loads(m.more)) if m.more else {} for m in messages]
+        tools = more[0].pop("tools", None) if more else None
+        render = partial(self._template.render, add_generation_prompt=add_generation_prompt)
+        text = render([a | b for a, b in zip(turns, more, strict=True)], tools=tools)
+        if tools and render([a | b for a, b in zip(turns, more, strict=True)]) == text:
+            raise UserError("the chat template ignores tools; use a model whose template has them")
+        for i, keys in enumerate(more):
+            if "tool_calls" not in keys:
+                continue
+            less = [*more[:i], {}, *more[i + 1 :]]
+            if render([a | b for a, b in zip(turns, less, strict=True)], tools=tools) == text:
+                raise UserError(
+                    "the chat template ignores tool_calls; use a model whose template has them"
+                )
+        if any(more) and re.search(f"(?i){_ESCAPED}", text):
+            raise UserError(
+                "the chat template escapes non-ASCII letters of tool calls, which hold a control "
+                "token's name; take it out of them"
+            )
+        return text
 
     def _tokens(self, text: str, *, first: bool = True) -> list[int]:
         """Ids of rendered text: its control tokens, and the runs of text between them."""
@@ -264,6 +298,13 @@ class HubTokenizer:
             return both[len(before) :]
         return self._tokens(text, first=False)
 
+    def _find_end(self, text: str, start: int, ids: Collection[int]) -> re.Match[str]:
+        """The first token of `ids` from `start` on in rendered text."""
+        for match in self._names.finditer(text, start):
+            if self._by_text[match[0]].id in ids:
+                return match
+        raise UserError("the chat template writes no token that ends the assistant's turn")
+
     def _last_control(self, text: str) -> int:
         """Where the last control token of rendered text ends."""
         ends = [match.end() for match in self._names.finditer(text)]
@@ -285,9 +326,9 @@ class HubTokenizer:
         whole = self._rendered(messages)
         if not whole.startswith(prompt):
             raise self._broken(prompt, whole)
-        end = self._names.search(whole, len(prompt))
-        text = whole[len(prompt) : end.start() if end else None]
-        if end is None or "b" not in text:
+        end = self._find_end(whole, len(prompt), self._special | {*self.ends})
+        text = whole[len(prompt) : end.start()]
+        if "b" not in text:
             raise UserError("the chat template writes no token that ends the assistant's turn")
         before, _, after = text.partition("b")
         lead = prompt[self._last_control(prompt) :]

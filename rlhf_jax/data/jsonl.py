@@ -6,15 +6,25 @@ Formats by kind (any other key becomes a `meta` entry; `id` is optional; files m
     text          {"text": str}
     conversation  {"messages": [{"role", "content"}, …]}, or {"prompt": str | messages} with
                   "response": str or "completion": str | messages
-    prompt        {"prompt": str | messages} or {"messages": […]}
+    prompt        {"prompt": str | messages}, {"messages": […]} or a pair; the reply that ends
+                  messages is left away
     pair          {"prompt", "chosen", "rejected"}: replies as text or as messages,
-                  or {"chosen": messages, "rejected": messages} that share all but the last
-    hh            {"chosen", "rejected"} as "\\n\\nHuman: …\\n\\nAssistant: …" dialogues → pairs
+                  or {"chosen": messages, "rejected": messages} that share all but the last, or as
+                  "\\n\\nHuman: …\\n\\nAssistant: …" dialogues, or as texts whose prompt is what
+                  both begin with, up to its last white space
+    preference    a pair, or a conversation with a "label": true where its last reply is good
+    hh            {"chosen", "rejected"} as such dialogues → pairs
+
+An assistant's message may have "tool_calls", [{"type": "function", "function": {"name",
+"arguments": object or JSON of one}}], beside an empty or absent content; a tool's a "name" and a
+"tool_call_id"; and a record "tools", a list of JSON schemas or JSON of one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
+import itertools
 import json
 import logging
 import lzma
@@ -23,7 +33,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
@@ -35,6 +45,8 @@ from rlhf_jax.errors import UserError
 MAX_LINE_BYTES = 16 * 2**20
 _BOM = b"\xef\xbb\xbf"
 _EXCERPT = 80
+_SLICE = re.compile(r"\[(?!:\])(?:(-?\d+)(%?))?:(?:(-?\d+)(%?))?\]")
+_OPTIONAL = {"tool_calls": "assistant", "name": "tool", "tool_call_id": "tool"}  # key → its role
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -52,14 +64,17 @@ def read_jsonl(
     *,
     max_bad_fraction: float = 0.0,
     skipped: Counter[str] | None = None,
+    rows: Iterable[Mapping[str, Any]] | None = None,
 ) -> list[Record]:
     """The records of a JSON-lines file, all of one format.
 
     Args:
-      kind: "text", "conversation", "prompt", "pair" or "hh"; see the module's docstring.
+      kind: "text", "conversation", "prompt", "pair", "preference" or "hh"; see the module's
+        docstring.
       max_bad_fraction: the share of lines, in [0, 1), that may be bad. They are skipped, counted by
         reason, and the counts logged as a warning. At 0 the first bad line ends the reading.
       skipped: if given, receives those counts.
+      rows: objects to read in place of the file's; `path` then only names them.
 
     Raises UserError naming file, line, field and an excerpt.
     """
@@ -76,7 +91,9 @@ def read_jsonl(
             raise BadLine("mixed format", f"{_names(keys)} after lines with {_names(formats[0])}")
         return record
 
-    records = read_lines(path, convert, max_bad_fraction=max_bad_fraction, skipped=skipped)
+    records = read_lines(
+        path, convert, max_bad_fraction=max_bad_fraction, skipped=skipped, rows=rows
+    )
     print(f"{path}: {len(records):,} records of {_names(formats[0])}, read as {kind}", flush=True)
     return records
 
@@ -87,6 +104,7 @@ def read_lines(
     *,
     max_bad_fraction: float = 0.0,
     skipped: Counter[str] | None = None,
+    rows: Iterable[Mapping[str, Any]] | None = None,
 ) -> list[Record]:
     """`read_jsonl` for a format of one's own.
 
@@ -96,8 +114,12 @@ def read_lines(
         raise UserError(f"max_bad_fraction must be in [0, 1), got {max_bad_fraction}")
     reasons: Counter[str] = Counter()
     records, first_error = [], ""
-    table = Path(path).suffix == ".parquet"
-    for number, raw in _rows(path) if table else _raw_lines(path):
+    numbered: Iterable[tuple[int, Any]]
+    if rows is not None:
+        numbered = ((i, _without_nulls(dict(row))) for i, row in enumerate(rows, 1))
+    else:
+        numbered = _rows(path) if Path(path).suffix == ".parquet" else _raw_lines(path)
+    for number, raw in numbered:
         try:
             fields = raw if isinstance(raw, dict) else _parse(raw)
             records.append(convert(fields, f"{Path(path).name}:{number}"))
@@ -119,6 +141,36 @@ def read_lines(
     if skipped is not None:
         skipped.update(reasons)
     return records
+
+
+def count_rows(path: str | os.PathLike) -> int:
+    """The lines of a JSON-lines file that are not blank, or the rows of a Parquet file."""
+    table = Path(path).suffix == ".parquet"
+    return sum(1 for _ in (_rows(path) if table else _raw_lines(path)))
+
+
+def take_slice(records: Sequence[Record], part: str, name: str) -> list[Record]:
+    """The records that a slice names, as TFDS reads slices: "[:95%]", "[100:200]", "[-10:]".
+
+    A per cent is that of all records, to the nearest record.
+
+    Raises UserError for another grammar, a bound beyond the records, or a slice without any.
+    """
+    found, count = _SLICE.fullmatch(part), len(records)
+    if found is None:
+        raise UserError(f"data: {name}{part}: a slice looks like [:95%], [95%:] or [100:200]")
+    bounds: list[int | None] = []
+    for number, percent in (found.group(1, 2), found.group(3, 4)):
+        bound = None if number is None else int(number)
+        if bound is not None and percent:
+            bound = round(bound * count / 100)
+        if bound is not None and abs(bound) > count:
+            raise UserError(f"data: {name}{part}: there are only {count} records")
+        bounds.append(bound)
+    taken = list(records[slice(*bounds)])
+    if not taken:
+        raise UserError(f"data: {name}{part} is empty: there are {count} records in all")
+    return taken
 
 
 def open_bytes(path: str | os.PathLike) -> BufferedIOBase:
@@ -229,17 +281,37 @@ def _conversation(fields: dict[str, Any], default_id: str, keys: frozenset[str])
         name = "response" if "response" in keys else "completion"
         messages = _side(fields, name, _prompt(fields))
     _check(messages, reply_last=True)
-    return Conversation(_id(fields, default_id), messages, _meta(fields, keys))
+    return Conversation(
+        _id(fields, default_id), _with_tools(messages, fields), _meta(fields, keys | {"tools"})
+    )
+
+
+def _unpaired(fields: dict[str, Any], default_id: str, keys: frozenset[str]) -> Conversation:
+    if fields["label"] not in (True, False):
+        raise BadLine("bad label", f"field 'label' must be true or false, not {fields['label']!r}")
+    return _conversation(fields, default_id, keys - {"label"})
 
 
 def _prompt_record(fields: dict[str, Any], default_id: str, keys: frozenset[str]) -> Prompt:
-    messages = _messages(fields, "messages") if "messages" in keys else _prompt(fields)
+    if "chosen" in keys:
+        messages = _pair(fields, default_id, keys).prompt
+    else:
+        messages = _messages(fields, "messages") if "messages" in keys else _prompt(fields)
+    if messages and messages[-1].role == "assistant":
+        _check(messages, reply_last=True)
+        messages = messages[:-1]
     _check(messages, reply_last=False)
-    return Prompt(_id(fields, default_id), messages, _meta(fields, keys))
+    return Prompt(
+        _id(fields, default_id), _with_tools(messages, fields), _meta(fields, keys | {"tools"})
+    )
 
 
 def _pair(fields: dict[str, Any], default_id: str, keys: frozenset[str]) -> Pair:
     prompt = _prompt(fields) if "prompt" in keys else None
+    if prompt is None and all(isinstance(fields[name], str) for name in ("chosen", "rejected")):
+        if string(fields, "chosen").startswith("\n\nHuman:"):
+            return _hh_pair(fields, default_id, keys)
+        return _shared_prefix_pair(fields, default_id, keys)
     sides = [_side(fields, name, prompt) for name in ("chosen", "rejected")]
     return _make_pair(sides, fields, default_id, keys)
 
@@ -249,21 +321,41 @@ def _hh_pair(fields: dict[str, Any], default_id: str, keys: frozenset[str]) -> P
     return _make_pair(sides, fields, default_id, keys)
 
 
+def _shared_prefix_pair(fields: dict[str, Any], default_id: str, keys: frozenset[str]) -> Pair:
+    """The prompt is what both texts begin with, up to its last white space: no word is cut."""
+    texts = [string(fields, name) for name in ("chosen", "rejected")]
+    same = itertools.takewhile(lambda both: both[0] == both[1], zip(*texts, strict=False))
+    before = re.match(r"(?s).*(?=\s)", texts[0][: sum(1 for _ in same)])
+    shared = before.end() if before else 0
+    if not shared:
+        raise BadLine(
+            "no prompt", "'chosen' and 'rejected' share no beginning that leaves a reply to each"
+        )
+    prompt = Message("user", texts[0][:shared])
+    sides = [(prompt, Message("assistant", text[shared:])) for text in texts]
+    return _make_pair(sides, fields, default_id, keys)
+
+
 def _make_pair(
-    sides: list[tuple[Message, ...]], fields: dict[str, Any], default_id: str, keys: frozenset[str]
+    sides: Sequence[tuple[Message, ...]],
+    fields: dict[str, Any],
+    default_id: str,
+    keys: frozenset[str],
 ) -> Pair:
     for side in sides:
         _check(side, reply_last=True)
     chosen, rejected = sides
     if chosen[:-1] != rejected[:-1]:
         raise BadLine("prompts differ", "'chosen' and 'rejected' must share all but the last turn")
+    if chosen[-1].more or rejected[-1].more:
+        raise BadLine("tool call", "a pair's replies are text; one that calls a tool is for sft")
     return Pair(
         _id(fields, default_id),
-        chosen[:-1],
+        _with_tools(chosen[:-1], fields),
         chosen[-1].content,
         rejected[-1].content,
         _margin(fields),
-        _meta(fields, keys | {"margin"}),
+        _meta(fields, keys | {"margin", "tools"}),
     )
 
 
@@ -279,8 +371,7 @@ def _side(
     if prompt is None:
         raise BadLine(
             "wrong type",
-            f"field {name!r}: without a 'prompt' it must be a list of messages "
-            "(for Human/Assistant dialogues use kind 'hh')",
+            f"field {name!r}: without a 'prompt', both sides are lists of messages or texts",
         )
     return (*prompt, Message("assistant", string(fields, name)))
 
@@ -304,10 +395,71 @@ def _prompt(fields: dict[str, Any]) -> tuple[Message, ...]:
 def _messages(fields: dict[str, Any], name: str) -> tuple[Message, ...]:
     if not isinstance(fields[name], list):
         raise BadLine("wrong type", f"field {name!r} must be a list, not {_type(fields[name])}")
-    for i, turn in enumerate(fields[name]):
-        if not isinstance(turn, dict) or turn.keys() != {"role", "content"}:
-            raise BadLine("bad message", f"{name}[{i}] must have exactly 'role' and 'content'")
-    return tuple(Message(string(m, "role"), string(m, "content")) for m in fields[name])
+    return tuple(_message(turn, f"{name}[{i}]") for i, turn in enumerate(fields[name]))
+
+
+def _message(turn: Any, where: str) -> Message:
+    if not isinstance(turn, dict):
+        raise BadLine("bad message", f"{where} must have exactly 'role' and 'content'")
+    turn = {k: v for k, v in turn.items() if v or k not in _OPTIONAL}
+    allowed = [k for k, role in _OPTIONAL.items() if k in turn and turn.get("role") == role]
+    if "tool_calls" in allowed and turn.get("content") is None:
+        turn["content"] = ""
+    if turn.keys() - set(allowed) != {"role", "content"}:
+        raise BadLine(
+            "bad message",
+            f"{where} must have exactly 'role' and 'content', and what belongs to tool calls; "
+            f"found {_names(turn.keys())}",
+        )
+    more: dict[str, Any] = {k: string(turn, k) for k in allowed if k != "tool_calls"}
+    if "tool_calls" in allowed:
+        calls, where = turn["tool_calls"], f"{where}.tool_calls"
+        if not isinstance(calls, list):
+            raise BadLine("bad tool call", f"{where} must be a list")
+        more["tool_calls"] = [_tool_call(call, f"{where}[{i}]") for i, call in enumerate(calls)]
+    return Message(string(turn, "role"), string(turn, "content"), _as_json(more))
+
+
+def _tool_call(call: Any, where: str) -> dict[str, Any]:
+    """A call as templates expect it, its arguments an object."""
+    function = call.get("function") if isinstance(call, dict) else None
+    known = isinstance(function, dict) and not (
+        call.keys() - {"type", "id", "function"} or function.keys() - {"name", "arguments"}
+    )
+    if not known or call.get("type", "function") != "function":
+        raise BadLine(
+            "bad tool call",
+            f'{where} must be {{"type": "function", "function": {{"name", "arguments"}}}}',
+        )
+    assert isinstance(function, dict)
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        arguments = _parse(arguments.encode("utf-8", "surrogatepass"))
+    if not isinstance(arguments, dict):
+        raise BadLine("bad tool call", f"{where}: 'arguments' must be an object or JSON of one")
+    called = {"name": string(function, "name"), "arguments": arguments}
+    begin = {"id": string(call, "id")} if "id" in call else {}
+    return begin | {"type": "function", "function": called}
+
+
+def _with_tools(messages: tuple[Message, ...], fields: dict[str, Any]) -> tuple[Message, ...]:
+    """The messages, the first one with the record's tools."""
+    tools = fields.get("tools")
+    if isinstance(tools, str):
+        tools = _parse(b'{"tools":' + tools.encode("utf-8", "surrogatepass") + b"}")["tools"]
+    if not tools or not messages:
+        return messages
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadLine("bad tools", "field 'tools' must be a list of JSON schemas")
+    first = messages[0]
+    more = json.loads(first.more or "{}") | {"tools": tools}
+    return (dataclasses.replace(first, more=_as_json(more)), *messages[1:])
+
+
+def _as_json(value: dict[str, Any]) -> str:
+    """JSON, "" of nothing; BadLine for what UTF-8 cannot hold."""
+    text = json.dumps(value, ensure_ascii=False) if value else ""
+    return string({"tool_calls": text}, "tool_calls")
 
 
 def _check(messages: tuple[Message, ...], *, reply_last: bool) -> None:
@@ -377,6 +529,10 @@ def _excerpt(value: Any) -> str:
     return ascii(text if len(text) <= _EXCERPT else text[:_EXCERPT] + "…")
 
 
+_PAIRS = (
+    (frozenset({"prompt", "chosen", "rejected"}), _pair),
+    (frozenset({"chosen", "rejected"}), _pair),
+)
 FORMATS: dict[str, tuple[tuple[frozenset[str], Callable], ...]] = {
     "text": ((frozenset({"text"}), _text_record),),
     "conversation": (
@@ -384,10 +540,16 @@ FORMATS: dict[str, tuple[tuple[frozenset[str], Callable], ...]] = {
         (frozenset({"prompt", "response"}), _conversation),
         (frozenset({"prompt", "completion"}), _conversation),
     ),
-    "prompt": ((frozenset({"messages"}), _prompt_record), (frozenset({"prompt"}), _prompt_record)),
-    "pair": (
-        (frozenset({"prompt", "chosen", "rejected"}), _pair),
-        (frozenset({"chosen", "rejected"}), _pair),
+    "prompt": tuple(
+        (frozenset(keys), _prompt_record)
+        for keys in ({"messages"}, {"prompt"}, {"chosen", "rejected"})
+    ),
+    "pair": _PAIRS,
+    "preference": (
+        *_PAIRS,
+        (frozenset({"messages", "label"}), _unpaired),
+        (frozenset({"prompt", "response", "label"}), _unpaired),
+        (frozenset({"prompt", "completion", "label"}), _unpaired),
     ),
     "hh": ((frozenset({"chosen", "rejected"}), _hh_pair),),
 }

@@ -7,7 +7,7 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,9 @@ def from_example(kind: str, example: Mapping[str, Any]) -> Record:
     raise ValueError(f"unknown kind of record {kind!r}")
 
 
-def _write_messages(messages: Iterable[Message]) -> list[dict[str, str]]:
+def _write_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
+    if any(message.more for message in messages):
+        raise ValueError("a data set's messages have a role and a content only")
     return [{"role": message.role, "content": message.content} for message in messages]
 
 

@@ -8,8 +8,10 @@ beside the text (a reference answer, a topic, a source), always as strings.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from rlhf_jax.errors import UserError
 
@@ -18,10 +20,20 @@ ROLES = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation; `role` is one of `ROLES`."""
+    """One turn of a conversation; `role` is one of `ROLES`.
+
+    `more` is JSON of what else a chat template is given of the turn: an assistant's `tool_calls`, a
+    tool's `name` and `tool_call_id`, and with a conversation's first message its `tools`, the
+    schemas of what may be called; "" if nothing.
+    """
 
     role: str
     content: str
+    more: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """{"role", "content"} and what else there is."""
+        return {"role": self.role, "content": self.content} | json.loads(self.more or "{}")
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,8 @@ def convert(record: Record, kind: str) -> Record:
         case "prompt", Conversation():
             return Prompt(record.id, record.messages[:-1], record.meta)
         case "text", Conversation():
+            if any(m.more for m in record.messages):
+                raise UserError(f"record {record.id!r} has tool calls, which make no plain text")
             lines = [f"{m.role.capitalize()}: {m.content}" for m in record.messages]
             return Text(record.id, "\n\n".join(lines), record.meta)
         case "text", Pair():

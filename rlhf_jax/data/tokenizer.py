@@ -31,8 +31,16 @@ PAD, BOS, END, SYSTEM, USER, ASSISTANT, TOOL = range(len(CONTROL_TOKENS))
 _ROLES_THERE = {"bos": BOS, "eos": END, "pad": PAD}
 # The format of `chat.py`, in Jinja.
 TEMPLATE = (
-    "<|bos|>{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
-    "{% if message['content'] %}{{ ' ' + message['content'] }}{% endif %}<|end|>{% endfor %}"
+    "<|bos|>{% for message in messages %}{{ '<|' + message['role'] + '|>' }}{% set more = "
+    "{'tools': tools} if loop.first and tools else "
+    "{'tool_calls': message['tool_calls']} if message['tool_calls'] else "
+    "{'name': message['name'], 'tool_call_id': message['tool_call_id']} "
+    "if message['name'] and message['tool_call_id'] else "
+    "{'name': message['name']} if message['name'] else "
+    "{'tool_call_id': message['tool_call_id']} if message['tool_call_id'] %}"
+    "{% if message['content'] %}{{ ' ' + message['content'] }}{% endif %}"
+    "{% if more %}{{ ('\\n' if message['content'] else ' ') + more | tojson }}{% endif %}"
+    "<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 MIN_BPE_VOCAB = len(CONTROL_TOKENS) + 256

@@ -200,6 +200,13 @@ def accuracy_by_bins(x: ArrayLike, correct: ArrayLike, edges: ArrayLike) -> Binn
     )
 
 
+def auc(good: ArrayLike, bad: ArrayLike) -> float:
+    """P(good > bad) + ½ P(good = bad) for one of each, [N] and [M]."""
+    good, below = np.asarray(good), np.sort(bad)
+    lower, upper = (np.searchsorted(below, good, side) for side in ("left", "right"))
+    return float((lower + upper).mean() / (2 * len(below)))
+
+
 def correlation(x: ArrayLike, y: ArrayLike) -> float:
     """Pearson's correlation Σ(x−x̄)(y−ȳ) / √(Σ(x−x̄)² Σ(y−ȳ)²); NaN where either side is constant.
 

@@ -74,6 +74,32 @@ def print_summary(
         samples: records of samples.jsonl, `{"prompt": …, "responses": {name: text}}`.
         file: where to; standard output if None.
     """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    print_table(title, columns, rows, file=file)
+    console = Console(file=file, highlight=False, markup=False, emoji=False)
+    for sample in samples:
+        responses = sample["responses"]
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid.add_column(justify="right", style="dim", no_wrap=True)
+        grid.add_column(overflow="fold")
+        grid.add_row(Text("prompt"), Text(printable(prompt_text(sample["prompt"])), style="italic"))
+        for name, response in responses.items():
+            grid.add_row(Text(name), Text(printable(response) or "(empty)"))
+        console.print(grid)
+        console.print()
+
+
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    *,
+    file: IO[str] | None = None,
+) -> None:
+    """Prints a title and a table: see `print_summary`."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -88,16 +114,6 @@ def print_summary(
     for label, *values in rows:
         table.add_row(Text(str(label)), *map(Text, format_numbers(values)))
     console.print(table)
-    for sample in samples:
-        responses = sample["responses"]
-        grid = Table.grid(padding=(0, 2, 0, 0))
-        grid.add_column(justify="right", style="dim", no_wrap=True)
-        grid.add_column(overflow="fold")
-        grid.add_row(Text("prompt"), Text(printable(prompt_text(sample["prompt"])), style="italic"))
-        for name, response in responses.items():
-            grid.add_row(Text(name), Text(printable(response) or "(empty)"))
-        console.print(grid)
-        console.print()
 
 
 def printable(text: str) -> str:

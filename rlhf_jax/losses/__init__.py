@@ -32,6 +32,7 @@ from rlhf_jax.losses.preference import (
     kto_baseline,
     loss_options,
     preference_loss,
+    unpaired_kto,
 )
 from rlhf_jax.losses.reductions import Reduction, add, mean, segment_logprobs, weighted_sum
 from rlhf_jax.losses.reward import bradley_terry, plackett_luce, pointwise_logistic
@@ -83,6 +84,7 @@ __all__ = [
     "token_cross_entropy",
     "token_rewards",
     "token_statistics",
+    "unpaired_kto",
     "value_loss",
     "weighted_sum",
     "whiten",

@@ -11,6 +11,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -112,11 +113,69 @@ def kto(pairs: Pairs, *, beta, kl=None, desirable_weight=1.0, undesirable_weight
     """
     if kl is None:
         raise ValueError("kto needs the option kl, its reference point: see kto_baseline")
-    z = jax.lax.stop_gradient(jnp.where(pairs.weights != 0, kl, 0))
     chosen, rejected = pairs.logratios
-    return desirable_weight * sigma(beta * (z - chosen)) + undesirable_weight * sigma(
-        beta * (rejected - z)
+    share = partial(
+        kto_example,
+        kl=jnp.where(pairs.weights != 0, kl, 0),
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
     )
+    return share(chosen, jnp.ones_like(chosen)) + share(rejected, jnp.zeros_like(rejected))
+
+
+def kto_example(
+    logratios: jax.Array, labels: jax.Array, *, kl, beta, desirable_weight, undesirable_weight
+) -> jax.Array:
+    """KTO of single responses [N]: λ_D·[1 − σ(β(s − z))] of label 1, λ_U·[1 − σ(β(z − s))] of 0."""
+    z = jax.lax.stop_gradient(kl)
+    good = labels != 0
+    size = jnp.where(good, desirable_weight, undesirable_weight)
+    return size * sigma(beta * jnp.where(good, z - logratios, logratios - z))
+
+
+def unpaired_kto(
+    logprobs: jax.Array,
+    ref_logprobs: jax.Array,
+    labels: jax.Array,
+    *,
+    weights: jax.Array,
+    kl: jax.Array,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> tuple[Reduction, dict[str, Reduction]]:
+    """KTO over N responses each labelled by itself; its total on both sides of pairs is `kto`'s.
+
+    https://arxiv.org/abs/2402.01306.
+
+    Args:
+      logprobs, ref_logprobs: [N] nats, summed over response tokens including EOS.
+      labels: [N], 1 = desirable, 0 = not. weights: [N], 0 = no response.
+      kl: the reference point z ≥ 0, scalar nats: see `kto_baseline`.
+
+    Returns:
+      (total, weight) in the loss's units and responses; metrics loss, and of either label
+      rewards/{chosen,rejected} (β·s) and logps/{chosen,rejected} (nats a response).
+    """
+    check_rank("logprobs", logprobs, 1)
+    check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, labels=labels, weights=weights)
+    logprobs, ref_logprobs, labels = keep_weighted(weights, logprobs, ref_logprobs, labels)
+    logratios = logprobs - ref_logprobs
+    values = kto_example(
+        logratios,
+        labels,
+        kl=kl,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+    )
+    total = weighted_sum(values, weights)
+    metrics = {"loss": total}
+    for name, of in (("chosen", labels != 0), ("rejected", labels == 0)):
+        metrics[f"rewards/{name}"] = weighted_sum(beta * logratios, weights * of)
+        metrics[f"logps/{name}"] = weighted_sum(logprobs, weights * of)
+    return total, metrics
 
 
 def kto_baseline(logprobs: jax.Array, ref_logprobs: jax.Array, weights: jax.Array) -> jax.Array:

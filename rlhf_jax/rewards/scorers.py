@@ -260,9 +260,7 @@ def _described(prompts: Sequence[Prompt]) -> dict[str, Any]:
     shared = set.intersection(*(set(prompt.meta) for prompt in prompts)).difference(_RESERVED)
     columns = {key: [prompt.meta[key] for prompt in prompts] for key in sorted(shared)}
     return {
-        "prompts": [
-            [{"role": m.role, "content": m.content} for m in prompt.messages] for prompt in prompts
-        ],
+        "prompts": [[m.to_json() for m in prompt.messages] for prompt in prompts],
         "columns": columns | {"ids": [prompt.id for prompt in prompts]},
     }
 

@@ -24,13 +24,14 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.report import METRICS, environment, write_report
 from rlhf_jax.evaluation.tables import print_summary
 from rlhf_jax.stages.checks import check
-from rlhf_jax.stages.common import ancestry, read_summary
+from rlhf_jax.stages.common import ancestry, read_summary, settle_sources
 from rlhf_jax.training.rundir import RunDirectory
 
 STAGES = (
     *("pretrain", "sft", "reward", "preference"),
     *("policy", "online_preference", "best_of_n", "oracle"),
 )
+PARENTLESS = ("pretrain", "oracle")
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -66,10 +67,19 @@ def run(config: ConfigDict, source: str, workdir: str | os.PathLike[str] | None 
     return _run(config, source, directory, descendants=())
 
 
-def _run(config: ConfigDict, source: str, workdir: Path, descendants: tuple[str, ...]) -> Path:
+def prepare(config: ConfigDict) -> ConfigDict:
+    """The config that is run: checked, and with what is empty in it settled."""
     if config.stage not in STAGES:
         raise UserError(f"config.stage = {config.stage!r}: choose one of {', '.join(STAGES)}")
+    if config.stage not in PARENTLESS and not config.init.policy:
+        raise UserError("config: init.policy is empty; set --config.init.policy=/path/to/model")
+    config = settle_sources(config)
     check(config)
+    return config
+
+
+def _run(config: ConfigDict, source: str, workdir: Path, descendants: tuple[str, ...]) -> Path:
+    config = prepare(config)
     lineage = (*descendants, source)
     parents = {
         role: _parent(parent, workdir.parent, lineage)

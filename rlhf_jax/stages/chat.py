@@ -100,7 +100,7 @@ def _samples(
     samples = []
     for i, prompt in enumerate(prompts):
         sample: dict[str, Any] = {
-            "prompt": [{"role": m.role, "content": m.content} for m in prompt.messages],
+            "prompt": [m.to_json() for m in prompt.messages],
             "responses": {name: each[i].text for name, each in answers.items()},
         }
         if scores:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from rlhf_jax.data.builders import check_name
+from rlhf_jax.data.hub_data import check_hub_name
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses.advantages import BASELINES, SCALES
 from rlhf_jax.losses.checks import check_choice
@@ -21,7 +21,7 @@ from rlhf_jax.losses.shaping import EOS_MODES, ESTIMATORS
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.rewards import parse_rewards
 from rlhf_jax.rewards.ensemble import COMBINATIONS
-from rlhf_jax.stages.common import is_file, parse_sources
+from rlhf_jax.stages.common import parse_source, parse_sources
 from rlhf_jax.training.objectives import parse_options
 from rlhf_jax.training.optimizer import make_optimizer
 
@@ -46,11 +46,13 @@ def check(config: ConfigDict) -> None:
         held_out,
     ):
         for source in parse_sources(spec) if spec else ():
-            name = re.split(r"[@\[]", source)[0]
-            if not is_file(name):
-                check_name(name)
-            elif not Path(name).is_file():
-                raise UserError(f"data: there is no file {name}")
+            parsed = parse_source(source)
+            if parsed.is_hub:
+                check_hub_name(parsed.name)
+            elif not parsed.is_file:
+                check_name(parsed.name)
+            elif not Path(parsed.name).is_file():
+                raise UserError(f"data: there is no file {parsed.name}")
     if config.stage in ("policy", "online_preference", "best_of_n"):
         _check_sampling(config)
     if config.stage == "policy":

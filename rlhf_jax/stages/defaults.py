@@ -25,10 +25,11 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
     config.init = ConfigDict({"policy": ""})
     config.data = ConfigDict(
         {
-            # A data set ("town", "hh_rlhf/helpful", "gsm8k@test", "town[:50%]") or a JSONL file;
+            # A data set ("town", "hh_rlhf/helpful", "gsm8k@test", "town[:50%]") or a JSONL file
+            # ("notes.jsonl[:1000]") or one that the package datasets loads ("hf:owner/name");
             # several are mixed by weight: "town=3,notes.jsonl=1".
             "train": "town",
-            "validation": "town",
+            "validation": "town",  # "": the last 5 % of the files in `train`
             "row_length": 256,  # tokens a packed row
             "over_long": "error",  # records longer than a row; the policies are in data/encode.py
             "max_bad_fraction": 0.0,  # share of bad JSONL lines that are skipped and counted
@@ -280,13 +281,26 @@ def model(preset: str, **changes: Any) -> ConfigDict:
 def chat_evaluation(**changes: Any) -> dict[str, Any]:
     """How a chat stage ends: held-out prompts are answered and judged."""
     return {
-        "source": "town",  # of held-out prompts: a data set or a JSONL file
+        "source": "town",  # of held-out prompts: a data set or a JSONL file; "": data.validation
         "count": 256,  # prompts at most
         "max_new_tokens": 64,
         "temperature": 0.0,  # of the answers that are judged; 0: greedy
         "gold": True,  # judged by the town's scorer
         "during": 128,  # prompts sampled at train.eval_every
     } | changes
+
+
+# Of the experiments' variants "own": a pre-trained model and the user's data.
+OWN_DATA = {"train": "", "validation": "", "row_length": 1024, "over_long": "drop"}
+OWN_PROMPTS = {"train": "", "validation": "", "row_length": 1024}
+OWN_ROLLOUT = {"max_prompt_tokens": 512, "max_new_tokens": 256}
+TUNING = {"name": "adamw", "warmup_steps": 10, "schedule": "linear", "final_fraction": 0.0}
+
+
+def own_evaluation(**changes: Any) -> dict[str, Any]:
+    """`chat_evaluation` on what is held out of the user's data, which has no exact scorer."""
+    stated = {"source": "", "count": 64, "gold": False} | changes
+    return chat_evaluation(**stated) | {"batch_rows": 16}
 
 
 def fields(value: Any) -> ConfigDict:

@@ -236,7 +236,7 @@ def token_views(policy: Model, iteration: Iteration) -> list[dict[str, Any]]:
         views.append(
             {
                 "title": f"iteration {rollouts.version + 1}, score {rollouts.scores[n]:.2f}",
-                "prompt": [{"role": m.role, "content": m.content} for m in record.messages],
+                "prompt": [m.to_json() for m in record.messages],
                 "tokens": [policy.tokenizer.decode([t]) or "⏹" for t in tokens],
                 "values": {k: [float(x) for x in v[: len(tokens)]] for k, v in values.items()},
             }
@@ -262,8 +262,7 @@ def _keep_timeline(run: Path, step: int, samples: Samples, scores: Mapping[str, 
     new = {
         "step": step,
         "prompts": [
-            [{"role": m.role, "content": m.content} for m in record.messages]
-            for record in samples.prompts.records[:TIMELINE]
+            [m.to_json() for m in record.messages] for record in samples.prompts.records[:TIMELINE]
         ],
         "answers": list(samples.texts[:TIMELINE]),
         "scores": [

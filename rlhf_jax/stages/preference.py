@@ -1,8 +1,9 @@
 """Preference optimisation: a chat model and preference pairs → an aligned model, without RL.
 
-DPO and its family, losses/preference.py. The reference is the model it starts from; its log-probs
-are computed once, before training, and travel with the rows. A reward model of the same pairs, if
-`init.reward` names one, only has its accuracy reported beside.
+DPO and its family, losses/preference.py; KTO also of replies that are labelled one by one. The
+reference is the model it starts from; its log-probs are computed once, before training, and travel
+with the rows. A reward model of the same pairs, if `init.reward` names one, only has its accuracy
+reported beside.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rlhf_jax.losses.preference import (
     REFERENCE_FREE,
     kto_baseline,
     preference_loss,
+    unpaired_kto,
 )
 from rlhf_jax.losses.reductions import weighted_sum
 from rlhf_jax.models.config import ModelConfig
@@ -39,7 +41,8 @@ from rlhf_jax.stages.common import (
     parse_sources,
     read_summary,
 )
-from rlhf_jax.stages.pairs import CHOSEN, MISMATCHED, REJECTED, pack_pairs
+from rlhf_jax.stages.pairs import CHOSEN, MISMATCHED, REJECTED, pack_preferences
+from rlhf_jax.stages.reward import label_metrics
 from rlhf_jax.training.model import save_model
 from rlhf_jax.training.objectives import parse_options
 from rlhf_jax.training.rundir import RunDirectory
@@ -49,9 +52,12 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     """Optimises `init.policy` on pairs and returns the metrics of summary.json."""
     reference = load_start(config, parents["policy"])
     sources = parse_sources(config.data.train)
-    pack = partial(pack_pairs, config, tokenizer=reference.tokenizer)
+    pack = partial(pack_preferences, config, tokenizer=reference.tokenizer)
     rows = [pack(source, "train", mismatched=config.loss.name == "kto") for source in sources]
-    held_out = pack(config.data.validation, "validation")
+    held_out = pack(config.data.validation, "validation", mismatched=False)
+    unpaired = "labels" in held_out
+    if any(("labels" in arrays) != unpaired for arrays in rows):
+        raise UserError("data: train and validation mix pairs and unpaired records; use one kind")
 
     def logprobs(params: Any, arrays: Arrays) -> np.ndarray:
         return response_logprobs(reference.config, params, arrays, config.eval.batch_rows)
@@ -64,7 +70,8 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
 
     def evaluate(params: Any) -> Evaluated:
         policy = logprobs(params, held_out)
-        metrics, figures = implicit_rewards(config, policy, held_out_reference, held_out)
+        measure = labelled_rewards if unpaired else implicit_rewards
+        metrics, figures = measure(config, policy, held_out_reference, held_out)
         if config.train.eval_every:
             model = dataclasses.replace(reference, params=params)
             metrics |= sampled_metrics(config, model, reference, prompts)
@@ -97,6 +104,21 @@ def loss(config: ConfigDict, shape: ModelConfig, params: Any, batch, rng):
     )
     weights = batch["valid"].reshape(-1)
     options = parse_options(config.loss.options)
+    if "labels" in batch:
+        labels, other = batch["labels"].reshape(-1), MISMATCHED - 1  # no rejected one before it
+        options["kl"] = kto_baseline(policy[:, other], reference[:, other], weights)
+        (total, weight), metrics = unpaired_kto(
+            policy[:, 0],
+            reference[:, 0],
+            labels,
+            weights=weights,
+            beta=beta,
+            **options,
+        )
+        sft = -policy[:, 0] / jnp.maximum(lengths[:, 0], 1)
+        metrics["sft_loss"] = weighted_sum(sft, weights * labels)
+        total += config.loss.sft_coefficient * metrics["sft_loss"][0]
+        return (total, weight), metrics | {"loss": (total, weight)}
     if name == "kto":
         options["kl"] = kto_baseline(policy[:, MISMATCHED], reference[:, MISMATCHED], weights)
     references = (reference[:, CHOSEN], reference[:, REJECTED])
@@ -118,6 +140,16 @@ def loss(config: ConfigDict, shape: ModelConfig, params: Any, batch, rng):
     metrics["sft_loss"] = weighted_sum(sft, weights)
     total += config.loss.sft_coefficient * metrics["sft_loss"][0]
     return (total, weight), metrics | {"loss": (total, weight)}
+
+
+def labelled_rewards(
+    config: ConfigDict, logprobs: np.ndarray, reference_logprobs: np.ndarray, rows: Arrays
+) -> Evaluated:
+    """(metrics, plots) of β(log π − log π_ref) as scores of held-out replies and their labels."""
+    rewards = config.loss.beta * (logprobs - reference_logprobs)
+    metrics, plots = label_metrics(rewards, rows)
+    del metrics["eval/loss"]  # of a classifier; KTO's is another
+    return metrics, plots
 
 
 def implicit_rewards(

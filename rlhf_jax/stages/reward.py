@@ -2,8 +2,9 @@
 
 The score is read at the response's last token. It is trained with the Bradley–Terry loss on pairs,
 or, with `loss.name = "pointwise"`, with the logistic loss on conversations whose `meta["label"]`
-says how good the last reply is, from 0 to 1. Its mean and standard deviation over what
-`init.policy` answers are kept with the model, since a score has neither zero nor unit of its own.
+says how good the last reply is, from 0 to 1 or false or true. Its mean and standard deviation over
+what `init.policy` answers are kept with the model, since a score has neither zero nor unit of its
+own.
 """
 
 from __future__ import annotations
@@ -18,14 +19,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlhf_jax.data.chat import AnyTokenizer, render_prompt, render_reply
+from rlhf_jax.data.chat import render_prompt
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
-from rlhf_jax.data.records import Conversation
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.preferences import preference_metrics, preference_plots
 from rlhf_jax.evaluation.responses import answer
 from rlhf_jax.evaluation.rows import in_record_order, map_rows
-from rlhf_jax.evaluation.statistics import calibration, wilson_interval
+from rlhf_jax.evaluation.statistics import auc, calibration, wilson_interval
 from rlhf_jax.losses.reward import bradley_terry, pointwise_logistic
 from rlhf_jax.models import transformer
 from rlhf_jax.models.config import ModelConfig
@@ -38,10 +38,9 @@ from rlhf_jax.stages.common import (
     load_start,
     parse_sources,
     read_records,
-    say,
     write_evaluation,
 )
-from rlhf_jax.stages.pairs import CHOSEN, REJECTED, pack_pairs
+from rlhf_jax.stages.pairs import CHOSEN, REJECTED, pack_labelled, pack_pairs
 from rlhf_jax.training.model import Model, save_model
 from rlhf_jax.training.rundir import RunDirectory
 
@@ -93,48 +92,6 @@ def with_score_head(model: Model, seed: int) -> Model:
     return dataclasses.replace(model, config=shape, params=params, normalization=None)
 
 
-def pack_labelled(config: ConfigDict, source: str, split: str, tokenizer: AnyTokenizer) -> Arrays:
-    """Rows of groups of one reply, and beside them `labels` [B, P, 1] in [0, 1]."""
-    records = read_records(config, source, "conversation", split)
-    length, over_long = config.data.row_length, config.data.over_long
-    if over_long not in ("error", "drop"):
-        raise UserError(f"data.over_long = {over_long!r}: labelled replies know error and drop")
-    by_record = np.array([_label(record) for record in records], np.float32)
-    groups, dropped = [], 0
-    for index, record in enumerate(records):
-        prompt = render_prompt(record.messages[:-1], tokenizer)
-        reply = render_reply(record.messages[-1].content, tokenizer)
-        if len(prompt) + len(reply) <= length:
-            groups.append(Group(prompt, (reply,), index))
-            continue
-        dropped += 1
-        if over_long == "error":
-            raise UserError(
-                f"record {record.id!r} has {len(prompt) + len(reply)} tokens, more than a row of "
-                f'{length}; raise data.row_length or set data.over_long to "drop"'
-            )
-    if not groups:
-        raise UserError(f"no examples of {source!r} are left: {dropped} were over-long")
-    rows, packing = pack_groups(groups, length, branches=1)
-    labels = np.where(rows["valid"] > 0, by_record[rows["example_ids"]], 0)
-    counts = {"records": len(records), "dropped": dropped, "good": float(by_record.mean())}
-    say(f"{source} ({split})", counts | packing)
-    return rows | {"labels": labels[..., None].astype(np.float32)}
-
-
-def _label(record: Conversation) -> float:
-    try:
-        label = float(record.meta["label"])
-    except (KeyError, ValueError):
-        label = -1.0
-    if not 0 <= label <= 1:
-        raise UserError(
-            f"record {record.id!r}: a pointwise loss needs a 'label' from 0 to 1, not "
-            f"{record.meta.get('label')!r}"
-        )
-    return label
-
-
 def loss(config: ConfigDict, shape: ModelConfig, params: Any, batch, rng):
     """The configured loss over a batch of pairs or labelled replies: ((total, weight), metrics)."""
     scores = sequence_scores(shape, params, batch)
@@ -180,7 +137,7 @@ def label_metrics(scores: np.ndarray, rows: Arrays) -> Evaluated:
     if len(correct):
         metrics["eval/accuracy"] = float(correct.mean())
     if len(good) and len(bad):
-        metrics["eval/auc"] = _auc(good, bad)
+        metrics["eval/auc"] = auc(good, bad)
     plots = [
         {"kind": "reliability", "title": "Calibration"} | dataclasses.asdict(reliability),
         {
@@ -191,13 +148,6 @@ def label_metrics(scores: np.ndarray, rows: Arrays) -> Evaluated:
         },
     ]
     return metrics, plots
-
-
-def _auc(good: np.ndarray, bad: np.ndarray) -> float:
-    """P(good > bad) + ½ P(good = bad)."""
-    below = np.sort(bad)
-    lower, upper = (np.searchsorted(below, good, side) for side in ("left", "right"))
-    return float((lower + upper).mean() / (2 * len(bad)))
 
 
 def reference_scores(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -13,7 +15,17 @@ from rlhf_jax.data.chat import (
     render_reply,
 )
 from rlhf_jax.data.records import Message
-from rlhf_jax.data.tokenizer import ASSISTANT, BOS, END, SYSTEM, USER, train_bpe, train_chars
+from rlhf_jax.data.template import Template
+from rlhf_jax.data.tokenizer import (
+    ASSISTANT,
+    BOS,
+    END,
+    SYSTEM,
+    TEMPLATE,
+    USER,
+    train_bpe,
+    train_chars,
+)
 from rlhf_jax.errors import UserError
 
 TOKENIZER = train_bpe(["hello there, how are you 12"], 270)
@@ -39,6 +51,29 @@ def test_golden_tokens():
     tokens, is_target = render_conversation(messages("s:hi", "u:hello", "a:hi"), TOKENIZER)
     assert tokens == [BOS, SYSTEM, *hi, END, USER, *hello, END, ASSISTANT, *hi, END]
     assert is_target == [0] * (len(tokens) - len(hi) - 1) + [1] * (len(hi) + 1)
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+CALLS = [{"type": "function", "function": {"name": "f", "arguments": {"x": "<|end|> é"}}}]
+CALLING = (
+    Message("user", "hello", json.dumps({"tools": TOOLS})),
+    Message("assistant", "", json.dumps({"tool_calls": CALLS}, ensure_ascii=False)),
+    Message("tool", "12", json.dumps({"name": "f", "tool_call_id": "1"})),
+    Message("assistant", "hi", json.dumps({"tool_calls": CALLS}, ensure_ascii=False)),
+)
+
+
+def test_tool_calls_are_text_of_the_turn_that_makes_them():
+    tokens, is_target = render_conversation(CALLING, TOKENIZER)
+    assert tokens.count(END) == 4
+    called = json.dumps({"tool_calls": CALLS}, ensure_ascii=False)
+    trained = [t for t, on in zip(tokens, is_target, strict=True) if on]
+    expected = [render_reply(text, TOKENIZER) for text in (called, f"hi\n{called}")]
+    assert trained == expected[0] + expected[1]
+    rendered = Template(TEMPLATE, {}).render(
+        [m.to_json() | {"tools": None} for m in CALLING], tools=TOOLS
+    )
+    assert rendered == TOKENIZER.decode(tokens, control=True)
 
 
 def test_last_turn_only():

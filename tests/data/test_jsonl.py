@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import jsonl
-from rlhf_jax.data.jsonl import read_jsonl
+from rlhf_jax.data.jsonl import count_rows, read_jsonl, take_slice
 from rlhf_jax.data.records import Conversation, Message, Pair, Prompt, Text
 from rlhf_jax.errors import UserError
 
@@ -41,6 +41,8 @@ OTHER_FORMATS = [
     ("conversation", {"prompt": [U], "completion": [A]}),
     ("prompt", {"messages": [U]}),
     ("prompt", {"prompt": [U]}),
+    ("prompt", {"messages": [U, A]}),
+    ("prompt", {"chosen": [U, A], "rejected": [U, B]}),
     ("pair", {"chosen": [U, A], "rejected": [U, B]}),
     ("pair", {"prompt": [U], "chosen": [A], "rejected": [B]}),
     ("pair", {"prompt": [U], "chosen": [U, A], "rejected": [U, B]}),
@@ -71,7 +73,8 @@ BAD = [
     ("conversation", b'{"messages": [{"role": "user", "content": "x"}]}', "must end with"),
     ("conversation", b'{"prompt": 3, "response": "x"}', "field 'prompt'"),
     ("pair", b'{"prompt": "x", "chosen": "y"}', "missing key"),
-    ("pair", b'{"chosen": "y", "rejected": "z"}', "use kind 'hh'"),
+    ("pair", b'{"chosen": "y", "rejected": "z"}', "no prompt.* share no beginning"),
+    ("pair", b'{"chosen": "y", "rejected": []}', "both sides are lists of messages or texts"),
     ("pair", b'{"prompt": "x", "chosen": "y", "rejected": "z", "margin": -1}', "bad margin"),
     ("pair", b'{"prompt": "x", "chosen": "y", "rejected": "z", "margin": true}', "bad margin"),
     ("hh", b'{"chosen": "hi", "rejected": "x"}', "not a dialogue.*'chosen'"),
@@ -102,6 +105,113 @@ def test_ids_margins_and_other_keys_are_kept(tmp_path):
     (pair,) = read_jsonl(write(tmp_path, fields), "pair")
     meta = {"topic": "pets", "source": "me", "scores": "[1, 2]"}
     assert pair == Pair("7", (USER,), "yo", "no", 2.0, meta)
+
+
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+def call(arguments, **more):
+    return more | {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+
+
+@pytest.mark.parametrize("arguments", [{"city": "Köln"}, '{"city": "Köln"}'])
+@pytest.mark.parametrize("tools", [[WEATHER], json.dumps([WEATHER])])
+def test_tool_calls(tmp_path, arguments, tools):
+    turns = [
+        U,
+        {"role": "assistant", "content": None, "tool_calls": [call(arguments, id="c1")]},
+        {"role": "tool", "name": "weather", "tool_call_id": "c1", "content": "18 °C"},
+        A | {"tool_calls": []},
+    ]
+    (record,) = read_jsonl(write(tmp_path, {"messages": turns, "tools": tools}), "conversation")
+    first, called, result, last = record.messages
+    assert first.to_json() == U | {"tools": [WEATHER]}
+    stated = [call({"city": "Köln"}, id="c1")]
+    assert called.to_json() == {"role": "assistant", "content": "", "tool_calls": stated}
+    assert list(called.to_json()["tool_calls"][0]) == ["id", "type", "function"]
+    assert result.to_json() == turns[2]
+    assert last == REPLY and record.meta == {}
+    (prompt,) = read_jsonl(write(tmp_path, {"messages": turns, "tools": tools}), "prompt")
+    assert prompt.messages == record.messages[:-1]
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        (U | {"tool_calls": [call({})]}, r"bad message: messages\[0\] .* found .*tool_calls"),
+        (A | {"tool_calls": "weather()"}, "tool_calls must be a list"),
+        (A | {"tool_calls": ["weather()"]}, r"tool_calls\[0\] must be"),
+        (A | {"tool_calls": [call({}) | {"type": "code"}]}, r"tool_calls\[0\] must be"),
+        (A | {"tool_calls": [call([1])]}, "'arguments' must be an object"),
+        (A | {"tool_calls": [call("{1}")]}, "invalid JSON"),
+        (A | {"tool_calls": [call({"x": "\ud800"})]}, "lone surrogate"),
+        (A | {"name": "me"}, "bad message"),
+    ],
+)
+def test_bad_tool_calls_are_named(tmp_path, turn, message):
+    turns = [turn] if turn["role"] == "user" else [U, turn]
+    with pytest.raises(UserError, match=message):
+        read_jsonl(write(tmp_path, {"messages": turns}), "conversation")
+
+
+def test_tools_must_be_schemas_and_the_replies_of_pairs_text(tmp_path):
+    with pytest.raises(UserError, match="bad tools"):
+        read_jsonl(write(tmp_path, {"messages": [U, A], "tools": ["weather"]}), "conversation")
+    pair = {"chosen": [U, A | {"tool_calls": [call({})]}], "rejected": [U, B]}
+    with pytest.raises(UserError, match="a pair's replies are text"):
+        read_jsonl(write(tmp_path, pair), "pair")
+
+
+def test_preferences_are_pairs_or_labelled_replies(tmp_path):
+    for fields in (
+        {"prompt": "hi", "completion": "yo"},
+        {"prompt": [U], "completion": [A]},
+        {"prompt": "hi", "response": "yo"},
+        {"messages": [U, A]},
+    ):
+        (record,) = read_jsonl(write(tmp_path, fields | {"label": True}), "preference")
+        assert record == Conversation("f.jsonl:1", (USER, REPLY), {"label": "true"})
+        for label in ("good", 0.5, None):
+            with pytest.raises(UserError, match=r"bad label.* must be true or false"):
+                read_jsonl(write(tmp_path, fields | {"label": label}), "preference")
+    assert read_jsonl(write(tmp_path, GOOD["pair"][0]), "preference") == [GOOD["pair"][1]]
+    with pytest.raises(UserError, match="missing key"):
+        read_jsonl(write(tmp_path, {"messages": [U, A]}), "preference")
+
+
+def test_a_prompt_that_is_only_implied_ends_at_a_white_space(tmp_path):
+    fields = {"chosen": "The sky is blue.", "rejected": "The sky is black."}
+    (pair,) = read_jsonl(write(tmp_path, fields), "pair")
+    assert pair.prompt == (Message("user", "The sky is"),)
+    assert (pair.chosen, pair.rejected) == (" blue.", " black.")
+    (hh,) = read_jsonl(write(tmp_path, GOOD["hh"][0]), "pair")
+    assert hh == GOOD["hh"][1]
+
+
+def test_slices_are_those_of_tfds():
+    import tensorflow_datasets as tfds
+
+    for count in (1, 3, 7, 10, 30, 999):
+        records = [Text(str(i), "x") for i in range(count)]
+        whole = {"f": tfds.core.SplitInfo(name="f", shard_lengths=[count], num_bytes=0)}
+        for part in ("[:95%]", "[95%:]", "[0:1]", "[-1:]", "[50%:95%]", "[1:3]", "[-50%:]"):
+            try:
+                (theirs,) = tfds.core.ReadInstruction.from_spec("f" + part).to_absolute(whole)
+                wanted = records[theirs.from_ : theirs.to]
+            except (AssertionError, ValueError):
+                wanted = []
+            if wanted:
+                assert take_slice(records, part, "f") == wanted, (count, part)
+            else:
+                with pytest.raises(UserError, match=r"f.* (is empty|there are only)"):
+                    take_slice(records, part, "f")
+    for part in ("[", "[]", "[:]", "[:", "[1]", "[:5x]", "[1:2:3]", "[1:2][0:1]", "[1:2]@a"):
+        with pytest.raises(UserError, match=r"f\[.*: a slice looks like"):
+            take_slice(records, part, "f")
+
+
+def test_rows_are_counted_without_being_read(tmp_path):
+    assert count_rows(write(tmp_path, b"{}", b" ", b"no JSON")) == 2
 
 
 def test_dialogues_of_several_turns(tmp_path):

@@ -20,6 +20,7 @@ from rlhf_jax.losses import (
     loss_options,
     mean,
     preference_loss,
+    unpaired_kto,
 )
 from rlhf_jax.losses.preference import _TABLE
 
@@ -436,3 +437,39 @@ def test_half_precision_inputs_are_computed_in_float32():
     assert {x.dtype for x in jax.tree.leaves((total, weight, metrics))} == {jnp.dtype("float32")}
     exact = evaluate("sigmoid", *(x.astype(jnp.float32) for x in arrays))
     np.testing.assert_allclose(total, exact[0][0], rtol=1e-6)
+
+
+def test_unpaired_kto_by_hand():
+    logprobs, refs = jnp.array([-1.0, -2.0, -9.0]), jnp.array([-1.5, -1.0, jnp.nan])
+    labels, weights = jnp.array([1.0, 0.0, 1.0]), jnp.array([1.0, 2.0, 0.0])
+    options = {"beta": 0.5, "desirable_weight": 2.0, "undesirable_weight": 3.0}
+    (total, weight), metrics = unpaired_kto(
+        logprobs, refs, labels, weights=weights, kl=jnp.float32(0.2), **options
+    )
+    # s = 0.5, labelled good; s = −1, twice, labelled bad.
+    good, bad = 2 * (1 - sig(0.5 * (0.5 - 0.2))), 3 * (1 - sig(0.5 * (0.2 + 1)))
+    np.testing.assert_allclose([total, weight], [good + 2 * bad, 3], rtol=1e-6)
+    np.testing.assert_allclose(metrics["rewards/chosen"], (0.25, 1))
+    np.testing.assert_allclose(metrics["logps/rejected"], (-4, 2))
+
+
+def test_unpaired_kto_of_both_sides_is_that_of_the_pairs():
+    chosen, rejected, ref_chosen, ref_rejected, *lengths, weights = batch()
+
+    def unpaired(sides):
+        labels = jnp.repeat(jnp.array([1.0, 0.0]), SIZE)
+        refs = jnp.concatenate([ref_chosen, ref_rejected])
+        twice = jnp.concatenate([weights, weights])
+        return unpaired_kto(jnp.concatenate(sides), refs, labels, weights=twice, kl=0.3, beta=0.5)[
+            0
+        ][0]
+
+    def paired(sides):
+        arrays = (*sides, ref_chosen, ref_rejected, *lengths, weights)
+        return evaluate("kto", *arrays, kl=0.3)[0][0]
+
+    for one, other in zip(
+        *(jax.tree.leaves(jax.value_and_grad(f)((chosen, rejected))) for f in (unpaired, paired)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-5)

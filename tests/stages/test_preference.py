@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.data.tokenizer import train_bpe
+from rlhf_jax.errors import UserError
 from rlhf_jax.losses.preference import LOSSES
-from rlhf_jax.stages import defaults, preference
+from rlhf_jax.stages import defaults, pairs, preference
+from tests.stages.conftest import run_main
 
 
 def _config(**settings):
@@ -66,3 +71,51 @@ def test_held_out_rewards_are_those_of_the_loss(monkeypatch, name):
     assert held_out["eval/rewards/margins"] == pytest.approx(
         float(total / weight), rel=1e-5, abs=1e-5
     )
+
+
+def _write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def test_an_unpaired_reply_is_beside_one_to_another_prompt(tmp_path):
+    tokenizer = train_bpe(["abc"], 280)
+    records = [
+        {"prompt": p, "completion": c, "label": i % 2 == 0}
+        for i, (p, c) in enumerate([("p", "a"), ("p", "b"), ("q", "c"), ("p", "d")])
+    ]
+    path = _write(tmp_path / "f.jsonl", records)
+    rows = pairs.pack_preferences(_config(name="kto"), path, "train", tokenizer, mismatched=True)
+    assert rows["labels"][rows["valid"] > 0][:, 0].tolist() == [1, 0, 1, 0]
+    texts = {}
+    for sequence in range(8):
+        ids = rows["targets"][0][(rows["sequences"][0] == sequence) & (rows["weights"][0] > 0)]
+        texts.setdefault(int(rows["example_ids"][0][sequence // 2]), []).append(
+            tokenizer.decode(ids.tolist()).strip()
+        )
+    assert texts == {0: ["a", "c"], 1: ["b", "c"], 2: ["c", "d"], 3: ["d", "c"]}
+    with pytest.raises(UserError, match=r"unpaired records: use loss.name = 'kto', or"):
+        pairs.pack_preferences(_config(name="sigmoid"), path, "train", tokenizer, mismatched=False)
+    alone = _write(tmp_path / "g.jsonl", records[:2])
+    with pytest.raises(UserError, match="replies to two prompts or more"):
+        pairs.pack_preferences(_config(name="kto"), alone, "train", tokenizer, mismatched=True)
+
+
+def test_kto_learns_from_labels_alone(experiments, tmp_path):
+    records = [
+        {"prompt": f"Was it good, number {i}?", "label": i % 2 == 0}
+        | {"completion": "yes" if i % 2 == 0 else "no no"}
+        for i in range(64)
+    ]
+    path = _write(tmp_path / "own.jsonl", records)
+    result = run_main(
+        *(f"--config={experiments}/dpo.py", f"--workdir={tmp_path}/kto", "--config.loss.name=kto"),
+        *(f"--config.data.train={path}", "--config.data.validation=", "--config.eval.source="),
+        *("--config.eval.gold=False", "--config.train.steps=20"),
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    summary = json.loads((tmp_path / "kto/summary.json").read_text())
+    assert summary["metrics"]["eval/auc"] == 1
+    assert "held out: the last 5 % of" in result.stdout
+    config = json.loads((tmp_path / "kto/config.json").read_text())
+    assert config["data"]["validation"] == config["eval"]["source"] == f"{path}[95%:]"

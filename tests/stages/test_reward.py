@@ -141,6 +141,12 @@ def _length(tokenizer, reply):
     return len(prompt) + len(render_reply(reply, tokenizer))
 
 
+def test_labels_may_be_true_or_false(tmp_path, tokenizer):
+    path = str(write_labelled(tmp_path / "f.jsonl", 6, labels=(True, False)))
+    rows = pack_labelled(settings(), path, "train", tokenizer)
+    assert in_record_order(rows["labels"], rows)[:, 0].tolist() == [1, 0, 1, 0, 1, 0]
+
+
 @pytest.mark.parametrize("label", ["good", "1.5", "-1", "nan"])
 def test_a_label_is_a_number_from_0_to_1(tmp_path, tokenizer, label):
     path = str(write_labelled(tmp_path / "bad.jsonl", 4, labels=("1", label)))

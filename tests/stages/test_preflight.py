@@ -1,0 +1,119 @@
+"""The preflight: its numbers by hand, what it prints, and what it needs."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+
+from rlhf_jax.data.records import Conversation, Message, Pair, Prompt
+from rlhf_jax.data.tokenizer import train_bpe
+from rlhf_jax.evaluation.statistics import auc, wilson_interval
+from rlhf_jax.stages.preflight import decoded_runs, encode, measure, show, show_example
+from tests.stages.conftest import run_main
+
+TOKENIZER = train_bpe(["x"], 263)  # every byte a token
+
+
+def user(text):
+    return (Message("user", text),)
+
+
+def measured(records, limit, judged, **options):
+    encoded = [encode(record, TOKENIZER, judged=judged) for record in records]
+    return measure(records, records, encoded, limit, judged=judged, **options)
+
+
+PAIRS = [
+    Pair("0", user("ab"), "long", "no"),
+    Pair("1", user("ab"), "no", "long"),
+    Pair("2", user("ab"), "long", "no"),
+    Pair("3", user("abcd"), "same", "same"),
+    Pair("4", user("z"), "longest", ""),
+]
+
+
+def test_pairs_by_hand():
+    # A turn is its role, a space and its bytes, and <|end|>; a prompt has BOS and ends in a role.
+    found = measured(PAIRS, 20, True)
+    assert (found.records, found.sampled) == (5, 5)
+    assert found.lengths["prompt"] == [6, 7, 9, 9, 9]
+    assert found.lengths["chosen"] == [4, 6, 9, 9, 9]
+    assert found.lengths["rejected"] == [1, 4, 6, 6, 6]
+    assert found.lengths["whole"] == [16, 17, 21, 21, 21]
+    assert found.over_long == 1 / 5
+    assert found.trained == pytest.approx((10 + 10 + 10 + 12 + 10) / (17 * 3 + 21 + 16))
+    assert (found.duplicates, found.contradictory, found.identical) == (1, 3, 1)
+    low, high = wilson_interval(3.5, 5)
+    wins = auc([6, 4, 6, 6, 9], [4, 6, 4, 6, 1])
+    assert found.length == {"accuracy": 0.7, "low": low, "high": high, "auc": wins}
+    # The next pair's chosen reply is beside each: 4, 6, 6, 9 and 6 tokens.
+    assert measured(PAIRS, 22, True, mismatched=True).over_long == 3 / 5
+
+
+def test_conversations_by_hand():
+    turns = (*user("a"), Message("assistant", "b"), *user("c"), Message("assistant", "dd"))
+    records = [Conversation(str(i), turns, {"label": "true"}) for i in range(3)]
+    found = measured(records, 99, False)
+    # BOS, then 4, 4, 4 and 5 tokens, of which 3 and 4 are replies and their ends.
+    assert found.lengths == {"prompt": [14] * 5, "reply": [4] * 5, "whole": [18] * 5}
+    assert found.trained == 7 / 18 and found.over_long == 0
+    assert (found.duplicates, found.contradictory, found.identical) == (2, None, None)
+    assert found.length == {}
+    bad = Conversation("bad", turns, {"label": "0"})
+    short = Conversation("short", (*user("a"), Message("assistant", "")), {"label": "false"})
+    judged = measured([*records, bad, short], 99, True)
+    assert judged.contradictory == 4 and judged.duplicates == 2
+    assert judged.trained == (4 * 4 + 1) / (4 * 18 + 7)
+    assert judged.length == {"auc": (3 * 0.5 + 3) / 6}
+
+
+def test_prompts_have_nothing_to_train():
+    found = measured([Prompt("0", user("a"))], 5, False)
+    assert found.lengths == {"prompt": [6] * 5} and (found.trained, found.over_long) == (0, 1)
+
+
+def test_what_is_printed(monkeypatch):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    out = io.StringIO()
+    show("mine.jsonl", measured(PAIRS, 20, True), "over data.row_length = 20: dropped", file=out)
+    show_example(encode(PAIRS[0], TOKENIZER, judged=True), TOKENIZER, file=out)
+    text = " ".join(out.getvalue().replace("\u00a0", " ").split())
+    for expected in (
+        "mine.jsonl: 5 of 5 records",
+        "over data.row_length = 20: dropped, 20.0 %",
+        "exact duplicates: 1",
+        "contradicted by another: 3",
+        "the longer reply is the chosen one: 70.0 % (",
+        "<|bos|><|user|> ab<|end|><|assistant|>[[ long<|end|>]][[ no<|end|>]]",
+    ):
+        assert expected in text, text
+
+
+def test_every_stretch_is_marked():
+    turns = (*user("a"), Message("assistant", "b"), *user("c"), Message("assistant", "d"))
+    runs = decoded_runs(encode(Conversation("0", turns), TOKENIZER, judged=False), TOKENIZER)
+    assert runs == [
+        ("<|bos|><|user|> a<|end|><|assistant|>", False),
+        (" b<|end|>", True),
+        ("<|user|> c<|end|><|assistant|>", False),
+        (" d<|end|>", True),
+    ]
+
+
+def test_the_flag_shows_and_runs_nothing(experiments, tmp_path):
+    command = (f"--config={experiments}/dpo.py", f"--workdir={tmp_path}/dpo", "--preflight")
+    result = run_main(*command)
+    assert result.returncode == 2
+    assert "needs the tokenizer" in result.stderr and "run it first" in result.stderr
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft/summary.json").write_text(json.dumps({"status": "done"}))
+    TOKENIZER.save(tmp_path / "sft/tokenizer.json")
+    result = run_main(*command)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "pairs.jsonl: 80 of 80 records" in result.stdout and "[[" in result.stdout
+    assert "data.row_length = 512: an error" in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["sft"]
+    result = run_main(f"--config={experiments}/pretrain.py", "--preflight")
+    assert result.returncode == 2 and "for stages that start from a model" in result.stderr
