@@ -107,7 +107,7 @@ def print_table(
 
     console = Console(file=file, highlight=False, markup=False, emoji=False)
     console.print()
-    console.print(Text(printable(title), style="bold"))
+    console.print(Text(printable(title), style="bold"), soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
     for i, heading in enumerate(columns):
         table.add_column(Text(heading), justify="right" if i else "left")
