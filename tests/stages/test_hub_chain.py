@@ -1,4 +1,4 @@
-"""The README's commands on checkpoints made by transformers: SFT, DPO, GRPO under LoRA, and back."""
+"""The README's commands on checkpoints that transformers made: in, three stages of LoRA, out."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SHAPE = {
 SHORT = [
     *("--config.train.steps=4", "--config.train.tensorboard=False", "--config.batch.rows=2"),
     *("--config.eval.count=4", "--config.eval.max_new_tokens=12"),
-    "--config.optimizer.learning_rate=1e-2",
+    *("--config.optimizer.learning_rate=1e-2", "--config.optimizer.warmup_steps=1"),
 ]
 SAMPLED = [
     *("--config.rollout.prompts=2", "--config.rollout.samples=4", "--config.rollout.slots=8"),
