@@ -26,7 +26,14 @@ from rlhf_jax.evaluation.gold import (
 )
 from rlhf_jax.evaluation.responses import Answer, answer, sequence_kl
 from rlhf_jax.evaluation.statistics import bootstrap_interval
-from rlhf_jax.stages.common import ancestry, read_records, say, write_evaluation, write_jsonl
+from rlhf_jax.stages.common import (
+    ancestry,
+    mesh_of,
+    read_records,
+    say,
+    write_evaluation,
+    write_jsonl,
+)
 from rlhf_jax.training.model import Model, load_model
 
 
@@ -50,7 +57,9 @@ def evaluate_chat(
     plots = [*further.pop("plots", []), *plots]
     tables = list(further.pop("tables", []))
     prompts = held_out_prompts(config, model)[: config.eval.count]
-    models = {path.name: load_model(path) for path in ancestry(start)} | {run.name: model}
+    mesh = mesh_of(config)
+    models = {path.name: load_model(path, mesh=mesh) for path in ancestry(start)}
+    models[run.name] = model
     answers = {name: _answer(config, each, prompts) for name, each in models.items()}
     ours = answers[run.name]
     sampled = _answer(config, model, prompts, temperature=1.0)

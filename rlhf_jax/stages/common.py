@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rlhf_jax.data.builders import load_records
@@ -32,9 +33,14 @@ Figure = dict[str, Any]  # what `evaluation.plots.draw` draws
 Evaluated = tuple[dict[str, float], list[Figure]]
 
 
+def mesh_of(config: ConfigDict) -> Mesh | None:
+    """The mesh the config describes; None on one device."""
+    return make_mesh(config.mesh) if jax.device_count() > 1 else None
+
+
 def load_start(config: ConfigDict, directory: Path) -> Model:
     """The model a stage starts from, with the adapter it is to train if there is one."""
-    model = load_model(directory, **config.compute)
+    model = load_model(directory, mesh=mesh_of(config), **config.compute)
     return as_trainable(model, AdapterConfig(**config.adapter), config.seed)
 
 
@@ -187,7 +193,7 @@ def fit(
         batches: an iterator of host batches whose state can be saved.
         evaluate: params → (metrics, figures), every `train.eval_every` steps and at the end.
     """
-    mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
+    mesh = mesh_of(config)
     learner = make_learner(
         config,
         config.optimizer,

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.data.pipeline import pad_rows
 from rlhf_jax.evaluation.rows import response_logprobs
-from rlhf_jax.stages.common import load_start, train_loop
+from rlhf_jax.stages.common import load_start, mesh_of, train_loop
 from rlhf_jax.stages.pairs import CHOSEN, REJECTED
 from rlhf_jax.stages.policy import (
     evaluate,
@@ -42,7 +42,7 @@ from rlhf_jax.stages.rollouts import (
     text_rollout,
 )
 from rlhf_jax.training.learner import Learner, make_learner
-from rlhf_jax.training.mesh import make_mesh, shard_batch
+from rlhf_jax.training.mesh import shard_batch
 from rlhf_jax.training.model import Model, save_model
 from rlhf_jax.training.on_policy import Rollouts, minibatches
 from rlhf_jax.training.rundir import RunDirectory, fault_point
@@ -52,7 +52,7 @@ from rlhf_jax.training.state import TrainState
 def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Optimises `init.policy` on pairs of its own answers; returns the metrics of summary.json."""
     reference = load_start(config, parents["policy"])
-    mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
+    mesh = mesh_of(config)
     prompts, batches = training_prompts(config, reference)
     held_out = held_out_set(config, reference)
     per_iteration = config.train.epochs * config.train.minibatches

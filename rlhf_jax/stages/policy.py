@@ -25,6 +25,7 @@ from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.stages.chat import evaluate_chat
 from rlhf_jax.stages.common import (
     load_start,
+    mesh_of,
     pack_texts,
     parse_sources,
     read_records,
@@ -41,7 +42,6 @@ from rlhf_jax.stages.rollouts import (
     sample_answers,
     text_task,
 )
-from rlhf_jax.training.mesh import make_mesh
 from rlhf_jax.training.metrics import read_metrics
 from rlhf_jax.training.model import Model, as_trainable, save_model
 from rlhf_jax.training.on_policy import Iteration, OnPolicyState, make_iteration
@@ -53,7 +53,7 @@ VIEWS, TIMELINE = 6, 4  # samples a report shows token by token, and over time
 def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Optimises `init.policy` for `reward.scorers`; returns the metrics of summary.json."""
     policy = load_start(config, parents["policy"])
-    mesh = make_mesh(config.mesh) if jax.device_count() > 1 else None
+    mesh = mesh_of(config)
     prompts, batches = training_prompts(config, policy)
     held_out = held_out_set(config, policy)
 

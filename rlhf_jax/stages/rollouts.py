@@ -38,7 +38,7 @@ from rlhf_jax.rewards import (
     stack_members,
 )
 from rlhf_jax.sampling.generate import Completion, generate
-from rlhf_jax.stages.common import read_records, say
+from rlhf_jax.stages.common import mesh_of, read_records, say
 from rlhf_jax.training.mesh import batch_shards
 from rlhf_jax.training.model import Model, load_model
 from rlhf_jax.training.on_policy import Rollouts, Task
@@ -213,7 +213,7 @@ class Judge:
         self._config = config
         self.weights = parse_rewards(reward.scorers)
         paths = [path for role, path in parents.items() if role.startswith("reward")]
-        models = [load_model(path, **config.compute) for path in paths]
+        models = [load_model(path, mesh=mesh_of(config), **config.compute) for path in paths]
         self._members: Any = None
         self._normalizations: list[Normalization] = []
         for path, model in zip(paths, models, strict=True):

@@ -80,9 +80,15 @@ def shardings(mesh: Mesh, tree, rules: Rules = TRANSFORMER_RULES):
     Raises:
       UserError: an array of rank 2 or more that no rule matches.
     """
-    specs = [_spec(mesh, name, leaf.shape, rules) for name, leaf in named_leaves(tree).items()]
-    placed = [NamedSharding(mesh, spec) for spec in specs]
-    return jax.tree.unflatten(jax.tree.structure(tree), placed)
+    places = [sharding(mesh, n, leaf.shape, rules) for n, leaf in named_leaves(tree).items()]
+    return jax.tree.unflatten(jax.tree.structure(tree), places)
+
+
+def sharding(
+    mesh: Mesh, name: str, shape: tuple[int, ...], rules: Rules = TRANSFORMER_RULES
+) -> NamedSharding:
+    """That of one array by its "/"-joined name; see `shardings`."""
+    return NamedSharding(mesh, _spec(mesh, name, shape, rules))
 
 
 def placed(mesh: Mesh | None, tree, rules: Rules = TRANSFORMER_RULES):

@@ -12,10 +12,12 @@ import os
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from rlhf_jax.data.chat import AnyTokenizer
 from rlhf_jax.data.hub_tokenizer import HubTokenizer
@@ -35,6 +37,7 @@ from rlhf_jax.models.lora import (
     split,
 )
 from rlhf_jax.training.checkpoint import load_document, load_params, save_params
+from rlhf_jax.training.mesh import placed, sharding
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +50,11 @@ class Base:
     directory: Path
     fingerprint: str
     kept: str
+    mesh: Mesh | None
     params: Any
 
 
-_bases: weakref.WeakValueDictionary[tuple[str, str], Base] = weakref.WeakValueDictionary()
+_bases: weakref.WeakValueDictionary[tuple, Base] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,12 @@ def save_model(workdir: str | os.PathLike[str], model: Model) -> None:
     save_params(Path(workdir) / "model", params, document)
 
 
-def load_model(workdir: str | os.PathLike[str], **changes: Any) -> Model:
+def load_model(
+    workdir: str | os.PathLike[str], *, mesh: Mesh | None = None, **changes: Any
+) -> Model:
     """The model of a finished run or a Hugging Face directory, with `changes` to its config.
+
+    On a mesh every weight is read to where it belongs; the whole is never on one device.
 
     Raises:
         UserError: there is none, it is damaged, it was trained with another tokenizer, its config
@@ -109,7 +117,7 @@ def load_model(workdir: str | os.PathLike[str], **changes: Any) -> Model:
     """
     directory = Path(workdir).resolve()
     if is_hub_directory(directory):
-        return _load_hub(directory, changes)
+        return _load_hub(directory, mesh, changes)
     document = load_document(directory / "model")
     tokenizer = _load_tokenizer(directory)
     if tokenizer.hash != document["tokenizer_hash"]:
@@ -125,11 +133,12 @@ def load_model(workdir: str | os.PathLike[str], **changes: Any) -> Model:
     stated = document.get("normalization")  # older versions wrote none
     normalization = (float(stated[0]), float(stated[1])) if stated else None
     if "adapter" not in document:
-        base = _base(directory, "float32", lambda: load_params(directory / "model")[0])
+        folder = directory / "model"
+        base = _base(directory, "float32", mesh, lambda: load_params(folder, mesh=mesh)[0])
         return Model(config, base.params, tokenizer, normalization, base=base)
     adapter = AdapterConfig(**document["adapter"]).validate()
-    base = _load_base(directory, document["base"], adapter.base)
-    added, _ = load_params(directory / "model")
+    base = _load_base(directory, document["base"], adapter.base, mesh)
+    added, _ = load_params(directory / "model", mesh=mesh)
     body = {k: v for k, v in base.params.items() if k != "lm_head" or config.head == "lm"}
     params = combine(added, body)
     return Model(config, params, tokenizer, normalization, adapter, base)
@@ -160,34 +169,41 @@ def as_trainable(model: Model, adapter: AdapterConfig, seed: int) -> Model:
             )
         print(f"the adapter on {base.directory} is merged: all weights are trained", flush=True)
         return dataclasses.replace(model, params=merge(model.params), adapter=None, base=None)
-    kept = _base(base.directory, adapter.base, lambda: quantize(base.params, adapter.base))
+    kept = _kept(base, adapter.base)
     params = attach(kept.params, adapter, jax.random.key(seed))
     return dataclasses.replace(model, params=params, adapter=adapter, base=kept)
 
 
-def _base(directory: Path, kept: str, load: Callable[[], Any]) -> Base:
+def _base(directory: Path, kept: str, mesh: Mesh | None, load: Callable[[], Any]) -> Base:
     """The weights of a directory, from memory while any model of them is alive."""
-    now = fingerprint(directory)
-    base = _bases.get((str(directory), kept))
+    now, key = fingerprint(directory), (str(directory), kept, mesh)
+    base = _bases.get(key)
     if base is None or base.fingerprint != now:
-        base = Base(directory, now, kept, load())
-        _bases[str(directory), kept] = base
+        base = Base(directory, now, kept, mesh, load())
+        _bases[key] = base
     return base
 
 
-def _load_base(workdir: Path, stated: Mapping[str, str], kept: str) -> Base:
+def _kept(base: Base, how: str) -> Base:
+    """A base in float32 as `how` says."""
+    return _base(
+        base.directory, how, base.mesh, lambda: placed(base.mesh, quantize(base.params, how))
+    )
+
+
+def _load_base(workdir: Path, stated: Mapping[str, str], kept: str, mesh: Mesh | None) -> Base:
     """What the adapter in `workdir` is on."""
     directory = Path(stated["directory"])
     if not directory.is_dir():
         raise UserError(f"{workdir} is an adapter on {directory}, which is not there")
     if fingerprint(directory) != stated["fingerprint"]:
         raise UserError(f"{workdir} is an adapter on {directory}, which has changed since")
-    found = _bases.get((str(directory), kept))
+    found = _bases.get((str(directory), kept, mesh))
     if found is not None and found.fingerprint == stated["fingerprint"]:
         return found
-    whole = load_model(directory).base
+    whole = load_model(directory, mesh=mesh).base
     assert whole is not None
-    return _base(directory, kept, lambda: quantize(whole.params, kept))
+    return _kept(whole, kept)
 
 
 def is_hub_directory(path: str | os.PathLike[str]) -> bool:
@@ -199,7 +215,7 @@ def is_hub_directory(path: str | os.PathLike[str]) -> bool:
     return isinstance(document, dict) and "model_type" in document
 
 
-def _load_hub(directory: Path, changes: Mapping[str, Any]) -> Model:
+def _load_hub(directory: Path, mesh: Mesh | None, changes: Mapping[str, Any]) -> Model:
     kind, config = read_config(directory)
     tokenizer = HubTokenizer.load(directory)
     if tokenizer.vocab_size > config.vocab_size:
@@ -207,7 +223,8 @@ def _load_hub(directory: Path, changes: Mapping[str, Any]) -> Model:
             f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model's vocab_size is "
             f"{config.vocab_size}"
         )
-    base = _base(directory, "float32", lambda: read_weights(directory, kind, config))
+    place = None if mesh is None else partial(sharding, mesh)
+    base = _base(directory, "float32", mesh, lambda: read_weights(directory, kind, config, place))
     config = dataclasses.replace(config, **changes).validate()
     return Model(config, base.params, tokenizer, base=base)
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
+import numpy as np
 import pytest
 
-from rlhf_jax.data.tokenizer import train_chars
+from rlhf_jax.data.tokenizer import train_bpe, train_chars
 from rlhf_jax.errors import UserError
+from rlhf_jax.export import main as export
 from rlhf_jax.models import transformer
+from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.training.checkpoint import load_params, save_params
-from rlhf_jax.training.model import Model, load_model, save_model
+from rlhf_jax.training.mesh import make_mesh, shardings
+from rlhf_jax.training.model import Model, as_trainable, load_model, save_model
 from tests.models.small import SMALL
 
 
@@ -22,3 +28,28 @@ def test_a_field_this_version_lacks_is_named(tmp_path):
     save_params(tmp_path / "model", params, document)
     with pytest.raises(UserError, match="flux"):
         load_model(tmp_path)
+
+
+def test_weights_are_read_to_where_they_belong(tmp_path):
+    """From a run, from a Hugging Face directory, and of an adapter on either's 8-bit kernels."""
+    run, out, tuned = (tmp_path / name for name in ("run", "out", "tuned"))
+    for folder in (run, tuned):
+        folder.mkdir()
+    tokenizer = train_bpe("a few words are enough " * 9, 280)
+    config = dataclasses.replace(SMALL, vocab_size=tokenizer.vocab_size)
+    save_model(run, Model(config, transformer.init(config, jax.random.key(0)), tokenizer))
+    assert export([f"--workdir={run}", f"--out={out}"]) == 0
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    for source in (run, out):
+        whole, spread = load_model(source), load_model(source, mesh=mesh)
+        jax.tree.map(np.testing.assert_array_equal, spread.params, whole.params)
+        places = jax.tree.map(lambda x: x.sharding, spread.params)
+        assert places == shardings(mesh, spread.params)
+        assert not places["layers"]["mlp"]["up"]["kernel"].is_fully_replicated
+    model = as_trainable(spread, AdapterConfig(rank=2, base="int8"), 0)
+    codes = model.params["layers"]["mlp"]["up"]["int8"]["codes"]
+    assert codes.sharding == places["layers"]["mlp"]["up"]["kernel"]
+    save_model(tuned, model)
+    assert load_model(tuned, mesh=mesh).base is model.base
+    alone = load_model(tuned)
+    jax.tree.map(np.testing.assert_array_equal, alone.params, model.params)
