@@ -9,39 +9,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from rlhf_jax.errors import EXIT_DONE, EXIT_USER, UserError
+from rlhf_jax.commands import Parser, run
+from rlhf_jax.errors import UserError
 
 if TYPE_CHECKING:
     from rlhf_jax.data.records import Message
     from rlhf_jax.training.model import Model
 
 HALF = "\ufffd"  # of a character whose other bytes are still to come
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"in the command line: {message}")
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = _Parser(prog="python -m rlhf_jax.chat", description="Talks to a model.")
-    parser.add_argument("--workdir", required=True, help="a finished run, or a Hub directory")
-    parser.add_argument("--compare", help="another, to answer beside it")
-    parser.add_argument("--system", default="", help="a system message")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.7, help="0: greedy")
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--min-p", type=float)
-    parser.add_argument("--repetition-penalty", type=float)
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
 
 
 @dataclass
@@ -145,26 +125,36 @@ def _side_by_side(speakers: list[Speaker], text: str, number: int) -> None:
     Console().print(table)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs one command line (default: this process's) and returns the exit code."""
-    try:
-        given = parse(sys.argv[1:] if argv is None else argv)
-        from rlhf_jax.training.model import load_model
+def talk(given: argparse.Namespace) -> None:
+    """Loads the models of a command line and converses at the terminal."""
+    from rlhf_jax.training.model import load_model
 
-        names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
-        options = {name: getattr(given, name) for name in (*names, "repetition_penalty", "seed")}
-        speakers = []
-        for path in filter(None, (given.workdir, given.compare)):
-            model = load_model(path)
-            if model.config.head != "lm":
-                raise UserError(f"{path} is a reward model; it does not speak")
-            speakers.append(Speaker(Path(path).name, model, given.system, options))
-        prompt = "> " if sys.stdin.isatty() else ""
-        converse(speakers, lambda: input(prompt), _write)
-        return EXIT_DONE
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
+    options = {name: getattr(given, name) for name in (*names, "repetition_penalty", "seed")}
+    speakers = []
+    for path in filter(None, (given.workdir, given.compare)):
+        model = load_model(path)
+        if model.config.head != "lm":
+            raise UserError(f"{path} is a reward model; it does not speak")
+        speakers.append(Speaker(Path(path).name, model, given.system, options))
+    prompt = "> " if sys.stdin.isatty() else ""
+    converse(speakers, lambda: input(prompt), _write)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line (default: this process's) and returns the exit code."""
+    parser = Parser(prog="python -m rlhf_jax.chat", description="Talks to a model.")
+    parser.add_argument("--workdir", required=True, help="a finished run, or a Hub directory")
+    parser.add_argument("--compare", help="another, to answer beside it")
+    parser.add_argument("--system", default="", help="a system message")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.7, help="0: greedy")
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--min-p", type=float)
+    parser.add_argument("--repetition-penalty", type=float)
+    parser.add_argument("--seed", type=int, default=0)
+    return run(parser, talk, argv)
 
 
 def _write(text: str) -> None:

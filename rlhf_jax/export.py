@@ -9,26 +9,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from rlhf_jax.errors import EXIT_DONE, EXIT_USER, UserError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"in the command line: {message}")
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = _Parser(prog="python -m rlhf_jax.export", description="Writes a model for others.")
-    parser.add_argument("--workdir", required=True, help="a finished run")
-    parser.add_argument("--out", required=True, help="the directory to write, new or empty")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
-    parser.add_argument("--shard-bytes", type=int, default=5 * 10**9, help="the most a file holds")
-    parser.add_argument("--merge", action="store_true", help="fold the adapter into the weights")
-    return parser.parse_args(argv)
+from rlhf_jax.commands import Parser, run
+from rlhf_jax.errors import UserError
 
 
 def export(workdir: Path, out: Path, *, dtype: str, shard_bytes: int, merge: bool = False) -> None:
@@ -66,23 +51,21 @@ def export(workdir: Path, out: Path, *, dtype: str, shard_bytes: int, merge: boo
     write_weights(out, model.config, params, dtype=dtype, shard_bytes=shard_bytes, extra=special)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (default: this process's) and returns the exit code."""
-    try:
-        arguments = parse(sys.argv[1:] if argv is None else argv)
-        out = Path(arguments.out)
-        export(
-            Path(arguments.workdir),
-            out,
-            dtype=arguments.dtype,
-            shard_bytes=arguments.shard_bytes,
-            merge=arguments.merge,
-        )
+    parser = Parser(prog="python -m rlhf_jax.export", description="Writes a model for others.")
+    parser.add_argument("--workdir", required=True, help="a finished run")
+    parser.add_argument("--out", required=True, help="the directory to write, new or empty")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    parser.add_argument("--shard-bytes", type=int, default=5 * 10**9, help="the most a file holds")
+    parser.add_argument("--merge", action="store_true", help="fold the adapter into the weights")
+
+    def command(given: argparse.Namespace) -> None:
+        out, options = Path(given.out), {"dtype": given.dtype, "shard_bytes": given.shard_bytes}
+        export(Path(given.workdir), out, merge=given.merge, **options)
         print(f"written: {out}", flush=True)
-        return EXIT_DONE
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER
+
+    return run(parser, command, argv)
 
 
 if __name__ == "__main__":
