@@ -29,7 +29,7 @@ from rlhf_jax.data.template import Template
 from rlhf_jax.errors import UserError
 
 FILE, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
-_NO_TEMPLATE = "this tokenizer has no chat template; give it one to train on chats"
+_NO_TEMPLATE = "the model has no chat template: name one, --config.data.chat_template=chatml"
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # stand around the number of a token that a message spells
 _ESCAPED = r"\\ue0f[01]"  # the same as JSON that is all ASCII writes them
 _SPELLED = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
@@ -151,6 +151,21 @@ class HubTokenizer:
         count = len(tokens)
         tokens = self._with_bos(tokens)
         return tokens, [0] * (len(tokens) - count) + is_target
+
+    @property
+    def has_template(self) -> bool:
+        """Whether it can render chats."""
+        return self._template is not None
+
+    def with_template(self, template: str) -> HubTokenizer:
+        """The same tokenizer under another chat template.
+
+        Raises:
+            UserError: the template does not fit the vocabulary.
+        """
+        text = json.dumps(self._content)
+        names = {"bos": self._bos_text, "eos": self._eos_text}
+        return HubTokenizer(text, **names, template=template, ends=self.ends)
 
     def save(self, directory: str | Path) -> None:
         """Writes what `load` and transformers read into a directory that exists."""

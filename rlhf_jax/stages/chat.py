@@ -6,6 +6,7 @@ started from is estimated from answers sampled at temperature 1, where that esti
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlhf_jax.data.chat import render_prompt
+from rlhf_jax.data.hub_tokenizer import HubTokenizer
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.data.town.gold import GoldScore
 from rlhf_jax.errors import UserError
@@ -59,6 +61,9 @@ def evaluate_chat(
     prompts = held_out_prompts(config, model)[: config.eval.count]
     mesh = mesh_of(config)
     models = {path.name: load_model(path, mesh=mesh) for path in ancestry(start)}
+    for name, each in models.items():  # one that came without a chat template is asked under ours
+        if isinstance(each.tokenizer, HubTokenizer) and not each.tokenizer.has_template:
+            models[name] = dataclasses.replace(each, tokenizer=model.tokenizer)
     models[run.name] = model
     answers = {name: _answer(config, each, prompts) for name, each in models.items()}
     ours = answers[run.name]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from rlhf_jax.data.builders import check_name
+from rlhf_jax.data.chat_formats import chat_template
 from rlhf_jax.data.hub_data import check_hub_name
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses.advantages import BASELINES, SCALES
@@ -35,6 +36,8 @@ def check(config: ConfigDict) -> None:
     if config.stage in ("policy", "online_preference"):
         updates *= config.train.epochs * config.train.minibatches
     make_optimizer(config.optimizer, updates)
+    if config.data.get("chat_template"):
+        chat_template(config.data.chat_template)
     if "adapter" in config:
         AdapterConfig(**config.adapter).validate()
     data, held_out = config.data, config.eval.get("source", "")

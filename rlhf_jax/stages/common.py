@@ -15,8 +15,10 @@ from ml_collections import ConfigDict
 
 from rlhf_jax.data.builders import load_records
 from rlhf_jax.data.chat import AnyTokenizer
+from rlhf_jax.data.chat_formats import chat_template
 from rlhf_jax.data.encode import encode_texts
 from rlhf_jax.data.hub_data import PREFIX, load_rows
+from rlhf_jax.data.hub_tokenizer import HubTokenizer
 from rlhf_jax.data.jsonl import count_rows, read_jsonl, take_slice
 from rlhf_jax.data.packing import Arrays, check_ids, pack_documents
 from rlhf_jax.data.pipeline import make_dataset, make_iterator
@@ -41,7 +43,25 @@ def mesh_of(config: ConfigDict) -> Mesh | None:
 def load_start(config: ConfigDict, directory: Path) -> Model:
     """The model a stage starts from, with the adapter it is to train if there is one."""
     model = load_model(directory, mesh=mesh_of(config), **config.compute)
+    tokenizer = with_chat_template(model.tokenizer, config.data.chat_template)
+    model = dataclasses.replace(model, tokenizer=tokenizer)
     return as_trainable(model, AdapterConfig(**config.adapter), config.seed)
+
+
+def with_chat_template(tokenizer: AnyTokenizer, name: str) -> AnyTokenizer:
+    """The tokenizer under the chat template of that name or file; "": its own.
+
+    Raises:
+        UserError: there is no such template, it does not fit, or the format of chats is our own.
+    """
+    if not name:
+        return tokenizer
+    if not isinstance(tokenizer, HubTokenizer):
+        raise UserError(
+            "config: data.chat_template is for models from the Hub; one pre-trained here has the "
+            "format of data/chat.py"
+        )
+    return tokenizer.with_template(chat_template(name))
 
 
 def parse_sources(spec: str) -> dict[str, float]:

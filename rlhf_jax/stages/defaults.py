@@ -35,6 +35,9 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
             "max_bad_fraction": 0.0,  # share of bad JSONL lines that are skipped and counted
         }
     )
+    if stage not in ("pretrain", "oracle"):
+        # Of a Hub model: "" its own, a name in data/chat_formats.py, or a *.jinja file.
+        config.data.chat_template = ""
     if stage == "sft":
         config.data.replay = ""  # raw text to mix in, its weights beside those of `train`
     if stage == "reward":

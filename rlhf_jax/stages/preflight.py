@@ -24,7 +24,12 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.statistics import auc, wilson_interval
 from rlhf_jax.evaluation.tables import format_percent, print_table, printable
 from rlhf_jax.stages.chain import PARENTLESS, default_workdir, prepare
-from rlhf_jax.stages.common import parse_sources, read_records, read_summary
+from rlhf_jax.stages.common import (
+    parse_sources,
+    read_records,
+    read_summary,
+    with_chat_template,
+)
 from rlhf_jax.stages.pairs import label_of, read_preferences
 from rlhf_jax.training.model import is_hub_directory
 
@@ -96,6 +101,7 @@ def preflight(config: ConfigDict, source: str, workdir: str | None) -> None:
         )
     runs = (Path(workdir) if workdir else default_workdir(source, Path("runs"))).parent
     tokenizer = load_tokenizer(_parent(config.init.policy, runs))
+    tokenizer = with_chat_template(tokenizer, config.data.chat_template)
     prompts_only = config.stage not in ("sft", "reward", "preference")
     limit = config.rollout.max_prompt_tokens if prompts_only else config.data.row_length
     for name in parse_sources(config.data.train):

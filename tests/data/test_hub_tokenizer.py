@@ -9,6 +9,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from rlhf_jax.data import chat, template
+from rlhf_jax.data.chat_formats import TEMPLATES, chat_template
 from rlhf_jax.data.hub_tokenizer import HubTokenizer
 from rlhf_jax.data.records import Message
 from rlhf_jax.data.template import Template
@@ -20,39 +21,24 @@ TEXT = [
     "Où est la bibliothèque ? 東京 🦊",
     "user assistant system model\n",
 ] * 20
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
-    "+ '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-LLAMA3 = (
-    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + "
-    "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}"
-    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
-    "{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-LLAMA2 = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}"
-    "{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}"
-    "{% else %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-GEMMA = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
-    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-)
 KINDS = {
-    "chatml": (CHATML, None, "<|im_end|>", ["<|im_start|>", "<|im_end|>"]),
+    "chatml": (TEMPLATES["chatml"], None, "<|im_end|>", ["<|im_start|>", "<|im_end|>"]),
     "llama3": (
-        LLAMA3,
+        TEMPLATES["llama3"],
         "<|begin_of_text|>",
         "<|eot_id|>",
         ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
     ),
-    "llama2": (LLAMA2, "<s>", "</s>", ["<s>", "</s>"]),
-    "gemma": (GEMMA, "<bos>", "<eos>", ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]),
+    "llama2": (TEMPLATES["llama2"], "<s>", "</s>", ["<s>", "</s>"]),
+    "gemma": (
+        TEMPLATES["gemma"],
+        "<bos>",
+        "<eos>",
+        ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"],
+    ),
+    "mistral": (TEMPLATES["mistral"], "<s>", "</s>", ["<s>", "</s>", "[INST]", "[/INST]"]),
+    "olmo": (TEMPLATES["olmo"], "<|endoftext|>", "<|endoftext|>", ["<|endoftext|>"]),
+    "plain": (TEMPLATES["plain"], None, "<|endoftext|>", ["<|endoftext|>"]),
 }
 CONVERSATION = [
     Message("user", "What is 12 + 30?"),
@@ -65,7 +51,7 @@ CONVERSATION = [
 def write(directory, kind):
     """Trains a tokenizer like that kind of model's and writes what a hub directory holds."""
     source, bos, eos, special = KINDS[kind]
-    if kind in ("chatml", "llama3"):
+    if kind in ("chatml", "llama3", "olmo", "plain"):
         made = tokenizers.Tokenizer(models.BPE())
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         made.decoder = decoders.ByteLevel()
@@ -133,7 +119,7 @@ def test_what_is_trained_is_the_replies_and_their_ends(saved):
     assert len(ends) == 2 and ends[-1] == len(tokens) - 1
     _, last = chat.render_conversation(CONVERSATION, ours, last_turn_only=True)
     assert sum(last) < sum(is_target) and last[-1] == 1
-    if ours.bos is not None and kind != "llama2":
+    if ours.bos not in (None, ours.end) and kind != "llama2":
         assert tokens[0] == ours.bos and tokens.count(ours.bos) == 1
 
 
@@ -144,7 +130,7 @@ def test_a_prompt_and_its_reply_are_the_conversation(saved, reply):
     prompt = chat.render_prompt(messages[:1], ours)
     whole, _ = chat.render_conversation(messages, ours)
     assert whole[: len(prompt)] == prompt
-    if kind in ("chatml", "llama2"):  # the others trim what is said
+    if kind not in ("llama3", "gemma"):  # which trim what is said
         assert prompt + chat.render_reply(reply, ours) == whole
 
 
@@ -307,3 +293,32 @@ def test_a_tokenizer_of_another_kind_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="it has no model"):
         HubTokenizer.load(tmp_path)
+
+
+def test_a_model_without_a_template_is_given_one(tmp_path):
+    given = write(tmp_path, "plain")
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": None}))
+    bare = HubTokenizer.load(tmp_path)
+    assert not bare.has_template
+    with pytest.raises(UserError, match=r"no chat template: name one, --config\.data\.chat_temp"):
+        bare.prompt(CONVERSATION[:1])
+    assert bare.with_template(chat_template("plain")).hash == given.hash
+    with pytest.raises(UserError, match="writes no token that ends the assistant's turn"):
+        bare.with_template(chat_template("chatml"))
+    (tmp_path / "mine.jinja").write_text(TEMPLATES["plain"])
+    assert chat_template(str(tmp_path / "mine.jinja")) == TEMPLATES["plain"]
+    for name, said in (("vicuna", "or one of chatml, llama3"), ("none.jinja", "cannot read none")):
+        with pytest.raises(UserError, match=said):
+            chat_template(name)
+
+
+def test_a_system_message_opens_the_first_turn(tmp_path):
+    messages = [Message("system", "Be brief."), *CONVERSATION[:3]]
+    for kind in ("llama2", "mistral", "gemma"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        ours = write(folder, kind)
+        text = ours.decode(ours.prompt(messages), control=True)
+        assert text.index("Be brief.") < text.index("12 + 30") < text.index("It is 42.")
+        assert text.count("Be brief.") == 1
