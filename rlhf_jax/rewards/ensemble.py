@@ -74,7 +74,10 @@ def same_config(configs: Sequence[ModelConfig], names: Sequence[str]) -> None:
 
 
 class Members(NamedTuple):
-    """The parameters of K models: `shared` are the same arrays in all, `own` leaves are [K, …]."""
+    """The parameters of K models: `shared` are the same arrays in all, `own` leaves are [K, …].
+
+    A score head is always its model's own.
+    """
 
     own: dict[str, Any]
     shared: dict[str, Any]
@@ -99,14 +102,14 @@ def stack_members(members: Sequence[Any]) -> Members:
                     f"member 0 and {theirs} in member {number}"
                 )
 
-    def part(nodes: Sequence[Any], shared: bool) -> dict[str, Any]:
+    def part(nodes: Sequence[Any], shared: bool, same: bool = True) -> dict[str, Any]:
         kept: dict[str, Any] = {}
         for name, child in nodes[0].items():
             children = [node[name] for node in nodes]
             if isinstance(child, Mapping):
-                if found := part(children, shared):
+                if found := part(children, shared, same and name != "score_head"):
                     kept[name] = found
-            elif shared == all(other is child for other in children):
+            elif shared == (same and all(other is child for other in children)):
                 kept[name] = child if shared else jnp.stack(children)
         return kept
 
@@ -127,7 +130,7 @@ def member_scores(config: ModelConfig, members: Members, batch: Batch) -> jax.Ar
     def score(own: Mapping[str, Any]) -> jax.Array:
         return sequence_scores(config, combine(own, members.shared), batch)
 
-    return jax.vmap(score)(members.own) if members.own else score({})[None]
+    return jax.vmap(score)(members.own)
 
 
 @dataclass(frozen=True)

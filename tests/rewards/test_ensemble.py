@@ -11,6 +11,7 @@ import pytest
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import ModelConfig, init
+from rlhf_jax.models.lora import AdapterConfig, attach
 from rlhf_jax.models.scoring import sequence_scores
 from rlhf_jax.rewards import (
     Normalization,
@@ -89,6 +90,17 @@ def test_members_at_once_are_members_one_by_one():
     assert together.shape == (3, 2, 2, 1)
     assert np.ptp(apart, axis=0).min() > 1e-3
     np.testing.assert_allclose(together, apart, rtol=1e-5, atol=1e-6)
+
+
+def test_what_members_share_is_not_copied():
+    one = member(seed=0)
+    adapter = AdapterConfig(rank=2)
+    pair = [attach(one, adapter, jax.random.key(seed)) for seed in range(2)]
+    stacked = stack_members(pair)
+    assert stacked.shared["embed"]["embedding"] is one["embed"]["embedding"]
+    assert stacked.own["layers"]["mlp"]["up"]["lora"]["a"].shape[0] == 2
+    twice = stack_members([one, one])
+    assert set(twice.own) == {"score_head"} and twice.own["score_head"]["kernel"].shape[0] == 2
 
 
 def test_members_of_other_shapes_are_named_by_leaf():

@@ -86,8 +86,8 @@ def test_sft_dpo_grpo_and_export_say_the_same_there(experiments, tmp_path, famil
         return result.stdout
 
     *stages, export, talk = readme_commands()
-    preflight = run([*stages[1], "--preflight"])
-    assert "pairs.jsonl" in preflight and not (tmp_path / "runs").exists()
+    preflight = run([*stages[0], "--preflight"])
+    assert "chats.jsonl" in preflight and not (tmp_path / "runs").exists()
     for words in stages:
         run(words)
     run(export)

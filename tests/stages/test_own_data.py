@@ -11,9 +11,10 @@ import pytest
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.stages import defaults
+from rlhf_jax.stages.chain import load_config, prepare
 from rlhf_jax.stages.checks import check
 from rlhf_jax.stages.common import parse_source, read_records, settle_sources
-from tests.stages.conftest import run_main
+from tests.stages.conftest import ROOT, run_main
 
 
 def write(path, count):
@@ -78,11 +79,17 @@ def test_there_must_be_something_to_hold_out_from(tmp_path, train, message):
 
 @pytest.mark.parametrize("name", ["sft", "dpo", "reward", "grpo", "ppo"])
 def test_own_asks_for_a_model_and_for_data(name, tmp_path):
-    command = [f"--config=experiments/{name}.py:own", f"--workdir={tmp_path}/run"]
-    result = run_main(*command)
+    config = load_config(f"{ROOT}/experiments/{name}.py:own")
+    with pytest.raises(UserError, match="set --config.init.policy="):
+        prepare(config)
+    config.init.policy = str(tmp_path)
+    with pytest.raises(UserError, match="set --config.data.train="):
+        prepare(config)
+
+
+def test_it_asks_in_one_line(tmp_path):
+    result = run_main("--config=experiments/sft.py:own", f"--workdir={tmp_path}/run")
     assert result.returncode == 2 and "set --config.init.policy=" in result.stderr
-    result = run_main(*command, f"--config.init.policy={tmp_path}")
-    assert result.returncode == 2 and "set --config.data.train=" in result.stderr
     assert "Traceback" not in result.stderr and not (tmp_path / "run").exists()
 
 
