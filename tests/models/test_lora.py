@@ -160,10 +160,16 @@ def test_a_step_trains_the_adapter_alone_as_full_gradients_say(base):
 
 def test_decoding_under_an_adapter_is_the_forward_pass():
     params = adapted("dora", "nf4")
-    cache, found = init_cache(CONFIG, 2, 12), []
+
+    @jax.jit
+    def step(params, tokens, cache):
+        output = apply(CONFIG, params, tokens, cache=cache)
+        return logits(CONFIG, params, output.hidden), output.cache
+
+    cache = init_cache(CONFIG, 2, 12)
     output = apply(CONFIG, params, TOKENS[:, :5], cache=cache, prompt_lengths=jnp.array([5, 5]))
-    found.append(logits(CONFIG, params, output.hidden))
+    found, cache = [logits(CONFIG, params, output.hidden)], output.cache
     for i in range(5, 12):
-        output = apply(CONFIG, params, TOKENS[:, i : i + 1], cache=output.cache)
-        found.append(logits(CONFIG, params, output.hidden))
+        values, cache = step(params, TOKENS[:, i : i + 1], cache)
+        found.append(values)
     np.testing.assert_allclose(np.concatenate(found, 1), forward(params), atol=1e-4)

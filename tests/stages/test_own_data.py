@@ -80,10 +80,10 @@ def test_there_must_be_something_to_hold_out_from(tmp_path, train, message):
 @pytest.mark.parametrize("name", ["sft", "dpo", "reward", "grpo", "ppo"])
 def test_own_asks_for_a_model_and_for_data(name, tmp_path):
     config = load_config(f"{ROOT}/experiments/{name}.py:own")
-    with pytest.raises(UserError, match="set --config.init.policy="):
+    with pytest.raises(UserError, match=r"set --config\.init\.policy="):
         prepare(config)
     config.init.policy = str(tmp_path)
-    with pytest.raises(UserError, match="set --config.data.train="):
+    with pytest.raises(UserError, match=r"set --config\.data\.train="):
         prepare(config)
 
 
