@@ -17,9 +17,7 @@ from rlhf_jax.data.chat import (
     render_prompt,
     render_reply,
 )
-from rlhf_jax.data.hub_tokenizer import HubTokenizer
 from rlhf_jax.data.records import Conversation, Pair, Prompt
-from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.statistics import auc, wilson_interval
 from rlhf_jax.evaluation.tables import format_percent, print_table, printable
@@ -31,7 +29,7 @@ from rlhf_jax.stages.common import (
     with_chat_template,
 )
 from rlhf_jax.stages.pairs import label_of, read_preferences
-from rlhf_jax.training.model import is_hub_directory
+from rlhf_jax.training.model import is_hub_directory, load_tokenizer
 
 SAMPLE = 1000  # records of a source that are tokenised
 PERCENTILES = (5, 50, 95, 99, 100)
@@ -144,15 +142,6 @@ def _parent(policy: str, runs: Path) -> Path:
             "first or name a model's directory"
         ) from error
     return directory
-
-
-def load_tokenizer(directory: Path) -> AnyTokenizer:
-    """The tokenizer of a finished run or a Hugging Face directory."""
-    if is_hub_directory(directory):
-        return HubTokenizer.load(directory)
-    if (directory / "tokenizer").is_dir():
-        return HubTokenizer.load(directory / "tokenizer")
-    return Tokenizer.load(directory / "tokenizer.json")
 
 
 def encode(record: ChatRecord, tokenizer: AnyTokenizer, *, judged: bool) -> Encoded:

@@ -119,7 +119,7 @@ def load_model(
     if is_hub_directory(directory):
         return _load_hub(directory, mesh, changes)
     document = load_document(directory / "model")
-    tokenizer = _load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
     if tokenizer.hash != document["tokenizer_hash"]:
         raise UserError(f"{workdir}/tokenizer.json is not the tokenizer its model was trained with")
     fields = document["config"] | changes
@@ -217,7 +217,7 @@ def is_hub_directory(path: str | os.PathLike[str]) -> bool:
 
 def _load_hub(directory: Path, mesh: Mesh | None, changes: Mapping[str, Any]) -> Model:
     kind, config = read_config(directory)
-    tokenizer = HubTokenizer.load(directory)
+    tokenizer = load_tokenizer(directory)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model's vocab_size is "
@@ -237,10 +237,13 @@ def _save_tokenizer(workdir: Path, tokenizer: AnyTokenizer) -> None:
     tokenizer.save(workdir / "tokenizer")
 
 
-def _load_tokenizer(workdir: Path) -> AnyTokenizer:
-    if (workdir / "tokenizer").is_dir():
-        return HubTokenizer.load(workdir / "tokenizer")
-    return Tokenizer.load(workdir / "tokenizer.json")
+def load_tokenizer(directory: Path) -> AnyTokenizer:
+    """That of a run or of a Hugging Face directory; UserError if it is missing or damaged."""
+    if is_hub_directory(directory):
+        return HubTokenizer.load(directory)
+    if (directory / "tokenizer").is_dir():
+        return HubTokenizer.load(directory / "tokenizer")
+    return Tokenizer.load(directory / "tokenizer.json")
 
 
 def fingerprint(directory: Path) -> str:

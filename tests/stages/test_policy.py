@@ -81,7 +81,7 @@ def test_the_report_has_what_was_sampled(chain):
 @pytest.mark.parametrize(
     "fault",
     [
-        "rollout:3",
+        pytest.param("rollout:3", marks=pytest.mark.slow),
         pytest.param("scored:3", marks=pytest.mark.slow),
         "update:3",
         pytest.param("checkpoint:sealed:2", marks=pytest.mark.slow),
