@@ -54,6 +54,7 @@ def test_only_the_adapter_is_kept(sft):
     assert any(np.any(leaf) for name, leaf in trained(model.params).items() if name.endswith("/b"))
 
 
+@pytest.mark.slow
 def test_preference_starts_where_the_adapter_was(experiments, sft):
     """Its reference is base + the adapter it started from: KL and margins are to that."""
     options = [f"--config.init.policy={sft}", *ADAPTER]

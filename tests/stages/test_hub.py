@@ -7,6 +7,7 @@ import json
 
 import jax
 import numpy as np
+import pytest
 
 from rlhf_jax.models import PRESETS, init
 from rlhf_jax.models.hf_weights import write_weights
@@ -15,6 +16,7 @@ from tests.data.test_hub_tokenizer import write
 from tests.stages.conftest import run_main
 
 
+@pytest.mark.slow
 def test_from_a_directory_through_sft_to_an_export(experiments, tmp_path):
     source = tmp_path / "given"
     source.mkdir()

@@ -101,6 +101,7 @@ def test_an_unpaired_reply_is_beside_one_to_another_prompt(tmp_path):
         pairs.pack_preferences(_config(name="kto"), alone, "train", tokenizer, mismatched=True)
 
 
+@pytest.mark.slow
 def test_kto_learns_from_labels_alone(experiments, tmp_path):
     records = [
         {"prompt": f"Was it good, number {i}?", "label": i % 2 == 0}
