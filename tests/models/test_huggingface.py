@@ -13,21 +13,11 @@ from rlhf_jax.models import apply, init_cache, logits
 from rlhf_jax.models.hf_config import read_config, to_document
 from rlhf_jax.models.hf_weights import read_weights, write_weights
 from rlhf_jax.sampling.generate import generate
+from tests.models.hub_shapes import GPT2, SHAPE
 
 torch = pytest.importorskip("torch", reason="needs requirements-parity.txt")
 transformers = pytest.importorskip("transformers", reason="needs requirements-parity.txt")
 
-SHAPE = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 80,
-    "initializer_range": 0.2,
-}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10_000.0,
@@ -41,14 +31,6 @@ YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0} | {
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
 MULTIHEAD = SHAPE | {"num_key_value_heads": 4}
-GPT2 = {
-    "vocab_size": 61,
-    "n_embd": 32,
-    "n_layer": 3,
-    "n_head": 4,
-    "n_positions": 80,
-    "initializer_range": 0.2,
-}
 QWEN3_MOE = SHAPE | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 CASES = {
     "llama": ("llama", SHAPE),

@@ -18,7 +18,7 @@ from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.models.peft import write_adapter
 from rlhf_jax.training.model import as_trainable, load_model, save_model
 from tests.data.test_hub_tokenizer import write
-from tests.models.test_huggingface import GPT2, SHAPE
+from tests.models.hub_shapes import GPT2, SHAPE
 
 torch = pytest.importorskip("torch", reason="needs requirements-parity.txt")
 transformers = pytest.importorskip("transformers", reason="needs requirements-parity.txt")
