@@ -37,18 +37,20 @@ def export(workdir: Path, out: Path, *, dtype: str, shard_bytes: int, merge: boo
     model = load_model(workdir)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = model.tokenizer
-    tokenizer.export(out)
     if model.adapter is not None and model.base is not None and not merge:
-        base = model.base.directory
-        if not is_hub_directory(base):
+        base, given = model.base.directory, is_hub_directory(model.base.directory)
+        named = base if given else (out / "base").resolve()
+        write_adapter(out, model.config, model.params, model.adapter, named, dtype=dtype)
+        if not given:
             export(base, out / "base", dtype=dtype, shard_bytes=shard_bytes)
-            base = (out / "base").resolve()
-        write_adapter(out, model.config, model.params, model.adapter, base)
-        return
-    params = model.params if model.adapter is None else lora.merge(model.params)
-    special = {"bos_token_id": tokenizer.bos, "eos_token_id": list(tokenizer.ends)}
-    special |= {"pad_token_id": tokenizer.pad}
-    write_weights(out, model.config, params, dtype=dtype, shard_bytes=shard_bytes, extra=special)
+    else:
+        params = model.params if model.adapter is None else lora.merge(model.params)
+        special = {"bos_token_id": tokenizer.bos, "eos_token_id": list(tokenizer.ends)}
+        special |= {"pad_token_id": tokenizer.pad}
+        write_weights(
+            out, model.config, params, dtype=dtype, shard_bytes=shard_bytes, extra=special
+        )
+    tokenizer.export(out)  # last, so that a model that cannot be written leaves an empty directory
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -78,7 +78,8 @@ def read_config(directory: Path) -> tuple[str, ModelConfig]:
 def _head(path: Path, document: Json) -> str:
     """That of a model with one score, or a language model's."""
     named = document.get("architectures")
-    if not isinstance(named, list) or not str(named[:1]).endswith("ForSequenceClassification']"):
+    classifier = "ForSequenceClassification"
+    if not isinstance(named, list) or not any(str(name).endswith(classifier) for name in named):
         return "lm"
     labels = document.get("id2label", {"0": "", "1": ""})  # what transformers assumes
     if not isinstance(labels, dict) or len(labels) != 1:

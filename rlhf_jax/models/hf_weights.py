@@ -418,6 +418,13 @@ def _nested(flat: Mapping[str, jax.Array]) -> dict[str, Any]:
     return tree
 
 
+def weights_dtype(name: str) -> Any:
+    """NumPy's dtype of a name in `DTYPES`, or UserError."""
+    if name not in DTYPES:
+        raise UserError(f"dtype = {name!r}: choose one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
 def write_weights(
     directory: Path,
     config: ModelConfig,
@@ -434,10 +441,9 @@ def write_weights(
     Raises:
         UserError: no model type computes what the config says, or an unknown dtype.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype = {dtype!r}: choose one of {', '.join(DTYPES)}")
+    kept = weights_dtype(dtype)
     kind, document = to_document(config)
-    tensors = _tensors(kind, config, params, DTYPES[dtype])
+    tensors = _tensors(kind, config, params, kept)
     shards: list[dict[str, np.ndarray]] = [{}]
     names: dict[str, int] = {}
     temporary: list[Path] = []

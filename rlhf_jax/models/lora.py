@@ -201,8 +201,9 @@ def _merged(node: Mapping[str, Any]) -> jax.Array:
 
 
 def _change(lora: Mapping[str, jax.Array]) -> jax.Array:
-    product = jnp.matmul(lora["a"], lora["b"], precision=jax.lax.Precision.HIGHEST)
-    return lora["scale"][..., None, None] * product
+    """scale · A·B [..., in, out]."""
+    change = jnp.matmul(lora["a"], lora["b"], precision=jax.lax.Precision.HIGHEST)
+    return lora["scale"][..., None, None] * change
 
 
 def product(x: jax.Array, node: Mapping[str, Any], dtype: Any) -> jax.Array:
@@ -210,7 +211,7 @@ def product(x: jax.Array, node: Mapping[str, Any], dtype: Any) -> jax.Array:
 
     DoRA's norms count as constants in the backward pass, as its paper has it (section 4.3).
     """
-    kernel = node["kernel"] if "kernel" in node else kernel_of(node)
+    kernel = node["kernel"] if "kernel" in node else kernel_of(node)  # bfloat16 stays what it is
     y = x @ kernel.astype(dtype)
     if "lora" not in node:
         return y

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_config import FAMILIES, to_document
-from rlhf_jax.models.hf_weights import rules
+from rlhf_jax.models.hf_weights import rules, weights_dtype
 from rlhf_jax.models.lora import AdapterConfig, own
 
 _NAMES = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
@@ -26,12 +26,16 @@ def write_adapter(
     params: Mapping[str, Any],
     adapter: AdapterConfig,
     base: Path,
+    *,
+    dtype: str = "float32",
 ) -> None:
     """Writes the adapter, and a score head beside it, for `peft` to put on the model in `base`.
 
     Raises:
-        UserError: a kernel with an adapter is only a part of one of the model type's tensors.
+        UserError: an unknown dtype, or a kernel with an adapter is only a part of one of the model
+            type's tensors.
     """
+    kept = weights_dtype(dtype)
     kind, _ = to_document(config)
     prefix, family = "base_model.model.", FAMILIES[kind]
     modules = {
@@ -61,7 +65,7 @@ def write_adapter(
             key = f"{prefix}{family.bases[0]}{theirs.format(i=i)}.{_NAMES[number]}"
             tensors[key] = value.T
     save_file(
-        {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()},
+        {name: np.ascontiguousarray(tensor).astype(kept) for name, tensor in tensors.items()},
         directory / "adapter_model.safetensors",
         metadata={"format": "pt"},
     )

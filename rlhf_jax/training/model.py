@@ -169,7 +169,7 @@ def as_trainable(model: Model, adapter: AdapterConfig, seed: int) -> Model:
             )
         print(f"the adapter on {base.directory} is merged: all weights are trained", flush=True)
         return dataclasses.replace(model, params=merge(model.params), adapter=None, base=None)
-    kept = _kept(base, adapter.base)
+    kept = _kept(base.directory, adapter.base, base.mesh)
     params = attach(kept.params, adapter, jax.random.key(seed))
     return dataclasses.replace(model, params=params, adapter=adapter, base=kept)
 
@@ -184,11 +184,17 @@ def _base(directory: Path, kept: str, mesh: Mesh | None, load: Callable[[], Any]
     return base
 
 
-def _kept(base: Base, how: str) -> Base:
-    """A base in float32 as `how` says."""
-    return _base(
-        base.directory, how, base.mesh, lambda: placed(base.mesh, quantize(base.params, how))
-    )
+def _kept(directory: Path, how: str, mesh: Mesh | None) -> Base:
+    """The weights of a directory, its layers' kernels as `how` says."""
+    if how == "float32":
+        base = load_model(directory, mesh=mesh).base
+        assert base is not None
+        return base
+
+    def load() -> Any:
+        return placed(mesh, quantize(load_model(directory, mesh=mesh).params, how))
+
+    return _base(directory, how, mesh, load)
 
 
 def _load_base(workdir: Path, stated: Mapping[str, str], kept: str, mesh: Mesh | None) -> Base:
@@ -198,12 +204,7 @@ def _load_base(workdir: Path, stated: Mapping[str, str], kept: str, mesh: Mesh |
         raise UserError(f"{workdir} is an adapter on {directory}, which is not there")
     if fingerprint(directory) != stated["fingerprint"]:
         raise UserError(f"{workdir} is an adapter on {directory}, which has changed since")
-    found = _bases.get((str(directory), kept, mesh))
-    if found is not None and found.fingerprint == stated["fingerprint"]:
-        return found
-    whole = load_model(directory, mesh=mesh).base
-    assert whole is not None
-    return _kept(whole, kept)
+    return _kept(directory, kept, mesh)
 
 
 def is_hub_directory(path: str | os.PathLike[str]) -> bool:
