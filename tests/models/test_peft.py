@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.export import main
@@ -127,6 +128,10 @@ def test_a_reward_model_is_exported_as_an_adapter_and_merged(tmp_path):
     for name, options in (("adapter", []), ("merged", ["--merge"])):
         assert main([f"--workdir={tmp_path}/run", f"--out={tmp_path}/{name}", *options]) == 0
     classes = transformers.AutoModelForSequenceClassification
+    half = [f"--out={tmp_path}/half", "--dtype=bfloat16"]
+    assert main([f"--workdir={tmp_path}/run", *half]) == 0
+    kept = load_file(tmp_path / "half/adapter_model.safetensors")
+    assert {str(tensor.dtype) for tensor in kept.values()} == {"bfloat16"}
     on_base = classes.from_pretrained(tmp_path / "base", num_labels=1)
     on_base = peft.PeftModel.from_pretrained(on_base, tmp_path / "adapter")
     for theirs in (on_base, classes.from_pretrained(tmp_path / "merged")):
