@@ -10,6 +10,7 @@ from rlhf_jax.losses.advantages import (
 )
 from rlhf_jax.losses.cross_entropy import (
     TokenStatistics,
+    cross_entropy,
     token_cross_entropy,
     token_statistics,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "aggregate",
     "bradley_terry",
     "check_policy_options",
+    "cross_entropy",
     "exact_kl",
     "gae",
     "group_advantages",

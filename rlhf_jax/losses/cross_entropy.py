@@ -35,12 +35,16 @@ class TokenStatistics(NamedTuple):
 
 
 class _Options(NamedTuple):
-    """The static part of a call: `vocab` is V before its chunks are padded to one size, if so."""
+    """The static part of a call: `vocab` is V before its chunks are padded to one size, if so.
+
+    layout: "vd" or "dv", the axes of the unembedding.
+    """
 
     vocab: int
     padded: bool
     temperature: float
     softcap: float | None
+    layout: str
 
 
 def token_statistics(
@@ -51,6 +55,7 @@ def token_statistics(
     bias: jax.Array | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    layout: str = "vd",
     chunk_tokens: int = 1024,
     chunk_vocab: int | None = None,
 ) -> TokenStatistics:
@@ -64,10 +69,13 @@ def token_statistics(
     A token none of whose outputs is used gets gradient 0, even if its hidden state is not finite.
 
     Args:
-      hidden: [..., D]. unembedding: [V, D]. Their products accumulate in float32 or better.
+      hidden: [..., D]. unembedding: [V, D]. Their products accumulate in float32 or better; when
+        both are bfloat16, gradients of logits are rounded to that for the products with them.
       bias: [V], finite; −1e9 bans a word (if there is no softcap).
       targets: [...] integers. Outside [0, V): logprobs is NaN there and correct is 0.
       temperature, softcap: Python numbers > 0.
+      layout: "dv" for an unembedding that is [D, V], as a kernel is: neither it nor its gradient
+        is then transposed.
       chunk_tokens, chunk_vocab: most tokens and words a chunk; None takes the vocabulary whole.
 
     Returns:
@@ -76,13 +84,7 @@ def token_statistics(
     Raises:
       ValueError: shapes do not fit, or a number is not positive.
     """
-    check_rank("unembedding", unembedding, 2)
-    vocab, width = unembedding.shape
-    if hidden.shape != (*targets.shape, width):
-        raise ValueError(
-            "hidden must have the shape of targets and the width of unembedding, "
-            f"{(*targets.shape, width)}, got {hidden.shape}"
-        )
+    vocab, width = _sizes(hidden, unembedding, targets, layout)
     if bias is not None and bias.shape != (vocab,):
         raise ValueError(f"bias must have shape ({vocab},), got {bias.shape}")
     sizes = {"chunk_tokens": chunk_tokens, "chunk_vocab": chunk_vocab}
@@ -91,18 +93,15 @@ def token_statistics(
             raise ValueError(f"{name} must be > 0, got {value}")
 
     hidden, unembedding, bias, targets = _vary_alike(hidden, unembedding, bias, targets)
-    tokens = partial(_chunks, size=chunk_tokens)
-    words = _chunks(unembedding, chunk_vocab or vocab)
-    padded = words.shape[0] * words.shape[1] != vocab
-    # Token chunks are strided (chunk axis minor), word chunks contiguous (chunk axis major).
-    hidden = jnp.swapaxes(tokens(hidden.reshape(-1, width), minor=True), 0, 1)
-    flat_targets = tokens(targets.reshape(-1), minor=True).T
+    if layout == "dv" and chunk_vocab is not None:
+        unembedding, layout = unembedding.T, "vd"
+    words = unembedding[None] if layout == "dv" else _chunks(unembedding, chunk_vocab or vocab)
     statistics = _statistics(
-        _Options(vocab, padded, temperature, softcap),
-        hidden,
+        _Options(vocab, vocab % len(words) != 0, temperature, softcap, layout),
+        _strided(hidden.reshape(-1, width), chunk_tokens),
         words,
         None if bias is None else _chunks(bias, chunk_vocab or vocab),
-        flat_targets,
+        _strided(targets.reshape(-1), chunk_tokens),
     )
     return jax.tree.map(
         lambda x: x.T.reshape(-1)[: targets.size].reshape(targets.shape), statistics
@@ -131,9 +130,10 @@ def token_cross_entropy(
     check_same_shape(weights=weights, logprobs=statistics.logprobs)
     statistics = TokenStatistics(*keep_weighted(weights, *statistics))
     nll = -statistics.logprobs
-    uniform = statistics.logsumexp - statistics.mean_logit
     penalty = z_loss * statistics.logsumexp**2
-    loss = (1 - label_smoothing) * nll + label_smoothing * uniform + penalty
+    loss = nll + penalty
+    if label_smoothing:
+        loss += label_smoothing * (statistics.logsumexp - statistics.mean_logit - nll)
     metrics = {
         "loss": loss,
         "nll": nll,
@@ -144,12 +144,75 @@ def token_cross_entropy(
     return weighted_sums(metrics, weights)
 
 
+def cross_entropy(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    layout: str = "vd",
+    chunk_tokens: int = 512,
+) -> tuple[Reduction, dict[str, Reduction]]:
+    """`token_cross_entropy` of `token_statistics`, its gradient taken in the forward pass.
+
+    Of a sum over tokens every chunk's share of the gradient is known, up to one factor, while its
+    logits are there: none are kept, none computed twice, a quarter of the products is saved. So the
+    total has a gradient to hidden and unembedding; weights and metrics have none. As in "Liger
+    Kernel", https://arxiv.org/abs/2410.10989.
+
+    Args:
+      hidden: [..., D]. unembedding: [V, D], or [D, V] with layout "dv". targets: [...] integers.
+      weights: [...], 0 = not a target. The others as of those two functions.
+
+    Returns:
+      (total, weight) in nats and tokens, and the metrics of `token_cross_entropy`.
+
+    Raises:
+      ValueError: shapes do not fit, or chunk_tokens is not positive.
+    """
+    check_same_shape(weights=weights, targets=targets)
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be > 0, got {chunk_tokens}")
+    vocab, width = _sizes(hidden, unembedding, targets, layout)
+    hidden, unembedding, targets, weights = _vary_alike(hidden, unembedding, targets, weights)
+    flat = hidden.reshape(-1, width), targets.reshape(-1), weights.reshape(-1)
+    total, (weight, metrics) = _summed_cross_entropy(
+        _Options(vocab, False, 1.0, softcap, layout),
+        (label_smoothing, z_loss),
+        unembedding,
+        *(_strided(x, chunk_tokens) for x in flat),
+    )
+    return (total, weight), metrics
+
+
+def _sizes(hidden, unembedding, targets, layout: str) -> tuple[int, int]:
+    """(V, D), checked."""
+    check_rank("unembedding", unembedding, 2)
+    if layout not in ("vd", "dv"):
+        raise ValueError(f"layout must be 'vd' or 'dv', got {layout!r}")
+    vocab, width = unembedding.shape if layout == "vd" else unembedding.shape[::-1]
+    if hidden.shape != (*targets.shape, width):
+        raise ValueError(
+            "hidden must have the shape of targets and the width of unembedding, "
+            f"{(*targets.shape, width)}, got {hidden.shape}"
+        )
+    return vocab, width
+
+
 def _chunks(x: jax.Array, size: int, minor: bool = False) -> jax.Array:
     """[N, …] → [k, c, …] in k = ⌈N/size⌉ equal zero-padded chunks, or [c, k, …] if `minor`."""
     count = max(1, math.ceil(x.shape[0] / size))
     each = math.ceil(x.shape[0] / count)
     x = jnp.pad(x, [(0, count * each - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
     return x.reshape((each, count, *x.shape[1:]) if minor else (count, each, *x.shape[1:]))
+
+
+def _strided(x: jax.Array, size: int) -> jax.Array:
+    """[N, …] → [k, c, …], chunk i of every k-th from i on."""
+    return jnp.swapaxes(_chunks(x, size, minor=True), 0, 1)
 
 
 def _vary_alike(*arrays: jax.Array | None) -> list[Any]:
@@ -169,9 +232,9 @@ def _fold(step: Callable, carry: Any, chunks: Any) -> tuple[Any, Any]:
     return carry, jax.tree.map(lambda x: x[None], out)
 
 
-def _columns(words: jax.Array, like: jax.Array) -> jax.Array:
-    """[k, v]: the vocabulary index of every row of the word chunks [k, v, D]."""
-    count, each = words.shape[:2]
+def _columns(options: _Options, words: jax.Array, like: jax.Array) -> jax.Array:
+    """[k, v]: the vocabulary index of every word of the chunks [k, v, D] or [k, D, v]."""
+    count, each = words.shape[0], words.shape[1 + options.layout.index("v")]
     return jnp.arange(count * each, dtype=like.dtype).reshape(count, each)
 
 
@@ -187,7 +250,7 @@ def _logits(options: _Options, hidden, words, bias, columns) -> jax.Array:
     then no logit equals the highest.
     """
     dtype = at_least_f32(hidden, words)
-    logits = jnp.einsum("cd,vd->cv", hidden, words, preferred_element_type=dtype)
+    logits = jnp.einsum(f"cd,{options.layout}->cv", hidden, words, preferred_element_type=dtype)
     if bias is not None:
         logits += bias.astype(dtype)
     if options.softcap is not None:
@@ -222,14 +285,15 @@ def _chunk_statistics(options: _Options, keep: bool, hidden, words, bias, target
         offset = jnp.where(here, offset, 0)[:, None]
         found = jnp.take_along_axis(logits, offset, -1)[:, 0]
         target_logit = jnp.where(here, found, target_logit)
-        first = jnp.min(jnp.where(logits == higher[:, None], columns, options.vocab), -1)
-        best = jnp.where(higher > top, first, best)
+        # Negative floats: XLA's CPU backend takes the maximum of those several times faster.
+        first = jnp.where(logits == higher[:, None], -columns.astype(dtype), -options.vocab).max(-1)
+        best = jnp.where(higher > top, -first, best)
         return (higher, mass, moment, total, target_logit, best), logits if keep else None
 
     dtype = at_least_f32(hidden, words)
     zeros = jnp.zeros_like(hidden, dtype, shape=targets.shape)
-    carry = (zeros + _lowest(dtype), zeros, zeros, zeros, zeros + jnp.nan, jnp.zeros_like(targets))
-    columns = _columns(words, targets)
+    carry = (zeros + _lowest(dtype), zeros, zeros, zeros, zeros + jnp.nan, zeros)
+    columns = _columns(options, words, targets)
     (top, mass, moment, total, target_logit, best), logits = _fold(
         step, carry, (words, bias, columns)
     )
@@ -281,8 +345,8 @@ def _statistics_forward(options: _Options, hidden, words, bias, targets):
 
 def _statistics_backward(options: _Options, residuals, cotangents):
     hidden, words, bias, targets, statistics, logits = residuals
-    dtype = at_least_f32(hidden, words)
-    columns = _columns(words, targets)
+    dtype, products = at_least_f32(hidden, words), jnp.result_type(hidden, words)
+    columns, layout = _columns(options, words, targets), options.layout
 
     def token_step(gradients, chunk):
         hidden, targets, statistics, cotangents, logits = chunk
@@ -294,8 +358,13 @@ def _statistics_backward(options: _Options, residuals, cotangents):
             if logits is None:
                 logits = _logits(options, hidden, words, bias, columns)
             gradient = _logit_gradient(options, logits, columns, targets, statistics, cotangents)
-            to_hidden += gradient @ words.astype(dtype)
-            to_words += gradient.T @ hidden.astype(dtype)
+            rounded = gradient.astype(products)
+            to_hidden += jnp.einsum(
+                f"cv,{layout}->cd", rounded, words, preferred_element_type=dtype
+            )
+            to_words += jnp.einsum(
+                f"cv,cd->{layout}", rounded, hidden, preferred_element_type=dtype
+            )
             if bias is not None:
                 to_bias += gradient.sum(0)
             return to_hidden, (to_words, to_bias)
@@ -312,3 +381,70 @@ def _statistics_backward(options: _Options, residuals, cotangents):
 
 
 _statistics.defvjp(_statistics_forward, _statistics_backward)
+
+
+def _cross_entropy_chunk(options: _Options, terms, unembedding, chunk, gradient: bool):
+    """(total, (weight, metrics)) of a chunk, and its gradients to hidden and unembedding."""
+    hidden, targets, weights = chunk
+    words = unembedding[None]
+    statistics, logits = _chunk_statistics(options, gradient, hidden, words, None, targets)
+
+    def loss(statistics: TokenStatistics):
+        (total, weight), metrics = token_cross_entropy(
+            statistics, weights, label_smoothing=terms[0], z_loss=terms[1]
+        )
+        return total, (weight, metrics)
+
+    if not gradient:
+        return loss(statistics), None
+    total, pull, aux = jax.vjp(loss, statistics, has_aux=True)
+    (cotangents,) = pull(jnp.ones_like(total))
+    columns = _columns(options, words, targets)[0]
+    to_logits = _logit_gradient(options, logits[0], columns, targets, statistics, cotangents)
+    hidden = jnp.where((weights != 0)[:, None], hidden, 0)
+    dtype, layout = at_least_f32(hidden, unembedding), options.layout
+    to_logits = to_logits.astype(jnp.result_type(hidden, unembedding))
+    to_hidden, to_words = (
+        jnp.einsum(f"cv,{spec}", to_logits, x, preferred_element_type=dtype)
+        for spec, x in ((f"{layout}->cd", unembedding), (f"cd->{layout}", hidden))
+    )
+    return (total, aux), (to_hidden.astype(hidden.dtype), to_words)
+
+
+def _summed(options: _Options, terms, unembedding, chunks, gradient: bool):
+    """Sums of all chunks and, if asked, gradients to hidden [k, c, D] and unembedding."""
+    one = partial(_cross_entropy_chunk, options, terms, unembedding, gradient=gradient)
+
+    def step(carry, chunk):
+        sums, found = one(chunk)
+        to_hidden, to_words = found if gradient else (None, None)
+        return jax.tree.map(jnp.add, carry, (sums, to_words)), to_hidden
+
+    sums, found = jax.eval_shape(one, jax.tree.map(lambda x: x[0], chunks))
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros_like(unembedding, x.dtype, shape=x.shape),
+        (sums, found[1] if gradient else None),
+    )
+    (sums, to_words), to_hidden = _fold(step, zeros, chunks)
+    return sums, to_hidden, to_words
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _summed_cross_entropy(options: _Options, terms, unembedding, hidden, targets, weights):
+    """hidden [k, c, D], targets and weights [k, c] → (total, (weight, metrics))."""
+    return _summed(options, terms, unembedding, (hidden, targets, weights), False)[0]
+
+
+def _summed_forward(options: _Options, terms, unembedding, *chunks):
+    sums, *gradients = _summed(options, terms, unembedding, chunks, True)
+    return sums, (gradients, unembedding)
+
+
+def _summed_backward(options: _Options, terms, residuals, cotangents):
+    (to_hidden, to_words), unembedding = residuals
+    factor = cotangents[0]
+    to_words = (factor * to_words).astype(unembedding.dtype)
+    return to_words, (factor * to_hidden).astype(to_hidden.dtype), None, None
+
+
+_summed_cross_entropy.defvjp(_summed_forward, _summed_backward)

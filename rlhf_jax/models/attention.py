@@ -78,7 +78,7 @@ def attend(
         [B, kv_heads, G, T, d] in the dtype of `value`.
     """
     length, width = query.shape[3:]
-    block = max(64, -(-length // 8))
+    block = max(128, -(-length // 8))
     blocks = []
     for start in range(0, length, block):
         end = min(start + block, length)

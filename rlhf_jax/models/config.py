@@ -15,6 +15,7 @@ _CHOICES = {
     "head": ("lm", "scalar"),
     "compute_dtype": ("float32", "bfloat16"),
     "remat": ("none", "full", "dots"),
+    "attention": ("reference", "xla", "cudnn", "splash"),
 }
 _WHOLE = (
     *("vocab_size", "layers", "width", "heads", "kv_heads", "head_dim", "mlp_width"),
@@ -86,7 +87,8 @@ class ModelConfig:
     copy_init: bool = False  # attention starts by adding what it attends to: `transformer.init`
     compute_dtype: str = "float32"
     remat: str = "none"  # what the backward pass recomputes: "none", "full", "dots" (all but dots)
-    unroll: int = 1  # layers a turn of the scan; 1 compiles fastest and lets remat save memory
+    attention: str = "reference"  # the kernel: models/fused_attention.py
+    unroll: int = 4  # layers a turn of the scan; more is faster in small models, 1 compiles fastest
 
     def validate(self) -> ModelConfig:
         """Returns the config itself, or raises UserError naming the first field that is wrong."""
@@ -142,7 +144,20 @@ class ModelConfig:
             raise UserError("model.parallel = True: only with norm_place = 'before'")
         if self.norm_bias and self.norm == "rms":
             raise UserError("model.norm_bias = True: only norm = 'layer' has a bias")
+        self._check_attention()
         return self
+
+    def _check_attention(self) -> None:
+        """What the kernels of models/fused_attention.py can't do."""
+        stated = f"model.attention = {self.attention!r}"
+        if self.attention in ("xla", "cudnn") and self.attention_softcap is not None:
+            raise UserError(f"{stated} has no attention_softcap: choose 'reference'")
+        if self.attention == "cudnn" and self.compute_dtype != "bfloat16":
+            raise UserError(f"{stated} needs compute_dtype = 'bfloat16', or choose 'xla'")
+        if self.attention == "splash" and len(set(self.windowed)) > 1:
+            raise UserError(
+                f"{stated} takes no layers with a window beside layers without: choose 'xla'"
+            )
 
     @property
     def rotary_dim(self) -> int:

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.losses.cross_entropy import TokenStatistics, token_statistics
-from rlhf_jax.losses.reductions import segment_logprobs
+from rlhf_jax.losses.cross_entropy import TokenStatistics, cross_entropy, token_statistics
+from rlhf_jax.losses.reductions import Reduction, segment_logprobs
 from rlhf_jax.losses.shaping import exact_kl
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.transformer import apply, logits, scores, unembedding
@@ -29,6 +29,12 @@ def _hidden(config: ModelConfig, params: Any, batch: Batch) -> jax.Array:
         segment_ids=batch["segment_ids"],
         branch_ids=batch.get("branch_ids"),
     ).hidden
+
+
+def _target_hidden(config: ModelConfig, params: Any, batch: Batch) -> jax.Array:
+    """[B, M, width]: the states that predict the targets."""
+    hidden = _hidden(config, params, batch)
+    return jnp.take_along_axis(hidden, batch["sources"][..., None], axis=1)
 
 
 def target_statistics(
@@ -49,15 +55,39 @@ def target_statistics(
     Returns:
         TokenStatistics of [B, M] arrays; unused slots (weight 0) hold finite numbers.
     """
-    hidden = _hidden(config, params, batch)
-    hidden = jnp.take_along_axis(hidden, batch["sources"][..., None], axis=1)
+    hidden = _target_hidden(config, params, batch)
+    table, layout = unembedding(config, params)
     return token_statistics(
         hidden,
-        unembedding(config, params),
+        table.astype(hidden.dtype),
         batch["targets"],
         bias=bias,
         temperature=temperature,
         softcap=config.logit_softcap,
+        layout=layout,
+    )
+
+
+def target_cross_entropy(
+    config: ModelConfig,
+    params: Any,
+    batch: Batch,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Reduction, dict[str, Reduction]]:
+    """The cross-entropy of a batch's targets and its metrics, as `losses.cross_entropy`."""
+    hidden = _target_hidden(config, params, batch)
+    table, layout = unembedding(config, params)
+    return cross_entropy(
+        hidden,
+        table.astype(hidden.dtype),
+        batch["targets"],
+        batch["weights"],
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=config.logit_softcap,
+        layout=layout,
     )
 
 
@@ -107,8 +137,6 @@ def target_kl(
     """
 
     def at_targets(params):
-        hidden = _hidden(config, params, batch)
-        hidden = jnp.take_along_axis(hidden, batch["sources"][..., None], axis=1)
-        return logits(config, params, hidden) / temperature
+        return logits(config, params, _target_hidden(config, params, batch)) / temperature
 
     return exact_kl(at_targets(params), at_targets(reference))

@@ -17,13 +17,9 @@ import numpy as np
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora
-from rlhf_jax.models.attention import (
-    attend,
-    attend_cached,
-    attention_bias,
-    cached_attention_bias,
-)
+from rlhf_jax.models.attention import attend_cached, cached_attention_bias
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.fused_attention import attend_by, visibility
 
 Params = Mapping[str, Any]
 Cache = dict[str, Any]
@@ -38,7 +34,7 @@ class Output(NamedTuple):
 class _Context(NamedTuple):
     """What every layer needs and none changes."""
 
-    bias: jax.Array  # f32 [B or 1, T, keys]
+    bias: Any  # from `visibility`; of a cache f32 [B, T, slots]
     rope: tuple[jax.Array, jax.Array] | None  # cos, sin: f32 [B or 1, T, 1, rotary_dim/2]
     positions: jax.Array  # int32 [B or 1, T]
 
@@ -83,11 +79,17 @@ def rope_frequencies(config: ModelConfig, *, windowed: bool = False) -> tuple[np
 
 
 def _rope_table(
-    config: ModelConfig, positions: jax.Array, windowed: bool
+    config: ModelConfig, positions: jax.Array, length: int, windowed: bool
 ) -> tuple[jax.Array, jax.Array]:
+    """cos and sin at positions [B or 1, T] below `length`, beyond it NaN.
+
+    Looked up, because XLA would take the sine of an angle again in every layer and for every head.
+    """
     frequencies, factor = rope_frequencies(config, windowed=windowed)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies.astype(np.float32)
-    return factor * jnp.cos(angles), factor * jnp.sin(angles)
+    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies.astype(np.float32)
+    found = partial(jnp.take, indices=positions, axis=0, mode="fill", fill_value=jnp.nan)
+    cos, sin = found(factor * jnp.cos(angles)), found(factor * jnp.sin(angles))
+    return cos[:, :, None], sin[:, :, None]
 
 
 def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -173,7 +175,7 @@ class _Attention(nn.Module):
         query = query.reshape(query.shape[0], config.kv_heads, -1, *query.shape[2:])
         new = key, value
         if cached is None:
-            mixed = attend(query, *new, context.bias, softcap=config.attention_softcap)
+            mixed = attend_by(config, query, *new, context.bias)
         else:
             rows = jnp.arange(len(x))[:, None]
             slots = (rows, slice(None), context.positions)
@@ -290,7 +292,8 @@ def init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     Raises:
         UserError: the config does not fit together.
     """
-    config.validate()
+    # No parameter depends on the kernel, which may not take a row of one token.
+    config = dataclasses.replace(config.validate(), attention="reference")
     keys = jax.random.split(key, 4)
     block, x = _Block(config), jnp.zeros((1, 1, config.width), config.compute_dtype)
     context = _contexts(config, jnp.zeros((1, 1), jnp.int32))[0]
@@ -341,7 +344,7 @@ def apply(
 
     Args:
         tokens: int32 [B, T]; ids are not checked here, see `check_tokens`.
-        positions: int32 [B, T], by default 0, 1, … along the row; packed rows need them.
+        positions: int32 [B, T], below T, by default 0, 1, … along the row; packed rows need them.
         segment_ids: int32 [B, T], the documents of packed rows, 0 for padding.
         branch_ids: int32 [B, T], 0 for a segment's shared prompt, 1, 2, … for its branches.
         cache: from `init_cache` or an earlier call. With `prompt_lengths`, tokens are prompts
@@ -397,10 +400,12 @@ def _contexts(
     for windowed in sorted(set(config.windowed)):
         window = config.sliding_window if windowed else None
         if slots is None:
-            bias = attention_bias(positions, segment_ids, branch_ids, window)
+            bias = visibility(config, positions, segment_ids, branch_ids, window)
         else:
             bias = cached_attention_bias(positions, slots, window)
-        rope = _rope_table(config, positions, windowed) if config.position == "rope" else None
+        rope = None
+        if config.position == "rope":
+            rope = _rope_table(config, positions, slots or positions.shape[1], windowed)
         contexts.append(_Context(bias, rope, positions))
     return contexts
 
@@ -441,6 +446,12 @@ def _forward(
             prevent_cse=config.unroll > 1,
         )
     x = _embed(config, params, tokens, contexts[0].positions)
+    if isinstance(params["layers"], tuple):  # from `decoding_params`
+        each = []
+        for layer in zip(params["layers"], config.windowed, strict=True):
+            x, one = block(x, layer)
+            each.append(one)
+        return _final_norm(config, params, x), jax.tree.map(lambda *y: jnp.stack(y), *each)
     layers = params["layers"], np.array(config.windowed) if mixed else None
     x, new = jax.lax.scan(block, x, layers, unroll=min(config.unroll, config.layers))
     return _final_norm(config, params, x), new
@@ -460,12 +471,45 @@ def _decode(
     x = _embed(config, params, tokens, contexts[0].positions)
     keys, values = [], []
     for i, cached in enumerate(zip(cache["keys"], cache["values"], strict=True)):
-        layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
+        layer = _layer(params, i)
         context = contexts[config.windowed[i] if len(contexts) > 1 else 0]
         x, (key, value) = _Block(config).apply({"params": layer}, x, context, cached)
         keys.append(key)
         values.append(value)
     return _final_norm(config, params, x), {"keys": tuple(keys), "values": tuple(values)}
+
+
+def _layer(params: Params, i: int) -> Params:
+    layers = params["layers"]
+    return layers[i] if isinstance(layers, tuple) else jax.tree.map(lambda leaf: leaf[i], layers)
+
+
+@partial(jax.jit, static_argnums=0)
+def decoding_params(config: ModelConfig, params: Params) -> Params:
+    """The parameters as `apply` reads them fastest token by token, with the same results.
+
+    A step of decoding reads every weight, and does little else. So those kernels that each product
+    rounds to the compute dtype are rounded here once, a bfloat16 model's to half the bytes, and
+    every layer gets arrays of its own, "layers" being a tuple: a slice of a stack may be copied at
+    every step. The price is a second copy of the layers for as long as it is used.
+    """
+
+    def rounded(node: Mapping[str, Any]) -> dict[str, Any]:
+        found = {k: rounded(v) if isinstance(v, Mapping) else v for k, v in node.items()}
+        if "kernel" in node and "magnitude" not in node.get("lora", {}):  # DoRA takes its norm
+            found["kernel"] = node["kernel"].astype(config.compute_dtype)
+        if "router" in node:  # computes in float32
+            found["router"] = node["router"]
+        return found
+
+    found = dict(params) | {"layers": rounded(params["layers"])}
+    found["layers"] = tuple(_layer(found, i) for i in range(config.layers))
+    if "lm_head" in params:
+        found["lm_head"] = rounded(params["lm_head"])
+    if config.tied_embeddings and config.embed_scale == 1 and config.position == "rope":
+        # Else an embedding is changed before it is rounded.
+        found["embed"] = jax.tree.map(lambda x: x.astype(config.compute_dtype), params["embed"])
+    return found
 
 
 def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
@@ -491,19 +535,29 @@ def _fill(cached: tuple[jax.Array, ...], new: jax.Array) -> tuple[jax.Array, ...
     return tuple(old.at[:, :, :length].set(y) for old, y in zip(cached, new, strict=True))
 
 
-def unembedding(config: ModelConfig, params: Params) -> jax.Array:
-    """The f32 [vocab_size, width] matrix from hidden states to logits."""
+def unembedding(config: ModelConfig, params: Params) -> tuple[jax.Array, str]:
+    """The f32 matrix from hidden states to logits as it is stored, and its layout:
+    [vocab_size, width], "vd", if it is the embedding, and else [width, vocab_size], "dv".
+    """
     if config.tied_embeddings:
-        return params["embed"]["embedding"]
+        return params["embed"]["embedding"], "vd"
     if config.head == "scalar":
         raise ValueError("a scalar model with untied embeddings has no language-model head")
-    return params["lm_head"]["kernel"].T
+    return params["lm_head"]["kernel"], "dv"
 
 
 def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
-    """f32 [..., vocab_size] logits of hidden [..., width], soft-capped if the config says so."""
-    table = unembedding(config, params)
-    values = jnp.einsum("...d,vd->...v", hidden.astype(jnp.float32), table)
+    """f32 [..., vocab_size] logits of hidden [..., width], soft-capped if the config says so.
+
+    Products of numbers in the compute dtype, summed in float32.
+    """
+    table, layout = unembedding(config, params)
+    values = jnp.einsum(
+        f"...d,{layout}->...v",
+        hidden,
+        table.astype(hidden.dtype),
+        preferred_element_type=jnp.float32,
+    )
     cap = config.logit_softcap
     return values if cap is None else cap * jnp.tanh(values / cap)
 

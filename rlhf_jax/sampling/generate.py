@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import ModelConfig
+from rlhf_jax.models import ModelConfig, decoding_params
 from rlhf_jax.sampling import engine
 from rlhf_jax.sampling.arguments import (
     check_options,
@@ -188,6 +188,7 @@ def generate(
         stop=stop,
         limit=max_new_tokens,
     )
+    params = decoding_params(config, params)
     penalised = repetition_penalty is not None
     slots = engine.empty(config, batch_size, cache_length, penalised)
     waiting = _prefilled(config, params, prompts, samples_per_prompt, cache_length, penalised)

@@ -30,8 +30,7 @@ from rlhf_jax.evaluation.best_of_n import (
     win_bound,
 )
 from rlhf_jax.evaluation.language import language_evaluation
-from rlhf_jax.losses.cross_entropy import token_cross_entropy
-from rlhf_jax.models.scoring import target_statistics
+from rlhf_jax.models.scoring import target_cross_entropy
 from rlhf_jax.stages.chat import evaluate_chat
 from rlhf_jax.stages.common import batches_of, fit, load_start, parse_sources, say
 from rlhf_jax.stages.policy import held_out_set
@@ -66,8 +65,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         rows, held = winners(config, policy, prompts, judge)
 
     def loss_fn(params, batch, rng):
-        statistics = target_statistics(policy.config, params, batch)
-        return token_cross_entropy(statistics, batch["weights"])
+        return target_cross_entropy(policy.config, params, batch)
 
     evaluate = language_evaluation(policy.config, held, batch_rows=config.eval.batch_rows)
     batches = batches_of(config, policy, [rows], [1.0])

@@ -24,12 +24,15 @@ from rlhf_jax.data.packing import Arrays, check_ids, pack_documents
 from rlhf_jax.data.pipeline import make_dataset, make_iterator
 from rlhf_jax.data.records import Text, convert
 from rlhf_jax.errors import UserError
-from rlhf_jax.models.lora import AdapterConfig
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.fused_attention import check_attention
+from rlhf_jax.models.lora import AdapterConfig, has_adapter
 from rlhf_jax.training.learner import make_learner
 from rlhf_jax.training.loop import train
-from rlhf_jax.training.mesh import make_mesh
+from rlhf_jax.training.mesh import make_mesh, placed
 from rlhf_jax.training.model import Model, as_trainable, fingerprint, is_hub_directory, load_model
 from rlhf_jax.training.rundir import RunDirectory, write_json
+from rlhf_jax.training.state import release
 
 Figure = dict[str, Any]  # what `evaluation.plots.draw` draws
 Evaluated = tuple[dict[str, float], list[Figure]]
@@ -45,7 +48,19 @@ def load_start(config: ConfigDict, directory: Path) -> Model:
     model = load_model(directory, mesh=mesh_of(config), **config.compute)
     tokenizer = with_chat_template(model.tokenizer, config.data.chat_template)
     model = dataclasses.replace(model, tokenizer=tokenizer)
+    check_kernel(config, model.config)
     return as_trainable(model, AdapterConfig(**config.adapter), config.seed)
+
+
+def check_kernel(config: ConfigDict, shape: ModelConfig) -> None:
+    """Compares a fused attention kernel with the reference on rows as the run has them.
+
+    Raises:
+        UserError: they disagree, or there is no such kernel here.
+    """
+    if shape.attention != "reference":
+        error = check_attention(shape, config.data.row_length)
+        print(f"attention: {shape.attention}, within {error:.0e} of the reference", flush=True)
 
 
 def with_chat_template(tokenizer: AnyTokenizer, name: str) -> AnyTokenizer:
@@ -205,8 +220,13 @@ def fit(
     loss_fn: Callable,
     batches: Any,
     evaluate: Callable[[Any], Evaluated],
+    *,
+    keeps_start: bool = False,
 ) -> tuple[Model, dict[str, float], list[Figure]]:
     """Trains the model; returns (it, its evaluation's metrics and the loop's rates, its figures).
+
+    The parameters of `model` are gone afterwards: training holds one copy, the one it changes.
+    `keeps_start` lets them live. Under an adapter they do anyway, since what is frozen is shared.
 
     Args:
         loss_fn: (params, batch, rng) → ((total, weight), metrics).
@@ -214,10 +234,11 @@ def fit(
         evaluate: params → (metrics, figures), every `train.eval_every` steps and at the end.
     """
     mesh = mesh_of(config)
+    start = placed(mesh, model.params)
     learner = make_learner(
         config,
         config.optimizer,
-        model.params,
+        start,
         loss_fn,
         updates=config.train.steps,
         mesh=mesh,
@@ -230,10 +251,13 @@ def fit(
         evaluated = evaluate(learner.params(state))
         return evaluated[0]
 
+    state = learner.init()
+    if not keeps_start and not has_adapter(start):
+        release((model.params, start))
     state, rates = train_loop(
         config,
         run,
-        learner.init(),
+        state,
         learner.step,
         batches,
         evaluation,

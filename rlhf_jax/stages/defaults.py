@@ -73,7 +73,13 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
     if stage != "pretrain":  # which states its whole model
         # rank = 0 trains all weights: models/lora.py
         config.adapter = ConfigDict(dataclasses.asdict(AdapterConfig()))
-        config.compute = ConfigDict({"compute_dtype": "float32", "remat": "dots"})
+        config.compute = ConfigDict(
+            {
+                "compute_dtype": "float32",
+                "remat": "dots",
+                "attention": "reference",  # the kernel: models/fused_attention.py
+            }
+        )
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all other devices
     config.eval = ConfigDict({"batch_rows": 64})
     for name, values in sections.items():

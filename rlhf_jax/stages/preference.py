@@ -1,9 +1,9 @@
 """Preference optimisation: a chat model and preference pairs → an aligned model, without RL.
 
 DPO and its family, losses/preference.py; KTO also of replies that are labelled one by one. The
-reference is the model it starts from; its log-probs are computed once, before training, and travel
-with the rows. A reward model of the same pairs, if `init.reward` names one, only has its accuracy
-reported beside.
+reference is the model it starts from; its log-probs are computed once, before training, kept for
+the next run on the same data, and travel with the rows. A reward model of the same pairs, if
+`init.reward` names one, only has its accuracy reported beside.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from rlhf_jax.stages.common import (
     read_summary,
 )
 from rlhf_jax.stages.pairs import CHOSEN, MISMATCHED, REJECTED, pack_preferences
+from rlhf_jax.stages.reference_logprobs import reference_logprobs
 from rlhf_jax.stages.reward import label_metrics
 from rlhf_jax.training.model import save_model
 from rlhf_jax.training.objectives import parse_options
@@ -62,9 +63,10 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     def logprobs(params: Any, arrays: Arrays) -> np.ndarray:
         return response_logprobs(reference.config, params, arrays, config.eval.batch_rows)
 
+    start, batch_rows = parents["policy"], config.eval.batch_rows
     for arrays in rows:
-        arrays["reference_logprobs"] = logprobs(reference.params, arrays)
-    held_out_reference = logprobs(reference.params, held_out)
+        arrays["reference_logprobs"] = reference_logprobs(reference, start, arrays, batch_rows)
+    held_out_reference = reference_logprobs(reference, start, held_out, batch_rows)
 
     prompts = held_out_prompts(config, reference)[: config.eval.during]
 
@@ -79,7 +81,11 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
 
     batches = batches_of(config, reference, rows, [*sources.values()])
     loss_fn = partial(loss, config, reference.config)
-    model, metrics, plots = fit(config, run, reference, loss_fn, batches, evaluate)
+    # From here on only the KL of answers sampled on the way asks the reference itself.
+    keeps_start = config.train.eval_every > 0
+    model, metrics, plots = fit(
+        config, run, reference, loss_fn, batches, evaluate, keeps_start=keeps_start
+    )
     save_model(run.path, model)
     metrics |= evaluate_chat(config, run.path, model, parents["policy"], plots)
     if "reward" in parents:

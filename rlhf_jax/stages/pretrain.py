@@ -17,11 +17,17 @@ from rlhf_jax.data.pipeline import make_iterator, make_windows
 from rlhf_jax.data.tokenizer import Tokenizer, train_bpe, train_chars
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.language import language_evaluation
-from rlhf_jax.losses.cross_entropy import token_cross_entropy
 from rlhf_jax.models import transformer
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.models.scoring import target_statistics
-from rlhf_jax.stages.common import batches_of, fit, pack_texts, parse_sources, read_records
+from rlhf_jax.models.scoring import target_cross_entropy
+from rlhf_jax.stages.common import (
+    batches_of,
+    check_kernel,
+    fit,
+    pack_texts,
+    parse_sources,
+    read_records,
+)
 from rlhf_jax.training.model import Model, save_model
 from rlhf_jax.training.rundir import RunDirectory
 
@@ -35,6 +41,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     tokenizer = _train_tokenizer(config, texts)
 
     shape = ModelConfig(**(config.model.to_dict() | {"vocab_size": tokenizer.vocab_size}))
+    check_kernel(config, shape.validate())
     model = Model(shape, transformer.init(shape, jax.random.key(config.seed)), tokenizer)
     length = config.data.row_length
     if config.data.layout == "windows":
@@ -50,8 +57,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         held_out = pack_texts(config, "validation text", validation, tokenizer, policy)
 
     def loss_fn(params, batch, rng):
-        statistics = target_statistics(shape, params, batch)
-        return token_cross_entropy(statistics, batch["weights"], z_loss=config.loss.z_loss)
+        return target_cross_entropy(shape, params, batch, z_loss=config.loss.z_loss)
 
     evaluate = language_evaluation(
         shape,

@@ -65,7 +65,9 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
 
     batches = batches_of(config, initial, rows, [*sources.values()])
     loss_fn = partial(loss, config, initial.config)
-    model, metrics, plots = fit(config, run, initial, loss_fn, batches, evaluate)
+    model, metrics, plots = fit(
+        config, run, initial, loss_fn, batches, evaluate, keeps_start=config.normalize.prompts > 0
+    )
     if config.normalize.prompts:
         mean, std = reference_scores(config, model, policy, [*sources])
         model = dataclasses.replace(model, normalization=(mean, std))

@@ -25,8 +25,12 @@ from rlhf_jax.data.records import Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.rows import map_rows
 from rlhf_jax.losses.advantages import zero_variance
-from rlhf_jax.losses.cross_entropy import token_cross_entropy
-from rlhf_jax.models.scoring import target_kl, target_statistics, target_values
+from rlhf_jax.models.scoring import (
+    target_cross_entropy,
+    target_kl,
+    target_statistics,
+    target_values,
+)
 from rlhf_jax.rewards import (
     Normalization,
     Scores,
@@ -309,8 +313,7 @@ def text_task(
 
     def text_loss(params: Any, batch: Mapping[str, jax.Array]):
         rows = {k.removeprefix("ptx/"): v for k, v in batch.items() if k.startswith("ptx/")}
-        statistics = target_statistics(policy.config, params, rows)
-        total, _ = token_cross_entropy(statistics, rows["weights"])
+        total, _ = target_cross_entropy(policy.config, params, rows)
         return total, {"loss/ptx": total}
 
     return Task(

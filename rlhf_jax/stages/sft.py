@@ -16,8 +16,7 @@ from rlhf_jax.data.chat import AnyTokenizer
 from rlhf_jax.data.encode import check_trained_share, encode_conversations
 from rlhf_jax.data.packing import Arrays, pack_documents
 from rlhf_jax.evaluation.language import language_evaluation
-from rlhf_jax.losses.cross_entropy import token_cross_entropy
-from rlhf_jax.models.scoring import target_statistics
+from rlhf_jax.models.scoring import target_cross_entropy
 from rlhf_jax.stages.chat import evaluate_chat
 from rlhf_jax.stages.common import (
     batches_of,
@@ -45,10 +44,10 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     held_out = _pack(config, config.data.validation, "validation", base.tokenizer)
 
     def loss_fn(params, batch, rng):
-        statistics = target_statistics(base.config, params, batch)
-        return token_cross_entropy(
-            statistics,
-            batch["weights"],
+        return target_cross_entropy(
+            base.config,
+            params,
+            batch,
             label_smoothing=config.loss.label_smoothing,
             z_loss=config.loss.z_loss,
         )

@@ -16,6 +16,7 @@ from rlhf_jax.training.mesh import shard_batch
 from rlhf_jax.training.metrics import MetricsWriter
 from rlhf_jax.training.progress import Clock, Progress
 from rlhf_jax.training.rundir import RunDirectory, fault_point
+from rlhf_jax.training.state import release
 
 Evaluation = tuple[int, Callable[[Any], Mapping[str, float]]]
 
@@ -89,15 +90,14 @@ def train(
         )
         clock = Clock(flops_per_token)
         log = _Log(writer, clock, Progress(run.path.name, done, steps), max_skipped)
-        step = _report_recompilation(step)
+        step = _watched(step)
         number = done
         for number in range(done + 1, steps + 1):
             with clock.waiting():
                 batch = next(batches, None)
             if batch is None:
                 raise UserError(f"the data ended after {number - 1} of {steps} steps")
-            placed = batch if mesh is None else shard_batch(mesh, batch)
-            state, metrics = step(state, placed)
+            state, metrics = step(state, shard_batch(mesh, batch))
             fault_point("step", number)
 
             last = number == steps
@@ -151,7 +151,7 @@ class _Log:
         if self._late is None:
             return
         (number, metrics, tokens, wanted), self._late = self._late, None
-        skipped = int(metrics["train/consecutive_skipped"])
+        skipped = int(jax.device_get(metrics["train/consecutive_skipped"]))
         self._clock.settled(tokens)
         if skipped >= self._max_skipped:
             first = max(1, number - skipped + 1)
@@ -191,14 +191,19 @@ def _resume(state, batches, checkpoints: Checkpoints, run: RunDirectory, tokeniz
             f"the checkpoints in {run.path} are for tokenizer {meta['tokenizer_hash']}, this is "
             f"{tokenizer_hash}; use another --workdir"
         )
+    release(state)  # the caller still holds what the restored one replaces
     batches.set_state(restored.data)
     run.earlier_seconds = meta["wall_seconds"]
     print(f"{run.path}: continuing after step {meta['step']}", flush=True)
     return restored.state, meta["step"]
 
 
-def _report_recompilation(step: Any) -> Callable:
-    """The same step; a second compilation for a batch of the same shapes prints a warning."""
+def _watched(step: Any) -> Callable:
+    """The same step, if it is one compiled function: it may move nothing between host and device.
+
+    State and batch are there already, so an implicit transfer is a mistake, and an error. A second
+    compilation for a batch of the same shapes prints a warning.
+    """
     compiled = getattr(step, "func", step)  # under a partial
     if not hasattr(compiled, "_cache_size"):  # not one function, but a Python one of several
         return step
@@ -206,7 +211,8 @@ def _report_recompilation(step: Any) -> Callable:
 
     def watched(state, batch):
         before = compiled._cache_size()
-        result = step(state, batch)
+        with jax.transfer_guard("disallow"):
+            result = step(state, batch)
         shapes = tuple((name, x.shape, str(x.dtype)) for name, x in sorted(batch.items()))
         if shapes in seen and compiled._cache_size() > before:
             print(f"warning: the step was compiled again for batch shapes {shapes}", flush=True)

@@ -130,6 +130,20 @@ def _spec(mesh: Mesh, name: str, shape: tuple[int, ...], rules: Rules) -> P:
     return P(*fitted)
 
 
+def overlapping(mesh: Mesh | None) -> dict[str, bool]:
+    """Compiler options under which GPUs compute while their collectives are under way.
+
+    Not XLA's defaults. With the second a layer's weights are gathered during the layer before,
+    although the layers are one loop. TPUs do both by themselves.
+    """
+    if mesh is None or mesh.devices.flat[0].platform != "gpu" or mesh.size == 1:
+        return {}
+    return {
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+        "xla_gpu_enable_while_loop_double_buffering": True,
+    }
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over data and fsdp, everything else whole."""
     return NamedSharding(mesh, P(BATCH_AXES))

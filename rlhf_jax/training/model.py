@@ -53,6 +53,12 @@ class Base:
     mesh: Mesh | None
     params: Any
 
+    @property
+    def released(self) -> bool:
+        """Whether training has given up the arrays."""
+        leaves = jax.tree.leaves(self.params)
+        return any(isinstance(x, jax.Array) and x.is_deleted() for x in leaves)
+
 
 _bases: weakref.WeakValueDictionary[tuple, Base] = weakref.WeakValueDictionary()
 
@@ -122,7 +128,8 @@ def load_model(
     tokenizer = load_tokenizer(directory)
     if tokenizer.hash != document["tokenizer_hash"]:
         raise UserError(f"{workdir}/tokenizer.json is not the tokenizer its model was trained with")
-    fields = document["config"] | changes
+    # What a kernel needs is had where it was trained, perhaps not here.
+    fields = document["config"] | {"attention": "reference"} | changes
     unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(ModelConfig)})
     if unknown:
         raise UserError(
@@ -178,7 +185,7 @@ def _base(directory: Path, kept: str, mesh: Mesh | None, load: Callable[[], Any]
     """The weights of a directory, from memory while any model of them is alive."""
     now, key = fingerprint(directory), (str(directory), kept, mesh)
     base = _bases.get(key)
-    if base is None or base.fingerprint != now:
+    if base is None or base.fingerprint != now or base.released:
         base = Base(directory, now, kept, mesh, load())
         _bases[key] = base
     return base

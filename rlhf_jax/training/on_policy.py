@@ -190,10 +190,10 @@ def make_iteration(
 
     def assess(state: OnPolicyState, rollouts: Rollouts) -> tuple[dict[str, np.ndarray], dict]:
         parts = list(_parts(rollouts.rows, config.train.minibatches))
-        found = [score(params(state), reference, _place(mesh, p)) for p in parts]
+        found = [score(params(state), reference, shard_batch(mesh, p)) for p in parts]
         arrays = _unpack(parts, found)
         if values is not None and state.value is not None:
-            found = [value(values.params(state.value), _place(mesh, p)) for p in parts]
+            found = [value(values.params(state.value), shard_batch(mesh, p)) for p in parts]
             arrays |= _unpack(parts, found)
         sampled = _sampled(rollouts, arrays)
         made, metrics = jax.device_get(prepare(sampled, state.kl_coefficient))
@@ -208,13 +208,15 @@ def make_iteration(
             _check_version(config, version, number, i)
             if task.extra_rows is not None:
                 minibatch |= task.extra_rows(number * _updates(config) + i)
-            minibatch = _place(mesh, minibatch)
-            ours, metrics = policy.step(ours, minibatch)
+            minibatch = shard_batch(mesh, minibatch)
+            with jax.transfer_guard("disallow"):
+                ours, metrics = policy.step(ours, minibatch)
             if i == 0:
                 parts = config.batch.microbatches  # the deviation is a mean over them
                 _check_ratio(metrics["policy/ratio_deviation"] * parts, task.dtype)
             if values is not None and theirs is not None:
-                theirs, of_value = values.step(theirs, minibatch)
+                with jax.transfer_guard("disallow"):
+                    theirs, of_value = values.step(theirs, minibatch)
                 metrics |= {name.replace("train/", "val/"): of_value[name] for name in _OF_CRITIC}
             taken.append(metrics)
             fault_point("update", i + 1)
@@ -340,10 +342,6 @@ def _parts(rows: Arrays, count: int) -> Iterator[Arrays]:
     size = len(rows["members"]) // count
     for start in range(0, size * count, size):
         yield {name: x[start : start + size] for name, x in rows.items()}
-
-
-def _place(mesh: Mesh | None, batch: Arrays):
-    return batch if mesh is None else shard_batch(mesh, batch)
 
 
 def _unpack(parts: list[Arrays], found: list[Any]) -> dict[str, np.ndarray]:

@@ -64,3 +64,10 @@ def init_state(
         return jax.jit(build)(params)
     placed = shardings(mesh, jax.eval_shape(build, params), rules)
     return jax.jit(build, out_shardings=placed)(params)
+
+
+def release(tree) -> None:
+    """Frees the memory of a tree's arrays, whoever still holds them; using one is an error then."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and not leaf.is_deleted():
+            leaf.delete()

@@ -21,6 +21,7 @@ from rlhf_jax.training.mesh import (
     batch_sharding,
     batch_shards,
     matches,
+    overlapping,
     shardings,
 )
 from rlhf_jax.training.state import TrainState
@@ -116,7 +117,7 @@ def make_step(
             metrics["train/learning_rate"] = schedule(state.step - state.skipped)
         return new, metrics
 
-    compiled = jax.jit(step, donate_argnums=0)
+    compiled = jax.jit(step, donate_argnums=0, compiler_options=overlapping(mesh) or None)
     return partial(compiled, frozen=frozen) if frozen else compiled
 
 

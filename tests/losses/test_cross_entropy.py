@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from rlhf_jax.losses import (
     TokenStatistics,
     add,
+    cross_entropy,
     mean,
     token_cross_entropy,
     token_statistics,
@@ -26,6 +27,17 @@ ROWS, SLOTS, WIDTH, VOCAB = 3, 11, 6, 37
 jitted_statistics = jax.jit(
     token_statistics, static_argnames=("temperature", "softcap", "chunk_tokens", "chunk_vocab")
 )
+
+
+def two_passes(
+    hidden, unembedding, targets, weights, *, label_smoothing=0.0, z_loss=0.0, **options
+):
+    """What `cross_entropy` does in one."""
+    statistics = token_statistics(hidden, unembedding, targets, **options)
+    return token_cross_entropy(statistics, weights, label_smoothing=label_smoothing, z_loss=z_loss)
+
+
+both_ways = pytest.mark.parametrize("loss_of", [two_passes, cross_entropy])
 
 
 def arrays(seed=0, rows=ROWS, slots=SLOTS, width=WIDTH, vocab=VOCAB):
@@ -195,14 +207,15 @@ def test_bfloat16_inputs_are_computed_in_float32():
     assert {x.dtype for x in gradients} == {jnp.dtype(jnp.bfloat16)}
 
 
+@both_ways
 @pytest.mark.parametrize("chunk_tokens", [512, 7])
-def test_a_target_of_weight_zero_reaches_neither_loss_nor_gradient(chunk_tokens):
+def test_a_target_of_weight_zero_reaches_neither_loss_nor_gradient(loss_of, chunk_tokens):
     hidden, unembedding, _, targets = arrays()
     weights = jnp.ones(targets.shape).at[1, 3].set(0).at[2].set(0)
 
     def loss(hidden, unembedding, targets):
-        statistics = token_statistics(hidden, unembedding, targets, chunk_tokens=chunk_tokens)
-        return token_cross_entropy(statistics, weights, label_smoothing=0.1, z_loss=0.1)[0][0]
+        options = {"label_smoothing": 0.1, "z_loss": 0.1, "chunk_tokens": chunk_tokens}
+        return loss_of(hidden, unembedding, targets, weights, **options)[0][0]
 
     step = jax.jit(jax.value_and_grad(loss, (0, 1)))
     value, (to_hidden, to_unembedding) = step(hidden, unembedding, targets)
@@ -265,14 +278,15 @@ def test_mistakes_are_refused():
         token_statistics(hidden, unembedding, targets, chunk_tokens=0)
 
 
+@both_ways
 @pytest.mark.parametrize("chunk_tokens", [512, 2])
-def test_same_under_every_transformation(chunk_tokens):
+def test_same_under_every_transformation(loss_of, chunk_tokens):
     hidden, unembedding, _, targets = arrays(rows=8)
     weights = jax.random.uniform(jax.random.key(9), targets.shape)
 
     def loss(unembedding, hidden, targets, weights):
-        statistics = token_statistics(hidden, unembedding, targets, chunk_tokens=chunk_tokens)
-        return token_cross_entropy(statistics, weights, z_loss=1e-2)[0]
+        options = {"z_loss": 1e-2, "chunk_tokens": chunk_tokens}
+        return loss_of(hidden, unembedding, targets, weights, **options)[0]
 
     def expected(unembedding):
         return token_cross_entropy(naive(hidden, unembedding, targets), weights, z_loss=1e-2)[0]
@@ -303,15 +317,52 @@ def test_same_under_every_transformation(chunk_tokens):
         np.testing.assert_allclose(result[1], gradient, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("layout", ["vd", "dv"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"label_smoothing": 0.1}, {"z_loss": 0.1, "softcap": 3.0}, {"chunk_tokens": 7}],
+    ids=str,
+)
+def test_one_pass_equals_two(options, layout):
+    hidden, unembedding, _, targets = arrays()
+    weights = jax.random.uniform(jax.random.key(9), targets.shape)
+    if layout == "dv":
+        unembedding = unembedding.T
+
+    def step(loss_of):
+        def scaled(hidden, unembedding):
+            (total, weight), metrics = loss_of(
+                hidden, unembedding, targets, weights, layout=layout, **options
+            )
+            return 3 * total, (total, weight, metrics)
+
+        return jax.jit(jax.value_and_grad(scaled, (0, 1), has_aux=True))(hidden, unembedding)
+
+    for a, b in zip(*map(jax.tree.leaves, map(step, (cross_entropy, two_passes))), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_one_pass_computes_no_logits_twice():
+    hidden, unembedding, _, targets = arrays()
+
+    def loss(hidden, unembedding):
+        weights = jnp.ones(targets.shape)
+        return cross_entropy(hidden, unembedding, targets, weights, chunk_tokens=7)[0][0]
+
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(hidden, unembedding).compile()
+    assert compiled.as_text().count(" dot(") == 3
+
+
 SPLITS = [(m, d) for m in (1, 2, 4, 8) for d in (1, 2, 4, 8)]
 QUICK_SPLITS = [(1, 8), (8, 1), (2, 4), (8, 8)]
 
 
+@both_ways
 @pytest.mark.parametrize(
     ("microbatches", "devices"),
     [pytest.param(*s, marks=() if s in QUICK_SPLITS else pytest.mark.slow) for s in SPLITS],
 )
-def test_any_split_gives_the_same_gradient(microbatches, devices):
+def test_any_split_gives_the_same_gradient(loss_of, microbatches, devices):
     hidden, unembedding, _, targets = arrays(rows=64, slots=9)
     # Row lengths 0 to 9, most of them short; the first eighth, a whole microbatch, is empty.
     lengths = np.random.default_rng(0).choice([0, 1, 2, 9], 64)
@@ -320,8 +371,8 @@ def test_any_split_gives_the_same_gradient(microbatches, devices):
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
 
     def total(unembedding, hidden, targets, weights):
-        statistics = token_statistics(hidden, unembedding, targets, chunk_tokens=16)
-        return jax.lax.psum(token_cross_entropy(statistics, weights)[0], "data")
+        reduction, _ = loss_of(hidden, unembedding, targets, weights, chunk_tokens=16)
+        return jax.lax.psum(reduction, "data")
 
     specs = (P(), P("data"), P("data"), P("data"))
     over_devices = jax.shard_map(total, mesh=mesh, in_specs=specs, out_specs=P())
@@ -341,14 +392,16 @@ def test_any_split_gives_the_same_gradient(microbatches, devices):
     np.testing.assert_allclose(gradients / loss[1], gradient, atol=1e-6)
 
 
-def test_a_sharded_batch_is_never_gathered():
+@both_ways
+def test_a_sharded_batch_is_never_gathered(loss_of):
     hidden, unembedding, _, targets = arrays(rows=16, slots=32)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     hidden, targets = (jax.device_put(x, NamedSharding(mesh, P("data"))) for x in (hidden, targets))
     unembedding = jax.device_put(unembedding, NamedSharding(mesh, P()))
 
     def loss(hidden, unembedding):
-        return token_statistics(hidden, unembedding, targets, chunk_tokens=128).logprobs.sum()
+        weights = jnp.ones(targets.shape)
+        return loss_of(hidden, unembedding, targets, weights, chunk_tokens=128)[0][0]
 
     text = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, unembedding).compile().as_text()
     assert "all-reduce" in text

@@ -115,7 +115,8 @@ def test_equals_the_definition_in_numpy(config):
     expected = numpy_forward(config, params, np.asarray(tokens[0]))
     np.testing.assert_allclose(hidden[0], expected, rtol=1e-4, atol=1e-4)
     cap = config.logit_softcap
-    expected = expected @ np.asarray(unembedding(config, params)).T
+    table, layout = unembedding(config, params)
+    expected = expected @ np.asarray(table if layout == "dv" else table.T)
     expected = cap * np.tanh(expected / cap) if cap else expected
     np.testing.assert_allclose(logits(config, params, hidden)[0], expected, rtol=1e-4, atol=1e-4)
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -155,7 +156,8 @@ def run_main(
     *arguments: str, fault: str | None = None, module: str = "rlhf_jax.main"
 ) -> subprocess.CompletedProcess:
     """The command line in a process of its own, on one device."""
-    environment = os.environ | ({"FAULT": fault} if fault else {})
+    derived = os.path.join(tempfile.gettempdir(), "rlhf_jax_test_derived")
+    environment = {"RLHF_JAX_CACHE": derived} | os.environ | ({"FAULT": fault} if fault else {})
     return subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.training import checkpoint
 from rlhf_jax.training.checkpoint import Checkpoints, load_params, save_params, verify
 from rlhf_jax.training.mesh import make_mesh
 from rlhf_jax.training.optimizer import make_optimizer
@@ -71,6 +73,26 @@ def test_the_state_may_be_donated_while_it_is_written(checkpoints):
     checkpoints.wait()
     np.testing.assert_array_equal(checkpoints.restore(state).state["x"], expected)
     assert blocked < 1.0
+
+
+def test_a_save_waits_for_the_copy_and_not_for_the_disk(checkpoints, monkeypatch):
+    seal, disk = checkpoint.seal, threading.Event()
+
+    def slow(path):
+        assert disk.wait(20)
+        seal(path)
+
+    monkeypatch.setattr(checkpoint, "seal", slow)
+    state = make_state(1)
+    kept = jax.tree.map(np.array, state)
+    save(checkpoints, 1, state)
+    assert checkpoints.steps() == []  # on its way
+    for leaf in jax.tree.leaves(state):
+        leaf.delete()  # as the next step's donation does
+    disk.set()
+    checkpoints.wait()
+    assert checkpoints.steps() == [1]
+    assert equal(checkpoints.restore(make_state(2)).state, kept)
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 2, 4)])

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.training import loop, progress
+from rlhf_jax.training.mesh import make_mesh
 from rlhf_jax.training.metrics import read_metrics
 from rlhf_jax.training.rundir import RunDirectory
 from rlhf_jax.training.state import init_state
@@ -113,12 +116,12 @@ def test_another_tokenizer_is_a_user_error(tmp_path):
 
 
 def test_a_recompilation_for_known_shapes_is_reported(capsys):
-    step = loop._report_recompilation(jax.jit(lambda state, batch: (state, batch["x"].sum())))
+    step = loop._watched(jax.jit(lambda state, batch: (state, batch["x"].sum())))
     narrow, wide = {"x": np.zeros(3, np.float32)}, {"x": np.zeros(4, np.float32)}
     for batch in (narrow, wide, narrow, wide):
-        step(jnp.zeros(2), batch)
+        step(jnp.zeros(2), jax.device_put(batch))
     assert capsys.readouterr().out == ""
-    step(jnp.zeros(3), narrow)
+    step(jnp.zeros(3), jax.device_put(narrow))
     assert "compiled again for batch shapes (('x', (3,), 'float32'),)" in capsys.readouterr().out
 
 
@@ -126,6 +129,57 @@ def test_training_does_not_recompile(tmp_path, capsys):
     train(tmp_path, checkpoint_every=2)
     train(tmp_path / "again", checkpoint_every=2, steps=3)
     assert "compiled again" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("axes", [None, {"data": 4, "fsdp": 2}])
+def test_a_transfer_that_nobody_asked_for_is_an_error(tmp_path, axes):
+    mesh = None if axes is None else make_mesh(axes)
+    optimizer = optax.sgd(0.1)
+
+    def start(directory, shift):
+        def loss_fn(params, batch, rng):
+            (total, weight), metrics = model.loss_fn(params, batch, rng)
+            return (total + params["shift"], weight), metrics
+
+        step = make_step(loss_fn, optimizer, mesh=mesh, frozen={"shift": shift})
+        state = init_state(model.init(), optimizer, mesh=mesh)
+        with RunDirectory(directory, {}) as run:
+            batches = model.Batches()
+            loop.train(state, step, batches, steps=3, run=run, mesh=mesh, tensorboard=False)
+
+    there = None if mesh is None else NamedSharding(mesh, P())
+    start(tmp_path / "a", jax.device_put(np.float32(0), there))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        start(tmp_path / "b", np.float32(0))
+
+
+def test_waiting_for_data_is_seen(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    class Slow(model.Batches):
+        def __next__(self):
+            clock[0] += 0.03
+            return super().__next__()
+
+    def tokens(batch, metrics):
+        clock[0] += 0.01
+        return 7
+
+    train(tmp_path, batches=Slow(), tokens=tokens, steps=8)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["time/data_share"] for line in lines] == pytest.approx([0.75] * 3)
+
+
+def test_a_resumed_run_holds_one_state(tmp_path):
+    train(tmp_path, steps=3)
+    optimizer = optax.sgd(0.1)
+    state = init_state(model.init(), optimizer)
+    with RunDirectory(tmp_path, {"train": {"log_every": 3}}) as run:
+        step = make_step(model.loss_fn, optimizer)
+        after, _ = loop.train(state, step, model.Batches(), steps=4, run=run, tensorboard=False)
+    assert int(after.step) == 4
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
 def test_evaluations_and_checkpoints_take_no_training_time(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,7 +12,13 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.training.mesh import make_mesh, named_leaves, shard_batch, shardings
+from rlhf_jax.training.mesh import (
+    make_mesh,
+    named_leaves,
+    overlapping,
+    shard_batch,
+    shardings,
+)
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_step
@@ -119,3 +126,12 @@ def test_every_mesh_computes_what_one_device_computes(sizes, name, microbatches)
             getattr(state, tree),
             getattr(expected_state, tree),
         )
+
+
+def test_options_of_overlapping_collectives_are_gpus_and_known_to_this_xla():
+    assert overlapping(None) == overlapping(make(2, 2, 2)) == {}
+    devices = np.array([SimpleNamespace(platform="gpu")] * 2)
+    options = overlapping(SimpleNamespace(devices=devices, size=2))
+    assert "xla_gpu_enable_latency_hiding_scheduler" in options
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2  # else: no such option
+    assert overlapping(SimpleNamespace(devices=devices[:1], size=1)) == {}

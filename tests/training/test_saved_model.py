@@ -7,16 +7,32 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from rlhf_jax.data.tokenizer import train_bpe, train_chars
 from rlhf_jax.errors import UserError
 from rlhf_jax.export import main as export
 from rlhf_jax.models import transformer
 from rlhf_jax.models.lora import AdapterConfig
+from rlhf_jax.stages.common import check_kernel
 from rlhf_jax.training.checkpoint import load_params, save_params
 from rlhf_jax.training.mesh import make_mesh, shardings
 from rlhf_jax.training.model import Model, as_trainable, load_model, save_model
+from rlhf_jax.training.state import release
 from tests.models.small import SMALL
+
+
+def test_a_kernel_of_the_machine_that_trained_is_not_asked_of_another(tmp_path, capsys):
+    trained = dataclasses.replace(SMALL, attention="cudnn", compute_dtype="bfloat16")
+    params = transformer.init(trained, jax.random.key(0))
+    save_model(tmp_path, Model(trained, params, train_chars("abc")))
+    assert load_model(tmp_path).config.attention == "reference"
+    shape = load_model(tmp_path, attention="xla", compute_dtype="float32").config
+    config = ConfigDict({"data": {"row_length": 32}})
+    check_kernel(config, shape)
+    assert capsys.readouterr().out.startswith("attention: xla, within ")
+    with pytest.raises(UserError, match="'cudnn' needs a GPU"):
+        check_kernel(config, trained)
 
 
 def test_a_field_this_version_lacks_is_named(tmp_path):
@@ -53,3 +69,15 @@ def test_weights_are_read_to_where_they_belong(tmp_path):
     assert load_model(tuned, mesh=mesh).base is model.base
     alone = load_model(tuned)
     jax.tree.map(np.testing.assert_array_equal, alone.params, model.params)
+
+
+def test_a_base_that_was_given_up_is_read_again(tmp_path):
+    params = transformer.init(SMALL, jax.random.key(0))
+    save_model(tmp_path, Model(SMALL, params, train_chars("abc")))
+    first = load_model(tmp_path)
+    assert load_model(tmp_path).base is first.base
+    kept = jax.tree.map(np.asarray, first.params)
+    release(first.params)
+    again = load_model(tmp_path)
+    assert again.base is not first.base
+    jax.tree.map(np.testing.assert_array_equal, again.params, kept)

@@ -1,0 +1,283 @@
+"""Attention by kernels that never hold all scores, chosen by `ModelConfig.attention`.
+
+    reference  plain products and a softmax: `attention.attend`
+    xla        jax.nn.dot_product_attention as XLA compiles it: any platform
+    cudnn      cuDNN's flash attention: NVIDIA GPUs, bfloat16
+    splash     the Pallas kernel of that name: one TPU, rows without shared prompts
+
+The kernels look away from masks they do not know of, so a run that trains with one first compares
+it with the reference: `check_attention`.
+
+"FlashAttention", https://arxiv.org/abs/2205.14135.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.models.attention import attend, attention_bias
+from rlhf_jax.models.config import ModelConfig
+
+PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
+# Of ‖found − exact‖ / ‖exact‖: rounding stays well below, a wrong mask is far above.
+TOLERANCES = {"float32": 2e-3, "bfloat16": 2e-2}
+_LANES = 128  # of a TPU; splash takes rows of a multiple
+
+
+def visibility(
+    config: ModelConfig,
+    positions: jax.Array,
+    segment_ids: jax.Array | None,
+    branch_ids: jax.Array | None,
+    sliding_window: int | None,
+) -> jax.Array | None:
+    """Who sees whom, as the config's kernel wants it: the last argument of `attend_by`.
+
+    Args are those of `attention_bias`. Returns for "reference" its f32 [B or 1, T, T]; for "xla"
+    and "cudnn", which are causal by themselves, bool [B or 1, 1, T, T], in which padding sees
+    padding, or None for all; for "splash" int32 [B, T] segments, or None for one.
+
+    Raises:
+        UserError: the kernel can't leave out what branches must not see.
+    """
+    if config.attention == "reference":
+        return attention_bias(positions, segment_ids, branch_ids, sliding_window)
+    if config.attention == "splash":
+        if branch_ids is not None:
+            raise UserError(
+                "attention = 'splash' cannot keep the answers to a shared prompt apart: choose "
+                "attention = 'reference' or 'xla' for this stage"
+            )
+        return segment_ids
+    if segment_ids is None and config.sliding_window is None:
+        return None
+    bias = attention_bias(
+        positions,
+        # A row of no visible key has no softmax; nothing else sees padding.
+        None if segment_ids is None else segment_ids + 1,
+        branch_ids,
+        sliding_window,
+    )
+    return (bias == 0)[:, None]
+
+
+def attend_by(
+    config: ModelConfig,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    visible: Any,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """`attention.attend` by the config's kernel.
+
+    Args:
+        query: [B, kv_heads, G, T, d], scaled. key, value: [B, kv_heads, T, d].
+        visible: from `visibility`.
+        interpret: has "splash" run without a TPU, slowly.
+
+    Returns:
+        [B, kv_heads, G, T, d] in the dtype of `value`.
+    """
+    if config.attention == "reference":
+        return attend(query, key, value, visible, softcap=config.attention_softcap)
+    heads = query.reshape(len(query), -1, *query.shape[3:])  # [B, heads, T, d]
+    if config.attention == "splash":
+        return _splash(config, heads, key, value, visible, interpret).reshape(query.shape)
+    mixed = jax.nn.dot_product_attention(
+        heads.swapaxes(1, 2),  # [B, T, heads, d]
+        key.swapaxes(1, 2),
+        value.swapaxes(1, 2),
+        mask=visible,
+        scale=1.0,
+        is_causal=True,
+        implementation=cast(Any, config.attention),
+    )
+    return mixed.swapaxes(1, 2).reshape(query.shape)
+
+
+def _splash(
+    config: ModelConfig,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array | None,
+    interpret: bool,
+) -> jax.Array:
+    """query [B, heads, T, d] → the same; rows are padded to what the kernel takes."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernels,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    heads, length = query.shape[1:3]
+    padding = -length % _LANES
+    whole = length + padding
+    block = next(size for size in (512, 256, _LANES) if whole % size == 0)
+    mask: Any = masks.CausalMask((whole, whole))
+    if config.sliding_window is not None and config.windowed[0]:
+        # Rows in order: between tokens of a segment as far apart as their positions.
+        mask = masks.LocalMask((whole, whole), (config.sliding_window - 1, 0), 0)
+    sizes: dict[str, Any] = {
+        field.name: block
+        for field in dataclasses.fields(kernels.BlockSizes)
+        if field.name.startswith("block")
+    }
+    kernel = kernels.make_splash_mha(
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=kernels.BlockSizes(**sizes),
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=config.attention_softcap,
+        interpret=interpret,
+    )
+    query, key, value = (
+        jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (query, key, value)
+    )
+    segments = None
+    if segment_ids is not None:
+        padded = jnp.pad(segment_ids, ((0, 0), (0, padding)))
+        segments = kernels.SegmentIds(padded, padded)
+    mixed = jax.vmap(lambda *arrays: kernel(*arrays[:3], segment_ids=arrays[3]))(
+        query, key, value, segments
+    )
+    return mixed[:, :, :length].astype(value.dtype)
+
+
+def check_attention(config: ModelConfig, length: int, *, interpret: bool = False) -> float:
+    """Compares the config's kernel with the reference on random packed rows of `length` tokens.
+
+    Two rows of documents (of shared prompts with branches too, where the kernel takes them) and
+    padding, on at most two of the model's key-value heads: output and gradients, as
+    ‖found − exact‖ / ‖exact‖ to float32 products in full precision. With "reference" it does
+    nothing.
+
+    Returns:
+        The largest of these errors.
+
+    Raises:
+        UserError: the platform lacks the kernel or the kernel refuses the shapes, or an error is
+            above TOLERANCES.
+    """
+    if config.attention == "reference":
+        return 0.0
+    _check_platform(config, interpret)
+    worst = 0.0
+    for window in sorted({config.sliding_window if w else None for w in config.windowed}, key=str):
+        try:
+            errors = _errors(config, length, window, interpret)
+        except (NotImplementedError, RuntimeError, ValueError) as refusal:
+            reason = str(refusal).strip().splitlines()[0]
+            raise UserError(
+                f"attention = {config.attention!r} does not take rows of {length} tokens with "
+                f"heads of {config.head_dim} on this platform ({reason}): choose attention = "
+                "'reference' or 'xla'"
+            ) from refusal
+        for name, error in errors.items():
+            if not error <= TOLERANCES[config.compute_dtype]:  # NaN is no agreement either
+                raise UserError(
+                    f"attention = {config.attention!r} disagrees with the reference on random "
+                    f"packed rows: the relative error of the {name} is {error:.1e}, above "
+                    f"{TOLERANCES[config.compute_dtype]:.0e}; choose attention = 'reference'"
+                )
+            worst = max(worst, error)
+    return worst
+
+
+def _check_platform(config: ModelConfig, interpret: bool) -> None:
+    here, wanted = jax.default_backend(), PLATFORMS.get(config.attention)
+    if interpret:
+        return
+    if wanted not in (None, here):
+        raise UserError(
+            f"attention = {config.attention!r} needs a {wanted.upper()}, this is a "
+            f"{here.upper()}: choose attention = 'reference' or 'xla'"
+        )
+    if config.attention == "splash" and jax.device_count() > 1:
+        raise UserError(
+            f"attention = 'splash' runs on one TPU, here are {jax.device_count()}: choose "
+            "attention = 'reference' or 'xla'"
+        )
+
+
+def _errors(
+    config: ModelConfig, length: int, window: int | None, interpret: bool
+) -> dict[str, float]:
+    """Relative errors of the kernel's output and gradients."""
+    random = np.random.default_rng(0)
+    ids = random_rows(random, 2, length, branches=config.attention != "splash")
+    kv_heads, groups = min(2, config.kv_heads), config.heads // config.kv_heads
+    small = dataclasses.replace(
+        config, kv_heads=kv_heads, heads=kv_heads * groups, window_pattern="w" if window else "g"
+    )
+
+    def normal(*heads: int) -> jax.Array:
+        x = random.normal(size=(2, *heads, length, config.head_dim))
+        return jnp.asarray(x, config.compute_dtype)
+
+    query, key, value = normal(kv_heads, groups), normal(kv_heads), normal(kv_heads)
+    query = query * jnp.asarray(config.query_scale or config.head_dim**-0.5, query.dtype)
+    weights = normal(kv_heads, groups) * (ids["segment_ids"] > 0)[:, None, None, :, None]
+    bias = attention_bias(**ids, sliding_window=window)
+    if config.attention == "splash":
+        ids["branch_ids"] = None
+    visible = visibility(small, **ids, sliding_window=window)
+
+    def fused(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return attend_by(small, query, key, value, visible, interpret=interpret)
+
+    def exact(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        with jax.default_matmul_precision("highest"):
+            return attend(query, key, value, bias, softcap=config.attention_softcap)
+
+    @partial(jax.jit, static_argnums=0)
+    def run(function: Any, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        out, backward = jax.vjp(function, *arrays)
+        return weights.astype(out.dtype) * out, *backward(weights.astype(out.dtype))
+
+    arrays = query, key, value
+    found = run(fused, *arrays)
+    wanted = run(exact, *(x.astype(jnp.float32) for x in arrays))
+    names = "output", "gradient of queries", "gradient of keys", "gradient of values"
+    return {
+        name: float(_norm(x.astype(jnp.float32) - y) / _norm(y))
+        for name, x, y in zip(names, found, wanted, strict=True)
+    }
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.sum(x.astype(jnp.float32) ** 2))
+
+
+def random_rows(
+    random: np.random.Generator, rows: int, length: int, *, branches: bool
+) -> dict[str, Any]:
+    """int32 [rows, length] positions, segment_ids and branch_ids of some documents and padding.
+
+    With `branches` every other document is a prompt with two branches.
+    """
+    found = {
+        name: np.zeros((rows, length), np.int32)
+        for name in ("positions", "segment_ids", "branch_ids")
+    }
+    for row in range(rows):
+        cuts = np.sort(random.choice(np.arange(1, length + 1), min(6, length), replace=False))
+        for i, (start, end) in enumerate(zip([0, *cuts[:-1]], cuts, strict=True)):
+            place, size = np.s_[row, start:end], end - start
+            found["segment_ids"][place] = i + 1
+            found["positions"][place] = np.arange(size)
+            if branches and i % 2 == row % 2:
+                prompt, each = size - 2 * (size // 3), size // 3
+                parts = np.repeat([0, 1, 2], [prompt, each, each])
+                found["branch_ids"][place] = parts
+                restart = np.where(parts == 2, each, 0)
+                found["positions"][place] = np.arange(size) - restart
+    return {name: jnp.asarray(array) for name, array in found.items()}

@@ -1,0 +1,112 @@
+"""The reference's log-probs of packed preferences, computed once and kept on disk.
+
+They depend on the model and the data only, so a restart, or a run with another β, finds them. What
+is found is used only if it is whole and of exactly this model, tokenizer, template and data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlhf_jax.data import packing
+from rlhf_jax.data.packing import Arrays
+from rlhf_jax.data.record_builder import cache_dir
+from rlhf_jax.evaluation.rows import response_logprobs
+from rlhf_jax.training.model import Model, fingerprint
+
+VERSION = 1  # of the files, and of what the numbers in them mean
+
+
+def reference_logprobs(
+    reference: Model, directory: Path, arrays: Arrays, batch_rows: int
+) -> np.ndarray:
+    """log π_ref of every response of packed groups: f32 [B, P, K] nats.
+
+    Read from `cache_dir()` if they are there, else computed and kept. A file that is damaged or of
+    something else is said in a line and replaced; one that cannot be written costs nothing but
+    the next run's time.
+
+    Args:
+      directory: where `reference` was loaded from.
+      batch_rows: rows a forward pass.
+    """
+    key = cache_key(reference, directory, arrays, batch_rows)
+    path = cache_dir() / "reference_logprobs" / f"{key}.npz"
+    found = _read(path, key, arrays["last"].shape)
+    if found is not None:
+        return found
+    logprobs = response_logprobs(reference.config, reference.params, arrays, batch_rows)
+    try:
+        _write(path, key, logprobs)
+    except OSError as error:
+        print(f"the reference's log-probs are not kept: {error}", flush=True)
+    return logprobs
+
+
+def cache_key(reference: Model, directory: Path, arrays: Arrays, batch_rows: int) -> str:
+    """SHA-256 of all that decides the numbers, to the last bit.
+
+    That is the weights and their adapter, the model's config, the tokenizer with its template, the
+    packed data, and what rounds them: the library, the devices and the rows of a pass.
+    """
+    document: dict[str, Any] = {
+        "version": VERSION,
+        "weights": fingerprint(directory),
+        "adapter": reference.adapter and dataclasses.asdict(reference.adapter),
+        "base": reference.base and (reference.base.fingerprint, reference.base.kept),
+        "config": dataclasses.asdict(reference.config),
+        "tokenizer": reference.tokenizer.hash,
+        "data": packing.fingerprint(arrays),
+        "rounding": (jax.__version__, str(jax.devices()), batch_rows),
+    }
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def _read(path: Path, key: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    """What `_write` wrote, or None."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            logprobs, stated = kept["logprobs"], str(kept["checksum"])
+        whole = stated == _checksum(key, logprobs)
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error):
+        whole = False
+    if whole and logprobs.shape == shape:
+        print(f"the reference's log-probs are those in {path}", flush=True)
+        return logprobs
+    print(f"{path} is damaged: the reference's log-probs are computed again", flush=True)
+    return None
+
+
+def _write(path: Path, key: str, logprobs: np.ndarray) -> None:
+    """So that the file is whole or absent, whoever else writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+        try:
+            np.savez(file, logprobs=logprobs, checksum=np.array(_checksum(key, logprobs)))
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def _checksum(key: str, logprobs: np.ndarray) -> str:
+    """Of the numbers, their type and what they are of."""
+    content = np.ascontiguousarray(logprobs)
+    return hashlib.sha256(
+        f"{key} {content.dtype.str} {content.shape}\n".encode() + content.tobytes()
+    ).hexdigest()

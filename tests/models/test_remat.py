@@ -1,0 +1,39 @@
+"""What the backward pass recomputes it need not keep."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rlhf_jax.models import apply, init
+from tests.models.small import SMALL, random_tokens
+
+CONFIG = dataclasses.replace(SMALL, layers=6, width=32, mlp_width=128, head_dim=8)
+TOKENS = random_tokens(4, 64)
+
+
+def compiled(**changes):
+    config = dataclasses.replace(CONFIG, **changes)
+
+    def loss(params):
+        return jnp.square(apply(config, params, TOKENS).hidden.astype(jnp.float32)).sum()
+
+    params = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    return jax.jit(jax.grad(loss)).lower(params).compile()
+
+
+@pytest.mark.parametrize("attention", ["reference", "xla"])
+def test_each_policy_keeps_less_than_the_one_before(attention):
+    none, dots, full = (
+        compiled(remat=remat, attention=attention).memory_analysis().temp_size_in_bytes
+        for remat in ("none", "dots", "full")
+    )
+    # float32: of a token and a layer, "full" keeps its input, "dots" the products with kernels.
+    tokens = TOKENS.size * CONFIG.layers * 4
+    dot_outputs = 5 * CONFIG.width + 2 * CONFIG.mlp_width
+    assert full < dots < none
+    assert dots - full == pytest.approx(tokens * dot_outputs, rel=0.5)
+    assert none - dots > tokens * CONFIG.mlp_width

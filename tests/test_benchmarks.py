@@ -1,0 +1,148 @@
+"""The benchmarks: what work costs, the table, and a round of our side at a small shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import ours, run, work
+
+TINY = work.SHAPES["tiny"]
+REDUCED = work.Shape(2, 32, 2, 64, 96, 64, rows=2, steps=2)
+LIMIT = work.Limit(flops=1e9, bytes=1e8)
+
+
+def test_parameters_by_hand():
+    layer = 4 * 256 * 256 + 3 * 256 * 688
+    assert TINY.body_numbers == 4 * layer
+    assert TINY.matrix_numbers == 4 * layer + 4096 * 256
+
+
+def test_lengths_are_log_normal_within_the_context():
+    lengths = work.lengths(10_000, 256)
+    assert lengths.min() >= 16 and lengths.max() <= 256
+    assert abs(np.median(lengths) - 0.45 * 256) < 3
+    assert [len(ids) for ids in work.sequences(50, TINY)] == work.lengths(50, 256).tolist()
+
+
+def test_pairs_share_their_prompt():
+    for (prompt, chosen, rejected), ids in zip(
+        work.pairs(20, TINY), work.sequences(20, TINY), strict=True
+    ):
+        assert [*prompt, *chosen] == [*ids, work.EOS]
+        assert rejected[-1] == work.EOS and len(rejected) > 1
+        assert min(prompt) >= work.FIRST
+
+
+def test_flops_by_hand():
+    shape = work.Shape(1, 2, 1, 3, 5, 8, rows=1, steps=1)
+    body, head = 4 * 2 * 2 + 3 * 2 * 3, 2 * 5
+    # Two answers of 2 tokens after a prompt of 4: each token sees what is before it, on the average
+    # half of its own answer; 2 products of 2 · width a layer.
+    seen = 4 * 4 / 2 + 2 * (2 * 4 + 2 * 2 / 2)
+    expected = 2 * body * 8 + 2 * head * 4 + 4 * 2 * seen
+    assert work.forward_flops(shape, 4, [2, 2]) == expected
+    assert work.forward_flops(shape, 4, [2, 2], logits=False) == expected - 2 * head * 4
+
+
+def test_decoding_is_bound_by_memory_or_by_products():
+    one = LIMIT.decoding(TINY, 1, 1, 64, 128)
+    prefill = work.forward_flops(TINY, 64, []) / LIMIT.flops
+    read = 4 * (TINY.matrix_numbers + 2 * 4 * 256 * 128) / LIMIT.bytes
+    np.testing.assert_allclose(one, prefill + 128 * read)
+    fast_memory = dataclasses.replace(LIMIT, bytes=1e30)
+    products = 2 * TINY.matrix_numbers + 4 * 4 * 256 * 128
+    np.testing.assert_allclose(
+        fast_memory.decoding(TINY, 1, 1, 64, 128), prefill + 128 * products / LIMIT.flops
+    )
+
+
+def test_least_seconds():
+    full = work.least_seconds("pretrain", TINY, LIMIT)
+    np.testing.assert_allclose(
+        full, (6 * TINY.matrix_numbers + 6 * 4 * 256 * 256) / LIMIT.flops, rtol=1e-12
+    )
+    assert 0.9 * full < work.least_seconds("sft", TINY, LIMIT) < full
+    assert work.least_seconds("reward", TINY, LIMIT) < work.least_seconds("dpo", TINY, LIMIT)
+    twice = dataclasses.replace(LIMIT, flops=2 * LIMIT.flops, bytes=2 * LIMIT.bytes)
+    for name in ("grpo", "ppo", "generate"):
+        both = [work.least_seconds(name, TINY, each) for each in (LIMIT, twice)]
+        np.testing.assert_allclose(both[0], 2 * both[1])
+
+
+def result(row, ours, peer, **more):
+    """Rounds with such rates, the limits at 1 GFLOP/s and 0.1 GB/s."""
+    limit = [{"flops": LIMIT.flops, "bytes": LIMIT.bytes, "number": 4} for _ in ours]
+    rates = {"ours": ours, "peer": peer}
+    rounds = {k: [{"units": x, "seconds": 1.0} for x in v] for k, v in rates.items() if v}
+    if row.work != "start":
+        rounds["jax"] = limit
+    return run.Result(row, rounds, ready=dict.fromkeys(rates, 7.0), **more)
+
+
+def test_the_table():
+    most = 1 / work.least_seconds("pretrain", TINY, LIMIT)
+    row = run.Row("pretrain", "tiny", "tokens", 2.4)
+    found = result(row, [most / 2, most / 2, most / 4], [most / 8] * 3)
+    cells = dict(zip(run.HEADER, run.cells(found), strict=True))
+    assert cells["ratio (spread)"] == "4.00× (2.00–4.00)"
+    assert cells["possible"] == "8.0×"
+    assert cells["of our limit"] == "50%"
+    assert cells["target"] == "≥ 2.4×"
+    assert cells["GFLOP/s, JAX / torch"] == "1"
+    assert json.loads(json.dumps(dataclasses.asdict(found)))["row"]["work"] == "pretrain"
+
+
+def test_the_table_without_a_peer_and_with_a_failure():
+    row = run.Row("start", "tiny", "starts", 1.0)
+    alone = result(row, [0.5], [])
+    broken = result(row, [0.5], [], failed={"peer": "ImportError: no torch"})
+    lines = run.table([alone, broken])
+    assert lines[2].startswith("| start tiny | 2 s | not installed | – | ≥ 1.0× | – | – |")
+    assert lines[3].startswith("| start tiny | 2 s | failed | – |")
+    assert lines[-1] == "start tiny: peer failed: ImportError: no torch"
+
+
+def test_a_side_that_fails_says_so_in_one_line():
+    row = run.Row("pretrain", "tiny", "tokens", 2.4, both=("--no-such-word",))
+    found = run.measure(row, {}, 1)
+    assert found.rounds.keys() == {"jax"}
+    assert "unrecognized arguments: --no-such-word" in found.failed["ours"]
+
+
+def test_rows_are_named_apart():
+    names = [row.name for row in run.ROWS]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "sft", "dpo", "reward"])
+def test_a_round_of_training(name):
+    # One row an update, as SFT has it: then both are compiled once.
+    shape = dataclasses.replace(REDUCED, rows=1) if name == "pretrain" else REDUCED
+    round_ = ours.WORKS[name](shape)
+    found = [round_() for _ in range(work.UPDATES // REDUCED.steps)]
+    if name == "pretrain":
+        assert found[0] == shape.steps * shape.rows * shape.context
+    if name == "sft":  # as many tokens an update as the peer has in its sequences
+        tokens = sum(map(len, work.sequences(work.UPDATES * REDUCED.rows, REDUCED)))
+        np.testing.assert_allclose(sum(found), tokens, rtol=0.15)
+    if name in ("dpo", "reward"):
+        np.testing.assert_allclose(sum(found), work.UPDATES * work.PAIRS, rtol=0.15)
+
+
+def test_a_round_of_generation():
+    assert ours.WORKS["generate"](dataclasses.replace(REDUCED, context=256), batch=2)() == 256
+
+
+def test_a_round_of_grpo(monkeypatch):
+    for name, value in {"GROUPS": 2, "GROUP": 2, "ANSWER": 4, "QUESTION": 8}.items():
+        monkeypatch.setattr(work, name, value)
+    assert ours.WORKS["grpo"](REDUCED)() == 1
+
+
+@pytest.mark.slow
+def test_a_round_of_ppo():
+    assert ours.WORKS["ppo"](REDUCED)() == 1
