@@ -133,7 +133,7 @@ def test_a_search_without_end_is_killed(on_error):
         else:
             found = scorers.score(prompts, ["aa", endless], lengths=[1, 1])
             assert not found.valid.any() and found.failures == {"regex: timed out": 2}
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 60  # the search itself would take days
         assert scorers.score(prompts, ["\ud800aa", "b"], lengths=[1, 1]).total.tolist() == [1, 0]
 
 

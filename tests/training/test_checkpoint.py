@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 
 import jax
 import jax.numpy as jnp
@@ -64,15 +63,12 @@ def test_the_state_may_be_donated_while_it_is_written(checkpoints):
     overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
     state = {"x": jax.random.normal(jax.random.key(0), (4, 256, 1024))}
     expected = np.array(state["x"], copy=True)
-    start = time.monotonic()
     save(checkpoints, 1, state)
-    blocked = time.monotonic() - start
     for _ in range(3):
         state = {"x": overwrite(state["x"])}
     jax.block_until_ready(state)
     checkpoints.wait()
     np.testing.assert_array_equal(checkpoints.restore(state).state["x"], expected)
-    assert blocked < 1.0
 
 
 def test_a_save_waits_for_the_copy_and_not_for_the_disk(checkpoints, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from random import Random
 
 import pytest
@@ -291,12 +290,8 @@ def test_expectations_of_others_are_the_users_mistake(expectation):
         assert "\n" not in str(error.value)
 
 
-def test_deterministic_and_fast():
+def test_deterministic():
     town = Town()
     cases = [(d, d.messages[-1].content) for d in town.demonstrations(count=2000)]
     first = [gold_score(prompt, response) for prompt, response in cases]
-    start = time.process_time()
-    again = [gold_score(prompt, response) for prompt, response in cases]
-    rate = len(cases) / (time.process_time() - start)
-    assert first == again
-    assert rate > 5_000  # over 20,000 a second on an idle core; machines under test are slower
+    assert first == [gold_score(prompt, response) for prompt, response in cases]
