@@ -23,6 +23,8 @@ from rlhf_jax.models.fused_attention import attend_by, visibility
 
 Params = Mapping[str, Any]
 Cache = dict[str, Any]
+QUERY_KEY_VALUE = ("query", "key", "value")
+GATE_UP = ("gate", "up")
 KeysValues = tuple[jax.Array, jax.Array]  # [B, kv_heads, slots, head_dim] each
 
 
@@ -150,15 +152,32 @@ class _Dense(nn.Module):
         return y.reshape(*x.shape[:-1], self.features)
 
 
+def _products(
+    module: nn.Module, x: jax.Array, sizes: Mapping[str, int], bias: bool
+) -> dict[str, jax.Array]:
+    """Products [..., size] of x with the module's kernels so named.
+
+    One product for all if `decoding_params` has laid them side by side.
+    """
+    config = module.config
+    joined = "_".join(sizes)
+    if len(sizes) > 1 and joined in module.variables.get("params", {}):
+        y = _Dense(config, sum(sizes.values()), bias, name=joined)(x)
+        return dict(zip(sizes, jnp.split(y, np.cumsum([*sizes.values()])[:-1], -1), strict=True))
+    return {name: _Dense(config, size, bias, name=name)(x) for name, size in sizes.items()}
+
+
 class _Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, context: _Context, cached: KeysValues | None):
         config, bias = self.config, self.config.attention_bias
+        sizes = [n * config.head_dim for n in (config.heads, config.kv_heads, config.kv_heads)]
+        found = _products(self, x, dict(zip(QUERY_KEY_VALUE, sizes, strict=True)), bias)
 
         def heads(name: str, count: int, norm: bool = False) -> jax.Array:
-            y = _Dense(config, count * config.head_dim, bias, name=name)(x)
+            y = found[name]
             if not (norm and config.qk_norm_whole):
                 y = y.reshape(*x.shape[:2], count, config.head_dim)
             if norm:
@@ -183,7 +202,10 @@ class _Attention(nn.Module):
                 cached[0].at[slots].set(new[0].swapaxes(1, 2)),
                 cached[1].at[slots].set(new[1].swapaxes(1, 2)),
             )
-            mixed = attend_cached(query, *new, context.bias, softcap=config.attention_softcap)
+            # Else XLA writes a single row once for each of its readers, into copies of the cache.
+            new = key, value = jax.lax.optimization_barrier(new)
+            softcap = config.attention_softcap
+            mixed = attend_cached(query, key, value, context.bias, softcap=softcap)
         mixed = mixed.reshape(len(x), config.heads, -1, config.head_dim).swapaxes(1, 2)
         mixed = mixed.reshape(*x.shape[:2], -1)
         bias = bias and config.attention_out_bias
@@ -196,17 +218,15 @@ class _Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         config = self.config
-
-        def up(name: str) -> jax.Array:
-            return _Dense(config, config.mlp_width, config.mlp_bias, name=name)(x)
-
+        names = GATE_UP if config.activation in ("swiglu", "geglu") else GATE_UP[1:]
+        up = _products(self, x, dict.fromkeys(names, config.mlp_width), config.mlp_bias)
         match config.activation:
             case "swiglu":
-                y = nn.silu(up("gate")) * up("up")
+                y = nn.silu(up["gate"]) * up["up"]
             case "geglu":
-                y = nn.gelu(up("gate"), approximate=True) * up("up")
+                y = nn.gelu(up["gate"], approximate=True) * up["up"]
             case _:
-                y = nn.gelu(up("up"), approximate=config.activation == "gelu_tanh")
+                y = nn.gelu(up["up"], approximate=config.activation == "gelu_tanh")
         return _Dense(config, config.width, config.mlp_bias, residual=True, name="down")(y)
 
 
@@ -484,22 +504,34 @@ def _layer(params: Params, i: int) -> Params:
     return layers[i] if isinstance(layers, tuple) else jax.tree.map(lambda leaf: leaf[i], layers)
 
 
-@partial(jax.jit, static_argnums=0)
 def decoding_params(config: ModelConfig, params: Params) -> Params:
     """The parameters as `apply` reads them fastest token by token, with the same results.
 
     A step of decoding reads every weight, and does little else. So those kernels that each product
     rounds to the compute dtype are rounded here once, a bfloat16 model's to half the bytes, and
     every layer gets arrays of its own, "layers" being a tuple: a slice of a stack may be copied at
-    every step. The price is a second copy of the layers for as long as it is used.
+    every step. Kernels of one input, query, key and value or gate and up, lie side by side where
+    each device has all of them, and are one product. The price is a second copy of the layers for
+    as long as it is used.
     """
+    whole = all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
+    return _decoding_params(config, params, whole)
 
+
+@partial(jax.jit, static_argnums=(0, 2))
+def _decoding_params(config: ModelConfig, params: Params, join: bool) -> Params:
     def rounded(node: Mapping[str, Any]) -> dict[str, Any]:
         found = {k: rounded(v) if isinstance(v, Mapping) else v for k, v in node.items()}
         if "kernel" in node and "magnitude" not in node.get("lora", {}):  # DoRA takes its norm
             found["kernel"] = node["kernel"].astype(config.compute_dtype)
         if "router" in node:  # computes in float32
             found["router"] = node["router"]
+        for names in (QUERY_KEY_VALUE, GATE_UP) if join else ():
+            kernels = [found.get(name, {}) for name in names]
+            if all("kernel" in each and set(each) <= {"kernel", "bias"} for each in kernels):
+                joined = jax.tree.map(lambda *x: jnp.concatenate(x, -1), *kernels)
+                found = {k: v for k, v in found.items() if k not in names}
+                found["_".join(names)] = joined
         return found
 
     found = dict(params) | {"layers": rounded(params["layers"])}

@@ -148,7 +148,8 @@ def advance(
 
 def _step(config: ModelConfig, params: Any, sampling: Sampling, slots: Slots) -> Slots:
     """One token more in each active slot; an idle one repeats itself at a place that is masked."""
-    scores = logits(config, params, slots.hidden)
+    # Not one with the softmax: XLA's CPU backend would compute that product on a single core.
+    scores = jax.lax.optimization_barrier(logits(config, params, slots.hidden))
     if slots.seen is not None:
         scores = penalise(scores, slots.seen, sampling.repetition_penalty)
     greedy = sampling.temperature is None

@@ -25,7 +25,7 @@ from rlhf_jax.sampling.arguments import (
 
 _SHORTEST_BUCKET = 32  # compiling for another length costs more than padding to this one
 _REPLACEMENT = "\ufffd"  # half a character; the next token may complete it, and it is gone
-_ROWS = 8  # prompts prefilled, or slots filled, by one call: always as many, for equal rounding
+_ROWS = 8  # prompts prefilled, or slots filled, by one call; fewer only if there are fewer slots
 
 
 class _Request(NamedTuple):
@@ -191,7 +191,8 @@ def generate(
     params = decoding_params(config, params)
     penalised = repetition_penalty is not None
     slots = engine.empty(config, batch_size, cache_length, penalised)
-    waiting = _prefilled(config, params, prompts, samples_per_prompt, cache_length, penalised)
+    rows = min(_ROWS, batch_size)
+    waiting = _prefilled(config, params, prompts, samples_per_prompt, rows, cache_length, penalised)
     completions = _complete(
         partial(engine.advance, config, params),
         slots,
@@ -234,25 +235,26 @@ def _prefilled(
     params: Any,
     prompts: Sequence[Sequence[int]],
     samples: int,
+    rows: int,
     cache_length: int,
     penalised: bool,
 ) -> Iterator[_Waiting]:
     """All requests, those of a prompt together; their prompts are prefilled as they are taken.
 
-    A batch is of one length, the next power of two to those of its prompts, so that what a prompt
-    gets does not depend on the others and few lengths are compiled.
+    A batch has `rows` rows, and one length, the next power of two to those of its prompts, so that
+    what a prompt gets does not depend on the others and few lengths are compiled.
     """
     buckets: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
         length = min(max(_SHORTEST_BUCKET, _next_power(len(prompt))), cache_length)
         buckets.setdefault(length, []).append(i)
     batches = [
-        (length, indices[start : start + _ROWS])
+        (length, indices[start : start + rows])
         for length, indices in sorted(buckets.items())
-        for start in range(0, len(indices), _ROWS)
+        for start in range(0, len(indices), rows)
     ]
     for number, (length, indices) in enumerate(batches):
-        tokens, lengths = np.zeros((_ROWS, length), np.int32), np.zeros(_ROWS, np.int32)
+        tokens, lengths = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32)
         for row, i in enumerate(indices):
             tokens[row, : len(prompts[i])] = prompts[i]
             lengths[row] = len(prompts[i])
@@ -270,13 +272,13 @@ def _refill(
 ) -> tuple[engine.Slots, int]:
     """The slots with as many of the waiting requests as fit, and how many those were."""
     free = [place for place, work in enumerate(held) if work is None]
-    started = 0
+    started, rows = 0, min(_ROWS, len(held))
     # `free` comes first: zip must not take a request that it has no place for.
     pairs = zip(free, waiting, strict=False)
     for _, group in itertools.groupby(pairs, lambda pair: pair[1].number):
-        while part := list(itertools.islice(group, _ROWS)):
-            sources, places = np.zeros(_ROWS, np.int32), np.full(_ROWS, len(held), np.int32)
-            names = np.zeros((_ROWS, 2), np.uint32)
+        while part := list(itertools.islice(group, rows)):
+            sources, places = np.zeros(rows, np.int32), np.full(rows, len(held), np.int32)
+            names = np.zeros((rows, 2), np.uint32)
             for i, (place, (_, _, row, request)) in enumerate(part):
                 sources[i], places[i] = row, place
                 names[i] = streams.prompt_ids[request.prompt], request.sample

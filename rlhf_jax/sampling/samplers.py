@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+_BLOCK = 128
+
 
 def uniforms(keys: jax.Array, index: jax.Array | int) -> jax.Array:
     """f32 [B] in [0, 1): that of token `index` ([B] or one for all) in each row's key [B]."""
@@ -58,16 +60,34 @@ def sample(
     if min_p is not None:
         least = logits.max(-1, keepdims=True) + jnp.log(min_p)
         logits = jnp.where(logits >= least, logits, -jnp.inf)
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    if uniform is None:
-        tokens = jnp.argmax(logits, axis=-1)
-    else:
-        probs = jnp.exp(logprobs)
-        # Sums in parallel may dip by a rounding where a token has no mass: never stop there.
-        below = jnp.where(probs > 0, jnp.cumsum(probs, axis=-1), 0.0)
-        tokens = jnp.argmax(below > uniform[:, None] * below.max(-1, keepdims=True), axis=-1)
+    highest = logits.max(-1, keepdims=True)
+    masses = jnp.exp(logits - highest)
+    tokens = jnp.argmax(logits, axis=-1) if uniform is None else _invert(masses, uniform)
     tokens = tokens.astype(jnp.int32)
-    return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1) - highest
+    return tokens, chosen[:, 0] - jnp.log(masses.sum(-1))
+
+
+def _invert(masses: jax.Array, uniform: jax.Array) -> jax.Array:
+    """int32 [B]: the token at which the cumulative sum of masses [B, V] passes `uniform` of it all.
+
+    First a block of tokens by the sums of blocks, then a token in it: XLA takes a cumulative sum
+    over thousands in several passes.
+    """
+    blocks = jnp.pad(masses, ((0, 0), (0, -masses.shape[1] % _BLOCK)))
+    blocks = blocks.reshape(len(masses), -1, _BLOCK)
+    sums = blocks.sum(-1)
+    upto = jnp.cumsum(sums, axis=-1)
+    # Sums in parallel may dip by a rounding where there is no mass: never stop there.
+    target = uniform[:, None] * upto.max(-1, keepdims=True)
+    block = jnp.argmax((upto > target) & (sums > 0), axis=-1)[:, None]
+    before = jnp.take_along_axis(upto - sums, block, axis=-1)
+    inside = jnp.take_along_axis(blocks, block[..., None], axis=1)[:, 0]
+    passed = (before + jnp.cumsum(inside, axis=-1) > target) & (inside > 0)
+    # Summed in another order a block may fall short of its sum: then the last of it that has mass.
+    last = _BLOCK - 1 - jnp.argmax(inside[:, ::-1] > 0, axis=-1)
+    within = jnp.where(passed.any(-1), jnp.argmax(passed, axis=-1), last)
+    return block[:, 0] * _BLOCK + within
 
 
 def _keep_likeliest(logits: jax.Array, weights: jax.Array, target: jax.Array | float) -> jax.Array:

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax.losses.cross_entropy import token_cross_entropy
-from rlhf_jax.models import apply, decoding_params, init_cache, logits
+from rlhf_jax.models import apply, decoding_params, init_cache, logits, lora
 from rlhf_jax.models.scoring import target_statistics
+from rlhf_jax.training.mesh import make_mesh, shardings
 from tests.models.small import KINDS, SMALL, noisy, random_tokens
 
 VOCAB = SMALL.vocab_size
@@ -104,10 +105,25 @@ def test_decoding_from_rounded_copies_gives_the_same(kind):
         x, y = x.astype(jnp.float32), y.astype(jnp.float32)
         # The same products; a scan and a loop are compiled apart, and may round apart.
         assert jnp.linalg.norm(x - y) < 0.02 * jnp.linalg.norm(y)
-    assert copies["layers"][0]["attention"]["query"]["kernel"].dtype == jnp.bfloat16
+    joined = copies["layers"][0]["attention"]["query_key_value"]["kernel"]
+    assert joined.dtype == jnp.bfloat16
+    width = (config.heads + 2 * config.kv_heads) * config.head_dim
+    assert joined.shape == (config.width, width)
     assert copies["final_norm"]["scale"].dtype == jnp.float32
     if kind == "experts":
         assert copies["layers"][0]["mlp"]["router"]["kernel"].dtype == jnp.float32
+
+
+def test_kernels_are_joined_only_where_every_device_has_all_of_them():
+    params = noisy(SMALL)
+    adapted = lora.attach(params, lora.AdapterConfig(rank=2), jax.random.key(0))
+    assert "query_key_value" not in decoding_params(SMALL, adapted)["layers"][0]["attention"]
+    mesh = make_mesh({"tensor": 2}, jax.devices()[:2])
+    spread = jax.device_put(params, shardings(mesh, params))
+    layer = decoding_params(SMALL, spread)["layers"][0]
+    assert "query" in layer["attention"] and "gate" in layer["mlp"]
+    layer = decoding_params(SMALL, params)["layers"][0]
+    assert "query" not in layer["attention"] and "gate" not in layer["mlp"]
 
 
 def test_a_decoding_step_rounds_no_weight():

@@ -22,6 +22,19 @@ def test_inverse_of_the_cumulative_sum_by_hand(uniform, token):
     np.testing.assert_allclose(logprobs, LOGITS[0, token], rtol=1e-5)
 
 
+@pytest.mark.parametrize("vocab", [128, 300, 1000])
+def test_inverse_of_the_cumulative_sum_over_many_words(vocab):
+    rng = np.random.default_rng(vocab)
+    logits = rng.normal(0, 3, (400, vocab)).astype(np.float32)
+    uniform = rng.random(400).astype(np.float32)
+    upto = np.cumsum(np.exp(logits.astype(np.float64)), axis=-1)
+    upto /= upto[:, -1:]
+    tokens, _ = sample(jnp.asarray(logits), jnp.asarray(uniform))
+    rows = np.arange(400)
+    below = np.where(tokens > 0, upto[rows, np.maximum(tokens - 1, 0)], 0)
+    assert (below - 1e-5 < uniform).all() and (uniform < upto[rows, tokens] + 1e-5).all()
+
+
 def test_temperature_and_mask_renormalise_by_hand():
     # At T = 1/2 the probabilities are squared: 16, 4, 1, 1 of 22; without token 0: 4, 1, 1 of 6.
     allowed = jnp.array([False, True, True, True])
