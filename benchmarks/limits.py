@@ -1,9 +1,11 @@
-"""What this machine can do at most: python -m benchmarks.limits jax|torch SHAPE [--bfloat16].
+"""What this machine can do at most: python -m benchmarks.limits jax|torch SHAPE [--bfloat16]
+[--numbers=N].
 
 A process that takes turns as the sides do, for the machine's speed drifts. A round measures the
 FLOP/s of matrix products at the model's own shapes (those of one update: tokens × width × width,
-× mlp_width and × vocab_size, by their share of the work), and the bytes a second of reading as many
-numbers as the model has, by a product with one row or by a sum, whichever is faster.
+× mlp_width and × vocab_size, by their share of the work), and the bytes a second of reading N
+numbers, as many as the model has if not given, by a product with one row or by a sum, whichever is
+faster.
 """
 
 from __future__ import annotations
@@ -91,6 +93,7 @@ def main() -> None:
     parser.add_argument("library", choices=("jax", "torch"))
     parser.add_argument("shape", choices=work.SHAPES)
     parser.add_argument("--bfloat16", action="store_true")
+    parser.add_argument("--numbers", type=int)
     given = parser.parse_args()
     turns, shape = Turns(), work.SHAPES[given.shape]
     library = (with_jax if given.library == "jax" else with_torch)(given.bfloat16)
@@ -98,7 +101,8 @@ def main() -> None:
         (library.product(m, k, n), share / (2.0 * m * k * n))
         for m, k, n, share in products(shape, shape.rows * shape.context)
     ]
-    numbers = shape.matrix_numbers
+    numbers = given.numbers or shape.matrix_numbers
+    numbers -= numbers % shape.width
     readers = [library.product(1, shape.width, numbers // shape.width), library.total(numbers)]
     for run in [*readers, *(run for run, _ in timed)]:
         run()

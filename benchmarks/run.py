@@ -224,7 +224,8 @@ def measure(row: Row, pythons: dict[str, str], rounds: int) -> Result:
     """Rounds of all sides in turns; one that fails is left out of those that follow."""
     result = Result(row)
     words = (row.work, row.shape, *row.both)
-    limit = (row.shape, *(word for word in row.both if word == "--bfloat16"))
+    numbers = work.numbers_read(row.work, work.SHAPES[row.shape], row.batch)
+    limit = (row.shape, f"--numbers={numbers}", *(w for w in row.both if w == "--bfloat16"))
     commands = {"ours": (sys.executable, "benchmarks.ours", (*words, *row.ours))}
     python, (module, torch) = pythons.get(row.environment), ENVIRONMENTS[row.environment]
     if python:

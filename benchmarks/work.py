@@ -115,6 +115,21 @@ def forward_flops(
     return body + head + 4.0 * shape.layers * shape.width * seen
 
 
+def decoded_numbers(shape: Shape, batch: int, prompt: int, new: int) -> float:
+    """Weights, and keys and values at half of the length, that a step of decoding reads."""
+    return shape.matrix_numbers + batch * 2.0 * shape.layers * shape.width * (prompt + new / 2)
+
+
+def numbers_read(name: str, shape: Shape, batch: int = 1) -> int:
+    """How many numbers a work reads again and again: what fits a cache is read faster."""
+    match name:
+        case "generate":
+            return int(decoded_numbers(shape, batch, PROMPT, GENERATED))
+        case "grpo" | "ppo":
+            return int(decoded_numbers(shape, GROUPS * GROUP, QUESTION, ANSWER))
+    return shape.matrix_numbers
+
+
 @dataclass(frozen=True)
 class Limit:
     """What a machine can do: matrix products, and reading memory; bytes of a number it reads."""
@@ -131,7 +146,7 @@ class Limit:
         batch, seen = prompts * samples, prompt + new / 2
         prefill = prompts * forward_flops(shape, prompt, [])
         products = batch * (2.0 * shape.matrix_numbers + 4.0 * shape.layers * shape.width * seen)
-        numbers = shape.matrix_numbers + batch * 2.0 * shape.layers * shape.width * seen
+        numbers = decoded_numbers(shape, batch, prompt, new)
         step = max(products / self.flops, self.number * numbers / self.bytes)
         return prefill / self.flops + new * step
 

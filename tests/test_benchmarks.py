@@ -137,6 +137,7 @@ def test_a_round_of_generation():
     assert ours.WORKS["generate"](dataclasses.replace(REDUCED, context=256), batch=2)() == 256
 
 
+@pytest.mark.slow
 def test_a_round_of_grpo(monkeypatch):
     for name, value in {"GROUPS": 2, "GROUP": 2, "ANSWER": 4, "QUESTION": 8}.items():
         monkeypatch.setattr(work, name, value)

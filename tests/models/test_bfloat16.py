@@ -57,7 +57,13 @@ def products(jaxpr):
             yield from products(inner)
 
 
-@pytest.mark.parametrize("kind", ["llama", "grouped-window", "multiquery-capped"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "grouped-window",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "multiquery-capped")),
+    ],
+)
 def test_loss_and_gradient_are_near_those_of_float32(kind):
     config, params, batch = KINDS[kind], noisy(KINDS[kind]), batch_of(4, 32)
     exact, wanted = jax.value_and_grad(partial(loss, config))(params, batch)

@@ -25,7 +25,7 @@ def compiled(**changes):
     return jax.jit(jax.grad(loss)).lower(params).compile()
 
 
-@pytest.mark.parametrize("attention", ["reference", "xla"])
+@pytest.mark.parametrize("attention", ["reference", pytest.param("xla", marks=pytest.mark.slow)])
 def test_each_policy_keeps_less_than_the_one_before(attention):
     none, dots, full = (
         compiled(remat=remat, attention=attention).memory_analysis().temp_size_in_bytes

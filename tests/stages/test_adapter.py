@@ -36,6 +36,7 @@ def trained(params):
     return named_leaves(lora.own(params))
 
 
+@pytest.mark.slow
 def test_only_the_adapter_is_kept(sft):
     base, model = load_model(sft.parent / "pretrain"), load_model(sft)
     assert model.adapter.rank == 4 and model.base.directory == base.base.directory
@@ -91,6 +92,7 @@ def test_policy_value_and_reward_share_a_base_and_a_kill_changes_nothing(experim
     assert metrics["eval/kl"] > 0
 
 
+@pytest.mark.slow
 def test_another_adapter_is_refused(experiments, sft):
     options = [f"--config.init.policy={sft}", "--config.adapter.rank=8"]
     _, result = run(experiments, sft.parent, "dpo", *options, name="a")

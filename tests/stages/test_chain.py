@@ -70,6 +70,7 @@ def test_a_second_run_reuses_everything(chain):
     assert (runs / "dpo/summary.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_reward_model_reuses_the_parents(chain):
     experiments, runs, _ = chain
     result = run_main(f"--config={experiments}/reward.py", f"--workdir={runs}/reward")
@@ -85,6 +86,7 @@ def test_reward_model_reuses_the_parents(chain):
     )
 
 
+@pytest.mark.slow
 def test_a_reward_model_is_reported_beside(chain):
     experiments, runs, _ = chain
     text = (experiments / "dpo.py").read_text()
@@ -110,7 +112,10 @@ def comparable(run):
 
 @pytest.mark.parametrize(
     "fault",
-    ["step:7", pytest.param("checkpoint:arrays:8", marks=pytest.mark.slow), "summary"],
+    [
+        *(pytest.param(p, marks=pytest.mark.slow) for p in ("step:7", "checkpoint:arrays:8")),
+        "summary",
+    ],
 )
 def test_killed_dpo_resumes_to_the_same_bits(chain, tmp_path, fault):
     experiments, runs, _ = chain

@@ -106,6 +106,7 @@ def test_killed_in_an_iteration_it_ends_with_the_same_bits(chain, fault):
         assert (there / "ppo" / name).read_text() == (runs / "ppo" / name).read_text()
 
 
+@pytest.mark.slow
 def test_groups_a_mixed_in_text_and_dynamic_sampling(chain):
     experiments, runs = chain
     result = run_main(f"--config={experiments}/grpo.py", f"--workdir={runs}/grpo")
@@ -116,6 +117,7 @@ def test_groups_a_mixed_in_text_and_dynamic_sampling(chain):
     assert all(line["rollout/blocks"] in (1, 2) for line in logged)
 
 
+@pytest.mark.slow
 def test_an_ensemble_of_one_model_twice_scores_as_the_model(chain):
     experiments, runs = chain
     result = run_main(f"--config={experiments}/ensemble.py", f"--workdir={runs}/ensemble")
@@ -145,6 +147,7 @@ def judge(prompts, responses, ids):
 """
 
 
+@pytest.mark.slow
 def test_online_pairs_labelled_by_a_judge_that_compares(chain, tmp_path):
     experiments, runs = chain
     (tmp_path / "judge.py").write_text(JUDGE)
@@ -222,6 +225,7 @@ def test_a_reward_function_that_fails_ends_the_run_in_one_line(chain, tmp_path, 
     assert name in error and message in error
 
 
+@pytest.mark.slow
 def test_a_reward_function_of_ones_own_and_masked_failures(chain, tmp_path):
     experiments, runs = chain
     file = tmp_path / "mine.py"

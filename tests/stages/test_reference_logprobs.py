@@ -214,6 +214,7 @@ def dpo(tmp_path, parent, name, beta, *, rank=0, **train):
         return preference.run(config, run, {"policy": parent})
 
 
+@pytest.mark.slow
 def test_another_beta_asks_no_reference_and_training_holds_none(tmp_path, passes, monkeypatch):
     parent = saved(tmp_path / "parent", small_model())
     given, alive = [], []

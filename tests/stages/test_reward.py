@@ -65,6 +65,7 @@ def metrics_of(run):
     return json.loads((run / "summary.json").read_text())["metrics"]
 
 
+@pytest.mark.slow
 def test_labels_train_a_classifier(trained):
     runs, out = trained
     metrics = metrics_of(runs / "labelled")
@@ -76,6 +77,7 @@ def test_labels_train_a_classifier(trained):
     assert [plot["kind"] for plot in plots] == ["reliability", "histogram"]
 
 
+@pytest.mark.slow
 def test_score_statistics_are_kept_with_the_model(trained):
     runs, out = trained
     mean, std = load_model(runs / "labelled").normalization
@@ -86,6 +88,7 @@ def test_score_statistics_are_kept_with_the_model(trained):
     assert load_model(runs / "sft").normalization is None
 
 
+@pytest.mark.slow
 def test_models_of_older_versions_have_no_statistics(trained, tmp_path):
     runs, _ = trained
     params, document = load_params(runs / "labelled" / "model")

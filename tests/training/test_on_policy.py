@@ -176,6 +176,7 @@ def test_microbatches_and_devices_do_not_change_an_iteration():
             np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_adapter_shares_its_base_with_the_reference_and_agrees_over_devices():
     config, task, start, _ = letters("grpo", rollout={"samples": 4})
     start = lora.attach(start, lora.AdapterConfig(rank=2), jax.random.key(3))
