@@ -28,11 +28,12 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks import work
+from rlhf_jax.main import MALLOC
 
 ROOT = Path(__file__).resolve().parents[1]
-# Before a process starts, the same for all: large pages for the allocator, nothing from the net.
+# Before a process starts, the same for all: the allocator's, and nothing from the net.
 SETTINGS = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "GLIBC_TUNABLES": MALLOC,
     "JAX_PLATFORMS": "cpu",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",

@@ -110,7 +110,6 @@ def _scores(query: jax.Array, key: jax.Array, bias: jax.Array, softcap: float | 
         key,
         preferred_element_type=jnp.float32,
     )
-    scores = jax.lax.optimization_barrier(scores)  # see `_average`
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     grouped = scores.reshape(batch, heads, groups, length, -1) + bias[:, None, None]
@@ -118,12 +117,9 @@ def _scores(query: jax.Array, key: jax.Array, bias: jax.Array, softcap: float | 
 
 
 def _average(scores: jax.Array, value: jax.Array) -> jax.Array:
-    """softmax(scores) @ value; dividing the product, not the weights, is cheaper.
-
-    XLA's CPU backend would take a product and the maximum or sum of its rows as one, on one core:
-    the barriers keep them apart, this one in the backward pass.
-    """
+    """softmax(scores) @ value; dividing the product, not the weights, is cheaper."""
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    rounded = jax.lax.optimization_barrier(weights.astype(value.dtype))
-    product = jnp.einsum("bhqk,bhkd->bhqd", rounded, value, preferred_element_type=jnp.float32)
+    product = jnp.einsum(
+        "bhqk,bhkd->bhqd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+    )
     return (product / weights.sum(-1, keepdims=True)).astype(value.dtype)
