@@ -31,9 +31,10 @@ from benchmarks import work
 from rlhf_jax.main import MALLOC
 
 ROOT = Path(__file__).resolve().parents[1]
-# Before a process starts, the same for all: the allocator's, and nothing from the net.
+# Before a process starts, the same for all: the allocator's, which GLIBC_TUNABLES overrides, and
+# nothing from the net.
 SETTINGS = {
-    "GLIBC_TUNABLES": MALLOC,
+    "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", MALLOC),
     "JAX_PLATFORMS": "cpu",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -341,6 +342,7 @@ def circumstances(pythons: dict[str, str]) -> dict[str, str]:
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
         "python": platform.python_version(),
+        "malloc": SETTINGS["GLIBC_TUNABLES"],
         "not installed": missing or "nothing",
     }
 

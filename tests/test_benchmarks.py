@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import ours, run, work
+from benchmarks import ours, profile, run, work
 
 TINY = work.SHAPES["tiny"]
 REDUCED = work.Shape(2, 32, 2, 64, 96, 64, rows=2, steps=2)
@@ -147,3 +147,36 @@ def test_a_round_of_grpo(monkeypatch):
 @pytest.mark.slow
 def test_a_round_of_ppo():
     assert ours.WORKS["ppo"](REDUCED)() == 1
+
+
+def test_a_profile_knows_what_an_instruction_is():
+    text = """
+%inside (p: f32[2,2]) -> f32[2,2] {
+  ROOT %dot.1 = f32[2,2]{1,0} dot(%p, %p), metadata={op_name="unused"}
+}
+
+ENTRY %main (p: f32[2,2]) -> f32[2,2] {
+  %up.1 = f32[2,2]{1,0} fusion(%p), calls=%inside, metadata={op_name="jit(f)/_Block/mlp/up/dot"}
+  %silu.1 = f32[2,2]{1,0} fusion(%p), calls=%other, metadata={op_name="jit(f)/_Block/mlp/mul"}
+  %scores.1 = f32[2,2]{1,0} dot(%p, %p), metadata={op_name="jit(f)/_Block/attention/bhq/dot"}
+  %joined.1 = f32[2,2]{1,0} dot(%p, %p), metadata={op_name="jit(f)/attention/query_key_value/dot"}
+  %logits.1 = f32[2,2]{1,0} dot(%p, %p), metadata={op_name="jit(f)/cd,dv->cv/dot"}
+  %copy.1 = f32[2,2]{1,0} copy(%p)
+  ROOT %adam.1 = f32[2,2]{1,0} fusion(%p), calls=%other, metadata={op_name="jit(f)/mul"}
+}
+"""
+    found = profile.kinds(text)
+    assert {name: found[name] for name in found if name not in ("dot.1",)} == {
+        "up.1": "mlp: products with weights",
+        "silu.1": "mlp: the rest",
+        "scores.1": "attention: products of scores and values",
+        "joined.1": "attention: products with weights",
+        "logits.1": "vocabulary: products with weights",
+        "copy.1": "copies",
+        "adam.1": "rest",
+    }
+
+
+def test_a_profile_counts_no_time_twice():
+    events = [{"ts": 0.0, "dur": 10.0}, {"ts": 1.0, "dur": 4.0}, {"ts": 2.0, "dur": 1.0}]
+    assert [time for _, time in profile.own_times(events)] == [6.0, 3.0, 1.0]
