@@ -22,6 +22,7 @@ from pathlib import Path
 from benchmarks import work
 from benchmarks.run import SETTINGS, markdown
 
+SCORES = "attention: products of scores and values"
 KERNELS = "query|key|value|out|gate|up|down"
 
 
@@ -33,7 +34,11 @@ def kinds(text: str) -> dict[str, str]:
         called = re.search(r"calls=%([^,\s]+)", rest)
         product = operation == "dot" or (called and " dot(" in bodies.get(called[1], ""))
         source = re.search(r'op_name="([^"]*)"', rest)
-        found[name] = kind(source[1] if source else "", bool(product), operation)
+        if product and not source:  # XLA has made it, of another one
+            batched = "batch_dims" in rest
+            found[name] = SCORES if batched else "products whose names XLA has dropped"
+        else:
+            found[name] = kind(source[1] if source else "", bool(product), operation)
     return found
 
 
@@ -41,7 +46,7 @@ def kind(source: str, product: bool, operation: str) -> str:
     """Of an instruction that comes from `source`, the path of names that JAX gives it."""
     part = next((part for part in ("attention", "mlp") if f"/{part}/" in source), "")
     if product and part and not re.search(rf"/({KERNELS})(_|/)", source):
-        return f"{part}: products of scores and values"
+        return SCORES
     if product:
         return f"{part or 'vocabulary'}: products with weights"
     if operation == "copy" or not source:

@@ -123,7 +123,7 @@ class Failed(Exception):
 
 
 class Side:
-    """A process that is warm, and does a round when told to.
+    """A process that is warm, and does a round when told to; stopped while it is not its turn.
 
     Attributes:
       facts: what it said when it was warm. ready: seconds from its start until then.
@@ -148,6 +148,7 @@ class Side:
         finally:
             impatient.cancel()
         self.ready = time.perf_counter() - begun
+        self._process.send_signal(signal.SIGSTOP)
 
     def _read(self) -> dict:
         assert self._process.stdout is not None
@@ -163,9 +164,12 @@ class Side:
     def round(self) -> dict:
         """What it says of one more round."""
         assert self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
-        return self._read()
+        said = self._read()
+        self._process.send_signal(signal.SIGSTOP)
+        return said
 
     def end(self) -> None:
         self._process.kill()

@@ -162,6 +162,7 @@ ENTRY %main (p: f32[2,2]) -> f32[2,2] {
   %joined.1 = f32[2,2]{1,0} dot(%p, %p), metadata={op_name="jit(f)/attention/query_key_value/dot"}
   %logits.1 = f32[2,2]{1,0} dot(%p, %p), metadata={op_name="jit(f)/cd,dv->cv/dot"}
   %copy.1 = f32[2,2]{1,0} copy(%p)
+  %cached.1 = f32[2,2]{1,0} dot(%p, %p), lhs_batch_dims={0}, rhs_batch_dims={0}
   ROOT %adam.1 = f32[2,2]{1,0} fusion(%p), calls=%other, metadata={op_name="jit(f)/mul"}
 }
 """
@@ -173,6 +174,7 @@ ENTRY %main (p: f32[2,2]) -> f32[2,2] {
         "joined.1": "attention: products with weights",
         "logits.1": "vocabulary: products with weights",
         "copy.1": "copies",
+        "cached.1": "attention: products of scores and values",
         "adam.1": "rest",
     }
 
