@@ -77,10 +77,10 @@ def _invert(masses: jax.Array, uniform: jax.Array) -> jax.Array:
     blocks = jnp.pad(masses, ((0, 0), (0, -masses.shape[1] % _BLOCK)))
     blocks = blocks.reshape(len(masses), -1, _BLOCK)
     sums = blocks.sum(-1)
-    upto = jnp.cumsum(sums, axis=-1)
-    # Sums in parallel may dip by a rounding where there is no mass: never stop there.
+    # Sums in parallel may differ by a rounding where there is no mass: never stop there.
+    upto = jnp.where(sums > 0, jnp.cumsum(sums, axis=-1), 0)
     target = uniform[:, None] * upto.max(-1, keepdims=True)
-    block = jnp.argmax((upto > target) & (sums > 0), axis=-1)[:, None]
+    block = jnp.argmax(upto > target, axis=-1)[:, None]
     before = jnp.take_along_axis(upto - sums, block, axis=-1)
     inside = jnp.take_along_axis(blocks, block[..., None], axis=1)[:, 0]
     passed = (before + jnp.cumsum(inside, axis=-1) > target) & (inside > 0)
