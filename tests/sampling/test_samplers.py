@@ -136,11 +136,12 @@ def test_repetition_penalty_by_hand():
     )
 
 
+@pytest.mark.parametrize(("vocab", "share"), [(1000, 0.01), (40_000, 0.0005)])
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-23])
-def test_only_allowed_tokens_even_at_the_edges(uniform):
+def test_only_allowed_tokens_even_at_the_edges(uniform, vocab, share):
     rng = np.random.default_rng(0)
-    logits = jnp.asarray(rng.normal(0, 3, (500, 1000)), jnp.float32)
-    allowed = rng.random((500, 1000)) < 0.01
+    logits = jnp.asarray(rng.normal(0, 3, (500, vocab)), jnp.float32)
+    allowed = rng.random((500, vocab)) < share
     allowed[:, 7] |= ~allowed.any(axis=1)
     tokens, logprobs = sample(logits, jnp.full(500, uniform), 1.0, jnp.asarray(allowed))
     assert allowed[np.arange(500), tokens].all()
