@@ -329,9 +329,8 @@ def dpo(size: Size, found: dict[str, float]) -> Iterator[Line]:
     """Pairs with one copy of their prompt, the reference's log-probs computed before."""
     import numpy as np
 
+    from benchmarks.ours import dpo_loss
     from rlhf_jax.data.packing import Group, pack_groups
-    from rlhf_jax.losses.preference import preference_loss
-    from rlhf_jax.models.scoring import sequence_logprobs
 
     shape, config = size.shape, model_config(size)
     groups = [
@@ -343,21 +342,7 @@ def dpo(size: Size, found: dict[str, float]) -> Iterator[Line]:
     pairs = sum(float(batch["valid"].sum()) for batch in batches) / len(batches)
     batches = [b | {"reference": np.full(b["lengths"].shape, -9.0, np.float32)} for b in batches]
 
-    def loss_fn(params, batch, rng):
-        policy = sequence_logprobs(config, params, batch).reshape(-1, 2)
-        theirs, lengths = batch["reference"].reshape(-1, 2), batch["lengths"].reshape(-1, 2)
-        return preference_loss(
-            "sigmoid",
-            policy[:, 0],
-            policy[:, 1],
-            theirs[:, 0],
-            theirs[:, 1],
-            chosen_lengths=lengths[:, 0],
-            rejected_lengths=lengths[:, 1],
-            weights=batch["valid"].reshape(-1),
-            beta=0.001,  # of untrained sums of hundreds of nats
-        )
-
+    loss_fn = dpo_loss(config, beta=0.001)  # of untrained sums of hundreds of nats
     rate = pairs / _updates(size, config, loss_fn, batches)
     yield {"name": "DPO, shared prompts", "rate": rate, "unit": "pairs"}
 

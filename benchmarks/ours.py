@@ -134,13 +134,8 @@ def pairs_of(batch: dict[str, np.ndarray]) -> float:
     return float(batch["valid"].sum())
 
 
-def dpo(shape: work.Shape, **changes) -> Round:
-    """The reference's log-probs come with the rows, as in our stage."""
-    config = model_config(shape, **changes)
-    reference = init(config, jax.random.key(1))
-    score = jax.jit(partial(sequence_logprobs, config))
-    batches = packed_pairs(shape)
-    batches = [b | {"reference": np.asarray(score(reference, b))} for b in batches]
+def dpo_loss(config: ModelConfig, beta: float) -> Callable:
+    """Of packed pairs, with the reference's log-probs [B, P, 2] beside them."""
 
     def loss_fn(params, batch, rng):
         policy = sequence_logprobs(config, params, batch).reshape(-1, 2)
@@ -155,9 +150,20 @@ def dpo(shape: work.Shape, **changes) -> Round:
             chosen_lengths=lengths[:, 0],
             rejected_lengths=lengths[:, 1],
             weights=batch["valid"].reshape(-1),
-            beta=0.1,
+            beta=beta,
         )
 
+    return loss_fn
+
+
+def dpo(shape: work.Shape, **changes) -> Round:
+    """The reference's log-probs come with the rows, as in our stage."""
+    config = model_config(shape, **changes)
+    reference = init(config, jax.random.key(1))
+    score = jax.jit(partial(sequence_logprobs, config))
+    batches = packed_pairs(shape)
+    batches = [b | {"reference": np.asarray(score(reference, b))} for b in batches]
+    loss_fn = dpo_loss(config, beta=0.1)
     return training(config, loss_fn, batches, [pairs_of(batch) for batch in batches], shape.steps)
 
 
