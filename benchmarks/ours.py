@@ -19,6 +19,7 @@ from benchmarks.worker import Turns, serve
 from rlhf_jax.data.hub_tokenizer import HubTokenizer
 from rlhf_jax.data.packing import Document, Group, pack_documents, pack_groups
 from rlhf_jax.data.records import Message, Prompt
+from rlhf_jax.devices import split_cores
 from rlhf_jax.losses.preference import preference_loss
 from rlhf_jax.losses.reward import bradley_terry
 from rlhf_jax.models import ModelConfig, init
@@ -293,6 +294,7 @@ def main() -> None:
         "--full", action="store_true", help="SFT: as many rows as a peer that packs"
     )
     given = parser.parse_args()
+    split_cores()  # as `main` does
     turns, shape = Turns(), work.SHAPES[given.shape]
     dtype = "bfloat16" if given.bfloat16 else None
     options = {"compute_dtype": dtype, "unroll": given.unroll, "batch": given.batch}

@@ -1,5 +1,7 @@
 """Slots that decode together: prompts are prefilled, copied into slots and continued there.
 
+With a mesh each of its devices has as many of the rows, and works by itself: see `devices.py`.
+
 A slot's numbers depend on its own prompt and random stream alone, not on the slot or on what the
 others hold: products and sums are row by row, and what an earlier completion left in the cache lies
 behind the mask with weight 0 exactly.
@@ -7,12 +9,16 @@ behind the mask with weight 0 exactly.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from rlhf_jax.devices import ROWS
 from rlhf_jax.models import ModelConfig, apply, init_cache, logits
 from rlhf_jax.sampling.samplers import penalise, sample, uniforms
 
@@ -50,13 +56,25 @@ class Slots(NamedTuple):
     finished: jax.Array  # bool [B], ended by a stop token
     tokens: jax.Array  # int32 [B, S], the first `drawn` of each row
     logprobs: jax.Array  # f32 [B, S], nats
-    steps: jax.Array  # int32, steps of the latest `advance`
+    steps: jax.Array  # int32 [B], steps of the latest `advance` on the slot's device
 
 
-@partial(jax.jit, static_argnames=("config", "batch", "length", "penalised"))
-def empty(config: ModelConfig, batch: int, length: int, penalised: bool) -> Slots:
+_WHOLE, _ROWS = P(), P(ROWS)
+
+
+def _on_each(mesh: Mesh | None, function: Callable, *kinds: P) -> Callable:
+    """The function on each device's part of those arguments that are split by rows."""
+    if mesh is None:
+        return function
+    return jax.shard_map(function, mesh=mesh, in_specs=kinds, out_specs=_ROWS, check_vma=False)
+
+
+@partial(jax.jit, static_argnames=("config", "batch", "length", "penalised", "mesh"))
+def empty(
+    config: ModelConfig, batch: int, length: int, penalised: bool, mesh: Mesh | None = None
+) -> Slots:
     """`batch` idle slots with caches of `length` positions."""
-    return Slots(
+    slots = Slots(
         cache=init_cache(config, batch, length),
         hidden=jnp.zeros((batch, config.width), config.compute_dtype),
         seen=jnp.zeros((batch, config.vocab_size), bool) if penalised else None,
@@ -66,15 +84,30 @@ def empty(config: ModelConfig, batch: int, length: int, penalised: bool) -> Slot
         finished=jnp.zeros(batch, bool),
         tokens=jnp.zeros((batch, length), jnp.int32),
         logprobs=jnp.zeros((batch, length), jnp.float32),
-        steps=jnp.int32(0),
+        steps=jnp.zeros(batch, jnp.int32),
     )
+    if mesh is None:
+        return slots
+    return jax.lax.with_sharding_constraint(slots, NamedSharding(mesh, _ROWS))
 
 
-@partial(jax.jit, static_argnames=("config", "penalised"))
+@partial(jax.jit, static_argnames=("config", "penalised", "mesh"))
 def prefill(
-    config: ModelConfig, params: Any, prompts: jax.Array, lengths: jax.Array, penalised: bool
+    config: ModelConfig,
+    params: Any,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    penalised: bool,
+    mesh: Mesh | None = None,
 ) -> Prefilled:
     """Reads prompts int32 [P, T], padded on the right, of lengths int32 [P]; 0 is an unused row."""
+    read = partial(_prefill, config, penalised)
+    return _on_each(mesh, read, _WHOLE, _ROWS, _ROWS)(params, prompts, lengths)
+
+
+def _prefill(
+    config: ModelConfig, penalised: bool, params: Any, prompts: jax.Array, lengths: jax.Array
+) -> Prefilled:
     rows, longest = prompts.shape
     bare = init_cache(config, rows, longest)
     hidden, cache = apply(config, params, prompts, cache=bare, prompt_lengths=lengths)
@@ -93,14 +126,36 @@ def row_keys(key: jax.Array, streams: jax.Array) -> jax.Array:
     return jax.vmap(lambda s: jax.random.fold_in(jax.random.fold_in(key, s[0]), s[1]))(streams)
 
 
-@partial(jax.jit, donate_argnames="slots")
+@partial(jax.jit, static_argnames="mesh", donate_argnames="slots")
 def insert(
-    slots: Slots, prefilled: Prefilled, keys: jax.Array, sources: jax.Array, places: jax.Array
+    slots: Slots,
+    prefilled: Prefilled,
+    keys: jax.Array,
+    sources: jax.Array,
+    places: jax.Array,
+    mesh: Mesh | None = None,
 ) -> Slots:
     """Copies prompts sources[r] into slots places[r], to be continued there under keys[r].
 
     keys [R], sources and places int32 [R]. A place beyond the slots is dropped.
     """
+
+    run = _on_each(mesh, partial(_insert, mesh), _ROWS, *[_WHOLE] * 4)
+    return run(slots, prefilled, keys, sources, places)
+
+
+def _insert(
+    mesh: Mesh | None,
+    slots: Slots,
+    prefilled: Prefilled,
+    keys: jax.Array,
+    sources: jax.Array,
+    places: jax.Array,
+) -> Slots:
+    if mesh is not None:  # this device's places; others are beyond its slots
+        count = len(slots.active)
+        places = places - count * jax.lax.axis_index(ROWS)
+        places = jnp.where(places < 0, count, places)
 
     def put(old: Any, new: Any) -> jax.Array:
         return old.at[places].set(new, mode="drop")
@@ -124,7 +179,7 @@ def insert(
     )
 
 
-@partial(jax.jit, static_argnames="config", donate_argnames="slots")
+@partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames="slots")
 def advance(
     config: ModelConfig,
     params: Any,
@@ -133,16 +188,32 @@ def advance(
     live: jax.Array,
     enough: jax.Array | int,
     steps: jax.Array | int,
+    mesh: Mesh | None = None,
 ) -> Slots:
     """Draws tokens until at most `enough` slots are still active or `steps` tokens were drawn.
 
-    live: bool [B]; a slot where it is False stops being active at once.
+    live: bool [B]; a slot where it is False stops being active at once. Each device of a mesh goes
+    on by itself until it has its share of `enough`, rounded down.
     """
+    if mesh is not None:
+        enough = enough // mesh.size
+    run = _on_each(mesh, partial(_advance, config), _WHOLE, _ROWS, _WHOLE, _ROWS, _WHOLE, _WHOLE)
+    return run(params, slots, sampling, live, enough, steps)
 
+
+def _advance(
+    config: ModelConfig,
+    params: Any,
+    slots: Slots,
+    sampling: Sampling,
+    live: jax.Array,
+    enough: jax.Array | int,
+    steps: jax.Array | int,
+) -> Slots:
     def going(slots: Slots) -> jax.Array:
-        return (slots.steps < steps) & (slots.active.sum() > enough)
+        return (slots.steps[0] < steps) & (slots.active.sum() > enough)
 
-    slots = slots._replace(active=slots.active & live, steps=jnp.int32(0))
+    slots = slots._replace(active=slots.active & live, steps=jnp.zeros_like(slots.steps))
     return jax.lax.while_loop(going, partial(_step, config, params, sampling), slots)
 
 

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from rlhf_jax.devices import decoding_mesh
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import ModelConfig, decoding_params
 from rlhf_jax.sampling import engine
@@ -189,12 +191,18 @@ def generate(
         limit=max_new_tokens,
     )
     params = decoding_params(config, params)
-    penalised = repetition_penalty is not None
-    slots = engine.empty(config, batch_size, cache_length, penalised)
     rows = min(_ROWS, batch_size)
-    waiting = _prefilled(config, params, prompts, samples_per_prompt, rows, cache_length, penalised)
+    mesh = decoding_mesh(params, batch_size)
+    if mesh is not None:
+        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        rows = -(-rows // mesh.size) * mesh.size
+    penalised = repetition_penalty is not None
+    slots = engine.empty(config, batch_size, cache_length, penalised, mesh)
+    read = partial(engine.prefill, config, params, penalised=penalised, mesh=mesh)
+    waiting = _prefilled(read, prompts, samples_per_prompt, rows, cache_length)
     completions = _complete(
         partial(engine.advance, config, params),
+        mesh,
         slots,
         sampling,
         waiting,
@@ -207,6 +215,7 @@ def generate(
 
 def _complete(
     advance: Callable[..., engine.Slots],
+    mesh: Mesh | None,
     slots: engine.Slots,
     sampling: engine.Sampling,
     waiting: Iterator[_Waiting],
@@ -219,25 +228,23 @@ def _complete(
     completions: dict[_Request, Completion] = {}
     unstarted = requests
     while len(completions) < requests:
-        slots, started = _refill(slots, held, waiting, streams)
+        slots, started = _refill(slots, held, waiting, streams, mesh)
         unstarted -= started
         # Refilling costs a little: let a quarter of the slots end first, if any wait for them.
         ended = min(max(1, len(held) // 4), unstarted) if unstarted else len(held)
         live = np.array([work is not None for work in held])
         steps = watch.chunk if watch.needed() else sampling.limit
-        slots = advance(slots, sampling, live, len(held) - ended, steps)
+        slots = advance(slots, sampling, live, len(held) - ended, steps, mesh)
         completions.update(_harvest(slots, held, watch))
     return completions
 
 
 def _prefilled(
-    config: ModelConfig,
-    params: Any,
+    read: Callable[..., engine.Prefilled],
     prompts: Sequence[Sequence[int]],
     samples: int,
     rows: int,
     cache_length: int,
-    penalised: bool,
 ) -> Iterator[_Waiting]:
     """All requests, those of a prompt together; their prompts are prefilled as they are taken.
 
@@ -258,7 +265,7 @@ def _prefilled(
         for row, i in enumerate(indices):
             tokens[row, : len(prompts[i])] = prompts[i]
             lengths[row] = len(prompts[i])
-        batch = engine.prefill(config, params, tokens, lengths, penalised)
+        batch = read(tokens, lengths)
         for row, i in enumerate(indices):
             for sample in range(samples):
                 yield _Waiting(number, batch, row, _Request(i, sample))
@@ -269,6 +276,7 @@ def _refill(
     held: list[_Held | None],
     waiting: Iterator[_Waiting],
     streams: _Streams,
+    mesh: Mesh | None,
 ) -> tuple[engine.Slots, int]:
     """The slots with as many of the waiting requests as fit, and how many those were."""
     free = [place for place, work in enumerate(held) if work is None]
@@ -284,7 +292,7 @@ def _refill(
                 names[i] = streams.prompt_ids[request.prompt], request.sample
                 held[place] = _Held(request)
             keys = engine.row_keys(streams.key, names)
-            slots = engine.insert(slots, part[0][1].batch, keys, sources, places)
+            slots = engine.insert(slots, part[0][1].batch, keys, sources, places, mesh)
             started += len(part)
     return slots, started
 

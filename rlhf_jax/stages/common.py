@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -23,6 +22,7 @@ from rlhf_jax.data.jsonl import count_rows, read_jsonl, take_slice
 from rlhf_jax.data.packing import Arrays, check_ids, pack_documents
 from rlhf_jax.data.pipeline import make_dataset, make_iterator
 from rlhf_jax.data.records import Text, convert
+from rlhf_jax.devices import training_devices
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.fused_attention import check_attention
@@ -40,7 +40,8 @@ Evaluated = tuple[dict[str, float], list[Figure]]
 
 def mesh_of(config: ConfigDict) -> Mesh | None:
     """The mesh the config describes; None on one device."""
-    return make_mesh(config.mesh) if jax.device_count() > 1 else None
+    devices = training_devices()
+    return make_mesh(config.mesh, devices) if len(devices) > 1 else None
 
 
 def load_start(config: ConfigDict, directory: Path) -> Model:

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rlhf_jax.devices import training_devices
 from rlhf_jax.errors import UserError
 
 Rules = Sequence[tuple[str, P]]
@@ -41,7 +42,7 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
     Raises:
       UserError: unknown axis, or sizes whose product is not the number of devices.
     """
-    devices = jax.devices() if devices is None else list(devices)
+    devices = training_devices() if devices is None else list(devices)
     unknown = sorted(set(axes) - set(AXES))
     if unknown:
         raise UserError(f"mesh axis {unknown[0]!r} is unknown; the axes are {', '.join(AXES)}")
