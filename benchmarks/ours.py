@@ -22,6 +22,7 @@ from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.devices import split_cores
 from rlhf_jax.losses.preference import preference_loss
 from rlhf_jax.losses.reward import bradley_terry
+from rlhf_jax.malloc import give_back
 from rlhf_jax.models import ModelConfig, init
 from rlhf_jax.models.scoring import sequence_logprobs, sequence_scores, target_cross_entropy
 from rlhf_jax.sampling.generate import generate
@@ -306,7 +307,7 @@ def main() -> None:
         sft(shape, steps=1, **options)()
         turns.ready(**versions)
     else:
-        serve(turns, WORKS[given.work](shape, **options), **versions)
+        serve(turns, WORKS[given.work](shape, **options), give_back, **versions)
 
 
 if __name__ == "__main__":

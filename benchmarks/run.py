@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks import work
-from rlhf_jax.main import MALLOC
+from rlhf_jax.malloc import MALLOC
 
 ROOT = Path(__file__).resolve().parents[1]
 # Before a process starts, the same for all: the allocator's, which GLIBC_TUNABLES overrides, and

@@ -38,10 +38,17 @@ class Turns:
         self._say(seconds=time.perf_counter() - self._begun, units=units, **more)
 
 
-def serve(turns: Turns, round_: Callable[[], float], **facts: Any) -> None:
-    """Does `round_` → units again and again, after two rounds to warm up."""
-    for _ in range(2):
-        round_()
+def serve(
+    turns: Turns,
+    round_: Callable[[], float],
+    compiled: Callable[[], object] | None = None,
+    **facts: Any,
+) -> None:
+    """Does `round_` → units again and again, after two to warm up with `compiled` between them."""
+    round_()
+    if compiled is not None:
+        compiled()
+    round_()
     turns.ready(**facts)
     while True:
         turns.wait()

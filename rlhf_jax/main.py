@@ -11,29 +11,7 @@ import os
 import sys
 
 from rlhf_jax.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_USER, Preempted, UserError
-
-# Huge pages, and freed memory kept for the next step's buffers: both in the one arena that can grow
-# to any size, and not mapped anew, page fault by page fault.
-MALLOC = ":".join(
-    f"glibc.malloc.{name}={value}"
-    for name, value in {
-        "hugetlb": 1,
-        "arena_max": 1,
-        "mmap_threshold": 1 << 34,
-        "trim_threshold": 1 << 34,
-    }.items()
-)
-
-
-def tune_malloc() -> None:
-    """Restarts the interpreter with `MALLOC`, on Linux.
-
-    XLA's CPU buffers come from malloc, this saves up to a third of a training step, and glibc reads
-    its tunables only when a process starts. A GLIBC_TUNABLES that is set is left alone.
-    """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = MALLOC
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+from rlhf_jax.malloc import tune_malloc
 
 
 def parse(argv: list[str]):

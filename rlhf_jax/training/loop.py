@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.errors import Preempted, UserError
+from rlhf_jax.malloc import give_back
 from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.mesh import shard_batch
 from rlhf_jax.training.metrics import MetricsWriter
@@ -98,6 +99,8 @@ def train(
             if batch is None:
                 raise UserError(f"the data ended after {number - 1} of {steps} steps")
             state, metrics = step(state, shard_batch(mesh, batch))
+            if number == done + 1:
+                give_back()  # what compiling took
             fault_point("step", number)
 
             last = number == steps

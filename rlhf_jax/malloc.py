@@ -1,0 +1,36 @@
+"""glibc's malloc, which XLA's CPU buffers come from, as training wants it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+# Huge pages, and freed memory kept for the next step's buffers: both in the one arena that can grow
+# to any size, and not mapped anew, page fault by page fault.
+MALLOC = ":".join(
+    f"glibc.malloc.{name}={value}"
+    for name, value in {
+        "hugetlb": 1,
+        "arena_max": 1,
+        "mmap_threshold": 1 << 34,
+        "trim_threshold": 1 << 34,
+    }.items()
+)
+
+
+def tune_malloc() -> None:
+    """Restarts the interpreter with `MALLOC`, on Linux.
+
+    This saves up to a third of a training step, and glibc reads its tunables only when a process
+    starts. A GLIBC_TUNABLES that is set is left alone.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = MALLOC
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def give_back() -> None:
+    """Returns what is free to the system, under `MALLOC`: after compiling, half a GiB or more."""
+    if os.environ.get("GLIBC_TUNABLES") == MALLOC:
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,83 @@
+"""Freed memory is kept for the next step, and given back once."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from rlhf_jax import malloc
+
+FAULTS = """
+import resource, numpy
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+numpy.ones(1 << 23)
+before = faults()
+for _ in range(8):
+    numpy.ones(1 << 23)
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+def test_freed_memory_is_used_again_without_page_faults():
+    settings = {"kept": malloc.MALLOC, "mapped": "glibc.malloc.hugetlb=0"}
+    found = {
+        name: int(
+            subprocess.run(
+                [sys.executable, "-c", FAULTS],
+                env=os.environ | {"GLIBC_TUNABLES": value},
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+        for name, value in settings.items()
+    }
+    assert found["kept"] < 100 < found["mapped"]
+
+
+def test_it_restarts_once_and_respects_what_is_set(monkeypatch):
+    started = []
+    monkeypatch.setattr(os, "execv", lambda *command: started.append(command))
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    malloc.tune_malloc()
+    assert os.environ["GLIBC_TUNABLES"] == malloc.MALLOC
+    malloc.tune_malloc()
+    assert started == [(sys.executable, [sys.executable, *sys.orig_argv[1:]])]
+
+
+RESIDENT = """
+from pathlib import Path
+from rlhf_jax.malloc import give_back
+def resident():
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in x]
+    return int(line.split()[1]) >> 10
+many = [bytearray(1 << 16) for _ in range(1 << 12)]
+del many
+before = resident()
+give_back()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+def test_what_is_free_is_given_back_under_these_settings_only():
+    freed = {
+        value: int(
+            subprocess.run(
+                [sys.executable, "-c", RESIDENT],
+                env=os.environ | {"GLIBC_TUNABLES": value},
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+        for value in (malloc.MALLOC, malloc.MALLOC + ":glibc.malloc.tcache_count=7")
+    }
+    assert freed[malloc.MALLOC] > 200 and min(freed.values()) == 0
