@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from benchmarks import work
 from benchmarks.worker import Turns, serve
+from rlhf_jax.cache import keep_compilations
 from rlhf_jax.data.hub_tokenizer import HubTokenizer
 from rlhf_jax.data.packing import Document, Group, pack_documents, pack_groups
 from rlhf_jax.data.records import Message, Prompt
@@ -296,6 +297,8 @@ def main() -> None:
     )
     given = parser.parse_args()
     split_cores()  # as `main` does
+    if given.kept:
+        keep_compilations()
     turns, shape = Turns(), work.SHAPES[given.shape]
     dtype = "bfloat16" if given.bfloat16 else None
     options = {"compute_dtype": dtype, "unroll": given.unroll, "batch": given.batch}

@@ -45,11 +45,13 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command line (default: this process's) and returns the exit code."""
     try:
         config, source, workdir, preflight_only = parse(sys.argv[1:] if argv is None else argv)
+        from rlhf_jax.cache import keep_compilations
         from rlhf_jax.devices import split_cores
         from rlhf_jax.stages import chain, preflight
 
-        if argv is None:
+        if argv is None:  # a process of its own
             split_cores()
+            keep_compilations()
         run = preflight.preflight if preflight_only else chain.run
         run(config, source, workdir)
         return EXIT_DONE

@@ -26,8 +26,9 @@ from typing import ClassVar
 
 import tensorflow_datasets as tfds
 
+from rlhf_jax.cache import cache_dir
 from rlhf_jax.data.jsonl import open_bytes, read_jsonl, read_lines, string
-from rlhf_jax.data.record_builder import RecordBuilder, RecordConfig, cache_dir, read_records
+from rlhf_jax.data.record_builder import RecordBuilder, RecordConfig, read_records
 from rlhf_jax.data.records import Conversation, Message, Prompt, Record, Text
 from rlhf_jax.data.town import dataset
 from rlhf_jax.errors import UserError

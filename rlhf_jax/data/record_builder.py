@@ -6,7 +6,6 @@ import abc
 import dataclasses
 import fcntl
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,11 +54,6 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
     def _generate_examples(self, records):
         for record in records:
             yield record.id, to_example(record)
-
-
-def cache_dir() -> Path:
-    """Where prepared data sets live: $RLHF_JAX_CACHE, else ~/.cache/rlhf_jax."""
-    return Path(os.environ.get("RLHF_JAX_CACHE") or Path.home() / ".cache" / "rlhf_jax")
 
 
 def read_records(builder: RecordBuilder, split: str) -> list[Record]:

@@ -19,9 +19,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlhf_jax.cache import cache_dir
 from rlhf_jax.data import packing
 from rlhf_jax.data.packing import Arrays
-from rlhf_jax.data.record_builder import cache_dir
 from rlhf_jax.evaluation.rows import response_logprobs
 from rlhf_jax.training.model import Model, fingerprint
 
