@@ -18,10 +18,10 @@ def cache_dir() -> Path:
 def keep_compilations() -> None:
     """Lets JAX find what it has compiled before, under `cache_dir()`, in a folder a processor.
 
-    Code for one processor may not run on another that shares the home directory. What is set for
-    JAX (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE) is left alone.
+    Code for one processor may not run on another that shares the home directory. A
+    JAX_COMPILATION_CACHE_DIR that is set is left alone.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = cache_dir() / "compilations" / _processor()
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
