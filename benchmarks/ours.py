@@ -124,12 +124,14 @@ def sft(shape: work.Shape, *, full: bool = False, steps: int | None = None, **ch
 
 
 def packed_pairs(shape: work.Shape) -> list[dict[str, np.ndarray]]:
-    """Batches of work.PAIRS pairs on the average, a prompt shared by its two answers."""
-    groups = [
-        Group(prompt, (chosen, rejected), i)
-        for i, (prompt, chosen, rejected) in enumerate(work.pairs(work.UPDATES * work.PAIRS, shape))
-    ]
-    rows, _ = pack_groups(groups, 2 * shape.context, branches=2)
+    """Batches of about work.PAIRS pairs, a prompt shared by its two answers.
+
+    Rows are no longer than the longest pair asks: what shares a row is compared in vain.
+    """
+    pairs = work.pairs(work.UPDATES * work.PAIRS, shape)
+    groups = [Group(prompt, (a, b), i) for i, (prompt, a, b) in enumerate(pairs)]
+    longest = max(len(prompt) + len(a) + len(b) for prompt, a, b in pairs)
+    rows, _ = pack_groups(groups, -(-longest // 32) * 32, branches=2)
     return in_batches(rows, work.UPDATES)
 
 
@@ -295,6 +297,7 @@ def main() -> None:
     parser.add_argument(
         "--full", action="store_true", help="SFT: as many rows as a peer that packs"
     )
+    parser.add_argument("--kept", action="store_true", help="compilations, in `cache_dir()`")
     given = parser.parse_args()
     split_cores()  # as `main` does
     if given.kept:
