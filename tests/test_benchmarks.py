@@ -182,3 +182,13 @@ ENTRY %main (p: f32[2,2]) -> f32[2,2] {
 def test_a_profile_counts_no_time_twice():
     events = [{"ts": 0.0, "dur": 10.0}, {"ts": 1.0, "dur": 4.0}, {"ts": 2.0, "dur": 1.0}]
     assert [time for _, time in profile.own_times(events)] == [6.0, 3.0, 1.0]
+
+
+@pytest.mark.slow
+def test_a_start_keeps_its_compilations_if_told_to(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    (row,) = [row for row in run.ROWS if row.name == "start tiny again"]
+    found = run.measure(row, {}, 2)
+    assert not found.failed and len(found.rounds["ours"]) == 2
+    assert list(tmp_path.glob("compilations/*/jit_step-*-cache"))
