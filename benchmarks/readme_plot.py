@@ -1,6 +1,6 @@
 """Draws README's figures from finished runs: benchmarks/town.svg and benchmarks/frontier.svg.
 
-python benchmarks/readme_plot.py [runs]
+python -m benchmarks.readme_plot [runs]
     from runs/dpo, and from runs/{ppo,grpo,online_dpo,best_of_n}
 """
 
