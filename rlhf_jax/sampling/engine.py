@@ -1,6 +1,8 @@
 """Slots that decode together: prompts are prefilled, copied into slots and continued there.
 
 With a mesh each of its devices has as many of the rows, and works by itself: see `devices.py`.
+Nothing here may make devices wait for each other: XLA's CPU devices share a few threads, and those
+of one program that wait can keep another program's from ever arriving.
 
 A slot's numbers depend on its own prompt and random stream alone, not on the slot or on what the
 others hold: products and sums are row by row, and what an earlier completion left in the cache lies
@@ -91,23 +93,11 @@ def empty(
     return jax.lax.with_sharding_constraint(slots, NamedSharding(mesh, _ROWS))
 
 
-@partial(jax.jit, static_argnames=("config", "penalised", "mesh"))
+@partial(jax.jit, static_argnames=("config", "penalised"))
 def prefill(
-    config: ModelConfig,
-    params: Any,
-    prompts: jax.Array,
-    lengths: jax.Array,
-    penalised: bool,
-    mesh: Mesh | None = None,
+    config: ModelConfig, params: Any, prompts: jax.Array, lengths: jax.Array, penalised: bool
 ) -> Prefilled:
     """Reads prompts int32 [P, T], padded on the right, of lengths int32 [P]; 0 is an unused row."""
-    read = partial(_prefill, config, penalised)
-    return _on_each(mesh, read, _WHOLE, _ROWS, _ROWS)(params, prompts, lengths)
-
-
-def _prefill(
-    config: ModelConfig, penalised: bool, params: Any, prompts: jax.Array, lengths: jax.Array
-) -> Prefilled:
     rows, longest = prompts.shape
     bare = init_cache(config, rows, longest)
     hidden, cache = apply(config, params, prompts, cache=bare, prompt_lengths=lengths)

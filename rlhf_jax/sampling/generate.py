@@ -191,15 +191,14 @@ def generate(
         limit=max_new_tokens,
     )
     params = decoding_params(config, params)
-    rows = min(_ROWS, batch_size)
     mesh = decoding_mesh(params, batch_size)
-    if mesh is not None:
-        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-        rows = -(-rows // mesh.size) * mesh.size
     penalised = repetition_penalty is not None
     slots = engine.empty(config, batch_size, cache_length, penalised, mesh)
-    read = partial(engine.prefill, config, params, penalised=penalised, mesh=mesh)
-    waiting = _prefilled(read, prompts, samples_per_prompt, rows, cache_length)
+    reader = params if mesh is None else _on_first(params)
+    read = partial(engine.prefill, config, reader, penalised=penalised)
+    params = _on_all(mesh, params)
+    rows = min(_ROWS, batch_size)
+    waiting = _prefilled(read, mesh, prompts, samples_per_prompt, rows, cache_length)
     completions = _complete(
         partial(engine.advance, config, params),
         mesh,
@@ -239,8 +238,22 @@ def _complete(
     return completions
 
 
+def _on_first(tree: Any) -> Any:
+    """The tree as the first of its devices has it; all have all of it."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+
+
+def _on_all(mesh: Mesh | None, tree: Any) -> Any:
+    """The tree on every device of the mesh, copied from the first one if it is not there yet."""
+    if mesh is None:
+        return tree
+    there = jax.tree.leaves(tree)[0].sharding.device_set == {*mesh.devices.flat}
+    return jax.device_put(tree if there else _on_first(tree), NamedSharding(mesh, PartitionSpec()))
+
+
 def _prefilled(
     read: Callable[..., engine.Prefilled],
+    mesh: Mesh | None,
     prompts: Sequence[Sequence[int]],
     samples: int,
     rows: int,
@@ -265,7 +278,7 @@ def _prefilled(
         for row, i in enumerate(indices):
             tokens[row, : len(prompts[i])] = prompts[i]
             lengths[row] = len(prompts[i])
-        batch = read(tokens, lengths)
+        batch = _on_all(mesh, read(tokens, lengths))
         for row, i in enumerate(indices):
             for sample in range(samples):
                 yield _Waiting(number, batch, row, _Request(i, sample))
