@@ -80,4 +80,5 @@ def test_what_is_free_is_given_back_under_these_settings_only():
         )
         for value in (malloc.MALLOC, malloc.MALLOC + ":glibc.malloc.tcache_count=7")
     }
-    assert freed[malloc.MALLOC] > 200 and min(freed.values()) == 0
+    given_back, *kept = freed.values()
+    assert given_back > 200 and abs(kept[0]) < 20  # of 256 MiB; the kernel counts in batches
