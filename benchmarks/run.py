@@ -112,9 +112,10 @@ def _rows() -> list[Row]:
         Row("ppo", "tiny", "steps", 4.0, environment="ppo"),
         Row("start", "tiny", "starts", 1.0),
         Row("start", "tiny", "starts", 1.0, "again", ours=("--kept",)),
-        # torch keeps what it compiles, too
-        Row(
-            "start", "tiny", "starts", 1.0, "again, peer compiles", (), ("--kept",), ("--compile",)
+        Row(  # torch keeps what it compiles, too
+            *("start", "tiny", "starts", 1.0, "again peer compiles"),
+            ours=("--kept",),
+            peer=("--compile",),
         ),
     ]
 

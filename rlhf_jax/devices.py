@@ -16,11 +16,12 @@ from jax.sharding import AxisType, Mesh
 
 ROWS = "rows"  # the axis of a decoding mesh
 _FEWEST = 32  # rows a core: with fewer, reading all weights on each core costs more than it saves
+_MOST = 8  # cores: rows for more of them are rare
 _cores = 1  # CPU devices that `split_cores` made
 
 
-def split_cores(most: int = 8) -> None:
-    """Makes a device of every core, at most so many; before JAX's first computation.
+def split_cores() -> None:
+    """Makes a device of every core, of the first eight; before JAX's first computation.
 
     Does nothing where CPU devices have been asked for by XLA_FLAGS or JAX_NUM_CPU_DEVICES.
     """
@@ -29,7 +30,7 @@ def split_cores(most: int = 8) -> None:
     asked = flag in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ
     if not asked:
         found = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-        _cores = min(found or 1, most)
+        _cores = min(found or 1, _MOST)
         jax.config.update("jax_num_cpu_devices", _cores)
 
 

@@ -23,21 +23,18 @@ print(faults() - before)
 """
 
 
+def printed(code: str, tunables: str) -> int:
+    """By a process with these settings."""
+    environment = os.environ | {"GLIBC_TUNABLES": tunables}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return int(run.stdout)
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
 def test_freed_memory_is_used_again_without_page_faults():
     settings = {"kept": malloc.MALLOC, "mapped": "glibc.malloc.hugetlb=0"}
-    found = {
-        name: int(
-            subprocess.run(
-                [sys.executable, "-c", FAULTS],
-                env=os.environ | {"GLIBC_TUNABLES": value},
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-        )
-        for name, value in settings.items()
-    }
+    found = {name: printed(FAULTS, value) for name, value in settings.items()}
     assert found["kept"] < 100 < found["mapped"]
 
 
@@ -69,15 +66,7 @@ print(before - resident())
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
 def test_what_is_free_is_given_back_under_these_settings_only():
     freed = {
-        value: int(
-            subprocess.run(
-                [sys.executable, "-c", RESIDENT],
-                env=os.environ | {"GLIBC_TUNABLES": value},
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-        )
+        value: printed(RESIDENT, value)
         for value in (malloc.MALLOC, malloc.MALLOC + ":glibc.malloc.tcache_count=7")
     }
     given_back, *kept = freed.values()

@@ -129,7 +129,6 @@ def insert(
 
     keys [R], sources and places int32 [R]. A place beyond the slots is dropped.
     """
-
     run = _on_each(mesh, partial(_insert, mesh), _ROWS, *[_WHOLE] * 4)
     return run(slots, prefilled, keys, sources, places)
 

@@ -122,8 +122,9 @@ def generate(
     """Completes every prompt, `samples_per_prompt` times.
 
     The random number behind a token is a function of (seed, prompt id, sample, token index) alone.
-    With one `batch_size` and one `cache_length`, tokens and log-probs are the same to the last bit
-    whatever else is in the call, in whatever order; with others, log-probs may round differently.
+    With one `batch_size`, one `cache_length` and the same devices, tokens and log-probs are the
+    same to the last bit whatever else is in the call, in whatever order; with others, log-probs may
+    round differently. Devices that all have the parameters share the slots: see `devices.py`.
 
     Args:
         prompts: token ids; none may be empty.
