@@ -28,7 +28,7 @@ class Learner:
         adapter leaves alone are the very arrays it was made with.
     """
 
-    step: Callable[[TrainState, Any], tuple[TrainState, dict]]
+    step: Callable[[TrainState, Any], tuple]
     init: Callable[[], TrainState]
     params: Callable[[TrainState], Any]
 

@@ -2,6 +2,9 @@
 
     rollouts → log-probs and values → rewards, advantages → epochs of minibatch updates → controller
 
+If there is but one update, the policy's log-probs before it are those it computes itself, and no
+pass over the samples is spent on them (unless a KL in the reward needs them sooner).
+
 An iteration is atomic: a run is saved between iterations only, and everything in one is a function
 of the state, the batch of prompts and the iteration's number. So a run killed in the middle of a
 rollout or an epoch does the same iteration again, bit for bit.
@@ -160,7 +163,7 @@ def make_iteration(
 
     Returns:
       Iteration. Its step raises UserError where the ratio of the policy to itself is not 1: what
-      trains is then not what sampled, and nothing that follows would mean anything.
+      trains is then not what scored, and nothing that follows would mean anything.
     """
     reference = start if reference is None else reference
     start, critic, reference = placed(mesh, (start, critic, reference), rules)
@@ -175,6 +178,7 @@ def make_iteration(
     value = jax.jit(functools.partial(_values, task))
     prepare = jax.jit(functools.partial(advantages, config))
     exact = None if task.exact_kl is None else jax.jit(task.exact_kl)
+    single = _updates(config) == 1 and config.kl.placement != "reward"
     last: dict[str, Any] = {}
 
     def init() -> OnPolicyState:
@@ -188,20 +192,25 @@ def make_iteration(
     def params(state: OnPolicyState) -> Any:
         return policy.params(state.policy)
 
-    def assess(state: OnPolicyState, rollouts: Rollouts) -> tuple[dict[str, np.ndarray], dict]:
+    def scored(ours: Any, state: OnPolicyState, rollouts: Rollouts) -> dict[str, np.ndarray]:
         parts = list(_parts(rollouts.rows, config.train.minibatches))
-        found = [score(params(state), reference, shard_batch(mesh, p)) for p in parts]
-        arrays = _unpack(parts, found)
+        found = [score(ours, reference, shard_batch(mesh, p)) for p in parts]
+        arrays = _unpack(parts, found) | {"behaviour_logprobs": rollouts.logprobs}
         if values is not None and state.value is not None:
             found = [value(values.params(state.value), shard_batch(mesh, p)) for p in parts]
             arrays |= _unpack(parts, found)
-        sampled = _sampled(rollouts, arrays)
-        made, metrics = jax.device_get(prepare(sampled, state.kl_coefficient))
-        return arrays | made | {"behaviour_logprobs": rollouts.logprobs}, metrics
+        return arrays
+
+    def prepared(rollouts: Rollouts, arrays: dict[str, np.ndarray], coefficient: jax.Array):
+        made, metrics = jax.device_get(prepare(_sampled(rollouts, arrays), coefficient))
+        return arrays | made, metrics
+
+    def assess(state: OnPolicyState, rollouts: Rollouts) -> tuple[dict[str, np.ndarray], dict]:
+        return prepared(rollouts, scored(params(state), state, rollouts), state.kl_coefficient)
 
     def update(state: OnPolicyState, rows: Arrays, number: int, version: int):
-        """(policy, critic, metrics of every update) after all epochs over the rows."""
-        ours, theirs, taken = state.policy, state.value, []
+        """(policy, critic, metrics, what the updates scored) after all epochs over the rows."""
+        ours, theirs, taken, found = state.policy, state.value, [], []
         chosen = minibatches(config, (rows["members"] >= 0).any(axis=1), number)
         for i, indices in enumerate(chosen):
             minibatch = {name: x[indices] for name, x in rows.items()}
@@ -210,7 +219,8 @@ def make_iteration(
                 minibatch |= task.extra_rows(number * _updates(config) + i)
             minibatch = shard_batch(mesh, minibatch)
             with jax.transfer_guard("disallow"):
-                ours, metrics = policy.step(ours, minibatch)
+                ours, metrics, *seen = policy.step(ours, minibatch)
+            found += seen
             if i == 0:
                 parts = config.batch.microbatches  # the deviation is a mean over them
                 _check_ratio(metrics["policy/ratio_deviation"] * parts, task.dtype)
@@ -220,32 +230,36 @@ def make_iteration(
                 metrics |= {name.replace("train/", "val/"): of_value[name] for name in _OF_CRITIC}
             taken.append(metrics)
             fault_point("update", i + 1)
-        return ours, theirs, _summed(jax.device_get(taken))
+        return ours, theirs, _summed(jax.device_get(taken)), found
 
     def step(state: OnPolicyState, batch):
         number = int(state.iteration)
         rollouts = task.rollout(params(state), batch, number)
         fault_point("rollout", number + 1)
-        arrays, metrics = assess(state, rollouts)
-        if number == 0 and from_reference:
-            _check_start(arrays, rollouts.mask, task.dtype)
+        coefficient = state.kl_coefficient
+        arrays = scored(None if single else params(state), state, rollouts)
+        arrays, metrics = prepared(rollouts, arrays, coefficient)
         fault_point("scored", number + 1)
+        exactly = {}
         if exact is not None:
             shown = _some_rows(rollouts.rows, config, number)
             divergence = exact(params(state), reference, shown)
-            metrics["objective/kl_exact"] = _by_sequence(divergence, shown)
-        rows = _trainable(rollouts, arrays, float(state.kl_coefficient))
-        ours, theirs, of_updates = update(state, rows, number, rollouts.version)
-        metrics |= {**of_updates, **rollouts.metrics, **_mismatch(arrays, rollouts.mask)}
+            exactly["objective/kl_exact"] = _by_sequence(divergence, shown)
+        rows = _trainable(rollouts, arrays, float(coefficient))
+        ours, theirs, of_updates, found = update(state, rows, number, rollouts.version)
+        if single:  # the same advantages again, and metrics of what is known only now
+            arrays, metrics = prepared(rollouts, arrays | _unpack([rows], found), coefficient)
+        if number == 0 and from_reference:
+            _check_start(arrays, rollouts.mask, task.dtype)
+        metrics |= {**of_updates, **rollouts.metrics, **exactly}
+        metrics |= _mismatch(arrays, rollouts.mask)
         last.update(rollouts=rollouts, arrays=arrays)
         count = float(rollouts.weights.sum())
         after = OnPolicyState(
             iteration=state.iteration + 1,
             policy=ours,
             value=theirs,
-            kl_coefficient=_controlled(
-                config, state.kl_coefficient, metrics["objective/kl"], count
-            ),
+            kl_coefficient=_controlled(config, coefficient, metrics["objective/kl"], count),
         )
         return after, {name: np.float32(value) for name, value in metrics.items()}
 
@@ -271,7 +285,7 @@ def _sampled(rollouts: Rollouts, arrays: Mapping[str, np.ndarray]) -> Sampled:
         weights=rollouts.weights,
         finished=rollouts.finished,
         mask=rollouts.mask,
-        logprobs=arrays["old_logprobs"],
+        logprobs=arrays.get("old_logprobs", rollouts.logprobs),
         ref_logprobs=arrays["ref_logprobs"],
         values=arrays.get("old_values", np.zeros_like(rollouts.mask)),
         last_values=arrays.get("last_values", np.zeros(count, np.float32)),
@@ -300,14 +314,21 @@ def _sequences(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _policy_loss(config: ConfigDict, task: Task, params, batch, rng):
+    """Also returns the policy's own scores [R, S, T], if the batch comes without."""
     statistics = TokenStatistics(*(select(x, batch) for x in task.statistics(params, batch)))
-    (total, weight), metrics = policy_objective(config, statistics, _sequences(batch))
+    sequences, found = _sequences(batch), []
+    if "old_logprobs" not in batch:
+        old, entropy = jax.lax.stop_gradient((statistics.logprobs, statistics.entropy))
+        sequences["old_logprobs"] = old
+        shape = batch["slots"].shape
+        found.append({"old_logprobs": old.reshape(shape), "entropy": entropy.reshape(shape)})
+    (total, weight), metrics = policy_objective(config, statistics, sequences)
     if task.extra_loss is not None:
         (extra, its_weight), its_metrics = task.extra_loss(params, batch)
         mean = extra / jnp.maximum(its_weight, 1)
         total = total + config.loss.ptx_coefficient * mean * weight
         metrics |= its_metrics | {"loss": (total, weight)}
-    return (total, weight), metrics
+    return (total, weight), metrics, *found
 
 
 def _value_loss(config: ConfigDict, task: Task, params, batch, rng):
@@ -317,14 +338,15 @@ def _value_loss(config: ConfigDict, task: Task, params, batch, rng):
 
 
 def _score(task: Task, params, reference, batch) -> dict[str, jax.Array]:
-    """[R, S, T] of the function that trains: before the first update the ratio is exactly 1."""
-    shape = batch["slots"].shape
-    ours, theirs = task.statistics(params, batch), task.statistics(reference, batch)
-    found = {
-        "old_logprobs": ours.logprobs,
-        "ref_logprobs": theirs.logprobs,
-        "entropy": ours.entropy,
-    }
+    """[R, S, T] of the function that trains: before the first update the ratio is exactly 1.
+
+    Without `params` of the reference only.
+    """
+    shape, found = batch["slots"].shape, {}
+    if params is not None:
+        ours = task.statistics(params, batch)
+        found = {"old_logprobs": ours.logprobs, "entropy": ours.entropy}
+    found["ref_logprobs"] = task.statistics(reference, batch).logprobs
     return {name: select(x, batch).reshape(shape) for name, x in found.items()}
 
 

@@ -42,13 +42,16 @@ def make_step(
     frozen: Any = None,
     schedule: Callable[[jax.Array], jax.Array] | None = None,
     seed: int = 0,
-) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, dict[str, jax.Array]], tuple]:
     """Returns the jitted `step(state, batch) -> (state, metrics)`; `state` is donated.
 
     `loss_fn(params, batch, rng) -> ((total, weight), metrics)`, metrics `{name: (total, weight)}`,
     all float32 scalars. Sums are added over microbatches and devices and divided once:
 
         g = Σ ∇total / Σ weight,   g ← g · min(1, max_grad_norm / ‖g‖)
+
+    Should `loss_fn` return a third thing, a tree of arrays [rows, …] of what it found, then so does
+    the step, of all rows of the batch.
 
     A step whose loss or gradient is not finite, or whose weight is zero, leaves params, optimizer
     state and average bitwise as they were; the step still counts, and so does the skip.
@@ -79,18 +82,18 @@ def make_step(
     def gradients(frozen, params, batch, rng):
         def objective(params):
             whole = combine(_freeze(params, freeze), frozen) if frozen else _freeze(params, freeze)
-            (total, weight), metrics = loss_fn(whole, batch, rng)
-            return total, ((total, weight), {"loss": (total, weight)} | metrics)
+            (total, weight), metrics, *found = loss_fn(whole, batch, rng)
+            return total, (((total, weight), {"loss": (total, weight)} | metrics), found)
 
-        grads, sums = jax.grad(objective, has_aux=True)(params)
-        return grads, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), sums)
+        grads, (sums, found) = jax.grad(objective, has_aux=True)(params)
+        return (grads, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), sums)), found
 
     def step(state: TrainState, batch, frozen=None):
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         placed = None if mesh is None else shardings(mesh, state, rules)
         if mesh is not None:
             batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
-        grads, ((total, weight), sums) = _accumulate(
+        (grads, ((total, weight), sums)), found = _accumulate(
             partial(gradients, frozen), state.params, batch, rng, microbatches, mesh
         )
         grads = jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1), grads)
@@ -115,7 +118,7 @@ def make_step(
         }
         if schedule is not None:
             metrics["train/learning_rate"] = schedule(state.step - state.skipped)
-        return new, metrics
+        return new, metrics, *found
 
     compiled = jax.jit(step, donate_argnums=0, compiler_options=overlapping(mesh) or None)
     return partial(compiled, frozen=frozen) if frozen else compiled
@@ -159,7 +162,7 @@ def _freeze(params, patterns: Sequence[str]):
 
 
 def _accumulate(gradients, params, batch, rng, microbatches: int, mesh: Mesh | None):
-    """Sums `gradients` over the microbatches."""
+    """(`gradients` summed over the microbatches, what they found of every row)."""
     rows, shards = len(jax.tree.leaves(batch)[0]), batch_shards(mesh)
     if rows % (microbatches * shards):
         raise UserError(
@@ -177,14 +180,15 @@ def _accumulate(gradients, params, batch, rng, microbatches: int, mesh: Mesh | N
 
     parts = jax.tree.map(split, batch)
     first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts)
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, params, first, rng)
-    )
+    sums, _ = jax.eval_shape(gradients, params, first, rng)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
 
     def add(carry, part):
-        return jax.tree.map(jnp.add, carry, gradients(params, part, rng)), None
+        sums, found = gradients(params, part, rng)
+        return jax.tree.map(jnp.add, carry, sums), found
 
-    return jax.lax.scan(add, zeros, parts)[0]
+    sums, found = jax.lax.scan(add, zeros, parts)
+    return sums, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), found)
 
 
 def _divide(sums: dict[str, tuple[jax.Array, jax.Array]]) -> Metrics:

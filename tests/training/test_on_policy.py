@@ -110,9 +110,64 @@ def test_a_policy_that_is_not_the_one_that_scored_is_refused():
         steps(config, dataclasses.replace(task, statistics=statistics), start, 1)
 
 
+def counting(task, calls):
+    """The task, noting what its statistics are asked of."""
+
+    def statistics(params, rows):
+        calls.append(params)
+        return task.statistics(params, rows)
+
+    return dataclasses.replace(task, statistics=statistics)
+
+
+@pytest.mark.parametrize("split", ["whole", "microbatches", "devices"])
+def test_a_single_update_scores_its_own_samples(split):
+    in_loss = {"placement": "loss", "estimator": "k3", "coefficient": 0.1}
+    config, task, start, _ = letters("grpo", kl=in_loss)
+    config.batch.microbatches = 2 if split == "microbatches" else 1
+    mesh = make_mesh({"data": 2}, jax.devices()[:2]) if split == "devices" else None
+    moved = jax.tree.map(lambda x: x * 1.05, start)
+    calls = []
+    options = {"reference": start, "from_reference": False, "mesh": mesh}
+    _, metrics, iteration = steps(config, counting(task, calls), moved, 1, **options)
+    # The reference's, and what trains, whose shapes are asked first if it is split.
+    traced = 3 if split == "microbatches" else 2
+    assert len(calls) == traced
+    found = iteration.last["arrays"]
+    arrays, expected = iteration.assess(iteration.init(), iteration.last["rollouts"])
+    assert len(calls) == traced + 2  # now the policy's too
+    assert np.abs(arrays["old_logprobs"] - arrays["ref_logprobs"]).max() > 1e-3
+    assert arrays.keys() == found.keys()
+    for name in arrays:
+        np.testing.assert_allclose(found[name], arrays[name], atol=1e-5, err_msg=name)
+    for name in expected:
+        np.testing.assert_allclose(metrics[name], expected[name], atol=1e-5, err_msg=name)
+    assert metrics["policy/ratio_deviation"] == 0
+    entropy = (arrays["entropy"] * iteration.last["rollouts"].mask).sum() / len(found["entropy"])
+    np.testing.assert_allclose(metrics["objective/entropy"], entropy, rtol=1e-5)
+
+
+def test_a_single_update_is_that_of_a_policy_scored_before():
+    """KL at a coefficient of 0 in the reward is the same update, after a pass of its own."""
+    after = []
+    for placement in ("loss", "reward"):
+        kl = {"placement": placement, "estimator": "k3", "coefficient": 0.0}
+        config, task, start, _ = letters("grpo", kl=kl)
+        calls = []
+        state, *_ = steps(config, counting(task, calls), start, 3)
+        assert len(calls) == (2 if placement == "loss" else 3)
+        after.append(state.policy.params)
+    for a, b in zip(*map(jax.tree.leaves, after), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 def test_a_policy_must_start_as_its_reference():
     config, task, start = table()
     moved = {"table": start["table"].at[0, 0, 1].add(0.1)}
+    iteration = make_iteration(config, task, moved, reference=start)
+    with pytest.raises(UserError, match="KL would not start at 0"):
+        iteration.step(iteration.init(), {})
+    config.kl.update(placement="loss", estimator="k3")  # known after the update only
     iteration = make_iteration(config, task, moved, reference=start)
     with pytest.raises(UserError, match="KL would not start at 0"):
         iteration.step(iteration.init(), {})

@@ -67,6 +67,18 @@ def test_microbatches_take_strided_rows():
     assert seen == [[1, 3], [2, 4]]
 
 
+@pytest.mark.parametrize("microbatches", [1, 2, 4])
+def test_what_a_loss_found_of_every_row_comes_back_in_order(microbatches):
+    def loss(params, batch, rng):
+        return *linear(params, batch, rng), {"squares": batch["x"] ** 2}
+
+    optimizer = optax.sgd(1.0)
+    state = init_state({"p": jnp.float32(2)}, optimizer)
+    step = make_step(loss, optimizer, microbatches=microbatches)
+    _, _, found = step(state, linear_batch([1, 2, 3, 4], [1, 1, 1, 1]))
+    np.testing.assert_array_equal(found["squares"], [1, 4, 9, 16])
+
+
 @pytest.mark.parametrize("microbatches", [2, 4, 8, 16])
 def test_any_split_gives_the_gradient_of_the_whole_batch(microbatches):
     def gradient(microbatches):
