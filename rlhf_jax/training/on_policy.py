@@ -178,6 +178,7 @@ def make_iteration(
     value = jax.jit(functools.partial(_values, task))
     prepare = jax.jit(functools.partial(advantages, config))
     exact = None if task.exact_kl is None else jax.jit(task.exact_kl)
+    # Then the policy's log-probs are not needed before the update, which computes them anyway.
     single = _updates(config) == 1 and config.kl.placement != "reward"
     last: dict[str, Any] = {}
 
