@@ -160,14 +160,15 @@ class HubTokenizer:
             if not whole.startswith(prompt):
                 raise self._broken(prompt, whole)
             end = self._find_end(whole, len(prompt), self.ends)
-            before = self._tokens(whole[done : len(prompt)], first=not tokens)[bool(tokens) :]
+            before = self._tokens(whole[done : len(prompt)], first=not tokens)
+            before = before[before[:1] == tokens[-1:] :]
             lead = prompt[self._last_control(prompt) :]
             reply = self._continued(lead, whole[len(prompt) : end.start()])
             reply.append(self._by_text[end[0]].id)
             trained = int(not last_turn_only or i == turns[-1])
             tokens += [*before, *reply]
             is_target += [0] * len(before) + [trained] * len(reply)
-            done = end.start()  # what follows may depend on it: a token can eat spaces after it
+            done = end.start()  # a token may take the spaces after it: it is read again with them
         count = len(tokens)
         tokens = self._with_bos(tokens)
         return tokens, [0] * (len(tokens) - count) + is_target

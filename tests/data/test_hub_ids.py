@@ -48,7 +48,8 @@ FAMILIES = {
     "pythia": ("plain", None, normalizers.NFC(), SPACES, []),
     "qwen3": ("chatml", THINKING, normalizers.NFC(), THOUGHTS, []),
     "deepseek": (
-        "llama3", DEEPSEEK, None, THOUGHTS + plain("<｜User｜>", "<｜Assistant｜>", normalized=True),
+        "llama3", DEEPSEEK, None,
+        THOUGHTS + plain("<｜User｜>", "<｜Assistant｜>", normalized=True),
         ["<｜User｜>", "<｜Assistant｜>"],
     ),
     "folded": (
@@ -71,8 +72,8 @@ FAMILIES = {
 }  # fmt: skip
 PIECES = (
     "fox", "What is 12 + 30?", "  ", "   ", " ", "\n", "\n\n", " \n", "\t", "<think>", "</think>",
-    "<tool_call>", "<table>", "<mark>", "<a>", "word", "<|", "|>", "<", "＜", "é", "東京", "🦊", "▁",
-    "im_end", "user", "User", "\ue0f0", "7\ue0f1", "<|User|>", "'", '"', "{", "ﬁ", "\u0301",
+    "<tool_call>", "<table>", "<mark>", "<a>", "word", "<|", "|>", "<", "＜", "é", "東京", "🦊",
+    "▁", "im_end", "user", "User", "\ue0f0", "7\ue0f1", "<|User|>", "'", '"', "{", "ﬁ", "\u0301",
 )  # fmt: skip
 TEXTS = st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=8).map("".join)
 ENOUGH = settings(

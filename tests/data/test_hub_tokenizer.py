@@ -326,6 +326,7 @@ def test_a_system_message_opens_the_first_turn(tmp_path):
 
 END, NAMED = "<|endoftext|>", {"tokenizer_class": "PreTrainedTokenizerFast"}
 AS_TOKEN = {"content": END, "lstrip": False, "rstrip": False, "normalized": False}
+BY_ID = {"eos_token_id": END, "bos_token_id": END}
 
 
 # What stands in tokenizer_config.json, special_tokens_map.json, config.json and
@@ -334,17 +335,17 @@ AS_TOKEN = {"content": END, "lstrip": False, "rstrip": False, "normalized": Fals
 @pytest.mark.parametrize(
     ("files", "bos", "eos", "theirs"),
     [
-        (({"model_max_length": 9}, None, {"eos_token_id": END, "bos_token_id": END}), END, END, True),
-        ((None, None, {"eos_token_id": [END], "bos_token_id": END}), END, END, True),
-        ((None, None, {}, {"eos_token_id": END, "bos_token_id": END}), END, END, True),
+        (({"model_max_length": 9}, None, BY_ID), END, END, True),
+        ((None, None, BY_ID | {"eos_token_id": [END]}), END, END, True),
+        ((None, None, {}, BY_ID), END, END, True),
         ((None, {"eos_token": END, "bos_token": AS_TOKEN}, {}), END, END, True),
         ((NAMED, {"eos_token": AS_TOKEN}, {"bos_token_id": END}), None, END, True),
         ((NAMED | {"eos_token": "</s>"}, {"eos_token": END}, {}), None, END, True),
         ((NAMED | {"eos_token": "</s>", "added_tokens_decoder": {}}, {"eos_token": END}, {}),
          None, "</s>", True),
-        ((NAMED, None, {"eos_token_id": END, "bos_token_id": END}), None, END, False),
+        ((NAMED, None, BY_ID), None, END, False),
         (({"tokenizer_class": "Qwen2Tokenizer", "eos_token": None}, None,
-          {"model_type": "qwen2", "eos_token_id": "</s>", "bos_token_id": END}), None, "</s>", False),
+          BY_ID | {"model_type": "qwen2", "eos_token_id": "</s>"}), None, "</s>", False),
         (({}, None, {"eos_token_id": "</s>"}, {"eos_token_id": [END, "</s>"]}), None, END, False),
     ],
 )  # fmt: skip
