@@ -5,7 +5,8 @@ A model that came with a chat template keeps it (`hub_tokenizer`); ours is
     <|bos|><|user|>question<|end|><|assistant|>answer<|end|><|user|>…
 
 Training and generation render through the same function, so the tokens of a prompt followed by
-those of a reply and `<|end|>` are exactly the tokens of the conversation.
+those of a reply and what ends it are exactly the tokens of the conversation. A reply has no tokens
+of its own: templates trim it, or write a block of thoughts before it, as its prompt asks for.
 
 Tool calls, a tool's name, and with the first turn the tools there are, follow the content of a turn
 as one line of JSON, {"tool_calls": […]}, {"name": …}, {"tools": […]}.
@@ -16,7 +17,7 @@ word then has the same token at the start as anywhere else, and can be copied fr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rlhf_jax.data.hub_tokenizer import HubTokenizer
 from rlhf_jax.data.records import ROLES, Message
@@ -63,18 +64,42 @@ def check_messages(messages: Sequence[Message], *, reply_last: bool) -> None:
 AnyTokenizer = Tokenizer | HubTokenizer
 
 
+def render_turns(
+    messages: Sequence[Message], tokenizer: AnyTokenizer, *, last_turn_only: bool = False
+) -> tuple[list[int], dict[int, range]]:
+    """Tokens of a whole conversation, and where in them those replies stand that can be trained.
+
+    Returns `(tokens, {index of the message: its places})`. A reply's places are its content and the
+    `<|end|>`. It can be trained if it stands there as it would be generated: the last one always
+    does, an earlier one not where the template strips its thoughts, say, or ends the last one only.
+    With `last_turn_only` earlier ones are not looked for.
+    """
+    check_messages(messages, reply_last=True)
+    if isinstance(tokenizer, HubTokenizer):
+        return tokenizer.conversation(messages, last_turn_only=last_turn_only)
+    tokens, turns = _render(messages, tokenizer)
+    last = len(messages) - 1
+    return tokens, {last: turns[last]} if last_turn_only else turns
+
+
 def render_conversation(
     messages: Sequence[Message], tokenizer: AnyTokenizer, *, last_turn_only: bool = False
 ) -> tuple[list[int], list[int]]:
     """Tokens of a whole conversation and which of them are trained.
 
-    Returns `(tokens, is_target)`, of one length: `is_target` is 1 on the content and the `<|end|>`
-    of each assistant turn (only the last one if `last_turn_only`), 0 elsewhere.
+    Returns `(tokens, is_target)`, of one length: `is_target` is 1 on the places of `render_turns`,
+    0 elsewhere.
     """
-    check_messages(messages, reply_last=True)
-    if isinstance(tokenizer, HubTokenizer):
-        return tokenizer.conversation(messages, last_turn_only=last_turn_only)
-    return _render(messages, tokenizer, last_turn_only)
+    tokens, turns = render_turns(messages, tokenizer, last_turn_only=last_turn_only)
+    return tokens, mark(tokens, turns.values())
+
+
+def mark(tokens: Sequence[int], places: Iterable[range]) -> list[int]:
+    """1 for each token that stands in one of `places`, 0 for the others."""
+    marks = [0] * len(tokens)
+    for part in places:
+        marks[part.start : part.stop] = [1] * len(part)
+    return marks
 
 
 def render_prompt(messages: Sequence[Message], tokenizer: AnyTokenizer) -> list[int]:
@@ -82,15 +107,28 @@ def render_prompt(messages: Sequence[Message], tokenizer: AnyTokenizer) -> list[
     check_messages(messages, reply_last=False)
     if isinstance(tokenizer, HubTokenizer):
         return tokenizer.prompt(messages)
-    tokens, _ = _render(messages, tokenizer, False)
-    return [*tokens, ASSISTANT]
+    return [*_render(messages, tokenizer)[0], ASSISTANT]
 
 
-def render_reply(reply: str, tokenizer: AnyTokenizer) -> list[int]:
-    """Tokens of an assistant's reply as they follow `render_prompt`; the last one ends it."""
+def render_replies(
+    prompt: Sequence[Message], replies: Sequence[str], tokenizer: AnyTokenizer
+) -> tuple[list[int], list[list[int]]]:
+    """Tokens of a prompt, as `render_prompt` gives them, and those of each reply to it.
+
+    The prompt's followed by those of a reply are those of `render_turns` of both, whatever the
+    template makes of a reply there.
+    """
+    check_messages(prompt, reply_last=False)
     if isinstance(tokenizer, HubTokenizer):
-        return tokenizer.reply(reply)
-    return [*encode_texts([reply], tokenizer)[0], END]
+        return tokenizer.replies(prompt, replies)
+    return render_prompt(prompt, tokenizer), _ended(replies, tokenizer)
+
+
+def control_texts(tokenizer: AnyTokenizer) -> tuple[str, ...]:
+    """What a chat is rendered with: control tokens, or the words that part a plain one's turns."""
+    if isinstance(tokenizer, HubTokenizer):
+        return tokenizer.marks
+    return tuple(tokenizer.control)
 
 
 def encode_texts(texts: Sequence[str], tokenizer: AnyTokenizer) -> list[list[int]]:
@@ -107,18 +145,23 @@ def decode_text(ids: Sequence[int], tokenizer: AnyTokenizer) -> str:
     return tokenizer.decode(ids).removeprefix(" ")
 
 
+def _ended(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    return [[*ids, END] for ids in encode_texts(texts, tokenizer)]
+
+
 def _render(
-    messages: Sequence[Message], tokenizer: Tokenizer, last_turn_only: bool
-) -> tuple[list[int], list[int]]:
+    messages: Sequence[Message], tokenizer: Tokenizer
+) -> tuple[list[int], dict[int, range]]:
+    """Tokens of messages in our format, and where the assistant's stand, by index."""
     if not tokenizer.control:
         raise UserError(
             "a character-level tokenizer has no control tokens and cannot render chats; train a BPE"
         )
-    tokens, is_target = [BOS], [0]
-    for i, message in enumerate(messages):
-        text = "\n".join(filter(None, (message.content, message.more)))
-        content = render_reply(text, tokenizer)
-        trained = message.role == "assistant" and (not last_turn_only or i == len(messages) - 1)
-        tokens += [ROLE_IDS[message.role], *content]
-        is_target += [0, *[int(trained)] * len(content)]
-    return tokens, is_target
+    tokens, turns = [BOS], {}
+    texts = ["\n".join(filter(None, (message.content, message.more))) for message in messages]
+    for i, (message, ids) in enumerate(zip(messages, _ended(texts, tokenizer), strict=True)):
+        tokens.append(ROLE_IDS[message.role])
+        if message.role == "assistant":
+            turns[i] = range(len(tokens), len(tokens) + len(ids))
+        tokens += ids
+    return tokens, turns

@@ -10,15 +10,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rlhf_jax.data import chat
-from rlhf_jax.data.chat import AnyTokenizer, render_conversation, render_prompt, render_reply
+from rlhf_jax.data.chat import AnyTokenizer, mark, render_replies, render_turns
 from rlhf_jax.data.packing import Document, Group
-from rlhf_jax.data.records import Conversation, Pair, Text
+from rlhf_jax.data.records import Conversation, Message, Pair, Text
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 
 Stats = dict[str, int]
 TEXT_POLICIES = ("split", "error", "drop")
 CHAT_POLICIES = ("error", "drop", "truncate_prompt_left")
+STRIPPED_POLICIES = ("leave", "expand")
 
 
 def encode_texts(
@@ -58,37 +59,67 @@ def encode_conversations(
     *,
     last_turn_only: bool = False,
     over_long: str = "error",
+    stripped_turns: str = "leave",
 ) -> tuple[list[Document], Stats]:
-    """Documents whose targets are the assistant's turns; see `chat.render_conversation`.
+    """Documents whose targets are the assistant's turns; see `chat.render_turns`.
 
+    stripped_turns: "leave" those untrained that the template writes otherwise than they would be
+    generated, "expand" the conversation into as many documents as train them all: `split_turns`.
+    stats["turns"] counts the assistant's, stats["stripped"] those left untrained.
     over_long: "error"; "drop"; "truncate_prompt_left" keeps BOS, the last reply and what fits
     before it (a turn cut in two is no target any more), and is an error where the reply alone does
     not fit.
     """
     _check_policy(over_long, CHAT_POLICIES)
-    documents, stats, long = [], _new_stats(records), []
+    if stripped_turns not in STRIPPED_POLICIES:
+        known = ", ".join(STRIPPED_POLICIES)
+        raise UserError(f"unknown stripped_turns policy {stripped_turns!r}; known: {known}")
+    expand = stripped_turns == "expand"
+    documents, stats, long = [], _new_stats(records) | {"turns": 0, "stripped": 0}, []
     for record in records:
-        with _naming(record.id):
-            tokens, is_target = render_conversation(
-                record.messages, tokenizer, last_turn_only=last_turn_only
-            )
-        if len(tokens) > row_length:
-            if over_long != "truncate_prompt_left":
-                long.append((len(tokens), record.id))
-                continue
-            reply = len(tokens) - len(render_prompt(record.messages[:-1], tokenizer))
-            _check_reply_fits(record.id, reply, row_length)
-            start = _start(tokenizer)
-            kept = row_length - len(start)
-            tokens = [*start, *tokens[-kept:]]
-            is_target = is_target[-kept:]
-            whole = is_target.index(0)
-            is_target = [0] * (len(start) + whole) + is_target[whole:]
-            stats["truncated"] += 1
-        stats["encoded"] += 1
-        documents.append(Document(tokens, is_target))
+        with naming(record.id):
+            parts, turns = split_turns(record.messages, tokenizer, last_turn_only, expand)
+        stats["turns"] += turns
+        stats["stripped"] += turns - sum(len(places) for _, places in parts)
+        for tokens, places in parts:
+            is_target = mark(tokens, places)
+            if len(tokens) > row_length:
+                if over_long != "truncate_prompt_left":
+                    long.append((len(tokens), record.id))
+                    continue
+                _check_reply_fits(record.id, len(places[-1]), row_length)
+                start = _start(tokenizer)
+                kept = row_length - len(start)
+                tokens = [*start, *tokens[-kept:]]
+                is_target = is_target[-kept:]
+                whole = is_target.index(0)
+                is_target = [0] * (len(start) + whole) + is_target[whole:]
+                stats["truncated"] += 1
+            stats["encoded"] += 1
+            documents.append(Document(tokens, is_target))
     _settle(stats, long, over_long, row_length, CHAT_POLICIES)
     return documents, stats
+
+
+def split_turns(
+    messages: Sequence[Message], tokenizer: AnyTokenizer, last_turn_only: bool, expand: bool
+) -> tuple[list[tuple[list[int], list[range]]], int]:
+    """The documents of a conversation: tokens and where their trained turns stand, the last last.
+
+    With `expand` a turn that is not trained in the whole conversation is the last one of a document
+    of its own, the beginning of the conversation. No turn is trained in two documents. The second
+    value counts the turns that were to be trained.
+    """
+    wanted = {i for i, message in enumerate(messages) if message.role == "assistant"}
+    if last_turn_only:
+        wanted = {len(messages) - 1}
+    parts, count, end = [], len(wanted), len(messages)
+    while end and (expand or not parts):
+        tokens, turns = render_turns(messages[:end], tokenizer, last_turn_only=last_turn_only)
+        parts.append((tokens, [places for i, places in turns.items() if i in wanted]))
+        wanted -= turns.keys()
+        end = max(wanted, default=-1) + 1
+    return parts, count
 
 
 def encode_pairs(
@@ -103,9 +134,9 @@ def encode_pairs(
     _check_policy(over_long, CHAT_POLICIES)
     groups, stats, long = [], _new_stats(records) | {"identical": 0}, []
     for index, record in enumerate(records):
-        with _naming(record.id):
-            prompt = render_prompt(record.prompt, tokenizer)
-            branches = tuple(render_reply(r, tokenizer) for r in (record.chosen, record.rejected))
+        with naming(record.id):
+            texts = (record.chosen, record.rejected)
+            prompt, branches = render_replies(record.prompt, texts, tokenizer)
         replies = sum(map(len, branches))
         length = len(prompt) + replies
         if length > row_length:
@@ -118,7 +149,7 @@ def encode_pairs(
             stats["truncated"] += 1
         stats["encoded"] += 1
         stats["identical"] += branches[0] == branches[1]
-        groups.append(Group(prompt, branches, index))
+        groups.append(Group(prompt, tuple(branches), index))
     _settle(stats, long, over_long, row_length, CHAT_POLICIES)
     return groups, stats
 
@@ -185,7 +216,8 @@ def _settle(
 
 
 @contextmanager
-def _naming(record_id: str) -> Iterator[None]:
+def naming(record_id: str) -> Iterator[None]:
+    """Names the record in an error of the user's."""
     try:
         yield
     except UserError as error:

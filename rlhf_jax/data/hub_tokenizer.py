@@ -41,6 +41,8 @@ _NO_EOS = (
     f'eos_token_id in {_GENERATION} or {_CONFIG}; write "eos_token" into {SETTINGS}'
 )
 _NO_TEMPLATE = "the model has no chat template: name one, --config.data.chat_template=chatml"
+_ANOTHER = "to use another: --config.data.chat_template=chatml, or a *.jinja file"
+_NO_END = f"the chat template writes no token that ends the assistant's turn; {_ANOTHER}"
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # stand around the number of what a message may not spell
 _ESCAPED = r"\\ue0f[01]"  # the same as JSON that is all ASCII writes them
 _SPELLED = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
@@ -58,8 +60,7 @@ class HubTokenizer:
     Attributes:
       vocab_size: ids are 0 … vocab_size − 1.
       bos, end: ids of the token that begins a text, None where it has none, and of that which ends
-        one. ends: ids that end a reply.
-      hash: of all that decides ids.
+        one.
     """
 
     def __init__(
@@ -105,13 +106,31 @@ class HubTokenizer:
         self._template_text = template
         named = {"bos_token": bos or "", "eos_token": eos}
         self._template = None if template is None else Template(template, named)
-        self.ends: tuple[int, ...] = tuple(dict.fromkeys([self.end, *ends]))
-        document = [self._content, bos, eos, template, list(self.ends)]
-        packed = json.dumps(document, sort_keys=True, separators=(",", ":"))
-        self.hash = hashlib.sha256(packed.encode()).hexdigest()
-        if self._template is not None:
-            self._lead, self._around, self._last = self._reply_format()
-            self.ends = tuple(dict.fromkeys([*self.ends, self._last]))
+        self._given_ends = tuple(dict.fromkeys([self.end, *ends]))
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Ids that end a reply: those given, and the one that the template writes, if it works."""
+        try:
+            return tuple(dict.fromkeys([*self._given_ends, self._template_end()]))
+        except UserError:
+            return self._given_ends
+
+    @cached_property
+    def marks(self) -> tuple[str, ...]:
+        """With what the template parts turns: control tokens, or else the words between two."""
+        asked, answer = (f"{_OPEN}{self._number[mark]}{_CLOSE}" for mark in (_OPEN, _CLOSE))
+        whole = self._rendered([Message("user", _OPEN), Message("assistant", _CLOSE)])
+        between = whole.partition(asked)[2].partition(answer)[0].strip()
+        marks = {match[0] for match in self._names.finditer(whole)}
+        return tuple(sorted(marks if self._names.search(between) else marks | {between}))
+
+    @cached_property
+    def hash(self) -> str:
+        """Of all that decides ids."""
+        document = [self._content, self._bos_text, self._eos_text, self._template_text]
+        packed = json.dumps([*document, list(self.ends)], sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(packed.encode()).hexdigest()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts as they stand at the beginning; never a special token."""
@@ -130,53 +149,61 @@ class HubTokenizer:
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of a conversation that awaits a reply."""
-        text = self._rendered(messages, add_generation_prompt=True)
-        return self._with_bos(self._tokens(text))
+        prompts, (text,) = self._renderings(messages, [(range(len(messages)), True)])
+        return self._laid(text, prompts)[0]
 
-    def reply(self, text: str) -> list[int]:
-        """Tokens of an assistant's reply as they follow `prompt`, up to the token that ends it."""
-        shown = self._hidden(text)
-        if self._template is None:
-            raise UserError(_NO_TEMPLATE)
-        before, after = self._around
-        return [*self._continued(self._lead, before + shown + after), self._last]
+    def replies(
+        self, messages: Sequence[Message], texts: Sequence[str]
+    ) -> tuple[list[int], list[list[int]]]:
+        """The tokens of `prompt`, and of each text as the reply to it, up to what ends the reply.
+
+        Raises:
+            UserError: as `conversation`.
+        """
+        size = len(messages)
+        answers = [([*range(size), size + i], False) for i in range(len(texts))]
+        pool = [*messages, *(Message("assistant", text) for text in texts)]
+        prompts, (prompt, *wholes) = self._renderings(pool, [(range(size), True), *answers], size)
+        made = []
+        for whole in wholes:
+            if not whole.startswith(prompt):
+                raise self._broken(prompt, whole)
+            made.append(self._ended(self._continued(prompt, whole[len(prompt) :])))
+        return self._laid(prompt, prompts)[0], made
 
     def conversation(
         self, messages: Sequence[Message], *, last_turn_only: bool = False
-    ) -> tuple[list[int], list[int]]:
-        """Tokens of a whole conversation and which of them are trained: see `chat`.
+    ) -> tuple[list[int], dict[int, range]]:
+        """Tokens of a whole conversation and where turns stand in them: see `chat.render_turns`.
 
         Raises:
             UserError: what the template writes of a conversation does not begin with what it wrote
-                of the prompt, or it never ends a turn.
+                of the prompt, or it never ends the last turn.
         """
-        whole = self._rendered(messages)
-        tokens: list[int] = []
-        is_target: list[int] = []
-        done = 0
-        turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
-        for i in turns:
-            prompt = self._rendered(messages[:i], add_generation_prompt=True)
-            if not whole.startswith(prompt):
-                raise self._broken(prompt, whole)
-            end = self._find_end(whole, len(prompt), self.ends)
-            before = self._tokens(whole[done : len(prompt)], first=not tokens)
-            before = before[before[:1] == tokens[-1:] :]
-            lead = prompt[self._last_control(prompt) :]
-            reply = self._continued(lead, whole[len(prompt) : end.start()])
-            reply.append(self._by_text[end[0]].id)
-            trained = int(not last_turn_only or i == turns[-1])
-            tokens += [*before, *reply]
-            is_target += [0] * len(before) + [trained] * len(reply)
-            done = end.start()  # a token may take the spaces after it: it is read again with them
-        count = len(tokens)
-        tokens = self._with_bos(tokens)
-        return tokens, [0] * (len(tokens) - count) + is_target
+        replies = [i for i, message in enumerate(messages) if message.role == "assistant"]
+        shown = replies[-1:] if last_turn_only else replies
+        prompts, texts = self._renderings(messages, [(range(i + 1), False) for i in shown])
+        whole, alone = texts[-1], dict(zip(shown, texts, strict=True))
+        tokens, begins = self._laid(whole, prompts)
+        last = len(messages) - 1
+        if last not in begins:
+            raise self._broken(prompts[last], whole)
+        turns = {}
+        for i in shown:
+            end = self._find_end(alone[i], len(prompts[i]), self.ends)
+            # Templates drop the thoughts of earlier replies, or end the last one only.
+            if i == last or (i in begins and end and whole.startswith(alone[i][: end.end()])):
+                turns[i] = range(begins[i], begins[i] + len(self._ended(tokens[begins[i] :])))
+        return tokens[: turns[last].stop], turns
 
     @property
     def has_template(self) -> bool:
-        """Whether it can render chats."""
-        return self._template is not None
+        """Whether it can render chats: it has a template, and that works."""
+        try:
+            self._template_end()
+        except UserError:
+            return False
+        return True
 
     def with_template(self, template: str) -> HubTokenizer:
         """The same tokenizer under another chat template.
@@ -186,7 +213,9 @@ class HubTokenizer:
         """
         text = json.dumps(self._content)
         names = {"bos": self._bos_text, "eos": self._eos_text}
-        return HubTokenizer(text, **names, template=template, ends=self.ends)
+        made = HubTokenizer(text, **names, template=template, ends=self._given_ends)
+        made._template_end()
+        return made
 
     def save(self, directory: str | Path) -> None:
         """Writes what `load` and transformers read into a directory that exists."""
@@ -265,7 +294,7 @@ class HubTokenizer:
     @cached_property
     def _control(self) -> frozenset[int]:
         """Ids of the added tokens that come from the template only."""
-        always = {self.bos, *self.ends, *(a.id for a in self._added if a.special)}
+        always = {self.bos, *self._given_ends, *(a.id for a in self._added if a.special)}
         control = {a.text for a in self._added if a.id in always}
         if self._template is not None:
             control |= _parting(self._by_text.keys() - control, control, self._template)
@@ -321,6 +350,10 @@ class HubTokenizer:
 
         return self._hidden_names[of_tool].sub(hide, text)
 
+    def _shown(self, message: Message) -> str:
+        """The message's content as the template is given it."""
+        return self._hidden(message.content, of_tool=message.role == "tool")
+
     def _all_hidden(self, value: Any) -> Any:
         """`_hidden` of every text in a JSON value."""
         if isinstance(value, str):
@@ -332,10 +365,7 @@ class HubTokenizer:
     def _rendered(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         if self._template is None:
             raise UserError(_NO_TEMPLATE)
-        turns = [
-            {"role": m.role, "content": self._hidden(m.content, of_tool=m.role == "tool")}
-            for m in messages
-        ]
+        turns = [{"role": m.role, "content": self._shown(m)} for m in messages]
         more = [self._all_hidden(json.loads(m.more)) if m.more else {} for m in messages]
         tools = more[0].pop("tools", None) if more else None
         render = partial(self._template.render, add_generation_prompt=add_generation_prompt)
@@ -379,20 +409,79 @@ class HubTokenizer:
                 raise UserError(f"the text {text[:60]!a} would be encoded as a control token")
         return ids
 
-    def _continued(self, lead: str, text: str) -> list[int]:
-        """Ids of text that follows `lead`, whose ids stay what they are without it."""
+    def _renderings(
+        self,
+        messages: Sequence[Message],
+        wanted: Sequence[tuple[Sequence[int], bool]],
+        size: int | None = None,
+    ) -> tuple[dict[int, str], list[str]]:
+        """What `wanted` asks for: texts of some of the messages, awaiting a reply or not.
+
+        Before these the prompt of every reply among the first `size` messages, by its index.
+        """
+        turns = [i for i, m in enumerate(messages[:size]) if m.role == "assistant"]
+        both = [*((range(i), True) for i in turns), *wanted]
+        if self._template is None or any(message.more for message in messages):
+            texts = [
+                self._rendered([messages[i] for i in places], add_generation_prompt=opened)
+                for places, opened in both
+            ]
+        else:
+            given = [{"role": m.role, "content": self._shown(m)} for m in messages]
+            texts = self._template.render_all(given, both)
+        return dict(zip(turns, texts, strict=False)), texts[len(turns) :]
+
+    def _laid(self, text: str, prompts: Mapping[int, str]) -> tuple[list[int], dict[int, int]]:
+        """Tokens of rendered text in which no reply merges with its prompt, and their begins.
+
+        `prompts` are those of the replies in it, by their messages' indices. What does not begin
+        with one, since the template writes it otherwise once the conversation goes on, is left out.
+        """
+        places: dict[int, int] = {}
+        for i, prompt in prompts.items():
+            if text.startswith(prompt) and len(prompt) >= max(places.values(), default=0):
+                places[i] = len(prompt)
+        bounds = [*places.values(), len(text)]
+        tokens = self._with_bos(self._tokens(text[: bounds[0]]))
+        begins = {}
+        for (i, begin), end in zip(places.items(), bounds[1:], strict=True):
+            begins[i] = len(tokens)
+            tokens += self._continued(text[:begin], text[begin:end])
+        return tokens, begins
+
+    def _continued(self, prompt: str, text: str) -> list[int]:
+        """Ids of rendered text that follows a prompt, whose ids stay what they are without it."""
+        lead = prompt[self._last_control(prompt) :]
         before = self._tokens(lead, first=False)
         both = self._tokens(lead + text, first=False)
         if both[: len(before)] == before:
             return both[len(before) :]
         return self._tokens(text, first=False)
 
-    def _find_end(self, text: str, start: int, ids: Collection[int]) -> re.Match[str]:
-        """The first token of `ids` from `start` on in rendered text."""
-        for match in self._names.finditer(text, start):
-            if self._by_text[match[0]].id in ids:
-                return match
-        raise UserError("the chat template writes no token that ends the assistant's turn")
+    def _ended(self, ids: list[int]) -> list[int]:
+        """Of ids that begin with a reply those up to its end."""
+        ends = self._control.intersection(self.ends)
+        for place, token in enumerate(ids):
+            if token in ends:
+                return ids[: place + 1]
+        raise UserError(_NO_END)
+
+    def _find_end(self, text: str, start: int, ids: Collection[int]) -> re.Match[str] | None:
+        """The first control token of `ids` from `start` on in rendered text."""
+        found = self._names.finditer(text, start)
+        return next((match for match in found if self._by_text[match[0]].id in ids), None)
+
+    def _template_end(self) -> int:
+        """Id of the token that the template writes after a reply.
+
+        Raises:
+            UserError: there is none, or there is no template or one that fails.
+        """
+        whole = self._rendered([Message("user", "a"), Message("assistant", _CLOSE)])
+        end = self._find_end(whole, whole.rfind(_CLOSE), self._control)
+        if end is None or _CLOSE not in whole:
+            raise UserError(_NO_END)
+        return self._by_text[end[0]].id
 
     def _last_control(self, text: str) -> int:
         """Where the last control token of rendered text stands."""
@@ -408,21 +497,6 @@ class HubTokenizer:
             raise UserError("the chat template writes the token that begins a text twice")
         return ids
 
-    def _reply_format(self) -> tuple[str, tuple[str, str], int]:
-        """(a prompt's text from its last control token on, what is around a reply, its last id)."""
-        messages = [Message("user", "a"), Message("assistant", "b")]
-        prompt = self._rendered(messages[:1], add_generation_prompt=True)
-        whole = self._rendered(messages)
-        if not whole.startswith(prompt):
-            raise self._broken(prompt, whole)
-        end = self._find_end(whole, len(prompt), self._control)
-        text = whole[len(prompt) : end.start()]
-        if "b" not in text:
-            raise UserError("the chat template writes no token that ends the assistant's turn")
-        before, _, after = text.partition("b")
-        lead = prompt[self._last_control(prompt) :]
-        return lead, (before, after), self._by_text[end[0]].id
-
     def _broken(self, prompt: str, whole: str) -> UserError:
         """That a prompt and its reply are not what the template makes of both."""
         ours, theirs = self._tokens(prompt), self._tokens(whole)
@@ -433,7 +507,8 @@ class HubTokenizer:
         first, second = (self.decode(ids[same : same + 1], control=True) for ids in (ours, theirs))
         return UserError(
             "the chat template writes a conversation differently from its prompt: token "
-            f"{same} is {second!r}, not {first!r}; what is trained would not be what is generated"
+            f"{same} is {second!r}, not {first!r}; what is trained would not be what is generated; "
+            f"{_ANOTHER}"
         )
 
 
@@ -580,6 +655,4 @@ def _template(directory: Path, settings: dict[str, Any]) -> str | None:
     if isinstance(found, list):
         named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
         found = named.get("default")
-    if found is not None and not isinstance(found, str):
-        raise UserError(f"{SETTINGS}: chat_template is no text")
-    return found
+    return found if isinstance(found, str) else None

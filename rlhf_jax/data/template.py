@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import selectors
 import subprocess
 import sys
@@ -20,25 +21,20 @@ from typing import IO, Any, cast
 
 from rlhf_jax.errors import UserError
 
-SECONDS = 10.0  # for one rendering, with the process's start
+SECONDS = 10.0  # for the renderings of one request, with the process's start
 MEMORY = 1 << 29  # bytes of the process
 CHARACTERS = 4_000_000  # of one rendering
 _WORKER = Path(__file__).with_name("template_worker.py")
 
 
 class Template:
-    """A Jinja chat template and the special tokens it may name.
-
-    Raises:
-        UserError: it is no Jinja template.
+    """A Jinja chat template and the special tokens it may name; it is read when it first renders.
     """
 
     def __init__(self, source: str, variables: Mapping[str, str]):
         self.source, self.variables = source, dict(variables)
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
-        with self._lock:
-            self._running()
 
     def render(
         self,
@@ -47,19 +43,27 @@ class Template:
         add_generation_prompt: bool = False,
         tools: Sequence[Any] | None = None,
     ) -> str:
-        """The text of the conversation.
+        """The text of the conversation; raises as `render_all`."""
+        wanted = [(range(len(messages)), add_generation_prompt)]
+        return self.render_all(messages, wanted, tools=tools)[0]
+
+    def render_all(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        wanted: Sequence[tuple[Sequence[int], bool]],
+        *,
+        tools: Sequence[Any] | None = None,
+    ) -> list[str]:
+        """Texts of several conversations, each (places of its messages, add_generation_prompt).
 
         Raises:
-            UserError: the template refuses the messages, fails, takes longer than `SECONDS` or
-                writes more than `CHARACTERS`.
+            UserError: it is no Jinja template, refuses the messages, fails, takes longer than
+                `SECONDS` or writes more than `CHARACTERS`.
         """
-        request = {
-            "messages": list(messages),
-            "add_generation_prompt": add_generation_prompt,
-            "tools": tools,
-        }
+        renderings = [(list(places), opened) for places, opened in wanted]
+        request = {"messages": list(messages), "tools": tools, "renderings": renderings}
         with self._lock:
-            return self._exchange(self._running(), request)["text"]
+            return self._exchange(self._running(), request)["texts"]
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:
@@ -91,8 +95,10 @@ class Template:
 def _ask(process: subprocess.Popen[bytes], line: bytes) -> dict[str, Any] | str:
     """The worker's reply, or what is wrong with it."""
     stdin, stdout = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
-    sent = threading.Thread(target=_send, args=(stdin, line), daemon=True)
-    sent.start()
+    if len(line) <= select.PIPE_BUF:  # the pipe, which is empty, takes it
+        _send(stdin, line)
+    else:
+        threading.Thread(target=_send, args=(stdin, line), daemon=True).start()
     deadline, data = time.monotonic() + SECONDS, b""
     with selectors.DefaultSelector() as selector:
         selector.register(stdout, selectors.EVENT_READ)

@@ -2,8 +2,9 @@
 
     python template_worker.py MEMORY_BYTES MAX_CHARACTERS
 
-reads JSON, one object a line: first {"template", "variables"}, then {"messages",
-"add_generation_prompt", "tools"}; answers each with {"text"} or {"error"}. The template runs in
+reads JSON, one object a line: first {"template", "variables"}, then {"messages", "tools",
+"renderings"}, these each the places of its messages and its "add_generation_prompt"; answers each
+line with {"texts"} or {"error"}. The template runs in
 Jinja's immutable sandbox under a limit of memory; its caller kills what takes too long.
 `strftime_now` does not exist here: a prompt must not depend on the day.
 """
@@ -73,7 +74,17 @@ def main() -> None:
                 variables = request["variables"]
                 template = _environment().from_string(request["template"])
             else:
-                reply["text"] = _render(template, variables | request, most)
+                given, wanted = request["messages"], request.pop("renderings")
+                reply["texts"] = [
+                    _render(
+                        template,
+                        variables
+                        | request
+                        | {"messages": [given[i] for i in places], "add_generation_prompt": opened},
+                        most,
+                    )
+                    for places, opened in wanted
+                ]
         except MemoryError:
             reply = {"error": "it needs too much memory"}
         except RecursionError:

@@ -30,6 +30,7 @@ from rlhf_jax.evaluation.responses import Answer, answer, sequence_kl
 from rlhf_jax.evaluation.statistics import bootstrap_interval
 from rlhf_jax.stages.common import (
     ancestry,
+    check_unrendered,
     mesh_of,
     read_records,
     say,
@@ -61,7 +62,7 @@ def evaluate_chat(
     prompts = held_out_prompts(config, model)[: config.eval.count]
     mesh = mesh_of(config)
     models = {path.name: load_model(path, mesh=mesh) for path in ancestry(start)}
-    for name, each in models.items():  # one that came without a chat template is asked under ours
+    for name, each in models.items():  # one without a chat template that works: under ours
         if isinstance(each.tokenizer, HubTokenizer) and not each.tokenizer.has_template:
             models[name] = dataclasses.replace(each, tokenizer=model.tokenizer)
     models[run.name] = model
@@ -127,6 +128,7 @@ def _samples(
 def held_out_prompts(config: ConfigDict, model: Model) -> list[Prompt]:
     """Prompts of the evaluation's records that leave room for an answer; the others are counted."""
     prompts = read_records(config, config.eval.source, "prompt", "validation")
+    check_unrendered("held-out prompts", prompts, model.tokenizer)
     room = model.config.max_length - config.eval.max_new_tokens
     kept = [p for p in prompts if len(render_prompt(p.messages, model.tokenizer)) <= room]
     say("held-out prompts", {"read": len(prompts), "too long": len(prompts) - len(kept)})

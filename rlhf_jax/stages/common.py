@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rlhf_jax.data.builders import load_records
-from rlhf_jax.data.chat import AnyTokenizer
+from rlhf_jax.data.chat import AnyTokenizer, control_texts
 from rlhf_jax.data.chat_formats import chat_template
 from rlhf_jax.data.encode import encode_texts
 from rlhf_jax.data.hub_data import PREFIX, load_rows
@@ -21,7 +21,7 @@ from rlhf_jax.data.hub_tokenizer import HubTokenizer
 from rlhf_jax.data.jsonl import count_rows, read_jsonl, take_slice
 from rlhf_jax.data.packing import Arrays, check_ids, pack_documents
 from rlhf_jax.data.pipeline import make_dataset, make_iterator
-from rlhf_jax.data.records import Text, convert
+from rlhf_jax.data.records import Conversation, Pair, Prompt, Text, convert
 from rlhf_jax.devices import training_devices
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.config import ModelConfig
@@ -78,6 +78,51 @@ def with_chat_template(tokenizer: AnyTokenizer, name: str) -> AnyTokenizer:
             "format of data/chat.py"
         )
     return tokenizer.with_template(chat_template(name))
+
+
+def check_unrendered(
+    what: str, records: Sequence[Conversation | Pair | Prompt], tokenizer: AnyTokenizer
+) -> None:
+    """Says how many records spell what a chat is rendered with, which there is text like any other.
+
+    Raises:
+        UserError: more than half of them are rendered chats already.
+    """
+    marks = control_texts(tokenizer)
+    spelling, rendered = [], 0
+    for record in records:
+        texts = [text.strip() for text in _texts(record)]
+        if any(mark in text for text in texts for mark in marks):
+            spelling.append(record.id)
+            rendered += any(text.startswith(marks) or text.endswith(marks) for text in texts)
+    if not spelling:
+        return
+    found = f"{what}: {len(spelling):,} of {len(records):,} records, {spelling[0]!r} first, spell"
+    if 2 * rendered > len(records):
+        raise UserError(
+            f"{found} the control tokens of the chat format: they are rendered already, and would "
+            "be once more; give the messages themselves, without these"
+        )
+    print(f"warning: {found} control tokens of the chat format, which are trained and read as "
+          "ordinary text", flush=True)  # fmt: skip
+
+
+def _texts(record: Conversation | Pair | Prompt) -> list[str]:
+    if isinstance(record, Pair):
+        return [*(message.content for message in record.prompt), record.chosen, record.rejected]
+    return [message.content for message in record.messages]
+
+
+def say_stripped(what: str, stripped: int, turns: int) -> None:
+    """Prints that some of the assistant's turns are left untrained, if they are, and what to do."""
+    if stripped:
+        print(
+            f"warning: {what}: {stripped:,} of {turns:,} replies are left untrained: once the "
+            "conversation goes on the chat template writes them otherwise than they are generated "
+            "(it strips thoughts, or ends only the last reply); "
+            "--config.data.stripped_turns=expand trains them in records of their own",
+            flush=True,
+        )
 
 
 def parse_sources(spec: str) -> dict[str, float]:

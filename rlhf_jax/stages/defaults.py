@@ -40,6 +40,9 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
         config.data.chat_template = ""
     if stage == "sft":
         config.data.replay = ""  # raw text to mix in, its weights beside those of `train`
+        # Earlier replies that the chat template strips of their thoughts, or doesn't end: "leave"
+        # them untrained, or "expand": each is the last reply of a record of its own.
+        config.data.stripped_turns = "leave"
     if stage == "reward":
         # bradley_terry on pairs; pointwise on conversations labelled from 0 (bad) to 1 (good).
         config.loss = ConfigDict({"name": "bradley_terry", "centering": 0.0})

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlhf_jax.data.chat import AnyTokenizer, render_prompt, render_reply
-from rlhf_jax.data.encode import encode_pairs
+from rlhf_jax.data.chat import AnyTokenizer, render_replies
+from rlhf_jax.data.encode import encode_pairs, naming
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
-from rlhf_jax.data.records import Conversation, Pair
+from rlhf_jax.data.records import Conversation, Message, Pair
 from rlhf_jax.errors import UserError
-from rlhf_jax.stages.common import read_records, say
+from rlhf_jax.stages.common import check_unrendered, read_records, say
 
 CHOSEN, REJECTED, MISMATCHED = 0, 1, 2  # branches of a group
 _LABELS = {"true": 1.0, "false": 0.0}
@@ -77,14 +77,16 @@ def _pair_rows(
 
     That is for KTO's reference point; a group must still fit a row.
     """
+    check_unrendered(what, records, tokenizer)
     length = config.data.row_length
     groups, counts = encode_pairs(records, tokenizer, length, over_long=config.data.over_long)
     if mismatched:
         following = [*groups[1:], groups[0]]
-        groups = [
-            dataclasses.replace(group, branches=(*group.branches, other.branches[CHOSEN]))
-            for group, other in zip(groups, following, strict=True)
-        ]
+        for i, (group, other) in enumerate(zip(groups, following, strict=True)):
+            record, text = records[group.example], records[other.example].chosen
+            with naming(record.id):
+                _, (reply,) = render_replies(record.prompt, [text], tokenizer)
+            groups[i] = dataclasses.replace(group, branches=(*group.branches, reply))
     rows, packing = pack_groups(groups, length, branches=3 if mismatched else 2)
     say(what, counts | packing)
     return rows
@@ -101,6 +103,7 @@ def _labelled_rows(
     length, over_long = config.data.row_length, config.data.over_long
     if over_long not in ("error", "drop"):
         raise UserError(f"data.over_long = {over_long!r}: labelled replies know error and drop")
+    check_unrendered(what, records, tokenizer)
     for record in records:
         if record.messages[-1].more:
             raise UserError(
@@ -108,15 +111,17 @@ def _labelled_rows(
                 "sft stage trains on tool calls"
             )
     by_record = np.array([label_of(record) for record in records], np.float32)
-    prompts = [render_prompt(record.messages[:-1], tokenizer) for record in records]
-    replies = [render_reply(record.messages[-1].content, tokenizer) for record in records]
-    others = _next_of_another_prompt(prompts) if mismatched else None
+    asked = [record.messages[:-1] for record in records]
+    others = _next_of_another_prompt(asked) if mismatched else None
     groups, dropped = [], 0
     for index, record in enumerate(records):
-        branches = (replies[index],) + ((replies[others[index]],) if others else ())
-        tokens = len(prompts[index]) + sum(map(len, branches))
+        answering = [record, *([records[others[index]]] if others else [])]
+        with naming(record.id):
+            texts = [each.messages[-1].content for each in answering]
+            prompt, branches = render_replies(asked[index], texts, tokenizer)
+        tokens = len(prompt) + sum(map(len, branches))
         if tokens <= length:
-            groups.append(Group(prompts[index], branches, index))
+            groups.append(Group(prompt, tuple(branches), index))
             continue
         dropped += 1
         if over_long == "error":
@@ -134,7 +139,7 @@ def _labelled_rows(
     return rows | {"labels": labels[..., None].astype(np.float32)}
 
 
-def _next_of_another_prompt(prompts: Sequence[Sequence[int]]) -> list[int]:
+def _next_of_another_prompt(prompts: Sequence[Sequence[Message]]) -> list[int]:
     """For each index that of the next prompt, cyclically, that is another one."""
     following = [0] * len(prompts)
     after = None

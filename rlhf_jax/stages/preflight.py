@@ -11,21 +11,19 @@ from typing import IO, Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlhf_jax.data.chat import (
-    AnyTokenizer,
-    render_conversation,
-    render_prompt,
-    render_reply,
-)
+from rlhf_jax.data.chat import AnyTokenizer, mark, render_prompt, render_replies
+from rlhf_jax.data.encode import naming, split_turns
 from rlhf_jax.data.records import Conversation, Pair, Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.statistics import auc, wilson_interval
 from rlhf_jax.evaluation.tables import format_percent, print_table, printable
 from rlhf_jax.stages.chain import PARENTLESS, default_workdir, prepare
 from rlhf_jax.stages.common import (
+    check_unrendered,
     parse_sources,
     read_records,
     read_summary,
+    say_stripped,
     with_chat_template,
 )
 from rlhf_jax.stages.pairs import label_of, read_preferences
@@ -46,11 +44,14 @@ ChatRecord = Conversation | Pair | Prompt
 class Encoded:
     """A record as tokens and, of each, whether it is trained; the parts by name are in order.
 
-    Of a conversation the part "prompt" is all before the last reply.
+    Of a conversation the part "prompt" is all before the last reply, and `stripped` of its `turns`,
+    replies that were to be trained, are not.
     """
 
     parts: Mapping[str, Sequence[int]]
     is_target: Sequence[int]
+    turns: int = 0
+    stripped: int = 0
 
     @property
     def tokens(self) -> list[int]:
@@ -104,15 +105,23 @@ def preflight(config: ConfigDict, source: str, workdir: str | None) -> None:
     limit = config.rollout.max_prompt_tokens if prompts_only else config.data.row_length
     for name in parse_sources(config.data.train):
         records = _read(config, name)
+        check_unrendered(name, records, tokenizer)
         chosen = np.random.default_rng(config.seed).permutation(len(records))[:SAMPLE]
         sample = [records[i] for i in sorted(chosen)]
         judged = isinstance(records[0], Pair) or config.stage in ("reward", "preference")
-        encoded = [encode(record, tokenizer, judged=judged) for record in sample]
+        expand = config.data.get("stripped_turns") == "expand"
+        encoded = [
+            part
+            for record in sample
+            for part in encode_all(record, tokenizer, judged=judged, expand=expand)
+        ]
         kto = config.stage == "preference" and config.loss.name == "kto"
         measured = measure(records, sample, encoded, limit, judged=judged, mismatched=kto)
         limit_name = "rollout.max_prompt_tokens" if prompts_only else "data.row_length"
         fate = "left out" if prompts_only else _FATE.get(config.data.over_long, "an error")
         show(name, measured, f"over {limit_name} = {limit}: {fate}")
+        turns, stripped = (sum(getattr(e, k) for e in encoded) for k in ("turns", "stripped"))
+        say_stripped(name, stripped, turns)
         show_example(_typical(encoded, limit), tokenizer)
 
 
@@ -146,20 +155,32 @@ def _parent(policy: str, runs: Path) -> Path:
 
 def encode(record: ChatRecord, tokenizer: AnyTokenizer, *, judged: bool) -> Encoded:
     """The record's tokens; of a conversation that is `judged` the last reply only is trained."""
-    try:
+    return encode_all(record, tokenizer, judged=judged, expand=False)[0]
+
+
+def encode_all(
+    record: ChatRecord, tokenizer: AnyTokenizer, *, judged: bool, expand: bool
+) -> list[Encoded]:
+    """`encode`, and with `expand` the other documents of a conversation: `encode.split_turns`."""
+    with naming(record.id):
         if isinstance(record, Pair):
-            prompt = render_prompt(record.prompt, tokenizer)
-            sides = [render_reply(text, tokenizer) for text in (record.chosen, record.rejected)]
-            parts = {"prompt": prompt, "chosen": sides[0], "rejected": sides[1]}
-            return Encoded(parts, [0] * len(prompt) + [1] * sum(map(len, sides)))
+            texts = (record.chosen, record.rejected)
+            prompt, (chosen, rejected) = render_replies(record.prompt, texts, tokenizer)
+            parts = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+            trained = [1] * (len(chosen) + len(rejected))
+            return [Encoded(parts, [0] * len(prompt) + trained)]
         if isinstance(record, Prompt):
             prompt = render_prompt(record.messages, tokenizer)
-            return Encoded({"prompt": prompt}, [0] * len(prompt))
-        tokens, is_target = render_conversation(record.messages, tokenizer, last_turn_only=judged)
-        before = len(render_prompt(record.messages[:-1], tokenizer))
-    except UserError as error:
-        raise UserError(f"record {record.id!r}: {error}") from error
-    return Encoded({"prompt": tokens[:before], "reply": tokens[before:]}, is_target)
+            return [Encoded({"prompt": prompt}, [0] * len(prompt))]
+        documents, turns = split_turns(record.messages, tokenizer, judged, expand)
+    stripped = turns - sum(len(places) for _, places in documents)
+    encoded = []
+    for tokens, places in documents:
+        begin, is_target = places[-1].start, mark(tokens, places)
+        parts = {"prompt": tokens[:begin], "reply": tokens[begin:]}
+        encoded.append(Encoded(parts, is_target, turns, stripped))
+        turns = stripped = 0  # counted once
+    return encoded
 
 
 def measure(
@@ -190,7 +211,7 @@ def measure(
         identical = sum(pair.chosen == pair.rejected for pair in pairs)
     return Measured(
         records=len(records),
-        sampled=len(encoded),
+        sampled=len(sample),
         lengths={
             name: np.percentile(values, PERCENTILES, method="inverted_cdf").astype(int).tolist()
             for name, values in shown.items()

@@ -109,6 +109,7 @@ def read_prompts(config: ConfigDict, tokenizer: AnyTokenizer, source: str, split
     """The prompts of a source that leave room for an answer; the others are counted."""
     limit = config.rollout.max_prompt_tokens
     records = read_records(config, source, "prompt", split)
+    check_unrendered(f"{source} ({split}) prompts", records, tokenizer)
     tokens = [render_prompt(record.messages, tokenizer) for record in records]
     kept = [i for i, ids in enumerate(tokens) if len(ids) <= limit]
     say(f"{source} ({split}) prompts", {"read": len(records), "too long": len(records) - len(kept)})

@@ -20,12 +20,14 @@ from rlhf_jax.models.scoring import target_cross_entropy
 from rlhf_jax.stages.chat import evaluate_chat
 from rlhf_jax.stages.common import (
     batches_of,
+    check_unrendered,
     fit,
     load_start,
     pack_texts,
     parse_sources,
     read_records,
     say,
+    say_stripped,
 )
 from rlhf_jax.training.model import save_model
 from rlhf_jax.training.rundir import RunDirectory
@@ -60,12 +62,14 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
 
 
 def _pack(config: ConfigDict, source: str, split: str, tokenizer: AnyTokenizer) -> Arrays:
-    records = read_records(config, source, "conversation", split)
-    length = config.data.row_length
+    what, records = f"{source} ({split})", read_records(config, source, "conversation", split)
+    check_unrendered(what, records, tokenizer)
+    length, stripped = config.data.row_length, config.data.stripped_turns
     documents, counts = encode_conversations(
-        records, tokenizer, length, over_long=config.data.over_long
+        records, tokenizer, length, over_long=config.data.over_long, stripped_turns=stripped
     )
     share = check_trained_share(documents)
     rows, packing = pack_documents(documents, length)
-    say(f"{source} ({split})", counts | packing | {"trained": share})
+    say(what, counts | packing | {"trained": share})
+    say_stripped(what, counts["stripped"], counts["turns"])
     return rows
