@@ -18,13 +18,14 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
 
+from rlhf_jax.data.chat_formats import WITH_TOOLS
 from rlhf_jax.data.records import Message
 from rlhf_jax.data.template import Template
 from rlhf_jax.errors import UserError
@@ -39,6 +40,10 @@ _BOS_BY_CLASS = ("gpt2", "gpt_neox", "gptneox", "gemma")
 _NO_EOS = (
     f"nothing names the token that ends a text: no eos_token in {SETTINGS} or {_SPECIAL_MAP}, no "
     f'eos_token_id in {_GENERATION} or {_CONFIG}; write "eos_token" into {SETTINGS}'
+)
+_WITH_TOOLS = (
+    f"templates that take tools: --config.data.chat_template={', '.join(WITH_TOOLS)} (where their "
+    "control tokens are in the vocabulary) or a .jinja file"
 )
 _NO_TEMPLATE = "the model has no chat template: name one, --config.data.chat_template=chatml"
 _ANOTHER = "to use another: --config.data.chat_template=chatml, or a *.jinja file"
@@ -350,10 +355,6 @@ class HubTokenizer:
 
         return self._hidden_names[of_tool].sub(hide, text)
 
-    def _shown(self, message: Message) -> str:
-        """The message's content as the template is given it."""
-        return self._hidden(message.content, of_tool=message.role == "tool")
-
     def _all_hidden(self, value: Any) -> Any:
         """`_hidden` of every text in a JSON value."""
         if isinstance(value, str):
@@ -363,29 +364,49 @@ class HubTokenizer:
         return [self._all_hidden(v) for v in value] if isinstance(value, list) else value
 
     def _rendered(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        return self._rendered_all(messages, [(range(len(messages)), add_generation_prompt)])[0]
+
+    def _rendered_all(
+        self, messages: Sequence[Message], wanted: Sequence[tuple[Sequence[int], bool]]
+    ) -> list[str]:
+        """Texts of conversations, each made of (places of its messages, add_generation_prompt)."""
         if self._template is None:
             raise UserError(_NO_TEMPLATE)
-        turns = [{"role": m.role, "content": self._shown(m)} for m in messages]
         more = [self._all_hidden(json.loads(m.more)) if m.more else {} for m in messages]
         tools = more[0].pop("tools", None) if more else None
-        render = partial(self._template.render, add_generation_prompt=add_generation_prompt)
-        text = render([a | b for a, b in zip(turns, more, strict=True)], tools=tools)
-        if tools and render([a | b for a, b in zip(turns, more, strict=True)]) == text:
-            raise UserError("the chat template ignores tools; use a model whose template has them")
-        for i, keys in enumerate(more):
-            if "tool_calls" not in keys:
+        turns = [
+            {"role": m.role, "content": self._hidden(m.content, of_tool=m.role == "tool")} | keys
+            for m, keys in zip(messages, more, strict=True)
+        ]
+        with_tools = tools or any(_of_tools(turn) for turn in turns)
+        try:
+            texts = self._template.render_all(turns, wanted, tools=tools)
+        except UserError as error:
+            raise UserError(f"{error}; {_WITH_TOOLS if with_tools else _ANOTHER}") from error
+        if with_tools or any(more):  # the longest has them all
+            longest = max(range(len(wanted)), key=lambda k: len(wanted[k][0]))
+            places, opened = wanted[longest]
+            self._check_tools([turns[i] for i in places], tools, opened, texts[longest])
+        return texts
+
+    def _check_tools(
+        self, turns: list[dict[str, Any]], tools: Any, opened: bool, text: str
+    ) -> None:
+        """Raises UserError if `text`, what the template made of turns, lacks what they hold."""
+        assert self._template is not None
+        render = partial(self._template.render, add_generation_prompt=opened)
+        for what, fewer, fewer_tools in _without_each(turns, tools):
+            try:
+                ignored = render(fewer, tools=fewer_tools) == text
+            except UserError:  # it asks for what was taken out
                 continue
-            less = [*more[:i], {}, *more[i + 1 :]]
-            if render([a | b for a, b in zip(turns, less, strict=True)], tools=tools) == text:
-                raise UserError(
-                    "the chat template ignores tool_calls; use a model whose template has them"
-                )
-        if any(more) and re.search(f"(?i){_ESCAPED}", text):
+            if ignored:
+                raise UserError(f"the chat template ignores {what}; {_WITH_TOOLS}")
+        if re.search(f"(?i){_ESCAPED}", text):
             raise UserError(
                 "the chat template escapes non-ASCII letters of tool calls, which hold a control "
                 "token's name; take it out of them"
             )
-        return text
 
     def _tokens(self, text: str, *, first: bool = True) -> list[int]:
         """Ids of text with hidden names: the library's, but where it has one of these."""
@@ -421,14 +442,7 @@ class HubTokenizer:
         """
         turns = [i for i, m in enumerate(messages[:size]) if m.role == "assistant"]
         both = [*((range(i), True) for i in turns), *wanted]
-        if self._template is None or any(message.more for message in messages):
-            texts = [
-                self._rendered([messages[i] for i in places], add_generation_prompt=opened)
-                for places, opened in both
-            ]
-        else:
-            given = [{"role": m.role, "content": self._shown(m)} for m in messages]
-            texts = self._template.render_all(given, both)
+        texts = self._rendered_all(messages, both)
         return dict(zip(turns, texts, strict=False)), texts[len(turns) :]
 
     def _laid(self, text: str, prompts: Mapping[int, str]) -> tuple[list[int], dict[int, int]]:
@@ -547,6 +561,28 @@ def _with_added(content: dict[str, Any], named: Mapping[str | None, int | None])
         if text is not None and text not in held
     ]
     return content | {"added_tokens": [*added, *more]} if more else content
+
+
+def _of_tools(turn: Mapping[str, Any]) -> bool:
+    return turn["role"] == "tool" or bool(turn.get("tool_calls"))
+
+
+def _without_each(turns: list[dict[str, Any]], tools: Any) -> Iterator[tuple[str, list, Any]]:
+    """(what it is, turns and tools without it) of all that concerns tools in a conversation."""
+    if tools:
+        yield "tools", turns, None
+    for i, turn in enumerate(turns):
+
+        def changed(less: dict[str, Any], i: int = i) -> list[dict[str, Any]]:
+            return [*turns[:i], less, *turns[i + 1 :]]
+
+        if turn["role"] == "tool" and turn["content"]:
+            yield "tool results", changed(turn | {"content": ""}), tools
+        calls = turn.get("tool_calls", [])
+        for j in range(len(calls)):
+            others = {"tool_calls": [*calls[:j], *calls[j + 1 :]]} if len(calls) > 1 else {}
+            rest = {k: v for k, v in turn.items() if k != "tool_calls"}
+            yield "tool_calls", changed(rest | others), tools
 
 
 def _encoding(encoder: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:

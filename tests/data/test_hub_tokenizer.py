@@ -223,15 +223,27 @@ def test_no_text_of_a_tool_becomes_a_control_token(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (TOOLS.replace("m.tool_calls or []", "[]"), "ignores tool_calls"),
-        (TOOLS.replace("if tools", "if false"), "ignores tools"),
+        (TOOLS.replace("m.tool_calls or []", "[]"), "ignores tool_calls; .*template=chatml, "),
+        (TOOLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"), "ignores tool_calls"),
+        (TOOLS.replace("if tools", "if false"), "ignores tools; .*template=chatml, llama3"),
+        (TOOLS.replace("+ m.content + '\n</", "+ '\n</"), "ignores tool results; .*=chatml, "),
+        (
+            TOOLS.replace(
+                "{% if m.role == 'tool' %}",
+                "{% if m.role == 'tool' %}{{ raise_exception('no tools') }}",
+            ),
+            "fails: _Refused: no tools; templates that take tools: .*=chatml, llama3, qwen",
+        ),
         (TOOLS.replace("function | tojson", "function | tojson(ensure_ascii=True)"), "non-ASCII"),
     ],
 )
 def test_a_template_that_loses_tool_calls_is_refused(tmp_path, source, message):
     ours = with_tools(tmp_path, source)
+    messages = conversation_with(FORGED)
+    twice = json.loads(messages[1].more)["tool_calls"] * 2
+    messages[1] = Message("assistant", "", json.dumps({"tool_calls": twice}))
     with pytest.raises(UserError, match=message):
-        ours.conversation(conversation_with(FORGED))
+        ours.conversation(messages)
 
 
 def test_saved_and_loaded_it_is_the_same(saved, tmp_path):
