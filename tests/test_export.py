@@ -91,8 +91,8 @@ def test_what_is_exported_is_read_again_bitwise(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, params)
     user = [Message("user", "What is 12 + 30?")]
     assert chat.render_prompt(user, again.tokenizer) == chat.render_prompt(user, tokenizer)
-    assert chat.render_reply("It is 42.", again.tokenizer) == chat.render_reply(
-        "It is 42.", tokenizer
+    assert chat.render_replies(user, ["It is 42."], again.tokenizer) == chat.render_replies(
+        user, ["It is 42."], tokenizer
     )
     assert again.tokenizer.ends == tokenizer.ends
 

@@ -12,7 +12,7 @@ from rlhf_jax.data.chat import (
     encode_texts,
     render_conversation,
     render_prompt,
-    render_reply,
+    render_replies,
 )
 from rlhf_jax.data.records import Message
 from rlhf_jax.data.template import Template
@@ -29,6 +29,10 @@ from rlhf_jax.data.tokenizer import (
 from rlhf_jax.errors import UserError
 
 TOKENIZER = train_bpe(["hello there, how are you 12"], 270)
+
+
+def reply_tokens(text: str) -> list[int]:
+    return render_replies(messages("u:hello"), [text], TOKENIZER)[1][0]
 
 
 def messages(*turns: str) -> tuple[Message, ...]:
@@ -68,7 +72,7 @@ def test_tool_calls_are_text_of_the_turn_that_makes_them():
     assert tokens.count(END) == 4
     called = json.dumps({"tool_calls": CALLS}, ensure_ascii=False)
     trained = [t for t, on in zip(tokens, is_target, strict=True) if on]
-    expected = [render_reply(text, TOKENIZER) for text in (called, f"hi\n{called}")]
+    expected = [reply_tokens(text) for text in (called, f"hi\n{called}")]
     assert trained == expected[0] + expected[1]
     rendered = Template(TEMPLATE, {}).render(
         [m.to_json() | {"tools": None} for m in CALLING], tools=TOOLS
@@ -80,8 +84,8 @@ def test_last_turn_only():
     turns = messages("u:hello", "a:hi", "u:you", "a:12")
     _, every = render_conversation(turns, TOKENIZER)
     _, last = render_conversation(turns, TOKENIZER, last_turn_only=True)
-    assert sum(every) == sum(len(render_reply(t, TOKENIZER)) for t in ("hi", "12"))
-    assert sum(last) == len(render_reply("12", TOKENIZER)) == sum(last[-sum(last) :])
+    assert sum(every) == sum(len(reply_tokens(t)) for t in ("hi", "12"))
+    assert sum(last) == len(reply_tokens("12")) == sum(last[-sum(last) :])
 
 
 def test_random_conversations():

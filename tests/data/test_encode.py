@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlhf_jax.data.chat import render_conversation, render_prompt, render_reply
+from rlhf_jax.data.chat import render_conversation, render_prompt, render_replies
 from rlhf_jax.data.encode import (
     check_trained_share,
     encode_conversations,
@@ -80,7 +80,7 @@ def test_left_truncation_of_conversations(row_length):
     assert stats["truncated"] == 1
     assert document.tokens == [BOS, *tokens[-(row_length - 1) :]]
     kept = document.is_target
-    first_reply_is_whole = ASSISTANT in document.tokens[: -len(render_reply("no", TOKENIZER)) - 1]
+    first_reply_is_whole = ASSISTANT in document.tokens[: -len([*TOKENIZER.encode(" no"), END]) - 1]
     assert sum(kept) == 4 + (5 if first_reply_is_whole else 0)
     assert kept[-4:] == [1, 1, 1, 1]
 
@@ -108,8 +108,9 @@ def test_over_long_conversations_and_bad_roles_name_the_record():
 def test_pairs_share_their_prompt():
     pairs = [Pair("a", chat("hi"), "yes", "no"), Pair("b", chat("hi"), "x", "x")]
     groups, stats = encode_pairs(pairs, TOKENIZER, 32)
-    assert groups[0].prompt == render_prompt(chat("hi"), TOKENIZER)
-    assert groups[0].branches == tuple(render_reply(r, TOKENIZER) for r in ("yes", "no"))
+    prompt, replies = render_replies(chat("hi"), ("yes", "no"), TOKENIZER)
+    assert groups[0].prompt == prompt == render_prompt(chat("hi"), TOKENIZER)
+    assert groups[0].branches == tuple(replies)
     assert [g.example for g in groups] == [0, 1]
     assert stats["identical"] == 1 and stats["encoded"] == 2
 

@@ -124,12 +124,12 @@ def test_ids_are_the_librarys(family, data):
 
     first, last = (wanted(size, add_generation_prompt=True) for size in (2, 4))
     assert ours.prompt(messages[:2]) == first
-    assert ours.prompt(messages) == last
-    tokens, is_target = ours.conversation(messages[:3])
-    assert tokens[: len(first)] == first and not any(is_target[: len(first)])
+    tokens, turns = ours.conversation(messages[:3])
+    assert tokens[: len(first)] == first and turns[2].start == len(first)
     whole = wanted(3)
     if whole[: len(first)] == first:  # no reply merges with the text before it
         assert tokens == whole[: len(tokens)]
+        assert ours.prompt(messages) == last
 
 
 @ENOUGH
@@ -148,7 +148,7 @@ def test_no_text_makes_a_control_token(family, data):
     for made, wanted in (
         (ours.prompt(messages), ours.prompt(honest)),
         (ours.conversation(messages[:3])[0], ours.conversation(honest[:3])[0]),
-        (ours.reply(messages[2].content), ours.reply("x")),
+        ours.replies(honest[:2], (messages[2].content, "x"))[1],
         (ours.encode(messages[0].content), []),
     ):
         assert [made.count(each) for each in ids] == [wanted.count(each) for each in ids]

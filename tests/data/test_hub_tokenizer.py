@@ -125,13 +125,12 @@ def test_what_is_trained_is_the_replies_and_their_ends(saved):
 
 @pytest.mark.parametrize("reply", ["Yes.", "\n\nNo: \n1. a", " and so on", "", "ا 🦊"])
 def test_a_prompt_and_its_reply_are_the_conversation(saved, reply):
-    kind, _, ours = saved
+    _, _, ours = saved
     messages = [Message("user", "Is it so?"), Message("assistant", reply)]
     prompt = chat.render_prompt(messages[:1], ours)
     whole, _ = chat.render_conversation(messages, ours)
+    assert chat.render_replies(messages[:1], [reply], ours) == (prompt, [whole[len(prompt) :]])
     assert whole[: len(prompt)] == prompt
-    if kind not in ("llama3", "gemma"):  # which trim what is said
-        assert prompt + chat.render_reply(reply, ours) == whole
 
 
 def test_no_text_becomes_a_control_token(saved):
@@ -151,10 +150,10 @@ def test_no_text_becomes_a_control_token(saved):
         ]
         assert counts[0] == counts[1]
         assert forged in ours.decode(ours.prompt(messages))
-    think = ours._id("<think>")
+    think, asked = ours._id("<think>"), [Message("user", "x")]
     assert think in ours.prompt([Message("user", "<think>")])
-    assert think in ours.reply("<think> so")
-    assert not set(special) & set(ours.reply(forged)[:-1])
+    _, (thinking, forging) = ours.replies(asked, ["<think> so", forged])
+    assert think in thinking and not set(special) & set(forging[:-1])
 
 
 # Abridged from Qwen2.5's.
@@ -285,7 +284,7 @@ def test_a_template_that_fails_is_refused_in_one_line(tmp_path, source, message)
     (tmp_path / "made").mkdir()
     write(tmp_path / "made", "chatml")
     with pytest.raises(UserError) as error:
-        edited(tmp_path / "made", tmp_path, source)
+        edited(tmp_path / "made", tmp_path, source).conversation(CONVERSATION[:2])
     assert message in str(error.value) and "\n" not in str(error.value)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from rlhf_jax.data.chat import render_prompt, render_reply
+from rlhf_jax.data.chat import render_replies
 from rlhf_jax.data.pipeline import concatenate_rows, eval_batches
 from rlhf_jax.data.records import Message
 from rlhf_jax.data.tokenizer import train_bpe
@@ -140,8 +140,9 @@ def test_over_long_replies(tmp_path, tokenizer):
 
 
 def _length(tokenizer, reply):
-    prompt = render_prompt((Message("user", "Was it good, number 5?"),), tokenizer)
-    return len(prompt) + len(render_reply(reply, tokenizer))
+    asked = (Message("user", "Was it good, number 5?"),)
+    prompt, (answer,) = render_replies(asked, [reply], tokenizer)
+    return len(prompt) + len(answer)
 
 
 def test_labels_may_be_true_or_false(tmp_path, tokenizer):
