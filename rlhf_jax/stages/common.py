@@ -89,22 +89,25 @@ def check_unrendered(
         UserError: more than half of them are rendered chats already.
     """
     marks = control_texts(tokenizer)
-    spelling, rendered = [], 0
+    spelled: dict[str, str] = {}  # by the record that spells it
+    rendered = 0
     for record in records:
         texts = [text.strip() for text in _texts(record)]
-        if any(mark in text for text in texts for mark in marks):
-            spelling.append(record.id)
+        found = next((mark for mark in marks if any(mark in text for text in texts)), None)
+        if found is not None:
+            spelled[record.id] = found
             rendered += any(text.startswith(marks) or text.endswith(marks) for text in texts)
-    if not spelling:
+    if not spelled:
         return
-    found = f"{what}: {len(spelling):,} of {len(records):,} records, {spelling[0]!r} first, spell"
+    name, mark = next(iter(spelled.items()))
+    said = f"{what}: {len(spelled):,} of {len(records):,} records spell what marks turns in a chat "
+    said += f"(first {name!r}: {mark!r})"
     if 2 * rendered > len(records):
         raise UserError(
-            f"{found} the control tokens of the chat format: they are rendered already, and would "
-            "be once more; give the messages themselves, without these"
+            f"{said}: they are rendered already, and would be rendered once more; give the "
+            "messages alone, without the chat template's text"
         )
-    print(f"warning: {found} control tokens of the chat format, which are trained and read as "
-          "ordinary text", flush=True)  # fmt: skip
+    print(f"warning: {said}, which is read and trained as ordinary text", flush=True)
 
 
 def _texts(record: Conversation | Pair | Prompt) -> list[str]:
