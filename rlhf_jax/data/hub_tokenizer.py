@@ -541,9 +541,14 @@ def _parting(texts: Iterable[str], control: Iterable[str], template: Template) -
             whole = template.render(turns[1:])
     except UserError:
         return marks
-    written = {mark for mark in marks if mark in whole or mark in template.source}
-    opening = {mark.replace("/", "", 1) for mark in marks if "/" in mark} & marks
-    parting = {m for m in written if not {m, m.replace("/", "", 1)} & opening}
+    shown = f"{whole}\n{template.source}"
+    written = {mark for mark in marks if mark in shown}
+    known = "\n".join((shown, *texts))
+
+    def other(mark: str) -> str:
+        return mark.replace("/", "", 1) if "/" in mark else f"{mark[0]}/{mark[1:]}"
+
+    parting = {mark for mark in written if other(mark) not in known}
     between = whole.partition(question)[2].partition(answer)[0]
     alone = not any(token in between for token in (*control, *parting))
     return written if alone else parting

@@ -47,6 +47,7 @@ THOUGHTS = plain("</think>", "<tool_call>", "</tool_call>")
 FAMILIES = {
     "pythia": ("plain", None, normalizers.NFC(), SPACES, []),
     "qwen3": ("chatml", THINKING, normalizers.NFC(), THOUGHTS, []),
+    "half": ("chatml", THINKING, None, plain("<tool_call>", "# Tools"), []),
     "deepseek": (
         "llama3", DEEPSEEK, None,
         THOUGHTS + plain("<｜User｜>", "<｜Assistant｜>", normalized=True),
