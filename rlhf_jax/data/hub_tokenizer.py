@@ -306,8 +306,15 @@ class HubTokenizer:
         return frozenset(self._by_text[text].id for text in control)
 
     @cached_property
+    def _forbidden(self) -> frozenset[int]:
+        """Those that no text may give: not what stands for letters the vocabulary lacks."""
+        model = self._content["model"]
+        unknown = self._whole.token_to_id(model.get("unk_token") or "")
+        return self._control - {unknown, model.get("unk_id")}
+
+    @cached_property
     def _markup(self) -> frozenset[int]:
-        """These, and the ids of the other added tokens that the template names."""
+        """Control tokens, and the ids of the other added ones that the template names."""
         source = "" if self._template is None else self._template.source
         marks = {self._by_text[text].id for text in _marks(self._by_text) if text in source}
         return self._control | marks
@@ -423,10 +430,10 @@ class HubTokenizer:
 
     def _between(self, ids: list[int], text: str, *, first: bool) -> list[int]:
         """Ids of text between tokens of `_markup`: `ids`, unless it spells one, if only nearly."""
-        if _OPEN in text or not self._control.isdisjoint(ids):
+        if _OPEN in text or not self._forbidden.isdisjoint(ids):
             text = _SPELLED.sub(lambda m: self._by_id[int(m[1])], text)
             ids = _encoding(self._text_encoders[first], text).ids
-            if not self._control.isdisjoint(ids):
+            if not self._forbidden.isdisjoint(ids):
                 raise UserError(f"the text {text[:60]!a} would be encoded as a control token")
         return ids
 
@@ -623,9 +630,14 @@ def _parting(texts: Iterable[str], control: Iterable[str], template: Template) -
             whole = template.render(turns[1:])
     except UserError:
         return marks
-    written = {mark for mark in marks if mark in whole or mark in template.source}
-    opening = {mark.replace("/", "", 1) for mark in marks if "/" in mark} & marks
-    parting = {m for m in written if not {m, m.replace("/", "", 1)} & opening}
+    shown = f"{whole}\n{template.source}"
+    written = {mark for mark in marks if mark in shown}
+    known = "\n".join((shown, *texts))
+
+    def other(mark: str) -> str:
+        return mark.replace("/", "", 1) if "/" in mark else f"{mark[0]}/{mark[1:]}"
+
+    parting = {mark for mark in written if other(mark) not in known}
     between = whole.partition(question)[2].partition(answer)[0]
     alone = not any(token in between for token in (*control, *parting))
     return written if alone else parting

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, normalizers, pre_tokenizers
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
 from rlhf_jax.data.chat_formats import TEMPLATES
 from rlhf_jax.data.hub_tokenizer import HubTokenizer
@@ -47,6 +47,7 @@ THOUGHTS = plain("</think>", "<tool_call>", "</tool_call>")
 FAMILIES = {
     "pythia": ("plain", None, normalizers.NFC(), SPACES, []),
     "qwen3": ("chatml", THINKING, normalizers.NFC(), THOUGHTS, []),
+    "half": ("chatml", THINKING, None, plain("<tool_call>", "# Tools"), []),
     "deepseek": (
         "llama3", DEEPSEEK, None,
         THOUGHTS + plain("<｜User｜>", "<｜Assistant｜>", normalized=True),
@@ -157,3 +158,12 @@ def test_no_text_makes_a_control_token(family, data):
 def test_what_parts_turns_is_control_and_what_stands_in_them_is_not(family):
     _, ours, control = family
     assert {ours._by_id[each] for each in ours._control} == set(control) | {ours._eos_text}
+
+
+def test_a_letter_that_the_vocabulary_lacks_is_no_control_token():
+    made = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, "<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.add_special_tokens(["<unk>", "</s>"])
+    ours = HubTokenizer(made.to_str(), eos="</s>")
+    assert ours.encode("a é a") == [2, 0, 2]
+    assert ours.encode("a </s>") == [2, 0, 0, 0]  # </, s and >
