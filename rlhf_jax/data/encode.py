@@ -71,9 +71,7 @@ def encode_conversations(
     not fit.
     """
     _check_policy(over_long, CHAT_POLICIES)
-    if stripped_turns not in STRIPPED_POLICIES:
-        known = ", ".join(STRIPPED_POLICIES)
-        raise UserError(f"unknown stripped_turns policy {stripped_turns!r}; known: {known}")
+    check_stripped_turns(stripped_turns)
     expand = stripped_turns == "expand"
     documents, stats, long = [], _new_stats(records) | {"turns": 0, "stripped": 0}, []
     for record in records:
@@ -113,7 +111,8 @@ def split_turns(
     wanted = {i for i, message in enumerate(messages) if message.role == "assistant"}
     if last_turn_only:
         wanted = {len(messages) - 1}
-    parts, count, end = [], len(wanted), len(messages)
+    parts: list[tuple[list[int], list[range]]] = []
+    count, end = len(wanted), len(messages)
     while end and (expand or not parts):
         tokens, turns = render_turns(messages[:end], tokenizer, last_turn_only=last_turn_only)
         parts.append((tokens, [places for i, places in turns.items() if i in wanted]))
@@ -152,6 +151,13 @@ def encode_pairs(
         groups.append(Group(prompt, tuple(branches), index))
     _settle(stats, long, over_long, row_length, CHAT_POLICIES)
     return groups, stats
+
+
+def check_stripped_turns(policy: str) -> None:
+    """Raises UserError unless it is one of `STRIPPED_POLICIES`."""
+    if policy not in STRIPPED_POLICIES:
+        known = ", ".join(STRIPPED_POLICIES)
+        raise UserError(f"data.stripped_turns = {policy!r}: choose one of {known}")
 
 
 def check_trained_share(documents: Sequence[Document]) -> float:

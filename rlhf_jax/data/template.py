@@ -28,8 +28,7 @@ _WORKER = Path(__file__).with_name("template_worker.py")
 
 
 class Template:
-    """A Jinja chat template and the special tokens it may name; it is read when it first renders.
-    """
+    """A Jinja chat template and the special tokens it may name; read when it first renders."""
 
     def __init__(self, source: str, variables: Mapping[str, str]):
         self.source, self.variables = source, dict(variables)

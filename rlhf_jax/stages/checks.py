@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from rlhf_jax.data.builders import check_name
 from rlhf_jax.data.chat_formats import chat_template
+from rlhf_jax.data.encode import check_stripped_turns
 from rlhf_jax.data.hub_data import check_hub_name
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses.advantages import BASELINES, SCALES
@@ -38,6 +39,8 @@ def check(config: ConfigDict) -> None:
     make_optimizer(config.optimizer, updates)
     if config.data.get("chat_template"):
         chat_template(config.data.chat_template)
+    if "stripped_turns" in config.data:
+        check_stripped_turns(config.data.stripped_turns)
     if "adapter" in config:
         AdapterConfig(**config.adapter).validate()
     data, held_out = config.data, config.eval.get("source", "")

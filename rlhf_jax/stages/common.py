@@ -89,17 +89,16 @@ def check_unrendered(
         UserError: more than half of them are rendered chats already.
     """
     marks = control_texts(tokenizer)
-    spelled: dict[str, str] = {}  # by the record that spells it
-    rendered = 0
+    spelled, rendered = [], 0
     for record in records:
         texts = [text.strip() for text in _texts(record)]
         found = next((mark for mark in marks if any(mark in text for text in texts)), None)
         if found is not None:
-            spelled[record.id] = found
+            spelled.append((record.id, found))
             rendered += any(text.startswith(marks) or text.endswith(marks) for text in texts)
     if not spelled:
         return
-    name, mark = next(iter(spelled.items()))
+    name, mark = spelled[0]
     said = f"{what}: {len(spelled):,} of {len(records):,} records spell what marks turns in a chat "
     said += f"(first {name!r}: {mark!r})"
     if 2 * rendered > len(records):

@@ -42,7 +42,7 @@ from rlhf_jax.rewards import (
     stack_members,
 )
 from rlhf_jax.sampling.generate import Completion, generate
-from rlhf_jax.stages.common import mesh_of, read_records, say
+from rlhf_jax.stages.common import check_unrendered, mesh_of, read_records, say
 from rlhf_jax.training.mesh import batch_shards
 from rlhf_jax.training.model import Model, load_model
 from rlhf_jax.training.on_policy import Rollouts, Task
