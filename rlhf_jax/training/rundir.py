@@ -1,8 +1,12 @@
-"""The run directory: one writer, one configuration, files that are whole or absent."""
+"""The run directory: one writer, one run, files that are whole or absent.
+
+A run is what it was made from: config.json, and made_from.json (see `stages/identity.py`).
+"""
 
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import signal
@@ -14,9 +18,12 @@ from typing import Any
 
 from rlhf_jax.errors import Preempted, UserError
 
-# What a resumed run may find changed in its config, by prefix of the field's dotted name.
+CONFIG, MADE_FROM, SUMMARY = "config.json", "made_from.json", "summary.json"
+# What a resumed run may find changed in what it is made from, by prefix of the dotted name.
 # Everything else would silently make it another run, and is refused.
 FREE = (
+    "commit",
+    "contents.eval",
     "eval",
     "report",
     "samples",
@@ -65,19 +72,46 @@ def plain(config) -> dict[str, Any]:
     return json.loads(text)
 
 
-def config_changes(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:
+def changes(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:
     """{dotted field: (old value, new value)} of what differs; a missing field is "absent"."""
     old, new = _flatten(old), _flatten(new)
     pairs = {k: (old.get(k, "absent"), new.get(k, "absent")) for k in {**old, **new}}
     return {k: pair for k, pair in sorted(pairs.items()) if pair[0] != pair[1]}
 
 
+def tell_changes(changed: Mapping[str, tuple[Any, Any]], limit: int = 5) -> str:
+    """What differs, in one line: a config's fields with their values, then files by name."""
+    texts: dict[str, list[str]] = {"": [], "contents": [], "parents": [], "code": []}
+    follows = []  # from another difference, unless the older run recorded nothing
+    for name, (before, after) in changed.items():
+        kind, _, what = name.partition(".")
+        if kind not in texts:
+            texts[""].append(f"{name}: {before!r} -> {after!r}")
+        elif "absent" in (before, after):
+            follows.append(f"{name}: {before!r} -> {after!r}")
+        else:
+            what = f"the model of init.{what}" if kind == "parents" else what
+            texts[kind].append(f"{what} has changed")
+    told = [text for each in texts.values() for text in each] or follows
+    more = f" and {len(told) - limit} more" if len(told) > limit else ""
+    return ", ".join(told[:limit]) + more
+
+
+class AnotherRun(UserError):
+    """A directory holds a run that was made from something else."""
+
+
 class RunDirectory:
     """A run directory held by this process: `with RunDirectory(path, config) as run: …`
 
-    Entering takes the lock, checks config.json against `config` and starts listening for SIGTERM
-    and SIGINT. The first signal raises `Preempted` at once, or, inside `train`, after the current
-    step is saved; a second one ends the process with 130.
+    Entering takes the lock, checks what the directory says of its run against `config` and
+    `made_from`, and starts listening for SIGTERM and SIGINT. The first signal raises `Preempted` at
+    once, or, inside `train`, after the current step is saved; a second one ends the process with
+    130.
+
+    A run that differs is not continued. With `rerun` its directory is kept under another name,
+    <path>.1 or the next that is free, and a new one begun. One that has neither a checkpoint nor a
+    summary holds nothing to continue, and begins again as it is.
 
     Attributes:
       path: the directory.
@@ -85,26 +119,39 @@ class RunDirectory:
       defer_stop: set while a signal must not interrupt; `stop_requested` says that one came.
 
     Raises (on entering):
-      UserError: another process holds the directory, or the config changed in a way that would
-        silently change the run. `allow_changes` accepts optimizer, steps and mesh.
+      AnotherRun: what the run is made from has changed. `allow_changes` accepts optimizer, steps
+        and mesh.
+      UserError: another process holds the directory, or its files are not a run's.
     """
 
-    def __init__(self, path: str | os.PathLike, config, *, allow_changes: bool = False):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        config,
+        made_from: Mapping[str, Any] | None = None,
+        *,
+        allow_changes: bool = False,
+        rerun: bool = False,
+    ):
         self.path = Path(path)
         self.config = plain(config)
+        self.made_from = dict(made_from or {})
         self.allow_changes = allow_changes
+        self.rerun = rerun
         self.stop_requested = False
         self.defer_stop = False
         self.earlier_seconds = 0.0
 
     def __enter__(self) -> RunDirectory:
+        self._hold()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _acquire(self.path / "lock")
-        except OSError as error:
-            raise UserError(f"cannot use {self.path} as a run directory: {error}") from error
-        try:
-            self._check_config()
+            if self._is_another_run():
+                aside = set_aside(self.path)
+                print(f"{self.path} is kept as {aside}", flush=True)
+                os.close(self._lock)
+                self._hold()
+            write_json(self.path / MADE_FROM, self.made_from)
+            write_json(self.path / CONFIG, self.config)
         except BaseException:
             os.close(self._lock)
             raise
@@ -125,30 +172,40 @@ class RunDirectory:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json, the last file of a run: with it the run is done."""
         fault_point("summary")
-        write_json(self.path / "summary.json", summary)
+        write_json(self.path / SUMMARY, summary)
 
-    def _check_config(self) -> None:
-        path = self.path / "config.json"
-        if path.exists():
-            try:
-                old = json.loads(path.read_text())
-            except ValueError as error:
-                raise UserError(f"{path} is not JSON ({error}); not a run directory?") from error
-            changes = config_changes(old, self.config)
-            for name, (before, after) in changes.items():
-                print(f"config changed: {name}: {before!r} -> {after!r}", flush=True)
-            accepted = FREE + (ALLOWED_WITH_FLAG if self.allow_changes else ())
-            refused = [name for name in changes if not _has_prefix(name, accepted)]
-            if refused:
-                shown = ", ".join("{}: {!r} -> {!r}".format(n, *changes[n]) for n in refused[:5])
-                raise UserError(
-                    f"{self.path} holds a run with another config ({shown}"
-                    f"{', …' if len(refused) > 5 else ''}); "
-                    "use another --workdir, or delete this one to start again"
-                )
-            if not changes:
-                return
-        write_json(path, self.config)
+    def _hold(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _acquire(self.path / "lock")
+        except OSError as error:
+            raise UserError(f"cannot use {self.path} as a run directory: {error}") from error
+
+    def _is_another_run(self) -> bool:
+        """Whether what is there is of another run, and is to be set aside for this one."""
+        done = (self.path / SUMMARY).exists()
+        checkpoints = (self.path / "checkpoints").glob("*")
+        if not done and not any(path.name.isdigit() for path in checkpoints):
+            return False
+        changed = changes(self.read(self.path), self.made_from | {"config": self.config})
+        changed = {name.removeprefix("config."): pair for name, pair in changed.items()}
+        accepted = FREE + (ALLOWED_WITH_FLAG if self.allow_changes else ())
+        refused = {k: pair for k, pair in changed.items() if not _has_prefix(k, accepted)}
+        if refused and not self.rerun:
+            raise AnotherRun(
+                f"{self.path} holds {'a finished' if done else 'an unfinished'} run that was made "
+                f"from something else ({tell_changes(refused)}); --rerun keeps it under another "
+                "name and runs this one, or use another --workdir"
+            )
+        free = {name: pair for name, pair in changed.items() if name != "commit"}
+        if free:
+            print(f"{self.path}: {tell_changes(free, limit=len(free))}", flush=True)
+        return bool(refused)
+
+    @staticmethod
+    def read(path: Path) -> dict[str, Any]:
+        """What a directory says its run was made from: made_from.json, and in it the "config"."""
+        return _read_object(path / MADE_FROM) | {"config": _read_object(path / CONFIG)}
 
     def _on_signal(self, number, frame) -> None:
         if self.stop_requested:
@@ -158,6 +215,28 @@ class RunDirectory:
             raise Preempted(
                 f"{signal.Signals(number).name} received; run the same command to continue"
             )
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a run directory to <path>.1, or the next number that is free, and returns that."""
+    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    os.rename(path, aside)
+    sync_directory(path.parent)
+    return aside
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; {} where there is no such file."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not JSON ({error}); not a run directory?") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object; not a run directory?")
+    return value
 
 
 def _listen(handler) -> dict[int, Any]:
