@@ -27,7 +27,7 @@ from rlhf_jax.evaluation.tables import print_summary
 from rlhf_jax.stages.checks import check
 from rlhf_jax.stages.common import ancestry, read_summary, settle_sources
 from rlhf_jax.stages.identity import made_from, resolved
-from rlhf_jax.training.rundir import SUMMARY, AnotherRun, RunDirectory
+from rlhf_jax.training.rundir import SUMMARY, AnotherRun, RunDirectory, changes, tell_changes
 
 STAGES = (
     *("pretrain", "sft", "reward", "preference"),
@@ -134,6 +134,9 @@ def _run_stage(config: ConfigDict, held: RunDirectory, parents: Mapping[str, Pat
     stage = importlib.import_module(f"rlhf_jax.stages.{config.stage}")
     metrics = stage.run(config, held, parents)
     origin = held.made_from
+    meanwhile = changes(origin, made_from(config, parents) | {"commit": origin["commit"]})
+    if meanwhile:
+        print(f"warning: during the run {tell_changes(meanwhile)}", flush=True)
     code = hashlib.sha256(json.dumps(origin["code"], sort_keys=True).encode()).hexdigest()[:12]
     summary = {
         "stage": config.stage,

@@ -148,7 +148,7 @@ class RunDirectory:
             if self._is_another_run():
                 aside = set_aside(self.path)
                 print(f"{self.path} is kept as {aside}", flush=True)
-                os.close(self._lock)
+                self._let_go()
                 self._hold()
             write_json(self.path / MADE_FROM, self.made_from)
             write_json(self.path / CONFIG, self.config)
@@ -162,8 +162,7 @@ class RunDirectory:
     def __exit__(self, *_) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        os.ftruncate(self._lock, 0)
-        os.close(self._lock)
+        self._let_go()
 
     def wall_seconds(self) -> float:
         """Seconds spent on this run, before its last checkpoint and since this process's start."""
@@ -181,14 +180,20 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"cannot use {self.path} as a run directory: {error}") from error
 
+    def _let_go(self) -> None:
+        os.ftruncate(self._lock, 0)
+        os.close(self._lock)
+
     def _is_another_run(self) -> bool:
         """Whether what is there is of another run, and is to be set aside for this one."""
+        config, made_from = (_read_object(self.path / name) for name in (CONFIG, MADE_FROM))
+        if config and "stage" not in config and not (self.path / MADE_FROM).exists():
+            raise UserError(f"{self.path} is no run directory: its {CONFIG} is something else's")
         done = (self.path / SUMMARY).exists()
         checkpoints = (self.path / "checkpoints").glob("*")
         if not done and not any(path.name.isdigit() for path in checkpoints):
             return False
-        changed = changes(self.read(self.path), self.made_from | {"config": self.config})
-        changed = {name.removeprefix("config."): pair for name, pair in changed.items()}
+        changed = changes(made_from | config, self.made_from | self.config)
         accepted = FREE + (ALLOWED_WITH_FLAG if self.allow_changes else ())
         refused = {k: pair for k, pair in changed.items() if not _has_prefix(k, accepted)}
         if refused and not self.rerun:
@@ -201,11 +206,6 @@ class RunDirectory:
         if free:
             print(f"{self.path}: {tell_changes(free, limit=len(free))}", flush=True)
         return bool(refused)
-
-    @staticmethod
-    def read(path: Path) -> dict[str, Any]:
-        """What a directory says its run was made from: made_from.json, and in it the "config"."""
-        return _read_object(path / MADE_FROM) | {"config": _read_object(path / CONFIG)}
 
     def _on_signal(self, number, frame) -> None:
         if self.stop_requested:

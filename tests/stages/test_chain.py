@@ -64,9 +64,13 @@ def test_reported_numbers_are_recomputable(chain):
 def test_a_second_run_reuses_everything(chain):
     experiments, runs, _ = chain
     before = (runs / "dpo/summary.json").stat().st_mtime_ns
+    path = runs / "sft/summary.json"
+    environment = summary(runs / "sft")["environment"] | {"jax": "0.0.1"}
+    path.write_text(json.dumps(summary(runs / "sft") | {"environment": environment}))
     result = run_main(f"--config={experiments}/dpo.py", f"--workdir={runs}/dpo")
     assert result.returncode == 0
     assert result.stdout.count("reusing") == 3
+    assert f"{runs}/sft was made with jax 0.0.1 (here " in result.stdout
     assert (runs / "dpo/summary.json").stat().st_mtime_ns == before
 
 

@@ -106,12 +106,24 @@ def test_commit_and_prompts_of_the_evaluation_are_free(tmp_path, capsys):
 
 def test_a_run_that_recorded_no_inputs_is_another(tmp_path):
     begun(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"stage": "sft"}))
     (tmp_path / "made_from.json").unlink()
     with (
         pytest.raises(UserError, match=r"\(version: 'absent' -> '1.0'\)"),
-        RunDirectory(tmp_path, CONFIG, MADE_FROM),
+        RunDirectory(tmp_path, CONFIG | {"stage": "sft"}, MADE_FROM),
     ):
         pass
+
+
+def test_the_config_of_a_model_from_elsewhere_is_not_overwritten(tmp_path):
+    text = '{"model_type": "llama"}'
+    (tmp_path / "config.json").write_text(text)
+    with (
+        pytest.raises(UserError, match="is no run directory"),
+        RunDirectory(tmp_path, CONFIG, MADE_FROM, rerun=True),
+    ):
+        pass
+    assert (tmp_path / "config.json").read_text() == text
 
 
 def test_rerun_keeps_the_old_run_under_the_next_free_name(tmp_path, capsys):
