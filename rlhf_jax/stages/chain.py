@@ -27,20 +27,20 @@ from rlhf_jax.evaluation.tables import print_summary
 from rlhf_jax.stages.checks import check
 from rlhf_jax.stages.common import ancestry, read_summary, settle_sources
 from rlhf_jax.stages.identity import made_from, resolved
-from rlhf_jax.training.rundir import SUMMARY, AnotherRun, RunDirectory, changes, tell_changes
+from rlhf_jax.training.rundir import (
+    SUMMARY,
+    AnotherRun,
+    RunDirectory,
+    changes,
+    config_hash,
+    tell_changes,
+)
 
 STAGES = (
     *("pretrain", "sft", "reward", "preference"),
     *("policy", "online_preference", "best_of_n", "oracle"),
 )
 PARENTLESS = ("pretrain", "oracle")
-
-
-def config_hash(config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
-    """First 12 hex digits of the SHA-256 of a run's config and what else it is made from."""
-    decides = {name: value for name, value in origin.items() if name != "commit"}
-    text = json.dumps([config, decides], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def load_config(source: str) -> ConfigDict:
@@ -141,7 +141,7 @@ def _run_stage(config: ConfigDict, held: RunDirectory, parents: Mapping[str, Pat
     summary = {
         "stage": config.stage,
         "status": "done",
-        "config_hash": config_hash(held.config, origin),
+        "config_hash": held.config_hash,
         "parents": {role: str(path.resolve()) for role, path in parents.items()},
         "wall_seconds": round(held.wall_seconds(), 3),
         "metrics": {name: float(value) for name, value in metrics.items()},

@@ -6,6 +6,7 @@ A run is what it was made from: config.json, and made_from.json (see `stages/ide
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -79,6 +80,13 @@ def changes(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:
     return {k: pair for k, pair in sorted(pairs.items()) if pair[0] != pair[1]}
 
 
+def config_hash(config: Mapping[str, Any], made_from: Mapping[str, Any]) -> str:
+    """First 12 hex digits of the SHA-256 of a run's config and what else it is made from."""
+    decides = {name: value for name, value in made_from.items() if name != "commit"}
+    text = json.dumps([config, decides], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def tell_changes(changed: Mapping[str, tuple[Any, Any]], limit: int = 5) -> str:
     """What differs, in one line: a config's fields with their values, then files by name."""
     texts: dict[str, list[str]] = {"": [], "contents": [], "parents": [], "code": []}
@@ -110,8 +118,8 @@ class RunDirectory:
     130.
 
     A run that differs is not continued. With `rerun` its directory is kept under another name,
-    <path>.1 or the next that is free, and a new one begun. One that has neither a checkpoint nor a
-    summary holds nothing to continue, and begins again as it is.
+    <path>.1 or the next that is free, and a new one begun. So is, without being asked, one that has
+    neither a checkpoint nor a summary: a first try that failed is not to stand in the way.
 
     Attributes:
       path: the directory.
@@ -168,6 +176,11 @@ class RunDirectory:
         """Seconds spent on this run, before its last checkpoint and since this process's start."""
         return self.earlier_seconds + time.monotonic() - self._start
 
+    @property
+    def config_hash(self) -> str:
+        """See `config_hash`."""
+        return config_hash(self.config, self.made_from)
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json, the last file of a run: with it the run is done."""
         fault_point("summary")
@@ -191,11 +204,13 @@ class RunDirectory:
             raise UserError(f"{self.path} is no run directory: its {CONFIG} is something else's")
         done = (self.path / SUMMARY).exists()
         checkpoints = (self.path / "checkpoints").glob("*")
-        if not done and not any(path.name.isdigit() for path in checkpoints):
-            return False
+        begun = done or any(path.name.isdigit() for path in checkpoints)
         changed = changes(made_from | config, self.made_from | self.config)
         accepted = FREE + (ALLOWED_WITH_FLAG if self.allow_changes else ())
         refused = {k: pair for k, pair in changed.items() if not _has_prefix(k, accepted)}
+        if not begun:
+            left = {path.name for path in self.path.iterdir()} - {"lock", CONFIG, MADE_FROM}
+            return bool(refused and left)
         if refused and not self.rerun:
             raise AnotherRun(
                 f"{self.path} holds {'a finished' if done else 'an unfinished'} run that was made "

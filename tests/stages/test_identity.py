@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from experiments import dpo, grpo, sft
-from rlhf_jax.stages.chain import config_hash, prepare
+from rlhf_jax.stages.chain import prepare
 from rlhf_jax.stages.identity import made_from, resolved
 from rlhf_jax.training.checkpoint import save_params
 from rlhf_jax.training.model import fingerprint
+from rlhf_jax.training.rundir import config_hash
 
 PAIRS = '{"prompt": "Hi", "chosen": "Hello.", "rejected": "What?"}\n'
 

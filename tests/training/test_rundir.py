@@ -156,13 +156,21 @@ def test_a_finished_run_is_another_even_without_checkpoints(tmp_path):
 
 
 def test_a_first_try_that_failed_does_not_block_the_next(tmp_path, capsys):
-    with RunDirectory(tmp_path, CONFIG, MADE_FROM):
-        (tmp_path / "checkpoints" / "00000002.tmp").mkdir(parents=True)
-    other = changed("data", "train", "hh")
-    with RunDirectory(tmp_path, other, MADE_FROM | {"version": "2"}):
+    run = tmp_path / "dpo"
+    with RunDirectory(run, CONFIG, MADE_FROM):
         pass
-    assert json.loads((tmp_path / "config.json").read_text()) == other
-    assert not capsys.readouterr().out
+    other = changed("data", "train", "hh")
+    with RunDirectory(run, other, MADE_FROM | {"version": "2"}):
+        assert json.loads((run / "config.json").read_text()) == other
+        assert not capsys.readouterr().out
+        (run / "checkpoints" / "00000002.tmp").mkdir(parents=True)
+        (run / "before.json").touch()
+    with RunDirectory(run, other, MADE_FROM | {"version": "2"}):  # the same goes on
+        assert (run / "before.json").exists()
+    with RunDirectory(run, CONFIG, MADE_FROM):  # of which nothing may be taken for this one's
+        assert not (run / "before.json").exists()
+    assert capsys.readouterr().out == f"{run} is kept as {run}.1\n"
+    assert (tmp_path / "dpo.1" / "before.json").exists()
 
 
 def test_what_changes_no_number_is_free(tmp_path, capsys):
