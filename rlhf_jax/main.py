@@ -1,7 +1,8 @@
 """The front door: `python -m rlhf_jax.main --config=experiments/dpo.py [--config.train.steps=100]`.
 
 Flags become a config, the config names a stage, the stage runs in a run directory; parents named
-by `config.init` run first. With --preflight nothing runs: what it would train on is shown. Exit
+by `config.init` run first. With --preflight nothing runs: what it would train on is shown. With
+--rerun a run that was made from something else is kept under another name and run again. Exit
 codes: 0 done, 75 stopped but resumable, 2 the user's mistake, 1 a bug.
 """
 
@@ -15,7 +16,7 @@ from rlhf_jax.malloc import tune_malloc
 
 
 def parse(argv: list[str]):
-    """Returns (config, its source "file.py[:variant]", workdir or None, whether --preflight)."""
+    """Returns (config, its source "file.py[:variant]", the values of the other flags)."""
     from absl import flags
     from ml_collections import config_flags
 
@@ -23,6 +24,7 @@ def parse(argv: list[str]):
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=[sys.argv[0], *argv])
     flags.DEFINE_string("workdir", None, "run directory", flag_values=values)
     flags.DEFINE_boolean("preflight", False, "show the data and run nothing", flag_values=values)
+    flags.DEFINE_boolean("rerun", False, "run again what has changed", flag_values=values)
     try:
         rest = values([sys.argv[0], *argv])[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
@@ -38,13 +40,13 @@ def parse(argv: list[str]):
     source = config_flags.get_config_filename(values["config"])
     if not os.path.isfile(source.partition(":")[0]):
         raise UserError(f"--config={source}: there is no such file")
-    return values.config, source, values.workdir, values.preflight
+    return values.config, source, values
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line (default: this process's) and returns the exit code."""
     try:
-        config, source, workdir, preflight_only = parse(sys.argv[1:] if argv is None else argv)
+        config, source, values = parse(sys.argv[1:] if argv is None else argv)
         from rlhf_jax.cache import keep_compilations
         from rlhf_jax.devices import split_cores
         from rlhf_jax.stages import chain, preflight
@@ -52,8 +54,10 @@ def main(argv: list[str] | None = None) -> int:
         if argv is None:  # a process of its own
             split_cores()
             keep_compilations()
-        run = preflight.preflight if preflight_only else chain.run
-        run(config, source, workdir)
+        if values.preflight:
+            preflight.preflight(config, source, values.workdir)
+        else:
+            chain.run(config, source, values.workdir, rerun=values.rerun)
         return EXIT_DONE
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -31,6 +31,7 @@ from rlhf_jax.data.jsonl import open_bytes, read_jsonl, read_lines, string
 from rlhf_jax.data.record_builder import RecordBuilder, RecordConfig, read_records
 from rlhf_jax.data.records import Conversation, Message, Prompt, Record, Text
 from rlhf_jax.data.town import dataset
+from rlhf_jax.digests import code_digest, file_digest
 from rlhf_jax.errors import UserError
 
 VALIDATION_SHARE = 0.1
@@ -57,8 +58,8 @@ def load_records(name: str, split: str, *, kind: str | None = None) -> list[Reco
 
     `name` is "set/config", "set/kind", which is the first config of that kind, or "set": the first
     config of `kind`, or the first of all. `split` may be sliced ("train[:10%]"). The prepared files
-    are keyed by the content of the source files, so a changed file is never mistaken for an older
-    one. Raises UserError for unknown names and for files that cannot be had.
+    are keyed by the content of the source files and by the code that reads them, so neither is
+    mistaken for an older one. Raises UserError for unknown names and for files that cannot be had.
     """
     check_name(name)
     set_name, _, wanted = name.partition("/")
@@ -71,7 +72,8 @@ def load_records(name: str, split: str, *, kind: str | None = None) -> list[Reco
         raise UserError(f"data set {set_name!r} has no config {wanted!r}; there are: {[*kinds]}")
     if cls is None:
         return dataset.read_town(config, split)
-    folder = cache_dir() / "datasets" / _fingerprint(cls, config)
+    made_from = f"{sources_digest(f'{set_name}/{config}')}-{code_digest(__name__)}"
+    folder = cache_dir() / "datasets" / made_from
     return read_records(cls(config=config, data_dir=folder, file_format="array_record"), split)
 
 
@@ -323,13 +325,18 @@ def _download(source: Source, dl_manager) -> Path:
     return path
 
 
-def _fingerprint(cls: type[RecordBuilder], config: str) -> str:
-    """Names what a set is made from: local files' bytes, the hashes of those to be downloaded."""
-    digest = hashlib.sha256()
-    for source in cls.SOURCES[config]:
-        path = _local_path(source)
-        digest.update(path.read_bytes() if path else f"{source.sha256}".encode())
-    return digest.hexdigest()[:16]
+def sources_digest(name: str) -> str:
+    """A digest of the files a data set is made from, "" if it is made of none.
+
+    Of a set without its config, that is of all its files. Of a file that is to be downloaded, it is
+    of the hash it must have.
+    """
+    set_name, _, config = name.partition("/")
+    sources = BUILDERS[set_name].SOURCES if set_name in BUILDERS else {}
+    chosen = {config: sources[config]} if config in sources else sources
+    paths = [(s.sha256, _local_path(s)) for each in chosen.values() for s in each]
+    digests = [file_digest(path) if path else sha256 for sha256, path in paths]
+    return hashlib.sha256(f"{digests}".encode()).hexdigest()[:12] if digests else ""
 
 
 def _split_by_prompt(records, prompt_of) -> dict[str, list]:

@@ -42,8 +42,8 @@ _NO_EOS = (
     f'eos_token_id in {_GENERATION} or {_CONFIG}; write "eos_token" into {SETTINGS}'
 )
 _WITH_TOOLS = (
-    f"templates that take tools: --config.data.chat_template={', '.join(WITH_TOOLS)} (where their "
-    "control tokens are in the vocabulary) or a .jinja file"
+    f"templates that take tools: --config.data.chat_template={' or '.join(WITH_TOOLS)}, where "
+    "their control tokens are in the vocabulary, or a .jinja file"
 )
 _NO_TEMPLATE = "the model has no chat template: name one, --config.data.chat_template=chatml"
 _ANOTHER = "to use another: --config.data.chat_template=chatml, or a *.jinja file"

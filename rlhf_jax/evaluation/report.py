@@ -4,7 +4,9 @@ What is read (all but config.json may be missing, and its section is then left o
 
     config.json      the configuration, nested
     summary.json     as in the run directory's contract, and optionally
-                       "command": str, "environment": {name: text};
+                       "command": str, "environment": {name: text},
+                       "made_from": {"version", "commit", "code": digest,
+                         "contents": {what: digest}, "parents": {role: digest}};
                      "parents": {role: workdir or {"workdir", "config_hash"}}
     metrics.jsonl    one object a logged step, with "step" (and "time/resumed" after a restart)
     samples.jsonl    {"prompt": text or [{"role", "content"}], "responses": {model: text},
@@ -133,6 +135,7 @@ def render(directory: Path, summary: Mapping[str, Any] | None = None) -> str:
         samples=run.samples[:SAMPLES],
         drops=largest_drops(run.samples[SAMPLES:]),
         config=flatten(run.config),
+        origin=_origin(run.summary.get("made_from", {})),
         numbers=sorted(run.metrics.items()),
     )
 
@@ -369,6 +372,15 @@ def _ancestor(run: Run, recorded: Sequence[str | Mapping[str, str]]) -> dict[str
         "resumed": sum(bool(r.get("time/resumed")) for r in run.records),
         "warning": run.missing or changed,
     }
+
+
+def _origin(made_from: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Rows of what a run was made from: versions, then digests of its inputs."""
+    stated = dict(made_from) | {"commit": made_from.get("commit") or "no git checkout"}
+    names = [name for name in ("version", "commit", "code") if name in made_from]
+    rows = [(f"rlhf_jax {name}", str(stated[name])) for name in names]
+    rows += [(f"init.{role}", digest) for role, digest in made_from.get("parents", {}).items()]
+    return rows + list(made_from.get("contents", {}).items())
 
 
 def _parent_path(parent: str | Mapping[str, str]) -> str:

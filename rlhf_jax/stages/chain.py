@@ -1,7 +1,8 @@
 """Runs a stage after its parents: those a config names in `config.init` run first, or are reused.
 
 A parent is "experiments/sft.py[:variant]", run in `sft[-variant]` beside this run's directory and
-reused when a finished run there has the same config hash, or the directory of a finished run.
+reused when a finished run there is made from the same (see `identity`), or the directory of a
+finished run.
 """
 
 from __future__ import annotations
@@ -25,19 +26,21 @@ from rlhf_jax.evaluation.report import METRICS, environment, write_report
 from rlhf_jax.evaluation.tables import print_summary
 from rlhf_jax.stages.checks import check
 from rlhf_jax.stages.common import ancestry, read_summary, settle_sources
-from rlhf_jax.training.rundir import RunDirectory
+from rlhf_jax.stages.identity import made_from, resolved
+from rlhf_jax.training.rundir import (
+    SUMMARY,
+    AnotherRun,
+    RunDirectory,
+    changes,
+    config_hash,
+    tell_changes,
+)
 
 STAGES = (
     *("pretrain", "sft", "reward", "preference"),
     *("policy", "online_preference", "best_of_n", "oracle"),
 )
 PARENTLESS = ("pretrain", "oracle")
-
-
-def config_hash(config: Mapping[str, Any]) -> str:
-    """First 12 hex digits of the SHA-256 of a config's canonical JSON."""
-    text = json.dumps(config, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def load_config(source: str) -> ConfigDict:
@@ -55,16 +58,24 @@ def default_workdir(source: str, runs: Path) -> Path:
     return runs / "-".join(filter(None, (Path(path).stem, variant)))
 
 
-def run(config: ConfigDict, source: str, workdir: str | os.PathLike[str] | None = None) -> Path:
+def run(
+    config: ConfigDict,
+    source: str,
+    workdir: str | os.PathLike[str] | None = None,
+    *,
+    rerun: bool = False,
+) -> Path:
     """Runs `config`'s stage, parents first, and returns its run directory.
 
-    A run that is finished already is reported again, not repeated.
+    A run that is finished already is reported again, not repeated. One that was made from something
+    else, of the parents too, is refused, or with `rerun` kept under another name and run again.
 
     Raises:
-        UserError: an unknown stage, a parent that cannot be had, or chains that run in a circle.
+        UserError: an unknown stage, a parent that cannot be had, chains that run in a circle, or a
+            directory that holds another run.
     """
     directory = Path(workdir) if workdir else default_workdir(source, Path("runs"))
-    return _run(config, source, directory, descendants=())
+    return _run(config, source, directory, descendants=(), rerun=rerun)
 
 
 def prepare(config: ConfigDict) -> ConfigDict:
@@ -78,59 +89,80 @@ def prepare(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _run(config: ConfigDict, source: str, workdir: Path, descendants: tuple[str, ...]) -> Path:
+def _run(
+    config: ConfigDict, source: str, workdir: Path, descendants: tuple[str, ...], rerun: bool
+) -> Path:
     config = prepare(config)
     lineage = (*descendants, source)
-    parents = {
-        role: _parent(parent, workdir.parent, lineage)
-        for role, parent in config.init.items()
-        if parent
-    }
-    hashes = {role: read_summary(path)["config_hash"] for role, path in parents.items()}
-    pinned = config.to_dict() | {"parents": hashes}
-    digest = config_hash(pinned)
-    done = (workdir / "summary.json").exists()
-    if done and read_summary(workdir)["config_hash"] == digest:
-        print(f"reusing {workdir}: it is finished and its config is the same", flush=True)
+    parents = {}
+    for role, parent in config.init.items():
+        if parent:
+            try:
+                parents[role] = _parent(parent, workdir.parent, lineage, rerun)
+            except AnotherRun as error:
+                directory = default_workdir(parent, workdir.parent)
+                if descendants or not (directory / SUMMARY).exists():
+                    raise
+                as_it_is = f"--config.init.{role}={directory} starts from what is there"
+                raise UserError(f"{error}; {as_it_is}") from error
+    pinned, origin = resolved(config), made_from(config, parents)
+    done = (workdir / SUMMARY).exists()
+    if done and read_summary(workdir)["config_hash"] == config_hash(pinned, origin):
+        print(f"reusing {workdir}: it is finished and made from the same", flush=True)
+        _tell_environment(workdir)
     else:
         print(f"running {source} in {workdir}", flush=True)
-        _run_stage(config, pinned, workdir, parents)
+        with RunDirectory(workdir, pinned, origin, rerun=rerun) as held:
+            _run_stage(config, held, parents)
     if not descendants:
         show(workdir)
     return workdir
 
 
-def _parent(parent: str, runs: Path, lineage: tuple[str, ...]) -> Path:
+def _parent(parent: str, runs: Path, lineage: tuple[str, ...], rerun: bool) -> Path:
     """The run directory of a parent, run first if it is an experiment."""
     if ".py" not in parent:
         read_summary(Path(parent))
         return Path(parent)
     if parent in lineage:
         raise UserError(f"config.init runs in a circle: {' <- '.join((*lineage, parent))}")
-    return _run(load_config(parent), parent, default_workdir(parent, runs), lineage)
+    directory = default_workdir(parent, runs)
+    return _run(load_config(parent), parent, directory, lineage, rerun)
 
 
-def _run_stage(
-    config: ConfigDict,
-    pinned: dict[str, Any],
-    workdir: Path,
-    parents: dict[str, Path],
-) -> None:
+def _run_stage(config: ConfigDict, held: RunDirectory, parents: Mapping[str, Path]) -> None:
     stage = importlib.import_module(f"rlhf_jax.stages.{config.stage}")
-    with RunDirectory(workdir, pinned) as held:
-        metrics = stage.run(config, held, parents)
-        summary = {
-            "stage": config.stage,
-            "status": "done",
-            "config_hash": config_hash(pinned),
-            "parents": {role: str(path.resolve()) for role, path in parents.items()},
-            "wall_seconds": round(held.wall_seconds(), 3),
-            "metrics": {name: float(value) for name, value in metrics.items()},
-            "command": shlex.join(["python", "-m", "rlhf_jax.main", *sys.argv[1:]]),
-            "environment": environment(),
-        }
-        write_report(workdir, summary)
-        held.write_summary(summary)
+    metrics = stage.run(config, held, parents)
+    origin = held.made_from
+    meanwhile = changes(origin, made_from(config, parents) | {"commit": origin["commit"]})
+    if meanwhile:
+        print(f"warning: during the run {tell_changes(meanwhile)}", flush=True)
+    code = hashlib.sha256(json.dumps(origin["code"], sort_keys=True).encode()).hexdigest()[:12]
+    summary = {
+        "stage": config.stage,
+        "status": "done",
+        "config_hash": held.config_hash,
+        "parents": {role: str(path.resolve()) for role, path in parents.items()},
+        "wall_seconds": round(held.wall_seconds(), 3),
+        "metrics": {name: float(value) for name, value in metrics.items()},
+        "command": shlex.join(["python", "-m", "rlhf_jax.main", *sys.argv[1:]]),
+        "made_from": origin | {"code": code},
+        "environment": environment(),
+    }
+    write_report(held.path, summary)
+    held.write_summary(summary)
+
+
+def _tell_environment(workdir: Path) -> None:
+    """Says with which other libraries, or on which other device, a run was made."""
+    then, now = read_summary(workdir).get("environment", {}), environment()
+    changed = [
+        f"{name} {then[name]} (here {now[name]})"
+        for name in now
+        if name != "platform" and then.get(name, now[name]) != now[name]
+    ]
+    if changed:
+        print(f"{workdir} was made with {', '.join(changed)}", flush=True)
 
 
 def show(workdir: Path) -> None:

@@ -72,7 +72,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
             number = int(state.step) // per_iteration
             return evaluate(config, run.path, model, reference, held_out, judge, number, [])
 
-        before = first_evaluation(config, run.path, reference, held_out, judge)
+        before = first_evaluation(config, run, reference, held_out, judge)
         state, rates = train_loop(
             config,
             run,

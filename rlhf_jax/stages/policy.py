@@ -75,7 +75,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
             write_json(run.path / "histograms.json", histograms(iteration))
             return evaluate(config, run.path, model, policy, held_out, judge, number, views)
 
-        before = first_evaluation(config, run.path, policy, held_out, judge)
+        before = first_evaluation(config, run, policy, held_out, judge)
 
         state, rates = train_loop(
             config,
@@ -155,13 +155,16 @@ def critic_params(config: ConfigDict, policy: Model, judge: Judge) -> Any:
 
 
 def first_evaluation(
-    config: ConfigDict, run: Path, policy: Model, held_out: PromptSet, judge: Judge
+    config: ConfigDict, run: RunDirectory, policy: Model, held_out: PromptSet, judge: Judge
 ) -> dict[str, float]:
-    """That of the model a run starts from; a resumed run reads it back."""
-    kept = run / "before.json"
-    if not kept.exists():
-        write_json(kept, evaluate(config, run, policy, policy, held_out, judge, 0, []))
-    return json.loads(kept.read_text())
+    """That of the model a run starts from; a resumed run whose evaluation is the same reads it."""
+    path = run.path / "before.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if kept.get("config_hash") != run.config_hash:
+        metrics = evaluate(config, run.path, policy, policy, held_out, judge, 0, [])
+        kept = {"config_hash": run.config_hash, "metrics": metrics}
+        write_json(path, kept)
+    return kept["metrics"]
 
 
 def evaluate(

@@ -22,10 +22,9 @@ import numpy as np
 from rlhf_jax.cache import cache_dir
 from rlhf_jax.data import packing
 from rlhf_jax.data.packing import Arrays
+from rlhf_jax.digests import code_digest
 from rlhf_jax.evaluation.rows import response_logprobs
 from rlhf_jax.training.model import Model, fingerprint
-
-VERSION = 1  # of the files, and of what the numbers in them mean
 
 
 def reference_logprobs(
@@ -57,11 +56,12 @@ def reference_logprobs(
 def cache_key(reference: Model, directory: Path, arrays: Arrays, batch_rows: int) -> str:
     """SHA-256 of all that decides the numbers, to the last bit.
 
-    That is the weights and their adapter, the model's config, the tokenizer with its template, the
-    packed data, and what rounds them: the library, the devices and the rows of a pass.
+    That is this code, the weights and their adapter, the model's config, the tokenizer with its
+    template, the packed data, and what rounds them: the library, the devices and the rows of a
+    pass.
     """
     document: dict[str, Any] = {
-        "version": VERSION,
+        "code": code_digest(__name__),
         "weights": fingerprint(directory),
         "adapter": reference.adapter and dataclasses.asdict(reference.adapter),
         "base": reference.base and (reference.base.fingerprint, reference.base.kept),

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.data.chat import AnyTokenizer
 from rlhf_jax.data.hub_tokenizer import HubTokenizer
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.digests import file_digest
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_config import read_config
@@ -37,7 +39,9 @@ from rlhf_jax.models.lora import (
     split,
 )
 from rlhf_jax.training.checkpoint import load_document, load_params, save_params
-from rlhf_jax.training.mesh import placed, sharding
+from rlhf_jax.training.mesh import named_leaves, placed, sharding
+
+_READ = (".json", ".jinja", ".safetensors")  # suffixes of what is read of a Hugging Face directory
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +110,7 @@ def save_model(workdir: str | os.PathLike[str], model: Model) -> None:
             "directory": str(model.base.directory),
             "fingerprint": model.base.fingerprint,
         }
+    document["weights"] = _weights_digest(params)
     _save_tokenizer(Path(workdir), model.tokenizer)
     save_params(Path(workdir) / "model", params, document)
 
@@ -255,19 +260,28 @@ def load_tokenizer(directory: Path) -> AnyTokenizer:
 
 
 def fingerprint(directory: Path) -> str:
-    """Tells directories of models apart.
+    """Tells directories of models apart by all that is read of them: weights, tokenizer, config.
 
-    Of a run by the manifest of its model, which has the SHA-256 of every file; of Hugging Face's
-    by the names, the sizes and both ends of its files.
+    Of a run that is what its model's document states, the same whenever the numbers are the same
+    (the files that Orbax writes differ each time); of Hugging Face's, its files' contents.
     """
-    if not is_hub_directory(directory):
-        manifest = directory / "model" / "manifest.json"
-        return hashlib.sha256(manifest.read_bytes()).hexdigest()[:12]
+    if is_hub_directory(directory):
+        files = sorted(p for p in directory.iterdir() if p.suffix in _READ)
+        stated: Any = [(path.name, file_digest(path)) for path in files]
+    else:
+        stated = load_document(directory / "model")
+        if "weights" not in stated:  # saved by an older version
+            stated["weights"] = file_digest(directory / "model" / "manifest.json")
+        if "base" in stated:  # wherever it lies
+            stated["base"] = stated["base"]["fingerprint"]
+    return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _weights_digest(params: Any) -> str:
+    """Of names, dtypes, shapes and numbers."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in directory.iterdir() if p.suffix in (".json", ".safetensors")):
-        with open(path, "rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-            digest.update(file.read(1 << 20))
-            file.seek(max(0, path.stat().st_size - (1 << 20)))
-            digest.update(file.read())
+    for name, array in sorted(named_leaves(params).items()):
+        host = np.ascontiguousarray(array)
+        digest.update(f"{name} {host.dtype} {host.shape}\n".encode())
+        digest.update(host.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()[:12]

@@ -1,8 +1,13 @@
-"""The run directory: one writer, one configuration, files that are whole or absent."""
+"""The run directory: one writer, one run, files that are whole or absent.
+
+A run is what it was made from: config.json, and made_from.json (see `stages/identity.py`).
+"""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import itertools
 import json
 import os
 import signal
@@ -14,9 +19,12 @@ from typing import Any
 
 from rlhf_jax.errors import Preempted, UserError
 
-# What a resumed run may find changed in its config, by prefix of the field's dotted name.
+CONFIG, MADE_FROM, SUMMARY = "config.json", "made_from.json", "summary.json"
+# What a resumed run may find changed in what it is made from, by prefix of the dotted name.
 # Everything else would silently make it another run, and is refused.
 FREE = (
+    "commit",
+    "contents.eval",
     "eval",
     "report",
     "samples",
@@ -65,19 +73,53 @@ def plain(config) -> dict[str, Any]:
     return json.loads(text)
 
 
-def config_changes(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:
+def changes(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:
     """{dotted field: (old value, new value)} of what differs; a missing field is "absent"."""
     old, new = _flatten(old), _flatten(new)
     pairs = {k: (old.get(k, "absent"), new.get(k, "absent")) for k in {**old, **new}}
     return {k: pair for k, pair in sorted(pairs.items()) if pair[0] != pair[1]}
 
 
+def config_hash(config: Mapping[str, Any], made_from: Mapping[str, Any]) -> str:
+    """First 12 hex digits of the SHA-256 of a run's config and what else it is made from."""
+    decides = {name: value for name, value in made_from.items() if name != "commit"}
+    text = json.dumps([config, decides], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def tell_changes(changed: Mapping[str, tuple[Any, Any]], limit: int = 5) -> str:
+    """What differs, in one line: a config's fields with their values, then files by name."""
+    texts: dict[str, list[str]] = {"": [], "contents": [], "parents": [], "code": []}
+    follows = []  # from another difference, unless the older run recorded nothing
+    for name, (before, after) in changed.items():
+        kind, _, what = name.partition(".")
+        if kind not in texts:
+            texts[""].append(f"{name}: {before!r} -> {after!r}")
+        elif "absent" in (before, after):
+            follows.append(f"{name}: {before!r} -> {after!r}")
+        else:
+            what = f"the model of init.{what}" if kind == "parents" else what
+            texts[kind].append(f"{what} has changed")
+    told = [text for each in texts.values() for text in each] or follows
+    more = f" and {len(told) - limit} more" if len(told) > limit else ""
+    return ", ".join(told[:limit]) + more
+
+
+class AnotherRun(UserError):
+    """A directory holds a run that was made from something else."""
+
+
 class RunDirectory:
     """A run directory held by this process: `with RunDirectory(path, config) as run: …`
 
-    Entering takes the lock, checks config.json against `config` and starts listening for SIGTERM
-    and SIGINT. The first signal raises `Preempted` at once, or, inside `train`, after the current
-    step is saved; a second one ends the process with 130.
+    Entering takes the lock, checks what the directory says of its run against `config` and
+    `made_from`, and starts listening for SIGTERM and SIGINT. The first signal raises `Preempted` at
+    once, or, inside `train`, after the current step is saved; a second one ends the process with
+    130.
+
+    A run that differs is not continued. With `rerun` its directory is kept under another name,
+    <path>.1 or the next that is free, and a new one begun. So is, without being asked, one that has
+    neither a checkpoint nor a summary: a first try that failed is not to stand in the way.
 
     Attributes:
       path: the directory.
@@ -85,26 +127,39 @@ class RunDirectory:
       defer_stop: set while a signal must not interrupt; `stop_requested` says that one came.
 
     Raises (on entering):
-      UserError: another process holds the directory, or the config changed in a way that would
-        silently change the run. `allow_changes` accepts optimizer, steps and mesh.
+      AnotherRun: what the run is made from has changed. `allow_changes` accepts optimizer, steps
+        and mesh.
+      UserError: another process holds the directory, or its files are not a run's.
     """
 
-    def __init__(self, path: str | os.PathLike, config, *, allow_changes: bool = False):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        config,
+        made_from: Mapping[str, Any] | None = None,
+        *,
+        allow_changes: bool = False,
+        rerun: bool = False,
+    ):
         self.path = Path(path)
         self.config = plain(config)
+        self.made_from = dict(made_from or {})
         self.allow_changes = allow_changes
+        self.rerun = rerun
         self.stop_requested = False
         self.defer_stop = False
         self.earlier_seconds = 0.0
 
     def __enter__(self) -> RunDirectory:
+        self._hold()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _acquire(self.path / "lock")
-        except OSError as error:
-            raise UserError(f"cannot use {self.path} as a run directory: {error}") from error
-        try:
-            self._check_config()
+            if self._is_another_run():
+                aside = set_aside(self.path)
+                print(f"{self.path} is kept as {aside}", flush=True)
+                self._let_go()
+                self._hold()
+            write_json(self.path / MADE_FROM, self.made_from)
+            write_json(self.path / CONFIG, self.config)
         except BaseException:
             os.close(self._lock)
             raise
@@ -115,40 +170,57 @@ class RunDirectory:
     def __exit__(self, *_) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        os.ftruncate(self._lock, 0)
-        os.close(self._lock)
+        self._let_go()
 
     def wall_seconds(self) -> float:
         """Seconds spent on this run, before its last checkpoint and since this process's start."""
         return self.earlier_seconds + time.monotonic() - self._start
 
+    @property
+    def config_hash(self) -> str:
+        """See `config_hash`."""
+        return config_hash(self.config, self.made_from)
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json, the last file of a run: with it the run is done."""
         fault_point("summary")
-        write_json(self.path / "summary.json", summary)
+        write_json(self.path / SUMMARY, summary)
 
-    def _check_config(self) -> None:
-        path = self.path / "config.json"
-        if path.exists():
-            try:
-                old = json.loads(path.read_text())
-            except ValueError as error:
-                raise UserError(f"{path} is not JSON ({error}); not a run directory?") from error
-            changes = config_changes(old, self.config)
-            for name, (before, after) in changes.items():
-                print(f"config changed: {name}: {before!r} -> {after!r}", flush=True)
-            accepted = FREE + (ALLOWED_WITH_FLAG if self.allow_changes else ())
-            refused = [name for name in changes if not _has_prefix(name, accepted)]
-            if refused:
-                shown = ", ".join("{}: {!r} -> {!r}".format(n, *changes[n]) for n in refused[:5])
-                raise UserError(
-                    f"{self.path} holds a run with another config ({shown}"
-                    f"{', …' if len(refused) > 5 else ''}); "
-                    "use another --workdir, or delete this one to start again"
-                )
-            if not changes:
-                return
-        write_json(path, self.config)
+    def _hold(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _acquire(self.path / "lock")
+        except OSError as error:
+            raise UserError(f"cannot use {self.path} as a run directory: {error}") from error
+
+    def _let_go(self) -> None:
+        os.ftruncate(self._lock, 0)
+        os.close(self._lock)
+
+    def _is_another_run(self) -> bool:
+        """Whether what is there is of another run, and is to be set aside for this one."""
+        config, made_from = (_read_object(self.path / name) for name in (CONFIG, MADE_FROM))
+        if config and "stage" not in config and not (self.path / MADE_FROM).exists():
+            raise UserError(f"{self.path} is no run directory: its {CONFIG} is something else's")
+        done = (self.path / SUMMARY).exists()
+        checkpoints = (self.path / "checkpoints").glob("*")
+        begun = done or any(path.name.isdigit() for path in checkpoints)
+        changed = changes(made_from | config, self.made_from | self.config)
+        accepted = FREE + (ALLOWED_WITH_FLAG if self.allow_changes else ())
+        refused = {k: pair for k, pair in changed.items() if not _has_prefix(k, accepted)}
+        if not begun:
+            left = {path.name for path in self.path.iterdir()} - {"lock", CONFIG, MADE_FROM}
+            return bool(refused and left)
+        if refused and not self.rerun:
+            raise AnotherRun(
+                f"{self.path} holds {'a finished' if done else 'an unfinished'} run that was made "
+                f"from something else ({tell_changes(refused)}); --rerun keeps it under another "
+                "name and runs this one, or use another --workdir"
+            )
+        free = {name: pair for name, pair in changed.items() if name != "commit"}
+        if free:
+            print(f"{self.path}: {tell_changes(free, limit=len(free))}", flush=True)
+        return bool(refused)
 
     def _on_signal(self, number, frame) -> None:
         if self.stop_requested:
@@ -158,6 +230,28 @@ class RunDirectory:
             raise Preempted(
                 f"{signal.Signals(number).name} received; run the same command to continue"
             )
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a run directory to <path>.1, or the next number that is free, and returns that."""
+    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    os.rename(path, aside)
+    sync_directory(path.parent)
+    return aside
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; {} where there is no such file."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not JSON ({error}); not a run directory?") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object; not a run directory?")
+    return value
 
 
 def _listen(handler) -> dict[int, Any]:

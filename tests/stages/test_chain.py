@@ -64,9 +64,13 @@ def test_reported_numbers_are_recomputable(chain):
 def test_a_second_run_reuses_everything(chain):
     experiments, runs, _ = chain
     before = (runs / "dpo/summary.json").stat().st_mtime_ns
+    path = runs / "sft/summary.json"
+    environment = summary(runs / "sft")["environment"] | {"jax": "0.0.1"}
+    path.write_text(json.dumps(summary(runs / "sft") | {"environment": environment}))
     result = run_main(f"--config={experiments}/dpo.py", f"--workdir={runs}/dpo")
     assert result.returncode == 0
     assert result.stdout.count("reusing") == 3
+    assert f"{runs}/sft was made with jax 0.0.1 (here " in result.stdout
     assert (runs / "dpo/summary.json").stat().st_mtime_ns == before
 
 
@@ -146,7 +150,7 @@ def test_changed_config_of_a_started_run_is_refused(chain, tmp_path):
     experiments, runs, _ = chain
     copy_parents(runs, tmp_path)
     command = (f"--config={experiments}/dpo.py", f"--workdir={tmp_path}/dpo")
-    assert run_main(*command, fault="step:7").returncode == -9
+    assert run_main(*command, fault="checkpoint:renamed").returncode == -9
     result = run_main(*command, "--config.loss.beta=0.5")
     assert result.returncode == 2
     assert "loss.beta: 0.1 -> 0.5" in result.stderr
@@ -157,11 +161,10 @@ def test_parent_trained_anew_is_noticed(chain, tmp_path):
     experiments, runs, _ = chain
     for name in ("pretrain", "sft", "dpo"):
         shutil.copytree(runs / name, tmp_path / name)
-    path = tmp_path / "sft/summary.json"
-    path.write_text(path.read_text().replace(summary(runs / "sft")["config_hash"], "0" * 12))
-    other = f"--config.init.policy={tmp_path}/sft"
-    result = run_main(f"--config={experiments}/dpo.py", f"--workdir={tmp_path}/dpo", other)
-    assert result.returncode == 2 and "parents.policy" in result.stderr
+    path = tmp_path / "sft/model/data.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": "0" * 12}))
+    result = run_main(f"--config={experiments}/dpo.py", f"--workdir={tmp_path}/dpo")
+    assert result.returncode == 2 and "(the model of init.policy has changed)" in result.stderr
 
 
 @pytest.mark.parametrize(

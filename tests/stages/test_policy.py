@@ -11,10 +11,12 @@ import pytest
 
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.sampling import Completion
+from rlhf_jax.stages import policy
 from rlhf_jax.stages.online_preference import pack_best_and_worst
 from rlhf_jax.stages.rollouts import PromptSet, Samples, pack_samples
 from rlhf_jax.training.checkpoint import load_params
 from rlhf_jax.training.on_policy import Rollouts
+from rlhf_jax.training.rundir import RunDirectory
 from tests.stages.conftest import run_main
 
 
@@ -294,3 +296,14 @@ def test_the_best_and_the_worst_answer_make_a_pair():
     assert tied == 1
     (place,) = np.argwhere(rows["valid"] > 0)
     assert rows["lengths"][tuple(place)].tolist() == [3, 2]
+
+
+def test_the_first_evaluation_is_read_back_by_the_same_run_only(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(policy, "evaluate", lambda *_: made.append(1) or {"eval/kl": len(made)})
+
+    def first(count):
+        with RunDirectory(tmp_path, {"eval": {"count": count}}) as run:
+            return policy.first_evaluation(None, run, None, None, None)["eval/kl"]
+
+    assert [first(8), first(8), first(9), first(9)] == [1, 1, 2, 2]

@@ -13,7 +13,7 @@ import pytest
 from ml_collections import ConfigDict, config_dict
 
 from rlhf_jax.errors import Preempted, UserError
-from rlhf_jax.training.rundir import RunDirectory, config_changes, plain, write_json
+from rlhf_jax.training.rundir import RunDirectory, changes, plain, tell_changes, write_json
 
 CONFIG = {
     "seed": 1,
@@ -41,30 +41,140 @@ def test_a_config_dict_is_kept_as_plain_json(tmp_path):
 def test_changes_are_named_by_dotted_field():
     old = {"a": {"b": 1, "c": 2}, "d": {}}
     new = {"a": {"b": 1, "c": 3, "e": 4}}
-    assert config_changes(old, new) == {
+    assert changes(old, new) == {
         "a.c": (2, 3),
         "a.e": ("absent", 4),
         "d": ({}, "absent"),
     }
 
 
-def test_what_would_change_the_run_is_refused_and_printed(tmp_path, capsys):
-    with RunDirectory(tmp_path, CONFIG):
-        pass
+MADE_FROM = {
+    "version": "1.0",
+    "commit": "abc",
+    "code": {"losses/preference.py": "0a"},
+    "contents": {"data.train: pairs.jsonl": "0b", "eval.source: prompts.jsonl": "0c"},
+    "parents": {"policy": "0d"},
+}
+
+
+def begun(path, made_from=None):
+    """A run that has a checkpoint."""
+    with RunDirectory(path, CONFIG, made_from):
+        (path / "checkpoints" / "00000002").mkdir(parents=True)
+
+
+def test_what_would_change_the_run_is_refused_and_said_once(tmp_path, capsys):
+    begun(tmp_path)
     with (
-        pytest.raises(UserError, match=r"another config \(data.train: 'town' -> 'hh'\)"),
+        pytest.raises(UserError, match=r"something else \(data.train: 'town' -> 'hh'\); --rerun"),
         RunDirectory(tmp_path, changed("data", "train", "hh"), allow_changes=True),
     ):
         pass
-    assert "config changed: data.train: 'town' -> 'hh'" in capsys.readouterr().out
+    assert not capsys.readouterr().out
     assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
     with RunDirectory(tmp_path, CONFIG):  # the refusal released the lock
         pass
 
 
-def test_what_changes_no_number_is_free(tmp_path, capsys):
-    with RunDirectory(tmp_path, CONFIG):
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ({"version": "2.0"}, r"\(version: '1.0' -> '2.0'\)"),
+        ({"code": {"losses/preference.py": "1"}}, r"\(losses/preference.py has changed\)"),
+        (
+            {"contents": MADE_FROM["contents"] | {"data.train: pairs.jsonl": "1"}},
+            r"\(data.train: pairs.jsonl has changed\)",
+        ),
+        ({"parents": {"policy": "1"}}, r"\(the model of init.policy has changed\)"),
+    ],
+)
+def test_other_inputs_make_another_run(tmp_path, part, said):
+    begun(tmp_path, MADE_FROM)
+    with pytest.raises(UserError, match=said), RunDirectory(tmp_path, CONFIG, MADE_FROM | part):
         pass
+
+
+def test_commit_and_prompts_of_the_evaluation_are_free(tmp_path, capsys):
+    begun(tmp_path, MADE_FROM)
+    contents = MADE_FROM["contents"] | {"eval.source: prompts.jsonl": "1"}
+    now = MADE_FROM | {"commit": "def", "contents": contents}
+    with RunDirectory(tmp_path, CONFIG, now):
+        pass
+    assert capsys.readouterr().out == f"{tmp_path}: eval.source: prompts.jsonl has changed\n"
+    assert json.loads((tmp_path / "made_from.json").read_text()) == now
+
+
+def test_a_run_that_recorded_no_inputs_is_another(tmp_path):
+    begun(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"stage": "sft"}))
+    (tmp_path / "made_from.json").unlink()
+    with (
+        pytest.raises(UserError, match=r"\(version: 'absent' -> '1.0'\)"),
+        RunDirectory(tmp_path, CONFIG | {"stage": "sft"}, MADE_FROM),
+    ):
+        pass
+
+
+def test_the_config_of_a_model_from_elsewhere_is_not_overwritten(tmp_path):
+    text = '{"model_type": "llama"}'
+    (tmp_path / "config.json").write_text(text)
+    with (
+        pytest.raises(UserError, match="is no run directory"),
+        RunDirectory(tmp_path, CONFIG, MADE_FROM, rerun=True),
+    ):
+        pass
+    assert (tmp_path / "config.json").read_text() == text
+
+
+def test_rerun_keeps_the_old_run_under_the_next_free_name(tmp_path, capsys):
+    run = tmp_path / "dpo"
+    other = changed("data", "train", "hh")
+    begun(run)
+    (tmp_path / "dpo.1").mkdir()
+    with RunDirectory(run, other, rerun=True):
+        assert not (run / "checkpoints").exists()
+        with pytest.raises(UserError, match="held by"), RunDirectory(run, other):
+            pass
+    assert json.loads((run / "config.json").read_text()) == other
+    assert json.loads((tmp_path / "dpo.2" / "config.json").read_text()) == CONFIG
+    assert (tmp_path / "dpo.2" / "checkpoints" / "00000002").is_dir()
+    out = capsys.readouterr().out
+    assert out == f"{run}: data.train: 'town' -> 'hh'\n{run} is kept as {run}.2\n"
+    begun(run.with_name("same"))
+    with RunDirectory(run.with_name("same"), CONFIG, rerun=True):  # nothing differs
+        assert (run.with_name("same") / "checkpoints").exists()
+
+
+def test_a_finished_run_is_another_even_without_checkpoints(tmp_path):
+    with RunDirectory(tmp_path, CONFIG) as run:
+        run.write_summary({"status": "done"})
+    with (
+        pytest.raises(UserError, match=r"a finished run .*data\.train"),
+        RunDirectory(tmp_path, changed("data", "train", "hh")),
+    ):
+        pass
+
+
+def test_a_first_try_that_failed_does_not_block_the_next(tmp_path, capsys):
+    run = tmp_path / "dpo"
+    with RunDirectory(run, CONFIG, MADE_FROM):
+        pass
+    other = changed("data", "train", "hh")
+    with RunDirectory(run, other, MADE_FROM | {"version": "2"}):
+        assert json.loads((run / "config.json").read_text()) == other
+        assert not capsys.readouterr().out
+        (run / "checkpoints" / "00000002.tmp").mkdir(parents=True)
+        (run / "before.json").touch()
+    with RunDirectory(run, other, MADE_FROM | {"version": "2"}):  # the same goes on
+        assert (run / "before.json").exists()
+    with RunDirectory(run, CONFIG, MADE_FROM):  # of which nothing may be taken for this one's
+        assert not (run / "before.json").exists()
+    assert capsys.readouterr().out == f"{run} is kept as {run}.1\n"
+    assert (tmp_path / "dpo.1" / "before.json").exists()
+
+
+def test_what_changes_no_number_is_free(tmp_path, capsys):
+    begun(tmp_path)
     with RunDirectory(tmp_path, changed("train", "log_every", 7)):
         pass
     assert "train.log_every: 2 -> 7" in capsys.readouterr().out
@@ -72,12 +182,25 @@ def test_what_changes_no_number_is_free(tmp_path, capsys):
 
 
 def test_steps_and_learning_rate_change_when_the_user_says_so(tmp_path):
-    with RunDirectory(tmp_path, CONFIG):
-        pass
+    begun(tmp_path)
     longer = changed("train", "steps", 50)
     with pytest.raises(UserError, match=r"train\.steps: 5 -> 50"), RunDirectory(tmp_path, longer):
         pass
     with RunDirectory(tmp_path, longer, allow_changes=True):
+        pass
+
+
+def test_many_differences_are_counted():
+    many = {f"code.{i}.py": ("0", "1") for i in range(8)} | {"seed": (0, 1)}
+    many |= {"contents.data.train: x": ("absent", "1")}  # follows from another difference
+    assert tell_changes(many, limit=2) == "seed: 0 -> 1, 0.py has changed and 7 more"
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "3"])
+def test_a_config_that_is_no_object_is_a_user_error(tmp_path, text):
+    begun(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json"), RunDirectory(tmp_path, CONFIG):
         pass
 
 

@@ -1,0 +1,126 @@
+"""What made a result: digests of files and of this package's modules, and the package's commit."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import json
+import re
+import subprocess
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent  # of the package
+
+
+def file_digest(path: Path) -> str:
+    """The first 12 hex digits of the SHA-256 of a file's bytes, read again only if it changed."""
+    status = path.stat()
+    return _file_digest(path, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _file_digest(path: Path, *_: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
+def code_of(module: str, without: Collection[str] = ()) -> dict[str, str]:
+    """{file: digest} of a module of this package and of all that it imports from this package.
+
+    Args:
+      module: such as "rlhf_jax.stages.sft".
+      without: files, relative to the package, that are left out, and what only they import.
+
+    Returns:
+      The first 12 hex digits of a SHA-256 by the file's path relative to the package, sorted. It
+      is of what Python makes of the file: comments, docstrings and formatting don't count.
+    """
+    pending, code = [_file(module)], {}
+    while pending:
+        path = pending.pop()
+        name = "" if path is None else path.relative_to(ROOT).as_posix()
+        if path is not None and name not in code and name not in without:
+            code[name], imported = _read(path)
+            pending += map(_file, imported)
+    return dict(sorted(code.items()))
+
+
+def code_digest(module: str) -> str:
+    """One digest of all of `code_of`."""
+    return hashlib.sha256(json.dumps(code_of(module)).encode()).hexdigest()[:12]
+
+
+def commit() -> str:
+    """The commit this package is at, "… with changes", or "" where it is in no git checkout."""
+    if not _git("ls-files", "--", str(ROOT / "__init__.py")):
+        return ""  # a folder that holds it may be somebody else's checkout
+    changes = " with changes" if _git("status", "--porcelain", "--", str(ROOT)) else ""
+    return _git("rev-parse", "HEAD")[:12] + changes
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _file(module: str) -> Path | None:
+    """The file of a module of this package; None for a name that is no module of it."""
+    first, *rest = module.split(".")
+    if first != ROOT.name:
+        return None
+    path = ROOT.joinpath(*rest)
+    files = (path / "__init__.py", path.with_suffix(".py")) if rest else (ROOT / "__init__.py",)
+    return next((file for file in files if file.is_file()), None)
+
+
+@functools.cache
+def _read(path: Path) -> tuple[str, tuple[str, ...]]:
+    """(digest, names of modules that are imported) of a file of this package."""
+    tree = ast.parse(path.read_text("utf-8"))
+    shape = json.dumps(_shape(tree), default=repr)
+    return hashlib.sha256(shape.encode()).hexdigest()[:12], tuple(_imported(tree, path))
+
+
+def _imported(tree: ast.AST, path: Path) -> Iterator[str]:
+    """Modules that a file imports anywhere, or names because they run in another process.
+
+    These are named as `python -m` has it, or as a file beside this one.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if _file(name) else node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+            if re.fullmatch(r"\w+\.py", node.value):
+                folder = path.relative_to(ROOT.parent).parent
+                yield ".".join((*folder.parts, node.value.removesuffix(".py")))
+
+
+def _shape(node: Any) -> Any:
+    """A syntax tree as JSON, the same in every version of Python: empty fields are left out."""
+    if isinstance(node, list):
+        return [_shape(each) for each in node if not _is_docstring(each)]
+    if not isinstance(node, ast.AST):
+        return node
+    fields = ((name, value) for name, value in ast.iter_fields(node) if value not in (None, []))
+    return [type(node).__name__, *([name, _shape(value)] for name, value in fields)]
+
+
+def _is_docstring(node: Any) -> bool:
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )

@@ -1,0 +1,131 @@
+"""What a run is made from, beside its config: the contents of its inputs, its parents, its code.
+
+`made_from.json` of a run directory holds
+
+    version    of this package
+    commit     of this package's checkout, "" where there is none; recorded only
+    code       {file of this package: digest} of what the stage uses (see `digests`)
+    contents   {"field of the config: file or data set": digest}
+    parents    {role: digest of that model's weights, tokenizer and shape}
+
+Two runs are the same if these (but the commit) and their configs are. Versions of libraries and the
+device are no part of it: they are kept in summary.json and checkpoints, and said where they differ.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from rlhf_jax import __version__
+from rlhf_jax.data.builders import sources_digest
+from rlhf_jax.data.hub_data import load_rows
+from rlhf_jax.digests import code_of, commit, file_digest
+from rlhf_jax.losses.policy import policy_options
+from rlhf_jax.losses.preference import loss_options
+from rlhf_jax.rewards import parse_rewards
+from rlhf_jax.stages.common import parse_source, parse_sources
+from rlhf_jax.training.model import fingerprint
+from rlhf_jax.training.objectives import parse_options
+from rlhf_jax.training.rundir import plain
+
+# Code that only shows what a run came to.
+SHOWING = tuple(
+    f"evaluation/{name}.py" for name in ("compare", "figure", "page", "plots", "report", "tables")
+)
+_SPLITS = {
+    "data.train": "train",
+    "data.replay": "train",
+    "data.ptx": "train",
+    "data.validation": "validation",
+    "eval.source": "validation",
+}
+
+
+def made_from(config: ConfigDict, parents: Mapping[str, Path]) -> dict[str, Any]:
+    """What made_from.json holds for a prepared config and the directories of its parents."""
+    return {
+        "version": __version__,
+        "commit": commit(),
+        "code": code_of(f"rlhf_jax.stages.{config.stage}", without=SHOWING),
+        "contents": _contents(config),
+        "parents": {role: fingerprint(path) for role, path in parents.items()},
+    }
+
+
+def resolved(config: ConfigDict) -> dict[str, Any]:
+    """The config as config.json holds it: with the value of every option of its loss."""
+    document = plain(config)
+    options = {"preference": loss_options, "online_preference": loss_options}
+    options |= {"policy": policy_options}
+    if config.stage in options:
+        defaults = options[config.stage](config.loss.name)
+        stated = parse_options(config.loss.options)
+        document["loss"]["options"] = {k: _number(stated.get(k, v)) for k, v in defaults.items()}
+    return document
+
+
+def _number(value: Any) -> Any:
+    """1 and 1.0 are the same option."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _contents(config: ConfigDict) -> dict[str, str]:
+    contents: dict[str, str] = {}
+    for field, split in _SPLITS.items():
+        section, name = field.split(".")
+        spec = config.get(section, {}).get(name, "")
+        for source in parse_sources(spec) if spec else ():
+            contents[f"{field}: {source}"] = _source_digest(source, split)
+    template = config.get("data", {}).get("chat_template", "")
+    if template.endswith(".jinja"):
+        contents[f"data.chat_template: {template}"] = file_digest(Path(template))
+    for name in parse_rewards(config.reward.scorers) if "reward" in config else ():
+        if ".py:" in name:
+            for file in _with_imports(Path(name.rpartition(":")[0])):
+                contents[f"reward.scorers: {file}"] = file_digest(file)
+    return {name: digest for name, digest in contents.items() if digest}
+
+
+def _source_digest(source: str, split: str) -> str:
+    """Of what a source holds, whatever part of it is read; "" of one that is made up by code."""
+    parsed = parse_source(source)
+    if parsed.is_file:
+        return file_digest(Path(parsed.name))
+    if not parsed.is_hub:
+        return sources_digest(parsed.name)
+    digest = hashlib.sha256()
+    for row in load_rows(parsed.name, parsed.split or split):
+        digest.update(json.dumps(row, sort_keys=True, default=repr).encode())
+    return digest.hexdigest()[:12]
+
+
+def _with_imports(path: Path) -> Iterator[Path]:
+    """A user's Python file, and those beside it that it imports."""
+    pending, seen = [path], set()
+    while pending:
+        file = pending.pop()
+        if file in seen or not file.is_file():
+            continue
+        seen.add(file)
+        yield file
+        try:
+            tree = ast.parse(file.read_bytes())
+        except (SyntaxError, ValueError):
+            continue  # its reward function's process says so
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                continue
+            stem = f"{getattr(node, 'module', None) or ''}."
+            for name in (stem, *(stem + alias.name for alias in node.names)):
+                parts = list(filter(None, name.split(".")))
+                # Modules are found from the first file's folder, "from ." those of a package.
+                for root in {path.parent, file.parent}:
+                    module = root.joinpath(*parts)
+                    pending += [module.with_name(f"{module.name}.py"), module / "__init__.py"]

@@ -1,0 +1,142 @@
+"""A run is what it was made from: contents of inputs, parents' weights, code, resolved options."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from experiments import dpo, grpo, sft
+from rlhf_jax.stages.chain import prepare
+from rlhf_jax.stages.identity import made_from, resolved
+from rlhf_jax.training.checkpoint import save_params
+from rlhf_jax.training.model import fingerprint
+from rlhf_jax.training.rundir import config_hash
+
+PAIRS = '{"prompt": "Hi", "chosen": "Hello.", "rejected": "What?"}\n'
+
+
+def own(module, tmp_path, **data):
+    config = module.get_config("own")
+    config.init.policy = str(tmp_path)
+    config.data.update(data)
+    return config
+
+
+def identity(config):
+    """The digest of a config's run, without parents."""
+    config = prepare(config)
+    return config_hash(resolved(config), made_from(config, {}))
+
+
+def test_contents_of_data_decide(tmp_path):
+    file, held_out = tmp_path / "pairs.jsonl", tmp_path / "more.jsonl"
+    file.write_text(PAIRS * 3)
+    held_out.write_text(PAIRS)
+    config = own(dpo, tmp_path, train=f"{file}=2", validation=str(held_out))
+    before = identity(config)
+    for path in (file, held_out):
+        text = path.read_text()
+        path.write_text(text.replace("Hello", "Hallo"))
+        assert identity(config) != before
+        path.write_text(text)
+    assert identity(config) == before
+
+
+def test_contents_of_a_data_set_decide(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_JAX_DATA", str(tmp_path))
+    folder = tmp_path / "pretrain_tinyshakespeare"
+    folder.mkdir()
+    (folder / "input.txt.gz").write_bytes(b"one")
+    config = own(sft, tmp_path, train="tiny_shakespeare", validation="tiny_shakespeare")
+    before = made_from(prepare(config), {})["contents"]
+    assert before.keys() == {f"{name}: tiny_shakespeare" for name in (
+        "data.train", "data.validation", "eval.source"
+    )}  # fmt: skip
+    (folder / "input.txt.gz").write_bytes(b"two")
+    assert made_from(prepare(config), {})["contents"] != before
+
+
+def test_what_the_town_is_made_of_is_code(tmp_path):
+    config = sft.get_config("town")
+    origin = made_from(prepare(config), {})
+    assert not origin["contents"] and "data/town/gold.py" in origin["code"]
+
+
+def test_contents_of_a_template_decide(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(PAIRS * 3)
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ messages }}")
+    data = {"train": f"{tmp_path}/pairs.jsonl", "chat_template": str(template)}
+    before = identity(own(dpo, tmp_path, **data))
+    template.write_text("{{ messages }}!")
+    assert identity(own(dpo, tmp_path, **data)) != before
+
+
+def test_contents_of_a_reward_file_and_what_it_imports_decide(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hi"}\n' * 3)
+    (tmp_path / "words").mkdir()
+    files = {
+        "mine.py": "import numpy\nfrom words import lists\n\ndef score(prompts, responses): ...\n",
+        "words/__init__.py": "",
+        "words/lists.py": "from .bad import BAD\n",
+        "words/bad.py": "BAD = ['bad']\n",
+        "other.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    config = own(grpo, tmp_path, train=f"{tmp_path}/prompts.jsonl")
+    config.reward.scorers = f"{tmp_path}/mine.py:score=1,length=-0.01"
+    before = identity(config)
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "# changed\n")
+        assert (identity(config) != before) == (name != "other.py"), name
+        (tmp_path / name).write_text(text)
+    assert identity(config) == before
+
+
+def test_options_are_recorded_with_their_defaults(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hi"}\n' * 3)
+    config = own(grpo, tmp_path, train=f"{tmp_path}/prompts.jsonl")
+    config.reward.scorers = "length"
+    options = resolved(config)["loss"]["options"]
+    assert options == {"clip_low": 0.2, "clip_high": 0.2, "delta": None, "dual_clip": None}
+    same = own(grpo, tmp_path, train=f"{tmp_path}/prompts.jsonl")
+    same.reward.scorers = "length"
+    same.loss.options = "clip_high=0.20"
+    assert identity(same) == identity(config)
+    same.loss.options = "clip_high=0.28"
+    assert identity(same) != identity(config)
+    assert resolved(same)["loss"]["options"]["clip_high"] == 0.28
+    simpo = dpo.get_config()
+    simpo.loss.name = "simpo"
+    assert resolved(simpo)["loss"]["options"] == {"gamma": 0.5}
+
+
+def test_a_model_is_its_numbers_not_its_files(tmp_path):
+    params = {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}
+
+    def saved(name, params, **document):
+        save_params(tmp_path / name / "model", params, {"tokenizer_hash": "0"} | document)
+        return fingerprint(tmp_path / name)
+
+    from rlhf_jax.training.model import _weights_digest as digest
+
+    first = saved("a", params, weights=digest(params))
+    assert first == saved("b", params, weights=digest(params))
+    assert first != saved("c", params, weights=digest(params), tokenizer_hash="1")
+    changed = {"w": params["w"] + np.float32(1e-6) * (params["w"] == 3)}
+    assert first != saved("d", changed, weights=digest(changed))
+    other_dtype = {"w": params["w"].view(np.int32)}
+    assert digest(other_dtype) != digest(params) != digest({"w": params["w"].reshape(3, 2)})
+
+
+def test_a_byte_in_the_middle_of_a_hub_directory_is_seen(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    weights = bytearray(5 << 20)
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    (tmp_path / "chat_template.jinja").write_text("a")
+    before = fingerprint(tmp_path)
+    weights[5 << 19] = 1
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    changed = fingerprint(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("b")
+    assert len({before, changed, fingerprint(tmp_path)}) == 3
