@@ -60,9 +60,14 @@ class Template:
                 `SECONDS` or writes more than `CHARACTERS`.
         """
         renderings = [(list(places), opened) for places, opened in wanted]
-        request = {"messages": list(messages), "tools": tools, "renderings": renderings}
+        given = {"messages": list(messages), "tools": tools}
+        at_once = max(1, CHARACTERS // len(json.dumps(given)))  # an answer is no longer than one rendering may be
+        texts: list[str] = []
         with self._lock:
-            return self._exchange(self._running(), request)["texts"]
+            for i in range(0, len(renderings), at_once):
+                request = given | {"renderings": renderings[i : i + at_once]}
+                texts += self._exchange(self._running(), request)["texts"]
+        return texts
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:
@@ -98,18 +103,18 @@ def _ask(process: subprocess.Popen[bytes], line: bytes) -> dict[str, Any] | str:
         _send(stdin, line)
     else:
         threading.Thread(target=_send, args=(stdin, line), daemon=True).start()
-    deadline, data = time.monotonic() + SECONDS, b""
+    deadline, parts = time.monotonic() + SECONDS, [b""]
     with selectors.DefaultSelector() as selector:
         selector.register(stdout, selectors.EVENT_READ)
-        while not data.endswith(b"\n"):
+        while not parts[-1].endswith(b"\n"):
             left = deadline - time.monotonic()
             if left <= 0 or not selector.select(left):
                 return f"takes longer than {SECONDS:g} s"
             part = stdout.read1(1 << 16)  # type: ignore[attr-defined]
             if not part:
                 return "ended its process: it needs too much memory"
-            data += part
-    return json.loads(data)
+            parts.append(part)
+    return json.loads(b"".join(parts))
 
 
 def _send(stdin: IO[bytes], line: bytes) -> None:
