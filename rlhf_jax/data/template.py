@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import select
 import selectors
 import subprocess
 import sys
@@ -61,7 +60,8 @@ class Template:
         """
         renderings = [(list(places), opened) for places, opened in wanted]
         given = {"messages": list(messages), "tools": tools}
-        at_once = max(1, CHARACTERS // len(json.dumps(given)))  # an answer is no longer than one rendering may be
+        # An answer is about as long as one rendering may be.
+        at_once = max(1, CHARACTERS // len(json.dumps(given)))
         texts: list[str] = []
         with self._lock:
             for i in range(0, len(renderings), at_once):
@@ -99,10 +99,8 @@ class Template:
 def _ask(process: subprocess.Popen[bytes], line: bytes) -> dict[str, Any] | str:
     """The worker's reply, or what is wrong with it."""
     stdin, stdout = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
-    if len(line) <= select.PIPE_BUF:  # the pipe, which is empty, takes it
-        _send(stdin, line)
-    else:
-        threading.Thread(target=_send, args=(stdin, line), daemon=True).start()
+    sent = threading.Thread(target=_send, args=(stdin, line), daemon=True)
+    sent.start()
     deadline, parts = time.monotonic() + SECONDS, [b""]
     with selectors.DefaultSelector() as selector:
         selector.register(stdout, selectors.EVENT_READ)
