@@ -214,22 +214,23 @@ def test_a_turn_is_trained_as_it_is_generated(bare, capsys, name, whole, trained
 
 
 def test_no_turn_is_trained_twice(bare):
-    """Where a conversation becomes several records, and of three turns one was trained already."""
-    keeping = THINKING.replace("and loop.last", "and (loop.last or '#' in m.content)").replace(
-        "said if m.role == 'assistant'", "said if m.role == 'assistant' and '#' not in m.content"
+    """Of three replies the second is lost in the whole, and the first stands in both records."""
+    losing = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{{ m.content if loop.last or '#' not in m.content else 'gone' }}{{ '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    ours = bare.with_template(keeping.replace("'</think>' in m.content else ''", "true else ''"))
-    plain = bare.with_template(TEMPLATES["chatml"])
-    turns = (user("a"), said("b"), user("c"), said("d"))
-    documents, stats = encode_conversations([Conversation("0", turns)], plain, 99,
-                                            stripped_turns="expand")  # fmt: skip
-    assert len(documents) == 1 and (stats["turns"], stats["stripped"]) == (2, 0)
-    turns = (user("a"), said("<think>#</think>b"), user("c"), said("d"), user("e"), said("f"))
-    documents, stats = encode_conversations([Conversation("0", turns)], ours, 99,
-                                            stripped_turns="expand")  # fmt: skip
-    replies = sum(sum(t in ours.ends for t, on in zip(d.tokens, d.is_target, strict=True) if on)
-                  for d in documents)  # fmt: skip
-    assert replies == 3 and stats["stripped"] == 0
+    ours = bare.with_template(losing)
+    turns = (user("a"), said("b"), user("c"), said("#d"), user("e"), said("f"))
+    documents, stats = encode_conversations(
+        [Conversation("0", turns)], ours, 99, stripped_turns="expand"
+    )
+    trained = [
+        spelled(ours, [t for t, on in zip(d.tokens, d.is_target, strict=True) if on])
+        for d in documents
+    ]
+    assert trained == ["b<|im_end|>f<|im_end|>", "#d<|im_end|>"]
+    assert (stats["turns"], stats["stripped"], stats["encoded"]) == (3, 0, 2)
 
 
 def test_left_truncation_keeps_the_last_reply(bare):
