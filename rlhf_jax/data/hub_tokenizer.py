@@ -17,7 +17,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,9 @@ from rlhf_jax.data.template import Template
 from rlhf_jax.errors import UserError
 
 FILE, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+GENERATION, CONFIG = "generation_config.json", "config.json"
+# Settings that are written anew, or name files or code that is not there.
+_ANEW = ("chat_template", "auto_map", "name_or_path", "tokenizer_file", "special_tokens_map_file")
 _NO_TEMPLATE = "the model has no chat template: name one, --config.data.chat_template=chatml"
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # stand around the number of a token that a message spells
 _ESCAPED = r"\\ue0f[01]"  # the same as JSON that is all ASCII writes them
@@ -48,6 +51,7 @@ class HubTokenizer:
       vocab_size: ids are 0 … vocab_size − 1.
       bos, end: ids of the token that begins a text, None where it has none, and of that which ends
         one. ends: ids that end a reply.
+      pad: id of the token that fills batches, None where none is named.
       hash: of all that decides ids.
     """
 
@@ -59,8 +63,17 @@ class HubTokenizer:
         eos: str | None = None,
         template: str | None = None,
         ends: Sequence[int] = (),
+        came: Mapping[str, Mapping[str, Any]] | None = None,
     ):
-        """Raises UserError if `text` is no tokenizer, or bos or eos no token of it."""
+        """
+        Args:
+          came: {file: what it said} of tokenizer_config.json, generation_config.json and
+            config.json, of which `save` and `export` write again what says nothing of ids.
+
+        Raises:
+            UserError: `text` is no tokenizer, or bos or eos no token of it.
+        """
+        self._came = dict(came or {})
         self._content = _parsed(text)
         whole = _built(self._content)
         self._whole = whole
@@ -77,6 +90,8 @@ class HubTokenizer:
         if eos is None:
             raise UserError("the tokenizer names no eos_token, so nothing would end a text")
         self.end = self._id(eos)
+        self._pad_text = self._named_pad()
+        self.pad = None if self._pad_text is None else whole.token_to_id(self._pad_text)
         for each in ends:
             if not 0 <= each < self.vocab_size:
                 raise UserError(f"eos_token_id {each} is no id of the tokenizer")
@@ -165,32 +180,64 @@ class HubTokenizer:
         """
         text = json.dumps(self._content)
         names = {"bos": self._bos_text, "eos": self._eos_text}
-        return HubTokenizer(text, **names, template=template, ends=self.ends)
+        return HubTokenizer(text, **names, template=template, ends=self.ends, came=self._came)
 
     def save(self, directory: str | Path) -> None:
-        """Writes what `load` and transformers read into a directory that exists."""
+        """Writes what `load` reads into a directory that exists and holds no model."""
+        self.export(directory)
+        (Path(directory) / CONFIG).write_text(json.dumps(self.special_ids, indent=2), "utf-8")
+
+    def export(self, directory: str | Path) -> None:
+        """Writes what transformers reads, all but config.json: settings as they came."""
         directory = Path(directory)
         settings: dict[str, Any] = {
+            "clean_up_tokenization_spaces": False,
+            # Without it transformers 4 gives models token_type_ids, which they refuse.
+            "model_input_names": ["input_ids", "attention_mask"],
+        }
+        settings |= {k: v for k, v in self._came.get(SETTINGS, {}).items() if k not in _ANEW}
+        settings |= {
+            # One that reads tokenizer.json as it is: others make parts of it anew.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self._bos_text,
             "eos_token": self._eos_text,
-            "clean_up_tokenization_spaces": False,
         }
+        if self._pad_text is not None:
+            settings["pad_token"] = self._pad_text
         (directory / FILE).write_text(json.dumps(self._content, ensure_ascii=False), "utf-8")
         if self._template_text is not None:
             (directory / TEMPLATE).write_text(self._template_text, "utf-8")
         (directory / SETTINGS).write_text(json.dumps(settings, indent=2), "utf-8")
-        generation = {"eos_token_id": list(self.ends), "bos_token_id": self.bos}
-        (directory / "generation_config.json").write_text(json.dumps(generation, indent=2))
-
-    def export(self, directory: str | Path) -> None:
-        """As `save`: that is what transformers reads."""
-        self.save(directory)
+        given = self._came.get(GENERATION)
+        generation = self.special_ids if given is None else dict(given)
+        generation["eos_token_id"] = self._ends_as(generation.get("eos_token_id"))
+        (directory / GENERATION).write_text(json.dumps(generation, indent=2), "utf-8")
 
     @property
-    def pad(self) -> int:
-        """What transformers pads batches with: some token has to be it."""
-        return self.end
+    def special_ids(self) -> dict[str, Any]:
+        """bos_token_id, eos_token_id and pad_token_id for a config.json."""
+        given = self._came.get(CONFIG, {})
+        pad = given.get("pad_token_id")
+        return {
+            "bos_token_id": given.get("bos_token_id", self.bos),
+            "eos_token_id": self._ends_as(given.get("eos_token_id")),
+            "pad_token_id": self.pad if pad is None else pad,
+        }
+
+    def _ends_as(self, given: Any) -> Any:
+        """`ends` as an eos_token_id: in the form that came if it has them all."""
+        listed = given if isinstance(given, list) else [given]
+        return given if set(listed) == set(self.ends) else list(self.ends)
+
+    def _named_pad(self) -> str | None:
+        """The pad token by the tokenizer's settings, or by the id in one of the configs."""
+        if (text := _token(self._came.get(SETTINGS, {}), "pad_token")) is not None:
+            return text
+        for name in (CONFIG, GENERATION):
+            number = self._came.get(name, {}).get("pad_token_id")
+            if isinstance(number, int) and 0 <= number < self.vocab_size:
+                return self._whole.id_to_token(number)
+        return None
 
     @classmethod
     def load(cls, directory: str | Path) -> HubTokenizer:
@@ -205,8 +252,8 @@ class HubTokenizer:
                 f"{directory} has no {FILE}: save the tokenizer as a fast one with transformers"
             )
         settings = _json_object(directory / SETTINGS)
-        generation = _json_object(directory / "generation_config.json")
-        config = _json_object(directory / "config.json")
+        generation = _json_object(directory / GENERATION)
+        config = _json_object(directory / CONFIG)
         ends = generation.get("eos_token_id", config.get("eos_token_id"))
         listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
         if not all(isinstance(e, int) and not isinstance(e, bool) for e in listed):
@@ -218,6 +265,7 @@ class HubTokenizer:
                 eos=_token(settings, "eos_token"),
                 template=_template(directory, settings),
                 ends=listed,
+                came=_came(directory, settings, generation, config),
             )
         except (OSError, UnicodeDecodeError, UserError) as error:
             raise UserError(f"{directory}: {error}") from error
@@ -426,7 +474,18 @@ def _json_object(path: Path) -> dict[str, Any]:
     return document
 
 
-def _token(settings: dict[str, Any], name: str) -> str | None:
+def _came(
+    directory: Path, settings: Mapping[str, Any], generation: Mapping, config: Mapping
+) -> dict[str, Mapping[str, Any]]:
+    """What the files of a directory say that an export of its tokenizer says again."""
+    marked = _json_object(directory / "special_tokens_map.json")  # of older versions
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    found: dict[str, Mapping[str, Any]] = {SETTINGS: marked | dict(settings)}
+    found[CONFIG] = {name: config[name] for name in ids if name in config}
+    return found | ({GENERATION: generation} if generation else {})
+
+
+def _token(settings: Mapping[str, Any], name: str) -> str | None:
     value = settings.get(name)
     if isinstance(value, dict):
         value = value.get("content")
