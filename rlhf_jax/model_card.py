@@ -38,14 +38,13 @@ def model_card(workdir: Path, name: str, *, what: str, dtype: str, library: str)
         if (known := _hub_id(base)) is not None:
             head["base_model"] = known
         lines.append(f"Base model: {known or base.name}.")
-    if made:
-        lines.append("It was trained in these stages:")
     hub_data = []
-    for path, summary, config in made:
+    for _, summary, config in made:
+        if not (stage := summary.get("stage")):
+            continue
         loss, data = config.get("loss") or {}, str((config.get("data") or {}).get("train", ""))
-        stage = str(summary.get("stage", path.name))
-        shown = f"{stage} ({loss['name']})" if loss.get("name") else stage
-        lines.append(f"- {shown}" + (f" on `{data}`" if data else ""))
+        shown = f"{stage}, {loss['name']}," if loss.get("name") else stage
+        lines.append(f"- Trained by {shown}" + (f" on `{data}`" if data else ""))
         if command := summary.get("command"):
             lines.append(textwrap.indent(str(command), " " * 6))
         for source in data.split(","):

@@ -30,8 +30,11 @@ from rlhf_jax.errors import UserError
 
 FILE, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 GENERATION, CONFIG = "generation_config.json", "config.json"
-# Settings that are written anew, or name files or code that is not there.
-_ANEW = ("chat_template", "auto_map", "name_or_path", "tokenizer_file", "special_tokens_map_file")
+# Settings that are written anew, or say where and how files were loaded.
+_ANEW = (
+    *("chat_template", "auto_map", "name_or_path", "tokenizer_file", "special_tokens_map_file"),
+    *("is_local", "local_files_only"),
+)
 _NO_TEMPLATE = "the model has no chat template: name one, --config.data.chat_template=chatml"
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # stand around the number of a token that a message spells
 _ESCAPED = r"\\ue0f[01]"  # the same as JSON that is all ASCII writes them
@@ -204,6 +207,8 @@ class HubTokenizer:
         }
         if self._pad_text is not None:
             settings["pad_token"] = self._pad_text
+        if isinstance(settings.get("extra_special_tokens"), list):  # read by transformers 5 only
+            settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
         (directory / FILE).write_text(json.dumps(self._content, ensure_ascii=False), "utf-8")
         if self._template_text is not None:
             (directory / TEMPLATE).write_text(self._template_text, "utf-8")

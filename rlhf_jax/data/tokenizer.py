@@ -124,6 +124,7 @@ class Tokenizer:
         }
         (Path(directory) / "tokenizer.json").write_text(json.dumps(content), "utf-8")
         (Path(directory) / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+        (Path(directory) / "generation_config.json").write_text(json.dumps(self.special_ids))
 
     @property
     def special_ids(self) -> dict[str, Any]:
