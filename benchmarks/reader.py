@@ -89,6 +89,7 @@ def with_llama_cpp(script: Path) -> tuple[str, Read]:
             options = xllamacpp.CommonParams()
             options.model.path = f"{folder}/m.gguf"
             options.n_ctx, options.n_parallel, options.warmup = 256, 1, False
+            options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
             options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
             server = xllamacpp.Server(options)
             return [_last_logprobs(server, row) for row in rows]
@@ -97,9 +98,9 @@ def with_llama_cpp(script: Path) -> tuple[str, Read]:
 
 
 def _last_logprobs(server, row: list[int]) -> np.ndarray:
-    ask = {"prompt": row, "n_predict": 1, "n_probs": 10**6, "temperature": 0.0, "samplers": []}
-    answer = server.handle_completions(ask | {"cache_prompt": False})
-    found = answer["completion_probabilities"][0]["top_logprobs"]
+    ask = {"prompt": row, "n_predict": 1, "n_probs": 10**6, "temperature": 0.0}
+    answer = server.handle_completions(ask | {"cache_prompt": False, "ignore_eos": True})
+    found = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     values = np.full(1 + max(x["id"] for x in found), -np.inf, np.float32)
     for x in found:
         values[x["id"]] = x["logprob"]

@@ -111,6 +111,8 @@ def make(folder: Path, family: str, variant: str, tokenizer: Tokenizer) -> tuple
     (folder / "run").mkdir()
     save_model(folder / "run", Model(config, params, tokenizer))
     export(folder / "run", folder / "out", dtype="float32", shard_bytes=10**9)
+    settings = folder / "out/tokenizer_config.json"  # of a Hub model of most families
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"unk_token": "<|pad|>"}))
     written = json.loads((folder / "out/config.json").read_text())["model_type"]
     assert written == family, f"{family} was written as {written}"
     hidden = apply(config, params, jnp.asarray([rows(config.vocab_size)[-1]])).hidden

@@ -379,15 +379,13 @@ def _gated_document(config: ModelConfig) -> Json:
 def _rope_layouts(config: ModelConfig) -> Json:
     """RoPE as transformers 5 writes it, and beside it as 4.x and most other readers know it.
 
-    transformers 5 takes `rope_scaling` before `rope_parameters`, so the two must say the same.
+    transformers 5 takes `rope_scaling` before `rope_parameters`, so the two say the same; θ stands
+    in the former too, because CTranslate2 looks for it there alone.
     """
-    parameters = _rope_document(config)
-    theta = parameters["rope_theta"]
-    scaling = {k: v for k, v in parameters.items() if k != "rope_theta"}
     return {
-        "rope_parameters": parameters,
-        "rope_theta": theta,
-        "rope_scaling": None if config.rope_scaling == "none" else scaling,
+        "rope_parameters": _rope_document(config),
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if config.rope_scaling == "none" else _rope_document(config),
     }
 
 

@@ -238,10 +238,10 @@ def test_both_layouts_of_rope_are_written_and_say_the_same(tmp_path, kind, scali
     _, config = read_config(tmp_path)
     written, document = to_document(config)
     assert (written, document["rope_theta"]) == (kind, 500_000.0)
-    wanted = {k: v for k, v in SCALINGS[scaling].items() if scaling != "none"}
-    if (kind, scaling) == ("olmo2", "linear"):  # the only key transformers 4 takes there
-        wanted["type"] = wanted.pop("rope_type")
-    assert document["rope_scaling"] == (wanted or None)
+    wanted = None if scaling == "none" else SCALINGS[scaling] | {"rope_theta": 500_000.0}
+    if (kind, scaling) == ("olmo2", "linear"):  # the only keys transformers 4 takes there
+        wanted = {"type": "linear", "factor": 2.0}
+    assert document["rope_scaling"] == wanted
     old = {"rope_theta", "rope_scaling", "rope_local_base_freq", "rotary_emb_base", "rotary_pct"}
     for removed in ({"rope_parameters"}, old):
         path.write_text(json.dumps({k: v for k, v in document.items() if k not in removed}))
