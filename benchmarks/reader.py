@@ -92,14 +92,16 @@ def with_llama_cpp(script: Path) -> tuple[str, Read]:
             options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
             options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
             server = xllamacpp.Server(options)
-            return [_last_logprobs(server, row) for row in rows]
+            vocabulary = json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]
+            return [_last_logprobs(server, row, vocabulary["e"]) for row in rows]
 
     return f"llama.cpp (xllamacpp {version('xllamacpp')})", read
 
 
-def _last_logprobs(server, row: list[int]) -> np.ndarray:
-    ask = {"prompt": row, "n_predict": 1, "n_probs": 10**6, "temperature": 0.0}
-    answer = server.handle_completions(ask | {"cache_prompt": False, "ignore_eos": True})
+def _last_logprobs(server, row: list[int], drawn: int) -> np.ndarray:
+    """Of all tokens; the server tells them only beside a token that is text, as `drawn` is."""
+    ask = {"prompt": row, "n_predict": 1, "n_probs": 10**6, "logit_bias": [[drawn, 1000.0]]}
+    answer = server.handle_completions(ask | {"cache_prompt": False})
     found = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     values = np.full(1 + max(x["id"] for x in found), -np.inf, np.float32)
     for x in found:
