@@ -252,6 +252,7 @@ def test_files_are_readable_by_whom_the_umask_says(tmp_path):
     for name in ("adapter", "whole"):
         files = list((tmp_path / name).iterdir())
         assert any(path.suffix == ".safetensors" for path in files)
+        assert {"chat_template.jinja", "tokenizer.json"} < {path.name for path in files}
         assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
 
 

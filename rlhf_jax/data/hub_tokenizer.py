@@ -232,7 +232,8 @@ class HubTokenizer:
     def _ends_as(self, given: Any) -> Any:
         """`ends` as an eos_token_id: in the form that came if it has them all."""
         listed = given if isinstance(given, list) else [given]
-        return given if set(listed) == set(self.ends) else list(self.ends)
+        same = all(isinstance(e, int) for e in listed) and set(listed) == set(self.ends)
+        return given if same else list(self.ends)
 
     def _named_pad(self) -> str | None:
         """The pad token by the tokenizer's settings, or by the id in one of the configs."""

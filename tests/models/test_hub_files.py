@@ -227,7 +227,13 @@ def rope_case(kind, scaling, theta=500_000.0):
         more["num_local_experts"] = 4
     if kind == "qwen3_moe":
         more |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    return SHAPE | more | {"model_type": kind, "rope_parameters": whole}
+    tied = not kind.startswith("gemma")  # the other way than transformers assumes
+    return (
+        SHAPE
+        | more
+        | {"model_type": kind, "rope_parameters": whole}
+        | {"tie_word_embeddings": tied}
+    )
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
