@@ -1,14 +1,15 @@
 """The tokenizer and chat template that came with a Hugging Face model.
 
 Control tokens come from the template only: what a message says is encoded as the text it is, so
-"<|im_start|>" typed by a user is a few ordinary tokens. (The tokens a vocabulary adds that are not
-special, "<think>" or "<tool_call>", are those tokens in an assistant's text too.) For texts that
-hold no such thing ids are those of the tokenizers library for the whole conversation, except that a
-reply never merges with the template's text before it: the tokens of a prompt, then those of its
-reply, are the tokens of the conversation, always.
+"<|im_start|>" typed by a user is a few ordinary tokens. Control tokens are a vocabulary's special
+ones, those that begin and end texts, and those of its other added ones with which the template
+parts turns, as DeepSeek's "<｜User｜>". Any message may spell the rest: runs of spaces, "<think>".
+Where a text spells no control token its ids are those of the tokenizers library for the whole
+conversation, except that a reply never merges with the template's text before it: the tokens of a
+prompt, then those of its reply, are the tokens of the conversation, always.
 
-Tool calls and schemas go to the template, where no text in them becomes a token of the vocabulary's
-added ones, special or not: "</tool_call>" in an argument is text.
+Tool calls, schemas and results go to the template, where no text in them becomes a token that the
+template names, control or not: "</tool_call>" in an argument is text.
 """
 
 from __future__ import annotations
@@ -17,26 +18,40 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
 
+from rlhf_jax.data.chat_formats import WITH_TOOLS
 from rlhf_jax.data.records import Message
 from rlhf_jax.data.template import Template
 from rlhf_jax.errors import UserError
 
 FILE, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
-GENERATION, CONFIG = "generation_config.json", "config.json"
+_SPECIAL_MAP, _GENERATION, _CONFIG = (
+    f"{name}.json" for name in ("special_tokens_map", "generation_config", "config")
+)
 # Settings that are written anew, or say where and how files were loaded.
 _ANEW = (
     *("chat_template", "auto_map", "name_or_path", "tokenizer_file", "special_tokens_map_file"),
     *("is_local", "local_files_only"),
 )
+# Whose classes in transformers have a bos_token though no file names it, as "<|endoftext|>". Other
+# models begin no text then, whatever id their config.json gives: Qwen's gives one.
+_BOS_BY_CLASS = ("gpt2", "gpt_neox", "gptneox", "gemma")
+_NO_EOS = (
+    f"nothing names the token that ends a text: no eos_token in {SETTINGS} or {_SPECIAL_MAP}, no "
+    f'eos_token_id in {_GENERATION} or {_CONFIG}; write "eos_token" into {SETTINGS}'
+)
+_WITH_TOOLS = (
+    f"templates that take tools: --config.data.chat_template={' or '.join(WITH_TOOLS)}, where "
+    "their control tokens are in the vocabulary, or a .jinja file"
+)
 _NO_TEMPLATE = "the model has no chat template: name one, --config.data.chat_template=chatml"
-_OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # stand around the number of a token that a message spells
+_OPEN, _CLOSE = "\ue0f0", "\ue0f1"  # stand around the number of what a message may not spell
 _ESCAPED = r"\\ue0f[01]"  # the same as JSON that is all ASCII writes them
 _SPELLED = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
 
@@ -62,14 +77,16 @@ class HubTokenizer:
         self,
         text: str,
         *,
-        bos: str | None = None,
-        eos: str | None = None,
+        bos: str | int | None = None,
+        eos: str | int | None,
         template: str | None = None,
         ends: Sequence[int] = (),
         came: Mapping[str, Mapping[str, Any]] | None = None,
     ):
-        """
+        """Made of the text of a tokenizer.json.
+
         Args:
+          bos, eos: tokens or their ids.
           came: {file: what it said} of tokenizer_config.json, generation_config.json and
             config.json, of which `save` and `export` write again what says nothing of ids.
 
@@ -77,24 +94,30 @@ class HubTokenizer:
             UserError: `text` is no tokenizer, or bos or eos no token of it.
         """
         self._came = dict(came or {})
-        self._content = _parsed(text)
-        whole = _built(self._content)
-        self._whole = whole
-        self.vocab_size = whole.get_vocab_size()
-        self._added = _added_tokens(self._content)
-        names = sorted((a.text for a in self._added), key=len, reverse=True)
-        self._names = re.compile("|".join(map(re.escape, names)) or r"(?!)")
-        self._by_text = {a.text: a for a in self._added}
-        self._special = frozenset(a.id for a in self._added if a.special)
-        bare = self._content | {"added_tokens": [], "post_processor": None}
-        self._first, self._later = _built(bare), _built(_without_first_prefix(bare))
+        content = _parsed(text)
+        self._whole = _built(content)
+        self.vocab_size = self._whole.get_vocab_size()
+        if eos is None:
+            raise UserError(_NO_EOS)
+        bos = None if bos is None else self._named(bos, "bos_token_id")
+        eos = self._named(eos, "eos_token_id")
         self._bos_text, self._eos_text = bos, eos
         self.bos = None if bos is None else self._id(bos)
-        if eos is None:
-            raise UserError("the tokenizer names no eos_token, so nothing would end a text")
         self.end = self._id(eos)
+        self._content = _with_added(content, {bos: self.bos, eos: self.end})
+        if self._content is not content:
+            self._whole = _built(self._content)
+        whole = self._whole
         self._pad_text = self._named_pad()
         self.pad = None if self._pad_text is None else whole.token_to_id(self._pad_text)
+        self._added = [
+            _Added(self._id(entry["content"]), entry["content"], bool(entry.get("special")))
+            for entry in self._content.get("added_tokens") or []
+        ]
+        self._by_text = {a.text: a for a in self._added}
+        marks = {_OPEN: self.vocab_size, _CLOSE: self.vocab_size + 1}  # no ids, but numbers too
+        self._number = {a.text: a.id for a in self._added} | marks
+        self._by_id = {number: text for text, number in self._number.items()}
         for each in ends:
             if not 0 <= each < self.vocab_size:
                 raise UserError(f"eos_token_id {each} is no id of the tokenizer")
@@ -113,11 +136,11 @@ class HubTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts as they stand at the beginning; never a special token."""
-        return [self._encode(text, first=True) for text in texts]
+        return [self.encode(text) for text in texts]
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text."""
-        return self._encode(text, first=True)
+        return self._tokens(self._hidden(text))
 
     def decode(self, ids: Iterable[int], *, control: bool = False) -> str:
         """Text of `ids`; special tokens are left out, or written by name if `control`."""
@@ -133,7 +156,7 @@ class HubTokenizer:
 
     def reply(self, text: str) -> list[int]:
         """Tokens of an assistant's reply as they follow `prompt`, up to the token that ends it."""
-        shown = self._disguised(Message("assistant", text))
+        shown = self._hidden(text)
         if self._template is None:
             raise UserError(_NO_TEMPLATE)
         before, after = self._around
@@ -159,13 +182,14 @@ class HubTokenizer:
                 raise self._broken(prompt, whole)
             end = self._find_end(whole, len(prompt), self.ends)
             before = self._tokens(whole[done : len(prompt)], first=not tokens)
+            before = before[before[:1] == tokens[-1:] :]
             lead = prompt[self._last_control(prompt) :]
             reply = self._continued(lead, whole[len(prompt) : end.start()])
             reply.append(self._by_text[end[0]].id)
             trained = int(not last_turn_only or i == turns[-1])
             tokens += [*before, *reply]
             is_target += [0] * len(before) + [trained] * len(reply)
-            done = end.end()
+            done = end.start()  # a token may take the spaces after it: it is read again with them
         count = len(tokens)
         tokens = self._with_bos(tokens)
         return tokens, [0] * (len(tokens) - count) + is_target
@@ -188,7 +212,7 @@ class HubTokenizer:
     def save(self, directory: str | Path) -> None:
         """Writes what `load` reads into a directory that exists and holds no model."""
         self.export(directory)
-        (Path(directory) / CONFIG).write_text(json.dumps(self.special_ids, indent=2), "utf-8")
+        (Path(directory) / _CONFIG).write_text(json.dumps(self.special_ids, indent=2), "utf-8")
 
     def export(self, directory: str | Path) -> None:
         """Writes what transformers reads, all but config.json: settings as they came."""
@@ -213,15 +237,15 @@ class HubTokenizer:
         if self._template_text is not None:
             (directory / TEMPLATE).write_text(self._template_text, "utf-8")
         (directory / SETTINGS).write_text(json.dumps(settings, indent=2), "utf-8")
-        given = self._came.get(GENERATION)
+        given = self._came.get(_GENERATION)
         generation = self.special_ids if given is None else dict(given)
         generation["eos_token_id"] = self._ends_as(generation.get("eos_token_id"))
-        (directory / GENERATION).write_text(json.dumps(generation, indent=2), "utf-8")
+        (directory / _GENERATION).write_text(json.dumps(generation, indent=2), "utf-8")
 
     @property
     def special_ids(self) -> dict[str, Any]:
         """bos_token_id, eos_token_id and pad_token_id for a config.json."""
-        given = self._came.get(CONFIG, {})
+        given = self._came.get(_CONFIG, {})
         pad = given.get("pad_token_id")
         return {
             "bos_token_id": given.get("bos_token_id", self.bos),
@@ -239,7 +263,7 @@ class HubTokenizer:
         """The pad token by the tokenizer's settings, or by the id in one of the configs."""
         if (text := _token(self._came.get(SETTINGS, {}), "pad_token")) is not None:
             return text
-        for name in (CONFIG, GENERATION):
+        for name in (_CONFIG, _GENERATION):
             number = self._came.get(name, {}).get("pad_token_id")
             if isinstance(number, int) and 0 <= number < self.vocab_size:
                 return self._whole.id_to_token(number)
@@ -258,20 +282,28 @@ class HubTokenizer:
                 f"{directory} has no {FILE}: save the tokenizer as a fast one with transformers"
             )
         settings = _json_object(directory / SETTINGS)
-        generation = _json_object(directory / GENERATION)
-        config = _json_object(directory / CONFIG)
-        ends = generation.get("eos_token_id", config.get("eos_token_id"))
-        listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        if not all(isinstance(e, int) and not isinstance(e, bool) for e in listed):
-            raise UserError(f"{directory}: eos_token_id = {ends!r} should be ids")
+        config = _json_object(directory / _CONFIG)
+        generation = _json_object(directory / _GENERATION)
+        ids = config | generation
+        ends = _ids(directory, ids, "eos_token_id")
+        names = settings
+        if "added_tokens_decoder" not in settings:  # with it, transformers reads no other file
+            names = settings | _json_object(directory / _SPECIAL_MAP)
+        bos: str | int | None = _token(names, "bos_token")
+        eos: str | int | None = _token(names, "eos_token")
+        if eos is None and ends:
+            eos = ends[0]
+        kind = str(settings.get("tokenizer_class") or config.get("model_type")).lower()
+        if "bos_token" not in names and kind.startswith(_BOS_BY_CLASS):
+            bos = next(iter(_ids(directory, ids, "bos_token_id")), None)
         try:
             return cls(
                 (directory / FILE).read_text("utf-8"),
-                bos=_token(settings, "bos_token"),
-                eos=_token(settings, "eos_token"),
+                bos=bos,
+                eos=eos,
                 template=_template(directory, settings),
-                ends=listed,
-                came=_came(directory, settings, generation, config),
+                ends=ends,
+                came=_came(names, generation, config),
             )
         except (OSError, UnicodeDecodeError, UserError) as error:
             raise UserError(f"{directory}: {error}") from error
@@ -282,62 +314,109 @@ class HubTokenizer:
             raise UserError(f"the token {text!r} is not in the vocabulary")
         return int(found)
 
-    def _encode(self, text: str, *, first: bool) -> list[int]:
-        """Ids of text that stands between control tokens, or at the beginning (`first`)."""
-        if not text:
-            return []
-        try:
-            encoder = self._first if first else self._later
-            ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"the tokenizer cannot encode {text[:60]!a}: {error}") from error
-        if not self._special.isdisjoint(ids):
-            raise UserError(f"the text {text[:60]!a} would be encoded as a control token")
-        return ids
+    def _named(self, token: str | int, field: str) -> str:
+        found = self._whole.id_to_token(token) if isinstance(token, int) and token >= 0 else token
+        if not isinstance(found, str):
+            raise UserError(f"{field} {token} is no id of the tokenizer")
+        return found
 
-    def _disguised(self, message: Message) -> str:
-        """The message's text with every token it spells, and may not be, replaced by a number."""
-        return self._hidden(message.content, but_ordinary=message.role == "assistant")
+    @cached_property
+    def _control(self) -> frozenset[int]:
+        """Ids of the added tokens that come from the template only."""
+        always = {self.bos, *self.ends, *(a.id for a in self._added if a.special)}
+        control = {a.text for a in self._added if a.id in always}
+        if self._template is not None:
+            control |= _parting(self._by_text.keys() - control, control, self._template)
+        return frozenset(self._by_text[text].id for text in control)
 
-    def _hidden(self, text: str, *, but_ordinary: bool = False) -> str:
-        """Text with the added tokens it spells replaced; special ones only if `but_ordinary`."""
-        if _OPEN in text or _CLOSE in text:
-            raise UserError(f"a message holds {_OPEN!r} or {_CLOSE!r}, which are used internally")
+    @cached_property
+    def _forbidden(self) -> frozenset[int]:
+        """Those that no text may give: not what stands for letters the vocabulary lacks."""
+        model = self._content["model"]
+        unknown = self._whole.token_to_id(model.get("unk_token") or "")
+        return self._control - {unknown, model.get("unk_id")}
+
+    @cached_property
+    def _markup(self) -> frozenset[int]:
+        """Control tokens, and the ids of the other added ones that the template names."""
+        source = "" if self._template is None else self._template.source
+        marks = {self._by_text[text].id for text in _marks(self._by_text) if text in source}
+        return self._control | marks
+
+    @cached_property
+    def _names(self) -> re.Pattern[str]:
+        """Finds control tokens in rendered text."""
+        return _any_of(self._by_id[each] for each in self._control)
+
+    @cached_property
+    def _hidden_names(self) -> dict[bool, re.Pattern[str]]:
+        """What is hidden in a message's text, and (True) in a tool's."""
+        kinds = {False: self._control, True: self._markup}
+        return {
+            of_tool: _any_of([*(self._by_id[each] for each in ids), _OPEN, _CLOSE])
+            for of_tool, ids in kinds.items()
+        }
+
+    @cached_property
+    def _rendered_encoders(self) -> dict[bool, tokenizers.Tokenizer]:
+        """Encode rendered text: later than the beginning (False) and from the beginning (True)."""
+        later = _without_first_prefix(self._content)
+        return {True: self._whole, False: _built(later) if later else self._whole}
+
+    @cached_property
+    def _text_encoders(self) -> dict[bool, tokenizers.Tokenizer]:
+        """The same for text that has none of `_markup`, whatever it spells."""
+        added = [
+            entry | {"special": self._by_text[entry["content"]].id in self._markup}
+            for entry in self._content.get("added_tokens") or []
+        ]
+        content = self._content | {"added_tokens": added, "post_processor": None}
+        later = _without_first_prefix(content)
+        first = _built(content)
+        made = {True: first, False: _built(later) if later else first}
+        for each in made.values():
+            each.encode_special_tokens = True  # as text
+        return made
+
+    def _hidden(self, text: str, *, of_tool: bool = False) -> str:
+        """Text with what it spells, and may not, replaced by numbers."""
 
         def hide(match: re.Match[str]) -> str:
-            added = self._by_text[match[0]]
-            if but_ordinary and not added.special:
-                return match[0]
-            return f"{_OPEN}{added.id}{_CLOSE}"
+            return f"{_OPEN}{self._number[match[0]]}{_CLOSE}"
 
-        return self._names.sub(hide, text)
+        return self._hidden_names[of_tool].sub(hide, text)
 
     def _all_hidden(self, value: Any) -> Any:
         """`_hidden` of every text in a JSON value."""
         if isinstance(value, str):
-            return self._hidden(value)
+            return self._hidden(value, of_tool=True)
         if isinstance(value, dict):
-            return {self._hidden(k): self._all_hidden(v) for k, v in value.items()}
+            return {self._all_hidden(k): self._all_hidden(v) for k, v in value.items()}
         return [self._all_hidden(v) for v in value] if isinstance(value, list) else value
 
     def _rendered(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         if self._template is None:
             raise UserError(_NO_TEMPLATE)
-        turns = [{"role": m.role, "content": self._disguised(m)} for m in messages]
         more = [self._all_hidden(json.loads(m.more)) if m.more else {} for m in messages]
         tools = more[0].pop("tools", None) if more else None
+        turns = [
+            {"role": m.role, "content": self._hidden(m.content, of_tool=m.role == "tool")} | keys
+            for m, keys in zip(messages, more, strict=True)
+        ]
         render = partial(self._template.render, add_generation_prompt=add_generation_prompt)
-        text = render([a | b for a, b in zip(turns, more, strict=True)], tools=tools)
-        if tools and render([a | b for a, b in zip(turns, more, strict=True)]) == text:
-            raise UserError("the chat template ignores tools; use a model whose template has them")
-        for i, keys in enumerate(more):
-            if "tool_calls" not in keys:
+        try:
+            text = render(turns, tools=tools)
+        except UserError as error:
+            if not tools and not any(_of_tools(turn) for turn in turns):
+                raise
+            raise UserError(f"{error}; {_WITH_TOOLS}") from error
+        for what, fewer, fewer_tools in _without_each(turns, tools):
+            try:
+                ignored = render(fewer, tools=fewer_tools) == text
+            except UserError:  # it asks for what was taken out
                 continue
-            less = [*more[:i], {}, *more[i + 1 :]]
-            if render([a | b for a, b in zip(turns, less, strict=True)], tools=tools) == text:
-                raise UserError(
-                    "the chat template ignores tool_calls; use a model whose template has them"
-                )
+            if ignored:
+                raise UserError(f"the chat template ignores {what}; {_WITH_TOOLS}")
         if any(more) and re.search(f"(?i){_ESCAPED}", text):
             raise UserError(
                 "the chat template escapes non-ASCII letters of tool calls, which hold a control "
@@ -346,18 +425,26 @@ class HubTokenizer:
         return text
 
     def _tokens(self, text: str, *, first: bool = True) -> list[int]:
-        """Ids of rendered text: its control tokens, and the runs of text between them."""
+        """Ids of text with hidden names: the library's, but where it has one of these."""
+        encoding = _encoding(self._rendered_encoders[first], text)
+        all_ids, places = encoding.ids, encoding.offsets
         ids: list[int] = []
-        done = 0
-        for match in self._names.finditer(text):
-            ids += self._run(text[done : match.start()], first=first and not done)
-            ids.append(self._by_text[match[0]].id)
-            done = match.end()
-        return ids + self._run(text[done:], first=first and not done)
+        at = done = 0  # how far: in `all_ids`, in `text`
+        for i, (token, (start, stop)) in enumerate(zip(all_ids, places, strict=True)):
+            if token in self._markup and self._by_id[token].strip() == text[start:stop].strip():
+                ids += self._between(all_ids[at:i], text[done:start], first=first and not done)
+                ids.append(token)
+                at, done = i + 1, stop
+        return ids + self._between(all_ids[at:], text[done:], first=first and not done)
 
-    def _run(self, text: str, *, first: bool) -> list[int]:
-        by_id = {str(a.id): a.text for a in self._added}
-        return self._encode(_SPELLED.sub(lambda m: by_id[m[1]], text), first=first)
+    def _between(self, ids: list[int], text: str, *, first: bool) -> list[int]:
+        """Ids of text between tokens of `_markup`: `ids`, unless it spells one, if only nearly."""
+        if _OPEN in text or not self._forbidden.isdisjoint(ids):
+            text = _SPELLED.sub(lambda m: self._by_id[int(m[1])], text)
+            ids = _encoding(self._text_encoders[first], text).ids
+            if not self._forbidden.isdisjoint(ids):
+                raise UserError(f"the text {text[:60]!a} would be encoded as a control token")
+        return ids
 
     def _continued(self, lead: str, text: str) -> list[int]:
         """Ids of text that follows `lead`, whose ids stay what they are without it."""
@@ -375,9 +462,9 @@ class HubTokenizer:
         raise UserError("the chat template writes no token that ends the assistant's turn")
 
     def _last_control(self, text: str) -> int:
-        """Where the last control token of rendered text ends."""
-        ends = [match.end() for match in self._names.finditer(text)]
-        return ends[-1] if ends else 0
+        """Where the last control token of rendered text stands."""
+        starts = [match.start() for match in self._names.finditer(text)]
+        return starts[-1] if starts else 0
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         if self.bos is None:
@@ -389,13 +476,13 @@ class HubTokenizer:
         return ids
 
     def _reply_format(self) -> tuple[str, tuple[str, str], int]:
-        """(a prompt's text after its last control token, what is around a reply, its last id)."""
+        """(a prompt's text from its last control token on, what is around a reply, its last id)."""
         messages = [Message("user", "a"), Message("assistant", "b")]
         prompt = self._rendered(messages[:1], add_generation_prompt=True)
         whole = self._rendered(messages)
         if not whole.startswith(prompt):
             raise self._broken(prompt, whole)
-        end = self._find_end(whole, len(prompt), self._special | {*self.ends})
+        end = self._find_end(whole, len(prompt), self._control)
         text = whole[len(prompt) : end.start()]
         if "b" not in text:
             raise UserError("the chat template writes no token that ends the assistant's turn")
@@ -437,26 +524,107 @@ def _built(content: dict[str, Any]) -> tokenizers.Tokenizer:
     return made
 
 
-def _added_tokens(content: dict[str, Any]) -> list[_Added]:
-    found = []
-    for entry in content.get("added_tokens") or []:
-        flags = [name for name in ("lstrip", "rstrip", "single_word") if entry.get(name)]
-        if flags:
-            raise UserError(
-                f"the added token {entry['content']!r} with {flags[0]} is not supported"
-            )
-        found.append(_Added(entry["id"], entry["content"], bool(entry.get("special"))))
-    return found
+def _with_added(content: dict[str, Any], named: Mapping[str | None, int | None]) -> dict[str, Any]:
+    """`content` with the tokens that its settings name among its added ones, as transformers does.
+
+    Args:
+      named: token → id.
+    """
+    added = content.get("added_tokens") or []
+    held = {entry["content"] for entry in added}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    more = [
+        {"id": number, "content": text, "special": True} | flags
+        for text, number in named.items()
+        if text is not None and text not in held
+    ]
+    return content | {"added_tokens": [*added, *more]} if more else content
 
 
-def _without_first_prefix(content: dict[str, Any]) -> dict[str, Any]:
-    """The same where a prefix is put before the first piece of a text only: for later pieces."""
+def _of_tools(turn: Mapping[str, Any]) -> bool:
+    return turn["role"] == "tool" or bool(turn.get("tool_calls"))
+
+
+def _without_each(turns: list[dict[str, Any]], tools: Any) -> Iterator[tuple[str, list, Any]]:
+    """(what it is, turns and tools without it) of all that concerns tools in a conversation."""
+    if tools:
+        yield "tools", turns, None
+    for i, turn in enumerate(turns):
+
+        def changed(less: dict[str, Any], i: int = i) -> list[dict[str, Any]]:
+            return [*turns[:i], less, *turns[i + 1 :]]
+
+        if turn["role"] == "tool" and turn["content"]:
+            yield "tool results", changed(turn | {"content": ""}), tools
+        calls = turn.get("tool_calls", [])
+        for j in range(len(calls)):
+            others = {"tool_calls": [*calls[:j], *calls[j + 1 :]]} if len(calls) > 1 else {}
+            rest = {k: v for k, v in turn.items() if k != "tool_calls"}
+            yield "tool_calls", changed(rest | others), tools
+
+
+def _encoding(encoder: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    try:
+        return encoder.encode(text, add_special_tokens=False)
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"the tokenizer cannot encode {text[:60]!a}: {error}") from error
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of `texts`, the longest first."""
+    longest = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest)) or r"(?!)")
+
+
+def _marks(texts: Iterable[str]) -> set[str]:
+    """Those that look like a format's marks, <x> or [x]: letters, and something else."""
+    return {t for t in texts if re.search(r"[^\W_]", t) and re.search(r"[^\w\s]", t)}
+
+
+def _parting(texts: Iterable[str], control: Iterable[str], template: Template) -> set[str]:
+    """Those of `texts`, added tokens beside the `control` tokens, that part a template's turns.
+
+    That is all that it names or writes, without what opens and closes a block in a turn, such as
+    <think> and </think>; with these too where nothing else stands between a question and its
+    answer. All, where the template refuses the conversation that would show it.
+    """
+    marks = _marks(texts)
+    if not marks:
+        return marks
+    question, answer = (f"{_OPEN}{number}{_CLOSE}" for number in range(2))
+    roles = zip(("system", "user", "assistant"), ("s", question, answer), strict=True)
+    turns = [{"role": role, "content": content} for role, content in roles]
+    try:
+        try:
+            whole = template.render(turns)
+        except UserError:  # some know no system message
+            whole = template.render(turns[1:])
+    except UserError:
+        return marks
+    shown = f"{whole}\n{template.source}"
+    written = {mark for mark in marks if mark in shown}
+    known = "\n".join((shown, *texts))
+
+    def other(mark: str) -> str:
+        return mark.replace("/", "", 1) if "/" in mark else f"{mark[0]}/{mark[1:]}"
+
+    parting = {mark for mark in written if other(mark) not in known}
+    between = whole.partition(question)[2].partition(answer)[0]
+    alone = not any(token in between for token in (*control, *parting))
+    return written if alone else parting
+
+
+def _without_first_prefix(content: dict[str, Any]) -> dict[str, Any] | None:
+    """The same for later pieces, where a prefix is put before a text's first piece only."""
     changed = copy.deepcopy({k: v for k, v in content.items() if k != "model"})
+    found = False
 
     def walk(node: Any) -> None:
+        nonlocal found
         if isinstance(node, dict):
             if node.get("prepend_scheme") == "first":
                 node["prepend_scheme"] = "never"
+                found = True
             for value in node.values():
                 walk(value)
         elif isinstance(node, list):
@@ -464,7 +632,7 @@ def _without_first_prefix(content: dict[str, Any]) -> dict[str, Any]:
                 walk(value)
 
     walk(changed)
-    return changed | {"model": content["model"]}
+    return changed | {"model": content["model"]} if found else None
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -481,14 +649,21 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 def _came(
-    directory: Path, settings: Mapping[str, Any], generation: Mapping, config: Mapping
+    settings: Mapping[str, Any], generation: Mapping[str, Any], config: Mapping[str, Any]
 ) -> dict[str, Mapping[str, Any]]:
     """What the files of a directory say that an export of its tokenizer says again."""
-    marked = _json_object(directory / "special_tokens_map.json")  # of older versions
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    found: dict[str, Mapping[str, Any]] = {SETTINGS: marked | dict(settings)}
-    found[CONFIG] = {name: config[name] for name in ids if name in config}
-    return found | ({GENERATION: generation} if generation else {})
+    found = {SETTINGS: settings, _CONFIG: {name: config[name] for name in ids if name in config}}
+    return found | ({_GENERATION: generation} if generation else {})
+
+
+def _ids(directory: Path, settings: dict[str, Any], name: str) -> list[int]:
+    """The ids that a model's configuration gives: one, several or none."""
+    value = settings.get(name)
+    listed = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(each, int) and not isinstance(each, bool) for each in listed):
+        raise UserError(f"{directory}: {name} = {value!r} should be ids")
+    return listed
 
 
 def _token(settings: Mapping[str, Any], name: str) -> str | None:
@@ -496,7 +671,7 @@ def _token(settings: Mapping[str, Any], name: str) -> str | None:
     if isinstance(value, dict):
         value = value.get("content")
     if value is not None and not isinstance(value, str):
-        raise UserError(f"{SETTINGS}: {name} = {str(value)[:60]!r} is no token")
+        raise UserError(f"{SETTINGS} or {_SPECIAL_MAP}: {name} = {str(value)[:60]!r} is no token")
     return value
 
 

@@ -152,7 +152,7 @@ def test_no_text_becomes_a_control_token(saved):
         assert counts[0] == counts[1]
         assert forged in ours.decode(ours.prompt(messages))
     think = ours._id("<think>")
-    assert think not in ours.prompt([Message("user", "<think>")])
+    assert think in ours.prompt([Message("user", "<think>")])
     assert think in ours.reply("<think> so")
     assert not set(special) & set(ours.reply(forged)[:-1])
 
@@ -223,15 +223,27 @@ def test_no_text_of_a_tool_becomes_a_control_token(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (TOOLS.replace("m.tool_calls or []", "[]"), "ignores tool_calls"),
-        (TOOLS.replace("if tools", "if false"), "ignores tools"),
+        (TOOLS.replace("m.tool_calls or []", "[]"), "ignores tool_calls; .*template=chatml or "),
+        (TOOLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"), "ignores tool_calls"),
+        (TOOLS.replace("if tools", "if false"), "ignores tools; .*template=chatml or llama3"),
+        (TOOLS.replace("+ m.content + '\n</", "+ '\n</"), "ignores tool results; .*=chatml or "),
+        (
+            TOOLS.replace(
+                "{% if m.role == 'tool' %}",
+                "{% if m.role == 'tool' %}{{ raise_exception('no tools') }}",
+            ),
+            "fails: _Refused: no tools; templates that take tools: .*=chatml or llama3 or qwen",
+        ),
         (TOOLS.replace("function | tojson", "function | tojson(ensure_ascii=True)"), "non-ASCII"),
     ],
 )
 def test_a_template_that_loses_tool_calls_is_refused(tmp_path, source, message):
     ours = with_tools(tmp_path, source)
+    messages = conversation_with(FORGED)
+    twice = json.loads(messages[1].more)["tool_calls"] * 2
+    messages[1] = Message("assistant", "", json.dumps({"tool_calls": twice}))
     with pytest.raises(UserError, match=message):
-        ours.conversation(conversation_with(FORGED))
+        ours.conversation(messages)
 
 
 def test_saved_and_loaded_it_is_the_same(saved, tmp_path):
@@ -322,3 +334,77 @@ def test_a_system_message_opens_the_first_turn(tmp_path):
         text = ours.decode(ours.prompt(messages), control=True)
         assert text.index("Be brief.") < text.index("12 + 30") < text.index("It is 42.")
         assert text.count("Be brief.") == 1
+
+
+END, NAMED = "<|endoftext|>", {"tokenizer_class": "PreTrainedTokenizerFast"}
+AS_TOKEN = {"content": END, "lstrip": False, "rstrip": False, "normalized": False}
+BY_ID = {"eos_token_id": END, "bos_token_id": END}
+
+
+# What stands in tokenizer_config.json, special_tokens_map.json, config.json and
+# generation_config.json; the tokens that begin and end a text; whether transformers says so too
+# (it has no token by an id: it knows GPT-2's by the class).
+@pytest.mark.parametrize(
+    ("files", "bos", "eos", "theirs"),
+    [
+        (({"model_max_length": 9}, None, BY_ID), END, END, True),
+        ((None, None, BY_ID | {"eos_token_id": [END]}), END, END, True),
+        ((None, None, {}, BY_ID), END, END, True),
+        ((None, {"eos_token": END, "bos_token": AS_TOKEN}, {}), END, END, True),
+        ((NAMED, {"eos_token": AS_TOKEN}, {"bos_token_id": END}), None, END, True),
+        ((NAMED | {"eos_token": "</s>"}, {"eos_token": END}, {}), None, END, True),
+        ((NAMED | {"eos_token": "</s>", "added_tokens_decoder": {}}, {"eos_token": END}, {}),
+         None, "</s>", True),
+        ((NAMED, None, BY_ID), None, END, False),
+        (({"tokenizer_class": "Qwen2Tokenizer", "eos_token": None}, None,
+          BY_ID | {"model_type": "qwen2", "eos_token_id": "</s>"}), None, "</s>", False),
+        (({}, None, {"eos_token_id": "</s>"}, {"eos_token_id": [END, "</s>"]}), None, END, False),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("added", [True, False])
+def test_the_end_of_a_text_is_named_in_any_of_the_files(tmp_path, files, bos, eos, theirs, added):
+    write(tmp_path, "plain")
+    made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    made.add_special_tokens(["</s>"])
+    content = json.loads(made.to_str())
+    if not added:  # the vocabulary has the words, but not among its added tokens
+        for entry in content["added_tokens"]:
+            content["model"]["vocab"][entry["content"]] = entry["id"]
+        content["added_tokens"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").unlink()
+
+    def ids(value):
+        return [ids(v) for v in value] if isinstance(value, list) else made.token_to_id(value)
+
+    names = ("tokenizer_config", "special_tokens_map", "config", "generation_config")
+    for name, values in zip(names, files, strict=False):
+        if name.endswith("n_config") or name == "config":
+            values = {k: ids(v) if k.endswith("_id") else v for k, v in values.items()}
+            values = {"model_type": "gpt2"} | values if name == "config" else values
+        if values is not None:
+            (tmp_path / f"{name}.json").write_text(json.dumps(values))
+    ours = HubTokenizer.load(tmp_path)
+    assert ours.end == ours.ends[0] == made.token_to_id(eos)
+    assert ours.bos == (None if bos is None else made.token_to_id(bos))
+    assert ours.end not in ours.encode(f"the{eos}")
+    assert ours.with_template(chat_template("plain")).conversation(CONVERSATION)[0][-1] == ours.end
+    if theirs:
+        transformers = pytest.importorskip("transformers", reason="needs requirements-parity.txt")
+        spoken = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert (spoken.bos_token, spoken.eos_token) == (bos, eos)
+
+
+def test_where_nothing_names_the_end_the_files_are_named(tmp_path):
+    write(tmp_path, "plain")
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError) as error:
+        HubTokenizer.load(tmp_path)
+    for name in ("tokenizer_config", "special_tokens_map", "generation_config", "config"):
+        assert f"{name}.json" in str(error.value)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 90000}')
+    with pytest.raises(UserError, match="eos_token_id 90000 is no id of the tokenizer"):
+        HubTokenizer.load(tmp_path)
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<end>"}')
+    with pytest.raises(UserError, match="'<end>' is not in the vocabulary"):
+        HubTokenizer.load(tmp_path)
