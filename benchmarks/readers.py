@@ -7,8 +7,8 @@ PYTHON is that of an environment with the reader (for mlx-lm: mlx[cpu]; for llam
 what its converter imports); --reader may be given again with another version. Every family is
 exported with random weights, once with RoPE as it is (θ = 500,000) and once under each kind of
 scaling; families with a window also with one that is shorter than the rows, and those whose models
-all have θ = 10,000 with that. A cell says how far the
-reader's log-probs after the last token of a row are from ours, or why it would not read the model.
+all have θ = 10,000 with that. A cell says how far the reader's log-probs after the last token of a
+row are from ours, or why it would not read the model.
 """
 
 from __future__ import annotations
