@@ -12,7 +12,7 @@ import rlhf_jax
 from rlhf_jax.data.hub_data import PREFIX
 from rlhf_jax.training.model import is_hub_directory
 
-_LICENCE = re.compile(r"^(license(?:_name|_link)?):[ \t]*([^\s#].*)$", re.M)
+_LICENCE = re.compile(r"^(license(?:_name|_link)?):[ \t]*([^\s#\[{].*)$", re.M)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
