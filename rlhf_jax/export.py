@@ -1,8 +1,9 @@
 """Writes a model for other tools: `python -m rlhf_jax.export --workdir=runs/dpo --out=dpo-hf`.
 
 The directory loads in transformers: a language model, or a reward model for sequence
-classification, with its tokenizer and chat template. A model under an adapter is written as PEFT's
-adapter; with `--merge` as a whole model. Exit codes: 0 done, 2 the user's mistake, 1 a bug.
+classification, with its tokenizer and chat template, and a card that says how it was made. A model
+under an adapter is written as PEFT's adapter; with `--merge` as a whole model. What other readers
+make of it is in benchmarks/READERS.md. Exit codes: 0 done, 2 the user's mistake, 1 a bug.
 """
 
 from __future__ import annotations
@@ -16,17 +17,22 @@ from rlhf_jax.commands import Parser, run
 from rlhf_jax.errors import UserError
 
 
-def export(workdir: Path, out: Path, *, dtype: str, shard_bytes: int, merge: bool = False) -> None:
+def export(
+    workdir: Path, out: Path, *, dtype: str | None, shard_bytes: int, merge: bool = False
+) -> None:
     """Writes the model of a finished run into `out`.
 
     An adapter names its base by path; a base that is one of our runs is written into `out`/base.
+    Without a `dtype` weights are written as Hugging Face's files held them if they are still those,
+    or an adapter merged into those, and in float32 if all were trained.
 
     Raises:
         UserError: there is no such model, no model type of transformers computes what it does, or
             `out` holds something already.
     """
+    from rlhf_jax.model_card import model_card
     from rlhf_jax.models import lora
-    from rlhf_jax.models.hf_weights import write_weights
+    from rlhf_jax.models.hf_weights import stored_dtype, write_weights
     from rlhf_jax.models.peft import write_adapter
     from rlhf_jax.training.model import is_hub_directory, load_model
 
@@ -35,21 +41,37 @@ def export(workdir: Path, out: Path, *, dtype: str, shard_bytes: int, merge: boo
     if shard_bytes < 1:
         raise UserError(f"--shard-bytes = {shard_bytes} must be at least 1")
     model = load_model(workdir)
+    tokenizer, base = model.tokenizer, None if model.base is None else model.base.directory
+    given = base is not None and is_hub_directory(base)
+    as_adapter = model.adapter is not None and base is not None and not merge
+    kept = dtype or "float32"
+    if dtype is None and given and base is not None and not as_adapter:
+        kept = stored_dtype(base)
+        print(f"weights are written in {kept}, as in {base}; --dtype names another", flush=True)
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = model.tokenizer
-    if model.adapter is not None and model.base is not None and not merge:
-        base, given = model.base.directory, is_hub_directory(model.base.directory)
+    if as_adapter:
+        assert model.adapter is not None and base is not None
         named = base if given else (out / "base").resolve()
-        write_adapter(out, model.config, model.params, model.adapter, named, dtype=dtype)
+        write_adapter(out, model.config, model.params, model.adapter, named, dtype=kept)
         if not given:
             export(base, out / "base", dtype=dtype, shard_bytes=shard_bytes)
     else:
         params = model.params if model.adapter is None else lora.merge(model.params)
-        special = {"bos_token_id": tokenizer.bos, "eos_token_id": list(tokenizer.ends)}
-        special |= {"pad_token_id": tokenizer.pad}
-        write_weights(
-            out, model.config, params, dtype=dtype, shard_bytes=shard_bytes, extra=special
-        )
+        special = tokenizer.special_ids
+        if model.config.head == "scalar" and special["pad_token_id"] in tokenizer.ends:
+            special["pad_token_id"] = None
+            print(
+                "no pad_token_id is written: it would be that of the token that ends a reply, "
+                "before which transformers would then read the score",
+                flush=True,
+            )
+        write_weights(out, model.config, params, dtype=kept, shard_bytes=shard_bytes, extra=special)
+    what = "reward model" if model.config.head == "scalar" else "language model"
+    library = "transformers"
+    if as_adapter:
+        what, library = f"LoRA adapter of a {what}", "peft"
+    card = model_card(workdir, out.resolve().name, what=what, dtype=kept, library=library)
+    (out / "README.md").write_text(card, "utf-8")
     tokenizer.export(out)  # last, so that a model that cannot be written leaves an empty directory
 
 
@@ -58,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m rlhf_jax.export", description="Writes a model for others.")
     parser.add_argument("--workdir", required=True, help="a finished run")
     parser.add_argument("--out", required=True, help="the directory to write, new or empty")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: as weights came")
     parser.add_argument("--shard-bytes", type=int, default=5 * 10**9, help="the most a file holds")
     parser.add_argument("--merge", action="store_true", help="fold the adapter into the weights")
 

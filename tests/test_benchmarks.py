@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import ours, profile, run, work
+from benchmarks import ours, profile, readers, run, work
 
 TINY = work.SHAPES["tiny"]
 REDUCED = work.Shape(2, 32, 2, 64, 96, 64, rows=2, steps=2)
@@ -192,3 +192,17 @@ def test_a_start_keeps_its_compilations_if_told_to(tmp_path, monkeypatch):
     found = run.measure(row, {}, 2)
     assert not found.failed and len(found.rounds["ours"]) == 2
     assert list(tmp_path.glob("compilations/*/jit_step-*-cache"))
+
+
+def test_a_reader_is_the_same_off_or_refuses():
+    wanted, notes = np.log([[0.25, 0.75], [0.5, 0.5]]), []
+    same = {"logprobs": wanted.tolist()}
+    assert readers.cell(same, wanted, notes) == "same"
+    padded = {"logprobs": [[*row, -9.0] for row in wanted.tolist()]}  # the reader has more words
+    assert readers.cell(padded, wanted, notes) == "same"
+    off = {"logprobs": np.add(wanted, [[0, 0], [0, 0.25]]).tolist()}
+    assert readers.cell(off, wanted, notes) == "**0.25 off**"
+    assert [readers.cell({"refused": text}, wanted, notes) for text in "aba"] == [
+        *("[1]", "[2]", "[1]"),
+    ]
+    assert notes == ["a", "b"]

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+import rlhf_jax
 from rlhf_jax.data import chat
 from rlhf_jax.data.records import Message
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.errors import UserError
 from rlhf_jax.export import main
 from rlhf_jax.models import PRESETS, apply, init, logits, scores
+from rlhf_jax.models.hf_weights import write_weights
+from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.sampling.generate import generate
-from rlhf_jax.training.model import Model, load_model, save_model
-from tests.data.test_hub_tokenizer import CONVERSATION, TEXT
+from rlhf_jax.training.model import Model, as_trainable, load_model, save_model
+from tests.data.test_hub_tokenizer import CONVERSATION, TEXT, write
 
 LAYOUTS = {"tiny": "Qwen3", "125m": "GPT2", "1b": "Llama"}
 
@@ -115,3 +120,218 @@ def test_mistakes_end_in_one_line(tmp_path, capsys):
     assert "choose one of float32, bfloat16, float16" in capsys.readouterr().err
     assert main([f"--workdir={tmp_path}", f"--out={tmp_path}/p"]) == 2
     assert main(["--out=x"]) == 2
+
+
+def hub_directory(path, dtype="float32", kind="chatml", **changes):
+    """A Hub directory with a small random model and settings beyond the usual."""
+    path.mkdir()
+    tokenizer = write(path, kind)
+    config, params = small("1b", tokenizer.vocab_size, **changes)
+    write_weights(path, config, params, dtype=dtype, extra=tokenizer.special_ids)
+    return tokenizer
+
+
+def change(path, **values):
+    document = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(document | values))
+
+
+SETTINGS = {
+    "pad_token": "<think>",
+    "padding_side": "left",
+    "truncation_side": "left",
+    "model_max_length": 4096,
+    "clean_up_tokenization_spaces": True,
+    "extra_special_tokens": ["<|im_start|>"],
+}
+GENERATION = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95} | {
+    "repetition_penalty": 1.05
+}
+
+
+@pytest.mark.parametrize("through_a_run", [False, True])
+def test_settings_come_out_as_they_came(tmp_path, through_a_run):
+    tokenizer = hub_directory(tmp_path / "given")
+    change(tmp_path / "given/tokenizer_config.json", **SETTINGS)
+    pad, (end,) = tokenizer.vocab_size - 1, tokenizer.ends
+    ids = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": pad}
+    change(tmp_path / "given/config.json", **ids)
+    came = GENERATION | {"eos_token_id": [end], "pad_token_id": pad}
+    change(tmp_path / "given/generation_config.json", **came)
+    source = tmp_path / "given"
+    if through_a_run:
+        source = tmp_path / "run"
+        source.mkdir()
+        model = load_model(tmp_path / "given")
+        save_model(source, dataclasses.replace(model, adapter=None, base=None))
+    assert main([f"--workdir={source}", f"--out={tmp_path}/out"]) == 0
+    settings = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    wanted = SETTINGS | {"bos_token": None, "eos_token": "<|im_end|>"}
+    wanted["additional_special_tokens"] = wanted.pop("extra_special_tokens")
+    assert {name: settings.get(name, "absent") for name in wanted} == wanted
+    assert "chat_template" not in settings
+    template = (tmp_path / "out/chat_template.jinja").read_text()
+    given = json.loads((tmp_path / "given/tokenizer_config.json").read_text())
+    assert template == given["chat_template"]
+    assert json.loads((tmp_path / "out/generation_config.json").read_text()) == came
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert {name: config[name] for name in ids} == ids
+
+    transformers = pytest.importorskip("transformers", reason="needs requirements-parity.txt")
+    torch = pytest.importorskip("torch", reason="needs requirements-parity.txt")
+    theirs, ours = (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / name) for name in ("given", "out")
+    )
+    for name in (
+        *("pad_token", "bos_token", "eos_token", "padding_side", "truncation_side"),
+        *("model_max_length", "special_tokens_map", "all_special_ids", "chat_template"),
+    ):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    defaults = [
+        transformers.GenerationConfig.from_pretrained(tmp_path / name).to_dict()
+        for name in ("given", "out")
+    ]
+    assert defaults[0] == defaults[1]
+    batch = ours(["What is 12 + 30?", "One"], padding=True, return_tensors="pt")
+    assert batch["input_ids"][1, 0] == pad and batch["attention_mask"][1, 0] == 0
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert loaded.generate(**batch, max_new_tokens=2).shape[0] == 2
+
+
+def test_what_names_no_padding_gets_none(tmp_path):
+    hub_directory(tmp_path / "given")
+    assert main([f"--workdir={tmp_path}/given", f"--out={tmp_path}/out"]) == 0
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text())["pad_token_id"] is None
+    assert "pad_token" not in json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+
+
+def test_a_batch_of_our_own_tokenizer_is_padded(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs requirements-parity.txt")
+    run, *_ = saved(tmp_path, "tiny")
+    assert main([f"--workdir={run}", f"--out={tmp_path}/out"]) == 0
+    spoken = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    batch = spoken(["What is 12 + 30?", "One"], padding=True, return_tensors="pt")
+    assert batch["input_ids"][1, 0] == 0 and set(batch) == {"input_ids", "attention_mask"}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert theirs.generation_config.eos_token_id == [2]
+    assert theirs.generate(**batch, max_new_tokens=2).shape[0] == 2
+
+
+def test_a_score_is_read_at_the_token_that_ends_a_reply(tmp_path, capsys):
+    torch = pytest.importorskip("torch", reason="needs requirements-parity.txt")
+    transformers = pytest.importorskip("transformers", reason="needs requirements-parity.txt")
+    hub_directory(tmp_path / "given")
+    change(tmp_path / "given/tokenizer_config.json", pad_token="<|im_end|>")
+    model = load_model(tmp_path / "given")
+    config, params = small("1b", model.config.vocab_size, head="scalar")
+    (tmp_path / "run").mkdir()
+    save_model(tmp_path / "run", Model(config, params, model.tokenizer))
+    assert main([f"--workdir={tmp_path}/run", f"--out={tmp_path}/out"]) == 0
+    assert "no pad_token_id is written" in capsys.readouterr().out
+    tokens, _ = chat.render_conversation(CONVERSATION, model.tokenizer)
+    tokens = [*tokens[:40], tokens[-1]]
+    assert tokens[-1] == model.tokenizer.end
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        wanted = theirs.eval()(torch.tensor([tokens])).logits[0, 0].item()
+    hidden = apply(config, params, jnp.asarray([tokens], jnp.int32)).hidden
+    np.testing.assert_allclose(scores(config, params, hidden)[0, -1], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_files_are_readable_by_whom_the_umask_says(tmp_path):
+    hub_directory(tmp_path / "given")
+    run = adapted(tmp_path)
+    old = os.umask(0o027)
+    try:
+        for name, more in (("adapter", []), ("whole", ["--merge", "--shard-bytes=30000"])):
+            assert main([f"--workdir={run}", f"--out={tmp_path}/{name}", *more]) == 0
+    finally:
+        os.umask(old)
+    for name in ("adapter", "whole"):
+        files = list((tmp_path / name).iterdir())
+        assert any(path.suffix == ".safetensors" for path in files)
+        assert {"chat_template.jinja", "tokenizer.json"} < {path.name for path in files}
+        assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
+
+
+def adapted(tmp_path):
+    """A run with an adapter on the directory in tmp_path/given."""
+    model = as_trainable(load_model(tmp_path / "given"), AdapterConfig(rank=2), 0)
+    run = tmp_path / "run"
+    run.mkdir()
+    save_model(run, model)
+    return run
+
+
+@pytest.mark.parametrize("given", ["bfloat16", "float16"])
+def test_merged_weights_keep_the_dtype_they_came_in(tmp_path, capsys, given):
+    hub_directory(tmp_path / "given", given)
+    run = adapted(tmp_path)
+    cases = {"merged": (["--merge"], given), "wide": (["--merge", "--dtype=float32"], "float32")}
+    cases["adapter"] = ([], "float32")  # in which it was trained
+    for name, (options, wanted) in cases.items():
+        assert main([f"--workdir={run}", f"--out={tmp_path}/{name}", *options]) == 0
+        (path,) = (tmp_path / name).glob("*.safetensors")
+        assert {str(x.dtype) for x in load_file(path).values()} == {wanted}
+        said = f"weights are written in {given}, as in {tmp_path}/given" in capsys.readouterr().out
+        assert said == (name == "merged")
+        assert f"in {wanted}," in (tmp_path / name / "README.md").read_text()
+    assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == given
+
+
+def test_weights_of_several_dtypes_lose_nothing(tmp_path):
+    hub_directory(tmp_path / "given", "bfloat16")
+    path = tmp_path / "given/model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float32) + 1e-5
+    save_file(tensors, path)
+    assert main([f"--workdir={tmp_path}/given", f"--out={tmp_path}/out"]) == 0
+    again = load_file(tmp_path / "out/model.safetensors")
+    np.testing.assert_array_equal(again["model.norm.weight"], tensors["model.norm.weight"])
+
+
+def test_a_card_says_how_the_model_was_made(tmp_path):
+    yaml = pytest.importorskip("yaml")
+    base = tmp_path / "models--owner--name/snapshots/given"
+    base.parent.mkdir(parents=True)
+    hub_directory(base)
+    card = "---\nlicense: llama3.1\nlanguage: en\n---\n# Name\n\nlicense: none\n"
+    (base / "README.md").write_text(card)
+    run = tmp_path / "dpo"
+    run.mkdir()
+    save_model(run, as_trainable(load_model(base), AdapterConfig(rank=2), 0))
+    change(
+        run / "summary.json",
+        stage="preference",
+        status="done",
+        parents={"policy": str(base)},
+        command="python -m rlhf_jax.main --config=experiments/dpo.py:own",
+    )
+    data = {"train": "hf:trl-lib/pairs@train=2,mine.jsonl"}
+    change(run / "config.json", data=data, loss={"name": "ipo"})
+    for name, more in (("adapter", []), ("whole", ["--merge"])):
+        assert main([f"--workdir={run}", f"--out={tmp_path}/{name}", *more]) == 0
+        text = (tmp_path / name / "README.md").read_text()
+        _, head, body = text.split("---\n")
+        assert yaml.safe_load(head) == {
+            "library_name": "transformers" if more else "peft",
+            "pipeline_tag": "text-generation",
+            "tags": ["rlhf_jax"],
+            "license": "llama3.1",
+            "base_model": "owner/name",
+            "datasets": ["trl-lib/pairs"],
+        }
+        assert f"# {name}\n" in body and f"rlhf_jax {rlhf_jax.__version__}" in body
+        assert "preference, ipo, on `hf:trl-lib/pairs@train=2,mine.jsonl`" in body
+        assert "python -m rlhf_jax.main --config=experiments/dpo.py:own" in body
+
+
+def test_a_card_claims_nothing_it_does_not_know(tmp_path):
+    yaml = pytest.importorskip("yaml")
+    run, *_ = saved(tmp_path, "tiny")
+    assert main([f"--workdir={run}", f"--out={tmp_path}/out"]) == 0
+    _, head, body = (tmp_path / "out/README.md").read_text().split("---\n")
+    assert set(yaml.safe_load(head)) == {"library_name", "pipeline_tag", "tags"}
+    assert "Base model" not in body and "Trained" not in body

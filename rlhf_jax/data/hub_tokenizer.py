@@ -34,6 +34,11 @@ FILE, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_temp
 _SPECIAL_MAP, _GENERATION, _CONFIG = (
     f"{name}.json" for name in ("special_tokens_map", "generation_config", "config")
 )
+# Settings that are written anew, or say where and how files were loaded.
+_ANEW = (
+    *("chat_template", "auto_map", "name_or_path", "tokenizer_file", "special_tokens_map_file"),
+    *("is_local", "local_files_only"),
+)
 # Whose classes in transformers have a bos_token though no file names it, as "<|endoftext|>". Other
 # models begin no text then, whatever id their config.json gives: Qwen's gives one.
 _BOS_BY_CLASS = ("gpt2", "gpt_neox", "gptneox", "gemma")
@@ -66,6 +71,7 @@ class HubTokenizer:
       vocab_size: ids are 0 … vocab_size − 1.
       bos, end: ids of the token that begins a text, None where it has none, and of that which ends
         one.
+      pad: id of the token that fills batches, None where none is named.
     """
 
     def __init__(
@@ -76,11 +82,19 @@ class HubTokenizer:
         eos: str | int | None,
         template: str | None = None,
         ends: Sequence[int] = (),
+        came: Mapping[str, Mapping[str, Any]] | None = None,
     ):
-        """`bos` and `eos` are tokens or their ids.
+        """Made of the text of a tokenizer.json.
 
-        Raises UserError if `text` is no tokenizer, or bos or eos no token of it.
+        Args:
+          bos, eos: tokens or their ids.
+          came: {file: what it said} of tokenizer_config.json, generation_config.json and
+            config.json, of which `save` and `export` write again what says nothing of ids.
+
+        Raises:
+            UserError: `text` is no tokenizer, or bos or eos no token of it.
         """
+        self._came = dict(came or {})
         content = _parsed(text)
         self._whole = _built(content)
         self.vocab_size = self._whole.get_vocab_size()
@@ -95,6 +109,8 @@ class HubTokenizer:
         if self._content is not content:
             self._whole = _built(self._content)
         whole = self._whole
+        self._pad_text = self._named_pad()
+        self.pad = None if self._pad_text is None else whole.token_to_id(self._pad_text)
         self._added = [
             _Added(self._id(entry["content"]), entry["content"], bool(entry.get("special")))
             for entry in self._content.get("added_tokens") or []
@@ -216,36 +232,76 @@ class HubTokenizer:
         Raises:
             UserError: the template does not fit the vocabulary.
         """
-        text = json.dumps(self._content)
-        names = {"bos": self._bos_text, "eos": self._eos_text}
-        made = HubTokenizer(text, **names, template=template, ends=self._given_ends)
+        made = HubTokenizer(
+            json.dumps(self._content),
+            bos=self._bos_text,
+            eos=self._eos_text,
+            template=template,
+            ends=self._given_ends,
+            came=self._came,
+        )
         made._template_end()
         return made
 
     def save(self, directory: str | Path) -> None:
-        """Writes what `load` and transformers read into a directory that exists."""
+        """Writes what `load` reads into a directory that exists and holds no model."""
+        self.export(directory)
+        (Path(directory) / _CONFIG).write_text(json.dumps(self.special_ids, indent=2), "utf-8")
+
+    def export(self, directory: str | Path) -> None:
+        """Writes what transformers reads, all but config.json: settings as they came."""
         directory = Path(directory)
         settings: dict[str, Any] = {
+            "clean_up_tokenization_spaces": False,
+            # Without it transformers 4 gives models token_type_ids, which they refuse.
+            "model_input_names": ["input_ids", "attention_mask"],
+        }
+        settings |= {k: v for k, v in self._came.get(SETTINGS, {}).items() if k not in _ANEW}
+        settings |= {
+            # One that reads tokenizer.json as it is: others make parts of it anew.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self._bos_text,
             "eos_token": self._eos_text,
-            "clean_up_tokenization_spaces": False,
         }
+        if self._pad_text is not None:
+            settings["pad_token"] = self._pad_text
+        if isinstance(settings.get("extra_special_tokens"), list):  # read by transformers 5 only
+            settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
         (directory / FILE).write_text(json.dumps(self._content, ensure_ascii=False), "utf-8")
         if self._template_text is not None:
             (directory / TEMPLATE).write_text(self._template_text, "utf-8")
         (directory / SETTINGS).write_text(json.dumps(settings, indent=2), "utf-8")
-        generation = {"eos_token_id": list(self.ends), "bos_token_id": self.bos}
-        (directory / "generation_config.json").write_text(json.dumps(generation, indent=2))
-
-    def export(self, directory: str | Path) -> None:
-        """As `save`: that is what transformers reads."""
-        self.save(directory)
+        given = self._came.get(_GENERATION)
+        generation = self.special_ids if given is None else dict(given)
+        generation["eos_token_id"] = self._ends_as(generation.get("eos_token_id"))
+        (directory / _GENERATION).write_text(json.dumps(generation, indent=2), "utf-8")
 
     @property
-    def pad(self) -> int:
-        """What transformers pads batches with: some token has to be it."""
-        return self.end
+    def special_ids(self) -> dict[str, Any]:
+        """bos_token_id, eos_token_id and pad_token_id for a config.json."""
+        given = self._came.get(_CONFIG, {})
+        pad = given.get("pad_token_id")
+        return {
+            "bos_token_id": given.get("bos_token_id", self.bos),
+            "eos_token_id": self._ends_as(given.get("eos_token_id")),
+            "pad_token_id": self.pad if pad is None else pad,
+        }
+
+    def _ends_as(self, given: Any) -> Any:
+        """`ends` as an eos_token_id: in the form that came if it has them all."""
+        listed = given if isinstance(given, list) else [given]
+        same = all(isinstance(e, int) for e in listed) and set(listed) == set(self.ends)
+        return given if same else list(self.ends)
+
+    def _named_pad(self) -> str | None:
+        """The pad token by the tokenizer's settings, or by the id in one of the configs."""
+        if (text := _token(self._came.get(SETTINGS, {}), "pad_token")) is not None:
+            return text
+        for name in (_CONFIG, _GENERATION):
+            number = self._came.get(name, {}).get("pad_token_id")
+            if isinstance(number, int) and 0 <= number < self.vocab_size:
+                return self._whole.id_to_token(number)
+        return None
 
     @classmethod
     def load(cls, directory: str | Path) -> HubTokenizer:
@@ -261,7 +317,8 @@ class HubTokenizer:
             )
         settings = _json_object(directory / SETTINGS)
         config = _json_object(directory / _CONFIG)
-        ids = config | _json_object(directory / _GENERATION)
+        generation = _json_object(directory / _GENERATION)
+        ids = config | generation
         ends = _ids(directory, ids, "eos_token_id")
         names = settings
         if "added_tokens_decoder" not in settings:  # with it, transformers reads no other file
@@ -280,6 +337,7 @@ class HubTokenizer:
                 eos=eos,
                 template=_template(directory, settings),
                 ends=ends,
+                came=_came(names, generation, config),
             )
         except (OSError, UnicodeDecodeError, UserError) as error:
             raise UserError(f"{directory}: {error}") from error
@@ -677,6 +735,15 @@ def _json_object(path: Path) -> dict[str, Any]:
     return document
 
 
+def _came(
+    settings: Mapping[str, Any], generation: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, Mapping[str, Any]]:
+    """What the files of a directory say that an export of its tokenizer says again."""
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    found = {SETTINGS: settings, _CONFIG: {name: config[name] for name in ids if name in config}}
+    return found | ({_GENERATION: generation} if generation else {})
+
+
 def _ids(directory: Path, settings: dict[str, Any], name: str) -> list[int]:
     """The ids that a model's configuration gives: one, several or none."""
     value = settings.get(name)
@@ -686,7 +753,7 @@ def _ids(directory: Path, settings: dict[str, Any], name: str) -> list[int]:
     return listed
 
 
-def _token(settings: dict[str, Any], name: str) -> str | None:
+def _token(settings: Mapping[str, Any], name: str) -> str | None:
     value = settings.get(name)
     if isinstance(value, dict):
         value = value.get("content")

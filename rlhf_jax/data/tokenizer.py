@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -116,10 +117,19 @@ class Tokenizer:
         settings = names | {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
+            # Without it transformers 4 gives models token_type_ids, which they refuse.
+            "model_input_names": ["input_ids", "attention_mask"],
+            "padding_side": "left",  # what is generated follows the prompt
             "chat_template": TEMPLATE,
         }
         (Path(directory) / "tokenizer.json").write_text(json.dumps(content), "utf-8")
         (Path(directory) / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+        (Path(directory) / "generation_config.json").write_text(json.dumps(self.special_ids))
+
+    @property
+    def special_ids(self) -> dict[str, Any]:
+        """bos_token_id, eos_token_id and pad_token_id for a config.json."""
+        return {"bos_token_id": self.bos, "eos_token_id": [*self.ends], "pad_token_id": self.pad}
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Tokenizer:

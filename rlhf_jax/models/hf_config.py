@@ -372,16 +372,28 @@ def _gated_document(config: ModelConfig) -> Json:
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tied_embeddings,
         "hidden_act": act,
-        "rope_parameters": _rope_document(config),
     }
-    return document
+    return document | _rope_layouts(config)
+
+
+def _rope_layouts(config: ModelConfig) -> Json:
+    """RoPE as transformers 5 writes it, and beside it as 4.x and most other readers know it.
+
+    transformers 5 takes `rope_scaling` before `rope_parameters`, so the two say the same; θ stands
+    in the former too, because CTranslate2 looks for it there alone.
+    """
+    return {
+        "rope_parameters": _rope_document(config),
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if config.rope_scaling == "none" else _rope_document(config),
+    }
 
 
 def _rope_document(config: ModelConfig) -> Json:
     document: Json = {"rope_theta": config.rope_theta, "rope_type": "default"}
     if config.rope_scaling == "none":
         return document
-    document |= {"rope_type": config.rope_scaling, "factor": config.rope_factor}
+    document |= {"rope_type": config.rope_scaling, "factor": float(config.rope_factor)}
     if config.rope_scaling != "linear":
         document["original_max_position_embeddings"] = config.rope_original_length
     if config.rope_scaling == "llama3":
@@ -496,6 +508,8 @@ def _qwen3_moe_document(config: ModelConfig) -> Json:
         "num_experts": config.experts,
         "moe_intermediate_size": config.mlp_width,
         "norm_topk_prob": config.expert_renormalize,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
         "attention_bias": config.attention_bias,
         "use_sliding_window": any(config.windowed),
     }
@@ -566,9 +580,14 @@ def _gemma3_fields(reader: _Reader) -> Json:
 
 
 def _gemma3_document(config: ModelConfig) -> Json:
-    local = {"rope_theta": config.rope_local_theta or config.rope_theta, "rope_type": "default"}
+    theta = config.rope_local_theta or config.rope_theta
+    local = {"rope_theta": theta, "rope_type": "default"}
     ropes = {"full_attention": _rope_document(config), "sliding_attention": local}
-    return _gemma2_document(config) | {"rope_parameters": ropes}
+    document = _gemma2_document(config) | {"rope_parameters": ropes, "rope_local_base_freq": theta}
+    every = len(config.window_pattern)
+    if config.window_pattern == "w" * (every - 1) + "g":  # what readers without layer_types ask for
+        document["sliding_window_pattern"] = every
+    return document
 
 
 def _olmo2_fields(reader: _Reader) -> Json:
@@ -578,6 +597,13 @@ def _olmo2_fields(reader: _Reader) -> Json:
         "qk_norm": True,
         "qk_norm_whole": True,
     }
+
+
+def _olmo2_document(config: ModelConfig) -> Json:
+    document = _gemma_document(config)
+    if config.rope_scaling == "linear":  # transformers 4 refuses OLMo-2's under any other key
+        document["rope_scaling"] = {"type": "linear", "factor": float(config.rope_factor)}
+    return document
 
 
 _GELUS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
@@ -613,6 +639,7 @@ def _gpt2_document(config: ModelConfig) -> Json:
         "n_embd": config.width,
         "n_head": config.heads,
         "n_positions": config.max_length,
+        "n_ctx": config.max_length,
         "n_inner": config.mlp_width,
         "activation_function": {"gelu_tanh": "gelu_new", "gelu": "gelu"}[config.activation],
         "layer_norm_epsilon": config.norm_eps,
@@ -655,6 +682,8 @@ def _neox_document(config: ModelConfig) -> Json:
     if config.kv_heads != config.heads or config.head_dim * config.heads != config.width:
         raise UserError("GPT-NeoX has one width")
     document: Json = {theirs: getattr(config, o) for o, theirs in _SHAPE.items() if o != "kv_heads"}
+    document |= _rope_layouts(config)
+    document["rope_parameters"]["partial_rotary_factor"] = config.rotary_fraction
     return document | {
         "hidden_act": {"gelu_tanh": "gelu_new", "gelu": "gelu"}[config.activation],
         "layer_norm_eps": config.norm_eps,
@@ -662,8 +691,8 @@ def _neox_document(config: ModelConfig) -> Json:
         "tie_word_embeddings": config.tied_embeddings,
         "use_parallel_residual": config.parallel,
         "attention_bias": True,
-        "rope_parameters": _rope_document(config)
-        | {"partial_rotary_factor": config.rotary_fraction},
+        "rotary_emb_base": document["rope_theta"],
+        "rotary_pct": config.rotary_fraction,
     }
 
 
@@ -736,7 +765,7 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family(
         "Olmo2",
         _olmo2_fields,
-        _gemma_document,
+        _olmo2_document,
         {k: v for k, v in _LLAMA.items() if k != "mlp_bias"} | {"rms_norm_eps": 1e-5},
     ),
     "gpt2": Family(

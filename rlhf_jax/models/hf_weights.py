@@ -418,6 +418,26 @@ def _nested(flat: Mapping[str, jax.Array]) -> dict[str, Any]:
     return tree
 
 
+def stored_dtype(directory: Path) -> str:
+    """The name in `DTYPES` that a directory's weights are in; "float32" where they differ.
+
+    Raises:
+        UserError: as `read_weights` does.
+    """
+    names = {"BF16": "bfloat16", "F16": "float16"}
+    ignored = _BUFFERS + _NEOX_BUFFERS
+    kinds = {h.dtype for name, h in _headers(directory).items() if not name.endswith(ignored)}
+    return names.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
+
+
+def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Writes a safetensors file that whoever may read the user's other new files may read."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})  # for the user's own eyes
+    path.chmod(mode)
+
+
 def weights_dtype(name: str) -> Any:
     """NumPy's dtype of a name in `DTYPES`, or UserError."""
     if name not in DTYPES:
@@ -451,7 +471,7 @@ def write_weights(
 
     def flush() -> None:
         path = directory / f"shard-{len(temporary)}.tmp"
-        save_file(shards.pop(), path, metadata={"format": "pt"})
+        save_tensors(shards.pop(), path)
         temporary.append(path)
 
     for name, tensor in tensors:

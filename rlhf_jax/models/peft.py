@@ -9,12 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_config import FAMILIES, to_document
-from rlhf_jax.models.hf_weights import rules, weights_dtype
+from rlhf_jax.models.hf_weights import rules, save_tensors, weights_dtype
 from rlhf_jax.models.lora import AdapterConfig, own
 
 _NAMES = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
@@ -64,10 +63,9 @@ def write_adapter(
         for i, value in enumerate(np.asarray(leaf)):
             key = f"{prefix}{family.bases[0]}{theirs.format(i=i)}.{_NAMES[number]}"
             tensors[key] = value.T
-    save_file(
+    save_tensors(
         {name: np.ascontiguousarray(tensor).astype(kept) for name, tensor in tensors.items()},
         directory / "adapter_model.safetensors",
-        metadata={"format": "pt"},
     )
     scalar = config.head == "scalar"
     described = {

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 import zipfile
 import zlib
 from pathlib import Path
@@ -93,15 +93,16 @@ def _read(path: Path, key: str, shape: tuple[int, ...]) -> np.ndarray | None:
 def _write(path: Path, key: str, logprobs: np.ndarray) -> None:
     """So that the file is whole or absent, whoever else writes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        try:
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as file:
             np.savez(file, logprobs=logprobs, checksum=np.array(_checksum(key, logprobs)))
             file.flush()
             os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _checksum(key: str, logprobs: np.ndarray) -> str:

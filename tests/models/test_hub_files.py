@@ -14,8 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import PRESETS, init
-from rlhf_jax.models.hf_config import read_config, to_document
+from rlhf_jax.models.hf_config import FAMILIES, read_config, to_document
 from rlhf_jax.models.hf_weights import INDEX, read_weights, write_weights
+from tests.models.hub_shapes import SHAPE
 
 LLAMA = dataclasses.replace(
     PRESETS["8b"], vocab_size=61, layers=2, width=16, heads=4, kv_heads=2, head_dim=4,
@@ -197,3 +198,96 @@ def test_a_load_needs_little_more_memory_than_the_parameters(tmp_path):
     grown, target = map(int, result.stdout.split()[-2:])
     assert target > 150_000_000
     assert grown < 1.2 * shard + target
+
+
+SCALINGS = {
+    "none": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "llama3": {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0}
+    | {"high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    | {"beta_fast": 24.0, "beta_slow": 2.0, "attention_factor": 1.25},
+}
+ROTARY = [kind for kind in FAMILIES if kind != "gpt2"]
+
+
+def rope_case(kind, scaling, theta=500_000.0):
+    """config.json of a family under a scaling, in transformers 5's layout alone."""
+    whole = SCALINGS[scaling] | {"rope_theta": theta}
+    more = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    if kind == "gpt_neox":
+        whole, more = whole | {"partial_rotary_factor": 0.5}, {"num_key_value_heads": 4}
+    if kind == "gemma3_text":
+        local = {"rope_type": "default", "rope_theta": 20_000.0}
+        whole = {"full_attention": whole, "sliding_attention": local}
+        more |= {"num_hidden_layers": 6, "sliding_window": 5, "query_pre_attn_scalar": 12}
+    if kind == "mistral":  # without a window it is a Llama
+        more["sliding_window"] = 7
+    if kind == "mixtral":
+        more["num_local_experts"] = 4
+    if kind == "qwen3_moe":
+        more |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    tied = not kind.startswith("gemma")  # the other way than transformers assumes
+    return (
+        SHAPE
+        | more
+        | {"model_type": kind, "rope_parameters": whole}
+        | {"tie_word_embeddings": tied}
+    )
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("kind", ROTARY)
+def test_both_layouts_of_rope_are_written_and_say_the_same(tmp_path, kind, scaling):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(rope_case(kind, scaling)))
+    _, config = read_config(tmp_path)
+    written, document = to_document(config)
+    assert (written, document["rope_theta"]) == (kind, 500_000.0)
+    wanted = None if scaling == "none" else SCALINGS[scaling] | {"rope_theta": 500_000.0}
+    if (kind, scaling) == ("olmo2", "linear"):  # the only keys transformers 4 takes there
+        wanted = {"type": "linear", "factor": 2.0}
+    assert document["rope_scaling"] == wanted
+    old = {"rope_theta", "rope_scaling", "rope_local_base_freq", "rotary_emb_base", "rotary_pct"}
+    for removed in ({"rope_parameters"}, old):
+        path.write_text(json.dumps({k: v for k, v in document.items() if k not in removed}))
+        assert read_config(tmp_path) == (kind, config)
+    if kind == "gemma3_text":
+        assert document["rope_local_base_freq"] == 20_000.0
+        assert document["sliding_window_pattern"] == 6
+    if kind == "gpt_neox":
+        assert (document["rotary_emb_base"], document["rotary_pct"]) == (500_000.0, 0.5)
+
+
+OWN_WAY = ("gemma3_text", "gpt_neox", "olmo2")
+
+
+@pytest.mark.parametrize(
+    ("kind", "scaling"),
+    [
+        pytest.param(k, s, marks=() if s == "yarn" or k in OWN_WAY else pytest.mark.slow)
+        for k in ROTARY
+        for s in SCALINGS
+    ],
+)
+def test_transformers_computes_the_same_from_both_layouts(tmp_path, kind, scaling):
+    torch = pytest.importorskip("torch", reason="needs requirements-parity.txt")
+    transformers = pytest.importorskip("transformers", reason="needs requirements-parity.txt")
+    torch.manual_seed(0)
+    fields = rope_case(kind, scaling)
+    if kind in ("gpt_neox", "qwen2", "olmo2", "mistral"):
+        del fields["head_dim"]
+    made = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**fields, attn_implementation="eager")
+    ).eval()
+    made.save_pretrained(tmp_path / "theirs")
+    _, config = read_config(tmp_path / "theirs")
+    (tmp_path / "ours").mkdir()
+    write_weights(tmp_path / "ours", config, read(tmp_path / "theirs"))
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        wanted = made(tokens).logits
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "ours", attn_implementation="eager"
+        ).eval()
+        assert torch.equal(loaded(tokens).logits, wanted)

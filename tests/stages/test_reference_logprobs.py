@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 
 import jax
 import numpy as np
@@ -241,3 +242,13 @@ def test_another_beta_asks_no_reference_and_training_holds_none(tmp_path, passes
     assert alive == [0, 0, 1] and len(passes) == 1
     dpo(tmp_path, parent, "four", 0.5, rank=2)
     assert alive == [0, 0, 1, 1]  # what is frozen is the reference's own
+
+
+def test_what_is_kept_is_readable_by_whom_the_umask_says(tmp_path):
+    old = os.umask(0o027)
+    try:
+        reference_logprobs._write(tmp_path / "kept.npz", "key", np.zeros((2, 3), np.float32))
+    finally:
+        os.umask(old)
+    (path,) = tmp_path.iterdir()
+    assert path.stat().st_mode & 0o777 == 0o640
