@@ -25,12 +25,9 @@ from rlhf_jax.evaluation.report import METRICS, environment, write_report
 from rlhf_jax.evaluation.tables import print_summary
 from rlhf_jax.stages.checks import check
 from rlhf_jax.stages.common import ancestry, read_summary, settle_sources
+from rlhf_jax.stages.defaults import STAGES
 from rlhf_jax.training.rundir import RunDirectory
 
-STAGES = (
-    *("pretrain", "sft", "reward", "preference"),
-    *("policy", "online_preference", "best_of_n", "oracle"),
-)
 PARENTLESS = ("pretrain", "oracle")
 
 
@@ -83,7 +80,7 @@ def _run(config: ConfigDict, source: str, workdir: Path, descendants: tuple[str,
     lineage = (*descendants, source)
     parents = {
         role: _parent(parent, workdir.parent, lineage)
-        for role, parent in config.init.items()
+        for role, parent in config.get("init", {}).items()
         if parent
     }
     hashes = {role: read_summary(path)["config_hash"] for role, path in parents.items()}
