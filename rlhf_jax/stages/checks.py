@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,9 +35,7 @@ from rlhf_jax.training.optimizer import make_optimizer
 
 def check(config: ConfigDict) -> None:
     """UserError for what can be seen to be wrong before hours are spent on the parents."""
-    unknown = unknown_field(config.stage, leaves(config))
-    if unknown:
-        raise UserError(f"config: {unknown}")
+    _check_fields(config)
     if config.stage == "oracle":  # whose rows have configs of their own
         return
     updates = config.train.steps
@@ -81,20 +80,32 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config.loss: {error}") from error
 
 
-def unknown_field(stage: str, names: Iterable[str]) -> str | None:
-    """A line about the first of the dotted names that the stage does not read, None without one."""
-    known = {each: leaves(fields_of(each)) for each in STAGES}
+@functools.cache
+def _fields(stage: str) -> frozenset[str]:
+    return frozenset(leaves(fields_of(stage)))
+
+
+def has_field(stage: str, name: str) -> bool:
+    """Whether a stage reads the field of that dotted name."""
+    member = stage in SAMPLING and name.startswith("init.reward_")  # of an ensemble, any number
+    return member or name in _fields(stage)
+
+
+def unread_field(stage: str, names: Iterable[str]) -> str | None:
+    """A line about the first of the dotted names that other stages read and this one does not."""
     for name in names:
-        member = stage in SAMPLING and name.startswith("init.reward_")
-        if name in known[stage] or member or any(k.startswith(f"{name}.") for k in known[stage]):
-            continue
-        line = f"the {stage} stage has no {name}"
-        others = [each for each in STAGES if name in known[each]]
-        if others:
-            return f"{line}, which only {' and '.join(others)} would read"
-        (near,) = difflib.get_close_matches(name, known[stage], n=1, cutoff=0.0)
-        return f"{line}; did you mean {near}?"
+        others = [each for each in STAGES if has_field(each, name)]
+        if others and stage not in others:
+            return f"the {stage} stage has no {name}; it is read by {', '.join(others)}"
     return None
+
+
+def _check_fields(config: ConfigDict) -> None:
+    for name in leaves(config):
+        if not has_field(config.stage, name):
+            near = difflib.get_close_matches(name, _fields(config.stage), n=1, cutoff=0.0)[0]
+            line = f"the {config.stage} stage has no {name}; did you mean {near}?"
+            raise UserError(f"config: {unread_field(config.stage, [name]) or line}")
 
 
 def _check_sampling(config: ConfigDict) -> None:

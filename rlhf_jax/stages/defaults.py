@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from rlhf_jax.errors import UserError
 from rlhf_jax.models.config import PRESETS
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
@@ -49,7 +50,8 @@ def leaves(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str
 def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
     """The configuration of a stage: what all stages share, with `sections` laid over it.
 
-    A section's value updates the default's fields; a section no default has is added.
+    A section's value updates the default's fields, or is all of it if it is a ConfigDict; a section
+    no default has is added.
     """
     config = ConfigDict()
     config.stage = stage
@@ -150,7 +152,7 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
 
 def _lay(config: ConfigDict, sections: Mapping[str, Any]) -> ConfigDict:
     for name, values in sections.items():
-        if name not in config:
+        if name not in config or isinstance(values, ConfigDict):  # a whole section, as of `model`
             config[name] = ConfigDict()
         config[name].update(values)
     return config
@@ -273,7 +275,13 @@ def _sampling(stage: str) -> dict[str, dict[str, Any]]:
 
 
 def on_policy(algorithm: str, **sections: dict[str, Any]) -> ConfigDict:
-    """The configuration of the policy stage for one of `ALGORITHMS`, `sections` laid over it."""
+    """The configuration of the policy stage for one of `ALGORITHMS`, `sections` laid over it.
+
+    Raises:
+      UserError: there is no such algorithm.
+    """
+    if algorithm not in ALGORITHMS:
+        raise UserError(f"there is no algorithm {algorithm!r}; there are: {', '.join(ALGORITHMS)}")
     merged: dict[str, dict[str, Any]] = {
         "data": {"row_length": 256},
         "batch": {"rows": 8},  # rows of a minibatch are a multiple of this
