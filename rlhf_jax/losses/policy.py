@@ -156,8 +156,8 @@ def policy_loss(
       and policy/ratio_square (r²); policy/approxkl (½d²) and policy/approxkl_k3 (r − 1 − d),
       estimates of KL(old‖π); policy/clipfrac, the share of tokens that the objective's clip
       changes, split into policy/clipfrac_low (A < 0, ratio below) and policy/clipfrac_high (A > 0,
-      ratio above), by the objective's own ratio. cispo clips whatever the sign of A. These three are
-      absent for an objective without a clip, policy_gradient and sapo.
+      ratio above), by the objective's own ratio. cispo clips whatever the sign of A. An objective
+      without a clip, policy_gradient or sapo, reports none of the three.
 
     Raises:
       ValueError: an unknown name, or an option the objective does not have.
@@ -195,10 +195,13 @@ def policy_loss(
         "policy/approxkl": d**2 / 2,
         "policy/approxkl_k3": jnp.expm1(d) - d,
     }
-    if clipped := _clip_fractions(name, tokens, options):
-        below, above = clipped
-        metrics |= {"policy/clipfrac": below | above}
-        metrics |= {"policy/clipfrac_low": below, "policy/clipfrac_high": above}
+    if sides := _clip_fractions(name, tokens, options):
+        below, above = sides
+        metrics |= {
+            "policy/clipfrac": below | above,
+            "policy/clipfrac_low": below,
+            "policy/clipfrac_high": above,
+        }
     return loss, {"loss": loss} | _token_means(metrics, weights)
 
 

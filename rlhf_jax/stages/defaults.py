@@ -16,7 +16,6 @@ from rlhf_jax.models.config import PRESETS
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
 
-
 STAGES = (
     *("pretrain", "sft", "reward", "preference"),
     *("policy", "online_preference", "best_of_n", "oracle"),
@@ -90,7 +89,7 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
     if stage == "pretrain":
         config.data.layout = "documents"  # or "windows" of a stream of text
         config.model = model("tiny")
-        config.tokenizer = ConfigDict({"kind": "bpe", "vocab_size": 2048})  # or "chars", all of them
+        config.tokenizer = ConfigDict({"kind": "bpe", "vocab_size": 2048})  # or "chars": all
         config.loss = ConfigDict({"z_loss": 0.0})
     else:
         # Of a Hub model: "" its own, a name in data/chat_formats.py, or a *.jinja file.

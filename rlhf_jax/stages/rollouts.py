@@ -143,21 +143,22 @@ def sample_answers(
     prompts in the random numbers, by default their place.
     """
     rollout = config.rollout
-    drawn = {"temperature": temperature}
+    truncated = {}
     if temperature is None:
-        drawn = {"temperature": rollout.temperature, **truncation(config)}
+        temperature, truncated = rollout.temperature, truncation(config)
     completions = generate(
         model.config,
         model.params,
         prompts.tokens,
         max_new_tokens=rollout.max_new_tokens,
         seed=seed,
+        temperature=temperature,
         stop_ids=model.tokenizer.ends,
         samples_per_prompt=samples,
         prompt_ids=ids,
         batch_size=rollout.slots,
         cache_length=rollout.max_prompt_tokens + rollout.max_new_tokens,
-        **drawn,
+        **truncated,
     )
     texts = [decode_text(c.tokens, model.tokenizer) for c in completions]
     return Samples(prompts, completions, texts)

@@ -1,9 +1,9 @@
-"""A stage has the fields it reads: a run of each is watched, and what only others read is refused."""
+"""A stage has the fields it reads: runs of each are watched, and what others read is refused."""
 
 from __future__ import annotations
 
 import ast
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import transformer
 from rlhf_jax.sampling.generate import Completion
-from rlhf_jax.stages import best_of_n, chain, checks, defaults, rollouts
+from rlhf_jax.stages import best_of_n, chain, checks, common, defaults, rollouts
 from rlhf_jax.stages.online_preference import pack_best_and_worst
 from rlhf_jax.stages.pairs import CHOSEN, REJECTED
 from rlhf_jax.stages.rollouts import PromptSet, Samples, Scores, sample_answers, text_rollout
@@ -63,6 +63,10 @@ def read(monkeypatch) -> dict[str, set[str]]:
 
     def watched_run(config, *rest):
         found.setdefault(config.stage, set())
+        with config.unlocked():
+            config.seen_by_nobody = 0
+            for name in {"data", "train", "rollout", "eval"} & set(config):
+                config[name].seen_by_nobody = 0
         note(config, config.stage)
         with monkeypatch.context() as patch:
             patch.setattr(ConfigDict, "__getitem__", watched_get)
@@ -76,6 +80,8 @@ def read(monkeypatch) -> dict[str, set[str]]:
 @pytest.mark.slow
 def test_a_run_of_each_stage_reads_all_of_its_fields(experiments, tmp_path, monkeypatch, read):
     monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(common, "training_devices", lambda: jax.devices()[:1])
+    monkeypatch.setattr(chain, "write_report", lambda *_: None)
     for name in (name for names in RUNS.values() for name in names):
         source = f"{experiments}/{name}.py"
         config = chain.load_config(source)
@@ -83,6 +89,7 @@ def test_a_run_of_each_stage_reads_all_of_its_fields(experiments, tmp_path, monk
             config.train.eval_every = 6
         chain.run(config, source, tmp_path / name)
     for stage in RUNS:
+        assert not [name for name in read[stage] if "nobody" in name]
         unread = set(defaults.leaves(defaults.fields_of(stage))) - read[stage] - BEFORE
         assert not unread, (stage, sorted(unread))
 
@@ -164,7 +171,7 @@ def test_every_field_of_an_optimizer_is_read(monkeypatch):
         ("policy", "data.over_long", "pretrain, sft, reward, preference"),
         ("sft", "eval.during", "preference, policy, online_preference, best_of_n"),
         ("reward", "eval.temperature", "sft, preference, policy, online_preference, best_of_n"),
-        ("pretrain", "init.policy", "sft, reward, preference, policy, online_preference, best_of_n"),
+        ("pretrain", "init.policy", "sft, reward, preference, policy, online_preference"),
         ("oracle", "batch.rows", "pretrain, sft, reward, preference, policy, online_preference"),
         ("sft", "init.reward_1", "policy, online_preference, best_of_n"),
     ],
@@ -215,8 +222,8 @@ def sampling(stage, **rollout):
 @pytest.fixture(scope="module")
 def model():
     params = transformer.init(SMALL, jax.random.key(0))
-    noise = partial(jax.tree.map, lambda x: x + 0.5 * jax.random.normal(jax.random.key(x.size), x.shape))
-    return SimpleNamespace(config=SMALL, params=noise(params), tokenizer=SimpleNamespace(ends=[2]))
+    params = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(x.size), x.shape), params)
+    return SimpleNamespace(config=SMALL, params=params, tokenizer=SimpleNamespace(ends=[2]))
 
 
 class Judge:
@@ -265,8 +272,11 @@ def test_an_answer_that_never_ended_pays_before_pairs_are_chosen(rollout, chosen
     config = sampling("online_preference", prompts=1, samples=2, **rollout)
     config.batch.rows = 1
     answers = [Completion([5] * 3, np.zeros(3), True), Completion([7] * 8, np.zeros(8), False)]
-    drawn = lambda config, model, prompts, **_: Samples(prompts, answers, ["a", "b"])  # noqa: E731
-    monkeypatch.setattr(rollouts, "sample_answers", drawn)
+
+    def sample(config, model, prompts, **_):
+        return Samples(prompts, answers, ["a", "b"])
+
+    monkeypatch.setattr(rollouts, "sample_answers", sample)
     prompts = PromptSet([None], [[1, 3, 4]])
     found = text_rollout(config, None, prompts, np.array([0]), Judge(), None, 0)
     assert found.scores.tolist() == [3, 8]  # what is reported as the score stays the score
@@ -276,8 +286,6 @@ def test_an_answer_that_never_ended_pays_before_pairs_are_chosen(rollout, chosen
 
 
 def test_a_mesh_that_does_not_fit_one_device_is_refused(monkeypatch):
-    from rlhf_jax.stages import common
-
     monkeypatch.setattr(common, "training_devices", lambda: jax.devices()[:1])
     config = defaults.base("sft")
     assert common.mesh_of(config) is None
