@@ -14,7 +14,7 @@ from rlhf_jax.errors import Preempted, UserError
 from rlhf_jax.malloc import give_back
 from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.mesh import shard_batch
-from rlhf_jax.training.metrics import Means, MetricsWriter
+from rlhf_jax.training.metrics import Means, MetricsWriter, fetch
 from rlhf_jax.training.progress import Clock, Progress
 from rlhf_jax.training.rundir import RunDirectory, fault_point
 from rlhf_jax.training.state import release
@@ -162,8 +162,8 @@ class _Log:
         if self._late is None:
             return
         (number, metrics, tokens, wanted), self._late = self._late, None
-        metrics = jax.device_get(metrics)
-        skipped = int(metrics["train/consecutive_skipped"])
+        values, weights = fetch(metrics)
+        skipped = int(values["train/consecutive_skipped"])
         self._clock.settled(tokens)
         if skipped >= self._max_skipped:
             first = max(1, number - skipped + 1)
@@ -172,11 +172,11 @@ class _Log:
                 f"steps {first} to {number} had no finite loss and gradient, or no weight; the "
                 f"parameters are as before. Look at these row_ids of the data, by step: {rows}"
             )
-        self._means.add(metrics)
+        self._means.add(values, weights)
         if wanted:
-            values = {**self._means.take(), **evaluated, **self._clock.line()}
-            self._writer.write(number, values)
-            self._progress.show(number, values)
+            line = {**self._means.take(), **evaluated, **self._clock.line()}
+            self._writer.write(number, line)
+            self._progress.show(number, line)
 
     def close(self) -> None:
         self._progress.close()

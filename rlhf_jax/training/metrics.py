@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.errors import UserError
@@ -32,33 +34,50 @@ _MEANINGS: dict[str, tuple[str, ...]] = {
 
 @jax.tree_util.register_pytree_node_class
 class Metrics(dict[str, Any]):
-    """Scalars by name; `weights` holds, by the same names, what those that are means are over.
+    """Scalars by name, a dict like any other, that reach the host in one transfer.
 
-    A tree for JAX, and a dict like any other for whoever doesn't ask for weights.
+    Attributes:
+      packed: f32 [2, names], all values, and the weight of those that are means (else 1).
     """
 
-    def __init__(self, values: Mapping[str, Any], weights: Mapping[str, Any]):
+    def __init__(self, values: Mapping[str, Any], packed: Any):
         super().__init__(values)
-        self.weights = dict(weights)
+        self.packed = packed
 
-    def tree_flatten(self) -> tuple[tuple[list[Any], dict[str, Any]], tuple[str, ...]]:
+    @classmethod
+    def of(cls, values: Mapping[str, Any], weights: Mapping[str, Any]) -> Metrics:
+        """With their weights, by the same names."""
+        rows = [[*values.values()], [weights.get(name, 1) for name in values]]
+        return cls(values, jnp.array(rows, jnp.float32))
+
+    def tree_flatten(self) -> tuple[tuple[list[Any], Any], tuple[str, ...]]:
         """(children, names) for JAX."""
-        return (list(self.values()), self.weights), tuple(self)
+        return ([*self.values()], self.packed), tuple(self)
 
     @classmethod
     def tree_unflatten(cls, names: tuple[str, ...], children: Any) -> Metrics:
         """For JAX."""
-        values, weights = children
-        return cls(dict(zip(names, values, strict=True)), weights)
+        values, packed = children
+        return cls(dict(zip(names, values, strict=True)), packed)
+
+
+def fetch(metrics: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """(values, weights) by name, on the host."""
+    if isinstance(metrics, Metrics):
+        values, weights = jax.device_get(metrics.packed).tolist()
+    else:
+        values = [value.item() for value in jax.device_get([*metrics.values()])]
+        weights = [1.0] * len(values)
+    return dict(zip(metrics, values, strict=True)), dict(zip(metrics, weights, strict=True))
 
 
 class Means:
     """What a line says of the steps since the line before, each name by its meaning.
 
-    A mean is that of all these steps by its own weights (1 a step where it states none), so that a
-    ratio is a ratio of sums. A largest or least value is that of all, a count is the sum, and rate,
-    norms, skips and the KL coefficient are the last step's. Sums are float64; what is said of one
-    step alone is its own value, bit for bit.
+    A mean is that of all these steps by its own weights, so that a ratio is a ratio of sums. A
+    largest or least value is that of all, a count is the sum, and rate, norms, skips and the KL
+    coefficient are the last step's. Sums are float64; what is said of one step alone is its own
+    value, bit for bit.
 
     Args:
       state: of another one, to go on from.
@@ -71,14 +90,12 @@ class Means:
         """What a checkpoint keeps, as JSON has it."""
         return dict(self._sums)
 
-    def add(self, metrics: Mapping[str, Any]) -> None:
-        """Takes the next step's metrics, NumPy scalars; `Metrics` for their weights."""
-        weights = getattr(metrics, "weights", {})
-        for name, scalar in metrics.items():
-            value, weight = scalar.item(), 1.0
-            meaning, before = _meaning(name), self._sums.get(name)
+    def add(self, values: Mapping[str, float], weights: Mapping[str, float]) -> None:
+        """Takes the next step's, as `fetch` gives them."""
+        for name, value in values.items():
+            weight, meaning, before = 1.0, _meaning(name), self._sums.get(name)
             if meaning == "mean":
-                weight = float(weights.get(name, 1.0))
+                weight = weights[name]
                 value *= weight
             if before is not None:
                 match meaning:
@@ -99,6 +116,7 @@ class Means:
         }
 
 
+@functools.cache
 def _meaning(name: str) -> str:
     return next((what for what, ends in _MEANINGS.items() if name.endswith(ends)), "mean")
 

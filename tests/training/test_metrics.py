@@ -14,6 +14,7 @@ from rlhf_jax.training.metrics import (
     Means,
     Metrics,
     MetricsWriter,
+    fetch,
     read_metrics,
     truncate_metrics,
 )
@@ -51,7 +52,7 @@ OF_AN_ITERATION = {
 
 
 def scalars(values):
-    return {k: np.int32(v) if isinstance(v, int) else np.float32(v) for k, v in values.items()}
+    return {name: np.float32(value) for name, value in values.items()}
 
 
 @pytest.mark.parametrize("interrupted", range(4))
@@ -60,7 +61,7 @@ def test_a_mean_is_a_ratio_of_sums_and_survives_a_restart(interrupted):
     for i, (values, weights) in enumerate(STEPS):
         if i == interrupted:
             means = Means(json.loads(json.dumps(means.state())))
-        means.add(Metrics(scalars(values), scalars(weights)))
+        means.add(*fetch(Metrics.of(scalars(values), scalars(weights))))
     assert means.take() == {"rewards/accuracies": (4 * 0.5 + 12) / 16, "train/skipped": 1}
     assert means.take() == means.state() == {}
 
@@ -68,7 +69,7 @@ def test_a_mean_is_a_ratio_of_sums_and_survives_a_restart(interrupted):
 def test_names_keep_their_meaning_over_several_steps():
     means = Means()
     for i in range(3):
-        means.add(scalars({name: float(v[i]) for name, (v, _) in OF_AN_ITERATION.items()}))
+        means.add(*fetch(scalars({name: v[i] for name, (v, _) in OF_AN_ITERATION.items()})))
     expected = {name: float(np.float32(value)) for name, (_, value) in OF_AN_ITERATION.items()}
     assert means.take() == expected
 
@@ -78,11 +79,11 @@ def test_what_is_said_of_one_step_is_its_own_value_to_the_last_bit():
     values = {f"x/{i}": np.float32(x) for i, x in enumerate(rng.normal(size=300))}
     weights = {name: np.float32(rng.uniform(0, 1e6)) for name in values}
     means = Means()
-    means.add(Metrics(values, weights))
+    means.add(*fetch(Metrics.of(values, weights)))
     assert means.take() == {name: float(value) for name, value in values.items()}
-    means.add(Metrics({"x": np.float32(0), "y": np.float32(np.nan)}, {"x": np.float32(0)}))
-    means.add({"y": np.float32(1), "policy/ratio_max": np.float32(np.nan)})
-    means.add({"policy/ratio_max": np.float32(1)})
+    for step in ({"x": 0.0, "y": math.nan}, {"y": 1.0, "policy/ratio_max": math.nan}):
+        means.add(step, {"x": 0.0, "y": 1.0})
+    means.add({"policy/ratio_max": 1.0}, {})
     line = means.take()
     assert line["x"] == 0 and math.isnan(line["y"]) and math.isnan(line["policy/ratio_max"])
 
