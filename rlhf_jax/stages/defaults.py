@@ -49,8 +49,7 @@ def leaves(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str
 def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
     """The configuration of a stage: what all stages share, with `sections` laid over it.
 
-    A section's value updates the default's fields, or is all of it if it is a ConfigDict; a section
-    no default has is added.
+    A section's value updates the default's fields; a section no default has is added.
     """
     config = ConfigDict()
     config.stage = stage
@@ -88,7 +87,8 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
         config.data.over_long = "error"  # records longer than a row: data/encode.py's policies
     if stage == "pretrain":
         config.data.layout = "documents"  # or "windows" of a stream of text
-        config.model = model("tiny")
+        if "model" not in sections:  # a preset's shape, which is whole
+            config.model = model("tiny")
         config.tokenizer = ConfigDict({"kind": "bpe", "vocab_size": 2048})  # or "chars": all
         config.loss = ConfigDict({"z_loss": 0.0})
     else:
@@ -151,7 +151,7 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
 
 def _lay(config: ConfigDict, sections: Mapping[str, Any]) -> ConfigDict:
     for name, values in sections.items():
-        if name not in config or isinstance(values, ConfigDict):  # a whole section, as of `model`
+        if name not in config:
             config[name] = ConfigDict()
         config[name].update(values)
     return config

@@ -25,6 +25,7 @@ from rlhf_jax.data.records import Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.rows import map_rows
 from rlhf_jax.losses.advantages import zero_variance
+from rlhf_jax.losses.checks import check_choice
 from rlhf_jax.models.scoring import (
     target_cross_entropy,
     target_kl,
@@ -395,6 +396,7 @@ def text_rollout(
     }
     weights = weights[order] & np.repeat([group in set(useful) for group in groups], each)
     finished = np.array([c.finished for c in samples.completions])
+    check_choice("rollout.truncated", rollout.truncated, ("keep", "mask"))
     if rollout.truncated == "mask":
         weights &= finished
     greedy_scores = np.zeros(wanted)

@@ -13,13 +13,16 @@ import pytest
 from ml_collections import ConfigDict
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.models import transformer
 from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.stages import best_of_n, chain, checks, common, defaults, rollouts
 from rlhf_jax.stages.online_preference import pack_best_and_worst
 from rlhf_jax.stages.pairs import CHOSEN, REJECTED
+from rlhf_jax.stages.reward import loss as reward_loss
 from rlhf_jax.stages.rollouts import PromptSet, Samples, Scores, sample_answers, text_rollout
 from rlhf_jax.training.learner import make_learner
+from rlhf_jax.training.objectives import Sampled, advantages, policy_objective
 from rlhf_jax.training.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig, make_optimizer
 from tests.models.small import SMALL
 from tests.stages.conftest import ROOT, run_main
@@ -300,3 +303,23 @@ def test_gae_without_a_critic_and_an_unknown_algorithm_are_refused():
         checks.check_objective(config)
     with pytest.raises(UserError, match=r"no algorithm 'grop'; there are: ppo, grpo"):
         defaults.on_policy("grop")
+
+
+@pytest.mark.parametrize(
+    ("section", "field"), [("advantage", "name"), ("kl", "placement"), ("loss", "name")]
+)
+def test_no_name_falls_through_to_an_algorithm(section, field):
+    """The functions that choose by name refuse it themselves, whoever has not checked before."""
+    config = defaults.on_policy("grpo", rollout={"samples": 2})
+    config[section][field] = "another"
+    one = np.ones((2, 3), np.float32)
+    statistics = TokenStatistics(*[one] * len(TokenStatistics._fields))
+    sampled = Sampled(*[one[:, 0]] * 3, *[one] * 4, one[:, 0], one[0, :1])
+    batch = {"mask": one, "old_logprobs": one, "ref_logprobs": one, "advantages": one}
+    batch |= {"sequence_weights": one[:, 0], "kl_coefficient": one[0]}
+    with pytest.raises(ValueError, match="another"):
+        advantages(config, sampled._replace(finished=one[:, 0] > 0), one[0, 0])
+        policy_objective(config, statistics, batch)
+    reward = defaults.base("reward", loss={"name": "another"})
+    with pytest.raises(UserError, match=r"loss\.name = 'another'"):
+        reward_loss(reward, SMALL, None, None, None)

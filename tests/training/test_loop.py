@@ -67,6 +67,15 @@ def test_lines_hold_means_since_the_line_before_and_evaluations(tmp_path):
     assert set(rates) == {"train/steps_per_second", "train/tokens_per_second"}
 
 
+def test_a_checkpoint_from_before_means_were_kept_resumes(tmp_path, monkeypatch):
+    meta = loop._meta
+    monkeypatch.setattr(loop, "_meta", lambda *a: meta(*a) | {"means": None})
+    train(tmp_path, steps=4)
+    train(tmp_path, steps=7)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [3, 4, 6, 7]
+
+
 def test_speed_counts_tokens_that_are_not_padding(tmp_path):
     _, rates = train(tmp_path, flops_per_token=10.0, log_every=1)
     lines = read_metrics(tmp_path / "metrics.jsonl")
