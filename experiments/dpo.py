@@ -22,9 +22,6 @@ OPTIMIZER = {
     "schedule": "linear",
     "final_fraction": 0.0,
 }
-# name: any of losses/preference.py; options: of its own function, as "gamma=1.6,divergence=js";
-# sft_coefficient: of the SFT term added to any of them (rpo, cpo, orpo have their own: leave it 0).
-LOSS = {"name": "sigmoid", "beta": 0.1, "options": "", "sft_coefficient": 0.0}
 
 
 def get_config(variant="town"):
@@ -35,9 +32,8 @@ def get_config(variant="town"):
                 data={"row_length": 224},
                 batch={"rows": 16},
                 optimizer=OPTIMIZER | {"learning_rate": 3.5e-4},
-                loss=LOSS | {"sft_coefficient": 0.3},
+                loss={"sft_coefficient": 0.3},
                 train={"steps": 64},
-                eval=defaults.chat_evaluation(),
             )
         case "hh":
             pairs = "hh_rlhf/helpful"
@@ -52,7 +48,7 @@ def get_config(variant="town"):
                 batch={"rows": 8},
                 optimizer=OPTIMIZER | {"learning_rate": 5e-4},
                 # Per token: a sum over long, uneven replies mostly learns their length.
-                loss=LOSS | {"name": "sigmoid_norm", "beta": 5.0},
+                loss={"name": "sigmoid_norm", "beta": 5.0},
                 train={"steps": 60},
                 eval=defaults.chat_evaluation(source=pairs, count=64, gold=False)
                 | {"batch_rows": 16},
@@ -69,4 +65,4 @@ def get_config(variant="town"):
 
 
 def dpo(**sections):
-    return defaults.base("preference", **({"optimizer": OPTIMIZER, "loss": LOSS} | sections))
+    return defaults.base("preference", **({"optimizer": OPTIMIZER} | sections))

@@ -51,9 +51,8 @@ def get_config(variant="town"):
 def town():
     return defaults.base(
         "pretrain",
-        model=defaults.model("tiny"),
-        tokenizer={"kind": "bpe", "vocab_size": 2048},  # nearly every word of the town is a token
-        data={"layout": "documents", "row_length": 128, "over_long": "split"},
+        tokenizer={"vocab_size": 2048},  # nearly every word of the town is a token
+        data={"row_length": 128, "over_long": "split"},
         batch={"rows": 8},
         optimizer={
             "learning_rate": 3e-3,
@@ -64,7 +63,6 @@ def town():
             "final_fraction": 0.0,
         },
         train={"steps": 560, "log_every": 20},
-        loss={"z_loss": 0.0},
     )
 
 
@@ -73,18 +71,16 @@ def real(train, validation, steps):
     return defaults.base(
         "pretrain",
         model=defaults.model("tiny", max_length=1024),
-        tokenizer={"kind": "bpe", "vocab_size": 4096},
+        tokenizer={"vocab_size": 4096},
         data={
             "train": train,
             "validation": validation,
-            "layout": "documents",
             "row_length": 512,
             "over_long": "split",
         },
         batch={"rows": 16},
         optimizer=MUON,
         train={"steps": steps},
-        loss={"z_loss": 0.0},
         eval={"batch_rows": 16},
     )
 
@@ -93,7 +89,6 @@ def shakespeare_char():
     """nanoGPT's loss, 1.88 nats a character, from its data and context in less time."""
     return defaults.base(
         "pretrain",
-        model=defaults.model("tiny", vocab_size=65),
         tokenizer={"kind": "chars"},
         data={
             "train": "tiny_shakespeare",
@@ -104,7 +99,6 @@ def shakespeare_char():
         batch={"rows": 20},
         optimizer=MUON | {"learning_rate": 2e-2},
         train={"steps": 220, "log_every": 20, "tensorboard": False},
-        loss={"z_loss": 0.0},
         eval={"batch_rows": 128},
     )
 

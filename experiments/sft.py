@@ -39,7 +39,6 @@ def get_config(variant="town"):
                 batch={"rows": 8},
                 optimizer=OPTIMIZER | {"name": "adamw", "learning_rate": 3e-3, "b2": 0.99},
                 train={"steps": 430, "log_every": 20},
-                eval=defaults.chat_evaluation(),
             )
         case "arithmetic":
             return sft(
@@ -80,12 +79,7 @@ def get_config(variant="town"):
 
 
 def sft(policy, **sections):
-    return defaults.base(
-        "sft",
-        init={"policy": policy},
-        loss={"label_smoothing": 0.0, "z_loss": 0.0},
-        **({"optimizer": OPTIMIZER} | sections),
-    )
+    return defaults.base("sft", init={"policy": policy}, **({"optimizer": OPTIMIZER} | sections))
 
 
 def real(base, train, validation, steps):

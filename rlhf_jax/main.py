@@ -30,7 +30,10 @@ def parse(argv: list[str]):
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         # ml_collections names the nearest field ("Did you mean …") in these.
         text = str(error.args[0] if error.args else error)
-        raise UserError(f"in the command line: {' '.join(text.split())}") from error
+        text = _unread_field(argv) or " ".join(text.split())
+        if " " not in text:  # the bare name of a section or field, with nothing near it
+            text = f"this config has no {text}"
+        raise UserError(f"in the command line: {text}") from error
     if rest:
         raise UserError(
             f"unexpected argument {rest[0]!r}; overrides look like --config.train.steps=9"
@@ -41,6 +44,19 @@ def parse(argv: list[str]):
     if not os.path.isfile(source.partition(":")[0]):
         raise UserError(f"--config={source}: there is no such file")
     return values.config, source, values
+
+
+def _unread_field(argv: list[str]) -> str | None:
+    """A line about a field that a flag sets and only other stages read, None if there is none."""
+    from rlhf_jax.stages.checks import unread_field
+
+    fields = [arg for arg in argv if arg.lstrip("-").startswith("config.")]
+    try:
+        config, *_ = parse([arg for arg in argv if arg not in fields]) if fields else [None]
+    except UserError:  # something else is wrong too, which is the better line
+        return None
+    names = [arg.lstrip("-").partition("=")[0].removeprefix("config.") for arg in fields]
+    return None if config is None else unread_field(config.stage, names)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -39,7 +39,7 @@ def test_experiment(name, variant, monkeypatch):
     if config.stage == "policy":
         check_objective(config)
     if config.stage == "pretrain":
-        ModelConfig(**config.model.to_dict()).validate()
+        ModelConfig(**config.model.to_dict(), vocab_size=65).validate()
     elif variant == "own":
         assert not (config.init.policy or config.data.train or config.data.validation)
         assert not config.eval.get("source", "") and not config.eval.get("gold", False)

@@ -156,7 +156,8 @@ def policy_loss(
       and policy/ratio_square (r²); policy/approxkl (½d²) and policy/approxkl_k3 (r − 1 − d),
       estimates of KL(old‖π); policy/clipfrac, the share of tokens that the objective's clip
       changes, split into policy/clipfrac_low (A < 0, ratio below) and policy/clipfrac_high (A > 0,
-      ratio above), by the objective's own ratio. cispo clips whatever the sign of A.
+      ratio above), by the objective's own ratio. cispo clips whatever the sign of A. An objective
+      without a clip, policy_gradient or sapo, reports none of the three.
 
     Raises:
       ValueError: an unknown name, or an option the objective does not have.
@@ -188,16 +189,19 @@ def policy_loss(
     )
 
     ratio, d = _token_ratio(tokens), _clamp(tokens.differences)
-    below, above = _clip_fractions(name, tokens, options)
     metrics = {
         "policy/ratio": ratio,
         "policy/ratio_square": ratio**2,
         "policy/approxkl": d**2 / 2,
         "policy/approxkl_k3": jnp.expm1(d) - d,
-        "policy/clipfrac": below | above,
-        "policy/clipfrac_low": below,
-        "policy/clipfrac_high": above,
     }
+    if sides := _clip_fractions(name, tokens, options):
+        below, above = sides
+        metrics |= {
+            "policy/clipfrac": below | above,
+            "policy/clipfrac_low": below,
+            "policy/clipfrac_high": above,
+        }
     return loss, {"loss": loss} | _token_means(metrics, weights)
 
 
@@ -454,8 +458,11 @@ def _cispo_bounds(
 
 def _clip_fractions(
     name: str, tokens: Tokens, options: Mapping[str, Any]
-) -> tuple[jax.Array, jax.Array]:
-    """Where the objective's clip changes a token: (below its range, above it), bool [N, T]."""
+) -> tuple[jax.Array, jax.Array] | None:
+    """Where the objective's clip changes a token: (below its range, above it), bool [N, T].
+
+    None for an objective that has none.
+    """
     options = policy_options(name) | dict(options)
     down, up = tokens.advantages < 0, tokens.advantages > 0
     if name == "cispo":
@@ -468,7 +475,7 @@ def _clip_fractions(
         return down & (d < -options["clip_low"]), up & (d > options["clip_high"])
     ratios = {"ppo": _token_ratio, "ppo_sequence": _sequence_ratio, "gspo": _mean_ratio}
     if name not in ratios:
-        return jnp.zeros_like(down), jnp.zeros_like(up)
+        return None
     ratio = ratios[name](tokens)
     return down & (ratio < 1 - options["clip_low"]), up & (ratio > 1 + options["clip_high"])
 

@@ -84,9 +84,13 @@ def measure(
     *,
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """[P, N] of N answers to each prompt: proxy, logprob and, where asked for, gold and correct."""
+    """[P, N] of N answers to each prompt: proxy, logprob and, where asked for, gold and correct.
+
+    They are drawn at temperature 1 from the whole distribution, the one whose best of n has a known
+    bound of KL to the policy.
+    """
     found: dict[str, list[np.ndarray]] = {}
-    for _, answers, scores in _blocks(config, policy, prompts, judge, samples, seed):
+    for _, answers, scores in _blocks(config, policy, prompts, judge, samples, seed, 1.0):
         columns = {
             "proxy": scores.total,
             "logprob": np.array([c.logprobs.sum() for c in answers.completions]),
@@ -207,7 +211,8 @@ def winners(
 ) -> tuple[Arrays, Arrays]:
     """Packed rows of the best of `best_of_n.n` answers to each training prompt: (train, held out).
 
-    Only answers that ended by themselves count and are trained on. A tenth is held out.
+    They are drawn as `rollout` says. Only answers that ended by themselves count and are trained
+    on. A tenth is held out.
     """
     documents: list[Document] = []
     n = config.best_of_n.n
@@ -233,14 +238,16 @@ def winners(
     return train, held_out
 
 
-def _blocks(config, policy, prompts: PromptSet, judge: Judge, samples: int, seed: int):
-    """(prompts, answers, scores) of one block of prompts after the other."""
+def _blocks(
+    config, policy, prompts: PromptSet, judge: Judge, samples: int, seed: int, temperature=None
+):
+    """(prompts, answers, scores) of one block of prompts after the other; see `sample_answers`."""
     count = len(prompts.records)
     for start in range(0, count, BLOCK):
         ids: Sequence[int] = range(start, min(start + BLOCK, count))
         block = prompts.take(ids)
         answers: Samples = sample_answers(
-            config, policy, block, samples=samples, seed=seed, temperature=1.0, ids=ids
+            config, policy, block, samples=samples, seed=seed, temperature=temperature, ids=ids
         )
         rows = pack_samples(
             answers,

@@ -26,6 +26,7 @@ from rlhf_jax.evaluation.report import METRICS, environment, write_report
 from rlhf_jax.evaluation.tables import print_summary
 from rlhf_jax.stages.checks import check
 from rlhf_jax.stages.common import ancestry, read_summary, settle_sources
+from rlhf_jax.stages.defaults import STAGES
 from rlhf_jax.stages.identity import made_from, resolved
 from rlhf_jax.training.rundir import (
     SUMMARY,
@@ -36,10 +37,6 @@ from rlhf_jax.training.rundir import (
     tell_changes,
 )
 
-STAGES = (
-    *("pretrain", "sft", "reward", "preference"),
-    *("policy", "online_preference", "best_of_n", "oracle"),
-)
 PARENTLESS = ("pretrain", "oracle")
 
 
@@ -95,7 +92,7 @@ def _run(
     config = prepare(config)
     lineage = (*descendants, source)
     parents = {}
-    for role, parent in config.init.items():
+    for role, parent in config.get("init", {}).items():
         if parent:
             try:
                 parents[role] = _parent(parent, workdir.parent, lineage, rerun)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +21,24 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.losses.advantages import BASELINES, SCALES
 from rlhf_jax.losses.checks import check_choice
 from rlhf_jax.losses.policy import AGGREGATIONS, LEVELS, check_policy_options, policy_loss
-from rlhf_jax.losses.preference import check_options
+from rlhf_jax.losses.preference import check_options as check_loss_options
 from rlhf_jax.losses.shaping import EOS_MODES, ESTIMATORS
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.rewards import parse_rewards
 from rlhf_jax.rewards.ensemble import COMBINATIONS
+from rlhf_jax.sampling.arguments import check_options
 from rlhf_jax.stages.common import parse_source, parse_sources
-from rlhf_jax.training.objectives import parse_options
+from rlhf_jax.stages.defaults import SAMPLING, STAGES, fields_of, leaves
+from rlhf_jax.stages.rollouts import truncation
+from rlhf_jax.training.objectives import ADVANTAGES, PLACEMENTS, parse_options
 from rlhf_jax.training.optimizer import make_optimizer
-
-ADVANTAGES = ("gae", "reward_to_go", "group", "remax")
-PLACEMENTS = ("reward", "loss", "none")
 
 
 def check(config: ConfigDict) -> None:
     """UserError for what can be seen to be wrong before hours are spent on the parents."""
+    _check_fields(config)
+    if config.stage == "oracle":  # whose rows have configs of their own
+        return
     updates = config.train.steps
     if config.stage in ("policy", "online_preference"):
         updates *= config.train.epochs * config.train.minibatches
@@ -59,7 +65,7 @@ def check(config: ConfigDict) -> None:
                 check_name(parsed.name)
             elif not Path(parsed.name).is_file():
                 raise UserError(f"data: there is no file {parsed.name}")
-    if config.stage in ("policy", "online_preference", "best_of_n"):
+    if config.stage in SAMPLING:
         _check_sampling(config)
     if config.stage == "policy":
         check_objective(config)
@@ -72,9 +78,37 @@ def check(config: ConfigDict) -> None:
         )
     if config.stage in ("preference", "online_preference"):
         try:
-            check_options(config.loss.name, parse_options(config.loss.options))
+            check_loss_options(config.loss.name, parse_options(config.loss.options))
         except ValueError as error:
             raise UserError(f"config.loss: {error}") from error
+
+
+@functools.cache
+def _fields(stage: str) -> frozenset[str]:
+    return frozenset(leaves(fields_of(stage)))
+
+
+def has_field(stage: str, name: str) -> bool:
+    """Whether a stage reads the field of that dotted name."""
+    member = stage in SAMPLING and name.startswith("init.reward_")  # of an ensemble, any number
+    return member or name in _fields(stage)
+
+
+def unread_field(stage: str, names: Iterable[str]) -> str | None:
+    """A line about the first of the dotted names that other stages read and this one does not."""
+    for name in names:
+        others = [each for each in STAGES if has_field(each, name)]
+        if others and stage not in others:
+            return f"the {stage} stage has no {name}; it is read by {', '.join(others)}"
+    return None
+
+
+def _check_fields(config: ConfigDict) -> None:
+    for name in leaves(config):
+        if not has_field(config.stage, name):
+            near = difflib.get_close_matches(name, _fields(config.stage), n=1, cutoff=0.0)[0]
+            line = f"the {config.stage} stage has no {name}; did you mean {near}?"
+            raise UserError(f"config: {unread_field(config.stage, [name]) or line}")
 
 
 def _check_sampling(config: ConfigDict) -> None:
@@ -83,21 +117,21 @@ def _check_sampling(config: ConfigDict) -> None:
     weights = parse_rewards(reward.scorers)
     if not 0 < rollout.temperature < math.inf:
         raise UserError(f"config: rollout.temperature = {rollout.temperature} must be above 0")
+    try:
+        check_options({"top_k": rollout.top_k or None}, {k: rollout[k] for k in ("top_p", "min_p")})
+    except UserError as error:
+        raise UserError(f"config: rollout.{error}") from error
     named = [role for role, path in config.init.items() if role.startswith("reward") and path]
     if "model" in weights and not named:
         raise UserError("config: reward.scorers names a 'model', but there is no init.reward")
     try:
         check_choice("reward.ensemble", reward.ensemble, COMBINATIONS)
         check_choice("reward.on_error", reward.on_error, ("fail", "mask"))
-        check_choice("rollout.missing_eos", rollout.missing_eos, EOS_MODES)
-        check_choice("rollout.truncated", rollout.truncated, ("keep", "mask"))
+        if config.stage != "best_of_n":
+            check_choice("rollout.missing_eos", rollout.missing_eos, EOS_MODES)
+            check_choice("rollout.truncated", rollout.truncated, ("keep", "mask"))
     except ValueError as error:
         raise UserError(f"config: {error}") from error
-    if not 0 <= rollout.overlong_buffer <= rollout.max_new_tokens:
-        raise UserError(
-            f"config: rollout.overlong_buffer = {rollout.overlong_buffer} must be between 0 and "
-            f"rollout.max_new_tokens = {rollout.max_new_tokens}"
-        )
     pair = 2 if config.stage == "online_preference" else 1
     longest = rollout.max_prompt_tokens + pair * rollout.max_new_tokens
     if longest > config.data.row_length:
@@ -105,6 +139,13 @@ def _check_sampling(config: ConfigDict) -> None:
             f"config: a prompt of rollout.max_prompt_tokens with {pair} answer(s) of "
             f"rollout.max_new_tokens has {longest} tokens, over data.row_length = "
             f"{config.data.row_length}"
+        )
+    if config.stage == "best_of_n":
+        return
+    if not 0 <= rollout.overlong_buffer <= rollout.max_new_tokens:
+        raise UserError(
+            f"config: rollout.overlong_buffer = {rollout.overlong_buffer} must be between 0 and "
+            f"rollout.max_new_tokens = {rollout.max_new_tokens}"
         )
     if rollout.filter_zero_std and rollout.samples < 2:
         raise UserError(
@@ -141,18 +182,16 @@ def check_objective(config: ConfigDict) -> None:
             f"{kl.placement!r}: a target is positive, with a horizon above 0 and a KL that is paid"
         )
     relative = advantage.baseline != "none" or advantage.scale == "group"
+    if advantage.name == "gae" and "critic" not in config:
+        raise UserError(
+            "config: advantage.name = 'gae' needs the section critic, which experiments/ppo.py has"
+        )
     if advantage.name == "group" and rollout.samples < 2 and relative:
         raise UserError(
             f"config: rollout.samples = {rollout.samples}: a baseline over the samples of a prompt "
             "needs two or more of them"
         )
-    truncating = {
-        "top_k": rollout.top_k > 0,
-        "top_p": rollout.top_p < 1,
-        "min_p": rollout.min_p > 0,
-    }
-    if any(truncating.values()):
-        name = next(name for name, on in truncating.items() if on)
+    for name in truncation(config):
         raise UserError(
             f"config: rollout.{name} = {rollout[name]}: what is trained is the whole distribution, "
             "not its truncation, so ratios would not start at 1; sample with rollout.temperature "

@@ -39,9 +39,10 @@ Evaluated = tuple[dict[str, float], list[Figure]]
 
 
 def mesh_of(config: ConfigDict) -> Mesh | None:
-    """The mesh the config describes; None on one device."""
+    """The mesh the config describes, which must fit the devices; None on one device."""
     devices = training_devices()
-    return make_mesh(config.mesh, devices) if len(devices) > 1 else None
+    mesh = make_mesh(config.mesh, devices)
+    return mesh if len(devices) > 1 else None
 
 
 def load_start(config: ConfigDict, directory: Path) -> Model:

@@ -1,4 +1,7 @@
-"""Every knob of every stage with its default; a file in experiments/ states only what differs."""
+"""Every knob of every stage with its default; a file in experiments/ states only what differs.
+
+A stage has the fields that it reads and no others: `checks.check` refuses the rest.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,39 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from rlhf_jax.errors import UserError
 from rlhf_jax.models.config import PRESETS
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.training.optimizer import OptimizerConfig
+
+STAGES = (
+    *("pretrain", "sft", "reward", "preference"),
+    *("policy", "online_preference", "best_of_n", "oracle"),
+)
+SAMPLING = ("policy", "online_preference", "best_of_n")  # which sample and score answers
+
+
+def fields_of(stage: str) -> ConfigDict:
+    """A config with every field of one of `STAGES`."""
+    match stage:
+        case "policy":
+            return on_policy("ppo")  # the one with a critic
+        case "online_preference":
+            return online_preference()
+        case "best_of_n":
+            return best_of_n()
+    return base(stage)
+
+
+def leaves(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """A config's values by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            found |= leaves(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
 
 
 def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
@@ -21,8 +54,24 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
     config = ConfigDict()
     config.stage = stage
     config.seed = 0
-    # What the model starts from: "experiments/sft.py[:variant]", or a finished run's directory.
-    config.init = ConfigDict({"policy": ""})
+    if stage == "oracle":
+        config.oracle = ConfigDict(
+            {
+                "rows": "",  # names of stages/oracle_rows.py, separated by commas; none: all
+                "table_steps": 350,
+                "transformer_steps": 60,
+                "preference_steps": 600,
+                "threads": 2,  # rows at a time
+            }
+        )
+        return _lay(config, sections)
+    if stage != "pretrain":
+        # What the model starts from: "experiments/sft.py[:variant]", or a finished run's directory.
+        config.init = ConfigDict({"policy": ""})
+    if stage in SAMPLING:
+        config.init.reward = ""  # of the scorer "model"; further members are reward_1, reward_2, …
+    if stage == "preference":
+        config.init.reward = ""  # a model of the same pairs, whose accuracy is shown beside
     config.data = ConfigDict(
         {
             # A data set ("town", "hh_rlhf/helpful", "gsm8k@test", "town[:50%]") or a JSONL file
@@ -31,11 +80,18 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
             "train": "town",
             "validation": "town",  # "": the last 5 % of the files in `train`
             "row_length": 256,  # tokens a packed row
-            "over_long": "error",  # records longer than a row; the policies are in data/encode.py
             "max_bad_fraction": 0.0,  # share of bad JSONL lines that are skipped and counted
         }
     )
-    if stage not in ("pretrain", "oracle"):
+    if stage not in SAMPLING:
+        config.data.over_long = "error"  # records longer than a row: data/encode.py's policies
+    if stage == "pretrain":
+        config.data.layout = "documents"  # or "windows" of a stream of text
+        if "model" not in sections:  # a preset's shape, which is whole
+            config.model = model("tiny")
+        config.tokenizer = ConfigDict({"kind": "bpe", "vocab_size": 2048})  # or "chars": all
+        config.loss = ConfigDict({"z_loss": 0.0})
+    else:
         # Of a Hub model: "" its own, a name in data/chat_formats.py, or a *.jinja file.
         config.data.chat_template = ""
     if stage == "sft":
@@ -43,6 +99,9 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
         # Earlier replies that the chat template strips of their thoughts, or doesn't end: "leave"
         # them untrained, or "expand": each is the last reply of a record of its own.
         config.data.stripped_turns = "leave"
+        config.loss = ConfigDict({"label_smoothing": 0.0, "z_loss": 0.0})
+    if stage == "preference":
+        config.loss = ConfigDict(PREFERENCE_LOSS)
     if stage == "reward":
         # bradley_terry on pairs; pointwise on conversations labelled from 0 (bad) to 1 (good).
         config.loss = ConfigDict({"name": "bradley_terry", "centering": 0.0})
@@ -67,12 +126,13 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
             "eval_every": 0,  # steps; 0: only at the end
             "checkpoint_every": 200,  # steps
             "keep_last": 2,  # checkpoints
-            "ema_decay": 0.0,  # 0: no moving average; else it is the average that is kept
             "max_skipped": 5,  # updates in a row that are not finite before the run stops
             "tensorboard": True,
             "wandb": "",  # project, to follow the run on Weights & Biases too
         }
     )
+    if stage not in ("policy", "online_preference"):
+        config.train.ema_decay = 0.0  # 0: no moving average; else it is the average that is kept
     if stage != "pretrain":  # which states its whole model
         # rank = 0 trains all weights: models/lora.py
         config.adapter = ConfigDict(dataclasses.asdict(AdapterConfig()))
@@ -85,11 +145,24 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
         )
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all other devices
     config.eval = ConfigDict({"batch_rows": 64})
+    if stage not in ("pretrain", "reward"):
+        config.eval.update(chat_evaluation())
+        if stage != "sft":
+            config.eval.during = 128  # prompts sampled at train.eval_every
+    return _lay(config, sections)
+
+
+def _lay(config: ConfigDict, sections: Mapping[str, Any]) -> ConfigDict:
     for name, values in sections.items():
         if name not in config:
             config[name] = ConfigDict()
         config[name].update(values)
     return config
+
+
+# name: any of losses/preference.py; options: of its own function, as "gamma=1.6,divergence=js";
+# sft_coefficient: of the SFT term added to any of them (rpo, cpo, orpo have their own: leave it 0).
+PREFERENCE_LOSS = {"name": "sigmoid", "beta": 0.1, "options": "", "sft_coefficient": 0.0}
 
 
 # What an on-policy algorithm is, as changes to `on_policy`'s sections.
@@ -162,27 +235,35 @@ ALGORITHMS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def _sampling() -> dict[str, dict[str, Any]]:
-    """What all stages share that sample and score answers."""
-    return {
-        "rollout": {
+def _sampling(stage: str) -> dict[str, dict[str, Any]]:
+    """What the stages share that sample and score answers."""
+    rollout: dict[str, Any] = {
+        "max_prompt_tokens": 128,  # longer prompts are left out and counted
+        "max_new_tokens": 48,  # of an answer, its end included
+        # How answers to training prompts are drawn. The policy stage trains the whole distribution
+        # and refuses all but the temperature; best_of_n's curves are of temperature 1 whatever
+        # stands here, since their bounds of KL are.
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "slots": 64,  # answers decoded together
+    }
+    if stage != "best_of_n":  # which counts only answers that ended, and says itself how many
+        rollout |= {
             "prompts": 64,  # an iteration
             "samples": 1,  # a prompt
-            "max_prompt_tokens": 128,  # longer prompts are left out and counted
-            "max_new_tokens": 48,  # of an answer, its end included
-            "temperature": 1.0,
-            "top_k": 0,  # these three would sample from another distribution than is trained,
-            "top_p": 1.0,  # and are refused
-            "min_p": 0.0,
-            "slots": 64,  # answers decoded together
             "missing_eos": "none",  # answers that did not end: "subtract" or "replace" by −penalty
             "missing_eos_penalty": 1.0,
             "truncated": "keep",  # "mask": such answers are not trained on
             "overlong_buffer": 0,  # tokens below max_new_tokens that are punished softly (DAPO)
             "filter_zero_std": False,  # leave out prompts whose answers all score the same
             "resample": 0,  # further batches of prompts to replace those
-            "max_staleness": 0,  # updates a sample may be old; 0: any number
-        },
+        }
+    if stage == "policy":
+        rollout["max_staleness"] = 0  # updates a sample may be old; 0: any number
+    return {
+        "rollout": rollout,
         "reward": {
             "scorers": "model=1",  # see rewards/scorers.py
             "normalize": True,  # reward models, by their scores of the reference's answers
@@ -196,11 +277,17 @@ def _sampling() -> dict[str, dict[str, Any]]:
 
 
 def on_policy(algorithm: str, **sections: dict[str, Any]) -> ConfigDict:
-    """The configuration of the policy stage for one of `ALGORITHMS`, `sections` laid over it."""
+    """The configuration of the policy stage for one of `ALGORITHMS`, `sections` laid over it.
+
+    Raises:
+      UserError: there is no such algorithm.
+    """
+    if algorithm not in ALGORITHMS:
+        raise UserError(f"there is no algorithm {algorithm!r}; there are: {', '.join(ALGORITHMS)}")
     merged: dict[str, dict[str, Any]] = {
         "data": {"row_length": 256},
         "batch": {"rows": 8},  # rows of a minibatch are a multiple of this
-        **_sampling(),
+        **_sampling("policy"),
         "kl": {
             "coefficient": 0.05,
             "placement": "reward",  # "reward", "loss" or "none"
@@ -233,7 +320,6 @@ def on_policy(algorithm: str, **sections: dict[str, Any]) -> ConfigDict:
             "ptx_coefficient": 0.0,  # of data.ptx's language-model loss, mixed in
         },
         "train": {"epochs": 1, "minibatches": 1},
-        "eval": chat_evaluation(),
     }
     merged["data"]["ptx"] = ""  # raw text whose loss is mixed in, as in InstructGPT
     if ALGORITHMS[algorithm]["advantage"]["name"] == "gae":
@@ -251,11 +337,9 @@ def online_preference(**sections: dict[str, Any]) -> ConfigDict:
         {
             "data": {"row_length": 256},
             "batch": {"rows": 8},
-            **_sampling(),
-            # name: of losses/preference.py; options and sft_coefficient as in experiments/dpo.py
-            "loss": {"name": "sigmoid", "beta": 0.1, "options": "", "sft_coefficient": 0.0},
+            **_sampling("online_preference"),
+            "loss": dict(PREFERENCE_LOSS),
             "train": {"epochs": 1, "minibatches": 1},
-            "eval": chat_evaluation(),
         },
         sections,
     )
@@ -267,13 +351,12 @@ def best_of_n(**sections: dict[str, Any]) -> ConfigDict:
         "best_of_n",
         {
             "data": {"row_length": 512},
-            **_sampling(),
+            **_sampling("best_of_n"),
             "best_of_n": {
                 "samples": 64,  # to each held-out prompt, for the curves: a power of 2
                 "n": 8,  # to each training prompt, of which the best is trained on
                 "prompts": 1000,  # of training
             },
-            "eval": chat_evaluation(),
         },
         sections,
     )
@@ -286,8 +369,10 @@ def _laid(stage: str, merged: dict[str, dict[str, Any]], sections: Mapping[str, 
 
 
 def model(preset: str, **changes: Any) -> ConfigDict:
-    """A preset's shape, every field open to `--config.model.…`."""
-    return fields(dataclasses.replace(PRESETS[preset], **changes))
+    """A preset's shape, every field open to `--config.model.…` but the tokenizer's vocab_size."""
+    shape = fields(dataclasses.replace(PRESETS[preset], **changes))
+    del shape["vocab_size"]
+    return shape
 
 
 def chat_evaluation(**changes: Any) -> dict[str, Any]:
@@ -298,7 +383,6 @@ def chat_evaluation(**changes: Any) -> dict[str, Any]:
         "max_new_tokens": 64,
         "temperature": 0.0,  # of the answers that are judged; 0: greedy
         "gold": True,  # judged by the town's scorer
-        "during": 128,  # prompts sampled at train.eval_every
     } | changes
 
 

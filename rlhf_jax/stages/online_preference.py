@@ -123,6 +123,10 @@ def _iteration(
         metrics["objective/scores"] = np.float32(
             (rollouts.scores * rollouts.weights).sum() / counted
         )
+        if rollouts.shaped_scores is not None:
+            metrics["objective/shaped_scores"] = np.float32(
+                (rollouts.shaped_scores * rollouts.weights).sum() / counted
+            )
         metrics["pairs/tied"] = np.float32(tied)
         metrics["completions/mean_length"] = np.float32(rollouts.mask.sum(-1).mean())
         metrics["completions/eos_rate"] = np.float32(rollouts.finished.mean())
@@ -134,10 +138,12 @@ def _iteration(
 def pack_best_and_worst(rollouts: Rollouts, row_length: int, multiple: int) -> tuple[Arrays, int]:
     """Rows of pairs, a prompt's best answer before its worst, and how many prompts had none.
 
-    A prompt whose answers tie, or with fewer than two that count, keeps its place with weight 0.
+    Best and worst are by the shaped scores: an answer that never ended pays for it first. A prompt
+    whose answers tie, or with fewer than two that count, keeps its place with weight 0.
     """
     samples: Samples = rollouts.samples
-    scores = rollouts.scores.reshape(-1, samples.each)
+    shaped = rollouts.scores if rollouts.shaped_scores is None else rollouts.shaped_scores
+    scores = shaped.reshape(-1, samples.each)
     counts = rollouts.weights.reshape(-1, samples.each) > 0
     best = np.where(counts, scores, -np.inf).argmax(1)
     worst = np.where(counts, scores, np.inf).argmin(1)

@@ -31,6 +31,8 @@ from rlhf_jax.stages.common import (
 from rlhf_jax.training.model import Model, save_model
 from rlhf_jax.training.rundir import RunDirectory
 
+LAYOUTS = ("documents", "windows")
+
 
 def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Trains from scratch and returns the metrics of summary.json."""
@@ -44,6 +46,8 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     check_kernel(config, shape.validate())
     model = Model(shape, transformer.init(shape, jax.random.key(config.seed)), tokenizer)
     length = config.data.row_length
+    if config.data.layout not in LAYOUTS:
+        raise UserError(f"data.layout = {config.data.layout!r}: choose {' or '.join(LAYOUTS)}")
     if config.data.layout == "windows":
         stream = tokenizer.encode("".join(texts))
         batches = make_iterator(make_windows(stream, length, config.batch.rows, seed=config.seed))

@@ -96,6 +96,7 @@ def with_score_head(model: Model, seed: int) -> Model:
 
 def loss(config: ConfigDict, shape: ModelConfig, params: Any, batch, rng):
     """The configured loss over a batch of pairs or labelled replies: ((total, weight), metrics)."""
+    _check_loss(config)
     scores = sequence_scores(shape, params, batch)
     scores = scores.reshape(-1, scores.shape[-1])
     valid = batch["valid"].reshape(-1)

@@ -25,6 +25,7 @@ from rlhf_jax.data.records import Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.rows import map_rows
 from rlhf_jax.losses.advantages import zero_variance
+from rlhf_jax.losses.checks import check_choice
 from rlhf_jax.models.scoring import (
     target_cross_entropy,
     target_kl,
@@ -45,6 +46,7 @@ from rlhf_jax.sampling.generate import Completion, generate
 from rlhf_jax.stages.common import check_unrendered, mesh_of, read_records, say
 from rlhf_jax.training.mesh import batch_shards
 from rlhf_jax.training.model import Model, load_model
+from rlhf_jax.training.objectives import shape_scores
 from rlhf_jax.training.on_policy import Rollouts, Task
 
 SHORTEST = 16  # tokens a sequence: a row has places for no more of them than fit at that length
@@ -121,6 +123,12 @@ def read_prompts(config: ConfigDict, tokenizer: AnyTokenizer, source: str, split
     return PromptSet(records, tokens).take(kept)
 
 
+def truncation(config: ConfigDict) -> dict[str, Any]:
+    """Those of rollout.top_k, top_p and min_p that leave tokens out."""
+    everything = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    return {k: config.rollout[k] for k, value in everything.items() if config.rollout[k] != value}
+
+
 def sample_answers(
     config: ConfigDict,
     model: Model,
@@ -131,23 +139,28 @@ def sample_answers(
     temperature: float | None = None,
     ids: Sequence[int] | None = None,
 ) -> Samples:
-    """`samples` answers to each prompt by the engine, by default at the rollout's temperature.
+    """`samples` answers to each prompt by the engine, by default drawn as the rollout says.
 
-    `ids` name the prompts in the random numbers, by default their place.
+    With a `temperature` they are drawn at that one, from the whole distribution. `ids` name the
+    prompts in the random numbers, by default their place.
     """
     rollout = config.rollout
+    truncated = {}
+    if temperature is None:
+        temperature, truncated = rollout.temperature, truncation(config)
     completions = generate(
         model.config,
         model.params,
         prompts.tokens,
         max_new_tokens=rollout.max_new_tokens,
         seed=seed,
-        temperature=rollout.temperature if temperature is None else temperature,
+        temperature=temperature,
         stop_ids=model.tokenizer.ends,
         samples_per_prompt=samples,
         prompt_ids=ids,
         batch_size=rollout.slots,
         cache_length=rollout.max_prompt_tokens + rollout.max_new_tokens,
+        **truncated,
     )
     texts = [decode_text(c.tokens, model.tokenizer) for c in completions]
     return Samples(prompts, completions, texts)
@@ -384,6 +397,7 @@ def text_rollout(
     }
     weights = weights[order] & np.repeat([group in set(useful) for group in groups], each)
     finished = np.array([c.finished for c in samples.completions])
+    check_choice("rollout.truncated", rollout.truncated, ("keep", "mask"))
     if rollout.truncated == "mask":
         weights &= finished
     greedy_scores = np.zeros(wanted)
@@ -392,17 +406,20 @@ def text_rollout(
         greedy_scores = np.where(found.valid, np.nan_to_num(found.total), 0.0)
         weights &= np.repeat(found.valid, each)
         metrics["rewards/failures"] += float(sum(found.failures.values()))
+    scores = np.where(weights, np.nan_to_num(total[order]), 0.0)
+    lengths = np.array([len(c.tokens) for c in samples.completions])
     return Rollouts(
         rows=rows,
         mask=padded([np.ones(len(c.tokens)) for c in samples.completions], rollout.max_new_tokens),
         logprobs=padded([c.logprobs for c in samples.completions], rollout.max_new_tokens),
-        scores=np.where(weights, np.nan_to_num(total[order]), 0.0),
+        scores=scores,
         weights=weights.astype(np.float32),
         finished=finished,
         greedy_scores=greedy_scores,
         metrics=metrics,
         version=number,
         samples=samples,
+        shaped_scores=np.asarray(shape_scores(config, scores, finished, lengths)),
     )
 
 

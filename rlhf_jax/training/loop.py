@@ -14,7 +14,7 @@ from rlhf_jax.errors import Preempted, UserError
 from rlhf_jax.malloc import give_back
 from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.mesh import shard_batch
-from rlhf_jax.training.metrics import MetricsWriter
+from rlhf_jax.training.metrics import Means, MetricsWriter, fetch
 from rlhf_jax.training.progress import Clock, Progress
 from rlhf_jax.training.rundir import RunDirectory, fault_point
 from rlhf_jax.training.state import release
@@ -49,11 +49,12 @@ def train(
     """Trains up to `steps` steps, from the newest checkpoint of the run if it has one.
 
     A line is written to metrics.jsonl for every step that is a multiple of `log_every`, is
-    evaluated, or is the last. It holds that step's own values (not averages, so that it doesn't
-    depend on where a run was interrupted), the evaluations of the state after it, and under "time/"
-    averages since the line before: tokens_per_second (padding not counted), step_seconds,
-    data_share (the part of the time spent waiting for batches) and flops_per_second. Metrics are
-    fetched one step late, so that the device never waits for the host.
+    evaluated, or is the last. It holds `metrics.Means` of the steps since the line before, which
+    checkpoints keep, so that it doesn't depend on where a run was interrupted; the evaluations of
+    the state after the step; and under "time/" averages since the line before: tokens_per_second
+    (padding not counted), step_seconds, data_share (the part of the time spent waiting for batches)
+    and flops_per_second. Metrics are fetched one step late, so that the device never waits for the
+    host.
 
     Args:
       state: from `init_state`, or any tree a step maps to the next; donated.
@@ -85,12 +86,12 @@ def train(
     run.defer_stop = True
     log = None
     try:
-        state, done = _resume(state, batches, checkpoints, run, tokenizer_hash)
+        state, done, means = _resume(state, batches, checkpoints, run, tokenizer_hash)
         writer = MetricsWriter(
             run.path, done, config=run.config, tensorboard=tensorboard, wandb=wandb
         )
         clock = Clock(flops_per_token)
-        log = _Log(writer, clock, Progress(run.path.name, done, steps), max_skipped)
+        log = _Log(writer, clock, Progress(run.path.name, done, steps), means, max_skipped)
         step = _watched(step)
         number = done
         for number in range(done + 1, steps + 1):
@@ -119,7 +120,7 @@ def train(
             if save:
                 with clock.paused():
                     writer.sync()
-                    meta = _meta(run, tokenizer_hash)
+                    meta = _meta(run, tokenizer_hash, means)
                     checkpoints.save(number, state, batches.get_state(), meta)
             if stop:
                 break
@@ -135,11 +136,18 @@ def train(
 
 
 class _Log:
-    """Writes each step's metrics when the next step is on its way, so that nothing waits."""
+    """Takes each step's metrics when the next step is on its way, so that nothing waits."""
 
-    def __init__(self, writer: MetricsWriter, clock: Clock, progress: Progress, max_skipped: int):
+    def __init__(
+        self,
+        writer: MetricsWriter,
+        clock: Clock,
+        progress: Progress,
+        means: Means,
+        max_skipped: int,
+    ):
         self._writer, self._clock, self._progress = writer, clock, progress
-        self._max_skipped = max_skipped
+        self._means, self._max_skipped = means, max_skipped
         self._rows: deque[tuple[int, Any]] = deque(maxlen=max_skipped + 1)
         self._late: tuple[int, dict[str, jax.Array], int, bool] | None = None
 
@@ -150,11 +158,12 @@ class _Log:
         self._rows.append((number, rows))
 
     def settle(self, evaluated: Mapping[str, float]) -> None:
-        """Waits for the newest step and writes its line; ends a run that only skips updates."""
+        """Waits for the newest step and writes a line if due; ends a run that only skips."""
         if self._late is None:
             return
         (number, metrics, tokens, wanted), self._late = self._late, None
-        skipped = int(jax.device_get(metrics["train/consecutive_skipped"]))
+        values, weights = fetch(metrics)
+        skipped = int(values["train/consecutive_skipped"])
         self._clock.settled(tokens)
         if skipped >= self._max_skipped:
             first = max(1, number - skipped + 1)
@@ -163,20 +172,21 @@ class _Log:
                 f"steps {first} to {number} had no finite loss and gradient, or no weight; the "
                 f"parameters are as before. Look at these row_ids of the data, by step: {rows}"
             )
+        self._means.add(values, weights)
         if wanted:
-            values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-            values |= {**evaluated, **self._clock.line()}
-            self._writer.write(number, values)
-            self._progress.show(number, values)
+            line = {**self._means.take(), **evaluated, **self._clock.line()}
+            self._writer.write(number, line)
+            self._progress.show(number, line)
 
     def close(self) -> None:
         self._progress.close()
         self._writer.close()
 
 
-def _meta(run: RunDirectory, tokenizer_hash: str | None) -> dict[str, Any]:
+def _meta(run: RunDirectory, tokenizer_hash: str | None, means: Means) -> dict[str, Any]:
     """What a checkpoint keeps beside the state, for `_resume`."""
     return {
+        "means": means.state(),
         "config": run.config,
         "tokenizer_hash": tokenizer_hash,
         "wall_seconds": run.wall_seconds(),
@@ -184,10 +194,10 @@ def _meta(run: RunDirectory, tokenizer_hash: str | None) -> dict[str, Any]:
 
 
 def _resume(state, batches, checkpoints: Checkpoints, run: RunDirectory, tokenizer_hash):
-    """Returns (state, steps done): the newest checkpoint's, or the given state and 0."""
+    """Returns (state, steps done, means): the newest checkpoint's, or the given state and 0."""
     restored = checkpoints.restore(state)
     if restored is None:
-        return state, 0
+        return state, 0, Means()
     meta = restored.meta
     if meta["tokenizer_hash"] != tokenizer_hash:
         raise UserError(
@@ -198,7 +208,7 @@ def _resume(state, batches, checkpoints: Checkpoints, run: RunDirectory, tokeniz
     batches.set_state(restored.data)
     run.earlier_seconds = meta["wall_seconds"]
     print(f"{run.path}: continuing after step {meta['step']}", flush=True)
-    return restored.state, meta["step"]
+    return restored.state, meta["step"], Means(meta.get("means"))  # older versions kept none
 
 
 def _watched(step: Any) -> Callable:

@@ -1,16 +1,124 @@
-"""metrics.jsonl, TensorBoard and W&B: one object a logged step, each step exactly once."""
+"""Means of steps, and where they go: metrics.jsonl, TensorBoard, W&B; each line exactly once."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from rlhf_jax.errors import UserError
 from rlhf_jax.training.rundir import fault_point, sync_directory
+
+# What a name means where a line stands for several steps, by how it ends; the rest are means.
+_MEANINGS: dict[str, tuple[str, ...]] = {
+    "last": (
+        *("learning_rate", "grad_norm", "param_norm", "update_norm", "train/weight"),
+        *("skipped", "kl_coefficient"),
+    ),
+    "count": (
+        *("rollout/tokens", "rollout/blocks", "rollout/zero_std_groups"),
+        *("rewards/failures", "completions/masked", "pairs/tied"),
+    ),
+    "largest": ("/max", "_max", "/max_length", "_deviation", "rollout/logprob_difference"),
+    "least": ("/min_length",),
+}
+
+
+@jax.tree_util.register_pytree_node_class
+class Metrics(dict[str, Any]):
+    """Scalars by name, a dict like any other, that reach the host in one transfer.
+
+    Attributes:
+      packed: f32 [2, names], all values, and the weight of those that are means (else 1).
+    """
+
+    def __init__(self, values: Mapping[str, Any], packed: Any):
+        super().__init__(values)
+        self.packed = packed
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], weights: Mapping[str, Any]) -> Metrics:
+        """With their weights, by the same names."""
+        rows = [[*values.values()], [weights.get(name, 1) for name in values]]
+        return cls(values, jnp.array(rows, jnp.float32))
+
+    def tree_flatten(self) -> tuple[tuple[list[Any], Any], tuple[str, ...]]:
+        """(children, names) for JAX."""
+        return ([*self.values()], self.packed), tuple(self)
+
+    @classmethod
+    def tree_unflatten(cls, names: tuple[str, ...], children: Any) -> Metrics:
+        """For JAX."""
+        values, packed = children
+        return cls(dict(zip(names, values, strict=True)), packed)
+
+
+def fetch(metrics: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """(values, weights) by name, on the host."""
+    if isinstance(metrics, Metrics):
+        values, weights = jax.device_get(metrics.packed).tolist()
+    else:
+        values = [value.item() for value in jax.device_get([*metrics.values()])]
+        weights = [1.0] * len(values)
+    return dict(zip(metrics, values, strict=True)), dict(zip(metrics, weights, strict=True))
+
+
+class Means:
+    """What a line says of the steps since the line before, each name by its meaning.
+
+    A mean is that of all these steps by its own weights, so that a ratio is a ratio of sums. A
+    largest or least value is that of all, a count is the sum, and rate, norms, skips and the KL
+    coefficient are the last step's. Sums are float64; what is said of one step alone is its own
+    value, bit for bit.
+
+    Args:
+      state: of another one, to go on from.
+    """
+
+    def __init__(self, state: Mapping[str, Sequence[float]] | None = None):
+        self._sums = {name: (value, weight) for name, (value, weight) in (state or {}).items()}
+
+    def state(self) -> dict[str, tuple[float, float]]:
+        """What a checkpoint keeps, as JSON has it."""
+        return dict(self._sums)
+
+    def add(self, values: Mapping[str, float], weights: Mapping[str, float]) -> None:
+        """Takes the next step's, as `fetch` gives them."""
+        for name, value in values.items():
+            weight, meaning, before = 1.0, _meaning(name), self._sums.get(name)
+            if meaning == "mean":
+                weight = weights[name]
+                value *= weight
+            if before is not None:
+                match meaning:
+                    case "mean" | "count":
+                        value, weight = before[0] + value, before[1] + weight
+                    case "largest":
+                        value = float(np.maximum(before[0], value))
+                    case "least":
+                        value = float(np.minimum(before[0], value))
+            self._sums[name] = value, weight
+
+    def take(self) -> dict[str, float]:
+        """What a line says; 0 for a mean of nothing. The next line begins anew."""
+        taken, self._sums = self._sums, {}
+        return {
+            name: (value / weight if weight else 0.0) if _meaning(name) == "mean" else value
+            for name, (value, weight) in taken.items()
+        }
+
+
+@functools.cache
+def _meaning(name: str) -> str:
+    return next((what for what, ends in _MEANINGS.items() if name.endswith(ends)), "mean")
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:

@@ -22,6 +22,7 @@ from rlhf_jax.losses.advantages import (
     whiten,
     zero_variance,
 )
+from rlhf_jax.losses.checks import check_choice
 from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.losses.policy import (
     aggregate,
@@ -39,6 +40,8 @@ from rlhf_jax.losses.shaping import (
     token_rewards,
 )
 
+ADVANTAGES = ("gae", "reward_to_go", "group", "remax")
+PLACEMENTS = ("reward", "loss", "none")
 Metrics = dict[str, Any]
 Array = Any  # on the host or a device
 
@@ -71,18 +74,15 @@ def parse_options(spec: str) -> dict[str, Any]:
     return options
 
 
-def shape_scores(config: ConfigDict, sampled: Sampled) -> jax.Array:
+def shape_scores(config: ConfigDict, scores: Array, finished: Array, lengths: Array) -> jax.Array:
     """[N] scores after what is taken off for answers that did not end or grew too long."""
     rollout = config.rollout
     scores = missing_eos(
-        sampled.scores,
-        sampled.finished,
-        mode=rollout.missing_eos,
-        penalty=rollout.missing_eos_penalty,
+        scores, finished, mode=rollout.missing_eos, penalty=rollout.missing_eos_penalty
     )
     if rollout.overlong_buffer:
         scores = scores + overlong_penalty(
-            sampled.mask.sum(-1), limit=rollout.max_new_tokens, buffer=rollout.overlong_buffer
+            lengths, limit=rollout.max_new_tokens, buffer=rollout.overlong_buffer
         )
     return scores
 
@@ -95,8 +95,10 @@ def advantages(
     With `kl.placement = "reward"` every token pays coefficient · kl, so that what is maximised is
     E[score] − coefficient · KL(π‖π_ref), whose optimum is known: π_ref · exp(score / coefficient).
     """
+    check_choice("kl.placement", config.kl.placement, PLACEMENTS)
+    check_choice("advantage.name", config.advantage.name, ADVANTAGES)
     options, mask = config.advantage, sampled.mask * sampled.weights[:, None]
-    scores = shape_scores(config, sampled)
+    scores = shape_scores(config, sampled.scores, sampled.finished, sampled.mask.sum(-1))
     kl = kl_estimate(sampled.logprobs, sampled.ref_logprobs, config.kl.estimator)
     kl = jnp.where(mask > 0, kl, 0)
     paid = coefficient if config.kl.placement == "reward" else jnp.zeros_like(coefficient)
@@ -127,7 +129,7 @@ def advantages(
                 eps=options.eps,
             )
             result = per_sequence.reshape(-1, 1) * mask
-        case _:
+        case "remax":
             result = remax(groups, sampled.greedy_scores).reshape(-1, 1) * mask
     metrics = _sampled_metrics(config, sampled, scores, coefficient)
     metrics |= _moments("advantages", result, mask)
@@ -148,6 +150,7 @@ def policy_objective(
         batch: [N, T] mask, old_logprobs, ref_logprobs, behaviour_logprobs, advantages; [N]
             sequence_weights; [rows] kl_coefficient, one number repeated.
     """
+    check_choice("kl.placement", config.kl.placement, PLACEMENTS)
     loss, mask, logprobs = config.loss, batch["mask"], statistics.logprobs
     coefficient = batch["kl_coefficient"][0]
     common: dict[str, Any] = {
@@ -216,10 +219,11 @@ def value_objective(config: ConfigDict, values: jax.Array, batch: Mapping[str, j
     )
     renamed = {
         "loss/value_avg": metrics["loss"],
-        "val/clipfrac": metrics["value/clipfrac"],
         "val/mean": metrics["value/mean"],
         "loss": (total, weight),
     }
+    if config.critic.value_clip:
+        renamed["val/clipfrac"] = metrics["value/clipfrac"]
     return (total, weight), renamed
 
 

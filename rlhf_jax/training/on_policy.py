@@ -78,6 +78,7 @@ class Rollouts:
       mask: f32 [N, T], 1 on response tokens, EOS included.
       logprobs: f32 [N, T] nats, as the sampler said.
       scores, weights: [N]; weight 0 leaves a sequence out. finished: bool [N].
+      shaped_scores: [N] scores after `shape_scores`; None where the task leaves that to others.
       greedy_scores: [N / G] of the greedy answers; zeros where nobody asked.
       metrics: of the rollout, numbers by name.
       version: iteration of the policy that sampled.
@@ -94,6 +95,7 @@ class Rollouts:
     metrics: dict[str, float]
     version: int
     samples: Any = None
+    shaped_scores: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,8 @@ def make_iteration(
             if values is not None and theirs is not None:
                 with jax.transfer_guard("disallow"):
                     theirs, of_value = values.step(theirs, minibatch)
-                metrics |= {name.replace("train/", "val/"): of_value[name] for name in _OF_CRITIC}
+                shared = (name for name in _OF_CRITIC if name in of_value)
+                metrics |= {name.replace("train/", "val/"): of_value[name] for name in shared}
             taken.append(metrics)
             fault_point("update", i + 1)
         return ours, theirs, _summed(jax.device_get(taken)), found

@@ -24,9 +24,8 @@ from rlhf_jax.training.mesh import (
     overlapping,
     shardings,
 )
+from rlhf_jax.training.metrics import Metrics
 from rlhf_jax.training.state import TrainState
-
-Metrics = dict[str, jax.Array]
 
 
 def make_step(
@@ -74,9 +73,10 @@ def make_step(
 
     Returns:
       The step. Its metrics are scalars: those of `loss_fn`, divided (a name without "/" gets
-      "train/" in front), train/loss (total / weight, unless `loss_fn` reports a "loss" itself),
-      train/grad_norm (before the clip), train/param_norm, train/update_norm (0 when skipped),
-      train/weight, train/skipped (so far), train/consecutive_skipped, and train/learning_rate.
+      "train/" in front; `Metrics.packed` holds what each was divided by), train/loss (total /
+      weight, unless `loss_fn` reports a "loss" itself), train/grad_norm (before the clip),
+      train/param_norm, train/update_norm (0 when skipped), train/weight, train/skipped (so far),
+      train/consecutive_skipped, and train/learning_rate.
     """
 
     def gradients(frozen, params, batch, rng):
@@ -108,7 +108,8 @@ def make_step(
         new, update_norm = _update(optimizer, state, grads, applied, ema_decay)
         if placed is not None:
             new = jax.lax.with_sharding_constraint(new, placed)
-        metrics = _divide(sums) | {
+        means, weights = _divide(sums)
+        metrics = means | {
             "train/grad_norm": norm,
             "train/param_norm": optax.tree.norm(new.params),
             "train/update_norm": update_norm,
@@ -118,7 +119,7 @@ def make_step(
         }
         if schedule is not None:
             metrics["train/learning_rate"] = schedule(state.step - state.skipped)
-        return new, metrics, *found
+        return new, Metrics.of(metrics, weights), *found
 
     compiled = jax.jit(step, donate_argnums=0, compiler_options=overlapping(mesh) or None)
     return partial(compiled, frozen=frozen) if frozen else compiled
@@ -191,11 +192,11 @@ def _accumulate(gradients, params, batch, rng, microbatches: int, mesh: Mesh | N
     return sums, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), found)
 
 
-def _divide(sums: dict[str, tuple[jax.Array, jax.Array]]) -> Metrics:
-    """total / weight of each, 0 where the weight is 0."""
-    return {
-        name if "/" in name else f"train/{name}": jnp.where(
-            weight == 0, 0.0, total / jnp.where(weight == 0, 1.0, weight)
-        )
-        for name, (total, weight) in sums.items()
+def _divide(sums: dict[str, tuple[jax.Array, jax.Array]]) -> tuple[dict[str, jax.Array], ...]:
+    """(total / weight of each, 0 where the weight is 0; the weights)."""
+    named = {name if "/" in name else f"train/{name}": pair for name, pair in sums.items()}
+    means = {
+        name: jnp.where(weight == 0, 0.0, total / jnp.where(weight == 0, 1.0, weight))
+        for name, (total, weight) in named.items()
     }
+    return means, {name: weight for name, (_, weight) in named.items()}

@@ -32,7 +32,7 @@ def train(directory, *, alter=lambda index, batch: batch, steps=7, batches=None,
         return loop.train(state, step, batches, steps=steps, run=run, **options)
 
 
-def test_lines_hold_each_steps_own_values_and_evaluations(tmp_path):
+def test_lines_hold_means_since_the_line_before_and_evaluations(tmp_path):
     seen = []
 
     def evaluation(state):
@@ -49,15 +49,31 @@ def test_lines_hold_each_steps_own_values_and_evaluations(tmp_path):
 
     optimizer = optax.sgd(0.1)
     state, step = init_state(model.init(), optimizer), make_step(model.loss_fn, optimizer)
-    expected = {}
+    own = {}
     for number in range(1, 8):
         state, metrics = step(state, model.make_batch(number))
-        expected[number] = {name: float(value) for name, value in metrics.items()}
-    for line in lines:
-        for name, value in expected[line["step"]].items():
-            assert line[name] == value, name
+        own[number] = {name: float(value) for name, value in metrics.items()}
+    means = ("train/loss", "train/accuracy", "logps/chosen")
+    for line, window in zip(lines, [(1, 2), (3,), (4,), (5, 6), (7,)], strict=True):
+        weights = [own[n]["train/weight"] for n in window]
+        assert len(set(weights)) == len(weights)
+        for name, value in own[window[-1]].items():
+            if name in means:
+                value = np.average([own[n][name] for n in window], weights=weights)
+            np.testing.assert_allclose(line[name], value, rtol=1e-12, err_msg=name)
+        if len(window) == 1:
+            assert all(line[name] == own[window[0]][name] for name in means)
 
     assert set(rates) == {"train/steps_per_second", "train/tokens_per_second"}
+
+
+def test_a_checkpoint_from_before_means_were_kept_resumes(tmp_path, monkeypatch):
+    meta = loop._meta
+    monkeypatch.setattr(loop, "_meta", lambda *a: meta(*a) | {"means": None})
+    train(tmp_path, steps=4)
+    train(tmp_path, steps=7)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [3, 4, 6, 7]
 
 
 def test_speed_counts_tokens_that_are_not_padding(tmp_path):

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.training.metrics import MetricsWriter, read_metrics, truncate_metrics
+from rlhf_jax.training.metrics import (
+    Means,
+    Metrics,
+    MetricsWriter,
+    fetch,
+    read_metrics,
+    truncate_metrics,
+)
 
 
 def write(run, start, steps, **options):
@@ -18,6 +25,67 @@ def write(run, start, steps, **options):
     for step in steps:
         writer.write(step, {"train/loss": step / 3})
     writer.close()
+
+
+STEPS = [
+    ({"rewards/accuracies": 0.5, "train/skipped": 0}, {"rewards/accuracies": 4}),
+    ({"rewards/accuracies": 0.0, "train/skipped": 1}, {"rewards/accuracies": 0}),
+    ({"rewards/accuracies": 1.0, "train/skipped": 1}, {"rewards/accuracies": 12}),
+]
+OF_AN_ITERATION = {
+    "objective/kl": ([1, 2, 6], 3),
+    "objective/kl_coefficient": ([0.2, 0.3, 0.4], 0.4),
+    "train/learning_rate": ([3, 2, 1], 1),
+    "train/grad_norm": ([3, 9, 1], 1),
+    "val/consecutive_skipped": ([0, 1, 2], 2),
+    "policy/ratio_max": ([1, 5, 2], 5),
+    "policy/ratio_deviation": ([0.5, 4, 0.25], 4),
+    "advantages/max": ([2, 3, 1], 3),
+    "completions/max_length": ([9, 8, 7], 9),
+    "completions/min_length": ([4, 2, 3], 2),
+    "rollout/logprob_difference": ([0.5, 0.25, 0], 0.5),
+    "rollout/logprob_difference_mean": ([0.5, 0.25, 0], 0.25),
+    "rollout/tokens": ([10, 20, 30], 60),
+    "rewards/failures": ([1, 0, 2], 3),
+    "rewards/total/std": ([1, 2, 3], 2),
+}
+
+
+def scalars(values):
+    return {name: np.float32(value) for name, value in values.items()}
+
+
+@pytest.mark.parametrize("interrupted", range(4))
+def test_a_mean_is_a_ratio_of_sums_and_survives_a_restart(interrupted):
+    means = Means()
+    for i, (values, weights) in enumerate(STEPS):
+        if i == interrupted:
+            means = Means(json.loads(json.dumps(means.state())))
+        means.add(*fetch(Metrics.of(scalars(values), scalars(weights))))
+    assert means.take() == {"rewards/accuracies": (4 * 0.5 + 12) / 16, "train/skipped": 1}
+    assert means.take() == means.state() == {}
+
+
+def test_names_keep_their_meaning_over_several_steps():
+    means = Means()
+    for i in range(3):
+        means.add(*fetch(scalars({name: v[i] for name, (v, _) in OF_AN_ITERATION.items()})))
+    expected = {name: float(np.float32(value)) for name, (_, value) in OF_AN_ITERATION.items()}
+    assert means.take() == expected
+
+
+def test_what_is_said_of_one_step_is_its_own_value_to_the_last_bit():
+    rng = np.random.default_rng(0)
+    values = {f"x/{i}": np.float32(x) for i, x in enumerate(rng.normal(size=300))}
+    weights = {name: np.float32(rng.uniform(0, 1e6)) for name in values}
+    means = Means()
+    means.add(*fetch(Metrics.of(values, weights)))
+    assert means.take() == {name: float(value) for name, value in values.items()}
+    for step in ({"x": 0.0, "y": math.nan}, {"y": 1.0, "policy/ratio_max": math.nan}):
+        means.add(step, {"x": 0.0, "y": 1.0})
+    means.add({"policy/ratio_max": 1.0}, {})
+    line = means.take()
+    assert line["x"] == 0 and math.isnan(line["y"]) and math.isnan(line["policy/ratio_max"])
 
 
 def test_numbers_are_exact_and_what_is_not_finite_is_a_string(tmp_path):

@@ -1,0 +1,325 @@
+"""A stage has the fields it reads: runs of each are watched, and what others read is refused."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.losses.cross_entropy import TokenStatistics
+from rlhf_jax.models import transformer
+from rlhf_jax.sampling.generate import Completion
+from rlhf_jax.stages import best_of_n, chain, checks, common, defaults, rollouts
+from rlhf_jax.stages.online_preference import pack_best_and_worst
+from rlhf_jax.stages.pairs import CHOSEN, REJECTED
+from rlhf_jax.stages.reward import loss as reward_loss
+from rlhf_jax.stages.rollouts import PromptSet, Samples, Scores, sample_answers, text_rollout
+from rlhf_jax.training.learner import make_learner
+from rlhf_jax.training.objectives import Sampled, advantages, policy_objective
+from rlhf_jax.training.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig, make_optimizer
+from tests.models.small import SMALL
+from tests.stages.conftest import ROOT, run_main
+from tests.test_experiments import VARIANTS
+
+# Experiments of tests/stages/conftest.py that are runs of a stage, together with all its options.
+RUNS = {
+    "pretrain": ["pretrain"],
+    "sft": ["sft"],
+    "reward": ["reward"],
+    "preference": ["dpo"],
+    "policy": ["ppo", "grpo", "ensemble"],
+    "online_preference": ["online"],
+    "best_of_n": ["best_of_n"],
+}
+# Read before a stage runs: by `chain`, and by `settle_sources` where eval.source is empty.
+BEFORE = {"stage", "init.policy", "init.reward", "data.validation"}
+
+
+@pytest.fixture
+def read(monkeypatch) -> dict[str, set[str]]:
+    """Stage → dotted names of the fields that its runs have read so far."""
+    found: dict[str, set[str]] = {}
+    places: dict[int, tuple[str, str]] = {}
+    kept = []  # so that no id is given twice
+    get, run_stage = ConfigDict.__getitem__, chain._run_stage
+
+    def note(config: ConfigDict, stage: str, prefix: str = "") -> None:
+        places[id(config)] = (stage, prefix)
+        kept.append(config)
+        for name in config:
+            value = get(config, name)
+            if isinstance(value, ConfigDict):
+                note(value, stage, f"{prefix}{name}.")
+
+    def watched_get(config, name):
+        if id(config) in places:
+            stage, prefix = places[id(config)]
+            found[stage].add(prefix + name)
+        return get(config, name)
+
+    def watched_run(config, *rest):
+        found.setdefault(config.stage, set())
+        with config.unlocked():
+            config.seen_by_nobody = 0
+            for name in {"data", "train", "rollout", "eval"} & set(config):
+                config[name].seen_by_nobody = 0
+        note(config, config.stage)
+        with monkeypatch.context() as patch:
+            patch.setattr(ConfigDict, "__getitem__", watched_get)
+            patch.setattr(ConfigDict, "to_dict", lambda c: {k: c[k] for k in c})
+            run_stage(config, *rest)
+
+    monkeypatch.setattr(chain, "_run_stage", watched_run)
+    return found
+
+
+@pytest.mark.slow
+def test_a_run_of_each_stage_reads_all_of_its_fields(experiments, tmp_path, monkeypatch, read):
+    monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(common, "training_devices", lambda: jax.devices()[:1])
+    monkeypatch.setattr(chain, "write_report", lambda *_: None)
+    for name in (name for names in RUNS.values() for name in names):
+        source = f"{experiments}/{name}.py"
+        config = chain.load_config(source)
+        if config.stage == "preference":
+            config.train.eval_every = 6
+        chain.run(config, source, tmp_path / name)
+    for stage in RUNS:
+        assert not [name for name in read[stage] if "nobody" in name]
+        unread = set(defaults.leaves(defaults.fields_of(stage))) - read[stage] - BEFORE
+        assert not unread, (stage, sorted(unread))
+
+
+def test_the_oracle_reads_all_of_its_fields(tmp_path, read):
+    config = defaults.base("oracle", oracle={"rows": "rloo,rloo_transformer,dpo"})
+    for name in ("table_steps", "transformer_steps", "preference_steps"):
+        config.oracle[name] = 1
+    with pytest.raises(RuntimeError, match="rows failed"):  # of so few steps
+        chain.run(config, "experiments/oracle.py", tmp_path / "oracle")
+    assert set(defaults.leaves(defaults.fields_of("oracle"))) <= read["oracle"] | BEFORE
+
+
+@cache
+def imported(module: Path) -> frozenset[Path]:
+    """The package's modules that one imports."""
+    found = set()
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rlhf_jax"):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            paths = [ROOT / name.replace(".", "/") for name in names]
+            found |= {p.with_suffix(".py") for p in paths} | {p / "__init__.py" for p in paths}
+    return frozenset(path for path in found if path.is_file())
+
+
+@cache
+def names_in(module: Path) -> frozenset[str]:
+    """Attributes, arguments, annotated fields and texts of a module."""
+    found = set()
+    for node in ast.walk(ast.parse(module.read_text())):
+        match node:
+            case ast.Attribute(attr=name) | ast.keyword(arg=name) | ast.arg(arg=name):
+                found.add(name)
+            case ast.AnnAssign(target=ast.Name(id=name)) | ast.Constant(value=str(name)):
+                found.add(name)
+    return frozenset(found)
+
+
+@pytest.mark.parametrize("stage", defaults.STAGES)
+def test_every_field_is_named_in_what_its_stage_imports(stage):
+    """What the slow test sees of a run, as far as the source tells it."""
+    known, waiting = set(), {ROOT / f"rlhf_jax/stages/{stage}.py"}
+    while waiting:
+        known |= waiting
+        waiting = set().union(*map(imported, waiting)) - known
+    own = (ROOT / "rlhf_jax/stages/defaults.py", ROOT / "rlhf_jax/stages/checks.py")
+    named = set().union(*(names_in(module) for module in known if module not in own))
+    fields = {name for name in defaults.leaves(defaults.fields_of(stage)) if name not in BEFORE}
+    assert not {name for name in fields if name.rpartition(".")[2] not in named}
+
+
+def test_every_field_of_an_optimizer_is_read(monkeypatch):
+    """A section that becomes a dataclass is read whole; what is read of that is seen here."""
+    read, get = set(), OptimizerConfig.__getattribute__
+
+    def watched(config, name):
+        read.add(name)
+        return get(config, name)
+
+    config = defaults.base("sft", optimizer={"weight_decay": 0.1})
+    params = {"layers": {"kernel": np.ones((1, 2, 2), np.float32)}}
+    monkeypatch.setattr(OptimizerConfig, "__getattribute__", watched)
+    make_learner(config, config.optimizer, params, None, updates=9)
+    for name, schedule in [*((n, "wsd") for n in OPTIMIZERS), *(("adamw", s) for s in SCHEDULES)]:
+        config.optimizer.update({"name": name, "schedule": schedule})
+        optimizer, _ = make_optimizer(config.optimizer, 9)
+        state = jax.eval_shape(optimizer.init, params)
+        jax.eval_shape(optimizer.update, params, state, params)
+    assert set(config.optimizer) <= read
+
+
+@pytest.mark.parametrize(
+    ("stage", "field", "readers"),
+    [
+        ("best_of_n", "rollout.missing_eos", "policy, online_preference"),
+        ("best_of_n", "rollout.samples", "policy, online_preference"),
+        ("online_preference", "rollout.max_staleness", "policy"),
+        ("policy", "train.ema_decay", "pretrain, sft, reward, preference, best_of_n"),
+        ("policy", "data.over_long", "pretrain, sft, reward, preference"),
+        ("sft", "eval.during", "preference, policy, online_preference, best_of_n"),
+        ("reward", "eval.temperature", "sft, preference, policy, online_preference, best_of_n"),
+        ("pretrain", "init.policy", "sft, reward, preference, policy, online_preference"),
+        ("oracle", "batch.rows", "pretrain, sft, reward, preference, policy, online_preference"),
+        ("sft", "init.reward_1", "policy, online_preference, best_of_n"),
+    ],
+)
+def test_a_field_that_only_other_stages_read_is_refused(stage, field, readers):
+    config = defaults.fields_of(stage)
+    section, _, name = field.partition(".")
+    if section not in config:
+        config[section] = ConfigDict()
+    config[section][name] = 1
+    message = rf"the {stage} stage has no {field}; it is read by {readers}"
+    with pytest.raises(UserError, match=message):
+        checks.check(config)
+
+
+def test_a_field_that_no_stage_reads_is_refused_with_the_nearest():
+    config = defaults.base("sft", train={"log_evry": 3})
+    with pytest.raises(UserError, match=r"no train\.log_evry; did you mean train\.log_every\?"):
+        checks.check(config)
+    config = defaults.base("pretrain", model=dict(defaults.model("tiny"), vocab_size=9))
+    with pytest.raises(UserError, match=r"pretrain stage has no model\.vocab_size"):
+        checks.check(config)
+
+
+def test_the_command_line_says_who_reads_a_field(tmp_path):
+    flags = ["--config.train.steps=3", "--config.rollout.missing_eos=subtract"]
+    source = f"--config={ROOT}/experiments/best_of_n.py"
+    result = run_main(source, f"--workdir={tmp_path}/run", *flags)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    said = "the best_of_n stage has no rollout.missing_eos; it is read by policy, online_preference"
+    assert result.stderr.strip() == f"error: in the command line: {said}"
+
+
+@pytest.mark.parametrize(
+    "variant", [f"{name}.py:{v}" for name, variants in VARIANTS.items() for v in variants]
+)
+def test_every_experiment_states_fields_of_its_stage(variant, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    checks._check_fields(chain.load_config(f"experiments/{variant}"))
+
+
+def sampling(stage, **rollout):
+    build = {"online_preference": defaults.online_preference, "best_of_n": defaults.best_of_n}
+    limits = {"max_prompt_tokens": 8, "max_new_tokens": 8} | rollout
+    return build[stage](init={"policy": "x"}, data={"row_length": 64}, rollout=limits)
+
+
+@pytest.fixture(scope="module")
+def model():
+    params = transformer.init(SMALL, jax.random.key(0))
+    params = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(x.size), x.shape), params)
+    return SimpleNamespace(config=SMALL, params=params, tokenizer=SimpleNamespace(ends=[2]))
+
+
+class Judge:
+    """Likes long answers."""
+
+    def score(self, samples, rows):
+        lengths = np.array([len(c.tokens) for c in samples.completions], float)
+        return Scores(lengths, np.ones(len(lengths), bool), {"length": lengths}, {})
+
+
+@pytest.mark.parametrize("stage", ["online_preference", "best_of_n"])
+def test_answers_are_drawn_as_the_rollout_says_and_measured_as_they_are(stage, model, monkeypatch):
+    monkeypatch.setattr(rollouts, "decode_text", lambda tokens, tokenizer: str(tokens))
+    prompts = PromptSet([None] * 4, [[3 + i, 4, 5] for i in range(4)])
+
+    def drawn(measured=False, **rollout):
+        config = sampling(stage, **rollout)
+        temperature = 1.0 if measured else None
+        if stage == "best_of_n":
+            blocks = best_of_n._blocks(config, model, prompts, Judge(), 2, 1, temperature)
+            return [c.tokens for _, answers, _ in blocks for c in answers.completions]
+        answers = sample_answers(config, model, prompts, samples=2, seed=1, temperature=temperature)
+        return [c.tokens for c in answers.completions]
+
+    plain = drawn()
+    for field, value in {"top_k": 1, "top_p": 0.1, "min_p": 0.9, "temperature": 0.1}.items():
+        assert drawn(**{field: value}) != plain, field
+        assert drawn(measured=True, **{field: value}) == plain, field
+    greedy = drawn(top_k=1)
+    assert all(greedy[i] == greedy[i + 1] for i in range(0, len(greedy), 2))
+
+
+@pytest.mark.parametrize(
+    ("rollout", "chosen"),
+    [
+        ({}, 8),
+        ({"missing_eos": "subtract", "missing_eos_penalty": 4.0}, 8),
+        ({"missing_eos": "subtract", "missing_eos_penalty": 6.0}, 3),
+        ({"missing_eos": "replace", "missing_eos_penalty": 0.0}, 3),
+        ({"overlong_buffer": 4}, 8),
+        ({"overlong_buffer": 4, "missing_eos": "subtract", "missing_eos_penalty": 4.5}, 3),
+    ],
+)
+def test_an_answer_that_never_ended_pays_before_pairs_are_chosen(rollout, chosen, monkeypatch):
+    """Scores are lengths: 8 of the answer that was cut off, 3 of the other."""
+    config = sampling("online_preference", prompts=1, samples=2, **rollout)
+    config.batch.rows = 1
+    answers = [Completion([5] * 3, np.zeros(3), True), Completion([7] * 8, np.zeros(8), False)]
+
+    def sample(config, model, prompts, **_):
+        return Samples(prompts, answers, ["a", "b"])
+
+    monkeypatch.setattr(rollouts, "sample_answers", sample)
+    prompts = PromptSet([None], [[1, 3, 4]])
+    found = text_rollout(config, None, prompts, np.array([0]), Judge(), None, 0)
+    assert found.scores.tolist() == [3, 8]  # what is reported as the score stays the score
+    rows, tied = pack_best_and_worst(found, 64, 1)
+    (lengths,) = rows["lengths"][rows["example_ids"] >= 0].tolist()
+    assert tied == 0 and lengths[CHOSEN] == chosen and lengths[REJECTED] == 11 - chosen
+
+
+def test_a_mesh_that_does_not_fit_one_device_is_refused(monkeypatch):
+    monkeypatch.setattr(common, "training_devices", lambda: jax.devices()[:1])
+    config = defaults.base("sft")
+    assert common.mesh_of(config) is None
+    config.mesh.fsdp = 2
+    with pytest.raises(UserError, match="does not fit 1 devices"):
+        common.mesh_of(config)
+
+
+def test_gae_without_a_critic_and_an_unknown_algorithm_are_refused():
+    config = defaults.on_policy("grpo", advantage={"name": "gae"})
+    with pytest.raises(UserError, match=r"needs the section critic"):
+        checks.check_objective(config)
+    with pytest.raises(UserError, match=r"no algorithm 'grop'; there are: ppo, grpo"):
+        defaults.on_policy("grop")
+
+
+@pytest.mark.parametrize(
+    ("section", "field"), [("advantage", "name"), ("kl", "placement"), ("loss", "name")]
+)
+def test_no_name_falls_through_to_an_algorithm(section, field):
+    """The functions that choose by name refuse it themselves, whoever has not checked before."""
+    config = defaults.on_policy("grpo", rollout={"samples": 2})
+    config[section][field] = "another"
+    one = np.ones((2, 3), np.float32)
+    statistics = TokenStatistics(*[one] * len(TokenStatistics._fields))
+    sampled = Sampled(*[one[:, 0]] * 3, *[one] * 4, one[:, 0], one[0, :1])
+    batch = {"mask": one, "old_logprobs": one, "ref_logprobs": one, "advantages": one}
+    batch |= {"sequence_weights": one[:, 0], "kl_coefficient": one[0]}
+    with pytest.raises(ValueError, match="another"):
+        advantages(config, sampled._replace(finished=one[:, 0] > 0), one[0, 0])
+        policy_objective(config, statistics, batch)
+    reward = defaults.base("reward", loss={"name": "another"})
+    with pytest.raises(UserError, match=r"loss\.name = 'another'"):
+        reward_loss(reward, SMALL, None, None, None)
