@@ -85,7 +85,6 @@ def real(train, validation, steps):
         optimizer=MUON,
         train={"steps": steps},
         loss={"z_loss": 0.0},
-        eval={"batch_rows": 16},
     )
 
 
@@ -105,7 +104,6 @@ def shakespeare_char():
         optimizer=MUON | {"learning_rate": 2e-2},
         train={"steps": 220, "log_every": 20, "tensorboard": False},
         loss={"z_loss": 0.0},
-        eval={"batch_rows": 128},
     )
 
 

@@ -81,7 +81,7 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
             }
         )
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all other devices
-    config.eval = ConfigDict({"batch_rows": 64})
+    config.eval = ConfigDict()  # `chat_evaluation`'s fields where a stage answers held-out prompts
     for name, values in sections.items():
         if name not in config:
             config[name] = ConfigDict()
@@ -309,7 +309,7 @@ TUNING = {"name": "adamw", "warmup_steps": 10, "schedule": "linear", "final_frac
 def own_evaluation(**changes: Any) -> dict[str, Any]:
     """`chat_evaluation` on what is held out of the user's data, which has no exact scorer."""
     stated = {"source": "", "count": 64, "gold": False} | changes
-    return chat_evaluation(**stated) | {"batch_rows": 16}
+    return chat_evaluation(**stated)
 
 
 def fields(value: Any) -> ConfigDict:
