@@ -15,7 +15,7 @@ from rlhf_jax.sampling.generate import generate
 from rlhf_jax.training.model import Model
 
 SLOTS = 64  # replies sampled together at most
-CACHED = 4  # tokens whose keys and values take no more than what training keeps of one
+CACHED = 8  # tokens whose keys and values take about what a training step keeps of one, or less
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def answer(
     """One reply to each prompt; greedy at temperature 0.
 
     `tokens` are those of a training step: as many replies are sampled together, `SLOTS` at most,
-    as keep their cache below what the step takes.
+    as have `CACHED` times as many in their cache.
     """
     rendered = [render_prompt(prompt.messages, model.tokenizer) for prompt in prompts]
     longest = max((len(prompt) for prompt in rendered), default=0) + max_new_tokens

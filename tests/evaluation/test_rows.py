@@ -75,7 +75,7 @@ def test_a_step_s_tokens_are_those_of_a_microbatch_on_a_device(monkeypatch):
     assert common.step_tokens(config) == 2 * 768
 
 
-@pytest.mark.parametrize(("tokens", "slots"), [(10**6, 64), (600, 16), (1, 1)])
+@pytest.mark.parametrize(("tokens", "slots"), [(10**6, 64), (300, 16), (1, 1)])
 def test_replies_share_a_cache_that_training_has_room_for(monkeypatch, tokens, slots):
     asked = []
     generate = responses.generate
