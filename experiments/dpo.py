@@ -50,8 +50,7 @@ def get_config(variant="town"):
                 # Per token: a sum over long, uneven replies mostly learns their length.
                 loss={"name": "sigmoid_norm", "beta": 5.0},
                 train={"steps": 60},
-                eval=defaults.chat_evaluation(source=pairs, count=64, gold=False)
-                | {"batch_rows": 16},
+                eval=defaults.chat_evaluation(source=pairs, count=64, gold=False),
             )
         case "own":
             return dpo(

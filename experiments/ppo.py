@@ -112,4 +112,4 @@ def ppo(train, **sections):
 def real(source, max_new_tokens):
     """Evaluation on prompts for which there is no exact scorer."""
     changes = {"source": source, "count": 64, "gold": False, "max_new_tokens": max_new_tokens}
-    return defaults.chat_evaluation(**changes) | {"batch_rows": 16}
+    return defaults.chat_evaluation(**changes)

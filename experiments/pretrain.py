@@ -81,7 +81,6 @@ def real(train, validation, steps):
         batch={"rows": 16},
         optimizer=MUON,
         train={"steps": steps},
-        eval={"batch_rows": 16},
     )
 
 
@@ -99,7 +98,6 @@ def shakespeare_char():
         batch={"rows": 20},
         optimizer=MUON | {"learning_rate": 2e-2},
         train={"steps": 220, "log_every": 20, "tensorboard": False},
-        eval={"batch_rows": 128},
     )
 
 

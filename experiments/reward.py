@@ -45,7 +45,6 @@ def get_config(variant="town"):
                 },
                 batch={"rows": 8},
                 train={"steps": 60},
-                eval={"batch_rows": 16},
             )
         case "imdb":
             return reward(
@@ -54,7 +53,6 @@ def get_config(variant="town"):
                 batch={"rows": 16},
                 loss={"name": "pointwise"},
                 train={"steps": 50},
-                eval={"batch_rows": 16},
             )
         case "own":
             return reward(
@@ -62,7 +60,6 @@ def get_config(variant="town"):
                 data=defaults.OWN_DATA,
                 batch={"rows": 8},
                 optimizer=defaults.TUNING | {"learning_rate": 1e-5},
-                eval={"batch_rows": 16},
             )
     raise UserError(
         f"experiments/reward.py has no variant {variant!r}; there are: town, member1, member2, hh, "

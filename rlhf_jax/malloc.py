@@ -7,13 +7,15 @@ import os
 import sys
 
 # Huge pages, and freed memory kept for the next step's buffers: both in the one arena that can grow
-# to any size, and not mapped anew, page fault by page fault.
+# to any size, and not mapped anew, page fault by page fault. Buffers from half a GiB on are mapped,
+# and unmapped when they are freed: in the arena a small allocation soon lies in what the last step
+# freed, the next step's buffer fits no more, and up to four of them stay.
 MALLOC = ":".join(
     f"glibc.malloc.{name}={value}"
     for name, value in {
         "hugetlb": 1,
         "arena_max": 1,
-        "mmap_threshold": 1 << 34,
+        "mmap_threshold": 1 << 29,
         "trim_threshold": 1 << 34,
     }.items()
 )

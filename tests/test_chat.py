@@ -35,7 +35,9 @@ def test_a_second_message_sees_the_first(run):
     first = it.answer("One", 0, str)
     second = it.answer("Two", 1, str)
     turns = (Message("user", "One"), Message("assistant", first), Message("user", "Two"))
-    (wanted,) = answer(it.model, [Prompt("0", turns)], max_new_tokens=12, temperature=0.0)
+    (wanted,) = answer(
+        it.model, [Prompt("0", turns)], max_new_tokens=12, temperature=0.0, tokens=256
+    )
     assert second == wanted.text
     it.start_over()
     assert it.answer("One", 0, str) == first

@@ -38,6 +38,23 @@ def test_freed_memory_is_used_again_without_page_faults():
     assert found["kept"] < 100 < found["mapped"]
 
 
+RETURNED = """
+from pathlib import Path
+import numpy
+def resident():
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in x]
+    return int(line.split()[1]) >> 10
+before = resident()
+numpy.ones(75 << 20)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+def test_what_one_large_buffer_took_does_not_stay():
+    assert printed(RETURNED, malloc.MALLOC) < 100  # of 600 MiB
+
+
 def test_it_restarts_once_and_respects_what_is_set(monkeypatch):
     started = []
     monkeypatch.setattr(os, "execv", lambda *command: started.append(command))

@@ -15,12 +15,13 @@ from rlhf_jax.models.scoring import target_statistics
 
 
 def language_evaluation(
-    config: ModelConfig, rows: Arrays, *, text_bytes: int | None = None, batch_rows: int = 64
+    config: ModelConfig, rows: Arrays, *, tokens: int, text_bytes: int | None = None
 ) -> Callable[[Any], tuple[dict[str, float], list[Any]]]:
     """Returns `evaluate(params) -> (metrics, [])` over held-out rows, compiled on first use.
 
     Args:
         rows: packed rows; only targets of weight > 0 count.
+        tokens: of a forward pass.
         text_bytes: UTF-8 bytes of the text the targets stand for, for bits a byte.
 
     Returns:
@@ -40,7 +41,7 @@ def language_evaluation(
 
     def evaluate(params: Any) -> tuple[dict[str, float], list[Any]]:
         sums = jax.tree.map(
-            lambda x: float(x.sum(dtype=np.float64)), map_rows(per_row, params, rows, batch_rows)
+            lambda x: float(x.sum(dtype=np.float64)), map_rows(per_row, params, rows, tokens)
         )
         metrics = {
             "eval/loss": sums["nats"] / sums["targets"],

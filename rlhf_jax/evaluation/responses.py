@@ -10,9 +10,12 @@ import numpy as np
 from rlhf_jax.data.chat import decode_text, render_prompt
 from rlhf_jax.data.packing import Group, pack_groups
 from rlhf_jax.data.records import Prompt
-from rlhf_jax.evaluation.rows import in_record_order, response_logprobs
+from rlhf_jax.evaluation.rows import in_record_order, response_logprobs, rows_of
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.training.model import Model
+
+SLOTS = 64  # replies sampled together at most
+CACHED = 8  # tokens whose keys and values take about what a training step keeps of one, or less
 
 
 @dataclass(frozen=True)
@@ -31,18 +34,24 @@ def answer(
     max_new_tokens: int,
     temperature: float,
     seed: int = 0,
-    batch_rows: int = 64,
+    tokens: int,
 ) -> list[Answer]:
-    """One reply to each prompt; greedy at temperature 0."""
+    """One reply to each prompt; greedy at temperature 0.
+
+    `tokens` are those of a training step: as many replies are sampled together, `SLOTS` at most,
+    as have `CACHED` times as many in their cache.
+    """
+    rendered = [render_prompt(prompt.messages, model.tokenizer) for prompt in prompts]
+    longest = max((len(prompt) for prompt in rendered), default=0) + max_new_tokens
     completions = generate(
         model.config,
         model.params,
-        [render_prompt(prompt.messages, model.tokenizer) for prompt in prompts],
+        rendered,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
         stop_ids=model.tokenizer.ends,
-        batch_size=batch_rows,
+        batch_size=min(SLOTS, rows_of(CACHED * tokens, longest)),
     )
     return [
         Answer(decode_text(c.tokens, model.tokenizer), tuple(c.tokens), c.finished)
@@ -51,11 +60,16 @@ def answer(
 
 
 def sequence_kl(
-    model: Model, reference: Model, prompts: Sequence[Prompt], answers: Sequence[Answer]
+    model: Model,
+    reference: Model,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Answer],
+    *,
+    tokens: int,
 ) -> np.ndarray:
     """log π(y|x) − log π_ref(y|x) of each answer y, sampled from π at temperature 1: [N] nats.
 
-    Its mean is the unbiased estimate (k1) of KL(π‖π_ref) a sequence.
+    Its mean is the unbiased estimate (k1) of KL(π‖π_ref) a sequence. `tokens`: of a forward pass.
     """
     groups = [
         Group(render_prompt(p.messages, model.tokenizer), (a.tokens,), i)
@@ -65,7 +79,7 @@ def sequence_kl(
     rows, _ = pack_groups(groups, -(-longest // 64) * 64, branches=1)
 
     def logprobs(model: Model) -> np.ndarray:
-        values = response_logprobs(model.config, model.params, rows, 64)
+        values = response_logprobs(model.config, model.params, rows, tokens)
         return in_record_order(values, rows)[:, 0]
 
     return logprobs(model) - logprobs(reference)

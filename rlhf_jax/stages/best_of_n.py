@@ -30,9 +30,10 @@ from rlhf_jax.evaluation.best_of_n import (
     win_bound,
 )
 from rlhf_jax.evaluation.language import language_evaluation
+from rlhf_jax.evaluation.rows import rows_of
 from rlhf_jax.models.scoring import target_cross_entropy
 from rlhf_jax.stages.chat import evaluate_chat
-from rlhf_jax.stages.common import batches_of, fit, load_start, parse_sources, say
+from rlhf_jax.stages.common import batches_of, fit, load_start, parse_sources, say, step_tokens
 from rlhf_jax.stages.policy import held_out_set
 from rlhf_jax.stages.rollouts import (
     Judge,
@@ -67,7 +68,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     def loss_fn(params, batch, rng):
         return target_cross_entropy(policy.config, params, batch)
 
-    evaluate = language_evaluation(policy.config, held, batch_rows=config.eval.batch_rows)
+    evaluate = language_evaluation(policy.config, held, tokens=step_tokens(config))
     batches = batches_of(config, policy, [rows], [1.0])
     model, trained, _ = fit(config, run, policy, loss_fn, batches, evaluate)
     save_model(run.path, model)
@@ -254,6 +255,6 @@ def _blocks(
             row_length=config.data.row_length,
             max_prompt=config.rollout.max_prompt_tokens,
             max_new=config.rollout.max_new_tokens,
-            multiple=config.eval.batch_rows,
+            multiple=rows_of(step_tokens(config), config.data.row_length),
         )
         yield block, answers, judge.score(answers, rows)

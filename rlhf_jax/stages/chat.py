@@ -34,6 +34,7 @@ from rlhf_jax.stages.common import (
     mesh_of,
     read_records,
     say,
+    step_tokens,
     write_evaluation,
     write_jsonl,
 )
@@ -69,7 +70,7 @@ def evaluate_chat(
     answers = {name: _answer(config, each, prompts) for name, each in models.items()}
     ours = answers[run.name]
     sampled = _answer(config, model, prompts, temperature=1.0)
-    kl = sequence_kl(model, models[start.name], prompts, sampled)
+    kl = sequence_kl(model, models[start.name], prompts, sampled, tokens=step_tokens(config))
     low, high = bootstrap_interval(kl, config.seed)
     metrics = {
         "eval/kl": float(kl.mean()),
@@ -99,7 +100,8 @@ def sampled_metrics(
     A point on the way of a run: what `rlhf_jax.compare` draws against those of other runs.
     """
     sampled = _answer(config, model, prompts, temperature=1.0)
-    metrics = {"eval/kl": float(sequence_kl(model, reference, prompts, sampled).mean())}
+    kl = sequence_kl(model, reference, prompts, sampled, tokens=step_tokens(config))
+    metrics = {"eval/kl": float(kl.mean())}
     if config.eval.gold:
         scores = gold_scores(prompts, sampled)
         metrics["eval/gold_reward"] = float(np.mean([score.total for score in scores]))
@@ -149,5 +151,5 @@ def _answer(
         max_new_tokens=config.eval.max_new_tokens,
         temperature=config.eval.temperature if temperature is None else temperature,
         seed=config.seed,
-        batch_rows=config.eval.batch_rows,
+        tokens=step_tokens(config),
     )

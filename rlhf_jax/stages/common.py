@@ -29,7 +29,7 @@ from rlhf_jax.models.fused_attention import check_attention
 from rlhf_jax.models.lora import AdapterConfig, has_adapter
 from rlhf_jax.training.learner import make_learner
 from rlhf_jax.training.loop import train
-from rlhf_jax.training.mesh import make_mesh, placed
+from rlhf_jax.training.mesh import batch_shards, make_mesh, placed
 from rlhf_jax.training.model import Model, as_trainable, fingerprint, is_hub_directory, load_model
 from rlhf_jax.training.rundir import RunDirectory, write_json
 from rlhf_jax.training.state import release
@@ -43,6 +43,15 @@ def mesh_of(config: ConfigDict) -> Mesh | None:
     devices = training_devices()
     mesh = make_mesh(config.mesh, devices)
     return mesh if len(devices) > 1 else None
+
+
+def step_tokens(config: ConfigDict) -> int:
+    """Tokens that a training step works on at a time on one device.
+
+    A pass without a backward one over as many takes less memory; it has its rows on every device.
+    """
+    parts = config.batch.microbatches * batch_shards(mesh_of(config))
+    return max(1, config.batch.rows // parts) * config.data.row_length
 
 
 def load_start(config: ConfigDict, directory: Path) -> Model:

@@ -144,7 +144,7 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
             }
         )
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all other devices
-    config.eval = ConfigDict({"batch_rows": 64})
+    config.eval = ConfigDict()
     if stage not in ("pretrain", "reward"):
         config.eval.update(chat_evaluation())
         if stage != "sft":
@@ -396,7 +396,7 @@ TUNING = {"name": "adamw", "warmup_steps": 10, "schedule": "linear", "final_frac
 def own_evaluation(**changes: Any) -> dict[str, Any]:
     """`chat_evaluation` on what is held out of the user's data, which has no exact scorer."""
     stated = {"source": "", "count": 64, "gold": False} | changes
-    return chat_evaluation(**stated) | {"batch_rows": 16}
+    return chat_evaluation(**stated)
 
 
 def fields(value: Any) -> ConfigDict:

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.data.pipeline import pad_rows
 from rlhf_jax.evaluation.rows import response_logprobs
-from rlhf_jax.stages.common import load_start, mesh_of, train_loop
+from rlhf_jax.stages.common import load_start, mesh_of, step_tokens, train_loop
 from rlhf_jax.stages.pairs import CHOSEN, REJECTED
 from rlhf_jax.stages.policy import (
     evaluate,
@@ -108,7 +108,7 @@ def _iteration(
             rollouts, config.data.row_length, row_multiple(config, mesh)
         )
         rows["reference_logprobs"] = response_logprobs(
-            reference.config, reference.params, rows, config.eval.batch_rows
+            reference.config, reference.params, rows, step_tokens(config)
         )
         taken = []
         for chosen in minibatches(config, (rows["valid"] > 0).any(axis=1), number):

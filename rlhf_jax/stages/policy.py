@@ -29,6 +29,7 @@ from rlhf_jax.stages.common import (
     pack_texts,
     parse_sources,
     read_records,
+    step_tokens,
     train_loop,
     write_jsonl,
 )
@@ -249,10 +250,10 @@ def token_views(policy: Model, iteration: Iteration) -> list[dict[str, Any]]:
 
 def _log_ratios(config: ConfigDict, model: Model, reference: Model, rows) -> np.ndarray:
     """log π(y|x) − log π_ref(y|x) of every packed answer: [N] nats."""
-    batch_rows, real = config.eval.batch_rows, rows["members"].ravel() >= 0
+    tokens, real = step_tokens(config), rows["members"].ravel() >= 0
 
     def logprobs(model: Model) -> np.ndarray:
-        return response_logprobs(model.config, model.params, rows, batch_rows).ravel()[real]
+        return response_logprobs(model.config, model.params, rows, tokens).ravel()[real]
 
     return logprobs(model) - logprobs(reference)
 

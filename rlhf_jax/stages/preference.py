@@ -40,6 +40,7 @@ from rlhf_jax.stages.common import (
     load_start,
     parse_sources,
     read_summary,
+    step_tokens,
 )
 from rlhf_jax.stages.pairs import CHOSEN, MISMATCHED, REJECTED, pack_preferences
 from rlhf_jax.stages.reference_logprobs import reference_logprobs
@@ -60,18 +61,15 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     if any(("labels" in arrays) != unpaired for arrays in rows):
         raise UserError("data: train and validation mix pairs and unpaired records; use one kind")
 
-    def logprobs(params: Any, arrays: Arrays) -> np.ndarray:
-        return response_logprobs(reference.config, params, arrays, config.eval.batch_rows)
-
-    start, batch_rows = parents["policy"], config.eval.batch_rows
+    start, tokens = parents["policy"], step_tokens(config)
     for arrays in rows:
-        arrays["reference_logprobs"] = reference_logprobs(reference, start, arrays, batch_rows)
-    held_out_reference = reference_logprobs(reference, start, held_out, batch_rows)
+        arrays["reference_logprobs"] = reference_logprobs(reference, start, arrays, tokens)
+    held_out_reference = reference_logprobs(reference, start, held_out, tokens)
 
     prompts = held_out_prompts(config, reference)[: config.eval.during]
 
     def evaluate(params: Any) -> Evaluated:
-        policy = logprobs(params, held_out)
+        policy = response_logprobs(reference.config, params, held_out, tokens)
         measure = labelled_rewards if unpaired else implicit_rewards
         metrics, figures = measure(config, policy, held_out_reference, held_out)
         if config.train.eval_every:

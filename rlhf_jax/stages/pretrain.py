@@ -27,6 +27,7 @@ from rlhf_jax.stages.common import (
     pack_texts,
     parse_sources,
     read_records,
+    step_tokens,
 )
 from rlhf_jax.training.model import Model, save_model
 from rlhf_jax.training.rundir import RunDirectory
@@ -67,7 +68,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         shape,
         held_out,
         text_bytes=sum(len(record.text.encode()) for record in validation),
-        batch_rows=config.eval.batch_rows,
+        tokens=step_tokens(config),
     )
     model, metrics, _ = fit(config, run, model, loss_fn, batches, evaluate)
     save_model(run.path, model)

@@ -28,7 +28,7 @@ from rlhf_jax.training.model import Model, fingerprint
 
 
 def reference_logprobs(
-    reference: Model, directory: Path, arrays: Arrays, batch_rows: int
+    reference: Model, directory: Path, arrays: Arrays, tokens: int
 ) -> np.ndarray:
     """log π_ref of every response of packed groups: f32 [B, P, K] nats.
 
@@ -38,14 +38,16 @@ def reference_logprobs(
 
     Args:
       directory: where `reference` was loaded from.
-      batch_rows: rows a forward pass.
+      tokens: of a forward pass.
     """
-    key = cache_key(reference, directory, arrays, batch_rows)
+    key = cache_key(reference, directory, arrays, tokens)
     path = cache_dir() / "reference_logprobs" / f"{key}.npz"
     found = _read(path, key, arrays["last"].shape)
     if found is not None:
         return found
-    logprobs = response_logprobs(reference.config, reference.params, arrays, batch_rows)
+    logprobs = response_logprobs(
+        reference.config, reference.params, arrays, tokens, name="reference"
+    )
     try:
         _write(path, key, logprobs)
     except OSError as error:
@@ -53,11 +55,11 @@ def reference_logprobs(
     return logprobs
 
 
-def cache_key(reference: Model, directory: Path, arrays: Arrays, batch_rows: int) -> str:
+def cache_key(reference: Model, directory: Path, arrays: Arrays, tokens: int) -> str:
     """SHA-256 of all that decides the numbers, to the last bit.
 
     That is this code, the weights and their adapter, the model's config, the tokenizer with its
-    template, the packed data, and what rounds them: the library, the devices and the rows of a
+    template, the packed data, and what rounds them: the library, the devices and the tokens of a
     pass.
     """
     document: dict[str, Any] = {
@@ -68,7 +70,7 @@ def cache_key(reference: Model, directory: Path, arrays: Arrays, batch_rows: int
         "config": dataclasses.asdict(reference.config),
         "tokenizer": reference.tokenizer.hash,
         "data": packing.fingerprint(arrays),
-        "rounding": (jax.__version__, str(jax.devices()), batch_rows),
+        "rounding": (jax.__version__, str(jax.devices()), tokens),
     }
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 

@@ -38,6 +38,7 @@ from rlhf_jax.stages.common import (
     load_start,
     parse_sources,
     read_records,
+    step_tokens,
     write_evaluation,
 )
 from rlhf_jax.stages.pairs import CHOSEN, REJECTED, pack_labelled, pack_pairs
@@ -60,7 +61,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     score = jax.jit(partial(sequence_scores, initial.config))
 
     def evaluate(params: Any) -> Evaluated:
-        scores = map_rows(score, params, held_out, config.eval.batch_rows)
+        scores = map_rows(score, params, held_out, step_tokens(config))
         return (label_metrics if pointwise else score_metrics)(scores, held_out)
 
     batches = batches_of(config, initial, rows, [*sources.values()])
@@ -184,7 +185,7 @@ def reference_scores(
         max_new_tokens=options.max_new_tokens,
         temperature=1.0,
         seed=config.seed,
-        batch_rows=config.eval.batch_rows,
+        tokens=step_tokens(config),
     )
     groups = [
         Group(prompt, (each.tokens,), i)
@@ -193,7 +194,7 @@ def reference_scores(
     longest = max(len(prompt) for prompt in tokens) + options.max_new_tokens
     rows, _ = pack_groups(groups, -(-longest // 64) * 64, branches=1)
     score = jax.jit(partial(sequence_scores, model.config))
-    scores = map_rows(score, model.params, rows, config.eval.batch_rows)
+    scores = map_rows(score, model.params, rows, step_tokens(config))
     found = normalization_of(in_record_order(scores, rows))
     print(
         f"normalization: scores of {len(prompts)} answers of the policy have mean "

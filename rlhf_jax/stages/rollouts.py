@@ -43,7 +43,13 @@ from rlhf_jax.rewards import (
     stack_members,
 )
 from rlhf_jax.sampling.generate import Completion, generate
-from rlhf_jax.stages.common import check_unrendered, mesh_of, read_records, say
+from rlhf_jax.stages.common import (
+    check_unrendered,
+    mesh_of,
+    read_records,
+    say,
+    step_tokens,
+)
 from rlhf_jax.training.mesh import batch_shards
 from rlhf_jax.training.model import Model, load_model
 from rlhf_jax.training.objectives import shape_scores
@@ -285,7 +291,7 @@ class Judge:
         def by_row(params, batch):
             return self._score(params, batch).swapaxes(0, 1)  # rows first: [B, members, P, K]
 
-        found = map_rows(by_row, self._members, packed, self._config.eval.batch_rows)
+        found = map_rows(by_row, self._members, packed, step_tokens(self._config), "rewards")
         flat = found.swapaxes(0, 1).reshape(found.shape[1], -1)
         members = rows["members"].ravel()
         scores = np.empty((len(flat), int(members.max()) + 1))

@@ -28,6 +28,7 @@ from rlhf_jax.stages.common import (
     read_records,
     say,
     say_stripped,
+    step_tokens,
 )
 from rlhf_jax.training.model import save_model
 from rlhf_jax.training.rundir import RunDirectory
@@ -54,7 +55,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
             z_loss=config.loss.z_loss,
         )
 
-    evaluate = language_evaluation(base.config, held_out, batch_rows=config.eval.batch_rows)
+    evaluate = language_evaluation(base.config, held_out, tokens=step_tokens(config))
     batches = batches_of(config, base, rows, weights)
     model, metrics, _ = fit(config, run, base, loss_fn, batches, evaluate)
     save_model(run.path, model)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 PLAIN_LINE_SECONDS = 5.0
+Part = TypeVar("Part")
 
 
 class Clock:
@@ -83,12 +85,12 @@ class Clock:
 class Progress:
     """A bar on a terminal; elsewhere a line of text every few seconds."""
 
-    def __init__(self, name: str, done: int, steps: int):
+    def __init__(self, name: str, done: int, steps: int, unit: str = "step"):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        self._name, self._steps, self._last_line = name, steps, -PLAIN_LINE_SECONDS
+        self._name, self._steps, self._last_line = f"{name}  {unit}", steps, -PLAIN_LINE_SECONDS
         self._start, self._done = time.monotonic(), done
         self._bar = None
         if Console().is_terminal:
@@ -99,11 +101,12 @@ class Progress:
             self._bar.start()
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows a logged step: loss, speed, time left."""
+        """Shows a step: what is known of loss and speed, time left."""
         parts = []
         if "train/loss" in values:
             parts.append(f"loss {values['train/loss']:.4f}")
-        parts.append(f"{values['time/tokens_per_second']:,.0f} tokens/s")
+        if "time/tokens_per_second" in values:
+            parts.append(f"{values['time/tokens_per_second']:,.0f} tokens/s")
         if "time/flops_per_second" in values:
             parts.append(f"{values['time/flops_per_second'] / 1e9:,.1f} GFLOP/s")
         if self._bar is not None:
@@ -113,10 +116,25 @@ class Progress:
         if now - self._last_line >= PLAIN_LINE_SECONDS or step == self._steps:
             self._last_line = now
             left = (now - self._start) / max(step - self._done, 1) * (self._steps - step)
-            line = "  ".join([f"{self._name}  step {step}/{self._steps}", *parts])
+            line = "  ".join([f"{self._name} {step}/{self._steps}", *parts])
             print(f"{line}  {left:.0f} s left", flush=True)
 
     def close(self) -> None:
         """Leaves the terminal as it was."""
         if self._bar is not None:
             self._bar.stop()
+
+
+def tracked(parts: Iterable[Part], name: str, count: int) -> Iterator[Part]:
+    """The `count` parts, one after the other, showing how far it is once that takes a while."""
+    start, progress = time.monotonic(), None
+    try:
+        for done, part in enumerate(parts):
+            if progress is None and time.monotonic() - start >= PLAIN_LINE_SECONDS:
+                progress = Progress(name, done - 1, count, "pass")
+            elif progress is not None:
+                progress.show(done, {})
+            yield part
+    finally:
+        if progress is not None:
+            progress.close()

@@ -21,9 +21,7 @@ from rlhf_jax.stages import defaults
 
 TRAIN = dict(steps={steps}, log_every=2, checkpoint_every=4, tensorboard=False)
 OPTIMIZER = dict(name="adamw", learning_rate=3e-3)
-EVAL = defaults.chat_evaluation(
-    source="{folder}/prompts.jsonl", count=8, max_new_tokens=12, batch_rows=8
-)
+EVAL = defaults.chat_evaluation(source="{folder}/prompts.jsonl", count=8, max_new_tokens=12)
 """
 
 PRETRAIN = """
@@ -36,7 +34,6 @@ def get_config():
         data=dict(train="{folder}/texts.jsonl", validation="{folder}/texts.jsonl",
                   layout="documents", row_length=128, over_long="split"),
         batch=dict(rows=8), optimizer=OPTIMIZER, train=TRAIN, loss=dict(z_loss=1e-4),
-        eval=dict(batch_rows=16),
     )
 """
 
@@ -61,7 +58,7 @@ def get_config():
         data=dict(train="{folder}/pairs.jsonl", validation="{folder}/pairs.jsonl",
                   row_length=512),
         batch=dict(rows=4), optimizer=OPTIMIZER, train=TRAIN,
-        loss=dict({loss}), eval={eval},
+        loss=dict({loss}),{eval}
     )
 """
 
@@ -137,8 +134,8 @@ def experiments(tmp_path_factory) -> Path:
     stages = {
         "pretrain": PRETRAIN,
         "sft": SFT,
-        "dpo": dpo.replace("{stage}", "preference").replace("{eval}", "EVAL"),
-        "reward": reward.replace("{stage}", "reward").replace("{eval}", "dict(batch_rows=8)"),
+        "dpo": dpo.replace("{stage}", "preference").replace("{eval}", " eval=EVAL,"),
+        "reward": reward.replace("{stage}", "reward").replace("{eval}", ""),
     }
     stages["reward"] = stages["reward"].replace(
         "loss=dict(", "normalize=dict(prompts=8, max_new_tokens=10), loss=dict("

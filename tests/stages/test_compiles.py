@@ -89,8 +89,7 @@ def config_of(stage, folder, parent):
             during=7,
             max_new_tokens=6,
             gold=False,
-        )
-        | {"batch_rows": 8},
+        ),
     }
     if stage is sft:
         return defaults.base(

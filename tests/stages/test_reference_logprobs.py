@@ -67,23 +67,23 @@ def passes(monkeypatch):
     """Rows of every forward pass of a reference."""
     seen = []
 
-    def counted(config, params, arrays, batch_rows):
+    def counted(config, params, arrays, tokens, name):
         seen.append(len(arrays["row_ids"]))
-        return response_logprobs(config, params, arrays, batch_rows)
+        return response_logprobs(config, params, arrays, tokens, name)
 
     monkeypatch.setattr(reference_logprobs, "response_logprobs", counted)
     return seen
 
 
-def asked(model, directory, arrays, batch_rows=4):
-    return reference_logprobs.reference_logprobs(model, directory, arrays, batch_rows)
+def asked(model, directory, arrays, tokens=128):
+    return reference_logprobs.reference_logprobs(model, directory, arrays, tokens)
 
 
 def test_they_are_computed_once(tmp_path, passes, cache):
     directory = saved(tmp_path / "m", small_model())
     model, arrays = load_model(directory), rows()
     first = asked(model, directory, arrays)
-    np.testing.assert_array_equal(first, response_logprobs(model.config, model.params, arrays, 4))
+    np.testing.assert_array_equal(first, response_logprobs(model.config, model.params, arrays, 128))
     second = asked(load_model(directory), directory, rows())
     assert len(passes) == 1
     np.testing.assert_array_equal(first, second)
@@ -155,8 +155,8 @@ def test_what_decides_the_numbers_decides_the_key(tmp_path):
     directory = saved(tmp_path / "m", small_model())
     model, arrays = load_model(directory), rows()
 
-    def key(model=model, directory=directory, arrays=arrays, batch_rows=4):
-        return reference_logprobs.cache_key(model, directory, arrays, batch_rows)
+    def key(model=model, directory=directory, arrays=arrays, tokens=128):
+        return reference_logprobs.cache_key(model, directory, arrays, tokens)
 
     moved = {name: x.copy() for name, x in arrays.items()}
     moved["tokens"][0, 1] += 1
@@ -179,7 +179,7 @@ def test_what_decides_the_numbers_decides_the_key(tmp_path):
         "template": key(dataclasses.replace(model, tokenizer=Template())),
         "precision": key(dataclasses.replace(model, config=half)),
         "quantised": key(adapter),
-        "rows": key(batch_rows=8),
+        "rows": key(tokens=256),
     }
     assert len(set(keys.values())) == len(keys)
     assert key(load_model(directory), directory, rows()) == keys["same"]
@@ -207,9 +207,7 @@ def dpo(tmp_path, parent, name, beta, *, rank=0, **train):
         adapter={"rank": rank},
         train={"steps": 2, "log_every": 1, "tensorboard": False} | train,
         loss={"name": "sigmoid", "beta": beta, "options": "", "sft_coefficient": 0.0},
-        eval=defaults.chat_evaluation(
-            source=str(prompts), count=2, max_new_tokens=4, batch_rows=8, gold=False
-        ),
+        eval=defaults.chat_evaluation(source=str(prompts), count=2, max_new_tokens=4, gold=False),
     )
     with RunDirectory(tmp_path / name, config) as run:
         return preference.run(config, run, {"policy": parent})

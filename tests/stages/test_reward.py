@@ -33,7 +33,7 @@ def get_config():
                   validation="{folder}/labelled.jsonl", row_length=256),
         batch=dict(rows=4), optimizer=dict(name="adamw", learning_rate=1e-2),
         train=dict(steps=20, log_every=5, checkpoint_every=20, tensorboard=False),
-        loss=dict(name="pointwise"), eval=dict(batch_rows=8),
+        loss=dict(name="pointwise"),
         normalize=dict(prompts=12, max_new_tokens=8),
     )
 """
