@@ -264,8 +264,8 @@ class TextScorers:
 
         def right(prompt: Prompt, response: str) -> float:
             nonlocal slow
-            request = {"prompts": [], "responses": [response]}
-            request["columns"] = {"answers": [_reference(prompt, "answer")]}
+            columns = {"answers": [_reference(prompt, "answer")]}
+            request = {"prompts": [], "responses": [response], "columns": columns}
             try:
                 (value,), _ = self._workers["math"].call(request, seconds)
             except WorkerFault as fault:

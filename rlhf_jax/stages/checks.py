@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from rlhf_jax.data.builders import check_name
 from rlhf_jax.data.chat_formats import chat_template
+from rlhf_jax.data.foreign import parse_columns
 from rlhf_jax.data.hub_data import check_hub_name
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses.advantages import BASELINES, SCALES
@@ -40,6 +41,10 @@ def check(config: ConfigDict) -> None:
         chat_template(config.data.chat_template)
     if "adapter" in config:
         AdapterConfig(**config.adapter).validate()
+    try:
+        parse_columns(config.data.get("columns", ""))
+    except ValueError as error:
+        raise UserError(f"config: {error}") from error
     data, held_out = config.data, config.eval.get("source", "")
     for spec in (
         data.train,

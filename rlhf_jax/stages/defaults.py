@@ -33,6 +33,7 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
             "row_length": 256,  # tokens a packed row
             "over_long": "error",  # records longer than a row; the policies are in data/encode.py
             "max_bad_fraction": 0.0,  # share of bad JSONL lines that are skipped and counted
+            "columns": "",  # of files where names differ: "prompt:question,completion:answer"
         }
     )
     if stage not in ("pretrain", "oracle"):

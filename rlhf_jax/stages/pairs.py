@@ -9,11 +9,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlhf_jax.data.chat import AnyTokenizer, render_prompt, render_reply
-from rlhf_jax.data.encode import encode_pairs
+from rlhf_jax.data.encode import encode_pairs, length_of_share
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.data.records import Conversation, Pair
 from rlhf_jax.errors import UserError
-from rlhf_jax.stages.common import read_records, say
+from rlhf_jax.stages.common import read_records, say_encoded
 
 CHOSEN, REJECTED, MISMATCHED = 0, 1, 2  # branches of a group
 _LABELS = {"true": 1.0, "false": 0.0}
@@ -86,7 +86,7 @@ def _pair_rows(
             for group, other in zip(groups, following, strict=True)
         ]
     rows, packing = pack_groups(groups, length, branches=3 if mismatched else 2)
-    say(what, counts | packing)
+    say_encoded(config, what, counts, packing)
     return rows
 
 
@@ -112,9 +112,11 @@ def _labelled_rows(
     replies = [render_reply(record.messages[-1].content, tokenizer) for record in records]
     others = _next_of_another_prompt(prompts) if mismatched else None
     groups, dropped = [], 0
+    lengths: list[int] = []
     for index, record in enumerate(records):
         branches = (replies[index],) + ((replies[others[index]],) if others else ())
         tokens = len(prompts[index]) + sum(map(len, branches))
+        lengths.append(tokens)
         if tokens <= length:
             groups.append(Group(prompts[index], branches, index))
             continue
@@ -129,8 +131,9 @@ def _labelled_rows(
         raise UserError(f"no examples of {what} are left: {dropped} were over-long")
     rows, packing = pack_groups(groups, length, branches=2 if mismatched else 1)
     labels = np.where(rows["valid"] > 0, by_record[rows["example_ids"]], 0)
-    counts = {"records": len(records), "dropped": dropped, "good": float(by_record.mean())}
-    say(what, counts | packing)
+    counts = {"records": len(records), "dropped": dropped, "truncated": 0}
+    counts["keeps_95"] = length_of_share(lengths)
+    say_encoded(config, what, counts, {"good": float(by_record.mean())} | packing)
     return rows | {"labels": labels[..., None].astype(np.float32)}
 
 

@@ -290,7 +290,7 @@ MATH = [
 
 def test_mathematics():
     pytest.importorskip("math_verify")
-    references, responses, right = zip(*MATH, strict=True)
+    references, responses, _ = zip(*MATH, strict=True)
     prompts = [prompt(answer=reference) for reference in references]
     found = score({"math": 1}, prompts, responses)
     wrong = [row for row, value in zip(MATH, found.total, strict=True) if row[2] != value]
