@@ -14,7 +14,7 @@ from fractions import Fraction
 _LONGEST = 500  # characters of a number
 _LARGEST = 400  # of an exponent of ten, either way
 _MARKER = re.compile(
-    r"####\s*(?=[^\w\s]*\d)(?!\d+[.)]\s*[^\W\d])"  # a heading's "#### 2. Then" states nothing
+    r"####\s*(?=[^\w\s]{0,8}\d)(?!\d+[.)]\s*[^\W\d])"  # a heading's "#### 2. Then" states nothing
     r"|\\f?boxed\s*\{|\\fbox\s*\{|<answer>"
     r"|\banswer(?:\s+(?:to|of|for)\b[^.!?:\n]{0,80}?)?"
     r"(?:\s+(?:is|are|was|equals|(?:would|will|should|must)\s+be)\b(?!\s+not\b)|\W{0,4}[:=])",
