@@ -11,8 +11,8 @@ python -m rlhf_jax.main --config=experiments/grpo.py:arithmetic
     the town's sums and differences, against a verifier: 27 minutes beside other work; greedy
     answers to held-out sums from 69 % right to 94 % (90 to 96), sampled ones from 50 % to 90 %
 python -m rlhf_jax.main --config=experiments/grpo.py:gsm8k
-    grade-school maths against its last number: 6 minutes after its parents; a model of this size
-    does not solve it: 1 to 3 % of sampled answers are right before and after
+    grade-school maths against the number it states: 6 minutes after its parents; a model of this
+    size does not solve it: 1 to 3 % of sampled answers are right before and after
 python -m rlhf_jax.main --config=experiments/grpo.py:own --config.init.policy=/path/to/model \\
         --config.data.train=prompts.jsonl --config.reward.scorers=mine.py:score
     your model, prompts and reward function; or a reward model, --config.init.reward=…; LoRA,

@@ -27,7 +27,7 @@ from typing import ClassVar
 import tensorflow_datasets as tfds
 
 from rlhf_jax.cache import cache_dir
-from rlhf_jax.data.jsonl import open_bytes, read_jsonl, read_lines, string
+from rlhf_jax.data.jsonl import SUFFIXES, open_bytes, read_jsonl, read_lines, string
 from rlhf_jax.data.record_builder import RecordBuilder, RecordConfig, read_records
 from rlhf_jax.data.records import Conversation, Message, Prompt, Record, Text
 from rlhf_jax.data.town import dataset
@@ -81,7 +81,10 @@ def check_name(name: str) -> None:
     """UserError if `name` is of no known data set."""
     set_name = name.partition("/")[0]
     if set_name != "town" and set_name not in BUILDERS:
-        raise UserError(f"unknown data set {set_name!r}; known: {', '.join([*BUILDERS, 'town'])}")
+        raise UserError(
+            f"unknown data set {set_name or name!r}; known: {', '.join([*BUILDERS, 'town'])}, "
+            f"hf:owner/name, and files named *{', *'.join(SUFFIXES)}"
+        )
 
 
 def data_folder() -> Path | None:

@@ -1,11 +1,13 @@
 """Records to token documents and groups, ready for packing. What does not fit is named and counted.
 
 Every function returns `(items, stats)`; stats holds counts by name: "records", "encoded",
-"dropped", "truncated", "split", and what the function adds.
+"dropped", "truncated", "split", what the function adds, and where records were dropped or truncated
+"keeps_95", the row length in tokens that 95 % of the records fit.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -34,10 +36,12 @@ def encode_texts(
     if isinstance(tokenizer, Tokenizer) and not tokenizer.control:
         raise UserError("a character-level tokenizer has no <|bos|>; train on windows of a stream")
     documents, stats, long = [], _new_stats(records), []
+    lengths: list[int] = []
     start = _start(tokenizer)
     encoded = chat.encode_texts([record.text for record in records], tokenizer)
     for record, ids in zip(records, encoded, strict=True):
         tokens = [*start, *ids, tokenizer.end]
+        lengths.append(len(tokens))
         if len(tokens) <= row_length:
             stats["encoded"] += 1
             documents.append(_all_targets(tokens))
@@ -48,7 +52,7 @@ def encode_texts(
                 documents.append(_all_targets(tokens[i : i + row_length]))
         else:
             long.append((len(tokens), record.id))
-    _settle(stats, long, over_long, row_length, TEXT_POLICIES)
+    _settle(stats, lengths, long, over_long, row_length, TEXT_POLICIES)
     return documents, stats
 
 
@@ -74,6 +78,7 @@ def encode_conversations(
     check_stripped_turns(stripped_turns)
     expand = stripped_turns == "expand"
     documents, stats, long = [], _new_stats(records) | {"turns": 0, "stripped": 0}, []
+    lengths: list[int] = []
     for record in records:
         with naming(record.id):
             parts, turns = split_turns(record.messages, tokenizer, last_turn_only, expand)
@@ -81,6 +86,7 @@ def encode_conversations(
         stats["stripped"] += turns - sum(len(places) for _, places in parts)
         for tokens, places in parts:
             is_target = mark(tokens, places)
+            lengths.append(len(tokens))
             if len(tokens) > row_length:
                 if over_long != "truncate_prompt_left":
                     long.append((len(tokens), record.id))
@@ -95,7 +101,7 @@ def encode_conversations(
                 stats["truncated"] += 1
             stats["encoded"] += 1
             documents.append(Document(tokens, is_target))
-    _settle(stats, long, over_long, row_length, CHAT_POLICIES)
+    _settle(stats, lengths, long, over_long, row_length, CHAT_POLICIES)
     return documents, stats
 
 
@@ -132,12 +138,14 @@ def encode_pairs(
     """
     _check_policy(over_long, CHAT_POLICIES)
     groups, stats, long = [], _new_stats(records) | {"identical": 0}, []
+    lengths: list[int] = []
     for index, record in enumerate(records):
         with naming(record.id):
             texts = (record.chosen, record.rejected)
             prompt, branches = render_replies(record.prompt, texts, tokenizer)
         replies = sum(map(len, branches))
         length = len(prompt) + replies
+        lengths.append(length)
         if length > row_length:
             if over_long != "truncate_prompt_left":
                 long.append((length, record.id))
@@ -149,7 +157,7 @@ def encode_pairs(
         stats["encoded"] += 1
         stats["identical"] += branches[0] == branches[1]
         groups.append(Group(prompt, tuple(branches), index))
-    _settle(stats, long, over_long, row_length, CHAT_POLICIES)
+    _settle(stats, lengths, long, over_long, row_length, CHAT_POLICIES)
     return groups, stats
 
 
@@ -200,8 +208,14 @@ def _check_reply_fits(record_id: str, reply_tokens: int, row_length: int) -> Non
         )
 
 
+def length_of_share(lengths: Sequence[int], share: float = 0.95) -> int:
+    """The least length that `share` of the records have or stay below."""
+    return sorted(lengths)[math.ceil(share * len(lengths)) - 1]
+
+
 def _settle(
     stats: Stats,
+    lengths: Sequence[int],
     long: list[tuple[int, str]],
     over_long: str,
     row_length: int,
@@ -213,12 +227,17 @@ def _settle(
         others = " or ".join(f'"{policy}"' for policy in known if policy != "error")
         raise UserError(
             f"{len(long)} of {stats['records']} records are longer than a row of {row_length} "
-            f"tokens (the longest, {name!r}, has {tokens}); raise the row length or set "
-            f"over_long to {others}"
+            f"tokens (the longest, {name!r}, has {tokens}; {length_of_share(lengths)} keep 95 %); "
+            f"raise the row length or set over_long to {others}"
         )
     stats["dropped"] = len(long)
+    if long or stats["truncated"]:
+        stats["keeps_95"] = length_of_share(lengths)
     if not stats["encoded"]:
-        raise UserError(f"no examples are left of {stats['records']}: {len(long)} were over-long")
+        enough = f"; {stats['keeps_95']} tokens a row keep 95 %" if long else ""
+        raise UserError(
+            f"no examples are left of {stats['records']}: {len(long)} were over-long{enough}"
+        )
 
 
 @contextmanager

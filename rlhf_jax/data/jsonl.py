@@ -1,9 +1,10 @@
 """JSON lines to records, strictly: a bad line is named, or counted under an explicit allowance.
 
 Formats by kind (any other key becomes a `meta` entry; `id` is optional; files may be .gz or .xz, or
-.parquet, whose rows are such objects and whose nulls are absent keys):
+.parquet, whose rows are such objects and whose nulls are absent keys, or .json, JSON lines or one
+array of objects). ShareGPT, Alpaca and Dolly are read too, see `foreign`.
 
-    text          {"text": str}
+    text          {"text": str}, or a conversation, its turns as in `records.convert`
     conversation  {"messages": [{"role", "content"}, …]}, or {"prompt": str | messages} with
                   "response": str or "completion": str | messages
     prompt        {"prompt": str | messages}, {"messages": […]} or a pair; the reply that ends
@@ -36,13 +37,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import BufferedIOBase
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rlhf_jax.data.chat import check_messages
+from rlhf_jax.data.foreign import ACCEPTED, Untranslatable, renamed, translated
 from rlhf_jax.data.records import Conversation, Message, Pair, Prompt, Record, Text
+from rlhf_jax.data.records import convert as convert_record
 from rlhf_jax.errors import UserError
 
 MAX_LINE_BYTES = 16 * 2**20
+SUFFIXES = (".jsonl", ".json", ".parquet", ".gz", ".xz")
 _BOM = b"\xef\xbb\xbf"
 _EXCERPT = 80
 _SLICE = re.compile(r"\[(?!:\])(?:(-?\d+)(%?))?:(?:(-?\d+)(%?))?\]")
@@ -65,6 +70,7 @@ def read_jsonl(
     max_bad_fraction: float = 0.0,
     skipped: Counter[str] | None = None,
     rows: Iterable[Mapping[str, Any]] | None = None,
+    columns: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Record]:
     """The records of a JSON-lines file, all of one format.
 
@@ -75,26 +81,36 @@ def read_jsonl(
         reason, and the counts logged as a warning. At 0 the first bad line ends the reading.
       skipped: if given, receives those counts.
       rows: objects to read in place of the file's; `path` then only names them.
+      columns: field of the format → column of the file, where names differ.
 
     Raises UserError naming file, line, field and an excerpt.
     """
     if kind not in FORMATS:
         raise UserError(f"unknown kind {kind!r} of JSONL file; known: {', '.join(FORMATS)}")
-    formats: list[frozenset[str]] = []
+    formats: list[tuple[str, frozenset[str]]] = []
 
     def convert(fields: dict[str, Any], default_id: str) -> Record:
+        try:
+            name, fields = translated(renamed(fields, columns) if columns else fields, kind)
+        except Untranslatable as error:
+            raise BadLine("bad format", str(error)) from error
         keys, build = _detect_format(fields, kind)
-        record = build(fields, default_id, keys)
+        record = build(_with_calls(fields) if name else fields, default_id, keys)
+        found = (name, keys)
         if not formats:
-            formats.append(keys)
-        if keys != formats[0]:
-            raise BadLine("mixed format", f"{_names(keys)} after lines with {_names(formats[0])}")
+            formats.append(found)
+        # A set may have Dolly's rows with a context and without: Alpaca's and Dolly's are the same.
+        if keys != formats[0][1] or (name == "") != (formats[0][0] == ""):
+            raise BadLine(
+                "mixed format", f"{_shown(*found)} after lines with {_shown(*formats[0])}"
+            )
         return record
 
     records = read_lines(
         path, convert, max_bad_fraction=max_bad_fraction, skipped=skipped, rows=rows
     )
-    print(f"{path}: {len(records):,} records of {_names(formats[0])}, read as {kind}", flush=True)
+    how = _shown(*formats[0]) + "".join(f", {k} from {v!r}" for k, v in columns.items())
+    print(f"{path}: {len(records):,} records of {how}, read as {kind}", flush=True)
     return records
 
 
@@ -118,16 +134,19 @@ def read_lines(
     if rows is not None:
         numbered = ((i, _without_nulls(dict(row))) for i, row in enumerate(rows, 1))
     else:
-        numbered = _rows(path) if Path(path).suffix == ".parquet" else _raw_lines(path)
+        numbered = _numbered(path)
     for number, raw in numbered:
         try:
+            if isinstance(raw, BadLine):
+                raise raw
             fields = raw if isinstance(raw, dict) else _parse(raw)
             records.append(convert(fields, f"{Path(path).name}:{number}"))
         except BadLine as error:
             reasons[error.reason] += 1
             first_error = first_error or f"{path}:{number}: {error}; the line: {_excerpt(raw)}"
             if max_bad_fraction == 0:
-                raise UserError(first_error) from error
+                knob = "data.max_bad_fraction lets a share of bad lines be skipped"
+                raise UserError(f"{first_error}; {knob}") from error
     bad = reasons.total()
     if bad > max_bad_fraction * (bad + len(records)):
         raise UserError(
@@ -144,9 +163,8 @@ def read_lines(
 
 
 def count_rows(path: str | os.PathLike) -> int:
-    """The lines of a JSON-lines file that are not blank, or the rows of a Parquet file."""
-    table = Path(path).suffix == ".parquet"
-    return sum(1 for _ in (_rows(path) if table else _raw_lines(path)))
+    """The lines of a file that are not blank, a table's rows or an array's objects."""
+    return sum(1 for _ in _numbered(path))
 
 
 def take_slice(records: Sequence[Record], part: str, name: str) -> list[Record]:
@@ -182,6 +200,59 @@ def open_bytes(path: str | os.PathLike) -> BufferedIOBase:
     if magic == b"\xfd7zXZ\x00":
         return lzma.open(path, "rb")
     return open(path, "rb")
+
+
+def _numbered(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
+    """(1-based number, bytes, object or BadLine) of each line, row or object of an array."""
+    if Path(path).suffix == ".parquet":
+        return _rows(path)
+    if ".jsonl" in Path(path).suffixes or not _is_array(path):
+        return _raw_lines(path)
+    return _array(path)
+
+
+def _is_array(path: str | os.PathLike) -> bool:
+    first = next(iter(_raw_lines(path)), (0, b""))[1]
+    return first.removeprefix(_BOM).lstrip().startswith(b"[")
+
+
+def _array(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
+    """The objects of a JSON array, which is read whole; a broken one ends the reading."""
+    try:
+        with open_bytes(path) as file:
+            text = file.read().removeprefix(_BOM).decode("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"{path}: cannot read: {error}") from error
+    strict = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    position, number = _after(text, text.index("[") + 1), 0
+    try:
+        while text[position : position + 1] != "]" or number:
+            number += 1
+            try:
+                value, end = strict.raw_decode(text, position)
+                if not isinstance(value, dict):
+                    value = BadLine("wrong type", f"expected an object, got {_type(value)}")
+            except BadLine as error:
+                value, (_, end) = error, json.JSONDecoder().raw_decode(text, position)
+            yield number, value
+            position = _after(text, end)
+            if text[position : position + 1] != ",":
+                break
+            position = _after(text, position + 1)
+        if text[position : position + 1] != "]" or text[position + 1 :].strip():
+            raise json.JSONDecodeError("expected , or the array's end", text, position)
+    except json.JSONDecodeError as error:
+        where = f"{error.msg} at line {error.lineno}, column {error.colno}"
+        raise UserError(f"{path}: invalid JSON array: {where}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: invalid JSON array: {str(error)[:_EXCERPT]}") from error
+
+
+def _after(text: str, position: int) -> int:
+    """The place of the first character from `position` on that is no white space."""
+    found = re.compile(r"[ \t\r\n]*").match(text, position)
+    assert found is not None
+    return found.end()
 
 
 def _raw_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
@@ -264,7 +335,27 @@ def _detect_format(fields: dict[str, Any], kind: str) -> tuple[frozenset[str], C
         if keys <= fields.keys():
             return keys, build
     expected = " or ".join(_names(keys) for keys, _ in FORMATS[kind])
-    raise BadLine("missing key", f"kind {kind!r} needs {expected}; found {_names(fields.keys())}")
+    raise BadLine(
+        "missing key",
+        f"kind {kind!r} needs {expected}; found {_names(fields.keys())}; {ACCEPTED} are read too, "
+        "and data.columns=prompt:question,… names columns",
+    )
+
+
+def _shown(name: str, keys: frozenset[str]) -> str:
+    return name or _names(keys)
+
+
+def _with_calls(fields: dict[str, Any]) -> dict[str, Any]:
+    """A ShareGPT conversation, with the calls that are JSON texts as lists of calls."""
+    for turn in fields.get("messages", fields.get("prompt")) or ():
+        if isinstance(turn, dict) and isinstance(turn.get("tool_calls"), str):
+            calls = _parse(b'{"calls":' + turn["tool_calls"].encode(errors="replace") + b"}")[
+                "calls"
+            ]
+            calls = calls if isinstance(calls, list) else [calls]
+            turn["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+    return fields
 
 
 def _text_record(fields: dict[str, Any], default_id: str, keys: frozenset[str]) -> Text:
@@ -272,6 +363,10 @@ def _text_record(fields: dict[str, Any], default_id: str, keys: frozenset[str]) 
     if not text:
         raise BadLine("empty text", "field 'text'")
     return Text(_id(fields, default_id), text, _meta(fields, keys))
+
+
+def _conversation_text(fields: dict[str, Any], default_id: str, keys: frozenset[str]) -> Record:
+    return convert_record(_conversation(fields, default_id, keys), "text")
 
 
 def _conversation(fields: dict[str, Any], default_id: str, keys: frozenset[str]) -> Conversation:
@@ -534,7 +629,12 @@ _PAIRS = (
     (frozenset({"chosen", "rejected"}), _pair),
 )
 FORMATS: dict[str, tuple[tuple[frozenset[str], Callable], ...]] = {
-    "text": ((frozenset({"text"}), _text_record),),
+    "text": (
+        (frozenset({"text"}), _text_record),
+        (frozenset({"messages"}), _conversation_text),
+        (frozenset({"prompt", "response"}), _conversation_text),
+        (frozenset({"prompt", "completion"}), _conversation_text),
+    ),
     "conversation": (
         (frozenset({"messages"}), _conversation),
         (frozenset({"prompt", "response"}), _conversation),

@@ -3,7 +3,11 @@
     model      a reward model's score, computed elsewhere and given
     gold       the town's exact scorer, the total in [0, 1]
     correct    1 if the town's scorer says the reply is right, else 0
-    number     1 if the response's last number equals meta["answer"]'s, else 0
+    number     1 if the response's number is exactly meta["answer"]'s, else 0: the one it states, or
+               its last (see `answers.number`)
+    math       1 if the response's answer, stated or last, is mathematically meta["answer"], else 0:
+               fractions, roots, sets, intervals, formulas; decimals to a millionth. By math-verify,
+               in a separate process; an answer that takes MATH_SECONDS or too much memory is wrong
     exact      1 if the response is meta["answer"], or without one meta["reference"], else 0
     regex      1 if the pattern is found in the response, else 0; in a separate process too
     length     the response's tokens
@@ -20,12 +24,13 @@ A reward that can't be had is never taken for 0: it ends the run, or masks the e
 from __future__ import annotations
 
 import difflib
+import importlib.util
+import logging
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,18 +40,18 @@ import numpy as np
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.data.town.gold import gold_score, is_correct
 from rlhf_jax.errors import UserError
+from rlhf_jax.rewards.answers import number
 from rlhf_jax.rewards.worker import Worker, WorkerFault
 
-NAMES = ("model", "gold", "correct", "number", "exact", "regex", "length")
+NAMES = ("model", "gold", "correct", "number", "math", "exact", "regex", "length")
 """The scorers that are no user's function."""
 
 _FUNCTION = re.compile(r".+\.py:[^\W\d]\w*")
-_SEARCH = f"{Path(__file__).with_name('regex.py')}:search"
-_NUMBER = re.compile(
-    r"(?:(?<![\w.)])[-−+])?"  # a sign, but not the minus of 7-5
-    r"(?:\$[-−]?)?"
-    r"((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
-)
+MATH_SECONDS = 5.0
+"""How long "math" may take for one response."""
+
+_HERE = Path(__file__).parent
+_OWN = {"regex": f"{_HERE / 'regex.py'}:search", "math": f"{_HERE / 'mathematics.py'}:equal"}
 _LARGEST = float(np.finfo(np.float32).max)
 _RESERVED = ("ids", "prompts", "responses")
 
@@ -76,6 +81,8 @@ def parse_rewards(spec: str) -> dict[str, float]:
 
 
 def _check_name(name: str) -> None:
+    if name == "math" and importlib.util.find_spec("math_verify") is None:
+        raise UserError("rewards: 'math' needs the package math-verify: pip install math-verify")
     if name in NAMES or _FUNCTION.fullmatch(name):
         return
     if name.partition(":")[0].endswith(".py"):
@@ -150,7 +157,7 @@ class TextScorers:
         self._workers: dict[str, Worker] = {}
         try:
             for name in weights:
-                if name == "regex" or _FUNCTION.fullmatch(name):
+                if name in _OWN or _FUNCTION.fullmatch(name):
                     self._workers[name] = _start(name)
         except BaseException:
             self.close()
@@ -216,6 +223,8 @@ class TextScorers:
                 found = _given(given[name], count)
             elif name == "length":
                 found = np.array(lengths, np.float64), {}
+            elif name == "math":
+                found = self._mathematics(prompts, responses)
             elif name in self._workers:
                 found = self._call(name, prompts, responses)
             else:
@@ -247,6 +256,30 @@ class TextScorers:
         faults = {i: _Fault("not a number", f"got {what}") for i, what in wrong.items()}
         return np.array(values, np.float64), faults
 
+    def _mathematics(
+        self, prompts: Sequence[Prompt], responses: Sequence[str]
+    ) -> tuple[np.ndarray, dict[int, _Fault]]:
+        """The values of "math", one response at a time: a model may write 9^9^9^9."""
+        seconds, slow = min(MATH_SECONDS, self._seconds), 0
+
+        def right(prompt: Prompt, response: str) -> float:
+            nonlocal slow
+            columns = {"answers": [_reference(prompt, "answer")]}
+            request = {"prompts": [], "responses": [response], "columns": columns}
+            try:
+                (value,), _ = self._workers["math"].call(request, seconds)
+            except WorkerFault as fault:
+                if fault.reason not in ("timed out", "died"):
+                    raise UserError(fault.detail) from fault
+                slow += 1
+                return 0.0
+            return value
+
+        found = _each(right, prompts, responses)
+        if slow:
+            logging.warning("reward 'math': %d answers were too long to compare: wrong", slow)
+        return found
+
 
 def _check_pattern(pattern: str) -> None:
     try:
@@ -267,7 +300,7 @@ def _described(prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 def _start(name: str) -> Worker:
     try:
-        return Worker(_SEARCH if name == "regex" else name)
+        return Worker(_OWN.get(name, name))
     except WorkerFault as fault:
         raise UserError(f"reward {name!r} can't be loaded: {fault.detail}") from fault
 
@@ -324,10 +357,10 @@ def _each(
 
 
 def _number_matches(prompt: Prompt, response: str) -> float:
-    wanted = last_number(_reference(prompt, "answer"))
+    wanted = number(_reference(prompt, "answer"))
     if wanted is None:
         raise UserError(f"meta['answer'] holds no number: {prompt.meta['answer']!r}")
-    return float(last_number(response) == wanted)
+    return float(number(response) == wanted)
 
 
 def _is_reference(prompt: Prompt, response: str) -> float:
@@ -340,16 +373,6 @@ def _reference(prompt: Prompt, *keys: str) -> str:
             return prompt.meta[key]
     wanted = " or ".join(f"meta[{key!r}]" for key in keys)
     raise UserError(f"the record has no {wanted} to compare with")
-
-
-def last_number(text: str) -> Decimal | None:
-    """The last number of a text, exactly, or None: "… is $1,234.50." → 1234.50, "7-5" → 5."""
-    matches = [*_NUMBER.finditer(text)]
-    if not matches:
-        return None
-    found = matches[-1]
-    minus = any(sign in found[0] for sign in "-−")
-    return Decimal(("-" if minus else "") + found[1].replace(",", ""))
 
 
 _VERIFIERS: Mapping[str, Callable[[Prompt, str], float]] = {

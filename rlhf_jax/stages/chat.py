@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlhf_jax.data.chat import render_prompt
+from rlhf_jax.data.encode import length_of_share
 from rlhf_jax.data.hub_tokenizer import HubTokenizer
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.data.town.gold import GoldScore
@@ -31,10 +32,12 @@ from rlhf_jax.evaluation.statistics import bootstrap_interval
 from rlhf_jax.stages.common import (
     ancestry,
     check_unrendered,
+    few_records,
     mesh_of,
     read_records,
     say,
     step_tokens,
+    warn_over_long,
     write_evaluation,
     write_jsonl,
 )
@@ -61,6 +64,7 @@ def evaluate_chat(
     plots = [*further.pop("plots", []), *plots]
     tables = list(further.pop("tables", []))
     prompts = held_out_prompts(config, model)[: config.eval.count]
+    tables += few_records("held-out prompts", len(prompts))
     mesh = mesh_of(config)
     models = {path.name: load_model(path, mesh=mesh) for path in ancestry(start)}
     for name, each in models.items():  # one without a chat template that works: under ours
@@ -132,8 +136,16 @@ def held_out_prompts(config: ConfigDict, model: Model) -> list[Prompt]:
     prompts = read_records(config, config.eval.source, "prompt", "validation")
     check_unrendered("held-out prompts", prompts, model.tokenizer)
     room = model.config.max_length - config.eval.max_new_tokens
-    kept = [p for p in prompts if len(render_prompt(p.messages, model.tokenizer)) <= room]
+    lengths = [len(render_prompt(p.messages, model.tokenizer)) for p in prompts]
+    kept = [p for p, length in zip(prompts, lengths, strict=True) if length <= room]
     say("held-out prompts", {"read": len(prompts), "too long": len(prompts) - len(kept)})
+    warn_over_long(
+        "held-out prompts",
+        len(prompts) - len(kept),
+        len(prompts),
+        length_of_share(lengths),
+        f"left out: eval.max_new_tokens leaves room for {room} tokens",
+    )
     if not kept:
         raise UserError(
             f"eval.max_new_tokens = {config.eval.max_new_tokens} leaves no held-out prompt room in "

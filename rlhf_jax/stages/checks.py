@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from rlhf_jax.data.builders import check_name
 from rlhf_jax.data.chat_formats import chat_template
 from rlhf_jax.data.encode import check_stripped_turns
+from rlhf_jax.data.foreign import parse_columns
 from rlhf_jax.data.hub_data import check_hub_name
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses.advantages import BASELINES, SCALES
@@ -49,6 +50,10 @@ def check(config: ConfigDict) -> None:
         check_stripped_turns(config.data.stripped_turns)
     if "adapter" in config:
         AdapterConfig(**config.adapter).validate()
+    try:
+        parse_columns(config.data.get("columns", ""))
+    except ValueError as error:
+        raise UserError(f"config: {error}") from error
     data, held_out = config.data, config.eval.get("source", "")
     for spec in (
         data.train,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,13 +13,14 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rlhf_jax.data.builders import load_records
+from rlhf_jax.data.builders import check_name, load_records
 from rlhf_jax.data.chat import AnyTokenizer, control_texts
 from rlhf_jax.data.chat_formats import chat_template
 from rlhf_jax.data.encode import encode_texts
+from rlhf_jax.data.foreign import parse_columns
 from rlhf_jax.data.hub_data import PREFIX, load_rows
 from rlhf_jax.data.hub_tokenizer import HubTokenizer
-from rlhf_jax.data.jsonl import count_rows, read_jsonl, take_slice
+from rlhf_jax.data.jsonl import SUFFIXES, count_rows, read_jsonl, take_slice
 from rlhf_jax.data.packing import Arrays, check_ids, pack_documents
 from rlhf_jax.data.pipeline import make_dataset, make_iterator
 from rlhf_jax.data.records import Conversation, Pair, Prompt, Text, convert
@@ -34,6 +36,7 @@ from rlhf_jax.training.model import Model, as_trainable, fingerprint, is_hub_dir
 from rlhf_jax.training.rundir import RunDirectory, write_json
 from rlhf_jax.training.state import release
 
+FEW = 30  # records; a metric of fewer is said to be
 Figure = dict[str, Any]  # what `evaluation.plots.draw` draws
 Evaluated = tuple[dict[str, float], list[Figure]]
 
@@ -166,7 +169,7 @@ class Source(NamedTuple):
     @property
     def is_file(self) -> bool:
         """Whether it is a file, not a data set."""
-        return not self.is_hub and Path(self.name).suffix in (".jsonl", ".gz", ".xz", ".parquet")
+        return not self.is_hub and Path(self.name).suffix in SUFFIXES
 
 
 def parse_source(source: str) -> Source:
@@ -182,7 +185,7 @@ def parse_source(source: str) -> Source:
 def read_records(config: ConfigDict, source: str, kind: str, split: str) -> list[Any]:
     """The records of a source, as records of `kind` (see `records.convert`).
 
-    A source is a JSONL or Parquet file, with a slice if wanted, or a data set with, as far as
+    A source is a JSON, JSONL or Parquet file, with a slice if wanted, or a data set with, as far as
     wanted, a config, a split of its own in place of `split`, and a slice: "mine.jsonl[:95%]",
     "town", "hh_rlhf/helpful", "gsm8k@test", "town[:50%]", "hf:owner/name@train". Several,
     "a.jsonl,b.jsonl", are read one after the other.
@@ -195,7 +198,8 @@ def _read_source(config: ConfigDict, source: str, kind: str, split: str) -> list
     if parsed.is_file or parsed.is_hub:
         rows = load_rows(name, own_split or split) if parsed.is_hub else None
         bad = config.data.max_bad_fraction
-        records = read_jsonl(name, kind, max_bad_fraction=bad, rows=rows)
+        columns = parse_columns(config.data.get("columns", ""))
+        records = read_jsonl(name, kind, max_bad_fraction=bad, rows=rows, columns=columns)
         return take_slice(records, part, name) if part else records
     kind = "pair" if kind == "preference" else kind  # no data set has unpaired records
     records = load_records(name, (own_split or split) + part, kind=kind)
@@ -234,6 +238,8 @@ def settle_sources(config: ConfigDict) -> ConfigDict:
 def _hold_out(source: str) -> tuple[str, str]:
     """(what is trained on, what is held out) of a source."""
     name, split, part = parsed = parse_source(source)
+    if not (parsed.is_file or parsed.is_hub or part):
+        check_name(name)
     if not (parsed.is_file or parsed.is_hub) or part:
         why = "is sliced already" if part else "is no file of yours"
         raise UserError(
@@ -259,8 +265,46 @@ def pack_texts(
         records, tokenizer, config.data.row_length, over_long=over_long
     )
     rows, packing = pack_documents(documents, config.data.row_length)
-    say(what, counts | packing)
+    say_encoded(config, what, counts, packing)
     return rows
+
+
+def say_encoded(
+    config: ConfigDict, what: str, counts: Mapping[str, int], further: Mapping[str, Any]
+) -> None:
+    """`say`, and as a warning how many records did not fit; counts are those of `data.encode`."""
+    shown = {name: count for name, count in counts.items() if name != "keeps_95"}
+    say(what, shown | dict(further))
+    for fate in ("dropped", "truncated"):
+        warn_over_long(
+            what, counts[fate], counts["records"], counts.get("keeps_95", 0),
+            f"{fate}, longer than data.row_length = {config.data.row_length} tokens "
+            f"(data.over_long = {config.data.over_long!r})",
+        )  # fmt: skip
+
+
+def warn_over_long(what: str, lost: int, records: int, keeps_95: int, why: str) -> None:
+    """A warning of its own about records that do not fit; nothing where all do."""
+    if lost:
+        logging.warning(
+            "%s: %s of %s records (%.1f %%) are %s; %s would keep 95 %%",
+            what, f"{lost:,}", f"{records:,}", 100 * lost / records, why, f"{keeps_95:,}",
+        )  # fmt: skip
+
+
+def few_records(what: str, count: int) -> list[dict[str, Any]]:
+    """The report's table, also said as a warning, where a metric is of fewer than FEW records."""
+    if count >= FEW:
+        return []
+    note = f"Measured on {count} {what}, fewer than {FEW}: the numbers may be chance."
+    logging.warning("%s", note)
+    return [{
+        "section": "changes",
+        "title": f"Few {what}",
+        "columns": ["of", "records"],
+        "rows": [[what, count]],
+        "note": note,
+    }]  # fmt: skip
 
 
 def say(subject: str, counts: Mapping[str, Any]) -> None:

@@ -81,6 +81,7 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
             "validation": "town",  # "": the last 5 % of the files in `train`
             "row_length": 256,  # tokens a packed row
             "max_bad_fraction": 0.0,  # share of bad JSONL lines that are skipped and counted
+            "columns": "",  # of files where names differ: "prompt:question,completion:answer"
         }
     )
     if stage not in SAMPLING:

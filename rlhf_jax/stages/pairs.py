@@ -9,11 +9,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlhf_jax.data.chat import AnyTokenizer, render_replies
-from rlhf_jax.data.encode import encode_pairs, naming
+from rlhf_jax.data.encode import encode_pairs, length_of_share, naming
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.data.records import Conversation, Message, Pair
 from rlhf_jax.errors import UserError
-from rlhf_jax.stages.common import check_unrendered, read_records, say
+from rlhf_jax.stages.common import check_unrendered, read_records, say_encoded
 
 CHOSEN, REJECTED, MISMATCHED = 0, 1, 2  # branches of a group
 _LABELS = {"true": 1.0, "false": 0.0}
@@ -88,7 +88,7 @@ def _pair_rows(
                 _, (reply,) = render_replies(record.prompt, [text], tokenizer)
             groups[i] = dataclasses.replace(group, branches=(*group.branches, reply))
     rows, packing = pack_groups(groups, length, branches=3 if mismatched else 2)
-    say(what, counts | packing)
+    say_encoded(config, what, counts, packing)
     return rows
 
 
@@ -114,12 +114,14 @@ def _labelled_rows(
     asked = [record.messages[:-1] for record in records]
     others = _next_of_another_prompt(asked) if mismatched else None
     groups, dropped = [], 0
+    lengths: list[int] = []
     for index, record in enumerate(records):
         answering = [record, *([records[others[index]]] if others else [])]
         with naming(record.id):
             texts = [each.messages[-1].content for each in answering]
             prompt, branches = render_replies(asked[index], texts, tokenizer)
         tokens = len(prompt) + sum(map(len, branches))
+        lengths.append(tokens)
         if tokens <= length:
             groups.append(Group(prompt, tuple(branches), index))
             continue
@@ -134,8 +136,9 @@ def _labelled_rows(
         raise UserError(f"no examples of {what} are left: {dropped} were over-long")
     rows, packing = pack_groups(groups, length, branches=2 if mismatched else 1)
     labels = np.where(rows["valid"] > 0, by_record[rows["example_ids"]], 0)
-    counts = {"records": len(records), "dropped": dropped, "good": float(by_record.mean())}
-    say(what, counts | packing)
+    counts = {"records": len(records), "dropped": dropped, "truncated": 0}
+    counts["keeps_95"] = length_of_share(lengths)
+    say_encoded(config, what, counts, {"good": float(by_record.mean())} | packing)
     return rows | {"labels": labels[..., None].astype(np.float32)}
 
 

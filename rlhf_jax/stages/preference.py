@@ -36,6 +36,7 @@ from rlhf_jax.stages.chat import evaluate_chat, held_out_prompts, sampled_metric
 from rlhf_jax.stages.common import (
     Evaluated,
     batches_of,
+    few_records,
     fit,
     load_start,
     parse_sources,
@@ -85,7 +86,10 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         config, run, reference, loss_fn, batches, evaluate, keeps_start=keeps_start
     )
     save_model(run.path, model)
-    metrics |= evaluate_chat(config, run.path, model, parents["policy"], plots)
+    tables = few_records("held-out preferences", int(held_out["valid"].sum()))
+    metrics |= evaluate_chat(
+        config, run.path, model, parents["policy"], plots, further={"tables": tables}
+    )
     if "reward" in parents:
         judge = read_summary(parents["reward"])["metrics"]
         for name in ("accuracy", "accuracy_low", "accuracy_high"):

@@ -34,6 +34,7 @@ from rlhf_jax.rewards import normalization_of
 from rlhf_jax.stages.common import (
     Evaluated,
     batches_of,
+    few_records,
     fit,
     load_start,
     parse_sources,
@@ -74,7 +75,8 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         model = dataclasses.replace(model, normalization=(mean, std))
         metrics |= {"eval/reference_score_mean": mean, "eval/reference_score_std": std}
     save_model(run.path, model)
-    write_evaluation(run.path, plots=plots)
+    tables = few_records("held-out preferences", int(held_out["valid"].sum()))
+    write_evaluation(run.path, tables, plots)
     return metrics
 
 

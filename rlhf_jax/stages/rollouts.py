@@ -19,6 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlhf_jax.data.chat import AnyTokenizer, decode_text, render_prompt
+from rlhf_jax.data.encode import length_of_share
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.data.pipeline import pad_rows, random_bits
 from rlhf_jax.data.records import Prompt
@@ -49,6 +50,7 @@ from rlhf_jax.stages.common import (
     read_records,
     say,
     step_tokens,
+    warn_over_long,
 )
 from rlhf_jax.training.mesh import batch_shards
 from rlhf_jax.training.model import Model, load_model
@@ -121,6 +123,13 @@ def read_prompts(config: ConfigDict, tokenizer: AnyTokenizer, source: str, split
     tokens = [render_prompt(record.messages, tokenizer) for record in records]
     kept = [i for i, ids in enumerate(tokens) if len(ids) <= limit]
     say(f"{source} ({split}) prompts", {"read": len(records), "too long": len(records) - len(kept)})
+    warn_over_long(
+        f"{source} ({split}) prompts",
+        len(records) - len(kept),
+        len(records),
+        length_of_share([*map(len, tokens)]),
+        f"left out, longer than rollout.max_prompt_tokens = {limit}",
+    )
     if not kept:
         raise UserError(
             f"none of the {len(records)} prompts of {source!r} has at most "

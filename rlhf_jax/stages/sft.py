@@ -21,12 +21,13 @@ from rlhf_jax.stages.chat import evaluate_chat
 from rlhf_jax.stages.common import (
     batches_of,
     check_unrendered,
+    few_records,
     fit,
     load_start,
     pack_texts,
     parse_sources,
     read_records,
-    say,
+    say_encoded,
     say_stripped,
     step_tokens,
 )
@@ -59,7 +60,10 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     batches = batches_of(config, base, rows, weights)
     model, metrics, _ = fit(config, run, base, loss_fn, batches, evaluate)
     save_model(run.path, model)
-    return metrics | evaluate_chat(config, run.path, model, parents["policy"])
+    tables = few_records("held-out conversations", int(held_out["segment_ids"].max(1).sum()))
+    return metrics | evaluate_chat(
+        config, run.path, model, parents["policy"], further={"tables": tables}
+    )
 
 
 def _pack(config: ConfigDict, source: str, split: str, tokenizer: AnyTokenizer) -> Arrays:
@@ -71,6 +75,6 @@ def _pack(config: ConfigDict, source: str, split: str, tokenizer: AnyTokenizer) 
     )
     share = check_trained_share(documents)
     rows, packing = pack_documents(documents, length)
-    say(what, counts | packing | {"trained": share})
+    say_encoded(config, what, counts, packing | {"trained": share})
     say_stripped(what, counts["stripped"], counts["turns"])
     return rows

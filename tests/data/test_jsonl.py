@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import lzma
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import jsonl
+from rlhf_jax.data.foreign import parse_columns
 from rlhf_jax.data.jsonl import count_rows, read_jsonl, take_slice
 from rlhf_jax.data.records import Conversation, Message, Pair, Prompt, Text
 from rlhf_jax.errors import UserError
@@ -62,7 +64,7 @@ BAD = [
     ("text", b'{"text": "\xff"}', "bad UTF-8.*column 11"),
     ("text", b'\xef\xbb\xbf{"text": "x"}', "byte order mark"),
     ("text", b'{"text": "\\ud800"}', "lone surrogate"),
-    ("text", b'{"txt": "x"}', r"missing key.*needs \{'text'\}; found \{'txt'\}"),
+    ("text", b'{"txt": "x"}', r"missing key.*needs \{'text'\} or .*; found \{'txt'\}"),
     ("text", b'{"text": "x", "text": "y"}', "duplicate key.*'text'"),
     ("text", b'{"text": "x", "id": []}', "field 'id'"),
     ("text", b'{"text": "x", "meta": 3}', "'meta' must be an object"),
@@ -342,3 +344,151 @@ def test_parquet_rows_are_the_same_records(tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(UserError, match="cannot read row 1"):
         read_jsonl(path, "pair")
+
+
+def share_gpt(*turns, **more):
+    return {"conversations": [{"from": f, "value": v} for f, v in turns], **more}
+
+
+CALL = '{"name": "add", "arguments": {"a": 1}}'
+FOREIGN = [  # kind, name said, theirs, ours
+    (
+        "conversation",
+        "ShareGPT",
+        share_gpt(("system", "be"), ("human", "hi"), ("gpt", "yo")),
+        {"messages": [{"role": "system", "content": "be"}, U, A]},
+    ),
+    (
+        "conversation",
+        "ShareGPT",
+        share_gpt(("human", "hi"), ("gpt", "yo"), system="be"),
+        {"messages": [{"role": "system", "content": "be"}, U, A]},
+    ),
+    (
+        "conversation",
+        "ShareGPT",
+        share_gpt(("human", "hi"), ("function_call", CALL), ("observation", "3"), ("gpt", "yo")),
+        {
+            "messages": [
+                U,
+                {
+                    "role": "assistant",
+                    "tool_calls": [
+                        {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+                    ],
+                },
+                {"role": "tool", "content": "3"},
+                A,
+            ]
+        },
+    ),
+    (
+        "pair",
+        "ShareGPT",
+        share_gpt(
+            ("human", "hi"),
+            chosen={"from": "gpt", "value": "yo"},
+            rejected={"from": "gpt", "value": "no"},
+        ),
+        {"prompt": "hi", "chosen": "yo", "rejected": "no"},
+    ),
+    ("prompt", "ShareGPT", share_gpt(("human", "hi"), ("gpt", "yo")), {"prompt": "hi"}),
+    ("text", "ShareGPT", share_gpt(("human", "hi"), ("gpt", "yo")),
+     {"text": "User: hi\n\nAssistant: yo"}),
+    ("preference", "ShareGPT", share_gpt(("human", "hi"), ("gpt", "yo"), label=True),
+     {"messages": [U, A], "label": True}),
+    ("conversation", "Alpaca", {"instruction": "hi", "input": "", "output": "yo"},
+     {"messages": [U, A]}),
+    ("conversation", "Alpaca", {"instruction": "hi", "input": "x", "output": "yo"},
+     {"prompt": "hi\n\nx", "completion": "yo"}),
+    ("conversation", "Alpaca",
+     {"instruction": "hi", "output": "yo", "history": [["hi", "yo"]], "input": None},
+     {"messages": [U, A, U, A]}),
+    ("conversation", "Dolly", {"instruction": "hi", "context": "x", "response": "yo"},
+     {"prompt": "hi\n\nx", "completion": "yo"}),
+    ("pair", "Alpaca", {"instruction": "hi", "input": "x", "chosen": "yo", "rejected": "no"},
+     {"prompt": "hi\n\nx", "chosen": "yo", "rejected": "no"}),
+    ("prompt", "Alpaca", {"instruction": "hi"}, {"prompt": "hi"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "name", "theirs", "ours"), FOREIGN)
+def test_foreign_formats_are_ours_and_said(tmp_path, capsys, kind, name, theirs, ours):
+    (found,) = read_jsonl(write(tmp_path, theirs), kind)
+    assert f"records of {name}, read as {kind}" in capsys.readouterr().out
+    (same,) = read_jsonl(write(tmp_path, ours), kind)
+    assert dataclasses.replace(found, meta={}) == dataclasses.replace(same, meta={})
+
+
+def test_columns_are_named(tmp_path, capsys):
+    path = write(tmp_path, {"question": "hi", "answer": "yo", "n": 3})
+    columns = {"prompt": "question", "completion": "answer"}
+    (record,) = read_jsonl(path, "conversation", columns=columns)
+    assert record.messages == (Message("user", "hi"), Message("assistant", "yo"))
+    assert record.meta == {"n": "3"}
+    assert "prompt from 'question', completion from 'answer'" in capsys.readouterr().out
+    (swapped,) = read_jsonl(
+        write(tmp_path, {"prompt": "p", "chosen": "a", "rejected": "b"}),
+        "pair",
+        columns={"chosen": "rejected", "rejected": "chosen"},
+    )
+    assert (swapped.chosen, swapped.rejected) == ("b", "a")
+    with pytest.raises(UserError, match="names 'quest'; there are 'answer', 'n', 'question'"):
+        read_jsonl(write(tmp_path, {"question": "hi", "answer": "yo", "n": 3}), "conversation",
+                   columns={"prompt": "quest"})  # fmt: skip
+    assert parse_columns(" prompt:question, completion:answer") == columns
+    assert parse_columns("") == {}
+    for spec in ("prompt", "prompt:", ":a", "prompt:a,prompt:b"):
+        with pytest.raises(ValueError, match=r"write field:column"):
+            parse_columns(spec)
+
+
+def test_errors_name_the_forms_and_the_knob(tmp_path):
+    for kind in ("conversation", "pair", "preference", "prompt"):
+        with pytest.raises(UserError, match=r"ShareGPT.*Alpaca.*data\.columns.*max_bad_fraction"):
+            read_jsonl(write(tmp_path, {"nothing": "known"}), kind)
+    with pytest.raises(UserError, match=r"bad format: conversations\[0\] must have 'from'"):
+        read_jsonl(write(tmp_path, {"conversations": [{"value": "x"}]}), "conversation")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".json.gz", ".json.xz"])
+@pytest.mark.parametrize("array", [False, True])
+def test_json_files_are_lines_or_an_array(tmp_path, suffix, array):
+    rows = [json.dumps({"text": text}, indent=1 if array else None) for text in "abc"]
+    content = " [\n" + ",\n".join(rows) + "]\n" if array else "\n\n".join(rows)
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(suffix[-3:], open)
+    path = tmp_path / f"mine{suffix}"
+    with opener(path, "wb") as file:
+        file.write(content.encode())
+    assert [record.text for record in read_jsonl(path, "text")] == ["a", "b", "c"]
+    assert count_rows(path) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[]", "no records"),
+        (b'[{"text": "x"}', r"invalid JSON array: .* at line 1"),
+        (b'[{"text": "x"},]', "invalid JSON array"),
+        (b'[{"text": "x"}] 3', "invalid JSON array"),
+        (b'[{"text": "x"}, 3]', "mine.json:2: wrong type"),
+        (b'[{"text": "x"}, {"text": "x", "text": "y"}]', "mine.json:2: duplicate key"),
+        (b'[{"text": "x"}, {"text": NaN}]', "mine.json:2: invalid JSON"),
+        (b'[{"text": "\xff"}]', "cannot read"),
+        (b'[{"text": ' + b"9" * 5000 + b"}]", "invalid JSON array"),
+        (b"[" * 100_000, "invalid JSON array"),
+    ],
+)
+def test_bad_arrays_are_named(tmp_path, content, message):
+    path = tmp_path / "mine.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_jsonl(path, "text")
+
+
+def test_bad_objects_of_an_array_are_counted(tmp_path):
+    path, skipped = tmp_path / "mine.json", Counter()
+    path.write_bytes(b'[{"text": "x"}, {"text": NaN}, {"text": "y"}, 3]')
+    records = read_jsonl(path, "text", max_bad_fraction=0.5, skipped=skipped)
+    assert [record.text for record in records] == ["x", "y"]
+    assert skipped == {"invalid JSON": 1, "wrong type": 1}

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import gzip
+import importlib.util
+import json
+import sys
 import time
+from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rlhf_jax.data.builders import load_records
+from rlhf_jax.data.builders import data_folder, load_records
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.data.town.gold import gold_score, is_correct
 from rlhf_jax.errors import UserError
 from rlhf_jax.rewards import Scores, TextScorers, parse_rewards
-from rlhf_jax.rewards.scorers import last_number
+from rlhf_jax.rewards.answers import number
 
 
 def prompt(name="a", **meta) -> Prompt:
@@ -62,7 +68,7 @@ def test_parse_rewards_refuses(spec, says):
 
 
 @pytest.mark.parametrize(
-    ("text", "number"),
+    ("text", "value"),
     [
         ("72", "72"),
         ("#### 72", "72"),
@@ -93,9 +99,8 @@ def test_parse_rewards_refuses(spec, says):
         ("$", None),
     ],
 )
-def test_last_number(text, number):
-    found = last_number(text)
-    assert (found is None) if number is None else found == type(found)(number)
+def test_number(text, value):
+    assert number(text) == (None if value is None else Fraction(value))
 
 
 def test_number_is_exact_and_of_any_style():
@@ -240,3 +245,83 @@ def test_calls_that_do_not_fit_are_bugs():
         score({"length": 1}, [prompt()], ["x"], given={"model": np.zeros(1)})
     with pytest.raises(ValueError, match="2 prompts, 1 responses"):
         score({"length": 1}, [prompt()] * 2, ["x"])
+
+
+MATH = [
+    ("12", "The answer is 12 (see step 3)", 1),
+    ("3", "The answer is 12 (see step 3)", 0),
+    (r"\frac12", "1/2", 1),
+    ("1/2", r"\boxed{\frac{1}{2}}", 1),
+    ("3000", "3 000", 1),
+    ("1000", "1e3", 1),
+    ("1", "1e3", 0),
+    ("18", r"\$18", 1),
+    ("18", "She makes $18 a day, since $9 * 2 = $18.", 1),
+    ("1234.5", "1.234,5", 1),
+    ("1.234", "1.234,5", 0),
+    ("1 1/2", "3/2", 1),
+    ("-5", "−5", 1),
+    ("72", "so 48+24=72 clips.\n#### 72", 1),
+    ("#### 72", r"\boxed{72}", 1),
+    ("7", r"\boxed{3} and \boxed{7}", 1),
+    ("3", r"\boxed{3} and \boxed{7}", 0),
+    ("50%", "0.5", 1),
+    ("0.5", r"\boxed{50\%}", 1),
+    ("1/3", "0.3333333", 1),
+    ("1/3", "0.33", 0),
+    ("5", "", 0),
+    ("8", "The answer is 3 + 5", 1),
+    ("$2^3$", "8", 1),
+    ("2", r"\boxed{2\sqrt{3}}", 0),
+    (r"2\sqrt{3}", r"\boxed{\sqrt{12}}", 1),
+    (r"\frac{\sqrt{2}}{2}", r"\boxed{1/\sqrt{2}}", 1),
+    (r"2\pi", r"The answer is $2\pi$.", 1),
+    (r"\pi", "3.14", 0),
+    ("x^2+2x+1", r"\boxed{(x+1)^2}", 1),
+    ("y = 2x + 3", "$y=3+2x$", 1),
+    ("(1,2)", "The answer is $(1,2)$.", 1),
+    ("(1,2)", "(2, 1)", 0),
+    (r"\{1,2\}", r"$\{2,1\}$", 1),
+    ("[0,1)", "$[0,1)$", 1),
+    ("[0,1)", "$[0,1]$", 0),
+    ("5", r"\boxed{__import__('os').getpid()}", 0),
+]
+
+
+def test_mathematics():
+    pytest.importorskip("math_verify")
+    references, responses, _ = zip(*MATH, strict=True)
+    prompts = [prompt(answer=reference) for reference in references]
+    found = score({"math": 1}, prompts, responses)
+    wrong = [row for row, value in zip(MATH, found.total, strict=True) if row[2] != value]
+    assert wrong == [] and found.valid.all()
+
+
+def test_an_answer_that_takes_too_long_is_wrong_and_ends_nothing(caplog):
+    pytest.importorskip("math_verify")
+    responses = [r"\boxed{9^{9^{9^9}}}", "$(10^9)!$", r"\boxed{5}"]
+    found = score({"math": 1}, [prompt(answer="5")] * 3, responses, timeout_seconds=0.5)
+    assert found.total.tolist() == [0, 0, 1] and found.failures == {}
+    assert "2 answers were too long to compare" in caplog.text
+
+
+def test_mathematics_needs_its_package_and_a_reference(monkeypatch):
+    pytest.importorskip("math_verify")
+    with pytest.raises(UserError, match=r"'math', prompt 'a': the record has no meta\['answer'\]"):
+        score({"math": 1}, [prompt()], ["5"])
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="'math' needs the package math-verify: pip install"):
+        parse_rewards("math=1")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_answers_of_gsm8k_are_right(split):
+    path = (data_folder() or Path()) / f"sft_gsm8k/{split}.jsonl.gz"
+    if not path.is_file():
+        pytest.skip("GSM8K is not here")
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        replies = [json.loads(line)["answer"] for line in file]
+    prompts = [prompt(answer=reply.rpartition("####")[2].strip()) for reply in replies]
+    replies = [f"{reply}\n(in {len(reply)} letters)" for reply in replies]
+    assert score({"number": 1}, prompts, replies).total.min() == 1

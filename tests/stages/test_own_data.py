@@ -56,6 +56,20 @@ def test_the_end_of_every_file_is_held_out(tmp_path, capsys):
     assert given.data.validation == "" and settle_sources(config) == config
 
 
+@pytest.mark.parametrize("array", [False, True])
+def test_json_files_are_sliced_held_out_and_renamed(tmp_path, array):
+    rows = [{"question": f"{i}?", "answer": f"{i}."} for i in range(40)]
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(rows) if array else "\n".join(map(json.dumps, rows)))
+    config = config_of(f"{path}")
+    config.data.columns = "prompt:question,completion:answer"
+    config = settle_sources(config)
+    assert (config.data.train, config.data.validation) == (f"{path}[:95%]", f"{path}[95%:]")
+    held_out = read_records(config, config.data.validation, "conversation", "validation")
+    assert [r.messages[-1].content for r in held_out] == ["38.", "39."]
+    assert len(read_records(config, f"{path}[:10]", "prompt", "train")) == 10
+
+
 def test_what_is_stated_stays():
     config = settle_sources(config_of("town", "town", ""))
     assert (config.data.train, config.data.validation, config.eval.source) == ("town",) * 3
@@ -68,6 +82,7 @@ def test_what_is_stated_stays():
         ("", "set --config.data.train="),
         ("town", "'town' is no file of yours"),
         ("{a}[:50%]", "is sliced already"),
+        ("/tmp/mine.txt", r"unknown data set '/tmp/mine.txt'.*files named \*\.jsonl, \*\.json,"),
         ("{a}.jsonl", "cannot read"),
     ],
 )
