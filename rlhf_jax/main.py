@@ -8,6 +8,7 @@ codes: 0 done, 75 stopped but resumable, 2 the user's mistake, 1 a bug.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -68,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         from rlhf_jax.stages import chain, preflight
 
         if argv is None:  # a process of its own
+            logging.basicConfig(format="warning: %(message)s", level=logging.WARNING, force=True)
             split_cores()
             keep_compilations()
         if values.preflight:
