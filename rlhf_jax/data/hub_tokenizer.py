@@ -45,7 +45,7 @@ class HubTokenizer:
     """An immutable tokenizer.json with its settings.
 
     Attributes:
-      vocab_size: ids are 0 … vocab_size − 1.
+      ids: of its tokens. vocab_size: the highest of them and 1.
       bos, end: ids of the token that begins a text, None where it has none, and of that which ends
         one. ends: ids that end a reply.
       hash: of all that decides ids.
@@ -64,7 +64,8 @@ class HubTokenizer:
         self._content = _parsed(text)
         whole = _built(self._content)
         self._whole = whole
-        self.vocab_size = whole.get_vocab_size()
+        self.ids = frozenset(whole.get_vocab().values())
+        self.vocab_size = 1 + max(self.ids, default=-1)
         self._added = _added_tokens(self._content)
         names = sorted((a.text for a in self._added), key=len, reverse=True)
         self._names = re.compile("|".join(map(re.escape, names)) or r"(?!)")
@@ -78,7 +79,7 @@ class HubTokenizer:
             raise UserError("the tokenizer names no eos_token, so nothing would end a text")
         self.end = self._id(eos)
         for each in ends:
-            if not 0 <= each < self.vocab_size:
+            if each not in self.ids:
                 raise UserError(f"eos_token_id {each} is no id of the tokenizer")
         probe = whole.encode("a").ids
         self._adds_bos = self.bos is not None and bool(probe) and probe[0] == self.bos

@@ -284,7 +284,9 @@ def _laid(stage: str, merged: dict[str, dict[str, Any]], sections: Mapping[str, 
 
 def model(preset: str, **changes: Any) -> ConfigDict:
     """A preset's shape, every field open to `--config.model.…`."""
-    return fields(dataclasses.replace(PRESETS[preset], **changes))
+    shape = fields(dataclasses.replace(PRESETS[preset], **changes))
+    del shape.unused  # follows from a tokenizer
+    return shape
 
 
 def chat_evaluation(**changes: Any) -> dict[str, Any]:
