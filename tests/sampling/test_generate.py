@@ -14,7 +14,7 @@ from scipy.stats import chisquare
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import ModelConfig, apply, init, logits
-from rlhf_jax.models.scoring import target_statistics
+from rlhf_jax.models.scoring import target_kl, target_statistics
 from rlhf_jax.sampling import engine, generate
 from rlhf_jax.sampling.generate import _Watch
 from tests.models.small import KINDS, forward, noisy, random_tokens
@@ -407,6 +407,22 @@ def test_what_is_sampled_and_scored_is_of_the_ids_in_use(temperature, softcap):
         }
         scored = target_statistics(config, PARAMS, batch, temperature=temperature or 1.0)
         np.testing.assert_allclose(scored.logprobs[0, -20:], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_kl_of_whole_distributions_is_of_the_ids_in_use():
+    config, other = dataclasses.replace(CONFIG, unused=UNUSED), init(CONFIG, jax.random.key(1))
+    steps = {"positions": jnp.arange(4)[None], "segment_ids": jnp.ones((1, 4), jnp.int32)}
+    batch = {"tokens": jnp.array([[1, 2, 3, 4]]), "sources": steps["positions"], **steps}
+
+    def logprobs(params):
+        hidden = apply(config, params, batch["tokens"]).hidden
+        return jax.nn.log_softmax(logits(config, params, hidden)[..., WORDS])
+
+    p, q = logprobs(PARAMS), logprobs(other)
+    found = target_kl(config, PARAMS, other, batch)
+    np.testing.assert_allclose(found, (jnp.exp(p) * (p - q)).sum(-1), rtol=1e-5, atol=1e-6)
+    gradient = jax.grad(lambda params: target_kl(config, params, other, batch).sum())(PARAMS)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
 def test_a_choice_of_unused_ids_alone_is_named():

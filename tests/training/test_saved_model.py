@@ -62,6 +62,7 @@ def test_ids_that_no_word_has_are_known(tmp_path, capsys):
     path = given / "tokenizer.json"
     document = json.loads(path.read_text())
     document["added_tokens"][-1]["id"] = tokens + 1
+    document["model"]["vocab"] |= {a["content"]: a["id"] for a in document["added_tokens"]}
     path.write_text(json.dumps(document))
     config = dataclasses.replace(HUB, vocab_size=tokens + 9)
     write_weights(given, config, transformer.init(config, jax.random.key(0)))
