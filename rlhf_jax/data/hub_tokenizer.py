@@ -68,7 +68,7 @@ class HubTokenizer:
     """An immutable tokenizer.json with its settings.
 
     Attributes:
-      vocab_size: ids are 0 … vocab_size − 1.
+      ids: of its tokens. vocab_size: the highest of them and 1.
       bos, end: ids of the token that begins a text, None where it has none, and of that which ends
         one.
       pad: id of the token that fills batches, None where none is named.
@@ -97,7 +97,8 @@ class HubTokenizer:
         self._came = dict(came or {})
         content = _parsed(text)
         self._whole = _built(content)
-        self.vocab_size = self._whole.get_vocab_size()
+        self.ids = frozenset(self._whole.get_vocab().values())
+        self.vocab_size = 1 + max(self.ids, default=-1)
         if eos is None:
             raise UserError(_NO_EOS)
         bos = None if bos is None else self._named(bos, "bos_token_id")
@@ -120,7 +121,7 @@ class HubTokenizer:
         self._number = {a.text: a.id for a in self._added} | marks
         self._by_id = {number: text for text, number in self._number.items()}
         for each in ends:
-            if not 0 <= each < self.vocab_size:
+            if each not in self.ids:
                 raise UserError(f"eos_token_id {each} is no id of the tokenizer")
         probe = whole.encode("a").ids
         self._adds_bos = self.bos is not None and bool(probe) and probe[0] == self.bos

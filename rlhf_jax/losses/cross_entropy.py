@@ -19,9 +19,13 @@ import jax.numpy as jnp
 from rlhf_jax.losses.checks import check_rank, check_same_shape
 from rlhf_jax.losses.reductions import Reduction, at_least_f32, keep_weighted, weighted_sums
 
+Ranges = tuple[tuple[int, int], ...]  # of ids: from the first to before the second of each
+
 
 class TokenStatistics(NamedTuple):
     """What losses need to know of a token's distribution p = softmax(l); all fields [...], nats.
+
+    V is the number of words that are not left out as unused.
 
     logprobs: log p(target). logsumexp: L = log Σᵥ exp lᵥ. mean_logit: Σᵥ lᵥ / V.
     entropy: −Σᵥ pᵥ log pᵥ. correct: 1 where the target is the first of the highest logits, else 0.
@@ -37,7 +41,7 @@ class TokenStatistics(NamedTuple):
 class _Options(NamedTuple):
     """The static part of a call: `vocab` is V before its chunks are padded to one size, if so.
 
-    layout: "vd" or "dv", the axes of the unembedding.
+    layout: "vd" or "dv", the axes of the unembedding. unused: see `token_statistics`.
     """
 
     vocab: int
@@ -45,6 +49,17 @@ class _Options(NamedTuple):
     temperature: float
     softcap: float | None
     layout: str
+    unused: Ranges = ()
+
+    @property
+    def masked(self) -> bool:
+        """Whether there are columns that are no words."""
+        return self.padded or bool(self.unused)
+
+    @property
+    def words(self) -> int:
+        """How many columns are words."""
+        return self.vocab - sum(stop - start for start, stop in self.unused)
 
 
 def token_statistics(
@@ -56,6 +71,7 @@ def token_statistics(
     temperature: float = 1.0,
     softcap: float | None = None,
     layout: str = "vd",
+    unused: Ranges = (),
     chunk_tokens: int = 1024,
     chunk_vocab: int | None = None,
 ) -> TokenStatistics:
@@ -76,6 +92,8 @@ def token_statistics(
       temperature, softcap: Python numbers > 0.
       layout: "dv" for an unembedding that is [D, V], as a kernel is: neither it nor its gradient
         is then transposed.
+      unused: ids that are no words, in order and not all: no field counts their logits, whose
+        gradient is 0, and a target that is one has a log-prob near the lowest of all floats.
       chunk_tokens, chunk_vocab: most tokens and words a chunk; None takes the vocabulary whole.
 
     Returns:
@@ -97,7 +115,7 @@ def token_statistics(
         unembedding, layout = unembedding.T, "vd"
     words = unembedding[None] if layout == "dv" else _chunks(unembedding, chunk_vocab or vocab)
     statistics = _statistics(
-        _Options(vocab, vocab % len(words) != 0, temperature, softcap, layout),
+        _Options(vocab, vocab % len(words) != 0, temperature, softcap, layout, unused),
         _strided(hidden.reshape(-1, width), chunk_tokens),
         words,
         None if bias is None else _chunks(bias, chunk_vocab or vocab),
@@ -154,6 +172,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     layout: str = "vd",
+    unused: Ranges = (),
     chunk_tokens: int = 512,
 ) -> tuple[Reduction, dict[str, Reduction]]:
     """`token_cross_entropy` of `token_statistics`, its gradient taken in the forward pass.
@@ -180,7 +199,7 @@ def cross_entropy(
     hidden, unembedding, targets, weights = _vary_alike(hidden, unembedding, targets, weights)
     flat = hidden.reshape(-1, width), targets.reshape(-1), weights.reshape(-1)
     total, (weight, metrics) = _summed_cross_entropy(
-        _Options(vocab, False, 1.0, softcap, layout),
+        _Options(vocab, False, 1.0, softcap, layout, unused),
         (label_smoothing, z_loss),
         unembedding,
         *(_strided(x, chunk_tokens) for x in flat),
@@ -243,8 +262,16 @@ def _lowest(dtype: jnp.dtype) -> float:
     return float(jnp.finfo(dtype).min / 4)
 
 
+def _are_words(options: _Options, columns: jax.Array) -> jax.Array:
+    """Bool, for every column."""
+    found = columns < options.vocab
+    for start, stop in options.unused:
+        found &= (columns < start) | (columns >= stop)
+    return found
+
+
 def _logits(options: _Options, hidden, words, bias, columns) -> jax.Array:
-    """[c, v] logits of one chunk; those of padding words are far below any other.
+    """[c, v] logits of one chunk; those of columns that are no words are far below any other.
 
     The barrier has them computed once: a fusion that recomputes them may round another way, and
     then no logit equals the highest.
@@ -257,8 +284,8 @@ def _logits(options: _Options, hidden, words, bias, columns) -> jax.Array:
         logits = options.softcap * jnp.tanh(logits / options.softcap)
     if options.temperature != 1:
         logits = logits / options.temperature
-    if options.padded:
-        logits = jnp.where(columns < options.vocab, logits, _lowest(dtype))
+    if options.masked:
+        logits = jnp.where(_are_words(options, columns), logits, _lowest(dtype))
     return jax.lax.optimization_barrier(logits)
 
 
@@ -278,7 +305,7 @@ def _chunk_statistics(options: _Options, keep: bool, hidden, words, bias, target
         scale = jnp.exp(top - higher)
         moment = scale * (moment + mass * (top - higher)) + jnp.sum(exps * shifted, -1)
         mass = scale * mass + jnp.sum(exps, -1)
-        real = jnp.where(columns < options.vocab, logits, 0) if options.padded else logits
+        real = jnp.where(_are_words(options, columns), logits, 0) if options.masked else logits
         total += jnp.sum(real, -1)
         offset = targets - columns[0]
         here = (offset >= 0) & (offset < columns.size) & (targets < options.vocab)
@@ -301,7 +328,7 @@ def _chunk_statistics(options: _Options, keep: bool, hidden, words, bias, target
     statistics = TokenStatistics(
         logprobs=(target_logit - top) - log_mass,
         logsumexp=top + log_mass,
-        mean_logit=total / options.vocab,
+        mean_logit=total / options.words,
         entropy=log_mass - moment / mass,
         correct=(best == targets).astype(dtype),
     )
@@ -317,13 +344,13 @@ def _logit_gradient(options: _Options, logits, columns, targets, statistics, cot
     logprobs = logits - statistics.logsumexp[:, None]
     entropy = statistics.entropy[:, None]
     gradient = jnp.exp(logprobs) * (to_sum - to_target - to_entropy * (logprobs + entropy))
-    gradient += jnp.where(columns == targets[:, None], to_target, 0) + to_mean / options.vocab
+    gradient += jnp.where(columns == targets[:, None], to_target, 0) + to_mean / options.words
     if options.softcap is not None:
         gradient *= 1 - (logits * options.temperature / options.softcap) ** 2
     used = jnp.any(jnp.stack(cotangents) != 0, axis=0)[:, None]
     if options.temperature != 1:
         gradient = gradient / options.temperature
-    return jnp.where(used & (columns < options.vocab) if options.padded else used, gradient, 0)
+    return jnp.where(used & _are_words(options, columns) if options.masked else used, gradient, 0)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
 from rlhf_jax.errors import UserError
 
 _CHOICES = {
@@ -40,6 +42,8 @@ class ModelConfig:
     `max_length` is the context the model is made for: rows of a learned position table, and the
     limit of generation. Parameters are float32 always; `compute_dtype` is that of activations and
     matrix products, while softmax, norm statistics, logits and scores stay float32.
+    Logits of `unused` ids, rows that pad a vocabulary, count nowhere: they are never drawn, and
+    probabilities are of the other ids.
     """
 
     vocab_size: int
@@ -82,6 +86,7 @@ class ModelConfig:
     attention_softcap: float | None = None
     sliding_window: int | None = None  # tokens visible back, the present one included
     window_pattern: str = "w"  # of layers, repeated: w has the window, g sees everything
+    unused: tuple[tuple[int, int], ...] = ()  # ids from … to before … that no word has, in order
     head: str = "lm"  # "lm", or "scalar" for reward and value models
     init_std: float = 0.02
     copy_init: bool = False  # attention starts by adding what it attends to: `transformer.init`
@@ -89,6 +94,10 @@ class ModelConfig:
     remat: str = "none"  # what the backward pass recomputes: "none", "full", "dots" (all but dots)
     attention: str = "reference"  # the kernel: models/fused_attention.py
     unroll: int = 4  # layers a turn of the scan; more is faster in small models, 1 compiles fastest
+
+    def __post_init__(self):
+        # JSON has no tuples, and a config must be hashable.
+        object.__setattr__(self, "unused", tuple(map(tuple, self.unused)))
 
     def validate(self) -> ModelConfig:
         """Returns the config itself, or raises UserError naming the first field that is wrong."""
@@ -144,6 +153,12 @@ class ModelConfig:
             raise UserError("model.parallel = True: only with norm_place = 'before'")
         if self.norm_bias and self.norm == "rms":
             raise UserError("model.norm_bias = True: only norm = 'layer' has a bias")
+        bounds = [0, *(bound for each in self.unused for bound in each), self.vocab_size]
+        if bounds != sorted(bounds) or self.unused == ((0, self.vocab_size),):
+            raise UserError(
+                f"model.unused = {self.unused}: give ranges of ids in order, below model.vocab_size"
+                f" = {self.vocab_size} and not all of them"
+            )
         self._check_attention()
         return self
 
@@ -158,6 +173,14 @@ class ModelConfig:
             raise UserError(
                 f"{stated} takes no layers with a window beside layers without: choose 'xla'"
             )
+
+    @property
+    def words(self) -> np.ndarray:
+        """Bool [vocab_size]: the ids that are not `unused`."""
+        found = np.ones(self.vocab_size, bool)
+        for start, stop in self.unused:
+            found[start:stop] = False
+        return found
 
     @property
     def rotary_dim(self) -> int:

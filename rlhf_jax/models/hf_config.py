@@ -17,6 +17,7 @@ from typing import Any
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.hf_files import headers, same_numbers
 
 Json = dict[str, Any]
 
@@ -31,6 +32,7 @@ class Family:
       document: (config) → config.json without what all have.
       defaults: what transformers assumes where a key is absent.
       bases: prefixes its tensors' names may have, the first is what is written.
+      embedding, head: names of the tensors that may be tied, that of the embedding after the base.
     """
 
     class_name: str
@@ -38,10 +40,15 @@ class Family:
     document: Callable[[ModelConfig], Json]
     defaults: Json
     bases: tuple[str, ...] = ("model.",)
+    embedding: str = "embed_tokens.weight"
+    head: str = "lm_head.weight"
 
 
 def read_config(directory: Path) -> tuple[str, ModelConfig]:
     """(model type, config) of a Hugging Face directory.
+
+    As in transformers a head in its files that is not the embedding is used, whatever config.json
+    says of tying the two.
 
     Raises:
         UserError: there is no config.json, it wants code of its own (`auto_map`) or quantised
@@ -70,9 +77,25 @@ def read_config(directory: Path) -> tuple[str, ModelConfig]:
     fields = family.fields(reader) | {"head": _head(path, document)}
     reader.finish()
     try:
-        return kind, ModelConfig(**fields).validate()
+        config = ModelConfig(**fields).validate()
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    if config.tied_embeddings and config.head == "lm" and _has_own_head(family, directory):
+        reader.say(f"tie_word_embeddings is true, but {family.head} is another: not tied")
+        config = dataclasses.replace(config, tied_embeddings=False)
+    return kind, config
+
+
+def _has_own_head(family: Family, directory: Path) -> bool:
+    if not any(directory.glob("*.safetensors")):
+        return False  # `read_weights` names what is there instead
+    held = headers(directory)
+    embedding = next(
+        (b + family.embedding for b in family.bases if b + family.embedding in held), ""
+    )
+    return (
+        bool(embedding) and family.head in held and not same_numbers(held, embedding, family.head)
+    )
 
 
 def _head(path: Path, document: Json) -> str:
@@ -118,7 +141,7 @@ def to_document(config: ModelConfig) -> tuple[str, Json]:
 
 
 # What a config does not compute with, or only while it trains.
-_FREE = ("init_std", "copy_init", "compute_dtype", "remat", "unroll", "head")
+_FREE = ("init_std", "copy_init", "compute_dtype", "remat", "unroll", "head", "unused")
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
 
 
@@ -181,6 +204,7 @@ class _Reader:
     def __init__(self, path: Path, document: Mapping[str, Any], quiet: bool = False):
         self._path, self._document, self._quiet = path, document, quiet
         self._asked = set(_NEUTRAL)
+        self._tables: dict[str, _Reader] = {}
 
     def get(self, key: str) -> Any:
         self._asked.add(key)
@@ -211,14 +235,37 @@ class _Reader:
             raise self._wrong(key, value, f"one of {', '.join(choices)}")
         return choices[value]
 
-    def table(self, key: str) -> _Reader | None:
-        """A nested object, or None where there is none."""
+    def table(self, key: str) -> _Reader:
+        """A nested object, empty where there is none."""
         value = self.get(key)
-        if value is None:
-            return None
-        if not isinstance(value, dict):
+        if value is not None and not isinstance(value, dict):
             raise self._wrong(key, value, "an object")
-        return _Reader(Path(f"{self._path}: {key}"), value, self._quiet)
+        if key not in self._tables:
+            self._tables[key] = _Reader(Path(f"{self._path}: {key}"), value or {}, self._quiet)
+        return self._tables[key]
+
+    def changed(self, **values: Any) -> _Reader:
+        """The same with other values; what is asked of it is asked of this one."""
+        other = _Reader(self._path, {**self._document, **values}, self._quiet)
+        other._asked = self._asked
+        return other
+
+    def merged(self, other: _Reader) -> Json:
+        """The object, with what `other` says in its place."""
+        return {**self._document, **other._document}
+
+    def say(self, what: str) -> None:
+        if not self._quiet:
+            print(f"{self._path}: {what}", flush=True)
+
+    def refused(self, why: str) -> UserError:
+        return UserError(f"{self._path}: {why}")
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._document
+
+    def __len__(self) -> int:
+        return len(self._document)
 
     def finish(self) -> None:
         """Says which keys nobody asked for.
@@ -230,8 +277,8 @@ class _Reader:
             if (value := self._document[key]) not in _ONLY[key]:
                 raise UserError(f"{self._path}: {key} = {value!r:.80} is not supported")
         unknown = sorted(set(self._document) - self._asked - set(_ONLY))
-        if unknown and not self._quiet:
-            print(f"{self._path}: not used: {', '.join(unknown)}", flush=True)
+        if unknown:
+            self.say(f"not used: {', '.join(unknown)}")
 
     def _number(self, key: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -290,45 +337,72 @@ def _head_dim(reader: _Reader, fields: Json) -> int:
     return fields["width"] // fields["heads"]
 
 
-def _rope(reader: _Reader, fields: Json) -> Json:
-    """RoPE's fields from `rope_parameters`, or from `rope_theta` and `rope_scaling` of old."""
-    found = reader.table("rope_parameters")
-    if found is not None and found.get("full_attention") is not None:
-        found = found.table("full_attention")
-    scaling = found if found is not None else reader.table("rope_scaling")
-    theta = reader.get("rope_theta") is not None
-    made: Json = {
-        "rope_theta": (found or reader).real("rope_theta") if found or theta else 10_000.0
-    }
-    if scaling is None:
-        return made
+def _rope(reader: _Reader, fields: Json, theta: str = "rope_theta") -> Json:
+    """RoPE's fields as transformers 5 reads them.
+
+    `rope_scaling`, unless it is empty, stands for all of `rope_parameters`: what only the latter
+    says does not count. Where the one that counts has no θ it is that of the key `theta`.
+    """
+    table, parameters = reader.table("rope_scaling"), reader.table("rope_parameters")
+    table = table if len(table) else parameters
+    if "full_attention" in table or "sliding_attention" in table:
+        raise table.refused("its kinds of layers cannot differ in a model of this type")
+    stated = table.real("rope_theta") if "rope_theta" in table else reader.real(theta)
+    if "rope_theta" in parameters and (other := parameters.real("rope_theta")) != stated:
+        reader.say(
+            f"rope_scaling takes the place of rope_parameters: rope_theta is {stated}, not {other}"
+        )
+    reader.get(theta)
+    made = {"rope_theta": stated} | _rope_scaling(reader, table, fields)
+    share = "partial_rotary_factor"
+    for each in (table, reader) if len(made) > 1 and "rotary_fraction" not in fields else ():
+        if share in each and each.real(share) != 1:
+            raise each.refused(f"{share} is not supported for a model of this type")
+    table.finish()
+    return made
+
+
+def _rope_kind(table: _Reader) -> str:
+    """What `rope_type`, or `type` of old, says."""
     known = {k: k for k in ("default", "linear", "dynamic", "yarn", "llama3")}
-    names = [key for key in ("rope_type", "type") if scaling.get(key) is not None]
-    how = scaling.one_of(names[0], known) if names else "default"
-    if how in ("default", "dynamic"):  # NTK by length begins only beyond the trained one
-        if how == "dynamic":
-            print(
-                f"config.json: dynamic RoPE: exact up to {fields['max_length']} tokens", flush=True
-            )
-        return made
-    made |= {"rope_scaling": how, "rope_factor": scaling.real("factor")}
+    names = [key for key in ("rope_type", "type") if key in table]
+    kinds = {table.one_of(name, known) for name in names}
+    if len(kinds) > 1:
+        raise table.refused("its rope_type and its type differ")
+    return kinds.pop() if kinds else "default"
+
+
+def _rope_scaling(reader: _Reader, table: _Reader, fields: Json) -> Json:
+    """How the table divides frequencies."""
+    how = _rope_kind(table)
+    if how == "default":
+        return {}
+    factor = table.real("factor")
+    if how == "dynamic":  # NTK by length begins only beyond the trained one
+        reader.say(f"dynamic RoPE: exact up to {fields['max_length']} tokens")
+        return {}
+    made: Json = {"rope_scaling": how, "rope_factor": factor}
     if how == "linear":
         return made
-    if scaling.get("original_max_position_embeddings") is None:
-        made["rope_original_length"] = fields["max_length"]
-    else:
-        made["rope_original_length"] = scaling.whole("original_max_position_embeddings")
+    length = "original_max_position_embeddings"  # that of the top level comes first
+    holder = next((each for each in (reader, table) if length in each), None)
+    made["rope_original_length"] = fields["max_length"] if holder is None else holder.whole(length)
+    table.get(length)
     if how == "llama3":
-        low, high = scaling.real("low_freq_factor"), scaling.real("high_freq_factor")
+        low, high = table.real("low_freq_factor"), table.real("high_freq_factor")
         return made | {"rope_low": low, "rope_high": high}
-    for key, allowed in (("truncate", (None, True)), ("mscale_all_dim", (None, 0, 0.0))):
-        if scaling.get(key) not in allowed:
-            raise UserError(f"config.json: YaRN's {key} = {scaling.get(key)!r} is not supported")
-    slow, fast = scaling.optional("beta_slow"), scaling.optional("beta_fast")
+    if "truncate" in table and not table.flag("truncate"):
+        raise table.refused("YaRN's truncate = false is not supported")
+    slow, fast = table.optional("beta_slow"), table.optional("beta_fast")
+    attention = table.optional("attention_factor")
+    one, all_dims = table.optional("mscale"), table.optional("mscale_all_dim")
+    if attention is None and one and all_dims:
+        growth = 0.1 * math.log(max(factor, 1))
+        attention = (one * growth + 1) / (all_dims * growth + 1)
     return made | {
         "rope_low": 1.0 if slow is None else slow,
         "rope_high": 32.0 if fast is None else fast,
-        "rope_attention_factor": scaling.optional("attention_factor"),
+        "rope_attention_factor": attention,
     }
 
 
@@ -568,15 +642,24 @@ def _gemma3_fields(reader: _Reader) -> Json:
     for key in ("sliding_window_pattern", "_sliding_window_pattern"):
         if reader.get(key) is not None:
             every = reader.whole(key)
-    fields = _gemma2_fields(reader, every) | {"qk_norm": True}
-    parameters = reader.table("rope_parameters")
-    if parameters is None:
-        local = reader.optional("rope_local_base_freq")
-        return fields | {"rope_local_theta": 10_000.0 if local is None else local}
-    nested = parameters.table("sliding_attention")
-    if nested is None or nested.get("rope_type") not in (None, "default"):
-        raise UserError("config.json: rope_parameters.sliding_attention must be of type default")
-    return fields | {"rope_local_theta": nested.real("rope_theta")}
+    # Of transformers: `rope_scaling` changes what layers without a window have.
+    ropes, scaling = reader.table("rope_parameters"), reader.table("rope_scaling")
+    whole, local = ropes.table("full_attention"), ropes.table("sliding_attention")
+    if len(ropes) and "full_attention" not in ropes and "sliding_attention" not in ropes:
+        raise ropes.refused("there is neither full_attention nor sliding_attention")
+    flat = whole.merged(scaling)
+    length = "original_max_position_embeddings"  # only that beside the factor counts here
+    own = {length: flat.get(length, reader.whole("max_position_embeddings"))}
+    changed = reader.changed(rope_parameters=flat, rope_scaling=None, **own)
+    fields = _gemma2_fields(changed, every) | {"qk_norm": True}
+    if _rope_kind(local) != "default":
+        raise local.refused("layers with a window must be of type default")
+    named = "rope_theta" in local
+    theta = local.real("rope_theta") if named else reader.real("rope_local_base_freq")
+    reader.get("rope_local_base_freq")
+    local.finish()
+    ropes.finish()
+    return fields | {"rope_local_theta": theta}
 
 
 def _gemma3_document(config: ModelConfig) -> Json:
@@ -659,20 +742,12 @@ def _neox_fields(reader: _Reader) -> Json:
         "tied_embeddings": reader.flag("tie_word_embeddings"),
         "parallel": reader.flag("use_parallel_residual"),
     }
-    parameters = reader.table("rope_parameters")
-    if parameters is None:  # as Pythia's were written
-        base, share = reader.optional("rotary_emb_base"), reader.optional("rotary_pct")
-        fields |= {
-            "rope_theta": 10_000.0 if base is None else base,
-            "rotary_fraction": 0.25 if share is None else share,
-        }
-        if reader.get("rope_scaling") is not None:
-            fields |= _rope(reader, fields) | {"rope_theta": fields["rope_theta"]}
-    else:
-        fields |= _rope(reader, fields)
-        share = parameters.optional("partial_rotary_factor")
-        fields["rotary_fraction"] = 1.0 if share is None else share
-        reader.get("rotary_emb_base"), reader.get("rotary_pct")
+    scaling, parameters = reader.table("rope_scaling"), reader.table("rope_parameters")
+    counts = scaling if len(scaling) else parameters
+    share = "partial_rotary_factor"
+    fields["rotary_fraction"] = counts.real(share) if share in counts else reader.real("rotary_pct")
+    fields |= _rope(reader, fields, "rotary_emb_base")
+    reader.get("rotary_emb_base"), reader.get("rotary_pct")
     if not reader.flag("attention_bias"):
         raise UserError("config.json: attention_bias = false is not supported for gpt_neox")
     return fields | _LAYER_NORM
@@ -701,6 +776,7 @@ _LLAMA: Json = {
     "initializer_range": 0.02,
     "tie_word_embeddings": False,
     "hidden_act": "silu",
+    "rope_theta": 10_000.0,
     "attention_bias": False,
     "mlp_bias": False,
 }
@@ -711,6 +787,7 @@ _GEMMA: Json = {
     "attention_bias": False,
     "hidden_act": "gelu_pytorch_tanh",
     "head_dim": 256,
+    "rope_theta": 10_000.0,
 }
 _MISTRAL = {k: v for k, v in _LLAMA.items() if k not in ("attention_bias", "mlp_bias")}
 _QWEN = _MISTRAL | {"use_sliding_window": False}
@@ -760,7 +837,13 @@ FAMILIES: dict[str, Family] = {
         "Gemma3",
         _gemma3_fields,
         _gemma3_document,
-        _GEMMA | {"query_pre_attn_scalar": 256, "sliding_window": 4096, "rope_theta": 1_000_000.0},
+        _GEMMA
+        | {
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+        },
     ),
     "olmo2": Family(
         "Olmo2",
@@ -779,6 +862,7 @@ FAMILIES: dict[str, Family] = {
             "tie_word_embeddings": True,
         },
         ("transformer.", ""),
+        "wte.weight",
     ),
     "gpt_neox": Family(
         "GPTNeoX",
@@ -791,8 +875,12 @@ FAMILIES: dict[str, Family] = {
             "tie_word_embeddings": False,
             "use_parallel_residual": True,
             "attention_bias": True,
+            "rotary_emb_base": 10_000.0,
+            "rotary_pct": 0.25,
         },
         ("gpt_neox.",),
+        "embed_in.weight",
+        "embed_out.weight",
     ),
 }
 """By model type, those first that others contain."""

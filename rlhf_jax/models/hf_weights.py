@@ -20,17 +20,17 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import transformer
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_config import FAMILIES, to_document
+from rlhf_jax.models.hf_files import INDEX, Header, headers, opened
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _FLOATS = ("F32", "BF16", "F16")
-INDEX = "model.safetensors.index.json"
 PIECE = 2**20  # numbers converted at a time
 
 
@@ -161,8 +161,11 @@ _NEOX: dict[str, tuple[str, ...]] = {
     "score.weight": ("transposed", "score_head/kernel"),
 }
 # Masks and tables that older files hold beside the weights.
-_BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
-_NEOX_BUFFERS = ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq")
+_BUFFERS = ("rotary_emb.inv_freq",)
+_OWN_BUFFERS = {
+    "gpt2": (".attn.bias", ".attn.masked_bias"),
+    "gpt_neox": (".attention.bias", ".attention.masked_bias"),
+}
 
 
 def _named(rule: Rule, config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -235,7 +238,7 @@ def read_weights(
         UserError: a file is missing, damaged or not of safetensors; a tensor is missing, unknown,
             in two files, of another shape or not of float32, bfloat16 or float16.
     """
-    held = _headers(directory)
+    held = headers(directory)
     _check_size(config, held, directory)
     places = _places(kind, config, held, directory)
     params: dict[str, jax.Array] = {}
@@ -262,7 +265,7 @@ def _put(whole: jax.Array, value: jax.Array, at: jax.Array) -> jax.Array:
 
 
 def _pieces(
-    header: _Header, name: str, rule: Rule, config: ModelConfig
+    header: Header, name: str, rule: Rule, config: ModelConfig
 ) -> Iterator[tuple[int, np.ndarray]]:
     """A tensor in pieces of a few rows, and where each belongs on the axis of ours they lie on."""
     count = header.shape[0]
@@ -271,21 +274,13 @@ def _pieces(
     size = count
     if len(header.shape) > 1:
         size = max(1, PIECE // (math.prod(header.shape[1:]) * unit)) * unit
-    with _opened(header.path) as file:  # closed after each, which frees the pages it read
+    with opened(header.path) as file:  # closed after each, which frees the pages it read
         for start in range(0, count, size):
             try:
                 piece = file.get_slice(name)[start : min(start + size, count)]
             except (SafetensorError, ValueError, TypeError) as error:
                 raise UserError(f"{header.path}: cannot read {name}: {str(error)[:200]}") from error
             yield start // share, piece
-
-
-class _Header(NamedTuple):
-    """Where a tensor is and what its file says of it."""
-
-    path: Path
-    shape: tuple[int, ...]
-    dtype: str
 
 
 class _Place(NamedTuple):
@@ -296,7 +291,7 @@ class _Place(NamedTuple):
     shapes: dict[str, tuple[int, ...]]
 
 
-def _check_size(config: ModelConfig, held: Mapping[str, _Header], directory: Path) -> None:
+def _check_size(config: ModelConfig, held: Mapping[str, Header], directory: Path) -> None:
     """Refuses a config of more than the files hold before anything of that size is made."""
     numbers = sum(math.prod(header.shape) for header in held.values())
     fields = ("vocab_size", "layers", "width", "heads", "kv_heads", "head_dim", "mlp_width")
@@ -315,7 +310,7 @@ def _check_size(config: ModelConfig, held: Mapping[str, _Header], directory: Pat
 
 
 def _places(
-    kind: str, config: ModelConfig, held: Mapping[str, _Header], directory: Path
+    kind: str, config: ModelConfig, held: Mapping[str, Header], directory: Path
 ) -> dict[str, _Place]:
     """Where each tensor goes, having checked that the files hold just what they must."""
     family, shapes = FAMILIES[kind], _shapes(config)
@@ -334,8 +329,10 @@ def _places(
         raise UserError(
             f"{directory}: {len(missing)} tensors are missing, the first is {missing[0]}"
         )
-    tied = {"lm_head.weight", "embed_out.weight"} if config.tied_embeddings else set()
-    ignored = _BUFFERS + (_NEOX_BUFFERS if kind == "gpt_neox" else ())
+    tied = {family.head} & set(held) if config.tied_embeddings else set()
+    if tied and config.head == "scalar":
+        print(f"{directory}: {family.head} is not used: the model is a classifier", flush=True)
+    ignored = _BUFFERS + _OWN_BUFFERS.get(kind, ())
     extra = [n for n in sorted(set(held) - set(found) - tied) if not n.endswith(ignored)]
     if extra:
         raise UserError(
@@ -354,57 +351,6 @@ def _places(
                 f"{', '.join(_FLOATS)}"
             )
     return found
-
-
-def _headers(directory: Path) -> dict[str, _Header]:
-    """What the directory's files say of every tensor."""
-    paths = sorted(directory.glob("*.safetensors"))
-    if not paths:
-        pickled = sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in directory.glob(s))
-        if pickled:
-            raise UserError(
-                f"{directory}/{pickled[0]} is a pickle, which could run code when it is read; "
-                "convert it to safetensors"
-            )
-        raise UserError(f"{directory} holds no *.safetensors")
-    if (index := directory / INDEX).exists():
-        named = _index(index)
-        wanted = sorted(set(named.values()))
-        absent = [name for name in wanted if not (directory / name).is_file()]
-        if absent:
-            raise UserError(f"{index} names {absent[0]}, which is not there")
-        paths = [directory / name for name in wanted]
-    found: dict[str, _Header] = {}
-    for path in paths:
-        with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 - no mapping
-                if name in found:
-                    raise UserError(
-                        f"tensor {name} is in {found[name].path.name} and in {path.name}"
-                    )
-                part = file.get_slice(name)
-                found[name] = _Header(path, tuple(part.get_shape()), part.get_dtype())
-    return found
-
-
-def _index(path: Path) -> dict[str, str]:
-    try:
-        table = json.loads(path.read_text("utf-8"))["weight_map"]
-        if not all(isinstance(v, str) for v in table.values()):
-            raise TypeError("a file name is no text")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is no index of safetensors ({str(error)[:100]})") from error
-    for name in table.values():
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise UserError(f"{path} names {name[:80]!r}, which is no file beside it")
-    return table
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, "np")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is no safetensors file: {str(error)[:200]}") from error
 
 
 def _nested(flat: Mapping[str, jax.Array]) -> dict[str, Any]:

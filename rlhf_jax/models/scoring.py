@@ -65,6 +65,7 @@ def target_statistics(
         temperature=temperature,
         softcap=config.logit_softcap,
         layout=layout,
+        unused=config.unused,
     )
 
 
@@ -88,6 +89,7 @@ def target_cross_entropy(
         z_loss=z_loss,
         softcap=config.logit_softcap,
         layout=layout,
+        unused=config.unused,
     )
 
 
@@ -137,6 +139,7 @@ def target_kl(
     """
 
     def at_targets(params):
-        return logits(config, params, _target_hidden(config, params, batch)) / temperature
+        found = logits(config, params, _target_hidden(config, params, batch)) / temperature
+        return jnp.where(config.words, found, -jnp.inf) if config.unused else found
 
     return exact_kl(at_targets(params), at_targets(reference))

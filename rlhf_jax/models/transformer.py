@@ -74,9 +74,10 @@ def rope_frequencies(config: ModelConfig, *, windowed: bool = False) -> tuple[np
         return dim * np.log(length / (turns * 2 * np.pi)) / (2 * np.log(theta))
 
     first, last = max(np.floor(index(high)), 0), min(np.ceil(index(low)), dim - 1)
-    ramp = (np.arange(dim // 2) - first) / max(last - first, 1e-3)
+    ramp = (np.arange(dim // 2) - first) / ((last - first) or 1e-3)
     share = 1 - np.clip(ramp, 0, 1)
-    factor = config.rope_attention_factor or 0.1 * float(np.log(config.rope_factor)) + 1
+    growth = 0.1 * float(np.log(max(config.rope_factor, 1)))
+    factor = config.rope_attention_factor or growth + 1
     return share * kept + (1 - share) * divided, factor
 
 

@@ -79,20 +79,25 @@ def check_streams(seed: int, prompt_ids: Sequence[int], prompts: int) -> None:
 def token_masks(
     config: ModelConfig, allowed_tokens: np.ndarray | None, stop_ids: Collection[int]
 ) -> tuple[np.ndarray | None, np.ndarray]:
-    """Bool [vocab_size] each: what may be drawn (None: everything) and what ends a completion."""
+    """Bool [vocab_size] each: what may be drawn (None: everything) and what ends a completion.
+
+    What the config says is unused may never be drawn.
+    """
     stop_ids = np.array(sorted(stop_ids), np.int64)
     _check_tokens(config, "stop_ids", stop_ids)
     stop = np.zeros(config.vocab_size, bool)
     stop[stop_ids] = True
     if allowed_tokens is None:
-        return None, stop
+        return (config.words if config.unused else None), stop
     allowed = np.asarray(allowed_tokens)
     if allowed.shape != stop.shape or allowed.dtype != bool or not allowed.any():
         raise UserError(
             f"allowed_tokens must be a bool mask of {config.vocab_size} tokens with one or more "
             f"allowed, not {allowed.dtype} {allowed.shape} with {np.count_nonzero(allowed)}"
         )
-    return allowed, stop
+    if not (allowed & config.words).any():
+        raise UserError("allowed_tokens allows only ids that no word of the tokenizer has")
+    return allowed & config.words, stop
 
 
 def _check_tokens(config: ModelConfig, what: str, ids) -> None:

@@ -370,9 +370,9 @@ def _laid(stage: str, merged: dict[str, dict[str, Any]], sections: Mapping[str, 
 
 
 def model(preset: str, **changes: Any) -> ConfigDict:
-    """A preset's shape, every field open to `--config.model.…` but the tokenizer's vocab_size."""
+    """A preset's shape, every field open to `--config.model.…` but what the tokenizer decides."""
     shape = fields(dataclasses.replace(PRESETS[preset], **changes))
-    del shape["vocab_size"]
+    del shape["vocab_size"], shape["unused"]
     return shape
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -230,7 +231,7 @@ def is_hub_directory(path: str | os.PathLike[str]) -> bool:
 
 def _load_hub(directory: Path, mesh: Mesh | None, changes: Mapping[str, Any]) -> Model:
     kind, config = read_config(directory)
-    tokenizer = load_tokenizer(directory)
+    tokenizer = HubTokenizer.load(directory)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model's vocab_size is "
@@ -238,8 +239,15 @@ def _load_hub(directory: Path, mesh: Mesh | None, changes: Mapping[str, Any]) ->
         )
     place = None if mesh is None else partial(sharding, mesh)
     base = _base(directory, "float32", mesh, lambda: read_weights(directory, kind, config, place))
-    config = dataclasses.replace(config, **changes).validate()
+    unused = _gaps(tokenizer.ids, config.vocab_size)
+    config = dataclasses.replace(config, **{"unused": unused, **changes}).validate()
     return Model(config, base.params, tokenizer, base=base)
+
+
+def _gaps(ids: Collection[int], end: int) -> tuple[tuple[int, int], ...]:
+    """The ranges below `end` without any of the ids."""
+    edges = [-1, *sorted(ids), end]
+    return tuple((a + 1, b) for a, b in itertools.pairwise(edges) if b - a > 1)
 
 
 def _save_tokenizer(workdir: Path, tokenizer: AnyTokenizer) -> None:

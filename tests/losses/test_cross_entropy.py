@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -408,3 +409,46 @@ def test_a_sharded_batch_is_never_gathered(loss_of):
     assert (
         "all-gather" not in text and "all-to-all" not in text and "collective-permute" not in text
     )
+
+
+UNUSED = ((0, 2), (9, 10), (30, 37))
+WORDS = np.array([v for v in range(VOCAB) if not any(a <= v < b for a, b in UNUSED)])
+
+
+@both_ways
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 2.0}, {"chunk_tokens": 8}, {"layout": "dv", "chunk_tokens": 8}]
+)
+def test_unused_ids_count_nowhere(loss_of, options):
+    """The loss and its gradient are those of a vocabulary without them."""
+    hidden, words, _, _ = arrays()
+    layout = options.get("layout", "vd")
+    places = jax.random.randint(jax.random.key(5), (ROWS, SLOTS), 0, len(WORDS))
+    weights = jnp.ones((ROWS, SLOTS)).at[0].set(0)
+    terms = {"label_smoothing": 0.1, "z_loss": 0.01}
+
+    def loss(hidden, words, targets, unused):
+        words = words.T if layout == "dv" else words
+        result = loss_of(hidden, words, targets, weights, **terms, **options, unused=unused)
+        return result[0][0], result[1]
+
+    run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    found = run(hidden, words, jnp.asarray(WORDS)[places], UNUSED)
+    wanted = run(hidden, words[WORDS], places, ())
+    to_words = found[1][1]
+    assert not np.delete(np.asarray(to_words), WORDS, axis=0).any()
+    found = found[0], (found[1][0], to_words[WORDS])
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, wanted)
+
+
+@pytest.mark.parametrize("chunk_vocab", [None, 4, 16])
+def test_statistics_are_of_the_used_ids(chunk_vocab):
+    hidden, words, bias, _ = arrays()
+    places = jax.random.randint(jax.random.key(5), (ROWS, SLOTS), 0, len(WORDS))
+    options = {"temperature": 0.7, "softcap": 3.0}
+    found = token_statistics(
+        hidden, words, jnp.asarray(WORDS)[places], bias=bias, unused=UNUSED,
+        chunk_vocab=chunk_vocab, **options,
+    )  # fmt: skip
+    wanted = naive(hidden, words[WORDS], places, bias=bias[WORDS], **options)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, wanted)

@@ -133,6 +133,46 @@ def test_tensors_that_do_not_fit_are_named(directory, change, message):
     assert message in str(error.value)
 
 
+TIED = dataclasses.replace(LLAMA, tied_embeddings=True)
+HEADS = {
+    "llama": (TIED, "model.embed_tokens.weight", "lm_head.weight"),
+    "gpt_neox": (
+        dataclasses.replace(PYTHIA, tied_embeddings=True),
+        *("gpt_neox.embed_in.weight", "embed_out.weight"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_that_is_not_the_embedding_is_not_tied_to_it(tmp_path, kind, capsys):
+    config, embedding, head = HEADS[kind]
+    write_weights(tmp_path, config, init(config, jax.random.key(0)))
+    given = load_file(tmp_path / "model.safetensors")[embedding]
+    for dtype in (np.float32, np.float64):  # an equal copy may be of any type
+        change_tensors(tmp_path, lambda t, d=dtype: t.update({head: given.astype(d)}))
+        assert read_config(tmp_path)[1].tied_embeddings and "lm_head" not in read(tmp_path)
+    other = given.copy()
+    other[-1, -1] = np.nextafter(other[-1, -1], np.float32(1))
+    change_tensors(tmp_path, lambda t: t.update({head: other}))
+    (kind_read, found), params = read_config(tmp_path), read(tmp_path)
+    assert kind_read == kind and not found.tied_embeddings
+    assert f"tie_word_embeddings is true, but {head} is another" in capsys.readouterr().out
+    np.testing.assert_array_equal(params["lm_head"]["kernel"], other.T)
+    np.testing.assert_array_equal(params["embed"]["embedding"], given)
+    (tmp_path / "out").mkdir()
+    write_weights(tmp_path / "out", found, params)
+    assert not read_config(tmp_path / "out")[1].tied_embeddings
+    np.testing.assert_array_equal(read(tmp_path / "out")["lm_head"]["kernel"], other.T)
+
+
+@pytest.mark.parametrize("name", ["embed_out.weight", "model.layers.0.self_attn.bias"])
+def test_no_tensor_of_another_family_is_dropped_unread(tmp_path, name):
+    write_weights(tmp_path, TIED, init(TIED, jax.random.key(0)))
+    change_tensors(tmp_path, lambda t: t.update({name: t[NORM]}))
+    with pytest.raises(UserError, match=f"the first is {name}"):
+        read(tmp_path)
+
+
 def test_files_that_are_wrong_are_named(directory, tmp_path_factory):
     (directory / INDEX).write_text(json.dumps({"weight_map": {"a": "b.safetensors"}}))
     with pytest.raises(UserError, match=r"names b\.safetensors, which is not there"):
@@ -140,6 +180,11 @@ def test_files_that_are_wrong_are_named(directory, tmp_path_factory):
     (directory / INDEX).write_text(json.dumps({"weight_map": {"a": "../b.safetensors"}}))
     with pytest.raises(UserError, match="which is no file beside it"):
         read(directory)
+    (directory / "b.safetensors").write_bytes(b"")
+    (directory / INDEX).write_text(json.dumps({"weight_map": {"a": "b.safetensors"}}))
+    with pytest.raises(UserError, match="beside an index of other files"):
+        read(directory)
+    (directory / "b.safetensors").unlink()
     (directory / INDEX).unlink()
     whole = (directory / "model.safetensors").read_bytes()
     (directory / "second.safetensors").write_bytes(whole)

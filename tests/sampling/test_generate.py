@@ -14,7 +14,7 @@ from scipy.stats import chisquare
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import ModelConfig, apply, init, logits
-from rlhf_jax.models.scoring import target_statistics
+from rlhf_jax.models.scoring import target_kl, target_statistics
 from rlhf_jax.sampling import engine, generate
 from rlhf_jax.sampling.generate import _Watch
 from tests.models.small import KINDS, forward, noisy, random_tokens
@@ -374,3 +374,60 @@ def test_mistakes_are_named(changes, message):
     with pytest.raises(UserError, match=message) as error:
         generate(arguments.pop("config"), PARAMS, arguments.pop("prompts"), **arguments)
     assert "\n" not in str(error.value)
+
+
+UNUSED = ((0, 1), (5, 7), (10, 13))
+WORDS = np.array([1, 2, 3, 4, 7, 8, 9])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_what_is_sampled_and_scored_is_of_the_ids_in_use(temperature, softcap):
+    """A padded vocabulary: never drawn, and both say the log-probs of softmax over the others."""
+    config = dataclasses.replace(CONFIG, logit_softcap=softcap, unused=UNUSED)
+    options = {"max_new_tokens": 20, "temperature": temperature, "samples_per_prompt": 4}
+    found = generate(config, PARAMS, PROMPTS, batch_size=8, cache_length=64, seed=0, **options)
+    drawn = {token for completion in found for token in completion.tokens}
+    assert drawn <= set(WORDS.tolist()) and len(drawn) > 1
+    prompts = [prompt for prompt in PROMPTS for _ in range(4)]
+    for prompt, completion in list(zip(prompts, found, strict=True))[::5]:
+        sequence = [*prompt, *completion.tokens]
+        hidden = apply(config, PARAMS, jnp.asarray([sequence[:-1]])).hidden
+        values = logits(config, PARAMS, hidden)[0, len(prompt) - 1 :, WORDS].T
+        wanted = jax.nn.log_softmax(values / (temperature or 1.0))
+        wanted = wanted[np.arange(20), np.searchsorted(WORDS, completion.tokens)]
+        np.testing.assert_allclose(completion.logprobs, wanted, rtol=1e-5, atol=1e-5)
+        count = len(sequence) - 1
+        batch = {
+            "tokens": jnp.asarray([sequence[:-1]]),
+            "positions": jnp.arange(count)[None],
+            "segment_ids": jnp.ones((1, count), jnp.int32),
+            "sources": jnp.arange(count)[None],
+            "targets": jnp.asarray([sequence[1:]]),
+        }
+        scored = target_statistics(config, PARAMS, batch, temperature=temperature or 1.0)
+        np.testing.assert_allclose(scored.logprobs[0, -20:], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_kl_of_whole_distributions_is_of_the_ids_in_use():
+    config, other = dataclasses.replace(CONFIG, unused=UNUSED), init(CONFIG, jax.random.key(1))
+    steps = {"positions": jnp.arange(4)[None], "segment_ids": jnp.ones((1, 4), jnp.int32)}
+    batch = {"tokens": jnp.array([[1, 2, 3, 4]]), "sources": steps["positions"], **steps}
+
+    def logprobs(params):
+        hidden = apply(config, params, batch["tokens"]).hidden
+        return jax.nn.log_softmax(logits(config, params, hidden)[..., WORDS])
+
+    p, q = logprobs(PARAMS), logprobs(other)
+    found = target_kl(config, PARAMS, other, batch)
+    np.testing.assert_allclose(found, (jnp.exp(p) * (p - q)).sum(-1), rtol=1e-5, atol=1e-6)
+    gradient = jax.grad(lambda params: target_kl(config, params, other, batch).sum())(PARAMS)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_a_choice_of_unused_ids_alone_is_named():
+    with pytest.raises(UserError, match="only ids that no word of the tokenizer has"):
+        generate(
+            dataclasses.replace(CONFIG, unused=UNUSED), PARAMS, PROMPTS,
+            max_new_tokens=2, seed=0, allowed_tokens=np.arange(13) == 0,
+        )  # fmt: skip

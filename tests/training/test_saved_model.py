@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -12,14 +13,21 @@ from ml_collections import ConfigDict
 from rlhf_jax.data.tokenizer import train_bpe, train_chars
 from rlhf_jax.errors import UserError
 from rlhf_jax.export import main as export
-from rlhf_jax.models import transformer
+from rlhf_jax.models import PRESETS, transformer
+from rlhf_jax.models.hf_weights import write_weights
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.stages.common import check_kernel
 from rlhf_jax.training.checkpoint import load_params, save_params
 from rlhf_jax.training.mesh import make_mesh, shardings
 from rlhf_jax.training.model import Model, as_trainable, load_model, save_model
 from rlhf_jax.training.state import release
+from tests.data.test_hub_tokenizer import write
 from tests.models.small import SMALL
+
+HUB = dataclasses.replace(
+    PRESETS["1b"], vocab_size=1024, layers=1, width=16, heads=2, kv_heads=1, head_dim=8,
+    mlp_width=24, max_length=64, compute_dtype="float32", remat="none",
+)  # fmt: skip
 
 
 def test_a_kernel_of_the_machine_that_trained_is_not_asked_of_another(tmp_path, capsys):
@@ -44,6 +52,39 @@ def test_a_field_this_version_lacks_is_named(tmp_path):
     save_params(tmp_path / "model", params, document)
     with pytest.raises(UserError, match="flux"):
         load_model(tmp_path)
+
+
+def test_ids_that_no_word_has_are_known(tmp_path, capsys):
+    """Rows after the tokenizer's last id, and a gap before an added token with an id of its own."""
+    given, run, out = (tmp_path / name for name in ("given", "run", "out"))
+    given.mkdir()
+    tokens = write(given, "chatml").vocab_size
+    path = given / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document["added_tokens"][-1]["id"] = tokens + 1
+    document["model"]["vocab"] |= {a["content"]: a["id"] for a in document["added_tokens"]}
+    path.write_text(json.dumps(document))
+    config = dataclasses.replace(HUB, vocab_size=tokens + 9)
+    write_weights(given, config, transformer.init(config, jax.random.key(0)))
+    model = load_model(given)
+    assert model.config.unused == ((tokens - 1, tokens + 1), (tokens + 2, tokens + 9))
+    run.mkdir()
+    save_model(run, model)
+    assert load_model(run).config == model.config and hash(load_model(run).config)
+    assert export([f"--workdir={run}", f"--out={out}"]) == 0
+    again = load_model(out)
+    assert again.config.unused == model.config.unused
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    params, saved = load_params(run / "model")
+    del saved["config"]["unused"]  # as versions before saved it
+    save_params(run / "model", params, saved)
+    assert load_model(run).config == dataclasses.replace(model.config, unused=())
+
+
+@pytest.mark.parametrize("unused", [((3, 61), (0, 2)), ((0, 61),), ((60, 62),), ((4, 2),)])
+def test_ranges_that_do_not_fit_are_named(unused):
+    with pytest.raises(UserError, match="give ranges of ids in order"):
+        dataclasses.replace(SMALL, unused=unused).validate()
 
 
 def test_weights_are_read_to_where_they_belong(tmp_path):

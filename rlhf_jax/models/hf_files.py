@@ -1,0 +1,97 @@
+"""What the *.safetensors of a directory hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from rlhf_jax.errors import UserError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_ROWS = 1024  # compared at a time
+
+
+class Header(NamedTuple):
+    """Where a tensor is and what its file says of it."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def headers(directory: Path) -> dict[str, Header]:
+    """What the directory's files say of every tensor."""
+    paths = sorted(directory.glob("*.safetensors"))
+    if not paths:
+        pickled = sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in directory.glob(s))
+        if pickled:
+            raise UserError(
+                f"{directory}/{pickled[0]} is a pickle, which could run code when it is read; "
+                "convert it to safetensors"
+            )
+        raise UserError(f"{directory} holds no *.safetensors")
+    if (index := directory / INDEX).exists():
+        named = _index(index)
+        wanted = sorted(set(named.values()))
+        absent = [name for name in wanted if not (directory / name).is_file()]
+        if absent:
+            raise UserError(f"{index} names {absent[0]}, which is not there")
+        if wanted and (directory / SINGLE).exists() and SINGLE not in wanted:
+            raise UserError(
+                f"{directory} holds {SINGLE} beside an index of other files: remove the older ones"
+            )
+        paths = [directory / name for name in wanted]
+    found: dict[str, Header] = {}
+    for path in paths:
+        with opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                if name in found:
+                    raise UserError(
+                        f"tensor {name} is in {found[name].path.name} and in {path.name}"
+                    )
+                part = file.get_slice(name)
+                found[name] = Header(path, tuple(part.get_shape()), part.get_dtype())
+    return found
+
+
+def _index(path: Path) -> dict[str, str]:
+    try:
+        table = json.loads(path.read_text("utf-8"))["weight_map"]
+        if not all(isinstance(v, str) for v in table.values()):
+            raise TypeError("a file name is no text")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is no index of safetensors ({str(error)[:100]})") from error
+    for name in table.values():
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{path} names {name[:80]!r}, which is no file beside it")
+    return table
+
+
+def opened(path: Path) -> Any:
+    try:
+        return safe_open(path, "np")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is no safetensors file: {str(error)[:200]}") from error
+
+
+def same_numbers(held: Mapping[str, Header], one: str, other: str) -> bool:
+    """Whether two tensors are equal as float32; NaN equals nothing."""
+    shape = held[one].shape
+    if shape != held[other].shape:
+        return False
+    with opened(held[one].path) as first, opened(held[other].path) as second:
+        slices = first.get_slice(one), second.get_slice(other)
+        for start in range(0, shape[0], _ROWS):
+            rows = slice(start, min(start + _ROWS, shape[0]))
+            try:
+                a, b = (np.asarray(part[rows], np.float32) for part in slices)
+            except (SafetensorError, ValueError, TypeError) as error:
+                raise UserError(f"cannot compare {one} and {other}: {str(error)[:200]}") from error
+            if not np.array_equal(a, b):
+                return False
+    return True
