@@ -747,7 +747,8 @@ def _neox_fields(reader: _Reader) -> Json:
     share = "partial_rotary_factor"
     fields["rotary_fraction"] = counts.real(share) if share in counts else reader.real("rotary_pct")
     fields |= _rope(reader, fields, "rotary_emb_base")
-    reader.get("rotary_emb_base"), reader.get("rotary_pct")
+    for key in ("rope_theta", "rotary_emb_base", "rotary_pct"):  # other names of the same
+        reader.get(key)
     if not reader.flag("attention_bias"):
         raise UserError("config.json: attention_bias = false is not supported for gpt_neox")
     return fields | _LAYER_NORM

@@ -8,6 +8,7 @@ Nothing is unpickled: *.bin and *.pt files are refused.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -371,8 +372,8 @@ def stored_dtype(directory: Path) -> str:
         UserError: as `read_weights` does.
     """
     names = {"BF16": "bfloat16", "F16": "float16"}
-    ignored = _BUFFERS + _NEOX_BUFFERS
-    kinds = {h.dtype for name, h in _headers(directory).items() if not name.endswith(ignored)}
+    ignored = (*_BUFFERS, *itertools.chain.from_iterable(_OWN_BUFFERS.values()))
+    kinds = {h.dtype for name, h in headers(directory).items() if not name.endswith(ignored)}
     return names.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
 
 
