@@ -85,7 +85,7 @@ def _file(module: str) -> Path | None:
 def _read(path: Path) -> tuple[str, tuple[str, ...]]:
     """(digest, names of modules that are imported) of a file of this package."""
     tree = ast.parse(path.read_text("utf-8"))
-    shape = json.dumps(_shape(tree), default=repr)
+    shape = "\n".join(_shape(tree, []))
     return hashlib.sha256(shape.encode()).hexdigest()[:12], tuple(_imported(tree, path))
 
 
@@ -108,14 +108,24 @@ def _imported(tree: ast.AST, path: Path) -> Iterator[str]:
                 yield ".".join((*folder.parts, node.value.removesuffix(".py")))
 
 
-def _shape(node: Any) -> Any:
-    """A syntax tree as JSON, the same in every version of Python: empty fields are left out."""
-    if isinstance(node, list):
-        return [_shape(each) for each in node if not _is_docstring(each)]
-    if not isinstance(node, ast.AST):
-        return node
-    fields = ((name, value) for name, value in ast.iter_fields(node) if value not in (None, []))
-    return [type(node).__name__, *([name, _shape(value)] for name, value in fields)]
+def _shape(node: ast.AST, parts: list[str]) -> list[str]:
+    """Appends a syntax tree's text to `parts`, the same in every version of Python.
+
+    For that, empty fields are left out. So is whether a name is read or set, which its place says.
+    """
+    parts.append(type(node).__name__)
+    for field in node._fields:
+        value = getattr(node, field, None)
+        if value is None or value == [] or field == "ctx":
+            continue
+        parts.append(field)
+        for each in value if isinstance(value, list) else (value,):
+            if not isinstance(each, ast.AST):
+                parts.append(repr(each))
+            elif not _is_docstring(each):
+                _shape(each, parts)
+    parts.append(")")
+    return parts
 
 
 def _is_docstring(node: Any) -> bool:
