@@ -51,7 +51,8 @@ def test_length_of_share():
 
 @pytest.mark.parametrize("kind", ["pairs", "labelled", "sft", "text"])
 def test_what_is_dropped_is_a_warning(tmp_path, tokenizer, caplog, kind):
-    config = config_of("preference" if kind == "pairs" else "reward")
+    stages = {"pairs": "preference", "labelled": "reward", "sft": "sft", "text": "pretrain"}
+    config = config_of(stages[kind])
     path = tmp_path / "f.jsonl"
     match kind:
         case "pairs":
