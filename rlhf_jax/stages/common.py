@@ -275,11 +275,12 @@ def say_encoded(
     """`say`, and as a warning how many records did not fit; counts are those of `data.encode`."""
     shown = {name: count for name, count in counts.items() if name != "keeps_95"}
     say(what, shown | dict(further))
+    policy = config.data.get("over_long", "split")  # of raw text beside prompts, which loses none
     for fate in ("dropped", "truncated"):
         warn_over_long(
             what, counts[fate], counts["records"], counts.get("keeps_95", 0),
             f"{fate}, longer than data.row_length = {config.data.row_length} tokens "
-            f"(data.over_long = {config.data.over_long!r})",
+            f"(data.over_long = {policy!r})",
         )  # fmt: skip
 
 

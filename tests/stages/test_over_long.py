@@ -107,3 +107,9 @@ def test_few_records_are_said_and_in_the_report(caplog):
     assert "Measured on 6 held-out prompts, fewer than 30" in caplog.text
     assert table["note"] in caplog.text and table["rows"] == [["held-out prompts", 6]]
     assert chat.few_records is few_records
+
+
+def test_raw_text_beside_prompts_is_split(tokenizer):
+    config = defaults.on_policy("ppo", data={"row_length": 64})
+    rows = pack_texts(config, "texts (ptx)", [Text("0", LONG)], tokenizer, "split")
+    assert len(rows["tokens"]) > 1
