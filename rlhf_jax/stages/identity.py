@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import itertools
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from ml_collections import ConfigDict
 from rlhf_jax import __version__
 from rlhf_jax.data.builders import sources_digest
 from rlhf_jax.data.hub_data import load_rows
+from rlhf_jax.digests import ROOT as PACKAGE
 from rlhf_jax.digests import code_of, commit, file_digest
 from rlhf_jax.losses.policy import policy_options
 from rlhf_jax.losses.preference import loss_options
@@ -107,13 +110,15 @@ def _source_digest(source: str, split: str) -> str:
 
 
 def _with_imports(path: Path) -> Iterator[Path]:
-    """A user's Python file, and those beside it that it imports."""
+    """A user's Python file, and those that it imports from where its process looks for them."""
+    folders = [path.parent, path.resolve().parent, Path()]
+    folders += map(Path, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
     pending, seen = [path], set()
     while pending:
-        file = pending.pop()
-        if file in seen or not file.is_file():
+        file = pending.pop(0)
+        if file.resolve() in seen or not file.is_file():
             continue
-        seen.add(file)
+        seen.add(file.resolve())
         yield file
         try:
             tree = ast.parse(file.read_bytes())
@@ -122,10 +127,12 @@ def _with_imports(path: Path) -> Iterator[Path]:
         for node in ast.walk(tree):
             if not isinstance(node, ast.Import | ast.ImportFrom):
                 continue
-            stem = f"{getattr(node, 'module', None) or ''}."
-            for name in (stem, *(stem + alias.name for alias in node.names)):
-                parts = list(filter(None, name.split(".")))
-                # Modules are found from the first file's folder, "from ." those of a package.
-                for root in {path.parent, file.parent}:
-                    module = root.joinpath(*parts)
+            stem, level = getattr(node, "module", None) or "", getattr(node, "level", 0)
+            looked = [file.resolve().parents[level - 1]] if level else folders
+            for alias in node.names:
+                parts = list(filter(None, f"{stem}.{alias.name}".split(".")))
+                if not level and parts[0] == PACKAGE.name:  # whose code is recorded as such
+                    continue
+                for folder, end in itertools.product(looked, range(len(parts))):
+                    module = folder.joinpath(*parts[: end + 1])
                     pending += [module.with_name(f"{module.name}.py"), module / "__init__.py"]

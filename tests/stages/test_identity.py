@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from experiments import dpo, grpo, sft
+from rlhf_jax.stages import identity as identity_module
 from rlhf_jax.stages.chain import prepare
 from rlhf_jax.stages.identity import made_from, resolved
 from rlhf_jax.training.checkpoint import save_params
@@ -91,6 +94,24 @@ def test_contents_of_a_reward_file_and_what_it_imports_decide(tmp_path):
         assert (identity(config) != before) == (name != "other.py"), name
         (tmp_path / name).write_text(text)
     assert identity(config) == before
+
+
+def test_reward_code_is_found_where_its_process_looks(tmp_path, monkeypatch):
+    """Beside the file that a link leads to, in the working directory, and on PYTHONPATH."""
+    imported = ["rewards/beside.py", "here.py", "lib/there.py"]
+    imported += ["lib/p/__init__.py", "lib/p/up.py", "lib/p/q/deep.py"]
+    for name in (*imported, "folder.py", "lib/p/q/other.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "rewards/mine.py").write_text("import math\nimport beside, here, there, p.q.deep\n")
+    (tmp_path / "lib/p/q/deep.py").write_text("from ..up import x\nfrom .. import y\n")
+    (tmp_path / "mine.py").symlink_to("rewards/mine.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "lib")
+    for name in ("mine.py", "rewards/mine.py", str(tmp_path / "mine.py")):
+        first, *files = identity_module._with_imports(Path(name))
+        assert str(first) == name
+        assert {file.name for file in files} == {Path(file).name for file in imported}
 
 
 def test_options_are_recorded_with_their_defaults(tmp_path):
