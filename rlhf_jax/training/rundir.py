@@ -206,7 +206,8 @@ class RunDirectory:
         checkpoints = (self.path / "checkpoints").glob("*")
         begun = done or any(path.name.isdigit() for path in checkpoints)
         changed = changes(made_from | config, self.made_from | self.config)
-        accepted = FREE + (ALLOWED_WITH_FLAG if self.allow_changes else ())
+        accepted = ("commit",) if done else FREE  # a finished run's results are not replaced
+        accepted += ALLOWED_WITH_FLAG if self.allow_changes else ()
         refused = {k: pair for k, pair in changed.items() if not _has_prefix(k, accepted)}
         if not begun:
             left = {path.name for path in self.path.iterdir()} - {"lock", CONFIG, MADE_FROM}

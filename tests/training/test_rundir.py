@@ -155,6 +155,26 @@ def test_a_finished_run_is_another_even_without_checkpoints(tmp_path):
         pass
 
 
+@pytest.mark.parametrize(
+    ("config", "made_from", "said"),
+    [
+        (changed("train", "log_every", 7), MADE_FROM, r"\(train\.log_every: 2 -> 7\)"),
+        (
+            CONFIG,
+            MADE_FROM | {"contents": MADE_FROM["contents"] | {"eval.source: prompts.jsonl": "1"}},
+            r"\(eval\.source: prompts\.jsonl has changed\)",
+        ),
+    ],
+)
+def test_a_finished_run_is_not_replaced_whatever_changes(tmp_path, config, made_from, said):
+    with RunDirectory(tmp_path / "dpo", CONFIG, MADE_FROM) as run:
+        run.write_summary({"status": "done"})
+    with pytest.raises(UserError, match=said), RunDirectory(tmp_path / "dpo", config, made_from):
+        pass
+    with RunDirectory(tmp_path / "dpo", config, made_from, rerun=True):
+        assert (tmp_path / "dpo.1" / "summary.json").exists()
+
+
 def test_a_first_try_that_failed_does_not_block_the_next(tmp_path, capsys):
     run = tmp_path / "dpo"
     with RunDirectory(run, CONFIG, MADE_FROM):
