@@ -210,6 +210,8 @@ class RunDirectory:
         accepted += ALLOWED_WITH_FLAG if self.allow_changes else ()
         refused = {k: pair for k, pair in changed.items() if not _has_prefix(k, accepted)}
         if not begun:
+            if not config:  # there was no run; whatever else is there is not ours to move
+                return False
             left = {path.name for path in self.path.iterdir()} - {"lock", CONFIG, MADE_FROM}
             return bool(refused and left)
         if refused and not self.rerun:

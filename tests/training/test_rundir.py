@@ -175,6 +175,14 @@ def test_a_finished_run_is_not_replaced_whatever_changes(tmp_path, config, made_
         assert (tmp_path / "dpo.1" / "summary.json").exists()
 
 
+def test_a_folder_that_held_no_run_is_not_moved(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "pairs.jsonl").touch()
+    with RunDirectory(tmp_path / "mine", CONFIG, MADE_FROM):
+        assert (tmp_path / "mine" / "pairs.jsonl").exists()
+    assert not (tmp_path / "mine.1").exists()
+
+
 def test_a_first_try_that_failed_does_not_block_the_next(tmp_path, capsys):
     run = tmp_path / "dpo"
     with RunDirectory(run, CONFIG, MADE_FROM):
