@@ -34,12 +34,27 @@ from rlhf_jax.stages.rollouts import truncation
 from rlhf_jax.training.objectives import ADVANTAGES, PLACEMENTS, parse_options
 from rlhf_jax.training.optimizer import make_optimizer
 
+_LEAST = {  # of whole numbers that count something
+    1: (
+        *("batch.rows", "batch.microbatches", "train.steps", "train.epochs", "train.minibatches"),
+        *("train.log_every", "train.checkpoint_every", "train.max_skipped", "data.row_length"),
+        *("rollout.prompts", "rollout.samples", "rollout.slots", "rollout.max_prompt_tokens"),
+        *("rollout.max_new_tokens", "eval.count", "eval.max_new_tokens", "best_of_n.samples"),
+        *("best_of_n.n", "best_of_n.prompts", "normalize.max_new_tokens"),
+    ),
+    0: (
+        *("train.eval_every", "rollout.resample", "rollout.max_staleness", "normalize.prompts"),
+        *("kl.exact_rows", "eval.during"),
+    ),
+}
+
 
 def check(config: ConfigDict) -> None:
     """UserError for what can be seen to be wrong before hours are spent on the parents."""
     _check_fields(config)
     if config.stage == "oracle":  # whose rows have configs of their own
         return
+    _check_numbers(config)
     updates = config.train.steps
     if config.stage in ("policy", "online_preference"):
         updates *= config.train.epochs * config.train.minibatches
@@ -114,6 +129,15 @@ def _check_fields(config: ConfigDict) -> None:
             near = difflib.get_close_matches(name, _fields(config.stage), n=1, cutoff=0.0)[0]
             line = f"the {config.stage} stage has no {name}; did you mean {near}?"
             raise UserError(f"config: {unread_field(config.stage, [name]) or line}")
+
+
+def _check_numbers(config: ConfigDict) -> None:
+    values = leaves(config)
+    judged = ("eval.during",) if config.stage in SAMPLING else ()  # it is their result
+    for least, names in (*_LEAST.items(), (1, judged)):
+        for name in names:
+            if values.get(name, least) < least:
+                raise UserError(f"config: {name} = {values[name]} must be at least {least}")
 
 
 def _check_sampling(config: ConfigDict) -> None:

@@ -199,6 +199,38 @@ def test_a_field_that_no_stage_reads_is_refused_with_the_nearest():
         checks.check(config)
 
 
+@pytest.mark.parametrize("stage", [s for s in defaults.STAGES if s != "oracle"])
+def test_a_count_below_its_least_is_refused(stage):
+    fields = {n for names in checks._LEAST.values() for n in names if checks.has_field(stage, n)}
+    for name in fields:
+        config = defaults.fields_of(stage)
+        section, _, field = name.partition(".")
+        config[section][field] = -1
+        with pytest.raises(UserError, match=rf"config: {name} = -1 must be at least [01]"):
+            checks.check(config)
+
+
+@pytest.mark.parametrize(
+    ("stage", "field"),
+    [
+        ("pretrain", "train.log_every"),
+        ("sft", "train.checkpoint_every"),
+        ("reward", "batch.microbatches"),
+        ("preference", "eval.count"),
+        ("policy", "train.epochs"),
+        ("policy", "eval.during"),
+        ("online_preference", "rollout.prompts"),
+        ("best_of_n", "train.steps"),
+    ],
+)
+def test_nothing_is_done_zero_times(stage, field):
+    config = defaults.fields_of(stage)
+    section, _, name = field.partition(".")
+    config[section][name] = 0
+    with pytest.raises(UserError, match=rf"config: {field} = 0 must be at least 1"):
+        checks.check(config)
+
+
 def test_the_command_line_says_who_reads_a_field(tmp_path):
     flags = ["--config.train.steps=3", "--config.rollout.missing_eos=subtract"]
     source = f"--config={ROOT}/experiments/best_of_n.py"
