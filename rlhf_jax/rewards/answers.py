@@ -21,7 +21,10 @@ _MARKER = re.compile(
     re.IGNORECASE,
 )
 _CLAUSE = re.compile(r"[\s:*$=(]*[^\n]*?(?=\n|[.!?](?:\s|$)|$)")
-_FRACTION = re.compile(r"\\[cdt]?frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))")
+_FRACTION = re.compile(
+    r"\\[cdt]?frac\s*(?:\{\s*(-?\d+(?:\.\d+)?)\s*\}|(\d))\s*(?:\{\s*(\d+(?:\.\d+)?)\s*\}|(\d))"
+)
+_WORDS = re.compile(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}")
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _NAMES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _SPACES = " \u00a0\u2009\u202f"
@@ -34,10 +37,12 @@ _EXPONENT = (
     r"(?:[eE](?P<e>[-+]?\d+)(?!\w)|\s?(?:×|\*|x|\\times|\\cdot|·)\s?10\^\{?(?P<times>[-+]?\d+)\}?)"
 )
 _NUMBER = re.compile(
-    # What has digits and is no number: dates, times, versions, powers but those of ten, exponents.
+    # What has digits and is no number: dates, times, versions, powers but those of ten, exponents,
+    # fractions of letters.
     r"(?P<other>(?<![\d.])(?:\d+(?:/\d+){2,}|\d{4}-\d\d?-\d\d?(?!\d)|\d+(?::\d+)+"
     r"|(?!\d{1,3}(?:\.\d{3}){2,}(?![.\d]))\d+(?:\.\d+){2,}"
     r"|(?!10\^)\d+(?:\.\d+)?(?:\s?\^\s?|\*\*)[{(]?-?\d+[})]?)"
+    r"|\\[cdt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}"
     r"|\^[{(]?-?\d+[})]?|\\sqrt\s*\{?\s*\d+|√\s?\d+)"
     r"|(?P<sign>(?<![\w.)\]}%])[-+])?(?P<money>[$€£¥₹]-?)?(?<![\da-wyz_])(?:"
     rf"(?:(?P<mixed>\d+)[{_SPACES}]+)?(?P<top>\d+(?:\.\d+)?)\s?[/⁄]\s?(?P<under>\d+(?:\.\d+)?)"
@@ -70,7 +75,7 @@ def number(text: str) -> Fraction | None:
     """
     stated = stated_answer(text)
     if stated is not None:
-        return _stated_number(plain(stated))
+        return _stated_number(plain(_WORDS.sub(r" \1 ", stated)))
     values = [_value(found) for found in _NUMBER.finditer(plain(_reply(text)))]
     return next((value for value in reversed(values) if value is not None), None)
 

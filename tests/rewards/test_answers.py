@@ -111,6 +111,15 @@ NUMBERS = [
     ("USD500", "500"),
     ("Rs.500", "500"),
     ("１２", "12"),
+    ("1,234 of 5,678", "5678"),
+    (r"\boxed{5 \text{ or } 6}", None),
+    (r"\boxed{5 \mathrm{kg}}", "5"),
+    (r"\boxed{\text{18 dollars}}", "18"),
+    (r"\boxed{\frac{3.5}{2}}", "7/4"),
+    (r"\boxed{\frac{3}{-4}}", None),
+    (r"\boxed{\frac{\pi}{5}}", None),
+    (r"\boxed{\frac{x}{2}}", None),
+    (r"\frac{x}{2} = 5", "5"),
 ]
 
 
