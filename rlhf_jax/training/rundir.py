@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import time
@@ -23,7 +24,6 @@ CONFIG, MADE_FROM, SUMMARY = "config.json", "made_from.json", "summary.json"
 # What a resumed run may find changed in what it is made from, by prefix of the dotted name.
 # Everything else would silently make it another run, and is refused.
 FREE = (
-    "commit",
     "contents.eval",
     "eval",
     "report",
@@ -117,9 +117,11 @@ class RunDirectory:
     once, or, inside `train`, after the current step is saved; a second one ends the process with
     130.
 
-    A run that differs is not continued. With `rerun` its directory is kept under another name,
-    <path>.1 or the next that is free, and a new one begun. So is, without being asked, one that has
-    neither a checkpoint nor a summary: a first try that failed is not to stand in the way.
+    A run that differs is not continued, nor a finished one replaced. With `rerun` its directory is
+    kept under another name, <path>.1 or the next that is free, and a new one begun; where all that
+    differs is in `FREE`, a copy is kept and the run goes on from its last checkpoint, to another
+    evaluation. One that has neither a checkpoint nor a summary is set aside without being asked: a
+    first try that failed is not to stand in the way.
 
     Attributes:
       path: the directory.
@@ -153,11 +155,7 @@ class RunDirectory:
     def __enter__(self) -> RunDirectory:
         self._hold()
         try:
-            if self._is_another_run():
-                aside = set_aside(self.path)
-                print(f"{self.path} is kept as {aside}", flush=True)
-                self._let_go()
-                self._hold()
+            self._keep_another_run()
             write_json(self.path / MADE_FROM, self.made_from)
             write_json(self.path / CONFIG, self.config)
         except BaseException:
@@ -197,33 +195,48 @@ class RunDirectory:
         os.ftruncate(self._lock, 0)
         os.close(self._lock)
 
-    def _is_another_run(self) -> bool:
-        """Whether what is there is of another run, and is to be set aside for this one."""
+    def _keep_another_run(self) -> None:
+        """Sets aside what is there if this is another run, a copy where it goes on from there."""
         config, made_from = (_read_object(self.path / name) for name in (CONFIG, MADE_FROM))
         if config and "stage" not in config and not (self.path / MADE_FROM).exists():
             raise UserError(f"{self.path} is no run directory: its {CONFIG} is something else's")
+        changed = changes(made_from | config, self.made_from | self.config)
+        changed.pop("commit", None)
+        accepted = FREE + (ALLOWED_WITH_FLAG if self.allow_changes else ())
+        decides = {k: pair for k, pair in changed.items() if not _has_prefix(k, accepted)}
         done = (self.path / SUMMARY).exists()
         checkpoints = (self.path / "checkpoints").glob("*")
-        begun = done or any(path.name.isdigit() for path in checkpoints)
-        changed = changes(made_from | config, self.made_from | self.config)
-        accepted = ("commit",) if done else FREE  # a finished run's results are not replaced
-        accepted += ALLOWED_WITH_FLAG if self.allow_changes else ()
-        refused = {k: pair for k, pair in changed.items() if not _has_prefix(k, accepted)}
-        if not begun:
-            if not config:  # there was no run; whatever else is there is not ours to move
-                return False
+        if not done and not any(path.name.isdigit() for path in checkpoints):
             left = {path.name for path in self.path.iterdir()} - {"lock", CONFIG, MADE_FROM}
-            return bool(refused and left)
+            if config and decides and left:  # without a config it is no run, and not ours to move
+                self._set_aside(move=True)
+            return
+        refused = changed if done else decides  # a finished run's results are not replaced
         if refused and not self.rerun:
             raise AnotherRun(
                 f"{self.path} holds {'a finished' if done else 'an unfinished'} run that was made "
                 f"from something else ({tell_changes(refused)}); --rerun keeps it under another "
                 "name and runs this one, or use another --workdir"
             )
-        free = {name: pair for name, pair in changed.items() if name != "commit"}
-        if free:
-            print(f"{self.path}: {tell_changes(free, limit=len(free))}", flush=True)
-        return bool(refused)
+        if changed:
+            print(f"{self.path}: {tell_changes(changed, limit=len(changed))}", flush=True)
+        if refused:
+            self._set_aside(move=bool(decides))
+
+    def _set_aside(self, *, move: bool) -> None:
+        """Renames or copies the directory to <path>.1, or the next number that is free."""
+        names = (self.path.with_name(f"{self.path.name}.{n}") for n in itertools.count(1))
+        aside = next(name for name in names if not name.exists())
+        if move:
+            os.rename(self.path, aside)
+            self._let_go()
+            self._hold()
+        else:
+            whole = aside.with_name(f"{aside.name}.tmp")
+            shutil.copytree(self.path, whole, ignore=shutil.ignore_patterns("lock"))
+            os.rename(whole, aside)
+        sync_directory(self.path.parent)
+        print(f"{self.path} is kept as {aside}", flush=True)
 
     def _on_signal(self, number, frame) -> None:
         if self.stop_requested:
@@ -233,15 +246,6 @@ class RunDirectory:
             raise Preempted(
                 f"{signal.Signals(number).name} received; run the same command to continue"
             )
-
-
-def set_aside(path: Path) -> Path:
-    """Renames a run directory to <path>.1, or the next number that is free, and returns that."""
-    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
-    aside = next(name for name in names if not name.exists())
-    os.rename(path, aside)
-    sync_directory(path.parent)
-    return aside
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -167,20 +167,19 @@ def test_a_finished_run_is_another_even_without_checkpoints(tmp_path):
     ],
 )
 def test_a_finished_run_is_not_replaced_whatever_changes(tmp_path, config, made_from, said):
-    with RunDirectory(tmp_path / "dpo", CONFIG, MADE_FROM) as run:
-        run.write_summary({"status": "done"})
-    with pytest.raises(UserError, match=said), RunDirectory(tmp_path / "dpo", config, made_from):
+    run = tmp_path / "dpo"
+    with RunDirectory(run, CONFIG, MADE_FROM) as held:
+        (run / "checkpoints" / "00000005").mkdir(parents=True)
+        held.write_summary({"status": "done"})
+    with pytest.raises(UserError, match=said), RunDirectory(run, config, made_from):
         pass
-    with RunDirectory(tmp_path / "dpo", config, made_from, rerun=True):
-        assert (tmp_path / "dpo.1" / "summary.json").exists()
-
-
-def test_a_folder_that_held_no_run_is_not_moved(tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "pairs.jsonl").touch()
-    with RunDirectory(tmp_path / "mine", CONFIG, MADE_FROM):
-        assert (tmp_path / "mine" / "pairs.jsonl").exists()
-    assert not (tmp_path / "mine.1").exists()
+    with RunDirectory(run, config, made_from, rerun=True):  # goes on: only its evaluation differs
+        assert (run / "checkpoints" / "00000005").exists()
+    kept = tmp_path / "dpo.1"
+    assert (kept / "summary.json").exists() and (kept / "checkpoints" / "00000005").exists()
+    assert json.loads((kept / "config.json").read_text()) == CONFIG
+    with RunDirectory(kept, CONFIG, MADE_FROM):
+        pass
 
 
 def test_a_first_try_that_failed_does_not_block_the_next(tmp_path, capsys):
