@@ -206,8 +206,8 @@ class RunDirectory:
         checkpoints = (self.path / "checkpoints").glob("*")
         begun = done or any(path.name.isdigit() for path in checkpoints)
         changed = changes(made_from | config, self.made_from | self.config)
-        accepted = ("commit",) if done else FREE  # a finished run's results are not replaced
-        accepted += ALLOWED_WITH_FLAG if self.allow_changes else ()
+        free: tuple[str, ...] = ("commit",) if done else FREE  # results are not replaced
+        accepted = free + (ALLOWED_WITH_FLAG if self.allow_changes else ())
         refused = {k: pair for k, pair in changed.items() if not _has_prefix(k, accepted)}
         if not begun:
             if not config:  # there was no run; whatever else is there is not ours to move
@@ -220,9 +220,9 @@ class RunDirectory:
                 f"from something else ({tell_changes(refused)}); --rerun keeps it under another "
                 "name and runs this one, or use another --workdir"
             )
-        free = {name: pair for name, pair in changed.items() if name != "commit"}
-        if free:
-            print(f"{self.path}: {tell_changes(free, limit=len(free))}", flush=True)
+        said = {name: pair for name, pair in changed.items() if name != "commit"}
+        if said:
+            print(f"{self.path}: {tell_changes(said, limit=len(said))}", flush=True)
         return bool(refused)
 
     def _on_signal(self, number, frame) -> None:
