@@ -236,7 +236,13 @@ class RunDirectory:
 
 
 def set_aside(path: Path) -> Path:
-    """Renames a run directory to <path>.1, or the next number that is free, and returns that."""
+    """Renames a run directory to <path>.1, or the next number that is free, and returns that.
+
+    Raises:
+      UserError: this process works in it.
+    """
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise UserError(f"{path} is the working directory, or holds it; use another --workdir")
     names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
     aside = next(name for name in names if not name.exists())
     os.rename(path, aside)
