@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import traceback
+
 EXIT_DONE = 0
 EXIT_BUG = 1
 EXIT_USER = 2
@@ -14,3 +17,16 @@ class UserError(Exception):
 
 class Preempted(Exception):
     """The run was asked to stop; its state is saved and the same command continues it."""
+
+
+def mistake_in(path: str, error: Exception) -> UserError | None:
+    """What the code of a user's config file raised, in one line; None if none of it led there."""
+    frames = traceback.walk_tb(error.__traceback__)
+    whole = os.path.abspath(path)
+    lines = [n for frame, n in frames if os.path.abspath(frame.f_code.co_filename) == whole]
+    if isinstance(error, SyntaxError) and error.filename and os.path.samefile(path, error.filename):
+        lines = [error.lineno or 1]
+    if not lines:
+        return None
+    text = " ".join(str(error).split())
+    return UserError(f"{path}, line {lines[-1]}: {type(error).__name__}: {text}")

@@ -12,7 +12,14 @@ import logging
 import os
 import sys
 
-from rlhf_jax.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_USER, Preempted, UserError
+from rlhf_jax.errors import (
+    EXIT_DONE,
+    EXIT_RESUMABLE,
+    EXIT_USER,
+    Preempted,
+    UserError,
+    mistake_in,
+)
 from rlhf_jax.malloc import tune_malloc
 
 
@@ -28,7 +35,15 @@ def parse(argv: list[str]):
     flags.DEFINE_boolean("rerun", False, "run again what has changed", flag_values=values)
     try:
         rest = values([sys.argv[0], *argv])[1:]
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:
+        mistake = mistake_in(_config_file(argv), error)
+        if mistake is not None:
+            raise mistake from error
+        known = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError)
+        if not isinstance(error, known):
+            raise
         # ml_collections names the nearest field ("Did you mean …") in these.
         text = str(error.args[0] if error.args else error)
         text = _unread_field(argv) or " ".join(text.split())
@@ -45,6 +60,15 @@ def parse(argv: list[str]):
     if not os.path.isfile(source.partition(":")[0]):
         raise UserError(f"--config={source}: there is no such file")
     return values.config, source, values
+
+
+def _config_file(argv: list[str]) -> str:
+    """The file that --config names, without its variant; "" for none."""
+    for flag, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = flag.lstrip("-").partition("=")
+        if name == "config":
+            return (value if equals else following).partition(":")[0]
+    return ""
 
 
 def _unread_field(argv: list[str]) -> str | None:

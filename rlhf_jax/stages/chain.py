@@ -21,12 +21,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, mistake_in
 from rlhf_jax.evaluation.report import METRICS, environment, write_report
 from rlhf_jax.evaluation.tables import print_summary
 from rlhf_jax.stages.checks import check
 from rlhf_jax.stages.common import ancestry, read_summary, settle_sources
-from rlhf_jax.stages.defaults import STAGES
+from rlhf_jax.stages.defaults import STAGES, fields_of
 from rlhf_jax.stages.identity import made_from, resolved
 from rlhf_jax.training.rundir import (
     SUMMARY,
@@ -45,8 +45,15 @@ def load_config(source: str) -> ConfigDict:
     path, _, variant = source.partition(":")
     if not os.path.isfile(path):
         raise UserError(f"config.init names {source!r}: there is no file {path}")
-    get_config = runpy.run_path(path)["get_config"]
-    return get_config(variant) if variant else get_config()
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        if get_config is None:
+            raise UserError(f"{path} has no function get_config")
+        return get_config(variant) if variant else get_config()
+    except UserError:
+        raise
+    except Exception as error:
+        raise mistake_in(path, error) or UserError(f"{source}: {error}") from error
 
 
 def default_workdir(source: str, runs: Path) -> Path:
@@ -77,10 +84,15 @@ def run(
 
 def prepare(config: ConfigDict) -> ConfigDict:
     """The config that is run: checked, and with what is empty in it settled."""
+    if not isinstance(config, ConfigDict) or "stage" not in config:
+        raise UserError("config: get_config returns none of rlhf_jax.stages.defaults")
     if config.stage not in STAGES:
         raise UserError(f"config.stage = {config.stage!r}: choose one of {', '.join(STAGES)}")
-    if config.stage not in PARENTLESS and not config.init.policy:
+    if config.stage not in PARENTLESS and not config.get("init", {}).get("policy"):
         raise UserError("config: init.policy is empty; set --config.init.policy=/path/to/model")
+    for section in fields_of(config.stage):
+        if section not in config and section != "critic":
+            raise UserError(f"config: the {config.stage} stage needs the section {section}")
     config = settle_sources(config)
     check(config)
     return config

@@ -91,6 +91,9 @@ def check(config: ConfigDict) -> None:
         check_objective(config)
         if "critic" in config:
             make_optimizer({k: v for k, v in config.critic.items() if k != "value_clip"}, updates)
+    if config.stage == "reward" and config.loss.name not in ("bradley_terry", "pointwise"):
+        name = config.loss.name
+        raise UserError(f"config.loss.name = {name!r}: choose one of bradley_terry, pointwise")
     if config.stage == "online_preference" and config.loss.name == "kto":
         raise UserError(
             "config: loss.name = 'kto' needs an answer to another prompt beside each pair, which "
@@ -144,6 +147,10 @@ def _check_sampling(config: ConfigDict) -> None:
     """UserError for a field about sampling or rewards that a stage cannot follow."""
     rollout, reward = config.rollout, config.reward
     weights = parse_rewards(reward.scorers)
+    for name in weights:
+        file = Path(name.rpartition(":")[0])
+        if ".py:" in name and not file.is_file():
+            raise UserError(f"config: reward.scorers names {name!r}: there is no file {file}")
     if not 0 < rollout.temperature < math.inf:
         raise UserError(f"config: rollout.temperature = {rollout.temperature} must be above 0")
     try:

@@ -224,7 +224,15 @@ class RunDirectory:
             self._set_aside(move=bool(decides))
 
     def _set_aside(self, *, move: bool) -> None:
-        """Renames or copies the directory to <path>.1, or the next number that is free."""
+        """Renames or copies the directory to <path>.1, or the next number that is free.
+
+        Raises:
+          UserError: this process works in it.
+        """
+        if Path.cwd().is_relative_to(self.path.resolve()):
+            raise UserError(
+                f"{self.path} is the working directory, or holds it; use another --workdir"
+            )
         names = (self.path.with_name(f"{self.path.name}.{n}") for n in itertools.count(1))
         aside = next(name for name in names if not name.exists())
         if move:

@@ -8,8 +8,10 @@ import shutil
 import numpy as np
 import pytest
 
+from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.statistics import wilson_interval
-from rlhf_jax.stages.chain import pick_samples, summary_rows
+from rlhf_jax.main import main
+from rlhf_jax.stages.chain import load_config, pick_samples, prepare, summary_rows
 from rlhf_jax.training.model import load_model
 from tests.stages.conftest import run_main
 
@@ -191,6 +193,29 @@ def test_mistakes_end_in_one_line_before_anything_runs(experiments, tmp_path, ar
     assert message in line
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+MISTAKEN = {
+    "def get_config(:\n": "line 1: SyntaxError",
+    "def get_config():\n    return nosuch\n": "line 2: NameError: name 'nosuch' is not defined",
+    "import nosuch\n": "line 1: ModuleNotFoundError",
+    "def get_config():\n    return 3\n": "get_config returns none of",
+    "from ml_collections import ConfigDict\n\n\ndef get_config():\n"
+    '    return ConfigDict({"stage": "pretrain"})\n': "pretrain stage needs the section batch",
+}
+
+
+@pytest.mark.parametrize("text", MISTAKEN)
+def test_a_mistake_in_a_config_file_is_one_line(tmp_path, capsys, text):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    for load in (lambda: main([f"--config={path}"]), lambda: prepare(load_config(f"{path}"))):
+        try:
+            assert load() == 2
+            message = capsys.readouterr().err.removeprefix("error: ").strip()
+        except UserError as error:
+            message = str(error)
+        assert MISTAKEN[text] in message and "\n" not in message
 
 
 def test_missing_config_is_a_mistake():

@@ -199,6 +199,15 @@ def test_a_field_that_no_stage_reads_is_refused_with_the_nearest():
         checks.check(config)
 
 
+def test_a_missing_reward_file_and_another_loss_are_seen_before_the_parents_run():
+    config = defaults.on_policy("grpo", rollout={"samples": 2})
+    config.reward.scorers = "nowhere.py:score"
+    with pytest.raises(UserError, match=r"'nowhere.py:score': there is no file nowhere.py"):
+        checks.check(config)
+    with pytest.raises(UserError, match=r"'dpo': choose one of bradley_terry, pointwise"):
+        checks.check(defaults.base("reward", loss={"name": "dpo"}))
+
+
 @pytest.mark.parametrize("stage", [s for s in defaults.STAGES if s != "oracle"])
 def test_a_count_below_its_least_is_refused(stage):
     fields = {n for names in checks._LEAST.values() for n in names if checks.has_field(stage, n)}

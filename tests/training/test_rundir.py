@@ -59,8 +59,8 @@ MADE_FROM = {
 
 def begun(path, made_from=None):
     """A run that has a checkpoint."""
-    with RunDirectory(path, CONFIG, made_from):
-        (path / "checkpoints" / "00000002").mkdir(parents=True)
+    with RunDirectory(path, CONFIG, made_from) as run:
+        (run.path / "checkpoints" / "00000002").mkdir(parents=True)
 
 
 def test_what_would_change_the_run_is_refused_and_said_once(tmp_path, capsys):
@@ -151,6 +151,16 @@ def test_a_finished_run_is_another_even_without_checkpoints(tmp_path):
     with (
         pytest.raises(UserError, match=r"a finished run .*data\.train"),
         RunDirectory(tmp_path, changed("data", "train", "hh")),
+    ):
+        pass
+
+
+def test_the_working_directory_is_not_moved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    begun(".")
+    with (
+        pytest.raises(UserError, match=r"^\. is the working directory"),
+        RunDirectory(".", changed("data", "train", "hh"), rerun=True),
     ):
         pass
 
