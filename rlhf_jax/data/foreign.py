@@ -97,7 +97,12 @@ def _share_gpt(fields: Fields) -> Fields:
 
 
 def _turn(turn: Any, where: str) -> Fields:
-    """A turn; a call, which ShareGPT writes as JSON of {"name", "arguments"}, as `tool_calls`."""
+    """A turn; a call, which ShareGPT writes as JSON of {"name", "arguments"}, as `tool_calls`.
+
+    One with a role and a content is ours already: many sets have such under the same name.
+    """
+    if isinstance(turn, dict) and {"role", "content"} <= turn.keys():
+        return turn
     if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
         raise Untranslatable(f"{where} must have 'from' and 'value'")
     role = _ROLES.get(turn["from"], turn["from"]) if isinstance(turn["from"], str) else None

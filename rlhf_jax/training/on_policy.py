@@ -462,14 +462,19 @@ def _mismatch(arrays: Mapping[str, np.ndarray], mask: np.ndarray) -> dict[str, f
 
 
 def _summed(taken: list[dict[str, np.ndarray]]) -> dict[str, float]:
-    """Metrics of an iteration's updates: their mean; the last of counts, the most of maxima."""
+    """Metrics of an iteration's updates: their mean; the last of counts, the most of maxima.
 
-    def over(name: str, values: list[np.ndarray]) -> float:
+    Updates in which nothing counts, minibatches of padding or of masked answers, have no mean.
+    """
+    counted = [m for m in taken if m["train/weight"] > 0] or taken
+
+    def over(name: str) -> float:
         if name.endswith(("skipped", "param_norm")):
-            return float(values[-1])
+            return float(taken[-1][name])
+        values = [m[name] for m in counted]
         return float(np.max(values) if name.endswith(("_max", "_deviation")) else np.mean(values))
 
-    metrics = {name: over(name, [m[name] for m in taken]) for name in taken[0]}
+    metrics = {name: over(name) for name in taken[0]}
     if "val/consecutive_skipped" in metrics:  # a critic that stands still must end a run too
         worst = max(metrics["train/consecutive_skipped"], metrics["val/consecutive_skipped"])
         metrics["train/consecutive_skipped"] = worst

@@ -393,6 +393,7 @@ FOREIGN = [  # kind, name said, theirs, ours
         {"prompt": "hi", "chosen": "yo", "rejected": "no"},
     ),
     ("prompt", "ShareGPT", share_gpt(("human", "hi"), ("gpt", "yo")), {"prompt": "hi"}),
+    ("conversation", "ShareGPT", {"conversations": [U, A]}, {"messages": [U, A]}),
     ("text", "ShareGPT", share_gpt(("human", "hi"), ("gpt", "yo")),
      {"text": "User: hi\n\nAssistant: yo"}),
     ("preference", "ShareGPT", share_gpt(("human", "hi"), ("gpt", "yo"), label=True),

@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -58,3 +59,35 @@ def test_a_directory_that_cannot_be_used_is_named(experiments, tmp_path):
     assert result.returncode == 2
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert "model_type = 't5' is not supported" in line
+
+
+@pytest.mark.slow
+def test_rows_that_pad_a_vocabulary_are_in_no_answer_and_in_no_ratio(experiments, tmp_path):
+    """Their logits are ±100 here: one that was drawn, or counted in a sum, would show."""
+    given = tmp_path / "given"
+    given.mkdir()
+    words = write(given, "chatml").vocab_size
+    config = dataclasses.replace(
+        PRESETS["1b"], vocab_size=words + 40, layers=1, width=32, heads=2, kv_heads=1, head_dim=16,
+        mlp_width=64, max_length=1024, compute_dtype="float32", tied_embeddings=False,
+    )  # fmt: skip
+    params = init(config, jax.random.key(0))
+    head = params["lm_head"]["kernel"]
+    signs = jnp.where(jnp.arange(40) % 2, 100.0, -100.0)
+    params["lm_head"]["kernel"] = head.at[:, words:].set(head[:, :1] * signs)
+    write_weights(given, config, params)
+    (tmp_path / "mine.py").write_text(
+        "def legible(prompts, responses):\n    return [len(set(r)) for r in responses]\n"
+    )
+    result = run_main(
+        "--config=experiments/grpo.py:own", f"--workdir={tmp_path}/run",
+        f"--config.init.policy={given}", f"--config.reward.scorers={tmp_path}/mine.py:legible",
+        f"--config.data.train={experiments}/prompts.jsonl", "--config.rollout.prompts=4",
+        "--config.rollout.samples=4", "--config.rollout.max_new_tokens=16",
+        "--config.eval.max_new_tokens=16", "--config.train.steps=1",
+        "--config.optimizer.warmup_steps=0",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    (line,) = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert abs(line["policy/ratio"] - 1) < 1e-5 and abs(line["policy/ratio_max"] - 1) < 1e-5
+    assert line["rollout/logprob_difference"] < 1e-4 and abs(line["objective/kl"]) < 1e-5

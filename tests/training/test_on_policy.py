@@ -76,6 +76,21 @@ def test_metrics_of_the_first_iteration():
     assert 0 < metrics["policy/entropy"] <= entropy.sum(-1).max()
 
 
+def test_a_minibatch_in_which_nothing_counts_is_in_no_mean():
+    config, task, start = table("grpo", train={"minibatches": 2})
+
+    def rollout(params, batch, number):
+        found = task.rollout(params, batch, number)
+        members = found.rows["members"]
+        first, _ = minibatches(config, (members >= 0).any(axis=1), number)
+        counts = np.isin(np.arange(len(found.weights)), members[first])
+        return dataclasses.replace(found, weights=counts.astype(np.float32))
+
+    _, metrics, _ = steps(config, dataclasses.replace(task, rollout=rollout), start, 1)
+    assert metrics["policy/ratio"] == pytest.approx(1, abs=1e-5)
+    assert metrics["policy/ratio_var"] == pytest.approx(0, abs=1e-5)
+
+
 def test_an_iteration_repeats_bit_for_bit():
     first, second = (steps(*table("ppo", train={"epochs": 2, "minibatches": 2}), 3) for _ in "ab")
     for a, b in zip(jax.tree.leaves(first[0]), jax.tree.leaves(second[0]), strict=True):
