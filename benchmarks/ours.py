@@ -209,6 +209,7 @@ def start_of(shape: work.Shape, **changes) -> Model:
     """A policy as it starts. Its answers are of full length, as the peer's."""
     config = model_config(shape, **changes)
     tokenizer = HubTokenizer(work.tokenizer_json(shape), bos="<s>", eos="</s>")
+    assert tokenizer.hash  # kept, as its file has it, before no id ends a reply any more
     tokenizer.ends = ()
     return Model(config, init(config, jax.random.key(0)), tokenizer)
 
