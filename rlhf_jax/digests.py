@@ -27,6 +27,11 @@ def _file_digest(path: Path, *_: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
+def json_digest(document: Any) -> str:
+    """The first 12 hex digits of the SHA-256 of a document's canonical JSON."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def code_of(module: str, without: Collection[str] = ()) -> dict[str, str]:
     """{file: digest} of a module of this package and of all that it imports from this package.
 
@@ -50,7 +55,7 @@ def code_of(module: str, without: Collection[str] = ()) -> dict[str, str]:
 
 def code_digest(module: str) -> str:
     """One digest of all of `code_of`."""
-    return hashlib.sha256(json.dumps(code_of(module)).encode()).hexdigest()[:12]
+    return json_digest(code_of(module))
 
 
 def commit() -> str:

@@ -69,7 +69,8 @@ def encode_conversations(
 
     stripped_turns: "leave" those untrained that the template writes otherwise than they would be
     generated, "expand" the conversation into as many documents as train them all: `split_turns`.
-    stats["turns"] counts the assistant's, stats["stripped"] those left untrained.
+    stats["turns"] counts the assistant's, stats["stripped"] those left untrained; each document of
+    an expanded conversation counts as a record.
     over_long: "error"; "drop"; "truncate_prompt_left" keeps BOS, the last reply and what fits
     before it (a turn cut in two is no target any more), and is an error where the reply alone does
     not fit.
@@ -82,6 +83,7 @@ def encode_conversations(
     for record in records:
         with naming(record.id):
             parts, turns = split_turns(record.messages, tokenizer, last_turn_only, expand)
+        stats["records"] += len(parts) - 1
         stats["turns"] += turns
         stats["stripped"] += turns - sum(len(places) for _, places in parts)
         for tokens, places in parts:

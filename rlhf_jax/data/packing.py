@@ -22,8 +22,9 @@ Whether a token counts is stated by segment_ids and weights alone, never by comp
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -168,13 +169,13 @@ def check_ids(arrays: Arrays, vocab_size: int) -> None:
             )
 
 
-def fingerprint(arrays: Arrays) -> str:
-    """sha256 of names, shapes, dtypes and contents: changes with data, tokenizer or packing."""
+def fingerprint(arrays: Mapping[str, Any]) -> str:
+    """sha256 of names, shapes, dtypes and contents: of packed data, or of a model's weights."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-        digest.update(array.data)
+        digest.update(array.reshape(-1).view(np.uint8).data)  # bfloat16 has no buffer of its own
     return digest.hexdigest()
 
 

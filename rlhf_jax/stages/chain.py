@@ -7,7 +7,6 @@ finished run.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import os
@@ -21,6 +20,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from rlhf_jax.digests import json_digest
 from rlhf_jax.errors import UserError, mistake_in
 from rlhf_jax.evaluation.report import METRICS, environment, write_report
 from rlhf_jax.evaluation.tables import print_summary
@@ -146,7 +146,6 @@ def _run_stage(config: ConfigDict, held: RunDirectory, parents: Mapping[str, Pat
     meanwhile = changes(origin, made_from(config, parents) | {"commit": origin["commit"]})
     if meanwhile:
         print(f"warning: during the run {tell_changes(meanwhile)}", flush=True)
-    code = hashlib.sha256(json.dumps(origin["code"], sort_keys=True).encode()).hexdigest()[:12]
     summary = {
         "stage": config.stage,
         "status": "done",
@@ -155,7 +154,7 @@ def _run_stage(config: ConfigDict, held: RunDirectory, parents: Mapping[str, Pat
         "wall_seconds": round(held.wall_seconds(), 3),
         "metrics": {name: float(value) for name, value in metrics.items()},
         "command": shlex.join(["python", "-m", "rlhf_jax.main", *sys.argv[1:]]),
-        "made_from": origin | {"code": code},
+        "made_from": origin | {"code": json_digest(origin["code"])},
         "environment": environment(),
     }
     write_report(held.path, summary)

@@ -6,7 +6,6 @@ A directory of Hugging Face files is read where a run's directory is: `init.poli
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
@@ -18,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
+from rlhf_jax.data import packing
 from rlhf_jax.data.chat import AnyTokenizer
 from rlhf_jax.data.hub_tokenizer import HubTokenizer
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.digests import file_digest
+from rlhf_jax.digests import file_digest, json_digest
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_config import read_config
@@ -111,7 +110,7 @@ def save_model(workdir: str | os.PathLike[str], model: Model) -> None:
             "directory": str(model.base.directory),
             "fingerprint": model.base.fingerprint,
         }
-    document["weights"] = _weights_digest(params)
+    document["weights"] = packing.fingerprint(named_leaves(params))
     _save_tokenizer(Path(workdir), model.tokenizer)
     save_params(Path(workdir) / "model", params, document)
 
@@ -282,14 +281,4 @@ def fingerprint(directory: Path) -> str:
             stated["weights"] = file_digest(directory / "model" / "manifest.json")
         if "base" in stated:  # wherever it lies
             stated["base"] = stated["base"]["fingerprint"]
-    return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _weights_digest(params: Any) -> str:
-    """Of names, dtypes, shapes and numbers."""
-    digest = hashlib.sha256()
-    for name, array in sorted(named_leaves(params).items()):
-        host = np.ascontiguousarray(array)
-        digest.update(f"{name} {host.dtype} {host.shape}\n".encode())
-        digest.update(host.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()[:12]
+    return json_digest(stated)

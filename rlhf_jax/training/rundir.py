@@ -6,7 +6,6 @@ A run is what it was made from: config.json, and made_from.json (see `stages/ide
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import itertools
 import json
 import os
@@ -18,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf_jax.digests import json_digest
 from rlhf_jax.errors import Preempted, UserError
 
 CONFIG, MADE_FROM, SUMMARY = "config.json", "made_from.json", "summary.json"
@@ -81,10 +81,8 @@ def changes(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:
 
 
 def config_hash(config: Mapping[str, Any], made_from: Mapping[str, Any]) -> str:
-    """First 12 hex digits of the SHA-256 of a run's config and what else it is made from."""
-    decides = {name: value for name, value in made_from.items() if name != "commit"}
-    text = json.dumps([config, decides], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    """A digest of a run's config and what else decides its result, which the commit does not."""
+    return json_digest([config, {k: v for k, v in made_from.items() if k != "commit"}])
 
 
 def tell_changes(changed: Mapping[str, tuple[Any, Any]], limit: int = 5) -> str:

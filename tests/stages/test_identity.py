@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments import dpo, grpo, sft
+from rlhf_jax.data import packing
 from rlhf_jax.stages import identity as identity_module
 from rlhf_jax.stages.chain import prepare
 from rlhf_jax.stages.identity import made_from, resolved
@@ -139,15 +140,17 @@ def test_a_model_is_its_numbers_not_its_files(tmp_path):
         save_params(tmp_path / name / "model", params, {"tokenizer_hash": "0"} | document)
         return fingerprint(tmp_path / name)
 
-    from rlhf_jax.training.model import _weights_digest as digest
-
-    first = saved("a", params, weights=digest(params))
-    assert first == saved("b", params, weights=digest(params))
-    assert first != saved("c", params, weights=digest(params), tokenizer_hash="1")
+    first = saved("a", params, weights=packing.fingerprint(params))
+    assert first == saved("b", params, weights=packing.fingerprint(params))
+    assert first != saved("c", params, weights=packing.fingerprint(params), tokenizer_hash="1")
     changed = {"w": params["w"] + np.float32(1e-6) * (params["w"] == 3)}
-    assert first != saved("d", changed, weights=digest(changed))
+    assert first != saved("d", changed, weights=packing.fingerprint(changed))
     other_dtype = {"w": params["w"].view(np.int32)}
-    assert digest(other_dtype) != digest(params) != digest({"w": params["w"].reshape(3, 2)})
+    assert (
+        packing.fingerprint(other_dtype)
+        != packing.fingerprint(params)
+        != packing.fingerprint({"w": params["w"].reshape(3, 2)})
+    )
 
 
 def test_a_byte_in_the_middle_of_a_hub_directory_is_seen(tmp_path):
