@@ -231,6 +231,7 @@ def test_no_turn_is_trained_twice(bare):
     ]
     assert trained == ["b<|im_end|>f<|im_end|>", "#d<|im_end|>"]
     assert (stats["turns"], stats["stripped"], stats["encoded"]) == (3, 0, 2)
+    assert stats["records"] == 2  # of which over-long ones are counted
 
 
 def test_left_truncation_keeps_the_last_reply(bare):
