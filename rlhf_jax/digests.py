@@ -43,13 +43,14 @@ def code_of(module: str, without: Collection[str] = ()) -> dict[str, str]:
       The first 12 hex digits of a SHA-256 by the file's path relative to the package, sorted. It
       is of what Python makes of the file: comments, docstrings and formatting don't count.
     """
-    pending, code = [_file(module)], {}
+    first, code = _file(module), {}
+    pending = [] if first is None else [first]
     while pending:
         path = pending.pop()
-        name = "" if path is None else path.relative_to(ROOT).as_posix()
-        if path is not None and name not in code and name not in without:
+        name = path.relative_to(ROOT).as_posix()
+        if name not in code and name not in without:
             code[name], imported = _read(path)
-            pending += map(_file, imported)
+            pending += imported
     return dict(sorted(code.items()))
 
 
@@ -87,11 +88,12 @@ def _file(module: str) -> Path | None:
 
 
 @functools.cache
-def _read(path: Path) -> tuple[str, tuple[str, ...]]:
-    """(digest, names of modules that are imported) of a file of this package."""
+def _read(path: Path) -> tuple[str, frozenset[Path]]:
+    """(digest, files of the package that are imported) of a file of this package."""
     tree = ast.parse(path.read_text("utf-8"))
     shape = "\n".join(_shape(tree, []))
-    return hashlib.sha256(shape.encode()).hexdigest()[:12], tuple(_imported(tree, path))
+    imported = frozenset(filter(None, map(_file, set(_imported(tree, path)))))
+    return hashlib.sha256(shape.encode()).hexdigest()[:12], imported
 
 
 def _imported(tree: ast.AST, path: Path) -> Iterator[str]:

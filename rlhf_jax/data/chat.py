@@ -146,7 +146,8 @@ def decode_text(ids: Sequence[int], tokenizer: AnyTokenizer) -> str:
 
 
 def _ended(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    return [[*ids, END] for ids in encode_texts(texts, tokenizer)]
+    # One at a time: to wake the library's threads takes longer than to encode a few turns.
+    return [[*encode_texts([text], tokenizer)[0], END] for text in texts]
 
 
 def _render(
