@@ -134,12 +134,12 @@ class Side:
       facts: what it said when it was warm. ready: seconds from its start until then.
     """
 
-    def __init__(self, python: str, module: str, words: tuple[str, ...]):
+    def __init__(self, python: str, module: str, words: tuple[str, ...], root: Path = ROOT):
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - a pipe would fill up
         begun = time.perf_counter()
         self._process = subprocess.Popen(
             [python, "-m", module, *words],
-            cwd=ROOT,
+            cwd=root,
             env=os.environ | SETTINGS,
             text=True,
             stdin=subprocess.PIPE,

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import ours, profile, readers, run, work
+from benchmarks import before, ours, profile, readers, run, work
 
 TINY = work.SHAPES["tiny"]
 REDUCED = work.Shape(2, 32, 2, 64, 96, 64, rows=2, steps=2)
@@ -206,3 +206,8 @@ def test_a_reader_is_the_same_off_or_refuses():
         *("[1]", "[2]", "[1]"),
     ]
     assert notes == ["a", "b"]
+
+
+def test_before_takes_the_median_of_each_rounds_ratio():
+    line = before.cells("sft tiny", [(2.0, 1.0), (3.0, 2.0), (9.0, 3.0)])
+    assert line == ["sft tiny", "3", "2", "2.000× (1.500–3.000)"]
