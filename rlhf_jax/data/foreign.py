@@ -106,6 +106,12 @@ def _turn(turn: Any, where: str) -> Fields:
     if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
         raise Untranslatable(f"{where} must have 'from' and 'value'")
     role = _ROLES.get(turn["from"], turn["from"]) if isinstance(turn["from"], str) else None
+    for name in ("weight", "loss", "train"):  # by which some trainers leave replies untrained
+        if role == "assistant" and turn.get(name) not in (None, 1):
+            raise Untranslatable(
+                f"{where} is a reply with {name!r}: {turn[name]!r}, which is not followed here: "
+                "replies are trained alike; leave such conversations out"
+            )
     if turn["from"] != "function_call":
         return {"role": role, "content": turn["value"]}
     return {"role": role, "content": "", "tool_calls": turn["value"]}

@@ -450,6 +450,12 @@ def test_errors_name_the_forms_and_the_knob(tmp_path):
             read_jsonl(write(tmp_path, {"nothing": "known"}), kind)
     with pytest.raises(UserError, match=r"bad format: conversations\[0\] must have 'from'"):
         read_jsonl(write(tmp_path, {"conversations": [{"value": "x"}]}), "conversation")
+    asked, reply = {"from": "human", "value": "hi", "weight": 0}, {"from": "gpt", "value": "yo"}
+    with pytest.raises(UserError, match=r"conversations\[1\] is a reply with 'weight': 0"):
+        read_jsonl(
+            write(tmp_path, {"conversations": [asked, reply | {"weight": 0}]}), "conversation"
+        )
+    read_jsonl(write(tmp_path, {"conversations": [asked, reply | {"weight": 1}]}), "conversation")
 
 
 @pytest.mark.parametrize("suffix", [".json", ".json.gz", ".json.xz"])
