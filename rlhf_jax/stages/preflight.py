@@ -58,6 +58,11 @@ class Encoded:
     def tokens(self) -> list[int]:
         return [token for part in self.parts.values() for token in part]
 
+    @property
+    def identical(self) -> bool:
+        """Whether it is a pair of one reply twice, which is left out."""
+        return "chosen" in self.parts and self.parts["chosen"] == self.parts["rejected"]
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -233,8 +238,7 @@ def measure(
     contradictory = identical = None
     if judged:
         contradictory = sum((p, b, a) in there for p, a, b in keys if a != b)
-        pairs = [e.parts for e in encoded if "chosen" in e.parts]
-        identical = sum(parts["chosen"] == parts["rejected"] for parts in pairs)
+        identical = sum(e.identical for e in encoded)
     return Measured(
         records=len(records),
         sampled=len(sample),
@@ -275,9 +279,9 @@ def _length_alone(
 
 
 def _typical(encoded: Sequence[Encoded], limit: int) -> Encoded:
-    """The one of median length among those that fit, or among all if none does."""
+    """The one of median length among those that are read, or among all if none is."""
     by_length = sorted(encoded, key=lambda e: len(e.is_target))
-    fitting = [e for e in by_length if len(e.is_target) <= limit] or by_length
+    fitting = [e for e in by_length if len(e.is_target) <= limit and not e.identical] or by_length
     return fitting[len(fitting) // 2]
 
 

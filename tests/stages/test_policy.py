@@ -351,7 +351,7 @@ def test_a_reward_that_prefers_nothing_is_warned_of_once(caplog, scored, warning
 def test_a_constant_reward_is_one_warning_on_the_console(chain, tmp_path, stage):
     experiments, runs = chain
     (tmp_path / "constant.py").write_text(
-        "def score(responses):\n    return [1.0] * len(responses)\n"
+        "def score(prompts, responses):\n    return [1.0] * len(responses)\n"
     )
     there = tmp_path / "runs"
     for parent in ("pretrain", "sft", "reward"):

@@ -13,6 +13,7 @@ from rlhf_jax.evaluation.statistics import auc, wilson_interval
 from rlhf_jax.stages import defaults
 from rlhf_jax.stages.pairs import pack_preferences, read_preferences
 from rlhf_jax.stages.preflight import (
+    _typical,
     decoded_runs,
     encode,
     measure,
@@ -123,6 +124,13 @@ def test_what_is_shown_of_kto_is_what_is_packed(tmp_path, paired):
         assert each.tokens == rows["tokens"][row][rows["segment_ids"][row] == place + 1].tolist()
         assert sum(each.is_target) == rows["lengths"][row, place, :-1].sum()
         assert len(each.is_target) == len(each.tokens)
+
+
+def test_the_example_is_one_that_is_read():
+    encoded = [encode(record, TOKENIZER, judged=True) for record in PAIRS[2:]]
+    # Of 17, 21 and 16 tokens; the second one is left out.
+    assert _typical(encoded, 64) is encoded[0] and _typical(encoded[1:], 64) is encoded[2]
+    assert _typical(encoded, 16) is encoded[2] and _typical(encoded[1:2], 64) is encoded[1]
 
 
 def test_every_stretch_is_marked():
