@@ -7,6 +7,7 @@ Every function returns `(items, stats)`; stats holds counts by name: "records", 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ Stats = dict[str, int]
 TEXT_POLICIES = ("split", "error", "drop")
 CHAT_POLICIES = ("error", "drop", "truncate_prompt_left")
 STRIPPED_POLICIES = ("leave", "expand")
+BESIDE = ", with a reply to another prompt beside each"
 
 
 def encode_texts(
@@ -130,37 +132,106 @@ def split_turns(
 
 
 def encode_pairs(
-    records: Sequence[Pair], tokenizer: AnyTokenizer, row_length: int, *, over_long: str = "error"
+    records: Sequence[Pair],
+    tokenizer: AnyTokenizer,
+    row_length: int,
+    *,
+    over_long: str = "error",
+    mismatched: bool = False,
 ) -> tuple[list[Group], Stats]:
     """Groups of a prompt and two branches: chosen, then rejected. A group must fit a row.
 
-    over_long: "error"; "drop"; "truncate_prompt_left" keeps BOS, both replies and the end of the
+    over_long: "error"; "drop"; "truncate_prompt_left" keeps BOS, all replies and the end of the
     prompt that fits, and is an error where the replies alone do not fit.
+    mismatched: with a third branch, a reply to another prompt: `add_mismatched`.
     stats["identical"] counts pairs whose replies are the same tokens: they teach nothing.
     """
     _check_policy(over_long, CHAT_POLICIES)
-    groups, stats, long = [], _new_stats(records) | {"identical": 0}, []
-    lengths: list[int] = []
+    groups: list[Group] = []
     for index, record in enumerate(records):
         with naming(record.id):
             texts = (record.chosen, record.rejected)
             prompt, branches = render_replies(record.prompt, texts, tokenizer)
-        replies = sum(map(len, branches))
-        length = len(prompt) + replies
-        lengths.append(length)
-        if length > row_length:
+        groups.append(Group(prompt, tuple(branches), index))
+    if mismatched:
+        groups = add_mismatched(groups, records, tokenizer, row_length, over_long)
+    kept, stats, long = [], _new_stats(records) | {"identical": 0}, []
+    for record, group in zip(records, groups, strict=True):
+        if group.size > row_length:
             if over_long != "truncate_prompt_left":
-                long.append((length, record.id))
+                long.append((group.size, record.id))
                 continue
-            _check_reply_fits(record.id, replies, row_length)
-            start = _start(tokenizer)
-            prompt = [*start, *prompt[replies + len(start) - row_length :]]
+            start, replies = _start(tokenizer), group.size - len(group.prompt)
+            what = "a pair of replies" + " (with one to another prompt)" * mismatched
+            _check_reply_fits(record.id, replies, row_length, what)
+            prompt = [*start, *group.prompt[replies + len(start) - row_length :]]
+            group = dataclasses.replace(group, prompt=prompt)
             stats["truncated"] += 1
         stats["encoded"] += 1
-        stats["identical"] += branches[0] == branches[1]
-        groups.append(Group(prompt, tuple(branches), index))
-    _settle(stats, lengths, long, over_long, row_length, CHAT_POLICIES)
-    return groups, stats
+        stats["identical"] += is_identical(group)
+        kept.append(group)
+    lengths = [group.size for group in groups]
+    beside = BESIDE * mismatched
+    _settle(stats, lengths, long, over_long, row_length, CHAT_POLICIES, beside)
+    return kept, stats
+
+
+def is_identical(group: Group) -> bool:
+    """Whether it is a pair whose replies, its first two branches, are the same tokens."""
+    return len(group.branches) > 1 and group.branches[0] == group.branches[1]
+
+
+def add_mismatched(
+    groups: Sequence[Group],
+    records: Sequence[Pair | Conversation],
+    tokenizer: AnyTokenizer,
+    row_length: int,
+    over_long: str,
+) -> list[Group]:
+    """The records' groups, each with one more branch: a reply to another prompt, for KTO.
+
+    It is the chosen or last reply of the next record, cyclically, whose prompt has other tokens.
+    Records that are dropped for their own length, and pairs of one reply twice, lend none. One that
+    is dropped because its own borrowed branch does not fit lends all the same: else a long reply
+    would be passed on, and have record after record dropped.
+
+    Raises:
+        UserError: the replies are all to one prompt.
+    """
+    lends = [not is_identical(g) and (over_long != "drop" or g.size <= row_length) for g in groups]
+    if not any(lends):
+        lends = [True] * len(groups)
+    following = _next_of_another_prompt([group.prompt for group in groups], lends)
+    made = []
+    for group, other, record in zip(groups, following, records, strict=True):
+        with naming(record.id):
+            if other is None:
+                raise UserError(
+                    "kto needs replies to two prompts or more, since its reference is a reply to "
+                    "another one, and all that could be it are to this prompt"
+                )
+            lender = records[other]
+            text = lender.chosen if isinstance(lender, Pair) else lender.messages[-1].content
+            prompt = record.prompt if isinstance(record, Pair) else record.messages[:-1]
+            _, (reply,) = render_replies(prompt, [text], tokenizer)
+        made.append(dataclasses.replace(group, branches=(*group.branches, reply)))
+    return made
+
+
+def _next_of_another_prompt(
+    prompts: Sequence[Sequence[int]], lends: Sequence[bool]
+) -> list[int | None]:
+    """For each index that of the next one, cyclically, that lends and has another prompt."""
+    following: list[int | None] = [None] * len(prompts)
+    after: int | None = None  # the next one that lends
+    beyond: int | None = None  # the next one after it that has another prompt than it
+    for i in reversed(range(2 * len(prompts))):  # twice around: what follows the last ones
+        here = i % len(prompts)
+        same = after is not None and prompts[after] == prompts[here]
+        following[here] = beyond if same else after
+        if lends[here]:
+            after, beyond = here, following[here]
+    return following
 
 
 def check_stripped_turns(policy: str) -> None:
@@ -202,10 +273,12 @@ def _check_policy(over_long: str, known: tuple[str, ...]) -> None:
         raise UserError(f"unknown over_long policy {over_long!r}; known: {', '.join(known)}")
 
 
-def _check_reply_fits(record_id: str, reply_tokens: int, row_length: int) -> None:
+def _check_reply_fits(
+    record_id: str, reply_tokens: int, row_length: int, what: str = "a reply"
+) -> None:
     if reply_tokens + 2 > row_length:  # <|bos|> and <|assistant|>
         raise UserError(
-            f"record {record_id!r}: a reply of {reply_tokens} tokens does not fit a row of "
+            f"record {record_id!r}: {what} of {reply_tokens} tokens does not fit a row of "
             f'{row_length} and is never cut; raise the row length or use over_long="drop"'
         )
 
@@ -222,15 +295,19 @@ def _settle(
     over_long: str,
     row_length: int,
     known: tuple[str, ...],
+    beside: str = "",
 ) -> None:
-    """Counts the over-long records as dropped, or raises the error their policy asks for."""
+    """Counts the over-long records as dropped, or raises the error their policy asks for.
+
+    `beside` says what else than a record's own tokens counts.
+    """
     if long and over_long == "error":
         tokens, name = max(long)
         others = " or ".join(f'"{policy}"' for policy in known if policy != "error")
         raise UserError(
             f"{len(long)} of {stats['records']} records are longer than a row of {row_length} "
-            f"tokens (the longest, {name!r}, has {tokens}; {length_of_share(lengths)} keep 95 %); "
-            f"raise the row length or set over_long to {others}"
+            f"tokens{beside} (the longest, {name!r}, has {tokens}; {length_of_share(lengths)} "
+            f"keep 95 %); raise the row length or set over_long to {others}"
         )
     stats["dropped"] = len(long)
     if long or stats["truncated"]:

@@ -51,6 +51,11 @@ class Group:
     branches: tuple[Sequence[int], ...]
     example: int
 
+    @property
+    def size(self) -> int:
+        """Tokens that it takes of a row."""
+        return len(self.prompt) + sum(map(len, self.branches))
+
 
 def pack_documents(documents: Sequence[Document], row_length: int) -> tuple[Arrays, Stats]:
     """Best-fit-decreasing packing of documents into rows of `row_length` tokens.

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_jax.data.packing import Arrays
+from rlhf_jax.evaluation.rows import in_record_order
 from rlhf_jax.evaluation.statistics import (
     accuracy_by_bins,
     calibration,
@@ -18,6 +20,19 @@ from rlhf_jax.evaluation.statistics import (
 LENGTH_EDGES = (-20.5, -10.5, -5.5, -0.5, 0.5, 5.5, 10.5, 20.5)  # tokens, chosen − rejected
 
 
+def pair_values(values: np.ndarray, rows: Arrays) -> np.ndarray:
+    """`in_record_order` of pairs' scores or log-probs, [B, P, 2] to [N, 2]; identical replies tie.
+
+    Where the rows say that both replies are the same tokens, the rejected one gets the value of
+    the chosen one: they are computed apart, and what rounding makes of them would pick a winner.
+    """
+    ordered = in_record_order(values, rows)
+    if "identical" in rows:
+        same = in_record_order(rows["identical"], rows)
+        ordered[same, 1] = ordered[same, 0]
+    return ordered
+
+
 def _correct(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
     return (chosen > rejected) + 0.5 * (chosen == rejected)
 
@@ -26,6 +41,9 @@ def preference_metrics(
     chosen: np.ndarray, rejected: np.ndarray, lengths: np.ndarray
 ) -> dict[str, float]:
     """Accuracy of scores on labelled pairs, ties ½, with its 95 % interval and its calibration.
+
+    Pairs of one reply twice are ties too: they are counted, so that models are compared on the
+    same pairs whatever these are.
 
     Args:
         chosen, rejected: [N] scores in nats: a reward model's, or DPO's β log π/π_ref.

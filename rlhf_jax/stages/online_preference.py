@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from rlhf_jax.data.encode import is_identical
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.data.pipeline import pad_rows
 from rlhf_jax.evaluation.rows import response_logprobs
@@ -110,6 +111,8 @@ def _iteration(
         rows["reference_logprobs"] = response_logprobs(
             reference.config, reference.params, rows, step_tokens(config)
         )
+        asked = len(rollouts.samples.prompts.records)
+        judge.ties.add("prompts have no better and worse answer", asked, tied < asked)
         taken = []
         for chosen in minibatches(config, (rows["valid"] > 0).any(axis=1), number):
             part = {name: x[chosen] for name, x in rows.items()}
@@ -139,7 +142,8 @@ def pack_best_and_worst(rollouts: Rollouts, row_length: int, multiple: int) -> t
     """Rows of pairs, a prompt's best answer before its worst, and how many prompts had none.
 
     Best and worst are by the shaped scores: an answer that never ended pays for it first. A prompt
-    whose answers tie, or with fewer than two that count, keeps its place with weight 0.
+    whose answers tie or are the same tokens, or with fewer than two that count, keeps its place
+    with weight 0.
     """
     samples: Samples = rollouts.samples
     shaped = rollouts.scores if rollouts.shaped_scores is None else rollouts.shaped_scores
@@ -154,6 +158,7 @@ def pack_best_and_worst(rollouts: Rollouts, row_length: int, multiple: int) -> t
         pair = {CHOSEN: best[i], REJECTED: worst[i]}
         answers = [samples.completions[i * samples.each + pair[k]].tokens for k in sorted(pair)]
         groups.append(Group(tokens, tuple(answers), i))
+        useful[i] &= not is_identical(groups[-1])
     most = max(1, row_length // (2 * SHORTEST))
     rows, _ = pack_groups(groups, row_length, branches=2, most=most)
     valid = (rows["example_ids"] >= 0) & useful[rows["example_ids"]]

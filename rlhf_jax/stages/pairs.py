@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from rlhf_jax.data.chat import AnyTokenizer, render_replies
-from rlhf_jax.data.encode import encode_pairs, length_of_share, naming
+from rlhf_jax.data.encode import (
+    BESIDE,
+    add_mismatched,
+    encode_pairs,
+    is_identical,
+    length_of_share,
+    naming,
+)
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
-from rlhf_jax.data.records import Conversation, Message, Pair
+from rlhf_jax.data.records import Conversation, Pair
 from rlhf_jax.errors import UserError
 from rlhf_jax.stages.common import check_unrendered, read_records, say_encoded
 
@@ -24,12 +31,13 @@ def pack_preferences(
 ) -> Arrays:
     """Rows of pairs, or of the replies of a file that labels each by itself, which hold `labels`.
 
-    See `read_preferences`, `pack_pairs` and `pack_labelled`.
+    See `read_preferences`, `pack_pairs` and `pack_labelled`. `mismatched`: with a further branch,
+    a reply to another prompt, for KTO's reference point: `encode.add_mismatched`.
     """
     records = read_preferences(config, source, split)
     pairs = [record for record in records if isinstance(record, Pair)]
     if pairs:
-        return _pair_rows(config, f"{source} ({split})", pairs, tokenizer, mismatched)
+        return _pair_rows(config, source, split, pairs, tokenizer, mismatched)
     single = [record for record in records if isinstance(record, Conversation)]
     return _labelled_rows(config, f"{source} ({split})", single, tokenizer, mismatched)
 
@@ -55,9 +63,16 @@ def read_preferences(
 
 
 def pack_pairs(config: ConfigDict, source: str, split: str, tokenizer: AnyTokenizer) -> Arrays:
-    """Rows of groups: a prompt with its chosen and its rejected response."""
+    """Rows of groups: a prompt with its chosen and its rejected response.
+
+    Pairs whose replies are the same tokens are left out of the split "train"; in another,
+    `identical` [B, P] bool says which they are, if there are any.
+
+    Raises:
+        UserError: they are all like that, and to be trained on.
+    """
     records = read_records(config, source, "pair", split)
-    return _pair_rows(config, f"{source} ({split})", records, tokenizer, False)
+    return _pair_rows(config, source, split, records, tokenizer, False)
 
 
 def pack_labelled(config: ConfigDict, source: str, split: str, tokenizer: AnyTokenizer) -> Arrays:
@@ -68,28 +83,41 @@ def pack_labelled(config: ConfigDict, source: str, split: str, tokenizer: AnyTok
 
 def _pair_rows(
     config: ConfigDict,
-    what: str,
+    source: str,
+    split: str,
     records: Sequence[Pair],
     tokenizer: AnyTokenizer,
     mismatched: bool,
 ) -> Arrays:
-    """With `mismatched` a third branch holds the next pair's chosen response.
-
-    That is for KTO's reference point; a group must still fit a row.
-    """
+    what, length, trained = f"{source} ({split})", config.data.row_length, split == "train"
     check_unrendered(what, records, tokenizer)
-    length = config.data.row_length
-    groups, counts = encode_pairs(records, tokenizer, length, over_long=config.data.over_long)
-    if mismatched:
-        following = [*groups[1:], groups[0]]
-        for i, (group, other) in enumerate(zip(groups, following, strict=True)):
-            record, text = records[group.example], records[other.example].chosen
-            with naming(record.id):
-                _, (reply,) = render_replies(record.prompt, [text], tokenizer)
-            groups[i] = dataclasses.replace(group, branches=(*group.branches, reply))
+    groups, counts = encode_pairs(
+        records, tokenizer, length, over_long=config.data.over_long, mismatched=mismatched
+    )
+    identical = [group.example for group in groups if is_identical(group)]
+    _warn_identical(what, len(identical), len(groups), trained)
+    if trained:
+        groups = [group for group in groups if not is_identical(group)]
     rows, packing = pack_groups(groups, length, branches=3 if mismatched else 2)
-    say_encoded(config, what, counts, packing)
+    if identical and not trained:
+        rows["identical"] = np.isin(rows["example_ids"], identical)
+    say_encoded(config, what + BESIDE * mismatched, counts, packing)
     return rows
+
+
+def _warn_identical(what: str, identical: int, pairs: int, trained: bool) -> None:
+    """A warning where more than half of the pairs are one reply twice; UserError if all are."""
+    if trained and identical == pairs:
+        raise UserError(
+            f"{what}: the replies of all {pairs:,} pairs are the same, chosen as rejected: there "
+            "is nothing to learn from them"
+        )
+    if 2 * identical > pairs:
+        logging.warning(
+            "%s: the replies of %s of %s pairs (%.1f %%) are the same, chosen as rejected: these "
+            "pairs %s", what, f"{identical:,}", f"{pairs:,}", 100 * identical / pairs,
+            "are left out" if trained else "count half as right in accuracies",
+        )  # fmt: skip
 
 
 def _labelled_rows(
@@ -99,7 +127,6 @@ def _labelled_rows(
     tokenizer: AnyTokenizer,
     mismatched: bool,
 ) -> Arrays:
-    """With `mismatched` a second branch holds the next record's reply to another prompt."""
     length, over_long = config.data.row_length, config.data.over_long
     if over_long not in ("error", "drop"):
         raise UserError(f"data.over_long = {over_long!r}: labelled replies know error and drop")
@@ -111,50 +138,31 @@ def _labelled_rows(
                 "sft stage trains on tool calls"
             )
     by_record = np.array([label_of(record) for record in records], np.float32)
-    asked = [record.messages[:-1] for record in records]
-    others = _next_of_another_prompt(asked) if mismatched else None
-    groups, dropped = [], 0
-    lengths: list[int] = []
+    groups: list[Group] = []
     for index, record in enumerate(records):
-        answering = [record, *([records[others[index]]] if others else [])]
         with naming(record.id):
-            texts = [each.messages[-1].content for each in answering]
-            prompt, branches = render_replies(asked[index], texts, tokenizer)
-        tokens = len(prompt) + sum(map(len, branches))
-        lengths.append(tokens)
-        if tokens <= length:
-            groups.append(Group(prompt, tuple(branches), index))
-            continue
-        dropped += 1
-        if over_long == "error":
-            beside = " with the reply to another prompt beside it" if mismatched else ""
+            texts = [record.messages[-1].content]
+            prompt, branches = render_replies(record.messages[:-1], texts, tokenizer)
+        groups.append(Group(prompt, tuple(branches), index))
+    if mismatched:
+        groups = add_mismatched(groups, records, tokenizer, length, over_long)
+    beside = BESIDE * mismatched
+    for record, group in zip(records, groups, strict=True):
+        if over_long == "error" and group.size > length:
             raise UserError(
-                f"record {record.id!r} has {tokens} tokens{beside}, more than a row of "
+                f"record {record.id!r} has {group.size} tokens{beside}, more than a row of "
                 f'{length}; raise data.row_length or set data.over_long to "drop"'
             )
-    if not groups:
+    kept = [group for group in groups if group.size <= length]
+    dropped = len(groups) - len(kept)
+    if not kept:
         raise UserError(f"no examples of {what} are left: {dropped} were over-long")
-    rows, packing = pack_groups(groups, length, branches=2 if mismatched else 1)
+    rows, packing = pack_groups(kept, length, branches=2 if mismatched else 1)
     labels = np.where(rows["valid"] > 0, by_record[rows["example_ids"]], 0)
     counts = {"records": len(records), "dropped": dropped, "truncated": 0}
-    counts["keeps_95"] = length_of_share(lengths)
-    say_encoded(config, what, counts, {"good": float(by_record.mean())} | packing)
+    counts["keeps_95"] = length_of_share([group.size for group in groups])
+    say_encoded(config, what + beside, counts, {"good": float(by_record.mean())} | packing)
     return rows | {"labels": labels[..., None].astype(np.float32)}
-
-
-def _next_of_another_prompt(prompts: Sequence[Sequence[Message]]) -> list[int]:
-    """For each index that of the next prompt, cyclically, that is another one."""
-    following = [0] * len(prompts)
-    after = None
-    for i in reversed(range(2 * len(prompts) - 1)):  # twice around: what follows the last ones
-        here, there = i % len(prompts), (i + 1) % len(prompts)
-        if prompts[here] != prompts[there]:
-            after = there
-        if after is not None:
-            following[here] = after
-    if after is None:
-        raise UserError("kto needs replies to two prompts or more: one of them is its reference")
-    return following
 
 
 def label_of(record: Conversation) -> float:

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from rlhf_jax.data.packing import Arrays
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.preferences import preference_metrics, preference_plots
+from rlhf_jax.evaluation.preferences import pair_values, preference_metrics, preference_plots
 from rlhf_jax.evaluation.rows import in_record_order, response_logprobs
 from rlhf_jax.losses.preference import (
     PER_TOKEN,
@@ -169,8 +169,8 @@ def implicit_rewards(
     Chosen and rejected log-probs are reported apart: both falling while their margin grows is what
     likelihood displacement looks like.
     """
-    policy = in_record_order(logprobs, rows)
-    reference = in_record_order(reference_logprobs, rows)
+    policy = pair_values(logprobs, rows)
+    reference = pair_values(reference_logprobs, rows)
     lengths = in_record_order(rows["lengths"], rows)
     moved = policy - reference
     rewards = config.loss.beta * (policy if config.loss.name in REFERENCE_FREE else moved)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
@@ -12,7 +12,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlhf_jax.data.chat import AnyTokenizer, mark, render_prompt, render_replies
-from rlhf_jax.data.encode import naming, split_turns
+from rlhf_jax.data.encode import add_mismatched, naming, split_turns
+from rlhf_jax.data.packing import Group
 from rlhf_jax.data.records import Conversation, Pair, Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.statistics import auc, wilson_interval
@@ -57,6 +58,11 @@ class Encoded:
     def tokens(self) -> list[int]:
         return [token for part in self.parts.values() for token in part]
 
+    @property
+    def identical(self) -> bool:
+        """Whether it is a pair of one reply twice, which is left out."""
+        return "chosen" in self.parts and self.parts["chosen"] == self.parts["rejected"]
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -69,7 +75,8 @@ class Measured:
       trained: the share of the sampled records' tokens that are targets.
       duplicates: records that are the same as an earlier one, replies and label included.
       contradictory: pairs whose opposite is there too, or replies that are there with both labels.
-      identical: pairs whose replies are the same. Both are None where no replies are judged.
+      identical: sampled pairs whose replies are the same tokens. Both are None where no replies are
+        judged.
       length: how well length alone tells judgements, of sampled records: "auc" of the tokens of a
         good reply against those of a bad one; of pairs the "accuracy" of "the longer one is
         chosen", a tie ½, and the ends "low" and "high" of its 95 % interval.
@@ -115,8 +122,9 @@ def preflight(config: ConfigDict, source: str, workdir: str | None) -> None:
             for record in sample
             for part in encode_all(record, tokenizer, judged=judged, expand=expand)
         ]
-        kto = config.stage == "preference" and config.loss.name == "kto"
-        measured = measure(records, sample, encoded, limit, judged=judged, mismatched=kto)
+        if config.stage == "preference" and config.loss.name == "kto":
+            encoded = with_mismatched(sample, encoded, tokenizer, limit, config.data.over_long)
+        measured = measure(records, sample, encoded, limit, judged=judged)
         limit_name = "rollout.max_prompt_tokens" if prompts_only else "data.row_length"
         fate = "left out" if prompts_only else _FATE.get(config.data.over_long, "an error")
         show(name, measured, f"over {limit_name} = {limit}: {fate}")
@@ -183,6 +191,32 @@ def encode_all(
     return encoded
 
 
+def with_mismatched(
+    sample: Sequence[Conversation | Pair],
+    encoded: Sequence[Encoded],
+    tokenizer: AnyTokenizer,
+    limit: int,
+    over_long: str,
+) -> list[Encoded]:
+    """The same with a further part that is not trained, the reply of `encode.add_mismatched`.
+
+    It is another record's of the sample: the one that a run takes where all records are in it.
+    """
+    groups = [
+        Group(prompt, tuple(replies), i)
+        for i, (prompt, *replies) in enumerate(e.parts.values() for e in encoded)
+    ]
+    groups = add_mismatched(groups, sample, tokenizer, limit, over_long)
+    return [
+        replace(
+            each,
+            parts={**each.parts, "reply to another prompt": group.branches[-1]},
+            is_target=[*each.is_target, *[0] * len(group.branches[-1])],
+        )
+        for each, group in zip(encoded, groups, strict=True)
+    ]
+
+
 def measure(
     records: Sequence[ChatRecord],
     sample: Sequence[ChatRecord],
@@ -190,25 +224,21 @@ def measure(
     limit: int,
     *,
     judged: bool,
-    mismatched: bool = False,
 ) -> Measured:
     """The numbers of a source: what is repeated of all `records`, tokens of `sample`, encoded.
 
-    `judged`: replies are pairs or labelled. `mismatched`: another prompt's reply, KTO's, must fit
-    a row of `limit` tokens too.
+    `judged`: replies are pairs or labelled.
     """
     parts = {name: np.array([len(e.parts[name]) for e in encoded]) for name in encoded[0].parts}
     whole = sum(parts.values())
     assert isinstance(whole, np.ndarray)
-    needed = whole + np.roll(parts.get("chosen", parts.get("reply", whole)), -1) * mismatched
     shown = parts | ({"whole": whole} if len(parts) > 1 else {})
     keys = [_key(record, judged) for record in records]
     there = set(keys)
     contradictory = identical = None
     if judged:
         contradictory = sum((p, b, a) in there for p, a, b in keys if a != b)
-        pairs = [record for record in records if isinstance(record, Pair)]
-        identical = sum(pair.chosen == pair.rejected for pair in pairs)
+        identical = sum(e.identical for e in encoded)
     return Measured(
         records=len(records),
         sampled=len(sample),
@@ -216,7 +246,7 @@ def measure(
             name: np.percentile(values, PERCENTILES, method="inverted_cdf").astype(int).tolist()
             for name, values in shown.items()
         },
-        over_long=float((needed > limit).mean()),
+        over_long=float((whole > limit).mean()),
         trained=sum(sum(e.is_target) for e in encoded) / int(whole.sum()),
         duplicates=len(keys) - len(there),
         contradictory=contradictory,
@@ -249,9 +279,9 @@ def _length_alone(
 
 
 def _typical(encoded: Sequence[Encoded], limit: int) -> Encoded:
-    """The one of median length among those that fit, or among all if none does."""
+    """The one of median length among those that are read, or among all if none is."""
     by_length = sorted(encoded, key=lambda e: len(e.is_target))
-    fitting = [e for e in by_length if len(e.is_target) <= limit] or by_length
+    fitting = [e for e in by_length if len(e.is_target) <= limit and not e.identical] or by_length
     return fitting[len(fitting) // 2]
 
 
@@ -269,7 +299,8 @@ def show(name: str, measured: Measured, over_long: str, *, file: IO[str] | None 
     if measured.contradictory is not None:
         lines.append(f"contradicted by another: {measured.contradictory:,}")
     if measured.identical:
-        lines.append(f"identical replies: {measured.identical:,}")
+        share = format_percent(measured.identical / measured.sampled)
+        lines.append(f"both replies the same, left out: {share}")
     length = measured.length
     if "accuracy" in length:
         between = f"{format_percent(length['low'])} to {format_percent(length['high'])}"

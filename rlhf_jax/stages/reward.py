@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from rlhf_jax.data.chat import render_prompt
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.preferences import preference_metrics, preference_plots
+from rlhf_jax.evaluation.preferences import pair_values, preference_metrics, preference_plots
 from rlhf_jax.evaluation.responses import answer
 from rlhf_jax.evaluation.rows import in_record_order, map_rows
 from rlhf_jax.evaluation.statistics import auc, calibration, wilson_interval
@@ -112,7 +112,7 @@ def loss(config: ConfigDict, shape: ModelConfig, params: Any, batch, rng):
 
 def score_metrics(scores: np.ndarray, rows: Arrays) -> Evaluated:
     """(metrics, plots) of scores [B, P, 2] on held-out pairs."""
-    ordered = in_record_order(scores, rows)
+    ordered = pair_values(scores, rows)
     lengths = in_record_order(rows["lengths"], rows)
     chosen, rejected = ordered[:, CHOSEN], ordered[:, REJECTED]
     metrics = preference_metrics(chosen, rejected, lengths)

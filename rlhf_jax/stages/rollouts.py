@@ -45,6 +45,7 @@ from rlhf_jax.rewards import (
 )
 from rlhf_jax.sampling.generate import Completion, generate
 from rlhf_jax.stages.common import (
+    Ties,
     check_unrendered,
     mesh_of,
     read_records,
@@ -234,7 +235,8 @@ def pack_samples(
 class Judge:
     """Rewards of answers: a weighted sum of named scorers, reward models among them.
 
-    Use as a context manager: a user's reward function runs in a process of its own.
+    Use as a context manager: a user's reward function runs in a process of its own. A reward that
+    gives everything one score, or all answers to a prompt, is warned of by `ties`.
 
     Raises:
         UserError: a scorer that does not exist, a reward model with another tokenizer or without
@@ -271,6 +273,8 @@ class Judge:
                 for model in models
             ]
         self.models = models
+        self.ties = Ties()
+        self._first_score: float | None = None
         self._texts = TextScorers(
             self.weights,
             pattern=reward.pattern,
@@ -284,6 +288,8 @@ class Judge:
 
     def __exit__(self, *error) -> None:
         self._texts.__exit__(*error)
+        if error[0] in (None, UserError):  # what ties may have led to
+            self.ties.close()
 
     def score(self, samples: Samples, rows: Arrays) -> Scores:
         """Scores [N] of the samples; `rows` are those packed from them."""
@@ -292,7 +298,22 @@ class Judge:
             given["model"] = self._model_scores(rows)
         prompts = [p for p in samples.prompts.records for _ in range(samples.each)]
         lengths = [len(c.tokens) for c in samples.completions]
-        return self._texts.score(prompts, samples.texts, lengths=lengths, given=given)
+        scores = self._texts.score(prompts, samples.texts, lengths=lengths, given=given)
+        self._compare(scores, samples.each)
+        return scores
+
+    def _compare(self, scores: Scores, each: int) -> None:
+        """Tells `ties` of the scores, among all there were and among those of one prompt."""
+        valid = scores.valid.reshape(-1, each)
+        groups = [s[v] for s, v in zip(scores.total.reshape(-1, each), valid, strict=True)]
+        found = np.concatenate(groups)
+        if len(found):
+            first = self._first_score = found[0] if self._first_score is None else self._first_score
+            self.ties.add(f"answers score {first:g}", len(found), bool((found != first).any()))
+        groups = [group for group in groups if len(group) > 1]
+        if groups:
+            count, apart = sum(map(len, groups)), any(np.ptp(group) > 0 for group in groups)
+            self.ties.add("answers score as the others to their prompt", count, apart)
 
     def _model_scores(self, rows: Arrays) -> np.ndarray:
         config, packed = self._config.reward, {k: rows[k] for k in _READ_BY_MODELS}

@@ -129,6 +129,87 @@ def test_over_long_pairs():
         encode_pairs(pairs, TOKENIZER, 8, over_long="truncate_prompt_left")
 
 
+def lent(records, row_length=64, over_long="error"):
+    """Of each record that is kept, the text of its third branch; and what was counted."""
+    groups, stats = encode_pairs(
+        records, TOKENIZER, row_length, over_long=over_long, mismatched=True
+    )
+    return {g.example: TOKENIZER.decode(g.branches[2]).strip() for g in groups}, stats
+
+
+def asked(*prompts):
+    """Pairs by prompt; the chosen reply spells the record's index."""
+    return [Pair(f"r{i}", chat(p), str(i), "no") for i, p in enumerate(prompts)]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        ("ab", [1, 0]),
+        ("aaab", [3, 3, 3, 0]),
+        ("abba", [1, 3, 3, 1]),
+        ("aabbcc", [2, 2, 4, 4, 0, 0]),
+        ("abab", [1, 2, 3, 0]),
+        ("baaaa", [1, 0, 0, 0, 0]),
+    ],
+)
+def test_the_reply_beside_a_pair_is_the_next_one_to_another_prompt(prompts, expected):
+    found, _ = lent(asked(*prompts))
+    assert found == {i: str(other) for i, other in enumerate(expected)}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_one_prompt_alone_has_no_reply_to_another(count):
+    with pytest.raises(UserError, match="record 'r0': kto needs replies to two prompts or more"):
+        lent(asked(*["a"] * count))
+
+
+def test_pairs_of_one_reply_twice_lend_none():
+    records = asked(*"abc")
+    records[1] = Pair("r1", chat("b"), "same", "same")
+    assert lent(records)[0] == {0: "2", 1: "2", 2: "0"}
+
+
+# A prompt of one letter has 6 tokens, a reply its bytes and 2 more: r0 5, r1 22, r2 and r3 3 of the
+# chosen one, 4 of the rejected one.
+LENDERS = [
+    Pair("r0", chat("a"), "yes", "no"),
+    Pair("r1", chat("b"), "x" * 20, "no"),
+    Pair("r2", chat("c"), "2", "no"),
+    Pair("r3", chat("a"), "3", "no"),
+]
+
+
+def test_what_is_beside_a_pair_counts_in_its_length():
+    # 6 + 5 + 4 + 22, 6 + 22 + 4 + 3, 6 + 3 + 4 + 3, 6 + 3 + 4 + 22: r0 answers r3's prompt.
+    with pytest.raises(UserError, match=r"3 of 4 .* 34 tokens, with a reply .* 'r0', has 37"):
+        lent(LENDERS, 34)
+    found, stats = lent(LENDERS, 35, "drop")
+    assert found == {1: "2", 2: "3", 3: "x" * 20}
+    assert (stats["dropped"], stats["keeps_95"]) == (1, 37)
+    assert lent(LENDERS, 37)[0].keys() == {0, 1, 2, 3}
+
+
+def test_a_pair_too_long_by_itself_lends_nothing():
+    found, stats = lent(LENDERS, 31, "drop")  # r1 alone has 32
+    assert found == {0: "2", 2: "3", 3: "2"} and stats["dropped"] == 1
+    with pytest.raises(UserError, match="no examples are left of 4: 4 were over-long"):
+        lent(LENDERS, 12, "drop")
+
+
+def test_a_prompt_is_cut_for_the_reply_beside_it():
+    groups, stats = encode_pairs(
+        LENDERS, TOKENIZER, 35, over_long="truncate_prompt_left", mismatched=True
+    )
+    assert stats["truncated"] == 1
+    assert groups[0].prompt == [BOS, *render_prompt(chat("a"), TOKENIZER)[-3:]]
+    assert [len(branch) for branch in groups[0].branches] == [5, 4, 22]
+    with pytest.raises(
+        UserError, match=r"'r0': a pair .*\(with one to another prompt\) of 31 .*cut"
+    ):
+        encode_pairs(LENDERS, TOKENIZER, 32, over_long="truncate_prompt_left", mismatched=True)
+
+
 def test_trained_share():
     assert check_trained_share([Document([1, 2, 3, 4], [0, 0, 1, 1])]) == 0.5
     for is_target in ([0, 0], [1, 1]):

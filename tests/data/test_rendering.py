@@ -156,6 +156,15 @@ def test_kto_of_pairs_renders_the_other_reply_after_this_prompt(bare, tmp_path):
     ]
 
 
+def test_prompts_that_the_template_makes_one_are_one_for_kto(bare):
+    ours = bare.with_template(TEMPLATES["llama3"])
+    records = [Pair(str(i), (user(text),), "a", "b") for i, text in enumerate(["Hi", " Hi\n"])]
+    with pytest.raises(UserError, match="replies to two prompts"):
+        encode_pairs(records, ours, 2048, mismatched=True)
+    same = Pair("2", (user("Hi"),), "yes", " yes\n")  # as a reply too
+    assert encode_pairs([same], ours, 2048)[1]["identical"] == 1
+
+
 TURNS = (user("Hi"), said("<think>t</think>Hello"), user("And now?"), said("<think>u</think>Bye"))
 
 

@@ -49,10 +49,10 @@ def test_length_of_share():
     assert length_of_share([1, 2, 3, 9]) == 9
 
 
-@pytest.mark.parametrize("kind", ["pairs", "labelled", "sft", "text"])
+@pytest.mark.parametrize("kind", ["pairs", "labelled", "kto", "kto labelled", "sft", "text"])
 def test_what_is_dropped_is_a_warning(tmp_path, tokenizer, caplog, kind):
     stages = {"pairs": "preference", "labelled": "reward", "sft": "sft", "text": "pretrain"}
-    config = config_of(stages[kind])
+    config = config_of(stages.get(kind, "preference"))
     path = tmp_path / "f.jsonl"
     match kind:
         case "pairs":
@@ -62,6 +62,17 @@ def test_what_is_dropped_is_a_warning(tmp_path, tokenizer, caplog, kind):
         case "labelled":
             rows = [{"prompt": p, "completion": "yo", "label": True} for p in PROMPTS]
             pairs.pack_labelled(config, write(path, rows), "train", tokenizer)
+        case "kto" | "kto labelled":  # the second one's reply to another prompt does not fit
+            config.loss = {"name": "kto"}
+            judged, reply = {"rejected": "no"}, "chosen"
+            if kind == "kto labelled":
+                judged, reply = {"label": True}, "completion"
+            texts = {"hi": "yo", "ho": f"{WORDS} {WORDS}", "ha": " ".join([WORDS] * 4), "hu": "yo"}
+            rows = [{"prompt": p, reply: text} | judged for p, text in texts.items()]
+            made = pairs.pack_preferences(
+                config, write(path, rows), "train", tokenizer, mismatched=True
+            )
+            assert sorted(made["example_ids"][made["valid"] > 0]) == [0, 2, 3]
         case "sft":
             rows = [{"prompt": p, "completion": "yo"} for p in PROMPTS]
             sft._pack(config, write(path, rows), "train", tokenizer)

@@ -8,12 +8,13 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.sampling import Completion
 from rlhf_jax.stages import policy
 from rlhf_jax.stages.online_preference import pack_best_and_worst
-from rlhf_jax.stages.rollouts import PromptSet, Samples, pack_samples
+from rlhf_jax.stages.rollouts import Judge, PromptSet, Samples, pack_samples
 from rlhf_jax.training.checkpoint import load_params
 from rlhf_jax.training.on_policy import Rollouts
 from rlhf_jax.training.rundir import RunDirectory
@@ -296,6 +297,72 @@ def test_the_best_and_the_worst_answer_make_a_pair():
     assert tied == 1
     (place,) = np.argwhere(rows["valid"] > 0)
     assert rows["lengths"][tuple(place)].tolist() == [3, 2]
+
+
+def test_answers_of_the_same_tokens_make_no_pair():
+    answers = samples([3, 2, 3, 1, 2, 3], 3)
+    rollouts = Rollouts(
+        rows={}, mask=np.zeros((6, 6)), logprobs=np.zeros((6, 6)),
+        scores=np.array([1.0, 0.5, 0.0, 1.0, 0.5, 0.0]), weights=np.ones(6, np.float32),
+        finished=np.ones(6, bool), greedy_scores=np.zeros(2), metrics={}, version=0,
+        samples=answers,
+    )  # fmt: skip
+    rows, tied = pack_best_and_worst(rollouts, 32, 2)
+    assert tied == 1 and rows["example_ids"][rows["valid"] > 0].tolist() == [1]
+
+
+def judged(caplog, *scored):
+    """What is warned of when a scorer says so of (answers' lengths, answers to each prompt)."""
+    config = ConfigDict(
+        {
+            "reward": {"scorers": "length=0.5", "normalize": False, "pattern": ""}
+            | {"timeout_seconds": 1.0, "on_error": "fail"}
+        }
+    )
+    with Judge(config, {}, None) as judge:
+        for lengths, each in scored:
+            judge.score(samples(lengths, each), {})
+        early = len(caplog.records)
+    return [record.getMessage() for record in caplog.records], early
+
+
+@pytest.mark.parametrize(
+    ("scored", "warning", "early"),
+    [
+        ([([1] * 60, 1), ([1] * 60, 2)], "all 60 answers score 0.5 so far", 1),
+        ([([1] * 20, 1), ([1] * 20, 4)], "all 40 answers score 0.5 so far", 1),
+        ([([1] * 4, 2), ([1] * 4, 1)], "all 8 answers score 0.5 so far", 0),
+        ([([1, 1, 2, 2] * 8, 2)], "all 32 answers score as the others to their prompt so far", 1),
+        ([([1] * 29, 1), ([2], 1)], None, 0),
+        ([([1] * 28, 2), ([1, 2], 2), ([1] * 60, 2)], None, 0),
+        ([([1], 1)], None, 0),
+    ],
+)
+def test_a_reward_that_prefers_nothing_is_warned_of_once(caplog, scored, warning, early):
+    messages, found = judged(caplog, *scored)
+    assert [m.split("reward: ")[1].split(":")[0] for m in messages] == (
+        [warning] if warning else []
+    )
+    assert found == early
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["online", "best_of_n", "ensemble"])
+def test_a_constant_reward_is_one_warning_on_the_console(chain, tmp_path, stage):
+    experiments, runs = chain
+    (tmp_path / "constant.py").write_text(
+        "def score(prompts, responses):\n    return [1.0] * len(responses)\n"
+    )
+    there = tmp_path / "runs"
+    for parent in ("pretrain", "sft", "reward"):
+        shutil.copytree(runs / parent, there / parent)
+    result = run_main(
+        f"--config={experiments}/{stage}.py", f"--workdir={there}/{stage}",
+        f"--config.reward.scorers={tmp_path}/constant.py:score",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stderr.count("ties teach nothing") == 1
+    assert "warning: reward: all " in result.stderr and "answers score 1 so far" in result.stderr
 
 
 def test_the_first_evaluation_is_read_back_by_the_same_run_only(tmp_path, monkeypatch):

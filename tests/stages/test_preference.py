@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses.preference import LOSSES
-from rlhf_jax.stages import defaults, pairs, preference
+from rlhf_jax.stages import defaults, pairs, preference, reward
 from tests.stages.conftest import run_main
 
 
@@ -99,6 +100,59 @@ def test_an_unpaired_reply_is_beside_one_to_another_prompt(tmp_path):
     alone = _write(tmp_path / "g.jsonl", records[:2])
     with pytest.raises(UserError, match="replies to two prompts or more"):
         pairs.pack_preferences(_config(name="kto"), alone, "train", tokenizer, mismatched=True)
+
+
+def _pairs_file(path, identical, others):
+    """Pairs of one reply twice among others, alternating as far as they go."""
+    same = [{"prompt": f"p{i}", "chosen": "abc", "rejected": "abc"} for i in range(identical)]
+    apart = [{"prompt": f"q{i}", "chosen": f"a{i}", "rejected": "b"} for i in range(others)]
+    mixed = [x for both in itertools.zip_longest(same, apart) for x in both if x]
+    return _write(path, mixed)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "kto"])
+@pytest.mark.parametrize("stage", ["preference", "reward"])
+def test_pairs_of_one_reply_twice_weigh_nothing(tmp_path, caplog, stage, name):
+    tokenizer = train_bpe(["abc"], 280)
+
+    def pack(identical, others, split="train"):
+        path = _pairs_file(tmp_path / "f.jsonl", identical, others)
+        if stage == "reward":
+            return pairs.pack_pairs(_config(name=name), path, split, tokenizer)
+        return pairs.pack_preferences(
+            _config(name=name), path, split, tokenizer, mismatched=name == "kto"
+        )
+
+    rows, without = pack(5, 4), pack(0, 4)
+    assert "5 of 9 pairs (55.6 %) are the same, chosen as rejected: these pairs are left out" in (
+        caplog.text
+    )
+    assert rows.keys() == without.keys()
+    for key in rows.keys() - {"example_ids"}:
+        np.testing.assert_array_equal(rows[key], without[key])
+    caplog.clear()
+    pack(4, 4)
+    assert not caplog.records
+    with pytest.raises(UserError, match=r"f.jsonl \(train\): the replies of all 3 pairs are the"):
+        pack(3, 0)
+
+
+def test_held_out_pairs_of_one_reply_twice_are_ties(tmp_path, caplog):
+    tokenizer = train_bpe(["abc"], 280)
+    path = _pairs_file(tmp_path / "f.jsonl", 5, 3)
+    rows = pairs.pack_pairs(_config(name="sigmoid"), path, "validation", tokenizer)
+    assert "5 of 8 pairs (62.5 %)" in caplog.text and "count half as right" in caplog.text
+    noise = np.random.default_rng(0).normal(0, 1e-5, rows["last"].shape).astype(np.float32)
+    first_wins = np.array([1, 0], np.float32)
+    # Records 1, 3 and 5 are no ties, of which the last is wrong: 2 + 5 / 2 of 8.
+    right = np.where(rows["example_ids"] < 5, 1, -1)[..., None] * first_wins
+    metrics, _ = preference.implicit_rewards(
+        _config(name="sigmoid"), right + noise, noise[::-1], rows
+    )
+    assert metrics["eval/accuracy"] == 4.5 / 8
+    scored, _ = reward.score_metrics(right + noise, rows)
+    assert scored["eval/accuracy"] == 4.5 / 8
+    assert scored["eval/rewards/margins"] == pytest.approx(1 / 8, abs=1e-4)
 
 
 @pytest.mark.slow

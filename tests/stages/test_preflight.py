@@ -10,7 +10,17 @@ import pytest
 from rlhf_jax.data.records import Conversation, Message, Pair, Prompt
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.evaluation.statistics import auc, wilson_interval
-from rlhf_jax.stages.preflight import decoded_runs, encode, measure, show, show_example
+from rlhf_jax.stages import defaults
+from rlhf_jax.stages.pairs import pack_preferences, read_preferences
+from rlhf_jax.stages.preflight import (
+    _typical,
+    decoded_runs,
+    encode,
+    measure,
+    show,
+    show_example,
+    with_mismatched,
+)
 from tests.stages.conftest import run_main
 
 TOKENIZER = train_bpe(["x"], 263)  # every byte a token
@@ -20,9 +30,11 @@ def user(text):
     return (Message("user", text),)
 
 
-def measured(records, limit, judged, **options):
+def measured(records, limit, judged, *, mismatched=False):
     encoded = [encode(record, TOKENIZER, judged=judged) for record in records]
-    return measure(records, records, encoded, limit, judged=judged, **options)
+    if mismatched:
+        encoded = with_mismatched(records, encoded, TOKENIZER, limit, "error")
+    return measure(records, records, encoded, limit, judged=judged)
 
 
 PAIRS = [
@@ -48,8 +60,13 @@ def test_pairs_by_hand():
     low, high = wilson_interval(3.5, 5)
     wins = auc([6, 4, 6, 6, 9], [4, 6, 4, 6, 1])
     assert found.length == {"accuracy": 0.7, "low": low, "high": high, "auc": wins}
-    # The next pair's chosen reply is beside each: 4, 6, 6, 9 and 6 tokens.
-    assert measured(PAIRS, 22, True, mismatched=True).over_long == 3 / 5
+    # Beside each is the next pair's chosen reply to another prompt, not of a pair of one reply
+    # twice: 9 tokens four times, and 6.
+    found = measured(PAIRS, 26, True, mismatched=True)
+    assert found.lengths["reply to another prompt"] == [6, 9, 9, 9, 9]
+    assert found.lengths["whole"] == [22, 26, 30, 30, 30]
+    assert found.over_long == 1 / 5
+    assert found.trained == pytest.approx((10 + 10 + 10 + 12 + 10) / (26 * 3 + 30 + 22))
 
 
 def test_conversations_by_hand():
@@ -85,10 +102,35 @@ def test_what_is_printed(monkeypatch):
         "over data.row_length = 20: dropped, 20.0 %",
         "exact duplicates: 1",
         "contradicted by another: 3",
+        "both replies the same, left out: 20.0 %",
         "the longer reply is the chosen one: 70.0 % (",
         "<|bos|><|user|> ab<|end|><|assistant|>[[ long<|end|>]][[ no<|end|>]]",
     ):
         assert expected in text, text
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_what_is_shown_of_kto_is_what_is_packed(tmp_path, paired):
+    replies = {"chosen": "long", "rejected": "no"} if paired else {"completion": "c", "label": True}
+    path = tmp_path / "f.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p} | replies) + "\n" for p in ("ab", "ab", "z")))
+    data = {"row_length": 64, "over_long": "drop"}
+    config = defaults.base("preference", data=data, loss={"name": "kto"})
+    rows = pack_preferences(config, str(path), "train", TOKENIZER, mismatched=True)
+    records = read_preferences(config, str(path), "train")
+    encoded = [encode(record, TOKENIZER, judged=True) for record in records]
+    for i, each in enumerate(with_mismatched(records, encoded, TOKENIZER, 64, "drop")):
+        (row,), (place,) = (rows["example_ids"] == i).nonzero()
+        assert each.tokens == rows["tokens"][row][rows["segment_ids"][row] == place + 1].tolist()
+        assert sum(each.is_target) == rows["lengths"][row, place, :-1].sum()
+        assert len(each.is_target) == len(each.tokens)
+
+
+def test_the_example_is_one_that_is_read():
+    encoded = [encode(record, TOKENIZER, judged=True) for record in PAIRS[2:]]
+    # Of 17, 21 and 16 tokens; the second one is left out.
+    assert _typical(encoded, 64) is encoded[0] and _typical(encoded[1:], 64) is encoded[2]
+    assert _typical(encoded, 16) is encoded[2] and _typical(encoded[1:2], 64) is encoded[1]
 
 
 def test_every_stretch_is_marked():
