@@ -17,7 +17,7 @@ import pytest
 
 from rlhf_jax.data.packing import Group, pack_groups
 from rlhf_jax.evaluation.rows import response_logprobs
-from rlhf_jax.losses import AGGREGATIONS, LOSSES, OBJECTIVES, plackett_luce
+from rlhf_jax.losses import AGGREGATIONS, LOSSES, OBJECTIVES, plackett_luce, weighted_sum
 from rlhf_jax.losses.cross_entropy import TokenStatistics, cross_entropy
 from rlhf_jax.models import transformer
 from rlhf_jax.models.config import ModelConfig
@@ -26,7 +26,7 @@ from rlhf_jax.training import on_policy
 from rlhf_jax.training.mesh import make_mesh, shard_batch
 from rlhf_jax.training.on_policy import Task
 from rlhf_jax.training.state import init_state
-from rlhf_jax.training.step import make_step
+from rlhf_jax.training.step import Coupled, make_step
 
 SPLITS = [(2, 2), (4, 1), (1, 2)]  # microbatches, devices
 ROWS, SLOTS, WIDTH = 8, 3, 4
@@ -236,3 +236,90 @@ def test_no_split_changes_a_loss_a_metric_or_an_update(kind, split, linear_model
         except AssertionError as error:
             failed.append(f"{name}: {error}")
     assert not failed, "\n".join(failed)
+
+
+SHAPE = ModelConfig(
+    vocab_size=32, width=16, layers=1, heads=2, kv_heads=2, head_dim=8, mlp_width=32, max_length=64
+).validate()
+
+
+@pytest.fixture(scope="module")
+def replies():
+    """Packed (chosen, rejected, another prompt's) replies to eight prompts, and log-probs of them.
+
+    The policy is apart from its reference and, by chance, nearer to the replies.
+    """
+    policy = transformer.init(SHAPE, jax.random.key(0))
+    apart = jax.tree.map(
+        lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), policy
+    )
+    random = np.random.default_rng(0)
+
+    def text(length):
+        return random.integers(3, 32, length).tolist()
+
+    chosen = [text(random.integers(2, 14)) for _ in range(8)]
+    groups = [Group(text(5), (chosen[i], text(6), chosen[(i + 1) % 8]), i) for i in range(8)]
+    rows, _ = pack_groups(groups, 48, branches=3, most=1)
+    rows["reference_logprobs"] = response_logprobs(SHAPE, apart, rows, 8)
+    return policy, rows, response_logprobs(SHAPE, policy, rows, 8)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 8])
+def test_ktos_reference_point_is_that_of_the_whole_batch(microbatches, replies):
+    policy, rows, logprobs = replies
+    ratios = (logprobs - rows["reference_logprobs"]).reshape(-1, 3)[rows["valid"].ravel() > 0]
+    point = max(0, ratios[:, 2].mean())
+    gains = 0.1 * np.stack([point - ratios[:, 0], ratios[:, 1] - point])
+    by_hand = (1 / (1 + np.exp(-gains))).sum(0).mean()
+    np.testing.assert_allclose([point, by_hand], [9.459253, 0.978184], atol=1e-5)
+
+    options = {"name": "kto", "beta": 0.1, "options": "", "sft_coefficient": 0.0}
+    config = defaults.base("preference", loss=options)
+    optimizer = optax.sgd(1.0)
+    loss = functools.partial(preference.loss, config, SHAPE)
+    step = make_step(loss, optimizer, microbatches=microbatches)
+    _, metrics = step(init_state(policy, optimizer), jax.tree.map(jnp.asarray, rows))
+    np.testing.assert_allclose(metrics["train/loss"], by_hand, atol=1e-5)
+    np.testing.assert_allclose(metrics["train/grad_norm"], 0.174416, atol=1e-5)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 4])
+def test_texts_are_mixed_in_by_their_mean_over_the_whole_batch(microbatches):
+    """Policy: (1·2 + 3·6) / 4 = 5. Texts: (5·1 + 1·7) / 6 = 2, half of it: 6."""
+
+    def loss(params, batch, rng):
+        policy = weighted_sum(batch["x"] * params["p"], batch["w"])
+        extra = weighted_sum(batch["text"] * params["p"], batch["words"])
+        sums = jax.tree.map(lambda x: x[None], (policy, extra))
+        return Coupled(sums, functools.partial(on_policy._mixed, config)), {}
+
+    config = defaults.on_policy("ppo", loss={"ptx_coefficient": 0.5})
+    batch = {"x": [2, 9, 6, 9], "w": [1, 0, 3, 0], "text": [1, 9, 9, 7], "words": [5, 0, 0, 1]}
+    optimizer = optax.sgd(1.0)
+    step = make_step(loss, optimizer, microbatches=microbatches)
+    arrays = {name: jnp.array(x, jnp.float32) for name, x in batch.items()}
+    state, metrics = step(init_state({"p": jnp.float32(1)}, optimizer), arrays)
+    assert (metrics["train/loss"], metrics["train/grad_norm"], state.params["p"]) == (6, 6, -5)
+    assert metrics["train/weight"] == 4
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 4])
+def test_largest_least_and_counts_of_parts_are_those_of_the_batch(microbatches):
+    def loss(params, batch, rng):
+        x, counts = batch["x"], batch["w"] > 0
+        some = jnp.any(counts)
+        return (params["p"] * jnp.sum(batch["w"]), jnp.sum(batch["w"])), {
+            "a/max": (jnp.max(jnp.where(counts, x, -jnp.inf), initial=-9), some),
+            "a/x_max": (jnp.max(x), 1),
+            "a/min": (jnp.min(jnp.where(counts, x, jnp.inf), initial=9), some),
+            "pairs/tied": (jnp.sum(counts), 1),
+            "a/mean": (jnp.sum(x), len(x)),
+        }
+
+    optimizer = optax.sgd(1.0)
+    step = make_step(loss, optimizer, microbatches=microbatches)
+    x, w = jnp.array([-1.0, 7, -3, -2]), jnp.array([1.0, 0, 2, 1])
+    _, metrics = step(init_state({"p": jnp.float32(2)}, optimizer), {"x": x, "w": w})
+    expected = {"a/max": -1, "a/x_max": 7, "a/min": -3, "pairs/tied": 3, "a/mean": 0.25}
+    assert {name: metrics[name] for name in expected} == expected
