@@ -137,7 +137,7 @@ BEST_OF = "best_of_8"
 
 def _split(rows: Mapping[str, Row]) -> dict[str, Row]:
     """The rows once more under names of their own: how a batch is split must change nothing."""
-    kinds = {"four_parts": {"microbatches": 4}, "two_devices": {"devices": 2}}
+    kinds: dict[str, Any] = {"four_parts": {"microbatches": 4}, "two_devices": {"devices": 2}}
     return {
         f"{name}_{kind}": dataclasses.replace(row, **split, note=f"{row.note}, split")
         for name, row in rows.items()
