@@ -215,7 +215,7 @@ def _accumulate(evaluate, params, batch, microbatches: int, mesh: Mesh | None):
     first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts)
     loss, metrics, _ = jax.eval_shape(evaluate, params, first)
     finish = loss.finish if isinstance(loss, Coupled) else None
-    pulls = None
+    pulls = None  # of coupled values: ∂total/∂value, which each part's values are pulled by
     if finish is not None:
         _, values = jax.lax.scan(lambda _, x: (None, evaluate(params, x)[0].values), None, parts)
         pull = jax.grad(lambda values: finish(values, batch)[0][0])(jax.tree.map(join, values))
@@ -234,19 +234,19 @@ def _accumulate(evaluate, params, batch, microbatches: int, mesh: Mesh | None):
         grads, sums = jax.tree.map(jnp.add, (grads, sums), (gradient, loss))
         return (grads, sums, {k: merged(k, before[k], x) for k, x in metrics.items()}), found
 
-    zeros = params, None if finish else loss, metrics
-    carry = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), zeros)
-    (grads, sums, metrics), found = jax.lax.scan(add, carry, (parts, pulls))
+    summed = params, None if finish else loss, metrics
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), summed)
+    (grads, sums, metrics), found = jax.lax.scan(add, zeros, (parts, pulls))
     values, found = jax.tree.map(join, found)
     return grads, _finished(Coupled(values, finish) if finish else sums, metrics, batch), found
 
 
 def _finished(loss, metrics, batch):
-    """((total, weight), metrics) of a whole batch, the loss among its metrics."""
+    """((total, weight), metrics) of a whole batch, the loss among its metrics, by name."""
     if isinstance(loss, Coupled):
         loss, more = _float32(loss.finish(loss.values, batch))
         metrics = metrics | more
-    return loss, {"loss": loss} | metrics
+    return loss, dict(sorted(({"loss": loss} | metrics).items()))
 
 
 def _float32(sums):
