@@ -101,16 +101,17 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
 
 
 def loss(config: ConfigDict, shape: ModelConfig, params: Any, batch, rng):
-    """The configured loss of a batch of pairs: ((total, weight), metrics), or (Coupled, {}).
+    """The configured loss of a batch of pairs: ((total, weight), metrics).
 
     Whatever its name, loss.sft_coefficient · −log π(chosen) / its tokens is added, in nats, which
     keeps what the model knows while its manners change: "Iterative Reasoning Preference
     Optimization", https://arxiv.org/abs/2404.19733.
     """
     logprobs = sequence_logprobs(shape, params, batch)
+    sums, metrics = _loss_of_logprobs(config, logprobs, batch)
     if config.loss.name in COUPLED:
-        return Coupled(logprobs, partial(_loss_of_logprobs, config)), {}
-    return _loss_of_logprobs(config, logprobs, batch)
+        sums = Coupled(sums, logprobs, partial(_loss_of_logprobs, config))
+    return sums, metrics
 
 
 def _loss_of_logprobs(config: ConfigDict, logprobs: jax.Array, batch: Mapping[str, jax.Array]):

@@ -331,15 +331,17 @@ def _policy_loss(config: ConfigDict, task: Task, params, batch, rng):
     if task.extra_loss is None:
         return (total, weight), metrics, *found
     extra, its_metrics = task.extra_loss(params, batch)
-    del metrics["loss"]  # it is the mixture's
-    sums = jax.tree.map(lambda x: jnp.reshape(x, 1), ((total, weight), extra))
-    return Coupled(sums, functools.partial(_mixed, config)), metrics | its_metrics, *found
+    parts = jax.tree.map(lambda x: jnp.reshape(x, 1), ((total, weight), extra))
+    finish = functools.partial(_mixed, config)
+    sums, loss = finish(parts, batch)
+    return Coupled(sums, parts, finish), metrics | its_metrics | loss, *found
 
 
-def _mixed(config: ConfigDict, sums: Any, batch: Any):
+def _mixed(config: ConfigDict, parts: Any, batch: Any):
     """The policy's loss and, in the coefficient's share, the mean of the extra one."""
-    (total, weight), extra = jax.tree.map(jnp.sum, sums)
-    return (total + config.loss.ptx_coefficient * mean(extra) * weight, weight), {}
+    (total, weight), extra = jax.tree.map(jnp.sum, parts)
+    mixed = total + config.loss.ptx_coefficient * mean(extra) * weight, weight
+    return mixed, {"loss": mixed}
 
 
 def _value_loss(config: ConfigDict, task: Task, params, batch, rng):

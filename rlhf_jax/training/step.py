@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,23 +29,29 @@ from rlhf_jax.training.metrics import Metrics, merged
 from rlhf_jax.training.state import TrainState
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("values",), meta_fields=("finish",))
+@partial(jax.tree_util.register_dataclass, data_fields=("sums", "values"), meta_fields=("finish",))
 @dataclass(frozen=True)
 class Coupled:
-    """What a loss that is no sum over parts of a batch returns in place of (total, weight).
+    """The (total, weight), for so it unpacks, of a loss that is no sum over parts of a batch.
 
-    A mean that is clamped, a quotient or a sorting of all rows is such a loss. The step collects
-    the values of all parts before it goes through them once more for their gradients.
+    A mean that is clamped, a quotient or a sorting of all rows is such a loss. Where a batch is
+    split the step collects the values of all parts before it goes through them once more for their
+    gradients.
 
     Attributes:
-      values: tree of arrays [rows, …], or [1, …] of sums over the part, by which alone the loss
+      sums: (total, weight) of the rows at hand, as if they were the whole batch.
+      values: tree of arrays [rows, …], or [1, …] of sums over the rows, by which alone the loss
         depends on the parameters.
-      finish: (the values of all rows or parts, the whole batch) → ((total, weight), metrics); pure,
-        and holds no arrays itself.
+      finish: (the values of all rows or parts, the whole batch as the step got it) → ((total,
+        weight), metrics), which go before those of the parts; pure, and holds no arrays itself.
     """
 
+    sums: tuple[jax.Array, jax.Array]
     values: Any
     finish: Callable[[Any, Any], tuple]
+
+    def __iter__(self) -> Iterator[jax.Array]:
+        return iter(self.sums)
 
 
 def make_step(
@@ -70,7 +76,7 @@ def make_step(
         g = Σ ∇total / Σ weight,   g ← g · min(1, max_grad_norm / ‖g‖)
 
     A metric whose name says that it is a largest, a least or a count, which comes as (value, 1), is
-    that of all microbatches. A loss that is no such sum returns `Coupled` for (total, weight).
+    that of all microbatches. A loss that is no such sum returns a `Coupled` (total, weight).
 
     Should `loss_fn` return a third thing, a tree of arrays [rows, …] of what it found, then so does
     the step, of all rows of the batch.
@@ -196,8 +202,8 @@ def _accumulate(evaluate, params, batch, microbatches: int, mesh: Mesh | None):
 
         def whole(params):
             loss, metrics, found = evaluate(params, batch)
-            sums = _finished(loss, metrics, batch)
-            return sums[0][0], (sums, found)
+            sums = _float32(tuple(loss))
+            return sums[0], ((sums, _named(sums, metrics)), found)
 
         grads, (sums, found) = jax.grad(whole, has_aux=True)(params)
         return grads, sums, found
@@ -238,15 +244,15 @@ def _accumulate(evaluate, params, batch, microbatches: int, mesh: Mesh | None):
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), summed)
     (grads, sums, metrics), found = jax.lax.scan(add, zeros, (parts, pulls))
     values, found = jax.tree.map(join, found)
-    return grads, _finished(Coupled(values, finish) if finish else sums, metrics, batch), found
+    if finish is not None:
+        sums, more = _float32(finish(values, batch))
+        metrics |= more
+    return grads, (sums, _named(sums, metrics)), found
 
 
-def _finished(loss, metrics, batch):
-    """((total, weight), metrics) of a whole batch, the loss among its metrics, by name."""
-    if isinstance(loss, Coupled):
-        loss, more = _float32(loss.finish(loss.values, batch))
-        metrics = metrics | more
-    return loss, dict(sorted(({"loss": loss} | metrics).items()))
+def _named(loss, metrics):
+    """The loss and the metrics by name, in an order that is always the same."""
+    return dict(sorted(({"loss": loss} | metrics).items()))
 
 
 def _float32(sums):

@@ -79,8 +79,9 @@ REPLIES = {
     "reference_logprobs": -6 + normal(ROWS, SLOTS, 3),
     "lengths": counts(9, ROWS, SLOTS, 3),
     "valid": VALID,
-    "labels": RANDOM.integers(0, 2, (ROWS, SLOTS, 1)).astype(np.float32),
 }
+LABELLED = {name: x if name == "valid" else x[:, :, :2] for name, x in REPLIES.items()}
+LABELLED["labels"] = RANDOM.integers(0, 2, (ROWS, SLOTS, 1)).astype(np.float32)
 PARAMS = {"w": normal(WIDTH), "b": np.float32(-5.6)}
 
 
@@ -88,20 +89,13 @@ def linear(shape, params, batch):
     return batch["features"] @ params["w"] + params["b"]
 
 
-def preference_losses():
-    def loss(name, unpaired, params, batch, rng):
+def preference_losses(names):
+    def loss(name, params, batch, rng):
         options = {"name": name, "beta": 0.5, "options": "", "sft_coefficient": 0.3}
         config = defaults.base("preference", loss=options)
-        batch = dict(batch)
-        if unpaired:
-            for field in ("features", "reference_logprobs", "lengths"):
-                batch[field] = batch[field][:, :, :2]
-        else:
-            del batch["labels"]
         return preference.loss(config, None, params, batch, rng)
 
-    losses = {name: functools.partial(loss, name, False) for name in LOSSES}
-    return losses | {"kto of labels": functools.partial(loss, "kto", True)}
+    return {name: functools.partial(loss, name) for name in names}
 
 
 def reward_losses():
@@ -205,8 +199,9 @@ def value_losses():
 
 
 KINDS = {
-    "preference": (preference_losses(), PARAMS, REPLIES),
-    "reward": (reward_losses(), PARAMS, REPLIES),
+    "preference": (preference_losses(LOSSES), PARAMS, REPLIES),
+    "labels": (preference_losses(["kto"]), PARAMS, LABELLED),
+    "reward": (reward_losses(), PARAMS, REPLIES | {"labels": LABELLED["labels"]}),
     "language": (language_losses(), LAYER, ANSWERS),
     "policy": (policy_losses(), LAYER, ANSWERS),
     "value": (value_losses(), LAYER, ANSWERS),
@@ -291,10 +286,13 @@ def test_texts_are_mixed_in_by_their_mean_over_the_whole_batch(microbatches):
     def loss(params, batch, rng):
         policy = weighted_sum(batch["x"] * params["p"], batch["w"])
         extra = weighted_sum(batch["text"] * params["p"], batch["words"])
-        sums = jax.tree.map(lambda x: x[None], (policy, extra))
-        return Coupled(sums, functools.partial(on_policy._mixed, config)), {}
+        parts = jax.tree.map(lambda x: x[None], (policy, extra))
+        sums, metrics = mix(parts, batch)
+        return Coupled(sums, parts, mix), metrics
 
-    config = defaults.on_policy("ppo", loss={"ptx_coefficient": 0.5})
+    mix = functools.partial(
+        on_policy._mixed, defaults.on_policy("ppo", loss={"ptx_coefficient": 0.5})
+    )
     batch = {"x": [2, 9, 6, 9], "w": [1, 0, 3, 0], "text": [1, 9, 9, 7], "words": [5, 0, 0, 1]}
     optimizer = optax.sgd(1.0)
     step = make_step(loss, optimizer, microbatches=microbatches)
