@@ -182,7 +182,7 @@ def kto_baseline(logprobs: jax.Array, ref_logprobs: jax.Array, weights: jax.Arra
     """KTO's reference point z₀ = max(0, Σ wᵢ·(lpᵢ − lp_refᵢ) / Σ wᵢ), scalar nats, no gradient.
 
     logprobs, ref_logprobs: [N] of mismatched pairs, the response of row i+1 scored after prompt i.
-    Over a mapped mesh axis this is each device's own mean: psum the sums there instead.
+    All pairs of a batch together: those of a part give another point, and the clamp at 0 is last.
     """
     check_rank("logprobs", logprobs, 1)
     check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, weights=weights)
@@ -342,9 +342,10 @@ _TABLE: dict[str, Callable[..., Any]] = {
 }
 LOSSES = tuple(_TABLE)
 REFERENCE_FREE = frozenset({"orpo", "simpo", "cpo"})
-# These couple the rows of what they are given: split over devices or microbatches, each part is
-# sorted by itself, a different (and noisier) loss than that of the whole batch.
+# These sort all pairs that they are given: of parts of a batch they are a different (and noisier)
+# loss than of the whole.
 BATCHWISE = frozenset({"aot", "aot_unpaired"})
+COUPLED = BATCHWISE | {"kto"}  # kto's reference point is a mean of the batch too
 PER_TOKEN = frozenset({"orpo", "simpo", "sigmoid_norm"})
 
 

@@ -12,18 +12,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from rlhf_jax.data import enum121 as world
+from rlhf_jax.devices import training_devices
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.best_of_n import best_of_n_law, kl_bound, kl_terms
 from rlhf_jax.evaluation.report import write_report
@@ -54,6 +58,7 @@ from rlhf_jax.stages.oracle_rows import (
     Row,
     row_config,
 )
+from rlhf_jax.training.mesh import make_mesh, placed, shard_batch
 from rlhf_jax.training.on_policy import Iteration, OnPolicyState, Task, make_iteration
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.rundir import RunDirectory
@@ -61,6 +66,7 @@ from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_step
 
 RULES = ((r".*", P()),)
+_SPREAD = Lock()  # two programs that wait for each other on the same devices may wait for ever
 
 
 @dataclass(frozen=True)
@@ -89,11 +95,19 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         RuntimeError: a row did not land where theory says; the report is written all the same.
     """
     known = [*ROWS, *PREFERENCE, BEST_OF]
+    here = len(training_devices())
+    too_wide = [name for name in known if _devices(name) > here]
     wanted = list(dict.fromkeys(filter(None, map(str.strip, config.oracle.rows.split(",")))))
-    wanted = wanted or known
+    if not wanted:
+        wanted = [name for name in known if name not in too_wide]
+        if too_wide:
+            print(f"for more devices than there are here: {', '.join(too_wide)}", flush=True)
     for name in wanted:
         if name not in known:
             raise UserError(f"oracle.rows: there is no row {name!r}; there are: {', '.join(known)}")
+        if name in too_wide:
+            wide = f"{_devices(name)} devices to train on, of which there are {here}"
+            raise UserError(f"oracle.rows: {name!r} needs {wide}")
     for name in ("table_steps", "transformer_steps", "preference_steps", "threads"):
         if config.oracle[name] < 1:
             raise UserError(f"oracle.{name} = {config.oracle[name]} must be at least 1")
@@ -118,15 +132,17 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     return metrics
 
 
+def _devices(name: str) -> int:
+    return 1 if name == BEST_OF else (ROWS | PREFERENCE)[name].devices
+
+
 def _result(config: ConfigDict, name: str) -> Result:
     if name == BEST_OF:
         return best_of_row(config)
-    if name in ROWS:
-        row = ROWS[name]
-        outcome = run_row(row, config, config.seed)
-    else:
-        row = PREFERENCE[name]
-        outcome = run_preference(row, config)
+    row = (ROWS | PREFERENCE)[name]
+    train = partial(run_row, seed=config.seed) if name in ROWS else run_preference
+    with _SPREAD if row.devices > 1 else nullcontext():
+        outcome = train(row, config)
     return Result(outcome, expected(row, outcome), row.note, judge(row, outcome))
 
 
@@ -146,7 +162,7 @@ def run_row(row: Row, config: ConfigDict, seed: int = 0) -> Outcome:
             scalar = dataclasses.replace(shape, head="scalar")
             critic = transformer.init(scalar, jax.random.key(seed + 2))
         task, exact = letters_task(made, shape), partial(enumerate_logprobs, shape)
-    iteration = make_iteration(made, task, start, critic, rules=RULES)
+    iteration = make_iteration(made, task, start, critic, mesh=_mesh(row), rules=RULES)
     state = iteration.init()
     for _ in range(made.train.steps):
         state, _ = iteration.step(state, {})
@@ -188,38 +204,54 @@ def _measure(
 
 
 def run_preference(row: Row, config: ConfigDict) -> Outcome:
-    """Minimises a preference loss over all pairs at once, weighted by their exact law."""
+    """Minimises a preference loss over all pairs at once, weighted by their exact law.
+
+    A row of the batch is a prompt with all its pairs.
+    """
     reference = world.logprobs(world.REFERENCE)
-    law = jnp.asarray(world.pair_law(reference).ravel(), jnp.float32)
-    shape = (*reference.shape, reference.shape[1])
+    mesh = _mesh(row)
+    batch = {
+        "prompts": np.arange(world.PROMPTS),
+        "reference": reference.astype(np.float32),
+        "law": world.pair_law(reference).astype(np.float32),
+    }
 
     def pairs(values):
+        shape = (*values.shape, values.shape[1])
         chosen = jnp.broadcast_to(values[:, :, None], shape).ravel()
         return chosen, jnp.broadcast_to(values[:, None, :], shape).ravel()
 
-    lengths = pairs(jnp.asarray(np.tile(world.LENGTHS, (world.PROMPTS, 1)), jnp.float32))
-
     def loss_fn(params, batch, rng):
-        every = jax.nn.log_softmax(params["table"])[:, world.NODES, world.TOKENS]
+        every = jax.nn.log_softmax(params["table"][batch["prompts"]])[:, world.NODES, world.TOKENS]
         logp = (every * world.MASK).sum(-1)
+        lengths = jnp.broadcast_to(jnp.asarray(world.LENGTHS, jnp.float32), logp.shape)
+        chosen_lengths, rejected_lengths = pairs(lengths)
         return preference_loss(
             row.algorithm,
             *pairs(logp),
-            *pairs(jnp.asarray(reference, jnp.float32)),
-            chosen_lengths=lengths[0],
-            rejected_lengths=lengths[1],
-            weights=law,
+            *pairs(batch["reference"]),
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
+            weights=batch["law"].ravel(),
             **row.changes["loss"],
         )
 
     steps = config.oracle.preference_steps
     optimizer, _ = make_optimizer(TABLE_OPTIMIZER | {"learning_rate": 0.1}, steps)
-    step = make_step(loss_fn, optimizer)
-    state = init_state({"table": jnp.asarray(world.REFERENCE, jnp.float32)}, optimizer)
+    step = make_step(loss_fn, optimizer, mesh=mesh, rules=RULES, microbatches=row.microbatches)
+    start = placed(mesh, {"table": jnp.asarray(world.REFERENCE, jnp.float32)}, RULES)
+    state, batch = init_state(start, optimizer, mesh=mesh, rules=RULES), shard_batch(mesh, batch)
     for _ in range(steps):
-        state, metrics = step(state, {"row_ids": jnp.zeros(1, jnp.int32)})
+        # Steps of several CPU devices that are under way together may wait for each other for ever.
+        state, metrics = jax.block_until_ready(step(state, batch))
     found = exact_outcome(_table_logprobs(state.params), reference)
     return dataclasses.replace(found, loss=float(metrics["train/loss"]))
+
+
+def _mesh(row: Row) -> Mesh | None:
+    if row.devices == 1:
+        return None
+    return make_mesh({"data": row.devices}, training_devices()[: row.devices])
 
 
 def best_of_row(config: ConfigDict, n: int = 8, samples: int = 20_000) -> Result:

@@ -36,6 +36,7 @@ class Row:
       tolerance: of reward and kl. regret: the most allowed, for those that reach the optimum.
       coefficient, loss: expected at the end, ± 0.03 and ± 1e-4; None: any.
       policy: "table" or "transformer". note: what is special, for the table.
+      microbatches, devices: what every batch is split over.
     """
 
     algorithm: str
@@ -48,6 +49,8 @@ class Row:
     loss: float | None = None
     policy: str = "table"
     note: str = "the optimum"
+    microbatches: int = 1
+    devices: int = 1
 
 
 def _in_reward(samples: int, **loss: Any) -> dict[str, Any]:
@@ -132,6 +135,21 @@ PREFERENCE: dict[str, Row] = {
 BEST_OF = "best_of_8"
 
 
+def _split(rows: Mapping[str, Row]) -> dict[str, Row]:
+    """The rows once more under names of their own: how a batch is split must change nothing."""
+    kinds: dict[str, Any] = {"four_parts": {"microbatches": 4}, "two_devices": {"devices": 2}}
+    return {
+        f"{name}_{kind}": dataclasses.replace(row, **split, note=f"{row.note}, split")
+        for name, row in rows.items()
+        for kind, split in kinds.items()
+    }
+
+
+# One of each kind: a policy alone, with a critic, a transformer, pairs.
+ROWS |= _split({name: ROWS[name] for name in ("rloo", "ppo", "rloo_transformer")})
+PREFERENCE |= _split({"dpo": PREFERENCE["dpo"]})
+
+
 def row_config(row: Row, config: ConfigDict, seed: int = 0) -> ConfigDict:
     """The ordinary config of the policy stage for a row."""
     each = row.changes.get("rollout", {}).get("samples", 1)
@@ -145,7 +163,7 @@ def row_config(row: Row, config: ConfigDict, seed: int = 0) -> ConfigDict:
             "slots": 256,
         },
         "data": {"row_length": 64},
-        "batch": {"rows": 8},
+        "batch": {"rows": 8, "microbatches": row.microbatches},
         "kl": {"coefficient": BETA, "exact_rows": 0},
         "optimizer": dict(TABLE_OPTIMIZER),
         "train": {"steps": steps},

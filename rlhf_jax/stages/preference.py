@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
@@ -23,6 +24,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.preferences import pair_values, preference_metrics, preference_plots
 from rlhf_jax.evaluation.rows import in_record_order, response_logprobs
 from rlhf_jax.losses.preference import (
+    COUPLED,
     PER_TOKEN,
     REFERENCE_FREE,
     kto_baseline,
@@ -49,6 +51,7 @@ from rlhf_jax.stages.reward import label_metrics
 from rlhf_jax.training.model import save_model
 from rlhf_jax.training.objectives import parse_options
 from rlhf_jax.training.rundir import RunDirectory
+from rlhf_jax.training.step import Coupled
 
 
 def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
@@ -104,8 +107,15 @@ def loss(config: ConfigDict, shape: ModelConfig, params: Any, batch, rng):
     keeps what the model knows while its manners change: "Iterative Reasoning Preference
     Optimization", https://arxiv.org/abs/2404.19733.
     """
-    name, beta = config.loss.name, config.loss.beta
     logprobs = sequence_logprobs(shape, params, batch)
+    sums, metrics = _loss_of_logprobs(config, logprobs, batch)
+    if config.loss.name in COUPLED:
+        sums = Coupled(sums, logprobs, partial(_loss_of_logprobs, config))
+    return sums, metrics
+
+
+def _loss_of_logprobs(config: ConfigDict, logprobs: jax.Array, batch: Mapping[str, jax.Array]):
+    name, beta = config.loss.name, config.loss.beta
     policy, reference, lengths = (
         x.reshape(-1, x.shape[-1])
         for x in (logprobs, batch["reference_logprobs"], batch["lengths"])

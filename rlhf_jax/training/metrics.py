@@ -17,7 +17,8 @@ import numpy as np
 from rlhf_jax.errors import UserError
 from rlhf_jax.training.rundir import fault_point, sync_directory
 
-# What a name means where a line stands for several steps, by how it ends; the rest are means.
+# What a name means where a line stands for several steps, or a step for several parts of its batch,
+# by how it ends; the rest are means.
 _MEANINGS: dict[str, tuple[str, ...]] = {
     "last": (
         *("learning_rate", "grad_norm", "param_norm", "update_norm", "train/weight"),
@@ -28,7 +29,7 @@ _MEANINGS: dict[str, tuple[str, ...]] = {
         *("rewards/failures", "completions/masked", "pairs/tied"),
     ),
     "largest": ("/max", "_max", "/max_length", "_deviation", "rollout/logprob_difference"),
-    "least": ("/min_length",),
+    "least": ("/min", "_min", "/min_length"),
 }
 
 
@@ -119,6 +120,23 @@ class Means:
 @functools.cache
 def _meaning(name: str) -> str:
     return next((what for what, ends in _MEANINGS.items() if name.endswith(ends)), "mean")
+
+
+def merged(name: str, a: Sequence[jax.Array], b: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """The (total, weight) of two parts of a batch together, by what the name means.
+
+    Sums and weights of means add. A largest, a least or a count is (value, 1), or has weight 0
+    where there is none.
+    """
+    (x, v), (y, w) = a, b
+    match _meaning(name):
+        case "count":
+            return x + y, jnp.maximum(v, w)
+        case "largest" | "least" as meaning:
+            of_both = jnp.maximum(x, y) if meaning == "largest" else jnp.minimum(x, y)
+            of_one = jnp.where(v > 0, x, y)
+            return jnp.where((v > 0) & (w > 0), of_both, of_one), jnp.maximum(v, w)
+    return x + y, v + w
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:

@@ -179,11 +179,11 @@ def policy_objective(
         **parse_options(loss.options),
     )
     metrics["loss/policy_avg"] = metrics.pop("loss")
-    used = mask * batch["sequence_weights"][:, None]
-    ratio = jnp.exp(jnp.where(used > 0, logprobs - batch["old_logprobs"], 0))
-    one = jnp.ones(())
-    metrics["policy/ratio_max"] = jnp.max(ratio), one
-    metrics["policy/ratio_deviation"] = jnp.max(jnp.abs(ratio - 1)), one
+    used = mask * batch["sequence_weights"][:, None] > 0
+    ratio = jnp.exp(jnp.where(used, logprobs - batch["old_logprobs"], 0))
+    some = jnp.any(used)
+    metrics["policy/ratio_max"] = jnp.max(jnp.where(used, ratio, 0)), some
+    metrics["policy/ratio_deviation"] = jnp.max(jnp.abs(ratio - 1)), some
 
     entropy = aggregate(statistics.entropy, mask, loss.aggregation, **common)
     metrics["policy/entropy"] = aggregate(

@@ -30,6 +30,7 @@ from rlhf_jax.data.packing import Arrays
 from rlhf_jax.data.pipeline import random_bits
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses.cross_entropy import TokenStatistics
+from rlhf_jax.losses.reductions import mean
 from rlhf_jax.losses.shaping import adaptive_coefficient
 from rlhf_jax.training.learner import Learner, make_learner
 from rlhf_jax.training.mesh import TRANSFORMER_RULES, Rules, placed, shard_batch
@@ -41,6 +42,7 @@ from rlhf_jax.training.objectives import (
 )
 from rlhf_jax.training.rundir import fault_point
 from rlhf_jax.training.state import TrainState
+from rlhf_jax.training.step import Coupled
 
 # The largest |ratio − 1| of a policy to itself, by what it computes in.
 RATIO_TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}
@@ -225,8 +227,7 @@ def make_iteration(
                 ours, metrics, *seen = policy.step(ours, minibatch)
             found += seen
             if i == 0:
-                parts = config.batch.microbatches  # the deviation is a mean over them
-                _check_ratio(metrics["policy/ratio_deviation"] * parts, task.dtype)
+                _check_ratio(metrics["policy/ratio_deviation"], task.dtype)
             if values is not None and theirs is not None:
                 with jax.transfer_guard("disallow"):
                     theirs, of_value = values.step(theirs, minibatch)
@@ -327,12 +328,20 @@ def _policy_loss(config: ConfigDict, task: Task, params, batch, rng):
         shape = batch["slots"].shape
         found.append({"old_logprobs": old.reshape(shape), "entropy": entropy.reshape(shape)})
     (total, weight), metrics = policy_objective(config, statistics, sequences)
-    if task.extra_loss is not None:
-        (extra, its_weight), its_metrics = task.extra_loss(params, batch)
-        mean = extra / jnp.maximum(its_weight, 1)
-        total = total + config.loss.ptx_coefficient * mean * weight
-        metrics |= its_metrics | {"loss": (total, weight)}
-    return (total, weight), metrics, *found
+    if task.extra_loss is None:
+        return (total, weight), metrics, *found
+    extra, its_metrics = task.extra_loss(params, batch)
+    parts = jax.tree.map(lambda x: jnp.reshape(x, 1), ((total, weight), extra))
+    finish = functools.partial(_mixed, config)
+    sums, loss = finish(parts, batch)
+    return Coupled(sums, parts, finish), metrics | its_metrics | loss, *found
+
+
+def _mixed(config: ConfigDict, parts: Any, batch: Any):
+    """The policy's loss and, in the coefficient's share, the mean of the extra one."""
+    (total, weight), extra = jax.tree.map(jnp.sum, parts)
+    mixed = total + config.loss.ptx_coefficient * mean(extra) * weight, weight
+    return mixed, {"loss": mixed}
 
 
 def _value_loss(config: ConfigDict, task: Task, params, batch, rng):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,8 +25,33 @@ from rlhf_jax.training.mesh import (
     overlapping,
     shardings,
 )
-from rlhf_jax.training.metrics import Metrics
+from rlhf_jax.training.metrics import Metrics, merged
 from rlhf_jax.training.state import TrainState
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("sums", "values"), meta_fields=("finish",))
+@dataclass(frozen=True)
+class Coupled:
+    """The (total, weight), for so it unpacks, of a loss that is no sum over parts of a batch.
+
+    A mean that is clamped, a quotient or a sorting of all rows is such a loss. Where a batch is
+    split the step collects the values of all parts before it goes through them once more for their
+    gradients.
+
+    Attributes:
+      sums: (total, weight) of the rows at hand, as if they were the whole batch.
+      values: tree of arrays [rows, …], or [1, …] of sums over the rows, by which alone the loss
+        depends on the parameters.
+      finish: (the values of all rows or parts, the whole batch as the step got it) → ((total,
+        weight), metrics), which go before those of the parts; pure, and holds no arrays itself.
+    """
+
+    sums: tuple[jax.Array, jax.Array]
+    values: Any
+    finish: Callable[[Any, Any], tuple]
+
+    def __iter__(self) -> Iterator[jax.Array]:
+        return iter(self.sums)
 
 
 def make_step(
@@ -48,6 +74,9 @@ def make_step(
     all float32 scalars. Sums are added over microbatches and devices and divided once:
 
         g = Σ ∇total / Σ weight,   g ← g · min(1, max_grad_norm / ‖g‖)
+
+    A metric whose name says that it is a largest, a least or a count, which comes as (value, 1), is
+    that of all microbatches. A loss that is no such sum returns a `Coupled` (total, weight).
 
     Should `loss_fn` return a third thing, a tree of arrays [rows, …] of what it found, then so does
     the step, of all rows of the batch.
@@ -79,22 +108,18 @@ def make_step(
       train/consecutive_skipped, and train/learning_rate.
     """
 
-    def gradients(frozen, params, batch, rng):
-        def objective(params):
-            whole = combine(_freeze(params, freeze), frozen) if frozen else _freeze(params, freeze)
-            (total, weight), metrics, *found = loss_fn(whole, batch, rng)
-            return total, (((total, weight), {"loss": (total, weight)} | metrics), found)
-
-        grads, (sums, found) = jax.grad(objective, has_aux=True)(params)
-        return (grads, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), sums)), found
+    def evaluate(frozen, rng, params, batch):
+        whole = combine(_freeze(params, freeze), frozen) if frozen else _freeze(params, freeze)
+        loss, metrics, *found = loss_fn(whole, batch, rng)
+        return loss if isinstance(loss, Coupled) else _float32(loss), _float32(metrics), found
 
     def step(state: TrainState, batch, frozen=None):
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         placed = None if mesh is None else shardings(mesh, state, rules)
         if mesh is not None:
             batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
-        (grads, ((total, weight), sums)), found = _accumulate(
-            partial(gradients, frozen), state.params, batch, rng, microbatches, mesh
+        grads, ((total, weight), sums), found = _accumulate(
+            partial(evaluate, frozen, rng), state.params, batch, microbatches, mesh
         )
         grads = jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1), grads)
         if placed is not None:
@@ -162,8 +187,11 @@ def _freeze(params, patterns: Sequence[str]):
     return jax.tree_util.tree_map_with_path(constant, params)
 
 
-def _accumulate(gradients, params, batch, rng, microbatches: int, mesh: Mesh | None):
-    """(`gradients` summed over the microbatches, what they found of every row)."""
+def _accumulate(evaluate, params, batch, microbatches: int, mesh: Mesh | None):
+    """(∇total, ((total, weight), sums of metrics), what was found of every row) of the batch.
+
+    `evaluate(params, part)` is the loss of a part, its metrics and what it found.
+    """
     rows, shards = len(jax.tree.leaves(batch)[0]), batch_shards(mesh)
     if rows % (microbatches * shards):
         raise UserError(
@@ -171,25 +199,64 @@ def _accumulate(gradients, params, batch, rng, microbatches: int, mesh: Mesh | N
             f"devices; make it a multiple of {microbatches * shards}"
         )
     if microbatches == 1:
-        return gradients(params, batch, rng)
+
+        def whole(params):
+            loss, metrics, found = evaluate(params, batch)
+            sums = _float32(tuple(loss))
+            return sums[0], ((sums, _named(sums, metrics)), found)
+
+        grads, (sums, found) = jax.grad(whole, has_aux=True)(params)
+        return grads, sums, found
 
     def split(x):
-        x = jnp.moveaxis(x.reshape(len(x) // microbatches, microbatches, *x.shape[1:]), 1, 0)
-        if mesh is None:
-            return x
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, BATCH_AXES)))
+        return jnp.moveaxis(x.reshape(len(x) // microbatches, microbatches, *x.shape[1:]), 1, 0)
+
+    def join(x):
+        return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
 
     parts = jax.tree.map(split, batch)
+    if mesh is not None:
+        place = NamedSharding(mesh, P(None, BATCH_AXES))
+        parts = jax.lax.with_sharding_constraint(parts, place)
     first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts)
-    sums, _ = jax.eval_shape(gradients, params, first, rng)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+    loss, metrics, _ = jax.eval_shape(evaluate, params, first)
+    finish = loss.finish if isinstance(loss, Coupled) else None
+    pulls = None  # of coupled values: ∂total/∂value, which each part's values are pulled by
+    if finish is not None:
+        _, values = jax.lax.scan(lambda _, x: (None, evaluate(params, x)[0].values), None, parts)
+        pull = jax.grad(lambda values: finish(values, batch)[0][0])(jax.tree.map(join, values))
+        pulls = jax.tree.map(split, pull)
 
     def add(carry, part):
-        sums, found = gradients(params, part, rng)
-        return jax.tree.map(jnp.add, carry, sums), found
+        def objective(params):
+            loss, metrics, found = evaluate(params, part[0])
+            if finish is None:
+                return loss[0], (loss, metrics, (None, found))
+            shares = jax.tree.map(lambda x, pull: jnp.sum(x * pull), loss.values, part[1])
+            return sum(jax.tree.leaves(shares)), (None, metrics, (loss.values, found))
 
-    sums, found = jax.lax.scan(add, zeros, parts)
-    return sums, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), found)
+        gradient, (loss, metrics, found) = jax.grad(objective, has_aux=True)(params)
+        grads, sums, before = carry
+        grads, sums = jax.tree.map(jnp.add, (grads, sums), (gradient, loss))
+        return (grads, sums, {k: merged(k, before[k], x) for k, x in metrics.items()}), found
+
+    summed = params, None if finish else loss, metrics
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), summed)
+    (grads, sums, metrics), found = jax.lax.scan(add, zeros, (parts, pulls))
+    values, found = jax.tree.map(join, found)
+    if finish is not None:
+        sums, more = _float32(finish(values, batch))
+        metrics |= more
+    return grads, (sums, _named(sums, metrics)), found
+
+
+def _named(loss, metrics):
+    """The loss and the metrics by name, in an order that is always the same."""
+    return dict(sorted(({"loss": loss} | metrics).items()))
+
+
+def _float32(sums):
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), sums)
 
 
 def _divide(sums: dict[str, tuple[jax.Array, jax.Array]]) -> tuple[dict[str, jax.Array], ...]:

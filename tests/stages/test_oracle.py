@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import numpy as np
@@ -9,12 +10,15 @@ import pytest
 
 from rlhf_jax.data import enum121 as world
 from rlhf_jax.evaluation.best_of_n import best_of_n_law, kl_terms
-from rlhf_jax.stages.oracle_judge import judge_best_of
+from rlhf_jax.stages import defaults
+from rlhf_jax.stages.oracle import run_preference, run_row
+from rlhf_jax.stages.oracle_judge import judge, judge_best_of
 from rlhf_jax.stages.oracle_rows import BEST_OF, PREFERENCE, ROWS
 from tests.stages.conftest import run_main
 
 CONFIG = "--config=experiments/oracle.py"
 N = 8
+EVERY = ROWS | PREFERENCE
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +73,7 @@ def test_a_row_in_the_wrong_place_fails_the_run_and_is_reported(tmp_path):
     ("flag", "message"),
     [
         ("rows=rloo,rlo", "oracle.rows: there is no row 'rlo'; there are: reinforce,"),
+        ("rows=rloo_two_devices", "'rloo_two_devices' needs 2 devices to train on, of which there"),
         ("threads=0", "oracle.threads = 0 must be at least 1"),
         ("table_steps=0", "oracle.table_steps = 0 must be at least 1"),
     ],
@@ -101,9 +106,45 @@ def test_best_of_n_is_held_to_its_law():
     assert judge_best_of(chosen, law, (where[0], where[1] - 0.02), N)[0].startswith("KL should")
 
 
+FEW = {"table_steps": 6, "transformer_steps": 2, "preference_steps": 50}
+SPLIT = [name for name, row in EVERY.items() if row.microbatches * row.devices > 1]
+
+
+def outcome(name, row, **steps):
+    config = defaults.base("oracle", oracle=steps)
+    return run_row(row, config) if name in ROWS else run_preference(row, config)
+
+
+@functools.cache
+def whole_outcome(name):
+    return outcome(name, EVERY[name], **FEW)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * ("transformer" in n)) for n in SPLIT],
+)
+def test_a_row_that_is_split_goes_where_the_whole_one_goes(name):
+    split = outcome(name, EVERY[name], **FEW)
+    whole = whole_outcome(name.removesuffix("_four_parts").removesuffix("_two_devices"))
+    for field in ("reward", "kl", "regret", "coefficient"):
+        expected = getattr(whole, field)
+        np.testing.assert_allclose(getattr(split, field), expected, atol=1e-4, err_msg=field)
+    assert whole.kl > 1e-3
+
+
 @pytest.mark.slow
-def test_every_row_of_the_shipped_experiment(tmp_path):
+@pytest.mark.parametrize("name", [name for name in SPLIT if EVERY[name].devices > 1])
+def test_a_row_on_two_devices_lands_where_it_must(name):
+    assert judge(EVERY[name], outcome(name, EVERY[name])) == "ok"
+
+
+@pytest.mark.slow
+def test_every_row_of_the_shipped_experiment_on_one_device(tmp_path):
     result = run_main(CONFIG, f"--workdir={tmp_path}/oracle")
     assert result.returncode == 0, result.stderr[-3000:]
     metrics = json.loads((tmp_path / "oracle/summary.json").read_text())["metrics"]
-    assert {name.split("/")[1] for name in metrics} == {*ROWS, *PREFERENCE, BEST_OF}
+    fit = {name for name, row in EVERY.items() if row.devices == 1}
+    assert {name.split("/")[1] for name in metrics} == fit | {BEST_OF}
+    left_out = ", ".join(name for name in EVERY if name not in fit)
+    assert f"for more devices than there are here: {left_out}\n" in result.stdout
