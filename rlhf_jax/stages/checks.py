@@ -20,7 +20,7 @@ from rlhf_jax.data.foreign import parse_columns
 from rlhf_jax.data.hub_data import check_hub_name
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses.advantages import BASELINES, SCALES
-from rlhf_jax.losses.checks import check_choice
+from rlhf_jax.losses.checks import check_choice, check_intervals
 from rlhf_jax.losses.policy import AGGREGATIONS, LEVELS, check_policy_options, policy_loss
 from rlhf_jax.losses.preference import check_options as check_loss_options
 from rlhf_jax.losses.shaping import EOS_MODES, ESTIMATORS
@@ -46,6 +46,18 @@ _LEAST = {  # of whole numbers that count something
         *("train.eval_every", "rollout.resample", "rollout.max_staleness", "normalize.prompts"),
         *("kl.exact_rows", "eval.during"),
     ),
+}
+
+_INTERVALS = {  # of other numbers; an optimizer's are in training/optimizer.py
+    "[0, inf)": (
+        *("loss.z_loss", "loss.centering", "loss.sft_coefficient", "loss.entropy_coefficient"),
+        *("loss.ptx_coefficient", "kl.coefficient", "critic.value_clip", "advantage.eps"),
+        *("advantage.ddof", "reward.ensemble_k", "rollout.missing_eos_penalty"),
+        "eval.temperature",
+    ),
+    "(0, inf)": ("loss.beta", "loss.importance_cap", "reward.timeout_seconds"),
+    "[0, 1)": ("loss.label_smoothing", "train.ema_decay", "data.max_bad_fraction"),
+    "[0, 1]": ("advantage.gamma", "advantage.lam"),
 }
 
 
@@ -90,7 +102,8 @@ def check(config: ConfigDict) -> None:
     if config.stage == "policy":
         check_objective(config)
         if "critic" in config:
-            make_optimizer({k: v for k, v in config.critic.items() if k != "value_clip"}, updates)
+            critic = {k: v for k, v in config.critic.items() if k != "value_clip"}
+            make_optimizer(critic, updates, "critic")
     if config.stage == "reward" and config.loss.name not in ("bradley_terry", "pointwise"):
         name = config.loss.name
         raise UserError(f"config.loss.name = {name!r}: choose one of bradley_terry, pointwise")
@@ -141,6 +154,13 @@ def _check_numbers(config: ConfigDict) -> None:
         for name in names:
             if values.get(name, least) < least:
                 raise UserError(f"config: {name} = {values[name]} must be at least {least}")
+    for name, value in values.items():
+        if isinstance(value, float) and not abs(value) <= jnp.finfo(jnp.float32).max:
+            raise UserError(f"config: {name} = {value} is no number that float32 can hold")
+    try:
+        check_intervals(values, _INTERVALS)
+    except ValueError as error:
+        raise UserError(f"config: {error}") from error
 
 
 def _check_sampling(config: ConfigDict) -> None:

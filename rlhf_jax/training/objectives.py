@@ -6,6 +6,7 @@ field of the config means stands in `stages/defaults.py`, its equation in `losse
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -61,7 +62,11 @@ class Sampled(NamedTuple):
 
 
 def parse_options(spec: str) -> dict[str, Any]:
-    """ "gamma=1.6,divergence=js" → {"gamma": 1.6, "divergence": "js"}."""
+    """ "gamma=1.6,divergence=js" → {"gamma": 1.6, "divergence": "js"}.
+
+    Raises:
+      UserError: a part is not name=value, or a number is negative or not finite.
+    """
     options: dict[str, Any] = {}
     for part in filter(None, spec.split(",")):
         name, equals, value = (x.strip() for x in part.partition("="))
@@ -71,6 +76,9 @@ def parse_options(spec: str) -> dict[str, Any]:
             options[name] = float(value)
         except ValueError:
             options[name] = value
+            continue
+        if not 0 <= options[name] < math.inf:
+            raise UserError(f"loss.options: {part!r} is not a finite number of 0 or more")
     return options
 
 
