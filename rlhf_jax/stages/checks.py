@@ -71,6 +71,9 @@ def check(config: ConfigDict) -> None:
     if config.stage in ("policy", "online_preference"):
         updates *= config.train.epochs * config.train.minibatches
     make_optimizer(config.optimizer, updates)
+    if "critic" in config:
+        critic = {k: v for k, v in config.critic.items() if k != "value_clip"}
+        make_optimizer(critic, updates, "critic")
     if config.data.get("chat_template"):
         chat_template(config.data.chat_template)
     if "stripped_turns" in config.data:
@@ -101,9 +104,6 @@ def check(config: ConfigDict) -> None:
         _check_sampling(config)
     if config.stage == "policy":
         check_objective(config)
-        if "critic" in config:
-            critic = {k: v for k, v in config.critic.items() if k != "value_clip"}
-            make_optimizer(critic, updates, "critic")
     if config.stage == "reward" and config.loss.name not in ("bradley_terry", "pointwise"):
         name = config.loss.name
         raise UserError(f"config.loss.name = {name!r}: choose one of bradley_terry, pointwise")
@@ -155,10 +155,11 @@ def _check_numbers(config: ConfigDict) -> None:
             if values.get(name, least) < least:
                 raise UserError(f"config: {name} = {values[name]} must be at least {least}")
     for name, value in values.items():
-        if isinstance(value, float) and not abs(value) <= jnp.finfo(jnp.float32).max:
+        if isinstance(value, float) and not abs(value) <= float(jnp.finfo(jnp.float32).max):
             raise UserError(f"config: {name} = {value} is no number that float32 can hold")
     try:
         check_intervals(values, _INTERVALS)
+        parse_options(values.get("loss.options", ""))
     except ValueError as error:
         raise UserError(f"config: {error}") from error
 

@@ -285,12 +285,9 @@ def _counts(sampled: Sampled, metrics: Iterable[str]) -> dict[str, Any]:
     sequences = sampled.weights.sum()
     tokens = (sampled.mask * sampled.weights[:, None]).sum()
     of_section = {"objective": sequences, "reward_std": sequences, "advantages": tokens}
-    of_section["val"] = tokens
-    return {name: of_section.get(name.partition("/")[0], 1.0) for name in metrics} | {
-        "objective/kl_coefficient": 1.0,
-        "completions/mean_terminated_length": jnp.sum(sampled.finished),
-        "completions/mean_truncated_length": jnp.sum(~sampled.finished),
-    }
+    of_section |= {"val": tokens}
+    counts = {name: of_section.get(name.partition("/")[0], 1.0) for name in metrics}
+    return counts | {"objective/kl_coefficient": 1.0}
 
 
 def _mean(values: jax.Array, weights: jax.Array) -> jax.Array:

@@ -150,9 +150,7 @@ def test_the_cause_of_skipped_updates_is_named(tmp_path, changes, message):
         ),
     ],
 )
-def test_the_cause_is_told_from_the_metrics_of_a_step_of_several_updates(
-    tmp_path, values, message
-):
+def test_the_cause_is_told_from_the_metrics_of_a_step_of_several_updates(tmp_path, values, message):
     values = {
         "train/consecutive_skipped": 6, "train/loss": np.nan, "train/weight": 1,
         "objective/kl": 0.5, "objective/scores": 7, "val/grad_norm": 1,
