@@ -175,9 +175,10 @@ class _Log:
             if skipped >= self._max_skipped:
                 first = number - math.ceil(skipped / values.get("train/updates", 1.0)) + 1
                 rows = {n: np.asarray(ids).tolist() for n, ids in self._rows if n >= first}
+                what = "the parameters" if model == "train" else "the critic's"
                 raise UserError(
                     f"steps {first} to {number} end in {skipped:.0f} skipped updates, which left "
-                    f"the parameters as they were: {_cause(values, model, self._moved, rows)}"
+                    f"{what} as they were: {_cause(values, model, self._moved, rows)}"
                 )
         if update := values.get("train/update_norm"):
             self._moved = update / (values["train/param_norm"] or update)

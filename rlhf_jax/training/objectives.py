@@ -275,17 +275,15 @@ def _sampled_metrics(
         spread = jnp.where(counted > 0, scores.reshape(groups), jnp.nan)
         deviation = jnp.where(some, jnp.nanstd(spread, axis=-1), 0)
         metrics["reward_std"] = _mean(deviation, some)
-        # A group that is left out whole is one without spread, if the rollout says no other.
+        # A group that is left out whole is one without spread, unless the rollout knows better.
         metrics["frac_reward_zero_std"] = zero_variance(scores.reshape(groups), counted).mean()
     return metrics
 
 
 def _counts(sampled: Sampled, metrics: Iterable[str]) -> dict[str, Any]:
     """What the metrics are means over, by name; 1 for those of all that was sampled."""
-    sequences = sampled.weights.sum()
     tokens = (sampled.mask * sampled.weights[:, None]).sum()
-    of_section = {"objective": sequences, "reward_std": sequences, "advantages": tokens}
-    of_section |= {"val": tokens}
+    of_section = {"objective": sampled.weights.sum(), "advantages": tokens, "val": tokens}
     counts = {name: of_section.get(name.partition("/")[0], 1.0) for name in metrics}
     return counts | {"objective/kl_coefficient": 1.0}
 

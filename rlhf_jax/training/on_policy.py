@@ -476,16 +476,17 @@ def over_updates(taken: Sequence[Metrics]) -> dict[str, tuple[float, float]]:
     Skips, rate and parameters are those after the last update; train/updates is their number.
     """
     updates = [weighted(metrics) for metrics in jax.device_get(taken)]
+    counted = [update for update in updates if update["train/weight"][0] != 0]
     found = {"train/updates": (float(len(updates)), 1.0)}
     for name in taken[0]:
         if name.endswith(("skipped", "param_norm", "learning_rate")):
             found[name] = updates[-1][name]
             continue
-        values, weights = np.array(
-            [u[name] for u in updates if u["train/weight"][0]] or [(0.0, 0.0)]
-        ).T
+        largest = name.endswith(("_max", "_deviation"))
+        of = counted if largest or name.endswith(("_norm", "train/weight")) else updates
+        values, weights = np.array([update[name] for update in of] or [(0.0, 0.0)]).T
         total = float(weights.sum())
-        if name.endswith(("_max", "_deviation")):
+        if largest:
             value = float(values.max(initial=-np.inf, where=weights != 0))
         else:
             value = float((values * weights).sum() / (total or 1))

@@ -95,8 +95,8 @@ def test_a_minibatch_in_which_nothing_counts_is_in_no_mean():
 def test_means_of_updates_are_ratios_of_sums():
     def update(weight, entropy, tokens, largest, norm, skipped):
         values = {"train/weight": weight, "policy/entropy": entropy, "policy/ratio_max": largest}
-        values |= {"train/grad_norm": norm, "train/skipped": skipped}
-        return Metrics.of(values, {"policy/entropy": tokens})
+        values |= {"train/grad_norm": norm, "train/skipped": skipped, "loss/ptx": norm}
+        return Metrics.of(values, {"policy/entropy": tokens, "policy/ratio_max": tokens})
 
     taken = [
         update(2, 1.0, 10, 1.5, 3.0, 0),
@@ -107,12 +107,13 @@ def test_means_of_updates_are_ratios_of_sums():
         "train/updates": (3, 1),
         "train/weight": (1.5, 2),
         "policy/entropy": (2, 15),  # (1 · 10 + 4 · 5) / 15
-        "policy/ratio_max": (2, 2),
+        "policy/ratio_max": (2, 15),
         "train/grad_norm": (2, 2),
         "train/skipped": (1, 1),
+        "loss/ptx": (4 / 3, 3),  # whose tokens count although no answer does
     }
     assert {name for name, (_, weight) in over_updates(taken[1:2]).items() if weight} == {
-        "train/updates", "train/skipped",
+        "train/updates", "train/skipped", "loss/ptx",
     }  # fmt: skip
 
 
@@ -243,7 +244,7 @@ def test_nothing_left_to_learn_from_is_a_skipped_update():
     np.testing.assert_array_equal(state.policy.params["table"], start["table"])
     assert metrics["train/consecutive_skipped"] == 2
     assert metrics["frac_reward_zero_std"] == 1
-    named = ("objective/", "policy/", "advantages/", "loss/", "val/", "train/loss", "reward_std")
+    named = ("objective/", "policy/", "advantages/", "loss/", "val/", "train/loss")
     assert {name for name in metrics if name.startswith(named)} == {"objective/kl_coefficient"} | {
         "objective/entropy"  # of everything sampled
     }
