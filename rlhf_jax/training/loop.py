@@ -173,7 +173,7 @@ class _Log:
         for model in ("train", "val"):
             skipped = values.get(f"{model}/consecutive_skipped", 0.0)
             if skipped >= self._max_skipped:
-                first = number - math.ceil(skipped / values.get("train/updates", 1.0)) + 1
+                first = max(1, number - math.ceil(skipped / values.get("train/updates", 1.0)) + 1)
                 rows = {n: np.asarray(ids).tolist() for n, ids in self._rows if n >= first}
                 what = "the parameters" if model == "train" else "the critic's"
                 raise UserError(
@@ -216,7 +216,7 @@ def _cause(values: Mapping[str, float], model: str, moved: float, rows: Mapping[
             f"(objective/scores = {values['objective/scores']:.2g}), at what rollout takes off "
             "them, and at kl.coefficient"
         )
-    if math.isfinite(loss) and math.isfinite(values[f"{model}/grad_norm"]):
+    if math.isfinite(loss) and math.isfinite(values.get(f"{model}/grad_norm", 0.0)):
         return f"loss and gradient are finite, the update is not. Lower {rate}"
     text = f"{'the gradient' if math.isfinite(loss) else 'the loss'} is not finite"
     if model == "train" and moved > 0.9:
