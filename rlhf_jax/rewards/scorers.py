@@ -18,7 +18,7 @@ response. `prompts` are lists of {"role", "content"}; a column holds every promp
 key that all have, and `ids` the prompts' ids; columns the function has no parameter for are left
 out, and meta keys named ids, prompts or responses are never passed.
 
-A reward that can't be had is never taken for 0: it ends the run, or masks the example.
+A reward that can't be had is never taken for 0: it ends the run, or masks the example and is said.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ MATH_SECONDS = 5.0
 _HERE = Path(__file__).parent
 _OWN = {"regex": f"{_HERE / 'regex.py'}:search", "math": f"{_HERE / 'mathematics.py'}:equal"}
 _LARGEST = float(np.finfo(np.float32).max)
+# A loss sums squares of scores; float32 holds those of 2^24 scores as large as this, 4.5e15.
+_LARGEST_TOTAL = math.sqrt(_LARGEST) / 2**12
 _RESERVED = ("ids", "prompts", "responses")
 
 
@@ -127,7 +129,11 @@ class TextScorers:
         on_error: "fail" ends the run at the first response without a score, naming it; "mask"
             makes such responses invalid and counts them: all of a batch whose function raises,
             returns another number of scores, times out or ends its process, and all of one that
-            "regex" times out on.
+            "regex" times out on. It prints the first of each reason, and their number each time it
+            has doubled.
+
+    Attributes:
+        failed: reason → {"first": the line printed, "count": of responses left out so far}.
 
     Raises:
         UserError: an option is wrong, or a user's file or function can't be loaded.
@@ -152,6 +158,8 @@ class TextScorers:
         self._weights = dict(weights)
         self._seconds = timeout_seconds
         self._mask = on_error == "mask"
+        self.failed: dict[str, dict[str, Any]] = {}
+        self._said: Counter[str] = Counter()
         _check_pattern(pattern)
         self._pattern = pattern
         self._workers: dict[str, Worker] = {}
@@ -207,11 +215,19 @@ class TextScorers:
 
         valid, failures = np.ones(count, bool), Counter[str]()
 
-        def settle(name: str, values: np.ndarray, faults: dict[int, _Fault]) -> np.ndarray:
-            faults = _out_of_range(values) | faults
+        def settle(
+            name: str, values: np.ndarray, faults: dict[int, _Fault], largest: float = _LARGEST
+        ) -> np.ndarray:
+            faults = _out_of_range(values, largest) | faults
             if faults and not self._mask:
-                raise UserError(_describe(name, faults, prompts))
-            failures.update(f"{name}: {fault.reason}" for fault in faults.values())
+                raise UserError(
+                    f"{_describe(name, faults, prompts)}; mend it, or leave such responses out "
+                    "with on_error=mask"
+                )
+            for reason in sorted({fault.reason for fault in faults.values()}):
+                alike = {i: fault for i, fault in faults.items() if fault.reason == reason}
+                failures[f"{name}: {reason}"] = len(alike)
+                self._say(f"{name}: {reason}", len(alike), _describe(name, alike, prompts))
             failed = [*faults]
             valid[failed] = False
             values[failed] = np.nan
@@ -236,9 +252,20 @@ class TextScorers:
         total = np.zeros(count)
         for name, weight in self._weights.items():
             total += weight * components[name]
-        total = settle("total", np.where(valid, total, 0.0), {})
+        total = settle("total", np.where(valid, total, 0.0), {}, _LARGEST_TOTAL)
         total[~valid] = np.nan
         return Scores(total, valid, components, dict(failures))
+
+    def _say(self, reason: str, count: int, line: str) -> None:
+        kept = self.failed.setdefault(reason, {"first": line, "count": 0})
+        kept["count"] += count
+        if not self._said[reason]:
+            print(f"warning: {line}; left out and counted (reward.on_error=mask)", flush=True)
+        elif kept["count"] >= 2 * self._said[reason]:
+            print(f"warning: reward {reason}: {kept['count']:,} responses left out", flush=True)
+        else:
+            return
+        self._said[reason] = kept["count"]
 
     def _call(
         self, name: str, prompts: Sequence[Prompt], responses: Sequence[str]
@@ -315,22 +342,22 @@ def _describe(name: str, faults: Mapping[int, _Fault], prompts: Sequence[Prompt]
         where += f" and {prompts[alike[0]].id!r}"
     elif alike:
         where += f" and {len(alike)} others up to {prompts[alike[-1]].id!r}"
-    return (
-        f"reward {name!r}, {where}: {fault.detail}; mend it, or leave such responses out with "
-        "on_error=mask"
-    )
+    return f"reward {name!r}, {where}: {fault.detail}"
 
 
 def _all_wrong(count: int, reason: str, detail: str) -> tuple[np.ndarray, dict[int, _Fault]]:
     return np.full(count, np.nan), dict.fromkeys(range(count), _Fault(reason, detail))
 
 
-def _out_of_range(values: np.ndarray) -> dict[int, _Fault]:
+def _out_of_range(values: np.ndarray, largest: float) -> dict[int, _Fault]:
     """The values a loss in float32 can't hold."""
     faults = {}
-    for index in np.flatnonzero(~(np.abs(values) <= _LARGEST)).tolist():
-        reason = "too large" if math.isfinite(values[index]) else "not finite"
-        faults[index] = _Fault(reason, f"the score {values[index]:g} is {reason}")
+    for index in np.flatnonzero(~(np.abs(values) <= largest)).tolist():
+        if math.isfinite(values[index]):
+            detail = f"the score {values[index]:g} is too large, over {largest:.2g}"
+            faults[index] = _Fault("too large", f"{detail}: a loss in float32 overflows")
+        else:
+            faults[index] = _Fault("not finite", f"the score {values[index]:g} is not finite")
     return faults
 
 

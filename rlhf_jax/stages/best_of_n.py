@@ -54,7 +54,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     """Measures best-of-n of `init.policy`, trains it on winners; the metrics of summary.json."""
     policy = load_start(config, parents["policy"])
     options = config.best_of_n
-    with Judge(config, parents, policy) as judge:
+    with Judge(config, parents, policy, run.path) as judge:
         held_out = held_out_set(config, policy)
         measured = measure(config, policy, held_out, judge, options.samples, seed=config.seed)
         metrics, further = curves(config, run.path.name, measured)

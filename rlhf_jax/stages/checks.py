@@ -20,7 +20,7 @@ from rlhf_jax.data.foreign import parse_columns
 from rlhf_jax.data.hub_data import check_hub_name
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses.advantages import BASELINES, SCALES
-from rlhf_jax.losses.checks import check_choice
+from rlhf_jax.losses.checks import check_choice, check_intervals
 from rlhf_jax.losses.policy import AGGREGATIONS, LEVELS, check_policy_options, policy_loss
 from rlhf_jax.losses.preference import check_options as check_loss_options
 from rlhf_jax.losses.shaping import EOS_MODES, ESTIMATORS
@@ -48,6 +48,18 @@ _LEAST = {  # of whole numbers that count something
     ),
 }
 
+_INTERVALS = {  # of other numbers; an optimizer's are in training/optimizer.py
+    "[0, inf)": (
+        *("loss.z_loss", "loss.centering", "loss.sft_coefficient", "loss.entropy_coefficient"),
+        *("loss.ptx_coefficient", "kl.coefficient", "critic.value_clip", "advantage.eps"),
+        *("advantage.ddof", "reward.ensemble_k", "rollout.missing_eos_penalty"),
+        "eval.temperature",
+    ),
+    "(0, inf)": ("loss.beta", "loss.importance_cap", "reward.timeout_seconds"),
+    "[0, 1)": ("loss.label_smoothing", "train.ema_decay", "data.max_bad_fraction"),
+    "[0, 1]": ("advantage.gamma", "advantage.lam"),
+}
+
 
 def check(config: ConfigDict) -> None:
     """UserError for what can be seen to be wrong before hours are spent on the parents."""
@@ -59,6 +71,9 @@ def check(config: ConfigDict) -> None:
     if config.stage in ("policy", "online_preference"):
         updates *= config.train.epochs * config.train.minibatches
     make_optimizer(config.optimizer, updates)
+    if "critic" in config:
+        critic = {k: v for k, v in config.critic.items() if k != "value_clip"}
+        make_optimizer(critic, updates, "critic")
     if config.data.get("chat_template"):
         chat_template(config.data.chat_template)
     if "stripped_turns" in config.data:
@@ -89,8 +104,6 @@ def check(config: ConfigDict) -> None:
         _check_sampling(config)
     if config.stage == "policy":
         check_objective(config)
-        if "critic" in config:
-            make_optimizer({k: v for k, v in config.critic.items() if k != "value_clip"}, updates)
     if config.stage == "reward" and config.loss.name not in ("bradley_terry", "pointwise"):
         name = config.loss.name
         raise UserError(f"config.loss.name = {name!r}: choose one of bradley_terry, pointwise")
@@ -141,6 +154,14 @@ def _check_numbers(config: ConfigDict) -> None:
         for name in names:
             if values.get(name, least) < least:
                 raise UserError(f"config: {name} = {values[name]} must be at least {least}")
+    for name, value in values.items():
+        if isinstance(value, float) and not abs(value) <= float(jnp.finfo(jnp.float32).max):
+            raise UserError(f"config: {name} = {value} is no number that float32 can hold")
+    try:
+        check_intervals(values, _INTERVALS)
+        parse_options(values.get("loss.options", ""))
+    except ValueError as error:
+        raise UserError(f"config: {error}") from error
 
 
 def _check_sampling(config: ConfigDict) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -149,8 +150,10 @@ def parse_sources(spec: str) -> dict[str, float]:
             raise UserError(f"data: {name!r} is named twice in {spec!r}")
         try:
             sources[name] = float(weight or 1)
-        except ValueError as error:
-            raise UserError(f"data: the weight of {name!r} is no number: {weight!r}") from error
+        except ValueError:
+            sources[name] = math.nan
+        if not 0 < sources[name] < math.inf:
+            raise UserError(f"data: the weight of {name!r} is no number above 0: {weight!r}")
     return sources
 
 

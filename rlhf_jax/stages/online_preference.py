@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -44,8 +43,9 @@ from rlhf_jax.stages.rollouts import (
 )
 from rlhf_jax.training.learner import Learner, make_learner
 from rlhf_jax.training.mesh import shard_batch
+from rlhf_jax.training.metrics import joined, weighted
 from rlhf_jax.training.model import Model, save_model
-from rlhf_jax.training.on_policy import Rollouts, minibatches
+from rlhf_jax.training.on_policy import Rollouts, minibatches, over_updates
 from rlhf_jax.training.rundir import RunDirectory, fault_point
 from rlhf_jax.training.state import TrainState
 
@@ -65,7 +65,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         updates=config.train.steps * per_iteration,
         mesh=mesh,
     )
-    with Judge(config, parents, reference) as judge:
+    with Judge(config, parents, reference, run.path) as judge:
         step = _iteration(config, reference, prompts, judge, learner, mesh)
 
         def evaluation(state: TrainState) -> dict[str, float]:
@@ -119,21 +119,18 @@ def _iteration(
             state, metrics = learner.step(state, part if mesh is None else shard_batch(mesh, part))
             taken.append(metrics)
             fault_point("update", len(taken))
-        fetched = jax.device_get(taken)
-        metrics = {name: np.float32(np.mean([m[name] for m in fetched])) for name in fetched[0]}
-        metrics["train/consecutive_skipped"] = fetched[-1]["train/consecutive_skipped"]
-        counted = max(float(rollouts.weights.sum()), 1.0)
-        metrics["objective/scores"] = np.float32(
-            (rollouts.scores * rollouts.weights).sum() / counted
-        )
-        if rollouts.shaped_scores is not None:
-            metrics["objective/shaped_scores"] = np.float32(
-                (rollouts.shaped_scores * rollouts.weights).sum() / counted
-            )
-        metrics["pairs/tied"] = np.float32(tied)
-        metrics["completions/mean_length"] = np.float32(rollouts.mask.sum(-1).mean())
-        metrics["completions/eos_rate"] = np.float32(rollouts.finished.mean())
-        return state, metrics | {k: np.float32(v) for k, v in rollouts.metrics.items()}
+        of_rollout = {
+            "pairs/tied": (tied, 1.0),
+            "completions/mean_length": (rollouts.mask.sum(-1).mean(), 1.0),
+            "completions/eos_rate": (rollouts.finished.mean(), 1.0),
+        }
+        counted = rollouts.weights.sum()
+        scores = {"scores": rollouts.scores, "shaped_scores": rollouts.shaped_scores}
+        for name, each in scores.items():
+            if each is not None:
+                total = (each * rollouts.weights).sum()
+                of_rollout[f"objective/{name}"] = total / max(counted, 1), counted
+        return state, joined(over_updates(taken), of_rollout, weighted(rollouts.metrics))
 
     return step
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         packed = pack_texts(config, f"{config.data.ptx} (ptx)", records, policy.tokenizer, "split")
         texts = make_dataset(packed, config.batch.rows, seed=config.seed)
 
-    with Judge(config, parents, policy) as judge:
+    with Judge(config, parents, policy, run.path) as judge:
         task = text_task(config, policy, prompts, judge, mesh, texts)
         critic = critic_params(config, policy, judge)
         iteration = make_iteration(config, task, policy.params, critic, mesh=mesh)
@@ -194,7 +195,6 @@ def evaluate(
     kl = _log_ratios(config, model, reference, rows)
     low, high = bootstrap_interval(kl, config.seed)
     metrics = {
-        "eval/proxy_reward": float(np.nanmean(scores.total)),
         "eval/reward_failures": float(np.sum(~scores.valid)),
         "eval/kl": float(kl.mean()),
         "eval/kl_low": low,
@@ -202,6 +202,8 @@ def evaluate(
         "eval/response_length": float(np.mean([len(c.tokens) for c in samples.completions])),
         "eval/eos_rate": float(np.mean([c.finished for c in samples.completions])),
     }
+    if scores.valid.any():
+        metrics["eval/proxy_reward"] = float(scores.total[scores.valid].mean())
     found = {"proxy": scores.total}
     if config.eval.gold:
         pairs = list(zip(held_out.records, samples.texts, strict=True))
@@ -289,7 +291,7 @@ def _report(run: Path, evaluations: list[dict[str, float]]) -> dict[str, Any]:
         ("proxy", "eval/proxy_reward"),
     ):
         if metric in evaluations[-1]:
-            frontier[name] = [line[metric] for line in evaluations]
+            frontier[name] = [line.get(metric, math.nan) for line in evaluations]
     timeline = [
         {
             "prompt": prompt,

@@ -7,6 +7,7 @@ and trained.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -54,9 +55,11 @@ from rlhf_jax.stages.common import (
     warn_over_long,
 )
 from rlhf_jax.training.mesh import batch_shards
+from rlhf_jax.training.metrics import Metrics
 from rlhf_jax.training.model import Model, load_model
 from rlhf_jax.training.objectives import shape_scores
 from rlhf_jax.training.on_policy import Rollouts, Task
+from rlhf_jax.training.rundir import write_json
 
 SHORTEST = 16  # tokens a sequence: a row has places for no more of them than fit at that length
 
@@ -236,14 +239,22 @@ class Judge:
     """Rewards of answers: a weighted sum of named scorers, reward models among them.
 
     Use as a context manager: a user's reward function runs in a process of its own. A reward that
-    gives everything one score, or all answers to a prompt, is warned of by `ties`.
+    gives everything one score, or all answers to a prompt, is warned of by `ties`. Why responses
+    were left out with `reward.on_error=mask`, first of a kind and how many, is kept in
+    reward_failures.json of the directory `run`; what is done again after a restart counts again.
 
     Raises:
         UserError: a scorer that does not exist, a reward model with another tokenizer or without
             the statistics to normalise its scores.
     """
 
-    def __init__(self, config: ConfigDict, parents: Mapping[str, Path], policy: Model):
+    def __init__(
+        self,
+        config: ConfigDict,
+        parents: Mapping[str, Path],
+        policy: Model,
+        run: Path | None = None,
+    ):
         reward = config.reward
         self._config = config
         self.weights = parse_rewards(reward.scorers)
@@ -281,6 +292,9 @@ class Judge:
             timeout_seconds=reward.timeout_seconds,
             on_error=reward.on_error,
         )
+        self._failures = None if run is None else run / "reward_failures.json"
+        if self._failures is not None:
+            self._texts.failed |= _read_failures(self._failures)
 
     def __enter__(self) -> Judge:
         self._texts.__enter__()
@@ -300,6 +314,8 @@ class Judge:
         lengths = [len(c.tokens) for c in samples.completions]
         scores = self._texts.score(prompts, samples.texts, lengths=lengths, given=given)
         self._compare(scores, samples.each)
+        if scores.failures and self._failures is not None:
+            write_json(self._failures, self._texts.failed)
         return scores
 
     def _compare(self, scores: Scores, each: int) -> None:
@@ -328,6 +344,15 @@ class Judge:
         scores[:, members[members >= 0]] = flat[:, members >= 0]
         normal = [n.apply(s) for n, s in zip(self._normalizations, scores, strict=True)]
         return np.asarray(combine_members(np.stack(normal), config.ensemble, config.ensemble_k))
+
+
+def _read_failures(path: Path) -> dict[str, dict[str, Any]]:
+    """What an earlier process of the run has kept; nothing of a damaged file."""
+    try:
+        kept = json.loads(path.read_text()).items()
+        return {why: {"first": x["first"], "count": int(x["count"])} for why, x in kept}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
 
 
 _READ_BY_MODELS = (
@@ -398,8 +423,9 @@ def text_rollout(
 
     With `rollout.filter_zero_std`, prompts whose answers all score the same are left out, and the
     next of the batch take their place while there are any (dynamic sampling as in DAPO,
-    https://arxiv.org/abs/2503.14476; `rollout.resample` batches at most). `greedy`: also score the
-    greedy answer to each prompt, ReMax's baseline.
+    https://arxiv.org/abs/2503.14476; `rollout.resample` batches at most). They are judged by what
+    is trained: the shaped scores of the answers that count. `greedy`: also score the greedy answer
+    to each prompt, ReMax's baseline.
     """
     rollout = config.rollout
     wanted, each = rollout.prompts, rollout.samples
@@ -411,39 +437,37 @@ def text_rollout(
         max_new=rollout.max_new_tokens,
         multiple=row_multiple(config, mesh),
     )
-    drawn = [_draw(config, model, prompts, chosen, judge, pack, 0, int(seed))]
+    draw = partial(_draw, config, model, prompts, chosen, judge, pack, int(seed), greedy)
+    drawn = [draw(0)]
     while sum(len(d.useful) for d in drawn) < wanted and len(drawn) <= rollout.resample:
-        drawn.append(_draw(config, model, prompts, chosen, judge, pack, len(drawn), int(seed)))
+        drawn.append(draw(len(drawn)))
     useful = [(block, i) for block, d in enumerate(drawn) for i in d.useful]
     spare = [(block, i) for block, d in enumerate(drawn) for i in range(wanted)]
     spare = [place for place in spare if place not in set(useful)]
     groups = sorted((useful + spare)[:wanted])
     samples, rows = drawn[0].samples, drawn[0].rows
+    places = [block * wanted + i for block, i in groups]
     if len(drawn) > 1:
-        places = [block * wanted + i for block, i in groups]
         samples = Samples.joined([d.samples for d in drawn]).take(places)
         rows = pack(samples)
-    order = np.concatenate([np.arange(each) + (b * wanted + i) * each for b, i in groups])
-    total = np.concatenate([d.scores.total for d in drawn])
-    weights = np.concatenate([d.scores.valid for d in drawn])
+    order = np.concatenate([np.arange(each) + place * each for place in places])
+    total = np.concatenate([d.scores.total for d in drawn])[order]
+    weights = np.concatenate([d.counted for d in drawn])[order]
+    weights &= np.repeat([group in set(useful) for group in groups], each)
+    uniform, judged = (sum(x) for x in zip(*((d.uniform, d.judged) for d in drawn), strict=True))
+    failures = sum(sum(d.scores.failures.values()) + d.greedy_failures for d in drawn)
     metrics = _reward_metrics([d.scores for d in drawn]) | {
-        "rollout/tokens": float(sum(len(c.tokens) for d in drawn for c in d.samples.completions)),
-        "rollout/blocks": float(len(drawn)),
-        "rollout/zero_std_groups": float(sum(d.uniform for d in drawn)),
+        "rewards/failures": (failures, 1.0),
+        "rollout/tokens": (sum(len(c.tokens) for d in drawn for c in d.samples.completions), 1.0),
+        "rollout/blocks": (len(drawn), 1.0),
+        "rollout/zero_std_groups": (uniform, 1.0),
     }
-    weights = weights[order] & np.repeat([group in set(useful) for group in groups], each)
-    finished = np.array([c.finished for c in samples.completions])
-    check_choice("rollout.truncated", rollout.truncated, ("keep", "mask"))
-    if rollout.truncated == "mask":
-        weights &= finished
-    greedy_scores = np.zeros(wanted)
-    if greedy:
-        found = _greedy_scores(config, model, samples.prompts, judge, pack)
-        greedy_scores = np.where(found.valid, np.nan_to_num(found.total), 0.0)
-        weights &= np.repeat(found.valid, each)
-        metrics["rewards/failures"] += float(sum(found.failures.values()))
-    scores = np.where(weights, np.nan_to_num(total[order]), 0.0)
-    lengths = np.array([len(c.tokens) for c in samples.completions])
+    if each > 1:  # of all that were judged, those left out too
+        metrics["frac_reward_zero_std"] = uniform / max(judged, 1), judged
+        if not judged:
+            metrics["reward_std"] = 0.0, 0.0
+    finished, lengths = _ends(samples)
+    scores = np.where(weights, np.nan_to_num(total), 0.0)
     return Rollouts(
         rows=rows,
         mask=padded([np.ones(len(c.tokens)) for c in samples.completions], rollout.max_new_tokens),
@@ -451,8 +475,8 @@ def text_rollout(
         scores=scores,
         weights=weights.astype(np.float32),
         finished=finished,
-        greedy_scores=greedy_scores,
-        metrics=metrics,
+        greedy_scores=np.concatenate([d.greedy_scores for d in drawn])[places],
+        metrics=Metrics.of_pairs(metrics),
         version=number,
         samples=samples,
         shaped_scores=np.asarray(shape_scores(config, scores, finished, lengths)),
@@ -465,11 +489,17 @@ class _Drawn(NamedTuple):
     samples: Samples
     rows: Arrays
     scores: Scores
+    counted: np.ndarray  # [N] bool, the answers that may be trained on
+    greedy_scores: np.ndarray  # [P], zeros where nobody asked
+    greedy_failures: int
     useful: list[int]
-    uniform: int  # prompts whose answers all score the same
+    judged: int  # prompts with an answer that counts
+    uniform: int  # of them, those whose answers that count all score the same
 
 
-def _draw(config, model, prompts, chosen, judge, pack, block: int, seed: int) -> _Drawn:
+def _draw(
+    config, model, prompts, chosen, judge, pack, seed: int, greedy: bool, block: int
+) -> _Drawn:
     """Samples and scores block `block` of the chosen prompts."""
     wanted, each = config.rollout.prompts, config.rollout.samples
     places = range(block * wanted, (block + 1) * wanted)
@@ -477,22 +507,51 @@ def _draw(config, model, prompts, chosen, judge, pack, block: int, seed: int) ->
     samples = sample_answers(config, model, block_prompts, samples=each, seed=seed, ids=places)
     rows = pack(samples)
     scores = judge.score(samples, rows)
-    totals = jnp.asarray(np.nan_to_num(scores.total).reshape(-1, each))
-    valid = jnp.asarray(scores.valid.reshape(-1, each), jnp.float32)
-    same = np.asarray(zero_variance(totals, valid))
+    counted = scores.valid.copy()
+    finished, lengths = _ends(samples)
+    check_choice("rollout.truncated", config.rollout.truncated, ("keep", "mask"))
+    if config.rollout.truncated == "mask":
+        counted &= finished
+    greedy_scores, greedy_failures = np.zeros(wanted), 0
+    if greedy:
+        found = _greedy_scores(config, model, block_prompts, judge, pack)
+        greedy_scores, greedy_failures = np.nan_to_num(found.total), sum(found.failures.values())
+        counted &= np.repeat(found.valid, each)
+    shaped = shape_scores(config, np.nan_to_num(scores.total), finished, lengths)
+    groups = counted.reshape(-1, each)
+    same = np.asarray(zero_variance(jnp.asarray(shaped).reshape(groups.shape), groups))
     useful = np.flatnonzero(~same) if config.rollout.filter_zero_std else np.arange(wanted)
-    return _Drawn(samples, rows, scores, useful.tolist(), int(same.sum()) if each > 1 else 0)
+    judged = groups.any(1)
+    uniform = int((same & judged).sum()) if each > 1 else 0
+    return _Drawn(
+        samples,
+        rows,
+        scores,
+        counted,
+        greedy_scores,
+        greedy_failures,
+        useful.tolist(),
+        int(judged.sum()),
+        uniform,
+    )
 
 
-def _reward_metrics(scored: Sequence[Scores]) -> dict[str, float]:
-    """Means and spreads of everything that was scored, also of what is not trained on."""
-    metrics = {"rewards/failures": float(sum(sum(s.failures.values()) for s in scored))}
+def _ends(samples: Samples) -> tuple[np.ndarray, np.ndarray]:
+    """[N] of the answers: whether they ended by themselves, and their tokens."""
+    answers = samples.completions
+    return np.array([c.finished for c in answers]), np.array([len(c.tokens) for c in answers])
+
+
+def _reward_metrics(scored: Sequence[Scores]) -> dict[str, tuple[float, float]]:
+    """Means and spreads of all that was scored, also what is not trained on, and its number."""
+    metrics: dict[str, tuple[float, float]] = {}
     columns = {name: [s.components[name] for s in scored] for name in scored[0].components}
     for name, parts in (columns | {"total": [s.total for s in scored]}).items():
         values = np.concatenate(parts)
         values = values[np.isfinite(values)]
-        metrics[f"rewards/{name}/mean"] = float(values.mean()) if len(values) else 0.0
-        metrics[f"rewards/{name}/std"] = float(values.std()) if len(values) else 0.0
+        if len(values):
+            metrics[f"rewards/{name}/mean"] = float(values.mean()), len(values)
+            metrics[f"rewards/{name}/std"] = float(values.std()), len(values)
     return metrics
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from rlhf_jax.training.progress import Clock, Progress
 from rlhf_jax.training.rundir import RunDirectory, fault_point
 from rlhf_jax.training.state import release
 
+# Of which a batch's squares still have a sum in float32.
+LARGEST_ADVANTAGE = 1e16
 Evaluation = tuple[int, Callable[[Any], Mapping[str, float]]]
 
 
@@ -66,7 +69,8 @@ def train(
       evaluations: pairs (every, function): the function sees the state after each step that is a
         multiple of `every` (0: none is), and after the last, and returns numbers to log. It must
         not keep the state: the next step donates it.
-      max_skipped: consecutive skipped updates that end the run.
+      max_skipped: consecutive skipped updates that end the run. A step that is several of them says
+        how many as train/updates; val/… are its critic's.
       flops_per_token: for flops_per_second; None: not reported.
       tokens: (batch, metrics) → number trained on or sampled in a step.
       tokenizer_hash: kept in the checkpoints and compared on resume.
@@ -79,8 +83,9 @@ def train(
 
     Raises:
       Preempted: SIGTERM or SIGINT; the current step is finished and saved.
-      UserError: `max_skipped` updates in a row were skipped (it names the batches' rows), the data
-        ended early, or the checkpoint belongs to another tokenizer or model.
+      UserError: `max_skipped` updates in a row were skipped (it names the cause as far as the
+        metrics tell it), the data ended early, or the checkpoint belongs to another tokenizer or
+        model.
     """
     checkpoints = Checkpoints(run.path / "checkpoints", keep_last=keep_last)
     run.defer_stop = True
@@ -150,6 +155,7 @@ class _Log:
         self._means, self._max_skipped = means, max_skipped
         self._rows: deque[tuple[int, Any]] = deque(maxlen=max_skipped + 1)
         self._late: tuple[int, dict[str, jax.Array], int, bool] | None = None
+        self._moved = 0.0  # ‖update‖ / ‖parameters‖ of the newest step that moved them
 
     def add(self, number: int, metrics, tokens: int, rows, wanted: bool) -> None:
         """Takes a step that was just dispatched, and settles the one before."""
@@ -163,15 +169,19 @@ class _Log:
             return
         (number, metrics, tokens, wanted), self._late = self._late, None
         values, weights = fetch(metrics)
-        skipped = int(values["train/consecutive_skipped"])
         self._clock.settled(tokens)
-        if skipped >= self._max_skipped:
-            first = max(1, number - skipped + 1)
-            rows = {n: np.asarray(ids).tolist() for n, ids in self._rows if first <= n <= number}
-            raise UserError(
-                f"steps {first} to {number} had no finite loss and gradient, or no weight; the "
-                f"parameters are as before. Look at these row_ids of the data, by step: {rows}"
-            )
+        for model in ("train", "val"):
+            skipped = values.get(f"{model}/consecutive_skipped", 0.0)
+            if skipped >= self._max_skipped:
+                first = max(1, number - math.ceil(skipped / values.get("train/updates", 1.0)) + 1)
+                rows = {n: np.asarray(ids).tolist() for n, ids in self._rows if n >= first}
+                what = "the parameters" if model == "train" else "the critic's"
+                raise UserError(
+                    f"steps {first} to {number} end in {skipped:.0f} skipped updates, which left "
+                    f"{what} as they were: {_cause(values, model, self._moved, rows)}"
+                )
+        if update := values.get("train/update_norm"):
+            self._moved = update / (values["train/param_norm"] or update)
         self._means.add(values, weights)
         if wanted:
             line = {**self._means.take(), **evaluated, **self._clock.line()}
@@ -181,6 +191,37 @@ class _Log:
     def close(self) -> None:
         self._progress.close()
         self._writer.close()
+
+
+def _cause(values: Mapping[str, float], model: str, moved: float, rows: Mapping[int, Any]) -> str:
+    """Why the updates of the last step were skipped (see `make_step`), and what to look at.
+
+    Args:
+      values: the step's metrics.
+      model: "train", or "val" for the critic.
+      moved: ‖update‖ / ‖parameters‖ of the newest step that moved them.
+      rows: the data's row_ids, by step.
+    """
+    loss = values.get("train/loss" if model == "train" else "loss/value_avg")
+    rate = ("optimizer" if model == "train" else "critic") + ".learning_rate"
+    look = f"Look at these row_ids of the data, by step: {rows}"
+    if loss is None or values.get("train/weight", 1) <= 0:
+        names = ("rewards/failures", "completions/masked", "rollout/zero_std_groups", "pairs/tied")
+        told = [f"{name} = {values[name]:g}" for name in names if name in values]
+        return f"nothing in them has weight. {'; '.join([*told, look])}"
+    largest, kl = values.get("advantages/max", 0.0), values.get("objective/kl", 0.0)
+    if math.isfinite(kl) and not largest < LARGEST_ADVANTAGE:
+        return (
+            f"advantages of {largest:.2g} are too large for float32. Look at the scores "
+            f"(objective/scores = {values['objective/scores']:.2g}), at what rollout takes off "
+            "them, and at kl.coefficient"
+        )
+    if math.isfinite(loss) and math.isfinite(values.get(f"{model}/grad_norm", 0.0)):
+        return f"loss and gradient are finite, the update is not. Lower {rate}"
+    text = f"{'the gradient' if math.isfinite(loss) else 'the loss'} is not finite"
+    if model == "train" and moved > 0.9:
+        return f"{text} since an update as large as the parameters. Lower {rate}"
+    return f"{text}. {look}"
 
 
 def _meta(run: RunDirectory, tokenizer_hash: str | None, means: Means) -> dict[str, Any]:

@@ -51,6 +51,12 @@ class Metrics(dict[str, Any]):
         rows = [[*values.values()], [weights.get(name, 1) for name in values]]
         return cls(values, jnp.array(rows, jnp.float32))
 
+    @classmethod
+    def of_pairs(cls, pairs: Mapping[str, tuple[float, float]]) -> Metrics:
+        """Of (value, weight) by name, on the host."""
+        packed = np.array([*pairs.values()], np.float32).reshape(-1, 2).T
+        return cls(dict(zip(pairs, packed[0], strict=True)), packed)
+
     def tree_flatten(self) -> tuple[tuple[list[Any], Any], tuple[str, ...]]:
         """(children, names) for JAX."""
         return ([*self.values()], self.packed), tuple(self)
@@ -67,9 +73,24 @@ def fetch(metrics: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float
     if isinstance(metrics, Metrics):
         values, weights = jax.device_get(metrics.packed).tolist()
     else:
-        values = [value.item() for value in jax.device_get([*metrics.values()])]
+        values = [np.asarray(value).item() for value in jax.device_get([*metrics.values()])]
         weights = [1.0] * len(values)
     return dict(zip(metrics, values, strict=True)), dict(zip(metrics, weights, strict=True))
+
+
+def weighted(metrics: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """(value, weight) of each, on the host."""
+    values, weights = fetch(metrics)
+    return {name: (value, weights[name]) for name, value in values.items()}
+
+
+def joined(*parts: Mapping[str, tuple[float, float]]) -> Metrics:
+    """One step's metrics, on the host, of (values, weights); of a name the last one counts.
+
+    What has weight 0, a mean of nothing, is left out.
+    """
+    found = {name: pair for part in parts for name, pair in part.items()}
+    return Metrics.of_pairs({name: pair for name, pair in found.items() if pair[1] != 0})
 
 
 class Means:
@@ -85,7 +106,8 @@ class Means:
     """
 
     def __init__(self, state: Mapping[str, Sequence[float]] | None = None):
-        self._sums = {name: (value, weight) for name, (value, weight) in (state or {}).items()}
+        kept = (state or {}).items()
+        self._sums = {name: (value, weight) for name, (value, weight) in kept if weight}
 
     def state(self) -> dict[str, tuple[float, float]]:
         """What a checkpoint keeps, as JSON has it."""
@@ -94,6 +116,8 @@ class Means:
     def add(self, values: Mapping[str, float], weights: Mapping[str, float]) -> None:
         """Takes the next step's, as `fetch` gives them."""
         for name, value in values.items():
+            if weights.get(name) == 0:
+                continue
             weight, meaning, before = 1.0, _meaning(name), self._sums.get(name)
             if meaning == "mean":
                 weight = weights[name]
@@ -109,10 +133,10 @@ class Means:
             self._sums[name] = value, weight
 
     def take(self) -> dict[str, float]:
-        """What a line says; 0 for a mean of nothing. The next line begins anew."""
+        """What a line says, no mean of nothing among it. The next line begins anew."""
         taken, self._sums = self._sums, {}
         return {
-            name: (value / weight if weight else 0.0) if _meaning(name) == "mean" else value
+            name: value / weight if _meaning(name) == "mean" else value
             for name, (value, weight) in taken.items()
         }
 

@@ -6,7 +6,8 @@ field of the config means stands in `stages/defaults.py`, its equation in `losse
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -39,10 +40,10 @@ from rlhf_jax.losses.shaping import (
     overlong_penalty,
     token_rewards,
 )
+from rlhf_jax.training.metrics import Metrics
 
 ADVANTAGES = ("gae", "reward_to_go", "group", "remax")
 PLACEMENTS = ("reward", "loss", "none")
-Metrics = dict[str, Any]
 Array = Any  # on the host or a device
 
 
@@ -61,7 +62,11 @@ class Sampled(NamedTuple):
 
 
 def parse_options(spec: str) -> dict[str, Any]:
-    """ "gamma=1.6,divergence=js" → {"gamma": 1.6, "divergence": "js"}."""
+    """ "gamma=1.6,divergence=js" → {"gamma": 1.6, "divergence": "js"}.
+
+    Raises:
+      UserError: a part is not name=value, or a number is negative or not finite.
+    """
     options: dict[str, Any] = {}
     for part in filter(None, spec.split(",")):
         name, equals, value = (x.strip() for x in part.partition("="))
@@ -71,6 +76,9 @@ def parse_options(spec: str) -> dict[str, Any]:
             options[name] = float(value)
         except ValueError:
             options[name] = value
+            continue
+        if not 0 <= options[name] < math.inf:
+            raise UserError(f"loss.options: {part!r} is not a finite number of 0 or more")
     return options
 
 
@@ -90,7 +98,7 @@ def shape_scores(config: ConfigDict, scores: Array, finished: Array, lengths: Ar
 def advantages(
     config: ConfigDict, sampled: Sampled, coefficient: jax.Array
 ) -> tuple[dict[str, jax.Array], Metrics]:
-    """Advantages and returns [N, T] of what was sampled; metrics are scalars.
+    """Advantages and returns [N, T] of what was sampled; metrics are scalars with their weights.
 
     With `kl.placement = "reward"` every token pays coefficient · kl, so that what is maximised is
     E[score] − coefficient · KL(π‖π_ref), whose optimum is known: π_ref · exp(score / coefficient).
@@ -137,7 +145,8 @@ def advantages(
         metrics["val/explained_variance"] = _explained(sampled.values, returns, mask)
     if options.whiten:
         result = whiten(result, mask, ddof=int(options.ddof))
-    return {"advantages": result, "returns": returns}, metrics
+    made = {"advantages": result, "returns": returns}
+    return made, Metrics.of(metrics, _counts(sampled, metrics))
 
 
 def policy_objective(
@@ -227,7 +236,9 @@ def value_objective(config: ConfigDict, values: jax.Array, batch: Mapping[str, j
     return (total, weight), renamed
 
 
-def _sampled_metrics(config: ConfigDict, sampled: Sampled, scores, coefficient) -> Metrics:
+def _sampled_metrics(
+    config: ConfigDict, sampled: Sampled, scores, coefficient
+) -> dict[str, jax.Array]:
     """Standard names of what one looks at while a policy is trained."""
     weights = sampled.weights
     mask = sampled.mask * weights[:, None]
@@ -260,13 +271,21 @@ def _sampled_metrics(config: ConfigDict, sampled: Sampled, scores, coefficient) 
     if config.rollout.samples > 1:
         groups = (-1, config.rollout.samples)
         counted = weights.reshape(groups)
-        some = (counted.sum(-1) > 0).astype(jnp.float32)
+        some = counted.sum(-1) > 0
         spread = jnp.where(counted > 0, scores.reshape(groups), jnp.nan)
-        deviation = jnp.where(some > 0, jnp.nanstd(spread, axis=-1), 0)
-        same = zero_variance(scores.reshape(groups), counted)
+        deviation = jnp.where(some, jnp.nanstd(spread, axis=-1), 0)
         metrics["reward_std"] = _mean(deviation, some)
-        metrics["frac_reward_zero_std"] = _mean(same.astype(jnp.float32), some)
+        # A group that is left out whole is one without spread, unless the rollout knows better.
+        metrics["frac_reward_zero_std"] = zero_variance(scores.reshape(groups), counted).mean()
     return metrics
+
+
+def _counts(sampled: Sampled, metrics: Iterable[str]) -> dict[str, Any]:
+    """What the metrics are means over, by name; 1 for those of all that was sampled."""
+    tokens = (sampled.mask * sampled.weights[:, None]).sum()
+    of_section = {"objective": sampled.weights.sum(), "advantages": tokens, "val": tokens}
+    counts = {name: of_section.get(name.partition("/")[0], 1.0) for name in metrics}
+    return counts | {"objective/kl_coefficient": 1.0}
 
 
 def _mean(values: jax.Array, weights: jax.Array) -> jax.Array:
@@ -274,7 +293,7 @@ def _mean(values: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.where(weights > 0, values * weights, 0).sum() / jnp.where(weight > 0, weight, 1)
 
 
-def _moments(name: str, values: jax.Array, mask: jax.Array) -> Metrics:
+def _moments(name: str, values: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
     mean = _mean(values, mask)
     variance = _mean((values - mean) ** 2, mask)
     largest = jnp.max(jnp.where(mask > 0, jnp.abs(values), 0))

@@ -16,7 +16,7 @@ the letters of a world of which everything is known (`stages/oracle.py`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ from rlhf_jax.losses.reductions import mean
 from rlhf_jax.losses.shaping import adaptive_coefficient
 from rlhf_jax.training.learner import Learner, make_learner
 from rlhf_jax.training.mesh import TRANSFORMER_RULES, Rules, placed, shard_batch
+from rlhf_jax.training.metrics import Metrics, joined, weighted
 from rlhf_jax.training.objectives import (
     Sampled,
     advantages,
@@ -215,7 +216,7 @@ def make_iteration(
 
     def update(state: OnPolicyState, rows: Arrays, number: int, version: int):
         """(policy, critic, metrics, what the updates scored) after all epochs over the rows."""
-        ours, theirs, taken, found = state.policy, state.value, [], []
+        ours, theirs, taken, of_critic, found = state.policy, state.value, [], [], []
         chosen = minibatches(config, (rows["members"] >= 0).any(axis=1), number)
         for i, indices in enumerate(chosen):
             minibatch = {name: x[indices] for name, x in rows.items()}
@@ -224,18 +225,24 @@ def make_iteration(
                 minibatch |= task.extra_rows(number * _updates(config) + i)
             minibatch = shard_batch(mesh, minibatch)
             with jax.transfer_guard("disallow"):
-                ours, metrics, *seen = policy.step(ours, minibatch)
+                ours, of_policy, *seen = policy.step(ours, minibatch)
+            taken.append(of_policy)
             found += seen
             if i == 0:
-                _check_ratio(metrics["policy/ratio_deviation"], task.dtype)
+                _check_ratio(of_policy["policy/ratio_deviation"], task.dtype)
             if values is not None and theirs is not None:
                 with jax.transfer_guard("disallow"):
                     theirs, of_value = values.step(theirs, minibatch)
-                shared = (name for name in _OF_CRITIC if name in of_value)
-                metrics |= {name.replace("train/", "val/"): of_value[name] for name in shared}
-            taken.append(metrics)
+                of_critic.append(of_value)
             fault_point("update", i + 1)
-        return ours, theirs, _summed(jax.device_get(taken)), found
+        metrics = over_updates(taken)
+        square, weight = metrics.pop("policy/ratio_square")
+        metrics["policy/ratio_var"] = square - metrics["policy/ratio"][0] ** 2, weight
+        if of_critic:
+            its = over_updates(of_critic)
+            shared = (name for name in _OF_CRITIC if name in its)
+            metrics |= {name.replace("train/", "val/"): its[name] for name in shared}
+        return ours, theirs, metrics, found
 
     def step(state: OnPolicyState, batch):
         number = int(state.iteration)
@@ -256,17 +263,18 @@ def make_iteration(
             arrays, metrics = prepared(rollouts, arrays | _unpack([rows], found), coefficient)
         if number == 0 and from_reference:
             _check_start(arrays, rollouts.mask, task.dtype)
-        metrics |= {**of_updates, **rollouts.metrics, **exactly}
-        metrics |= _mismatch(arrays, rollouts.mask)
+        measured = exactly | _mismatch(arrays, rollouts.mask)
+        of_rollout = weighted(rollouts.metrics) | weighted(measured)
+        whole = joined(weighted(metrics), of_updates, of_rollout)
         last.update(rollouts=rollouts, arrays=arrays)
         count = float(rollouts.weights.sum())
         after = OnPolicyState(
             iteration=state.iteration + 1,
             policy=ours,
             value=theirs,
-            kl_coefficient=_controlled(config, coefficient, metrics["objective/kl"], count),
+            kl_coefficient=_controlled(config, coefficient, whole.get("objective/kl", 0), count),
         )
-        return after, {name: np.float32(value) for name, value in metrics.items()}
+        return after, whole
 
     return Iteration(step, init, params, assess, last)
 
@@ -470,25 +478,29 @@ def _mismatch(arrays: Mapping[str, np.ndarray], mask: np.ndarray) -> dict[str, f
     }
 
 
-def _summed(taken: list[dict[str, np.ndarray]]) -> dict[str, float]:
-    """Metrics of an iteration's updates: their mean; the last of counts, the most of maxima.
+def over_updates(taken: Sequence[Metrics]) -> dict[str, tuple[float, float]]:
+    """(value, weight) of an iteration's updates: means over what they counted, the most of maxima.
 
-    Updates in which nothing counts, minibatches of padding or of masked answers, have no mean.
+    Updates in which nothing counts, minibatches of padding or of masked answers, have no share.
+    Skips, rate and parameters are those after the last update; train/updates is their number.
     """
-    counted = [m for m in taken if m["train/weight"] > 0] or taken
-
-    def over(name: str) -> float:
-        if name.endswith(("skipped", "param_norm")):
-            return float(taken[-1][name])
-        values = [m[name] for m in counted]
-        return float(np.max(values) if name.endswith(("_max", "_deviation")) else np.mean(values))
-
-    metrics = {name: over(name) for name in taken[0]}
-    if "val/consecutive_skipped" in metrics:  # a critic that stands still must end a run too
-        worst = max(metrics["train/consecutive_skipped"], metrics["val/consecutive_skipped"])
-        metrics["train/consecutive_skipped"] = worst
-    metrics["policy/ratio_var"] = metrics.pop("policy/ratio_square") - metrics["policy/ratio"] ** 2
-    return metrics
+    updates = [weighted(metrics) for metrics in jax.device_get(taken)]
+    counted = [update for update in updates if update["train/weight"][0] != 0]
+    found = {"train/updates": (float(len(updates)), 1.0)}
+    for name in taken[0]:
+        if name.endswith(("skipped", "param_norm", "learning_rate")):
+            found[name] = updates[-1][name]
+            continue
+        largest = name.endswith(("_max", "_deviation"))
+        of = counted if largest or name.endswith(("_norm", "train/weight")) else updates
+        values, weights = np.array([update[name] for update in of] or [(0.0, 0.0)]).T
+        total = float(weights.sum())
+        if largest:
+            value = float(values.max(initial=-np.inf, where=weights != 0))
+        else:
+            value = float((values * weights).sum() / (total or 1))
+        found[name] = value, total
+    return found
 
 
 def _controlled(config: ConfigDict, coefficient: jax.Array, kl: float, count: float) -> jax.Array:

@@ -15,12 +15,19 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.losses.checks import check_intervals
 from rlhf_jax.training.mesh import matches, named_leaves
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 NO_DECAY = (r"(^|/)(bias|scale|embedding)$",)
 HIDDEN = r"(^|/)layers/.*kernel$"
+_INTERVALS = {
+    "[0, inf)": ("learning_rate", "weight_decay", "eps", "muon_rms"),
+    "(0, inf)": ("max_grad_norm", "muon_steps"),
+    "[0, 1)": ("b1", "b2", "momentum"),
+    "[0, 1]": ("final_fraction", "decay_fraction"),
+}
 
 
 @dataclass(frozen=True)
@@ -114,16 +121,21 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], 
 
 
 def make_optimizer(
-    config: OptimizerConfig | Mapping, steps: int
+    config: OptimizerConfig | Mapping, steps: int, section: str = "optimizer"
 ) -> tuple[optax.GradientTransformation, Callable[[jax.Array], jax.Array]]:
     """Returns (optimizer, schedule) for a run of `steps` updates; gradients come already clipped.
 
     Raises:
-      UserError: unknown optimizer, schedule or field (the nearest known one is named).
+      UserError: unknown optimizer, schedule or field (the nearest known one is named), or a number
+        outside its range; it names the config's `section`.
     """
     if not isinstance(config, OptimizerConfig):
         config = optimizer_config(config)
     _check_name("optimizer", config.name, OPTIMIZERS)
+    try:
+        check_intervals(dataclasses.asdict(config), _INTERVALS, f"{section}.")
+    except ValueError as error:
+        raise UserError(f"config: {error}") from error
     schedule = make_schedule(config, steps)
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
     rules = {

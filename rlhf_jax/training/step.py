@@ -81,8 +81,10 @@ def make_step(
     Should `loss_fn` return a third thing, a tree of arrays [rows, …] of what it found, then so does
     the step, of all rows of the batch.
 
-    A step whose loss or gradient is not finite, or whose weight is zero, leaves params, optimizer
-    state and average bitwise as they were; the step still counts, and so does the skip.
+    A step whose loss, gradient or update is not finite, or whose weight is zero, leaves params,
+    optimizer state and average bitwise as they were; the step still counts, and so does the skip.
+    An update whose norm float32 cannot hold is none that a model survives, and counts as not
+    finite; parameters may be as large, if only what is added to them is not.
 
     Args:
       loss_fn: sees the rows of one microbatch. `rng` is fold_in(seed, step), the same for every
@@ -157,8 +159,11 @@ def _update(
     applied: jax.Array,
     ema_decay: float | None,
 ) -> tuple[TrainState, jax.Array]:
-    """(state after the step, ‖update‖); where not `applied`, only its counts change."""
+    """(state after the step, ‖update‖); where not `applied`, or ‖update‖ is not finite, only its
+    counts change."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    norm = optax.tree.norm(updates)
+    applied &= jnp.isfinite(norm)
     params = optax.apply_updates(state.params, updates)
     average = state.ema_params
     if ema_decay is not None:
@@ -173,7 +178,7 @@ def _update(
         skipped=state.skipped + ~applied,
         consecutive_skipped=jnp.where(applied, 0, state.consecutive_skipped + 1),
     )
-    return new, jnp.where(applied, optax.tree.norm(updates), 0)
+    return new, jnp.where(applied, norm, 0)
 
 
 def _freeze(params, patterns: Sequence[str]):

@@ -215,6 +215,38 @@ def test_a_total_that_float32_cannot_hold_is_no_score():
     assert found.failures == {"total: too large": 1}
 
 
+@pytest.mark.parametrize("value", [1e25, -3e38, 1e16])
+def test_a_total_whose_square_float32_cannot_sum_is_no_score(value):
+    given = {"model": np.array([1.0, value, 4e15])}
+    arguments = {"model": 1}, [prompt("a"), prompt("b"), prompt("c")], ["x", "y", "z"]
+    with pytest.raises(UserError, match=r"'total', prompt 'b': the score .* is too large, over 4"):
+        score(*arguments, given=given)
+    found = score(*arguments, given=given, on_error="mask")
+    assert found.valid.tolist() == [True, False, True]
+
+
+def test_the_first_failure_of_a_kind_is_said_and_then_their_number(capsys):
+    bad, good = np.array([np.nan, 1.0]), np.array([1.0, 1.0])
+    with TextScorers({"model": 1, "exact": 1}, on_error="mask") as scorers:
+        for model in (good, bad, bad, bad, bad, good, np.array([np.inf, 1e39])):
+            prompts = [prompt("a", answer="x"), prompt("b", answer="x")]
+            scorers.score(prompts, ["x", "y"], lengths=[1, 1], given={"model": model})
+        scorers.score([prompt("c")], ["x"], lengths=[1], given={"model": good[:1]})
+    left_out = "left out and counted (reward.on_error=mask)"
+    assert capsys.readouterr().out.splitlines() == [
+        f"warning: reward 'model', prompt 'a': the score nan is not finite; {left_out}",
+        "warning: reward model: not finite: 2 responses left out",
+        "warning: reward model: not finite: 4 responses left out",
+        "warning: reward 'model', prompt 'b': the score 1e+39 is too large, over 3.4e+38: a loss "
+        f"in float32 overflows; {left_out}",
+        "warning: reward 'exact', prompt 'c': the record has no meta['answer'] or "
+        f"meta['reference'] to compare with; {left_out}",
+    ]
+    counts = {reason: failed["count"] for reason, failed in scorers.failed.items()}
+    assert counts == {"model: not finite": 5, "model: too large": 1, "exact: no reference": 1}
+    assert scorers.failed["model: not finite"]["first"].startswith("reward 'model', prompt 'a'")
+
+
 def test_nothing_to_score():
     found = score({"model": 1, "gold": 1}, [], [], given={"model": np.zeros(0)})
     assert found.total.shape == found.valid.shape == found.components["gold"].shape == (0,)

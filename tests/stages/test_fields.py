@@ -219,6 +219,59 @@ def test_a_count_below_its_least_is_refused(stage):
             checks.check(config)
 
 
+@pytest.mark.parametrize("stage", [s for s in defaults.STAGES if s != "oracle"])
+def test_a_number_that_is_none_is_refused(stage):
+    for name, value in defaults.leaves(defaults.fields_of(stage)).items():
+        if isinstance(value, float):
+            section, _, field = name.partition(".")
+            for bad in (float("nan"), float("inf"), -float("inf"), 1e39):
+                config = defaults.fields_of(stage)
+                config[section][field] = bad
+                with pytest.raises(UserError, match=rf"config: {name} = \S+ is no number that"):
+                    checks.check(config)
+
+
+@pytest.mark.parametrize(
+    ("stage", "field", "value"),
+    [
+        ("sft", "optimizer.learning_rate", -1e-4),
+        ("policy", "critic.learning_rate", -1e-4),
+        ("policy", "critic.max_grad_norm", 0.0),
+        ("reward", "optimizer.weight_decay", -0.1),
+        ("pretrain", "train.ema_decay", 1.0),
+        ("preference", "loss.beta", 0.0),
+        ("online_preference", "loss.beta", -0.1),
+        ("sft", "loss.label_smoothing", 1.0),
+        ("policy", "kl.coefficient", -0.05),
+        ("policy", "critic.value_clip", -0.2),
+        ("policy", "advantage.gamma", 1.01),
+        ("policy", "advantage.lam", -0.1),
+        ("policy", "loss.importance_cap", 0.0),
+        ("best_of_n", "reward.timeout_seconds", 0.0),
+        ("preference", "eval.temperature", -1.0),
+    ],
+)
+def test_a_number_outside_its_interval_is_refused(stage, field, value):
+    config = defaults.fields_of(stage)
+    section, _, name = field.partition(".")
+    config[section][name] = value
+    with pytest.raises(UserError, match=rf"config: {field} must be in .*, got {value}"):
+        checks.check(config)
+
+
+@pytest.mark.parametrize("options", ["clip_low=-0.2", "clip_high=nan", "clip_high=inf"])
+def test_an_option_of_a_loss_is_finite_and_not_negative(options):
+    config = defaults.on_policy("grpo", rollout={"samples": 2}, loss={"options": options})
+    with pytest.raises(UserError, match=f"'{options}' is not a finite number of 0 or more"):
+        checks.check(config)
+
+
+@pytest.mark.parametrize("weight", ["nan", "inf", "-1", "0", "much"])
+def test_the_weight_of_a_source_is_above_0(weight):
+    with pytest.raises(UserError, match=f"weight of 'b' is no number above 0: '{weight}'"):
+        common.parse_sources(f"a,b={weight}")
+
+
 @pytest.mark.parametrize(
     ("stage", "field"),
     [

@@ -200,6 +200,11 @@ def short(prompts, responses):
 
 def hangs(prompts, responses):
     time.sleep(600)
+
+def training_only(prompts, responses):
+    if len(responses) == 6:  # held-out prompts
+        raise RuntimeError("no judge for these")
+    return [len(r) / 10 for r in responses]
 """
 
 
@@ -243,6 +248,47 @@ def test_a_reward_function_of_ones_own_and_masked_failures(chain, tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     (logged,) = lines(runs / "mine/metrics.jsonl")
     assert logged["completions/masked"] == 1 and logged["rewards/failures"] == 1
+
+
+@pytest.mark.slow
+def test_why_rewards_failed_stands_in_the_console_and_in_the_run(chain, tmp_path):
+    experiments, runs = chain
+    file = tmp_path / "mine.py"
+    file.write_text(FUNCTIONS)
+    result = run_main(
+        f"--config={experiments}/ppo.py",
+        f"--workdir={runs}/unjudged",
+        f"--config.reward.scorers={file}:training_only",
+        "--config.reward.on_error=mask",
+        "--config.train.steps=2",
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("RuntimeError: no judge for these (") == 1
+    kept = json.loads((runs / "unjudged/reward_failures.json").read_text())
+    ((reason, failed),) = kept.items()
+    assert reason == f"{file}:training_only: raised" and "no judge for these" in failed["first"]
+    assert failed["count"] == 12  # the evaluations before and after
+    for logged in lines(runs / "unjudged/metrics.jsonl"):
+        assert "eval/proxy_reward" not in logged and logged["rewards/failures"] == 0
+        assert logged["rewards/total/mean"] > 0
+
+
+@pytest.mark.slow
+def test_a_run_whose_rewards_all_fail_names_them_and_its_iterations(chain, tmp_path):
+    experiments, runs = chain
+    file = tmp_path / "mine.py"
+    file.write_text(FUNCTIONS)
+    result = run_main(
+        f"--config={experiments}/ppo.py",
+        f"--workdir={runs}/unscored",
+        f"--config.reward.scorers={file}:raises",
+        "--config.reward.on_error=mask",
+    )
+    assert result.returncode == 2, result.stderr[-2000:]
+    said = "error: steps 1 to 2 end in 8 skipped updates, which left the parameters as they were: "
+    assert f"{said}nothing in them has weight. rewards/failures = 8" in result.stderr
+    (logged,) = lines(runs / "unscored/metrics.jsonl")
+    assert not any(n.startswith(("rewards/total", "policy/", "val/mean")) for n in logged)
 
 
 def test_a_truncated_distribution_is_refused_before_the_parents_run(experiments, tmp_path):

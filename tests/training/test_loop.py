@@ -22,8 +22,10 @@ from rlhf_jax.training.step import make_step
 from tests.training import model
 
 
-def train(directory, *, alter=lambda index, batch: batch, steps=7, batches=None, **options):
-    optimizer = optax.sgd(0.1)
+def train(
+    directory, *, alter=lambda index, batch: batch, steps=7, batches=None, rate=0.1, **options
+):
+    optimizer = optax.sgd(rate)
     options = {"log_every": 3, "checkpoint_every": 100, "tensorboard": False} | options
     with RunDirectory(directory, {"train": {"log_every": options["log_every"]}}) as run:
         state = init_state(model.init(), optimizer)
@@ -112,6 +114,58 @@ def test_updates_that_are_skipped_in_a_row_end_the_run_naming_rows(tmp_path):
     message = r"steps 4 to 6 .*row_ids of the data, by step: {4: \[64, .*, 5: \[80, .*, 6: \[96, "
     with pytest.raises(UserError, match=message):
         train(tmp_path, alter=alter, steps=20, max_skipped=3)
+
+
+def no_weight(index, batch):
+    return batch | {"weights": np.zeros_like(batch["weights"])}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        # Every update is infinite; its loss and gradient are not.
+        ({"rate": 1e30}, r"steps 1 to 3 end in 3 .* Lower optimizer\.learning_rate$"),
+        # The first one is finite, and nothing after it.
+        ({"rate": 1e18}, r"steps 2 to 4 .* as the parameters\. Lower optimizer\.learning_rate$"),
+        ({"alter": no_weight}, r"steps 1 to 3 .* nothing in them has weight.*row_ids.*1: \[16,"),
+    ],
+)
+def test_the_cause_of_skipped_updates_is_named(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        train(tmp_path, steps=20, max_skipped=3, **changes)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"train/updates": 4}, r"steps 8 to 9 end in 6 .* the loss is not finite.*9: \[90\]"),
+        ({"train/updates": 6}, r"steps 9 to 9 "),
+        ({"train/updates": 6, "advantages/max": np.inf}, r"advantages of inf .*scores = 7\)"),
+        ({"train/updates": 6, "advantages/max": 1e25}, r"advantages of 1e\+25 .*scores = 7\)"),
+        ({"train/loss": 1, "train/grad_norm": np.inf}, r"the gradient is not finite\. Look at"),
+        ({"train/weight": 0, "rewards/failures": 8}, r"no.* has weight\. rewards/failures = 8; Lo"),
+        (
+            {"train/consecutive_skipped": 0, "val/consecutive_skipped": 6, "loss/value_avg": 1},
+            r"the update is not\. Lower critic\.learning_rate$",
+        ),
+    ],
+)
+def test_the_cause_is_told_from_the_metrics_of_a_step_of_several_updates(tmp_path, values, message):
+    values = {
+        "train/consecutive_skipped": 6, "train/loss": np.nan, "train/weight": 1,
+        "objective/kl": 0.5, "objective/scores": 7, "val/grad_norm": 1,
+    } | values  # fmt: skip
+    rows = [{"segment_ids": np.ones(1), "row_ids": np.array([10 * n])} for n in range(1, 10)]
+
+    def step(state, batch):
+        found = values if batch["row_ids"] == 90 else {"train/consecutive_skipped": 0}
+        return state, {name: np.float32(value) for name, value in found.items()}
+
+    with RunDirectory(tmp_path, {}) as run, pytest.raises(UserError, match=message):
+        loop.train(
+            {}, step, iter(rows), steps=9, run=run, max_skipped=6, checkpoint_every=99,
+            tensorboard=False,
+        )  # fmt: skip
 
 
 def test_data_that_ends_early_is_a_user_error(tmp_path):

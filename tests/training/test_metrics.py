@@ -15,6 +15,7 @@ from rlhf_jax.training.metrics import (
     Metrics,
     MetricsWriter,
     fetch,
+    joined,
     read_metrics,
     truncate_metrics,
 )
@@ -85,7 +86,15 @@ def test_what_is_said_of_one_step_is_its_own_value_to_the_last_bit():
         means.add(step, {"x": 0.0, "y": 1.0})
     means.add({"policy/ratio_max": 1.0}, {})
     line = means.take()
-    assert line["x"] == 0 and math.isnan(line["y"]) and math.isnan(line["policy/ratio_max"])
+    assert math.isnan(line["y"]) and math.isnan(line["policy/ratio_max"])
+
+
+def test_a_mean_of_nothing_is_in_no_line():
+    means = Means({"logps/chosen": (0.0, 0.0)})  # as older checkpoints have it
+    means.add({"rewards/chosen": 0.0, "loss": 1.0}, {"rewards/chosen": 0.0, "loss": 2.0})
+    assert means.take() == {"loss": 1.0}
+    metrics = joined({"a": (1.0, 0.0), "b": (2.0, 0.0)}, {"b": (3.0, 4.0)}, {"c": (5.0, 1.0)})
+    assert fetch(metrics) == ({"b": 3.0, "c": 5.0}, {"b": 4.0, "c": 1.0})
 
 
 def test_numbers_are_exact_and_what_is_not_finite_is_a_string(tmp_path):

@@ -22,7 +22,8 @@ from rlhf_jax.stages.oracle_judge import judge
 from rlhf_jax.stages.oracle_rows import ROWS, Row, row_config
 from rlhf_jax.training import objectives
 from rlhf_jax.training.mesh import make_mesh, named_leaves
-from rlhf_jax.training.on_policy import make_iteration, minibatches
+from rlhf_jax.training.metrics import Means, Metrics, fetch
+from rlhf_jax.training.on_policy import make_iteration, minibatches, over_updates
 
 ORACLE = "experiments/oracle.py"
 
@@ -89,6 +90,31 @@ def test_a_minibatch_in_which_nothing_counts_is_in_no_mean():
     _, metrics, _ = steps(config, dataclasses.replace(task, rollout=rollout), start, 1)
     assert metrics["policy/ratio"] == pytest.approx(1, abs=1e-5)
     assert metrics["policy/ratio_var"] == pytest.approx(0, abs=1e-5)
+
+
+def test_means_of_updates_are_ratios_of_sums():
+    def update(weight, entropy, tokens, largest, norm, skipped):
+        values = {"train/weight": weight, "policy/entropy": entropy, "policy/ratio_max": largest}
+        values |= {"train/grad_norm": norm, "train/skipped": skipped, "loss/ptx": norm}
+        return Metrics.of(values, {"policy/entropy": tokens, "policy/ratio_max": tokens})
+
+    taken = [
+        update(2, 1.0, 10, 1.5, 3.0, 0),
+        update(0, 0, 0, 1.0, 0, 1),
+        update(1, 4.0, 5, 2, 1, 1),
+    ]
+    assert over_updates(taken) == {
+        "train/updates": (3, 1),
+        "train/weight": (1.5, 2),
+        "policy/entropy": (2, 15),  # (1 · 10 + 4 · 5) / 15
+        "policy/ratio_max": (2, 15),
+        "train/grad_norm": (2, 2),
+        "train/skipped": (1, 1),
+        "loss/ptx": (4 / 3, 3),  # whose tokens count although no answer does
+    }
+    assert {name for name, (_, weight) in over_updates(taken[1:2]).items() if weight} == {
+        "train/updates", "train/skipped", "loss/ptx",
+    }  # fmt: skip
 
 
 def test_an_iteration_repeats_bit_for_bit():
@@ -217,6 +243,32 @@ def test_nothing_left_to_learn_from_is_a_skipped_update():
     state, metrics, _ = steps(config, dataclasses.replace(task, rollout=rollout), start, 2)
     np.testing.assert_array_equal(state.policy.params["table"], start["table"])
     assert metrics["train/consecutive_skipped"] == 2
+    assert metrics["frac_reward_zero_std"] == 1
+    named = ("objective/", "policy/", "advantages/", "loss/", "val/", "train/loss")
+    assert {name for name in metrics if name.startswith(named)} == {"objective/kl_coefficient"} | {
+        "objective/entropy"  # of everything sampled
+    }
+
+
+def test_a_critic_without_a_counted_value_has_no_means():
+    config, task, start = table("ppo")
+
+    def rollout(params, batch, number):
+        found = task.rollout(params, batch, number)
+        return dataclasses.replace(found, weights=found.weights * number)
+
+    state, first, iteration = steps(config, dataclasses.replace(task, rollout=rollout), start, 1)
+    assert not {"val/mean", "loss/value_avg", "val/explained_variance"} & set(first)
+    assert first["val/consecutive_skipped"] == first["train/consecutive_skipped"] == 1
+    _, second = iteration.step(state, {})
+    assert {"val/mean", "loss/value_avg", "val/explained_variance"} <= set(second)
+    means = Means()
+    for metrics in (first, second):
+        means.add(*fetch(metrics))
+    line = means.take()
+    for name in ("val/mean", "objective/scores", "policy/ratio", "completions/mean_length"):
+        expected = np.mean([m[name] for m in (first, second) if name in m])
+        np.testing.assert_allclose(line[name], expected, rtol=1e-6, err_msg=name)
 
 
 def test_equal_scores_teach_nothing():

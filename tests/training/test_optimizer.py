@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -189,6 +191,15 @@ def test_schedules(values, expected):
         ({"schedule": "cosin"}, "unknown schedule 'cosin'; did you mean 'cosine'"),
         ({"learningrate": 1}, "unknown optimizer field 'learningrate'.*'learning_rate'"),
         ({"warmup_steps": 10}, "warmup_steps=10 must be below the run's 10 steps"),
+        (
+            {"learning_rate": math.nan},
+            r"optimizer.learning_rate must be in \[0, inf\), got nan",
+        ),
+        ({"learning_rate": math.inf}, r"optimizer.learning_rate must be in .* got inf"),
+        ({"learning_rate": -1e-3}, r"optimizer.learning_rate must be in .* got -0.001"),
+        ({"max_grad_norm": 0.0}, r"optimizer.max_grad_norm must be in \(0, inf\), got 0.0"),
+        ({"b2": 1.0}, r"optimizer.b2 must be in \[0, 1\), got 1.0"),
+        ({"final_fraction": 1.5}, r"optimizer.final_fraction must be in \[0, 1\], got 1.5"),
     ],
 )
 def test_a_mistake_is_a_user_error(values, message):

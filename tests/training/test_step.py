@@ -144,6 +144,24 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_skipped():
     assert (state.params["p"], state.skipped) == (2, 1)
 
 
+@pytest.mark.parametrize("rate", [np.inf, np.nan, 1e30])  # the last one's norm is infinite
+def test_an_update_that_is_not_finite_is_skipped(rate):
+    rates = jnp.array([1.0, rate, 1.0])
+    optimizer = optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(lambda i: -rates[i]))
+    state = init_state({"p": jnp.float32(2), "q": jnp.float32(1e20)}, optimizer, ema=True)
+    step = make_step(linear, optimizer, max_grad_norm=1.0, ema_decay=0.9)
+    batch = linear_batch([1, 2], [1, 1])
+    state, metrics = step(state, batch)
+    # Parameters as large as q are no reason to skip; their own norm is what it is.
+    assert state.params["p"] == pytest.approx(1, abs=1e-5) and metrics["train/param_norm"] == np.inf
+    before = bits((state.params, state.opt_state, state.ema_params))
+    state, metrics = step(state, batch)
+    assert bits((state.params, state.opt_state, state.ema_params)) == before
+    assert (state.step, state.skipped, state.consecutive_skipped) == (2, 1, 1)
+    assert np.isfinite(metrics["train/loss"]) and np.isfinite(metrics["train/grad_norm"])
+    assert metrics["train/update_norm"] == 0
+
+
 def test_the_average_follows_the_parameters():
     state, _ = run(linear_batch([1, 1], [1, 1]), ema_decay=0.75)
     assert state.params["p"] == 1
