@@ -16,8 +16,10 @@ from rlhf_jax.errors import (
     EXIT_DONE,
     EXIT_RESUMABLE,
     EXIT_USER,
+    NoRoom,
     Preempted,
     UserError,
+    lack_of_room,
     mistake_in,
 )
 from rlhf_jax.malloc import tune_malloc
@@ -106,6 +108,13 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_USER
     except Preempted as stop:
         print(f"stopped: {stop}", file=sys.stderr)
+        return EXIT_RESUMABLE
+    except Exception as error:  # of a file that is not written with `files.room_for`
+        reason = lack_of_room(error)
+        if reason is None:
+            raise
+        path = getattr(error, "filename", None) or values.workdir or "runs"
+        print(f"stopped: {NoRoom(path, None, reason)}", file=sys.stderr)
         return EXIT_RESUMABLE
 
 

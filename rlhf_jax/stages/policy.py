@@ -21,6 +21,7 @@ from rlhf_jax.data.pipeline import make_dataset, make_iterator
 from rlhf_jax.data.town.gold import gold_score, is_correct
 from rlhf_jax.evaluation.rows import response_logprobs
 from rlhf_jax.evaluation.statistics import bootstrap_interval
+from rlhf_jax.files import read_lines
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.stages.chat import evaluate_chat
 from rlhf_jax.stages.common import (
@@ -261,8 +262,6 @@ def _log_ratios(config: ConfigDict, model: Model, reference: Model, rows) -> np.
 def _keep_timeline(run: Path, step: int, samples: Samples, scores: Mapping[str, np.ndarray]):
     """Appends the answers to the first few prompts; a step that is done again replaces its own."""
     path = run / "timeline.jsonl"
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    kept = [json.loads(line) for line in lines]
     new = {
         "step": step,
         "prompts": [
@@ -274,14 +273,29 @@ def _keep_timeline(run: Path, step: int, samples: Samples, scores: Mapping[str, 
             for i in range(min(TIMELINE, len(samples.texts)))
         ],
     }
-    others = [line for line in kept if line["step"] != step]
+    others = [line for _, line in read_lines(path, _at_step) if line["step"] != step]
     write_jsonl(path, sorted([*others, new], key=lambda line: line["step"]))
+
+
+def _at_step(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of timeline.jsonl."""
+    return {
+        "step": int(line["step"]),
+        "prompts": list(line["prompts"]),
+        "answers": list(line["answers"]),
+        "scores": list(line["scores"]),
+    }
+
+
+def _view(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of views.jsonl."""
+    return {name: line[name] for name in ("title", "prompt", "tokens", "values")}
 
 
 def _report(run: Path, evaluations: list[dict[str, float]]) -> dict[str, Any]:
     """What evaluation.json holds beside tables and plots: frontier, samples over time, tokens."""
-    lines = [json.loads(text) for text in (run / "timeline.jsonl").read_text("utf-8").splitlines()]
-    views = [json.loads(text) for text in (run / "views.jsonl").read_text("utf-8").splitlines()]
+    lines = [line for _, line in read_lines(run / "timeline.jsonl", _at_step)]
+    views = [view for _, view in read_lines(run / "views.jsonl", _view)]
     frontier: dict[str, Any] = {"bound": False}
     for name, metric in (
         ("kl", "eval/kl"),
@@ -298,7 +312,7 @@ def _report(run: Path, evaluations: list[dict[str, float]]) -> dict[str, Any]:
                 for line in lines
             ],
         }
-        for i, prompt in enumerate(lines[-1]["prompts"])
+        for i, prompt in enumerate(lines[-1]["prompts"] if lines else [])
     ]
     figure = {
         "kind": "frontier",
