@@ -109,7 +109,7 @@ def read_lines(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> list[tu
             damaged.append(number)
     if damaged:
         logging.warning(
-            "%s: %d of %d lines are damaged and left out, the first is line %d",
+            "%s: damaged lines are left out: %d of %d, the first is line %d",
             path, len(damaged), len(texts), damaged[0],
         )  # fmt: skip
     return lines

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from rlhf_jax.data.pipeline import make_dataset, make_iterator
 from rlhf_jax.data.town.gold import gold_score, is_correct
+from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.rows import response_logprobs
 from rlhf_jax.evaluation.statistics import bootstrap_interval
 from rlhf_jax.files import read_lines
@@ -122,8 +123,17 @@ def finish(
     """The metrics of a run's last evaluation and of its greedy answers; writes what is reported.
 
     `before`: the evaluation of the model it started from, the first point of every curve.
+
+    Raises:
+        UserError: metrics.jsonl has lost the last evaluation.
     """
     evaluations = [line for line in read_metrics(run / "metrics.jsonl") if "eval/kl" in line]
+    if not evaluations or evaluations[-1]["step"] != config.train.steps:
+        newest = run / "checkpoints" / f"{config.train.steps:08d}"
+        raise UserError(
+            f"{run}/metrics.jsonl has no evaluation of step {config.train.steps}, its line was "
+            f"damaged; delete {newest} and run the same command to have it again"
+        )
     report = _report(run, [before, *evaluations])
     metrics = evaluate_chat(config, run, model, start, further=report)
     last = {k: v for k, v in evaluations[-1].items() if k.startswith("eval/")}

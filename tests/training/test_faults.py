@@ -220,9 +220,7 @@ def test_a_disk_that_fills_while_metrics_are_written(disk, expected_of_each_step
     assert "continuing after step 4" in output
 
 
-def test_what_was_trained_since_is_saved_where_there_is_room(
-    disk, expected_of_each_step, tmp_path
-):
+def test_what_was_trained_since_is_saved_where_there_is_room(disk, expected_of_each_step, tmp_path):
     workdir = disk / "run"
     workdir.mkdir()
     (tmp_path / "roomy").mkdir()
