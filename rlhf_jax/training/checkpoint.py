@@ -34,7 +34,7 @@ from rlhf_jax.training.rundir import fault_point, write_json
 
 FORMAT = 1
 MAX_FAILED_SAVES = 3
-SMALL_FILES = 2**16  # bytes that the files beside the arrays' take
+SMALL_FILES, DESCRIBED = 2**16, 2**11  # bytes that a checkpoint, an array takes beside its own
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -404,7 +404,7 @@ def _files(path: Path) -> list[str]:
 
 def _bytes(arrays: Mapping[str, Any]) -> int:
     """What a checkpoint of the arrays takes, about."""
-    return sum(x.nbytes for x in arrays.values()) + SMALL_FILES
+    return SMALL_FILES + sum(DESCRIBED + x.nbytes for x in arrays.values())
 
 
 def _on_disk(path: Path) -> int:
