@@ -22,6 +22,7 @@ from rlhf_jax.errors import (
     lack_of_room,
     mistake_in,
 )
+from rlhf_jax.files import tolerate_full_logs
 from rlhf_jax.malloc import tune_malloc
 
 
@@ -120,4 +121,5 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     tune_malloc()
+    tolerate_full_logs()
     sys.exit(main())
