@@ -108,8 +108,9 @@ def tolerate_full_logs() -> None:
         if before is None:  # it was closed before this process began
             continue
         file = io.BufferedWriter(_Lossy(before.fileno(), "w", closefd=False))
-        options = {key: getattr(before, key) for key in ("encoding", "errors", "line_buffering")}
-        setattr(sys, name, io.TextIOWrapper(file, **options))
+        by_line = before.line_buffering or before.write_through
+        after = io.TextIOWrapper(file, before.encoding, before.errors, line_buffering=by_line)
+        setattr(sys, name, after)
 
 
 def read_lines(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> list[tuple[bytes, Parsed]]:
