@@ -1,14 +1,19 @@
-"""The two ways a run may end early without a bug in this package."""
+"""The ways a run may end early without a bug in this package."""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import traceback
+from pathlib import Path
 
 EXIT_DONE = 0
 EXIT_BUG = 1
 EXIT_USER = 2
 EXIT_RESUMABLE = 75
+# No space, no quota, a file larger than is allowed; what the system says of each.
+_NO_ROOM = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
 
 
 class UserError(Exception):
@@ -17,6 +22,38 @@ class UserError(Exception):
 
 class Preempted(Exception):
     """The run was asked to stop; its state is saved and the same command continues it."""
+
+
+class NoRoom(Preempted):
+    """A disk is full: what it holds is whole, and the same command goes on once there is room.
+
+    Args:
+      path: of the file or directory that was to be written.
+      needed: the bytes that takes, None where that is not known.
+      reason: what `lack_of_room` says of the error.
+
+    Attributes:
+      shortage: the message without what to do.
+    """
+
+    def __init__(self, path: str | os.PathLike, needed: int | None, reason: str):
+        path = Path(path).absolute()
+        directory = next(p for p in path.parents if p.is_dir())
+        room = f"{shutil.disk_usage(directory).free} free in {directory}"
+        if needed is not None:
+            room = f"{needed} bytes needed, {room}"
+        system = os.statvfs(directory)
+        if system.f_files and not system.f_favail:
+            room += ", which can hold no more files"
+        self.shortage = f"no room for {path} ({reason}): {room}"
+        super().__init__(f"{self.shortage}; make room and run the same command to continue")
+
+
+def lack_of_room(error: BaseException) -> str | None:
+    """What the system says if a disk is full, of its own error or a library's that quotes it."""
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return _NO_ROOM[error.errno]
+    return next((text for text in _NO_ROOM.values() if text in str(error)), None)
 
 
 def mistake_in(path: str, error: Exception) -> UserError | None:

@@ -23,6 +23,8 @@ What is read (all but config.json may be missing, and its section is then left o
                        the answers to the same prompts as training went on;
                      "frontier": see compare.py, which alone reads it
 
+A damaged line of metrics.jsonl or samples.jsonl is left out, with a warning.
+
 Every text that came from a model, a data set or a user is escaped, there is no script, and the
 page's own policy forbids loading anything, so a hostile prompt stays text.
 """
@@ -32,7 +34,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from math import isfinite
@@ -50,6 +52,7 @@ from rlhf_jax.evaluation.tables import (
     printable,
     prompt_text,
 )
+from rlhf_jax.files import numbers, read_lines, write_whole
 
 SAMPLES = 12  # shown in file order
 DROPS = 4  # shown because their score fell most
@@ -104,11 +107,11 @@ def write_report(workdir: str | os.PathLike[str], summary: Mapping[str, Any] | N
 
     Raises:
         UserError: when a file of the run directory is missing or not what it should be.
+        NoRoom: the disk is full.
     """
     directory = Path(workdir)
-    path, temporary = directory / "report.html", directory / "report.html.tmp"
-    temporary.write_text(render(directory, summary), encoding="utf-8")
-    os.replace(temporary, path)
+    path = directory / "report.html"
+    write_whole(path, render(directory, summary).encode())
     return path
 
 
@@ -148,10 +151,15 @@ def read_run(directory: Path, summary: Mapping[str, Any] | None = None) -> Run:
         name=directory.resolve().name,
         config=_read_json(directory / "config.json"),
         summary=_read_json(directory / "summary.json") if summary is None else dict(summary),
-        records=_read_jsonl(directory / "metrics.jsonl", ("step",)),
-        samples=_read_jsonl(directory / "samples.jsonl", ("prompt", "responses")),
+        records=[line for _, line in read_lines(directory / "metrics.jsonl", numbers)],
+        samples=read_samples(directory),
         evaluation=_read_json(directory / "evaluation.json"),
     )
+
+
+def read_samples(directory: Path) -> list[dict[str, Any]]:
+    """The lines of a run directory's samples.jsonl."""
+    return [sample for _, sample in read_lines(directory / "samples.jsonl", _sample)]
 
 
 def read_lineage(run: Run, directory: Path) -> list[Run]:
@@ -399,19 +407,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_jsonl(path: Path, fields: Iterable[str]) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    records = []
-    for i, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{i} is not JSON: {error}") from error
-        if not isinstance(record, dict) or (absent := [f for f in fields if f not in record]):
-            what = f"has no {', '.join(absent)}" if isinstance(record, dict) else "is no object"
-            raise UserError(f"{path}:{i} {what}")
-        records.append(record)
-    return records
+def _sample(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of samples.jsonl, which needs a prompt and responses."""
+    if not isinstance(line["responses"], dict):
+        raise TypeError
+    return line | {"prompt": line["prompt"]}

@@ -8,7 +8,6 @@ finished run.
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import runpy
 import shlex
@@ -22,7 +21,7 @@ from ml_collections import ConfigDict
 
 from rlhf_jax.digests import json_digest
 from rlhf_jax.errors import UserError, mistake_in
-from rlhf_jax.evaluation.report import METRICS, environment, write_report
+from rlhf_jax.evaluation.report import METRICS, environment, read_samples, write_report
 from rlhf_jax.evaluation.tables import print_summary
 from rlhf_jax.stages.checks import check
 from rlhf_jax.stages.common import ancestry, read_summary, settle_sources
@@ -179,12 +178,7 @@ def show(workdir: Path) -> None:
     summaries = [read_summary(path) for path in runs]
     rows = summary_rows([s["metrics"] for s in summaries])
     rows.append(["Wall time (s)", *(s["wall_seconds"] for s in summaries)])
-    samples = workdir / "samples.jsonl"
-    chosen = []
-    if samples.exists():
-        chosen = pick_samples(
-            [json.loads(line) for line in samples.read_text("utf-8").splitlines()]
-        )
+    chosen = pick_samples(read_samples(workdir))
     print_summary(f"{workdir}", ["", *(path.name for path in runs)], rows, chosen)
     print(f"report: {workdir / 'report.html'}", flush=True)
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from rlhf_jax.data.pipeline import make_dataset, make_iterator
 from rlhf_jax.data.records import Conversation, Pair, Prompt, Text, convert
 from rlhf_jax.devices import training_devices
 from rlhf_jax.errors import UserError
+from rlhf_jax.files import write_whole
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.fused_attention import check_attention
 from rlhf_jax.models.lora import AdapterConfig, has_adapter
@@ -488,9 +488,5 @@ def write_evaluation(
 
 def write_jsonl(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Writes one JSON object a line, so that the file is the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_whole(path, "".join(lines).encode())

@@ -20,8 +20,10 @@ from ml_collections import ConfigDict
 
 from rlhf_jax.data.pipeline import make_dataset, make_iterator
 from rlhf_jax.data.town.gold import gold_score, is_correct
+from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.rows import response_logprobs
 from rlhf_jax.evaluation.statistics import bootstrap_interval
+from rlhf_jax.files import read_lines
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.stages.chat import evaluate_chat
 from rlhf_jax.stages.common import (
@@ -122,8 +124,17 @@ def finish(
     """The metrics of a run's last evaluation and of its greedy answers; writes what is reported.
 
     `before`: the evaluation of the model it started from, the first point of every curve.
+
+    Raises:
+        UserError: metrics.jsonl has lost the last evaluation.
     """
     evaluations = [line for line in read_metrics(run / "metrics.jsonl") if "eval/kl" in line]
+    if not evaluations or evaluations[-1]["step"] != config.train.steps:
+        newest = run / "checkpoints" / f"{config.train.steps:08d}"
+        raise UserError(
+            f"{run}/metrics.jsonl has no evaluation of step {config.train.steps}, its line was "
+            f"damaged; delete {newest} and run the same command to have it again"
+        )
     report = _report(run, [before, *evaluations])
     metrics = evaluate_chat(config, run, model, start, further=report)
     last = {k: v for k, v in evaluations[-1].items() if k.startswith("eval/")}
@@ -263,8 +274,6 @@ def _log_ratios(config: ConfigDict, model: Model, reference: Model, rows) -> np.
 def _keep_timeline(run: Path, step: int, samples: Samples, scores: Mapping[str, np.ndarray]):
     """Appends the answers to the first few prompts; a step that is done again replaces its own."""
     path = run / "timeline.jsonl"
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    kept = [json.loads(line) for line in lines]
     new = {
         "step": step,
         "prompts": [
@@ -276,14 +285,29 @@ def _keep_timeline(run: Path, step: int, samples: Samples, scores: Mapping[str, 
             for i in range(min(TIMELINE, len(samples.texts)))
         ],
     }
-    others = [line for line in kept if line["step"] != step]
+    others = [line for _, line in read_lines(path, _at_step) if line["step"] != step]
     write_jsonl(path, sorted([*others, new], key=lambda line: line["step"]))
+
+
+def _at_step(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of timeline.jsonl."""
+    return {
+        "step": int(line["step"]),
+        "prompts": list(line["prompts"]),
+        "answers": list(line["answers"]),
+        "scores": list(line["scores"]),
+    }
+
+
+def _view(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of views.jsonl."""
+    return {name: line[name] for name in ("title", "prompt", "tokens", "values")}
 
 
 def _report(run: Path, evaluations: list[dict[str, float]]) -> dict[str, Any]:
     """What evaluation.json holds beside tables and plots: frontier, samples over time, tokens."""
-    lines = [json.loads(text) for text in (run / "timeline.jsonl").read_text("utf-8").splitlines()]
-    views = [json.loads(text) for text in (run / "views.jsonl").read_text("utf-8").splitlines()]
+    lines = [line for _, line in read_lines(run / "timeline.jsonl", _at_step)]
+    views = [view for _, view in read_lines(run / "views.jsonl", _view)]
     frontier: dict[str, Any] = {"bound": False}
     for name, metric in (
         ("kl", "eval/kl"),
@@ -300,7 +324,7 @@ def _report(run: Path, evaluations: list[dict[str, float]]) -> dict[str, Any]:
                 for line in lines
             ],
         }
-        for i, prompt in enumerate(lines[-1]["prompts"])
+        for i, prompt in enumerate(lines[-1]["prompts"] if lines else [])
     ]
     figure = {
         "kind": "frontier",

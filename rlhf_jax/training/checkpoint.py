@@ -5,7 +5,7 @@
                          meta.json       step, config, tokenizer hash, versions, shapes
                          manifest.json   size and SHA-256 of every other file
 
-A checkpoint is built as `00000100.tmp` and renamed when its manifest is durable: a name without a
+A checkpoint is built as `00000100.0.tmp` and renamed when its manifest is durable: a name without a
 suffix means complete. Every file is verified before anything is loaded. Nothing is pickled.
 """
 
@@ -14,8 +14,10 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,12 +27,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import NoRoom, UserError, lack_of_room
+from rlhf_jax.files import room_for, sync_directory
 from rlhf_jax.training.mesh import TRANSFORMER_RULES, Rules, named_leaves, shardings
-from rlhf_jax.training.rundir import fault_point, sync_directory, write_json
+from rlhf_jax.training.rundir import fault_point, write_json
 
 FORMAT = 1
 MAX_FAILED_SAVES = 3
+SMALL_FILES, DESCRIBED = 2**16, 2**11  # bytes that a checkpoint, an array takes beside its own
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -62,41 +66,64 @@ class Checkpoints:
             raise UserError(f"keep_last must be at least 2, got {keep_last}")
         self.directory = Path(directory).absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
-        for leftover in self.directory.glob("*.tmp"):
-            shutil.rmtree(leftover)
+        self._remove_leftovers()
         self._keep_last, self._report = keep_last, report
         self._orbax = _async_checkpointer()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._failures = 0
+        self._tried: tuple[Path, int] = self.directory, 0  # where, and the bytes it takes
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
         return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit())
 
-    def save(self, step: int, state, data: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        state,
+        data: Mapping[str, Any],
+        meta: Mapping[str, Any],
+        *,
+        wait: bool = False,
+    ) -> None:
         """Copies the state to the host and writes it in the background; at most one is in flight.
 
-        A write that fails (a full disk) is reported, and the run goes on without that checkpoint.
+        A write that fails is reported, and the run goes on without that checkpoint.
+
+        Args:
+          wait: returns when the checkpoint is complete; a write that fails is tried again.
 
         Raises:
+          NoRoom: the second write in a row for which the disk has no room.
           UserError: the third failed write in a row.
         """
         self.wait()
         final = self.directory / f"{step:08d}"
-        if final.exists():
-            return
-        temporary = final.with_suffix(".tmp")
         arrays = named_leaves(state)
+        newest = [_on_disk(self.directory / f"{step:08d}") for step in self.steps()[-1:]]
+        self._tried = final, max([_bytes(arrays), *newest])
         documents = {"data": dict(data), "meta": {"step": step} | dict(meta)}
-        try:
-            _begin(self._orbax, temporary, arrays, documents)
-        except (OSError, ValueError) as error:
-            self._failed(error)
-            return
-        fault_point("checkpoint:begun", step)
-        self._thread = threading.Thread(target=self._finish, args=(step, temporary, final))
-        self._thread.start()
+        while not final.exists():
+            # A name of its own: some of a failed one's writes may still be on their way.
+            temporary = final.with_suffix(f".{self._failures}.tmp")
+            try:
+                _begin(self._orbax, temporary, arrays, documents)
+            except (OSError, ValueError) as error:
+                self._failed(error)
+            else:
+                fault_point("checkpoint:begun", step)
+                args = (step, temporary, final)
+                self._thread = threading.Thread(target=self._finish, args=args)
+                self._thread.start()
+            if not wait:
+                return
+            self.wait()
+
+    @property
+    def lacks_room(self) -> bool:
+        """Whether the newest write has just failed because the disk is full."""
+        return self._error is not None and lack_of_room(self._error) is not None
 
     def wait(self) -> None:
         """Returns when the checkpoint in flight, if any, is complete or has failed."""
@@ -111,6 +138,7 @@ class Checkpoints:
         """Waits and releases Orbax's threads."""
         self.wait()
         self._orbax.close()
+        self._remove_leftovers()
 
     def restore(self, target) -> Restored | None:
         """Loads the newest checkpoint that is whole, onto the shardings of `target`.
@@ -166,14 +194,23 @@ class Checkpoints:
             self._error = error
 
     def _failed(self, error: BaseException) -> None:
-        for unfinished in self.directory.glob("*.tmp"):
-            shutil.rmtree(unfinished, ignore_errors=True)
+        self._remove_leftovers()
         self._failures += 1
-        free = shutil.disk_usage(self.directory).free
-        text = f"checkpoint not written ({error}); {free / 1e6:.0f} MB are free"
+        reason = lack_of_room(error)
+        if reason is not None:
+            full = NoRoom(*self._tried, reason)
+            if self._failures > 1:
+                raise full from error
+            self._report(f"warning: {full.shortage}; it is tried once more")
+            return
+        text = f"checkpoint not written ({error})"
         if self._failures >= MAX_FAILED_SAVES:
             raise UserError(f"{text}; {self._failures} in a row, the older ones are intact")
         self._report(text)
+
+    def _remove_leftovers(self) -> None:
+        for leftover in self.directory.glob("*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def save_params(directory: str | os.PathLike, params, document: Mapping[str, Any]) -> None:
@@ -183,20 +220,29 @@ def save_params(directory: str | os.PathLike, params, document: Mapping[str, Any
       directory: becomes `<directory>/{arrays, data.json, meta.json, manifest.json}`.
       params: nested dict of arrays.
       document: JSON to keep with them: the model's config, the tokenizer's hash.
+
+    Raises:
+      NoRoom: the disk is full; older ones are still there.
     """
     final = Path(directory).absolute()
-    final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(final.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    orbax = _async_checkpointer()
-    _begin(orbax, temporary, named_leaves(params), {"data": dict(document), "meta": {}})
-    orbax.wait_until_finished()
-    orbax.close()
-    seal(temporary)
-    if final.exists():
-        _remove(final, ".old.tmp")
-    os.rename(temporary, final)
-    sync_directory(final.parent)
+    arrays = named_leaves(params)
+    with room_for(final, _bytes(arrays)):
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            orbax = _async_checkpointer()
+            _begin(orbax, temporary, arrays, {"data": dict(document), "meta": {}})
+            orbax.wait_until_finished()
+            orbax.close()
+            seal(temporary)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        if final.exists():
+            _remove(final, ".old.tmp")
+        os.rename(temporary, final)
+        sync_directory(final.parent)
 
 
 def load_params(
@@ -285,7 +331,32 @@ def verify(path: Path) -> str | None:
 def _async_checkpointer():
     import orbax.checkpoint as ocp  # half a second
 
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_news)
+    if not isinstance(sys.unraisablehook, _Unraisable):
+        sys.unraisablehook = _Unraisable(sys.unraisablehook)
     return ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for a full disk's tracebacks: each thread's is logged, and what matters is raised."""
+    error = record.exc_info[1] if record.exc_info else None
+    return error is None or lack_of_room(error) is None
+
+
+class _Unraisable:
+    """A `sys.unraisablehook` that doesn't print what a failed save's other writes come to.
+
+    Orbax has closed their event loop by then, which is all that TensorStore says of them.
+    """
+
+    def __init__(self, before: Callable[[Any], object]):
+        self._before = before
+
+    def __call__(self, unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if unraisable.object is not None or str(error) != "Event loop is closed":
+            self._before(unraisable)
 
 
 def _begin(orbax, path: Path, arrays: dict, documents: dict[str, Any]) -> None:
@@ -329,6 +400,15 @@ def _documents(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _files(path: Path) -> list[str]:
     return sorted(str(p.relative_to(path)) for p in path.rglob("*") if not p.is_dir())
+
+
+def _bytes(arrays: Mapping[str, Any]) -> int:
+    """What a checkpoint of the arrays takes, about."""
+    return SMALL_FILES + sum(DESCRIBED + x.nbytes for x in arrays.values())
+
+
+def _on_disk(path: Path) -> int:
+    return sum(512 * (path / name).stat().st_blocks for name in _files(path))
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax.errors import Preempted, UserError
+from rlhf_jax.errors import NoRoom, Preempted, UserError
 from rlhf_jax.malloc import give_back
 from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.mesh import shard_batch
@@ -83,6 +83,7 @@ def train(
 
     Raises:
       Preempted: SIGTERM or SIGINT; the current step is finished and saved.
+      NoRoom: the disk is full; the current step is finished, and saved if there is room for that.
       UserError: `max_skipped` updates in a row were skipped (it names the cause as far as the
         metrics tell it), the data ended early, or the checkpoint belongs to another tokenizer or
         model.
@@ -91,9 +92,14 @@ def train(
     run.defer_stop = True
     log = None
     try:
-        state, done, means = _resume(state, batches, checkpoints, run, tokenizer_hash)
+        state, done, means, unwritten = _resume(state, batches, checkpoints, run, tokenizer_hash)
         writer = MetricsWriter(
-            run.path, done, config=run.config, tensorboard=tensorboard, wandb=wandb
+            run.path,
+            done,
+            unwritten=unwritten,
+            config=run.config,
+            tensorboard=tensorboard,
+            wandb=wandb,
         )
         clock = Clock(flops_per_token)
         log = _Log(writer, clock, Progress(run.path.name, done, steps), means, max_skipped)
@@ -111,8 +117,8 @@ def train(
 
             last = number == steps
             due = [f for every, f in evaluations if last or (every and number % every == 0)]
-            stop = run.stop_requested
-            save = last or stop or number % checkpoint_every == 0
+            stop = run.stop_requested or log.full is not None
+            save = last or stop or checkpoints.lacks_room or number % checkpoint_every == 0
             wanted = last or due or number % log_every == 0
             log.add(number, metrics, tokens(batch, metrics), batch.get("row_ids"), bool(wanted))
             if not due and not any(isinstance(x, jax.Array) for x in metrics.values()):
@@ -125,8 +131,9 @@ def train(
             if save:
                 with clock.paused():
                     writer.sync()
-                    meta = _meta(run, tokenizer_hash, means)
-                    checkpoints.save(number, state, batches.get_state(), meta)
+                    meta = _meta(run, tokenizer_hash, means, writer.unwritten)
+                    data = batches.get_state()
+                    checkpoints.save(number, state, data, meta, wait=last or stop)
             if stop:
                 break
         checkpoints.wait()
@@ -135,6 +142,8 @@ def train(
         if log is not None:
             log.close()
         checkpoints.close()
+    if log.full is not None:
+        raise log.full
     if run.stop_requested:
         raise Preempted(f"{run.path} is saved at step {number}; run the same command to continue")
     return state, clock.rates()
@@ -156,6 +165,7 @@ class _Log:
         self._rows: deque[tuple[int, Any]] = deque(maxlen=max_skipped + 1)
         self._late: tuple[int, dict[str, jax.Array], int, bool] | None = None
         self._moved = 0.0  # ‖update‖ / ‖parameters‖ of the newest step that moved them
+        self.full: NoRoom | None = None  # if a line is unwritten
 
     def add(self, number: int, metrics, tokens: int, rows, wanted: bool) -> None:
         """Takes a step that was just dispatched, and settles the one before."""
@@ -185,7 +195,10 @@ class _Log:
         self._means.add(values, weights)
         if wanted:
             line = {**self._means.take(), **evaluated, **self._clock.line()}
-            self._writer.write(number, line)
+            try:
+                self._writer.write(number, line)
+            except NoRoom as full:  # the step that is on its way is still worth saving
+                self.full = full
             self._progress.show(number, line)
 
     def close(self) -> None:
@@ -224,10 +237,13 @@ def _cause(values: Mapping[str, float], model: str, moved: float, rows: Mapping[
     return f"{text}. {look}"
 
 
-def _meta(run: RunDirectory, tokenizer_hash: str | None, means: Means) -> dict[str, Any]:
+def _meta(
+    run: RunDirectory, tokenizer_hash: str | None, means: Means, unwritten: list[dict[str, Any]]
+) -> dict[str, Any]:
     """What a checkpoint keeps beside the state, for `_resume`."""
     return {
         "means": means.state(),
+        "unwritten": list(unwritten),
         "config": run.config,
         "tokenizer_hash": tokenizer_hash,
         "wall_seconds": run.wall_seconds(),
@@ -235,10 +251,13 @@ def _meta(run: RunDirectory, tokenizer_hash: str | None, means: Means) -> dict[s
 
 
 def _resume(state, batches, checkpoints: Checkpoints, run: RunDirectory, tokenizer_hash):
-    """Returns (state, steps done, means): the newest checkpoint's, or the given state and 0."""
+    """Returns (state, steps done, means, lines of metrics that are not in their file yet).
+
+    They are the newest checkpoint's, or the given state and none.
+    """
     restored = checkpoints.restore(state)
     if restored is None:
-        return state, 0, Means()
+        return state, 0, Means(), []
     meta = restored.meta
     if meta["tokenizer_hash"] != tokenizer_hash:
         raise UserError(
@@ -249,7 +268,8 @@ def _resume(state, batches, checkpoints: Checkpoints, run: RunDirectory, tokeniz
     batches.set_state(restored.data)
     run.earlier_seconds = meta["wall_seconds"]
     print(f"{run.path}: continuing after step {meta['step']}", flush=True)
-    return restored.state, meta["step"], Means(meta.get("means"))  # older versions kept none
+    means = Means(meta.get("means"))  # older versions kept neither
+    return restored.state, meta["step"], means, meta.get("unwritten", [])
 
 
 def _watched(step: Any) -> Callable:

@@ -19,6 +19,7 @@ from typing import Any
 
 from rlhf_jax.digests import json_digest
 from rlhf_jax.errors import Preempted, UserError
+from rlhf_jax.files import room_for, sync_directory, write_whole
 
 CONFIG, MADE_FROM, SUMMARY = "config.json", "made_from.json", "summary.json"
 # What a resumed run may find changed in what it is made from, by prefix of the dotted name.
@@ -46,25 +47,9 @@ def fault_point(name: str, step: int | None = None) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def sync_directory(path: Path) -> None:
-    """Makes renames inside the directory durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that the file is the old one or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_directory(path.parent)
+    """Writes JSON with `write_whole`."""
+    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def plain(config) -> dict[str, Any]:
@@ -184,8 +169,9 @@ class RunDirectory:
 
     def _hold(self) -> None:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _acquire(self.path / "lock")
+            with room_for(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = _acquire(self.path / "lock")
         except OSError as error:
             raise UserError(f"cannot use {self.path} as a run directory: {error}") from error
 
@@ -239,7 +225,12 @@ class RunDirectory:
             self._hold()
         else:
             whole = aside.with_name(f"{aside.name}.tmp")
-            shutil.copytree(self.path, whole, ignore=shutil.ignore_patterns("lock"))
+            with room_for(whole):
+                try:
+                    shutil.copytree(self.path, whole, ignore=shutil.ignore_patterns("lock"))
+                except BaseException:
+                    shutil.rmtree(whole, ignore_errors=True)
+                    raise
             os.rename(whole, aside)
         sync_directory(self.path.parent)
         print(f"{self.path} is kept as {aside}", flush=True)
@@ -300,7 +291,11 @@ def _acquire(path: Path) -> int:
         os.ftruncate(descriptor, 0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         holder = {"pid": os.getpid(), "host": here, "since": since}
-        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        try:
+            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        except OSError:
+            os.close(descriptor)
+            raise
         return descriptor
 
 

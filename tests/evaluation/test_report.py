@@ -19,7 +19,7 @@ import matplotlib.image
 import pytest
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.report import environment, write_report
+from rlhf_jax.evaluation.report import environment, read_run, write_report
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -215,9 +215,6 @@ def test_parents_that_moved_changed_or_vanished(bare_run, tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("metrics.jsonl", '{"step": 1}\n{"ste', r"metrics\.jsonl:2 is not JSON"),
-        ("metrics.jsonl", '{"loss": 1}\n', r"metrics\.jsonl:1 has no step"),
-        ("samples.jsonl", "[]\n", r"samples\.jsonl:1 is no object"),
         ("evaluation.json", "[1]", r"evaluation\.json must hold a JSON object, not a list"),
         ("config.json", "{", r"config\.json is not JSON"),
     ],
@@ -226,6 +223,40 @@ def test_a_broken_file_is_named(dpo_run, name, content, message):
     (dpo_run / name).write_text(content)
     with pytest.raises(UserError, match=message):
         write_report(dpo_run)
+
+
+DAMAGE = {
+    "metrics.jsonl": [
+        '{"ste',
+        "{",
+        "[]",
+        '{"loss": 1}',
+        '{"step": "x"}',
+        '{"step": 1, "loss": []}',
+    ],
+    "samples.jsonl": ['{"prompt": "a", "respon', "7", '{"prompt": "a"}', '{"responses": {}}'],
+}
+
+
+@pytest.mark.parametrize("place", [0, 1, -1])
+@pytest.mark.parametrize("name, damage", [(n, each) for n, d in DAMAGE.items() for each in d])
+def test_a_damaged_line_costs_itself(dpo_run, name, damage, place, caplog):
+    path = dpo_run / name
+    lines = path.read_text().splitlines(keepends=True)
+    whole = repr(read_run(dpo_run))  # one number in it is NaN
+    path.write_text("".join([*lines[:place], damage + "\n", *lines[place:]]))
+    assert repr(read_run(dpo_run)) == whole
+    number = {0: 1, 1: 2, -1: len(lines)}[place]
+    said = f"damaged lines are left out: 1 of {len(lines) + 1}, the first is line {number}"
+    assert caplog.messages == [f"{path}: {said}"]
+
+
+def test_a_sample_may_hold_any_character(dpo_run, caplog):
+    path = dpo_run / "samples.jsonl"
+    text = "a\x85b\u2028c\x0bd"
+    sample = {"prompt": text, "responses": {"x": text}}
+    path.write_text(json.dumps(sample, ensure_ascii=False) + "\n")
+    assert read_run(dpo_run).samples == [sample] and not caplog.messages
 
 
 def test_no_run_directory(tmp_path):

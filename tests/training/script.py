@@ -1,10 +1,17 @@
-"""A whole training run of the stand-in model, for tests that kill it: workdir, key=value…"""
+"""A whole training run of the stand-in model, for tests of faults: workdir, key=value…
+
+The environment says what goes wrong: see `alter` and `rundir.fault_point`. With TENSORBOARD set
+event files are written too.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,12 +28,31 @@ from tests.training import model
 STEPS = 12
 
 
+def fill(directory: Path, left: int = 0) -> Path:
+    """Fills a disk but for `left` bytes, and returns the file that does."""
+    path = directory / "filler"
+    with open(path, "wb", buffering=0) as file:
+        with suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        file.truncate(max(0, file.tell() - left))
+    return path
+
+
 def alter(number: int, batch):
-    """Step 6 has a NaN weight, and SIGTERM=k sends the signal while batch k is prepared."""
+    """Step 6 has a NaN weight, SIGTERM=k sends the signal while batch k is prepared.
+
+    FULL=k:left:directory fills that disk when batch k is prepared and the last checkpoint is whole.
+    """
     if number == 6:
         batch["weights"][1, 0] = np.nan
     if os.environ.get("SIGTERM") == str(number):
         os.kill(os.getpid(), signal.SIGTERM)
+    step, left, disk = os.environ.get("FULL", "0:0:").split(":")
+    if number == int(step):
+        while any(Path(sys.argv[1], "checkpoints").glob("*.tmp")):
+            time.sleep(0.01)
+        fill(Path(disk), int(left))
     return batch
 
 
@@ -64,7 +90,7 @@ def main(workdir: str, *changes: str) -> None:
             checkpoint_every=4,
             evaluations=((5, evaluation),),
             tokenizer_hash="town",
-            tensorboard=False,
+            tensorboard="TENSORBOARD" in os.environ,
         )
         save_params(run.path / "params", {"p": state.params, "ema": state.ema_params}, {"a": 1})
         run.write_summary({"stage": "script", "status": "done", "steps": int(state.step)})

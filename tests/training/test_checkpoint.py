@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import NoRoom, UserError
 from rlhf_jax.training import checkpoint
 from rlhf_jax.training.checkpoint import Checkpoints, load_params, save_params, verify
 from rlhf_jax.training.mesh import make_mesh
@@ -166,23 +168,76 @@ def test_other_versions_are_reported(checkpoints, monkeypatch):
     assert "the run goes on, but not bit for bit" in said
 
 
-def test_a_full_disk_costs_a_checkpoint_but_not_the_run(checkpoints, monkeypatch):
+def full(*_):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_ends_a_run_once_a_second_save_fails(checkpoints, monkeypatch):
     save(checkpoints, 1)
     checkpoints.wait()
+    takes = sum(512 * p.stat().st_blocks for p in checkpoints.directory.rglob("*") if p.is_file())
+    with monkeypatch.context() as disk:
+        disk.setattr("rlhf_jax.training.checkpoint.seal", full)
+        save(checkpoints, 2)
+        while not checkpoints.lacks_room:
+            time.sleep(0.01)
+        save(checkpoints, 3)
+        (said,) = checkpoints.said
+        with pytest.raises(NoRoom) as raised:
+            checkpoints.wait()
+    for text, name in ((said, "00000002"), (str(raised.value), "00000003")):
+        path = re.escape(str(checkpoints.directory))
+        numbers = re.search(
+            rf"no room for {path}/{name} \(No space left on device\): "
+            rf"(\d+) bytes needed, (\d+) free in {path};",
+            text,
+        )
+        assert numbers and int(numbers[1]) >= takes
+    assert [p.name for p in checkpoints.directory.iterdir()] == ["00000001"]
+    save(checkpoints, 4)  # once there is room
+    checkpoints.wait()
+    assert checkpoints.restore(make_state()).meta["step"] == 4
 
-    def full(path):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rlhf_jax.training.checkpoint.seal", full)
+def test_a_save_that_is_waited_for_is_tried_twice(checkpoints, monkeypatch):
+    seal, failing = checkpoint.seal, [True, False, True, True]
+
+    def sometimes(path):
+        full() if failing.pop(0) else seal(path)
+
+    monkeypatch.setattr(checkpoint, "seal", sometimes)
+    checkpoints.save(1, make_state(1), {}, {}, wait=True)
+    assert checkpoints.steps() == [1] and len(checkpoints.said) == 1
+    with pytest.raises(NoRoom):
+        checkpoints.save(2, make_state(2), {}, {}, wait=True)
+    assert [p.name for p in checkpoints.directory.iterdir()] == ["00000001"]
+
+
+def test_saves_that_fail_for_another_reason_end_a_run_the_third_time(checkpoints, monkeypatch):
+    def broken(path):
+        raise OSError(5, "Input/output error")
+
+    save(checkpoints, 1)
+    checkpoints.wait()
+    monkeypatch.setattr("rlhf_jax.training.checkpoint.seal", broken)
     for step in (2, 3):
         save(checkpoints, step)
         checkpoints.wait()
-        assert "No space left on device" in checkpoints.said[-1]
+        assert "Input/output error" in checkpoints.said[-1]
     save(checkpoints, 4)
     with pytest.raises(UserError, match="3 in a row, the older ones are intact"):
         checkpoints.wait()
     assert [p.name for p in checkpoints.directory.iterdir()] == ["00000001"]
     assert checkpoints.restore(make_state()).meta["step"] == 1
+
+
+def test_final_parameters_for_which_there_is_no_room_leave_the_older_ones(tmp_path, monkeypatch):
+    save_params(tmp_path / "params", model.init(5), {"old": True})
+    monkeypatch.setattr("rlhf_jax.training.checkpoint.seal", full)
+    with pytest.raises(NoRoom, match=r"params \(No space left on device\): \d+ bytes needed"):
+        save_params(tmp_path / "params", model.init(6), {})
+    assert [p.name for p in tmp_path.iterdir()] == ["params"]
+    assert load_params(tmp_path / "params")[1] == {"old": True}
 
 
 def test_final_parameters(tmp_path):

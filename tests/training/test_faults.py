@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,14 +17,15 @@ import pytest
 
 from rlhf_jax.training.checkpoint import load_params
 from rlhf_jax.training.mesh import named_leaves
-from tests.training.script import STEPS
+from tests.training.script import STEPS, fill
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "tests.training.script"]
 
 
 def environment(**variables: str) -> dict[str, str]:
-    clean = {k: v for k, v in os.environ.items() if k not in ("FAULT", "SIGTERM")}
+    faults = ("FAULT", "SIGTERM", "FULL", "TENSORBOARD")
+    clean = {k: v for k, v in os.environ.items() if k not in faults}
     return clean | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | variables
 
 
@@ -60,8 +62,8 @@ def expected(tmp_path_factory):
     return params, lines
 
 
-def continue_and_compare(workdir: Path, expected) -> str:
-    done = run(workdir)
+def continue_and_compare(workdir: Path, expected, *changes: str) -> str:
+    done = run(workdir, *changes)
     assert done.returncode == 0, done.stderr
     assert results(workdir) == expected
     assert not list(workdir.rglob("*.tmp"))
@@ -164,6 +166,108 @@ def test_a_damaged_newest_checkpoint_is_set_aside(damage, expected, tmp_path):
     assert "00000008 is damaged" in output and "set aside as 00000008.corrupt" in output
     assert "continuing after step 4" in output
     assert (tmp_path / "checkpoints" / "00000008.corrupt").is_dir()
+
+
+def stopped_for_lack_of_room(workdir: Path, what: str, *changes: str, **variables: str) -> None:
+    """Runs into a full disk, which is said in one line that says how many bytes are missing."""
+    done = run(workdir, *changes, **variables)
+    assert done.returncode == 75, done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    lines = [line for line in done.stderr.splitlines() if "is dropped" not in line]
+    said = re.fullmatch(
+        rf"stopped: no room for {workdir}/{what} \(No space left on device\): (\d+) bytes "
+        rf"needed, (\d+) free in {workdir}[/\w]*; make room and run the same command to continue",
+        *lines,
+    )
+    assert said and int(said[1]) > int(said[2]), done.stderr
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
+    assert not list(workdir.rglob("*.tmp"))
+
+
+EACH_STEP = "log_every=1"  # more than the blocks of a full disk that the file has already
+
+
+@pytest.fixture(scope="module")
+def expected_of_each_step(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("each")
+    assert run(workdir, EACH_STEP).returncode == 0
+    return results(workdir)
+
+
+def test_a_disk_that_fills_while_metrics_are_written(disk, expected_of_each_step):
+    """With TensorBoard's files on it too; checkpoints have no room either."""
+    workdir = disk / "run"
+    full = {"FULL": f"7:0:{disk}", "TENSORBOARD": "1"}
+    stopped_for_lack_of_room(workdir, r"checkpoints/0000\d+", EACH_STEP, **full)
+    assert os.listdir(workdir / "checkpoints") == ["00000004"]
+    stopped_for_lack_of_room(workdir, r"made_from\.json", EACH_STEP)  # still
+    (disk / "filler").unlink()
+    output = continue_and_compare(workdir, expected_of_each_step, EACH_STEP)
+    assert "continuing after step 4" in output
+
+
+def test_what_was_trained_since_is_saved_where_there_is_room(disk, expected_of_each_step, tmp_path):
+    workdir = disk / "run"
+    workdir.mkdir()
+    (tmp_path / "roomy").mkdir()
+    (workdir / "checkpoints").symlink_to(tmp_path / "roomy")
+    stopped_for_lack_of_room(workdir, r"metrics\.jsonl", EACH_STEP, FULL=f"7:0:{disk}")
+    saved = max(int(path.name) for path in (tmp_path / "roomy").iterdir())
+    assert len((workdir / "metrics.jsonl").read_text().splitlines()) < saved - 1
+    stopped_for_lack_of_room(workdir, r"made_from\.json", EACH_STEP)
+    (disk / "filler").unlink()
+    output = continue_and_compare(workdir, expected_of_each_step, EACH_STEP)
+    assert f"continuing after step {saved}" in output
+
+
+@pytest.mark.parametrize("step", [2, 7, pytest.param(12, marks=pytest.mark.slow)])
+def test_a_disk_without_room_for_a_checkpoint(step, disk, expected):
+    """It has room for metrics. The first, the second and the last one, which fills it."""
+    workdir = disk / "run"
+    stopped_for_lack_of_room(workdir, r"checkpoints/0000\d+", FULL=f"{step}:{2**15}:{disk}")
+    assert len(os.listdir(workdir / "checkpoints")) == {2: 0, 7: 1, 12: 2}[step]
+    (disk / "filler").unlink()
+    continue_and_compare(workdir, expected)
+
+
+def test_tensorboard_on_a_full_disk_costs_one_warning(disk, expected, tmp_path):
+    fill(disk)
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "tensorboard").symlink_to(disk)
+    done = run(workdir, TENSORBOARD="1")
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "TensorBoard is dropped, the run goes on without it: OSError: [Errno 28]" in line
+    assert results(workdir) == expected
+
+
+def test_a_limit_on_the_size_of_files_is_as_a_full_disk(expected, tmp_path):
+    """Which is tried wherever no disk can be mounted, too."""
+    limited = ["bash", "-c", 'ulimit -f 16 && exec "$@"', "bash", *COMMAND, str(tmp_path)]  # KiB
+    done = subprocess.run(limited, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 75, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert re.match(r"stopped: no room for .*/checkpoints/0\d+ \(File too large\): \d+ bytes", line)
+    assert os.listdir(tmp_path / "checkpoints") == []
+    continue_and_compare(tmp_path, expected)
+
+
+def test_a_log_on_a_full_disk_loses_lines_and_ends_nothing(tmp_path):
+    code = """
+import resource, sys
+from rlhf_jax.files import tolerate_full_logs
+resource.setrlimit(resource.RLIMIT_FSIZE, (9, 9))
+tolerate_full_logs()
+for number in range(1000):
+    print(f"line {number}", flush=number % 2)
+    print(f"line {number}", file=sys.stderr)
+"""
+    with open(tmp_path / "log", "w") as log:
+        done = subprocess.run([sys.executable, "-c", code], stdout=log, stderr=log, cwd=ROOT)
+    assert done.returncode == 0
+    assert (tmp_path / "log").read_text().startswith("line 0\nli")
 
 
 def test_a_second_run_and_a_changed_config_exit_2(tmp_path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 from types import SimpleNamespace
 
 import jax
@@ -12,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import NoRoom, UserError
 from rlhf_jax.training import loop, progress
 from rlhf_jax.training.mesh import make_mesh
 from rlhf_jax.training.metrics import read_metrics
@@ -166,6 +169,36 @@ def test_the_cause_is_told_from_the_metrics_of_a_step_of_several_updates(tmp_pat
             {}, step, iter(rows), steps=9, run=run, max_skipped=6, checkpoint_every=99,
             tensorboard=False,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("full", [3, 4, 7])
+def test_lines_without_room_are_kept_with_the_state(tmp_path, monkeypatch, full):
+    """Of a step, of one that is evaluated, of the last."""
+    options = {"log_every": 1, "evaluations": [(2, lambda s: {"eval/step": int(s.step)})]}
+    train(tmp_path / "whole", **options)
+    write = os.write
+
+    def limited(file, data):
+        if json.loads(bytes(data))["step"] >= full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(file, data)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "write", limited)
+        with pytest.raises(NoRoom, match=r"metrics\.jsonl"):
+            train(tmp_path / "run", **options)
+        (saved,) = os.listdir(tmp_path / "run" / "checkpoints")
+        assert full <= int(saved) <= full + 2
+        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        assert len(lines) == full - 1
+        with pytest.raises(NoRoom, match=r"metrics\.jsonl"):
+            train(tmp_path / "run", **options)  # still full
+    train(tmp_path / "run", **options)
+    whole, again = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "run"))
+    for line in (*whole, *again):
+        for name in [name for name in line if name.startswith("time/")]:
+            del line[name]
+    assert again == whole
 
 
 def test_data_that_ends_early_is_a_user_error(tmp_path):

@@ -1,15 +1,23 @@
-"""metrics.jsonl: exact numbers, each step once, torn lines dropped."""
+"""metrics.jsonl: exact numbers, each step once, lines whole or absent; and what is beside it."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import struct
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import masked_crc32c
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import NoRoom, UserError
+from rlhf_jax.training import metrics
 from rlhf_jax.training.metrics import (
     Means,
     Metrics,
@@ -127,6 +135,166 @@ def test_resuming_drops_later_and_torn_lines(tmp_path, torn):
     assert [line["step"] for line in read_metrics(path)] == [2, 4, 5, 6]
     truncate_metrics(path, 0)
     assert path.read_text() == ""
+
+
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize(
+    "damage", ['{"step": 3, "tra{"step": 4}', "\0", '{"step": 2, "a": {}}', "{}"]
+)
+def test_a_damaged_line_costs_no_other(tmp_path, damage, place, caplog):
+    write(tmp_path, 0, [2, 4, 6])
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:place], damage + "\n", *lines[place:]]))
+    assert [line["step"] for line in read_metrics(path)] == [2, 4, 6]
+    said = f"{path}: damaged lines are left out: 1 of 4, the first is line {place + 1}"
+    assert caplog.messages == [said]
+    truncate_metrics(path, 4)
+    assert path.read_text() == "".join(lines[:2])
+    assert caplog.messages == [said, said]
+    assert [line["step"] for line in read_metrics(path)] == [2, 4] and len(caplog.messages) == 2
+
+
+LINES = [f'{{"step": {step}, "train/loss": {step / 3}}}\n' for step in range(1, 7)]
+
+
+def full_after(count, monkeypatch):
+    """A disk that has room for so many more bytes; returns a list that holds the number."""
+    room, write = [count], os.write
+
+    def limited(file, data):
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = write(file, data[: room[0]])
+        room[0] -= written
+        return written
+
+    monkeypatch.setattr(os, "write", limited)
+    return room
+
+
+@pytest.mark.parametrize("count", [0, 1, 40, 60, 79])
+def test_a_line_is_written_whole_or_not_at_all(tmp_path, count, monkeypatch):
+    writer = MetricsWriter(tmp_path, 0, tensorboard=False)
+    room = full_after(count, monkeypatch)
+    whole = [step for step in (1, 2, 3, 4) if len("".join(LINES[:step])) <= count]
+    for step in range(1, 5):
+        if step in whole:
+            writer.write(step, {"train/loss": step / 3})
+            continue
+        with pytest.raises(
+            NoRoom, match=rf"metrics.jsonl .* {len(LINES[0])} bytes needed, \d+ free"
+        ):
+            writer.write(step, {"train/loss": step / 3})
+        room[0] = min(room[0], len(LINES[0]) - 1)  # what was cut off doesn't make room again
+        assert (tmp_path / "metrics.jsonl").read_text() == "".join(LINES[: len(whole)])
+    kept = [dict(line) for line in writer.unwritten]
+    assert [line["step"] for line in kept] == [s for s in (1, 2, 3, 4) if s not in whole]
+
+    room[0] = 10**6
+    writer.write(5, {"train/loss": 5 / 3})
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(LINES[:5])
+    assert writer.unwritten == []
+    writer.close()
+    # The next process has them of the checkpoint, whether or not they were written since.
+    again = MetricsWriter(tmp_path, 4, unwritten=kept, tensorboard=False)
+    again.write(5, {"train/loss": 5 / 3})
+    again.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(LINES[:5])
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_metrics_that_cannot_be_made_durable_are_said(tmp_path, code, monkeypatch):
+    write(tmp_path, 0, [1, 2])
+    writer = MetricsWriter(tmp_path, 2, tensorboard=False)
+
+    def fsync(file):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(NoRoom, match=os.strerror(code)):
+        writer.sync()
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(NoRoom, match=rf"{len(LINES[0])} bytes needed"):
+        truncate_metrics(tmp_path / "metrics.jsonl", 1)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    with pytest.raises(NoRoom):
+        writer.close()
+
+
+class Client:
+    """A stand-in for W&B, one method of which doesn't work."""
+
+    def __init__(self, broken: str, fault):
+        self.broken, self.fault, self.lines = broken, fault, []
+
+    def init(self, **options):
+        assert options["project"] == "project" and options["resume"] == "allow"
+        self._do("init")
+        return self
+
+    def log(self, values, step):
+        self._do("log")
+        self.lines.append((step, values))
+
+    def finish(self):
+        self._do("finish")
+
+    def _do(self, name):
+        if name == self.broken:
+            self.fault()
+
+
+def fail():
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def hang():
+    threading.Event().wait()
+
+
+@pytest.mark.parametrize("broken", ["init", "log", "finish", None])
+@pytest.mark.parametrize("fault", [fail, hang])
+def test_wandb_neither_ends_nor_blocks_a_run(broken, fault, tmp_path, monkeypatch, caplog):
+    client = Client(broken, fault)
+    monkeypatch.setitem(sys.modules, "wandb", client)
+    monkeypatch.setattr(metrics, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(metrics, "MAX_WAITING", 3)
+    writer = MetricsWriter(tmp_path, 0, tensorboard=False, wandb="project")
+    for step in range(1, 7):
+        writer.write(step, {"train/loss": step / 3})
+        if broken is None:
+            while len(client.lines) < step:
+                time.sleep(0.001)
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(LINES)
+    said = [m for m in caplog.messages if m.startswith("W&B is dropped, the run goes on without")]
+    assert caplog.messages == said and len(said) == (broken is not None)
+    if broken is None:
+        assert client.lines == [(step, {"train/loss": step / 3}) for step in range(1, 7)]
+
+
+def test_tensorboard_reads_what_is_written(tmp_path):
+    writer = MetricsWriter(tmp_path, 3)
+    writer.write(4, {"train/loss": 0.5, "x": np.float32(2)})
+    writer.write(5, {"train/loss": math.nan})
+    writer.close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    assert ".out.tfevents." in path.name
+    data, events = path.read_bytes(), []
+    while data:
+        (size,) = struct.unpack("<Q", data[:8])
+        events.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+        assert struct.unpack("<I", data[8:12])[0] == masked_crc32c(data[:8])
+        assert data[12 + size : 16 + size] == struct.pack("<I", masked_crc32c(data[12 : 12 + size]))
+        data = data[16 + size :]
+    version, start, first, second = events
+    assert version.file_version == "brain.Event:2"
+    assert start.step == 4 and start.session_log.status == event_pb2.SessionLog.START
+    assert first.step == 4 and abs(first.wall_time - time.time()) < 60
+    assert [(v.tag, v.simple_value) for v in first.summary.value] == [("train/loss", 0.5), ("x", 2)]
+    assert second.step == 5 and math.isnan(second.summary.value[0].simple_value)
 
 
 def test_tensorboard_without_tensorflow(tmp_path):
