@@ -3,7 +3,7 @@
 Flags become a config, the config names a stage, the stage runs in a run directory; parents named
 by `config.init` run first. With --preflight nothing runs: what it would train on is shown. With
 --rerun a run that was made from something else is kept under another name and run again. Exit
-codes: 0 done, 75 stopped but resumable, 2 the user's mistake, 1 a bug.
+codes: 0 done, 75 stopped but resumable, 2 the user's mistake, 1 a bug, 130 a second signal.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rlhf_jax.errors import (
     mistake_in,
 )
 from rlhf_jax.malloc import tune_malloc
+from rlhf_jax.stopping import listen, stop_point
 
 
 def parse(argv: list[str]):
@@ -102,6 +103,7 @@ def main(argv: list[str] | None = None) -> int:
             preflight.preflight(config, source, values.workdir)
         else:
             chain.run(config, source, values.workdir, rerun=values.rerun)
+        stop_point()
         return EXIT_DONE
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -120,4 +122,5 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     tune_malloc()
+    listen()
     sys.exit(main())

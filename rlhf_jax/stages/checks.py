@@ -43,7 +43,7 @@ _LEAST = {  # of whole numbers that count something
         *("best_of_n.n", "best_of_n.prompts", "normalize.max_new_tokens"),
     ),
     0: (
-        *("train.eval_every", "rollout.resample", "rollout.max_staleness", "normalize.prompts"),
+        *("train.eval_every", "train.checkpoint_minutes", "rollout.resample", "rollout.max_staleness", "normalize.prompts"),
         *("kl.exact_rows", "eval.during"),
     ),
 }

@@ -54,6 +54,7 @@ from rlhf_jax.stages.oracle_rows import (
     Row,
     row_config,
 )
+from rlhf_jax.stopping import stop_point
 from rlhf_jax.training.on_policy import Iteration, OnPolicyState, Task, make_iteration
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.rundir import RunDirectory
@@ -149,6 +150,7 @@ def run_row(row: Row, config: ConfigDict, seed: int = 0) -> Outcome:
     iteration = make_iteration(made, task, start, critic, rules=RULES)
     state = iteration.init()
     for _ in range(made.train.steps):
+        stop_point()
         state, _ = iteration.step(state, {})
     logp, reference = exact(state.policy.params), exact(start)
     return dataclasses.replace(
@@ -174,6 +176,7 @@ def _measure(
     means: list[Any] = []
     every: list[Any] = []
     for number in range(count):
+        stop_point()
         drawn = task.rollout(state.policy.params, {}, 10**6 + number)
         rollouts = dataclasses.replace(drawn, weights=np.ones_like(drawn.weights))
         _, metrics = iteration.assess(state, rollouts)
@@ -217,6 +220,7 @@ def run_preference(row: Row, config: ConfigDict) -> Outcome:
     step = make_step(loss_fn, optimizer)
     state = init_state({"table": jnp.asarray(world.REFERENCE, jnp.float32)}, optimizer)
     for _ in range(steps):
+        stop_point()
         state, metrics = step(state, {"row_ids": jnp.zeros(1, jnp.int32)})
     found = exact_outcome(_table_logprobs(state.params), reference)
     return dataclasses.replace(found, loss=float(metrics["train/loss"]))

@@ -150,11 +150,15 @@ def experiments(tmp_path_factory) -> Path:
 
 
 def run_main(
-    *arguments: str, fault: str | None = None, module: str = "rlhf_jax.main"
+    *arguments: str,
+    fault: str | None = None,
+    signal: str = "SIGKILL",
+    module: str = "rlhf_jax.main",
 ) -> subprocess.CompletedProcess:
     """The command line in a process of its own, on one device."""
     derived = os.path.join(tempfile.gettempdir(), "rlhf_jax_test_derived")
-    environment = {"RLHF_JAX_CACHE": derived} | os.environ | ({"FAULT": fault} if fault else {})
+    faults = {"FAULT": fault, "FAULT_SIGNAL": signal} if fault else {}
+    environment = {"RLHF_JAX_CACHE": derived} | os.environ | faults
     return subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
