@@ -119,7 +119,7 @@ def train(
 
             @contextmanager
             def kept(number: int, data: Mapping[str, Any]) -> Iterator[None]:
-                """What ends the run in here first saves the state after that step, if it is whole."""
+                """Saves the state after that step, if it is whole, before an end of the run."""
                 try:
                     stop_point()
                     if log.full is not None:

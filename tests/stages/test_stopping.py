@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -17,7 +16,7 @@ import pytest
 
 from rlhf_jax.training.checkpoint import load_params
 from rlhf_jax.training.mesh import named_leaves
-from tests.stages.conftest import ROOT, run_main
+from tests.stages.conftest import run_main, started
 
 TRIES, SEED = 40, 17
 PARENTS = ("pretrain", "sft")
@@ -47,13 +46,9 @@ def command(experiments: Path, runs: Path) -> tuple[str, str]:
 
 
 def start(experiments: Path, runs: Path) -> subprocess.Popen:
-    """The command in a process of its own, as `run_main` has it; what it prints goes to a file."""
-    arguments = [sys.executable, "-m", "rlhf_jax.main", *command(experiments, runs)]
-    cache = {"RLHF_JAX_CACHE": os.environ.get("RLHF_JAX_CACHE", str(runs.parent / "derived"))}
+    """The command in a process of its own; what it prints goes to a file."""
     with open(runs / "output", "w") as output:
-        return subprocess.Popen(
-            arguments, cwd=ROOT, env=cache | os.environ, stdout=output, stderr=output
-        )
+        return started(*command(experiments, runs), output=output)
 
 
 def copied(runs: Path, to: Path) -> Path:
@@ -70,6 +65,19 @@ def waits_for(process: subprocess.Popen, library: str) -> None:
         time.sleep(0.005)
 
 
+def test_a_stop_before_the_report_is_no_end(experiments, tmp_path):
+    pretrain = f"--config={experiments}/pretrain.py", f"--workdir={tmp_path}/pretrain"
+    stopped = run_main(*pretrain, "--config.train.steps=2", fault="report", signal="SIGTERM")
+    assert stopped.returncode == 75, stopped.stderr[-3000:]
+    said = "stopped: SIGTERM received; run the same command to continue"
+    assert stopped.stderr.splitlines()[-1] == said
+    assert not (tmp_path / "pretrain/report.html").exists()
+    done = run_main(*pretrain, "--config.train.steps=2")
+    assert done.returncode == 0 and "continuing after step 2" in done.stdout, done.stderr[-3000:]
+    assert (tmp_path / "pretrain/report.html").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc says what a process has loaded")
 def test_stopped_in_its_evaluation_an_import_the_report_and_its_last_file(whole, tmp_path):
     experiments, runs, expected = whole

@@ -160,7 +160,8 @@ def test_the_last_state_is_whole_before_its_evaluation_begins(expected, tmp_path
     never = "checkpoint_every=100"
     killed = run(tmp_path, never, FAULT="evaluation:12")
     assert killed.returncode == -signal.SIGKILL
-    assert [json.loads(line)["step"] for line in open(tmp_path / "metrics.jsonl")][-1] == 10
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == 10
     assert "continuing after step 12" in continue_and_compare(tmp_path, expected, never)
 
 
