@@ -13,8 +13,8 @@ EXIT_BUG = 1
 EXIT_USER = 2
 EXIT_RESUMABLE = 75
 EXIT_AT_ONCE = 130  # by a second signal
-# No space, no quota, a file larger than is allowed.
-_NO_ROOM = tuple(os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+# No space, no quota, a file larger than is allowed; what the system says of each.
+_NO_ROOM = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
 
 
 class UserError(Exception):
@@ -43,7 +43,8 @@ class NoRoom(Preempted):
         room = f"{shutil.disk_usage(directory).free} free in {directory}"
         if needed is not None:
             room = f"{needed} bytes needed, {room}"
-        if os.statvfs(directory).f_files and not os.statvfs(directory).f_favail:
+        system = os.statvfs(directory)
+        if system.f_files and not system.f_favail:
             room += ", which can hold no more files"
         self.shortage = f"no room for {path} ({reason}): {room}"
         super().__init__(f"{self.shortage}; make room and run the same command to continue")
@@ -51,7 +52,9 @@ class NoRoom(Preempted):
 
 def lack_of_room(error: BaseException) -> str | None:
     """What the system says if a disk is full, of its own error or a library's that quotes it."""
-    return next((text for text in _NO_ROOM if text in str(error)), None)
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return _NO_ROOM[error.errno]
+    return next((text for text in _NO_ROOM.values() if text in str(error)), None)
 
 
 def mistake_in(path: str, error: Exception) -> UserError | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,6 +87,30 @@ def append_whole(file: int, data: bytes, path: Path) -> None:
         except BaseException:
             os.ftruncate(file, end)
             raise
+
+
+class _Lossy(io.FileIO):
+    """Takes what a full disk has no room for, and drops it."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if lack_of_room(error) is None:
+                raise
+            return memoryview(data).nbytes
+
+
+def tolerate_full_logs() -> None:
+    """Has what this process prints be lost when it goes to a file on a full disk, not end it."""
+    for name in ("stdout", "stderr"):
+        before = getattr(sys, name)
+        if before is None:  # it was closed before this process began
+            continue
+        file = io.BufferedWriter(_Lossy(before.fileno(), "w", closefd=False))
+        by_line = before.line_buffering or before.write_through
+        after = io.TextIOWrapper(file, before.encoding, before.errors, line_buffering=by_line)
+        setattr(sys, name, after)
 
 
 def read_lines(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> list[tuple[bytes, Parsed]]:

@@ -3,7 +3,8 @@
 Flags become a config, the config names a stage, the stage runs in a run directory; parents named
 by `config.init` run first. With --preflight nothing runs: what it would train on is shown. With
 --rerun a run that was made from something else is kept under another name and run again. Exit
-codes: 0 done, 75 stopped but resumable, 2 the user's mistake, 1 a bug, 130 a second signal.
+codes: 0 done, 75 stopped but resumable (it was told to, or a disk is full), 2 the user's mistake,
+1 a bug, 130 stopped at once by a second signal.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from rlhf_jax.errors import (
     lack_of_room,
     mistake_in,
 )
+from rlhf_jax.files import tolerate_full_logs
 from rlhf_jax.malloc import tune_malloc
 from rlhf_jax.stopping import listen, stop_point
 
@@ -89,6 +91,7 @@ def _unread_field(argv: list[str]) -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line (default: this process's) and returns the exit code."""
+    values = None
     try:
         config, source, values = parse(sys.argv[1:] if argv is None else argv)
         from rlhf_jax.cache import keep_compilations
@@ -115,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         reason = lack_of_room(error)
         if reason is None:
             raise
-        path = getattr(error, "filename", None) or values.workdir or "runs"
+        path = getattr(error, "filename", None) or (values and values.workdir) or "runs"
         print(f"stopped: {NoRoom(path, None, reason)}", file=sys.stderr)
         return EXIT_RESUMABLE
 
@@ -123,4 +126,5 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     tune_malloc()
     listen()
+    tolerate_full_logs()
     sys.exit(main())

@@ -23,6 +23,8 @@ What is read (all but config.json may be missing, and its section is then left o
                        the answers to the same prompts as training went on;
                      "frontier": see compare.py, which alone reads it
 
+A damaged line of metrics.jsonl or samples.jsonl is left out, with a warning.
+
 Every text that came from a model, a data set or a user is escaped, there is no script, and the
 page's own policy forbids loading anything, so a hostile prompt stays text.
 """

@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -301,15 +302,19 @@ def _open_tensorboard(directory: Path, step: int) -> tuple[Write, Close]:
     directory.mkdir(exist_ok=True)
     name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
     records = RecordWriter(str(directory / name))
-
     flushed = -FLUSH_SECONDS
 
     def add(**event) -> None:
         nonlocal flushed
-        records.write(Event(wall_time=time.time(), **event).SerializeToString())
-        if time.monotonic() - flushed >= FLUSH_SECONDS:
-            records.flush()
-            flushed = time.monotonic()
+        try:
+            records.write(Event(wall_time=time.time(), **event).SerializeToString())
+            if time.monotonic() - flushed >= FLUSH_SECONDS:
+                records.flush()
+                flushed = time.monotonic()
+        except OSError:
+            with suppress(OSError):  # else Python 3.13 prints that it can't be flushed
+                records.close()
+            raise
 
     def write(step: int, values: dict[str, float]) -> None:
         scalars = [Summary.Value(tag=n, simple_value=float(x)) for n, x in values.items()]

@@ -274,7 +274,11 @@ def _acquire(path: Path) -> int:
         os.ftruncate(descriptor, 0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         holder = {"pid": os.getpid(), "host": here, "since": since}
-        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        try:
+            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        except OSError:
+            os.close(descriptor)
+            raise
         return descriptor
 
 

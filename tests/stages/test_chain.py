@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -216,6 +217,20 @@ def test_a_mistake_in_a_config_file_is_one_line(tmp_path, capsys, text):
         except UserError as error:
             message = str(error)
         assert MISTAKEN[text] in message and "\n" not in message
+
+
+def test_a_full_disk_is_one_line_wherever_it_shows(experiments, tmp_path, monkeypatch, capsys):
+    def full(*_, **options):
+        raise OSError(28, "No space left on device", f"{tmp_path}/nowhere/file")
+
+    monkeypatch.setattr("rlhf_jax.stages.chain.run", full)
+    assert main([f"--config={experiments}/pretrain.py"]) == 75
+    said = (
+        rf"stopped: no room for {tmp_path}/nowhere/file \(No space left on device\): \d+ free in "
+    )
+    assert re.match(
+        said + f"{tmp_path}; make room and run the same command", capsys.readouterr().err
+    )
 
 
 def test_missing_config_is_a_mistake():

@@ -9,8 +9,10 @@ import time
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from rlhf_jax.data.records import Message, Prompt
+from rlhf_jax.errors import UserError
 from rlhf_jax.sampling import Completion
 from rlhf_jax.stages import policy
 from rlhf_jax.stages.online_preference import pack_best_and_worst
@@ -365,3 +367,33 @@ def test_the_first_evaluation_is_read_back_by_the_same_run_only(tmp_path, monkey
             return policy.first_evaluation(None, run, None, None, None)["eval/kl"]
 
     assert [first(8), first(8), first(9), first(9)] == [1, 1, 2, 2]
+
+
+def test_a_damaged_line_of_the_timeline_costs_that_step(tmp_path, caplog):
+    asked = Prompt("1", (Message("user", "Why?\u2028\x85"),), {})
+    answers = Samples(PromptSet([asked], [[1]]), [], ["So."])
+    for step in (0, 2, 4):
+        policy._keep_timeline(tmp_path, step, answers, {"proxy": np.ones(1)})
+    path = tmp_path / "timeline.jsonl"
+    first, _, last = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + b'{"step": 2, "prom\n' + last)
+    (tmp_path / "views.jsonl").write_text("{}\n")
+    report = policy._report(tmp_path, [{"eval/kl": 0.0}])
+    (entry,) = report["timeline"]
+    assert [answer["step"] for answer in entry["answers"]] == [0, 4]
+    assert report["token_views"] == []
+    assert len(caplog.messages) == 2 and all("the first is line" in m for m in caplog.messages)
+    policy._keep_timeline(tmp_path, 4, answers, {"proxy": np.ones(1)})
+    assert path.read_bytes() == first + last
+    path.write_text("{")
+    assert policy._report(tmp_path, [{"eval/kl": 0.0}])["timeline"] == []
+
+
+@pytest.mark.parametrize("lines", ["", '{"step": 2, "eval/kl": 1}\n', '{"step": 4, "eval/k\n'])
+def test_the_last_evaluation_is_never_another_steps(tmp_path, lines):
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    config = ConfigDict({"train": {"steps": 4}})
+    with pytest.raises(
+        UserError, match=r"no evaluation of step 4, .* delete .*checkpoints/00000004"
+    ):
+        policy.finish(config, tmp_path, None, tmp_path, {})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -214,18 +213,6 @@ def test_a_damaged_newest_checkpoint_is_set_aside(damage, expected, tmp_path):
     assert (tmp_path / "checkpoints" / "00000008.corrupt").is_dir()
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """A small disk of its own, which only root can have."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no tmpfs can be mounted here")
-    yield path
-    subprocess.run(["umount", "-l", str(path)], check=True)
-
-
 def stopped_for_lack_of_room(workdir: Path, what: str, *changes: str, **variables: str) -> None:
     """Runs into a full disk, which is said in one line that says how many bytes are missing."""
     done = run(workdir, *changes, **variables)
@@ -299,6 +286,33 @@ def test_tensorboard_on_a_full_disk_costs_one_warning(disk, expected, tmp_path):
     (line,) = done.stderr.splitlines()
     assert "TensorBoard is dropped, the run goes on without it: OSError: [Errno 28]" in line
     assert results(workdir) == expected
+
+
+def test_a_limit_on_the_size_of_files_is_as_a_full_disk(expected, tmp_path):
+    """Which is tried wherever no disk can be mounted, too."""
+    limited = ["bash", "-c", 'ulimit -f 16 && exec "$@"', "bash", *COMMAND, str(tmp_path)]  # KiB
+    done = subprocess.run(limited, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 75, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert re.match(r"stopped: no room for .*/checkpoints/0\d+ \(File too large\): \d+ bytes", line)
+    assert os.listdir(tmp_path / "checkpoints") == []
+    continue_and_compare(tmp_path, expected)
+
+
+def test_a_log_on_a_full_disk_loses_lines_and_ends_nothing(tmp_path):
+    code = """
+import resource, sys
+from rlhf_jax.files import tolerate_full_logs
+resource.setrlimit(resource.RLIMIT_FSIZE, (9, 9))
+tolerate_full_logs()
+for number in range(1000):
+    print(f"line {number}", flush=number % 2)
+    print(f"line {number}", file=sys.stderr)
+"""
+    with open(tmp_path / "log", "w") as log:
+        done = subprocess.run([sys.executable, "-c", code], stdout=log, stderr=log, cwd=ROOT)
+    assert done.returncode == 0
+    assert (tmp_path / "log").read_text().startswith("line 0\nli")
 
 
 def test_a_second_run_and_a_changed_config_exit_2(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import signal
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax.errors import Preempted, UserError
+from rlhf_jax.errors import NoRoom, Preempted, UserError
 from rlhf_jax.training import loop, progress
 from rlhf_jax.training.mesh import make_mesh
 from rlhf_jax.training.metrics import read_metrics
@@ -114,6 +116,36 @@ def test_updates_that_are_skipped_in_a_row_end_the_run_naming_rows(tmp_path):
     message = r"steps 4 to 6 .*row_ids of the data, by step: {4: \[64, .*, 5: \[80, .*, 6: \[96, "
     with pytest.raises(UserError, match=message):
         train(tmp_path, alter=alter, steps=20, max_skipped=3)
+
+
+@pytest.mark.parametrize("full", [3, 4, 7])
+def test_lines_without_room_are_kept_with_the_state(tmp_path, monkeypatch, full):
+    """Of a step, of one that is evaluated, of the last."""
+    options = {"log_every": 1, "evaluations": [(2, lambda s: {"eval/step": int(s.step)})]}
+    train(tmp_path / "whole", **options)
+    write = os.write
+
+    def limited(file, data):
+        if json.loads(bytes(data))["step"] >= full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(file, data)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "write", limited)
+        with pytest.raises(NoRoom, match=r"metrics\.jsonl"):
+            train(tmp_path / "run", **options)
+        (saved,) = os.listdir(tmp_path / "run" / "checkpoints")
+        assert full <= int(saved) <= full + 2
+        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        assert len(lines) == full - 1
+        with pytest.raises(NoRoom, match=r"metrics\.jsonl"):
+            train(tmp_path / "run", **options)  # still full
+    train(tmp_path / "run", **options)
+    whole, again = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "run"))
+    for line in (*whole, *again):
+        for name in [name for name in line if name.startswith("time/")]:
+            del line[name]
+    assert again == whole
 
 
 def test_data_that_ends_early_is_a_user_error(tmp_path):

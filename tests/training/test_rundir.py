@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from ml_collections import ConfigDict, config_dict
 
-from rlhf_jax.errors import Preempted, UserError
+from rlhf_jax.errors import NoRoom, Preempted, UserError
 from rlhf_jax.stopping import stop_asked, stop_point
 from rlhf_jax.training.rundir import RunDirectory, changes, plain, tell_changes, write_json
 
@@ -331,3 +334,45 @@ def test_json_is_replaced_whole(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_what_there_is_no_room_for_leaves_the_old_file(tmp_path, code, monkeypatch):
+    path = tmp_path / "file.json"
+    write_json(path, {"a": 1})
+
+    def fsync(file):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    free = r"\d+ free in " + re.escape(str(tmp_path))
+    with pytest.raises(
+        NoRoom, match=rf"file\.json \({os.strerror(code)}\): 12 bytes needed, {free}"
+    ):
+        write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_directory_on_a_full_disk(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "pwrite", full)
+        with pytest.raises(NoRoom, match="make room and run the same command"):
+            RunDirectory(tmp_path / "run", CONFIG).__enter__()
+    with RunDirectory(tmp_path / "run", CONFIG) as run:
+        run.write_summary({"status": "done"})
+    (tmp_path / "run" / "samples.jsonl").write_text("{}\n")
+
+    def copy(source, target, **_):
+        os.mkdir(target)
+        raise shutil.Error([(source, target, f"[Errno 28] {os.strerror(errno.ENOSPC)}")])
+
+    monkeypatch.setattr(shutil, "copytree", copy)
+    changed = CONFIG | {"eval": {"count": 9}}
+    with pytest.raises(NoRoom, match=r"run\.1\.tmp"):
+        RunDirectory(tmp_path / "run", changed, rerun=True).__enter__()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == CONFIG
