@@ -12,6 +12,7 @@ EXIT_DONE = 0
 EXIT_BUG = 1
 EXIT_USER = 2
 EXIT_RESUMABLE = 75
+EXIT_AT_ONCE = 130  # by a second signal
 # No space, no quota, a file larger than is allowed; what the system says of each.
 _NO_ROOM = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
 

@@ -4,7 +4,7 @@ Flags become a config, the config names a stage, the stage runs in a run directo
 by `config.init` run first. With --preflight nothing runs: what it would train on is shown. With
 --rerun a run that was made from something else is kept under another name and run again. Exit
 codes: 0 done, 75 stopped but resumable (it was told to, or a disk is full), 2 the user's mistake,
-1 a bug.
+1 a bug, 130 stopped at once by a second signal.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from rlhf_jax.errors import (
 )
 from rlhf_jax.files import tolerate_full_logs
 from rlhf_jax.malloc import tune_malloc
+from rlhf_jax.stopping import listen, stop_point
 
 
 def parse(argv: list[str]):
@@ -105,6 +106,7 @@ def main(argv: list[str] | None = None) -> int:
             preflight.preflight(config, source, values.workdir)
         else:
             chain.run(config, source, values.workdir, rerun=values.rerun)
+        stop_point()
         return EXIT_DONE
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -123,5 +125,6 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     tune_malloc()
+    listen()
     tolerate_full_logs()
     sys.exit(main())

@@ -23,6 +23,7 @@ from rlhf_jax.data.hub_tokenizer import HubTokenizer
 from rlhf_jax.data.records import ROLES, Message
 from rlhf_jax.data.tokenizer import ASSISTANT, BOS, END, SYSTEM, TOOL, USER, Tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.stopping import stop_point
 
 ROLE_IDS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT, "tool": TOOL}
 _FOLLOWERS = {
@@ -103,7 +104,11 @@ def mark(tokens: Sequence[int], places: Iterable[range]) -> list[int]:
 
 
 def render_prompt(messages: Sequence[Message], tokenizer: AnyTokenizer) -> list[int]:
-    """Tokens of a conversation that awaits a reply; in our format the last is `<|assistant|>`."""
+    """Tokens of a conversation that awaits a reply; in our format the last is `<|assistant|>`.
+
+    Before it is a `stop_point`.
+    """
+    stop_point()
     check_messages(messages, reply_last=False)
     if isinstance(tokenizer, HubTokenizer):
         return tokenizer.prompt(messages)

@@ -18,6 +18,7 @@ from rlhf_jax.data.packing import Document, Group
 from rlhf_jax.data.records import Conversation, Message, Pair, Text
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.stopping import stop_point
 
 Stats = dict[str, int]
 TEXT_POLICIES = ("split", "error", "drop")
@@ -42,6 +43,7 @@ def encode_texts(
     start = _start(tokenizer)
     encoded = chat.encode_texts([record.text for record in records], tokenizer)
     for record, ids in zip(records, encoded, strict=True):
+        stop_point()
         tokens = [*start, *ids, tokenizer.end]
         lengths.append(len(tokens))
         if len(tokens) <= row_length:
@@ -321,7 +323,8 @@ def _settle(
 
 @contextmanager
 def naming(record_id: str) -> Iterator[None]:
-    """Names the record in an error of the user's."""
+    """Names the record in an error of the user's. Before it is a `stop_point`."""
+    stop_point()
     try:
         yield
     except UserError as error:

@@ -45,6 +45,7 @@ from rlhf_jax.data.foreign import ACCEPTED, Untranslatable, renamed, translated
 from rlhf_jax.data.records import Conversation, Message, Pair, Prompt, Record, Text
 from rlhf_jax.data.records import convert as convert_record
 from rlhf_jax.errors import UserError
+from rlhf_jax.stopping import stop_point
 
 MAX_LINE_BYTES = 16 * 2**20
 SUFFIXES = (".jsonl", ".json", ".parquet", ".gz", ".xz")
@@ -136,6 +137,7 @@ def read_lines(
     else:
         numbered = _numbered(path)
     for number, raw in numbered:
+        stop_point()
         try:
             if isinstance(raw, BadLine):
                 raise raw

@@ -6,14 +6,16 @@ import abc
 import dataclasses
 import fcntl
 import json
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import tensorflow_datasets as tfds
 
 from rlhf_jax.data.records import Conversation, Message, Pair, Prompt, Record, Text
 from rlhf_jax.errors import UserError
+from rlhf_jax.stopping import stop_point
 
 
 @dataclasses.dataclass
@@ -67,7 +69,9 @@ def read_records(builder: RecordBuilder, split: str) -> list[Record]:
         tfds.disable_progress_bar()
         files.parent.mkdir(parents=True, exist_ok=True)
         with open(files.parent / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            while not _locked(lock):
+                stop_point()
+                time.sleep(0.1)
             if not files.is_dir():
                 builder.download_and_prepare()
     if not builder.info.splits:  # another process was first, after this builder was made
@@ -79,6 +83,14 @@ def read_records(builder: RecordBuilder, split: str) -> list[Record]:
         raise UserError(f"{builder.name}: no split {split!r}; there are: {known}") from error
     kind = builder.builder_config.kind
     return [from_example(kind, example) for example in source.__getitems__(range(len(source)))]
+
+
+def _locked(file: IO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def to_example(record: Record) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from html import escape
 from math import isfinite, nan
 from typing import Any
 
+from rlhf_jax.stopping import stop_point
+
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY = (
     "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9",
 )  # fmt: skip
@@ -77,7 +79,11 @@ def figure(
     panels: Sequence[float] = (),
     width: float = SIZE[0],
 ) -> Iterator[tuple[Any, Callable[[], Plot]]]:
-    """Axes (one, or a stack with the heights `panels`) and a function that gives the plot."""
+    """Axes (one, or a stack with the heights `panels`) and a function that gives the plot.
+
+    Before it is a `stop_point`.
+    """
+    stop_point()
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -9,7 +9,7 @@ to each request.
     reply     {"values": [number, …], "wrong": {index: "what that value is instead"}}
               {"fault": [reason, detail]}
 
-`Worker` is the other end. Both need only the standard library, so a worker starts fast.
+`Worker` is the other end. Both need little but the standard library, so a worker starts fast.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any, NoReturn
+
+from rlhf_jax.stopping import stop_point
 
 LOAD_SECONDS = 120.0
 """How long importing the user's file may take; it may well import a large library."""
@@ -86,6 +88,7 @@ class Worker:
         Raises:
             WorkerFault: it raised, returned no list of the right length, took longer than `seconds`
                 or ended its process.
+            Preempted: a stop was asked for meanwhile (see `stopping`); the process is killed.
         """
         process = self._running()
         line = json.dumps(request).encode() + b"\n"
@@ -152,6 +155,7 @@ class Worker:
                 if unsent:
                     ready.register(stdin, selectors.EVENT_WRITE)
                 while not reply.endswith(b"\n"):
+                    stop_point()
                     left = deadline - time.monotonic()
                     if left <= 0:
                         self._abort("timed out", f"took longer than {seconds:g} s")

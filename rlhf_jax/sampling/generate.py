@@ -24,6 +24,7 @@ from rlhf_jax.sampling.arguments import (
     check_streams,
     token_masks,
 )
+from rlhf_jax.stopping import stop_point
 
 _SHORTEST_BUCKET = 32  # compiling for another length costs more than padding to this one
 _REPLACEMENT = "\ufffd"  # half a character; the next token may complete it, and it is gone
@@ -156,6 +157,7 @@ def generate(
     Raises:
         UserError: arguments the model cannot follow, each named; a token was drawn whose
             probability is not finite.
+        Preempted: a stop was asked for (see `stopping`).
     """
     counts = {
         "max_new_tokens": max_new_tokens,
@@ -228,6 +230,7 @@ def _complete(
     completions: dict[_Request, Completion] = {}
     unstarted = requests
     while len(completions) < requests:
+        stop_point()
         slots, started = _refill(slots, held, waiting, streams, mesh)
         unstarted -= started
         # Refilling costs a little: let a quarter of the slots end first, if any wait for them.

@@ -27,12 +27,14 @@ from rlhf_jax.stages.checks import check
 from rlhf_jax.stages.common import ancestry, read_summary, settle_sources
 from rlhf_jax.stages.defaults import STAGES, fields_of
 from rlhf_jax.stages.identity import made_from, resolved
+from rlhf_jax.stopping import stop_point
 from rlhf_jax.training.rundir import (
     SUMMARY,
     AnotherRun,
     RunDirectory,
     changes,
     config_hash,
+    fault_point,
     tell_changes,
 )
 
@@ -76,6 +78,7 @@ def run(
     Raises:
         UserError: an unknown stage, a parent that cannot be had, chains that run in a circle, or a
             directory that holds another run.
+        Preempted: a stop was asked for; what is done is kept, and the next call goes on from it.
     """
     directory = Path(workdir) if workdir else default_workdir(source, Path("runs"))
     return _run(config, source, directory, descendants=(), rerun=rerun)
@@ -100,6 +103,7 @@ def prepare(config: ConfigDict) -> ConfigDict:
 def _run(
     config: ConfigDict, source: str, workdir: Path, descendants: tuple[str, ...], rerun: bool
 ) -> Path:
+    stop_point()
     config = prepare(config)
     lineage = (*descendants, source)
     parents = {}
@@ -121,7 +125,9 @@ def _run(
     else:
         print(f"running {source} in {workdir}", flush=True)
         with RunDirectory(workdir, pinned, origin, rerun=rerun) as held:
+            stop_point()
             _run_stage(config, held, parents)
+    stop_point()
     if not descendants:
         show(workdir)
     return workdir
@@ -156,6 +162,7 @@ def _run_stage(config: ConfigDict, held: RunDirectory, parents: Mapping[str, Pat
         "made_from": origin | {"code": json_digest(origin["code"])},
         "environment": environment(),
     }
+    fault_point("report")
     write_report(held.path, summary)
     held.write_summary(summary)
 

@@ -41,6 +41,7 @@ from rlhf_jax.stages.common import (
     write_evaluation,
     write_jsonl,
 )
+from rlhf_jax.stopping import stop_point
 from rlhf_jax.training.model import Model, load_model
 
 
@@ -66,7 +67,10 @@ def evaluate_chat(
     prompts = held_out_prompts(config, model)[: config.eval.count]
     tables += few_records("held-out prompts", len(prompts))
     mesh = mesh_of(config)
-    models = {path.name: load_model(path, mesh=mesh) for path in ancestry(start)}
+    models = {}
+    for path in ancestry(start):
+        stop_point()
+        models[path.name] = load_model(path, mesh=mesh)
     for name, each in models.items():  # one without a chat template that works: under ours
         if isinstance(each.tokenizer, HubTokenizer) and not each.tokenizer.has_template:
             models[name] = dataclasses.replace(each, tokenizer=model.tokenizer)

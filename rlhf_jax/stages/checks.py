@@ -34,7 +34,7 @@ from rlhf_jax.stages.rollouts import truncation
 from rlhf_jax.training.objectives import ADVANTAGES, PLACEMENTS, parse_options
 from rlhf_jax.training.optimizer import make_optimizer
 
-_LEAST = {  # of whole numbers that count something
+_LEAST = {  # of numbers that count something
     1: (
         *("batch.rows", "batch.microbatches", "train.steps", "train.epochs", "train.minibatches"),
         *("train.log_every", "train.checkpoint_every", "train.max_skipped", "data.row_length"),
@@ -43,8 +43,8 @@ _LEAST = {  # of whole numbers that count something
         *("best_of_n.n", "best_of_n.prompts", "normalize.max_new_tokens"),
     ),
     0: (
-        *("train.eval_every", "rollout.resample", "rollout.max_staleness", "normalize.prompts"),
-        *("kl.exact_rows", "eval.during"),
+        *("train.eval_every", "train.checkpoint_minutes", "rollout.resample"),
+        *("rollout.max_staleness", "normalize.prompts", "kl.exact_rows", "eval.during"),
     ),
 }
 

@@ -403,11 +403,16 @@ def fit(
         flops_per_token=model.flops_per_token(),
         tokenizer_hash=model.tokenizer.hash,
     )
-    metrics, figures = evaluated or evaluate(
-        learner.params(state)
-    )  # none: it was killed after the last
+    # None where the run was interrupted after its last evaluation.
+    metrics, figures = evaluated or evaluate(learner.params(state))
     made = dataclasses.replace(model, params=learner.params(state), normalization=None)
     return made, metrics | rates, figures
+
+
+def is_evaluated(config: ConfigDict, step: int) -> bool:
+    """Whether `train_loop` evaluates the state after that step."""
+    every = config.train.eval_every or config.train.steps
+    return step % every == 0 or step == config.train.steps
 
 
 def train_loop(
@@ -428,6 +433,7 @@ def train_loop(
         run=run,
         log_every=config.train.log_every,
         checkpoint_every=config.train.checkpoint_every,
+        checkpoint_minutes=config.train.checkpoint_minutes,
         keep_last=config.train.keep_last,
         evaluations=[(config.train.eval_every or config.train.steps, evaluation)],
         max_skipped=config.train.max_skipped,

@@ -125,7 +125,9 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
             "steps": 100,
             "log_every": 10,
             "eval_every": 0,  # steps; 0: only at the end
+            # Written in the background; a step waits while its state is copied to the host.
             "checkpoint_every": 200,  # steps
+            "checkpoint_minutes": 5.0,  # since the one before; 0: by steps alone
             "keep_last": 2,  # checkpoints
             "max_skipped": 5,  # updates in a row that are not finite before the run stops
             "tensorboard": True,

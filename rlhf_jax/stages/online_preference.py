@@ -71,7 +71,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         def evaluation(state: TrainState) -> dict[str, float]:
             model = dataclasses.replace(reference, params=learner.params(state))
             number = int(state.step) // per_iteration
-            return evaluate(config, run.path, model, reference, held_out, judge, number, [])
+            return evaluate(config, run.path, model, reference, held_out, judge, number)
 
         before = first_evaluation(config, run, reference, held_out, judge)
         state, rates = train_loop(

@@ -58,6 +58,7 @@ from rlhf_jax.stages.oracle_rows import (
     Row,
     row_config,
 )
+from rlhf_jax.stopping import stop_point
 from rlhf_jax.training.mesh import make_mesh, placed, shard_batch
 from rlhf_jax.training.on_policy import Iteration, OnPolicyState, Task, make_iteration
 from rlhf_jax.training.optimizer import make_optimizer
@@ -165,6 +166,7 @@ def run_row(row: Row, config: ConfigDict, seed: int = 0) -> Outcome:
     iteration = make_iteration(made, task, start, critic, mesh=_mesh(row), rules=RULES)
     state = iteration.init()
     for _ in range(made.train.steps):
+        stop_point()
         state, _ = iteration.step(state, {})
     logp, reference = exact(state.policy.params), exact(start)
     return dataclasses.replace(
@@ -190,6 +192,7 @@ def _measure(
     means: list[Any] = []
     every: list[Any] = []
     for number in range(count):
+        stop_point()
         drawn = task.rollout(state.policy.params, {}, 10**6 + number)
         rollouts = dataclasses.replace(drawn, weights=np.ones_like(drawn.weights))
         _, metrics = iteration.assess(state, rollouts)
@@ -242,6 +245,7 @@ def run_preference(row: Row, config: ConfigDict) -> Outcome:
     start = placed(mesh, {"table": jnp.asarray(world.REFERENCE, jnp.float32)}, RULES)
     state, batch = init_state(start, optimizer, mesh=mesh, rules=RULES), shard_batch(mesh, batch)
     for _ in range(steps):
+        stop_point()
         # Steps of several CPU devices that are under way together may wait for each other for ever.
         state, metrics = jax.block_until_ready(step(state, batch))
     found = exact_outcome(_table_logprobs(state.params), reference)

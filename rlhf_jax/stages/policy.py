@@ -27,6 +27,7 @@ from rlhf_jax.files import read_lines
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.stages.chat import evaluate_chat
 from rlhf_jax.stages.common import (
+    is_evaluated,
     load_start,
     mesh_of,
     pack_texts,
@@ -73,19 +74,23 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         iteration = make_iteration(config, task, policy.params, critic, mesh=mesh)
 
         def evaluation(state: OnPolicyState) -> dict[str, float]:
-            views = token_views(policy, iteration)
             model = dataclasses.replace(policy, params=iteration.params(state))
             number = int(state.iteration)
-            write_json(run.path / "histograms.json", histograms(iteration))
-            return evaluate(config, run.path, model, policy, held_out, judge, number, views)
+            return evaluate(config, run.path, model, policy, held_out, judge, number)
+
+        def step(state: OnPolicyState, batch: Mapping[str, np.ndarray]):
+            after, metrics = iteration.step(state, batch)
+            if is_evaluated(config, int(after.iteration)):  # where it may be interrupted
+                write_jsonl(run.path / "views.jsonl", token_views(policy, iteration))
+                write_json(run.path / "histograms.json", histograms(iteration))
+            return after, metrics
 
         before = first_evaluation(config, run, policy, held_out, judge)
-
         state, rates = train_loop(
             config,
             run,
             iteration.init(),
-            iteration.step,
+            step,
             batches,
             evaluation,
             tokens=sampled_tokens,
@@ -174,7 +179,7 @@ def first_evaluation(
     path = run.path / "before.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     if kept.get("config_hash") != run.config_hash:
-        metrics = evaluate(config, run.path, policy, policy, held_out, judge, 0, [])
+        metrics = evaluate(config, run.path, policy, policy, held_out, judge, 0)
         kept = {"config_hash": run.config_hash, "metrics": metrics}
         write_json(path, kept)
     return kept["metrics"]
@@ -188,11 +193,10 @@ def evaluate(
     held_out: PromptSet,
     judge: Judge,
     step: int,
-    views: list[dict[str, Any]],
 ) -> dict[str, float]:
     """Gold and proxy reward of answers to held-out prompts, sampled at temperature 1, and their KL.
 
-    Also keeps what the report shows: the answers at this step, and the views of the newest samples.
+    Also keeps what the report shows: the answers at this step.
     """
     samples = sample_answers(config, model, held_out, samples=1, seed=config.seed, temperature=1.0)
     rows = pack_samples(
@@ -222,7 +226,6 @@ def evaluate(
         metrics["eval/gold_reward"] = float(found["gold"].mean())
         metrics["eval/sampled_correct"] = float(np.mean([is_correct(p, t) for p, t in pairs]))
     _keep_timeline(run, step, samples, found)
-    write_jsonl(run / "views.jsonl", views)
     return metrics
 
 
@@ -235,8 +238,6 @@ def histograms(iteration: Iteration) -> dict[str, list[float]]:
 
 def token_views(policy: Model, iteration: Iteration) -> list[dict[str, Any]]:
     """The newest rollout's first few samples: tokens with their advantage, KL and value."""
-    if not iteration.last:
-        return []
     rollouts, arrays = iteration.last["rollouts"], iteration.last["arrays"]
     samples: Samples = rollouts.samples
     step = len(samples.completions) // min(VIEWS, len(samples.completions))

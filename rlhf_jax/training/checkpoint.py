@@ -19,6 +19,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,6 +73,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._failures = 0
+        self._told = False  # what one costs
         self._tried: tuple[Path, int] = self.directory, 0  # where, and the bytes it takes
 
     def steps(self) -> list[int]:
@@ -104,6 +106,7 @@ class Checkpoints:
         newest = [_on_disk(self.directory / f"{step:08d}") for step in self.steps()[-1:]]
         self._tried = final, max([_bytes(arrays), *newest])
         documents = {"data": dict(data), "meta": {"step": step} | dict(meta)}
+        start = time.monotonic()
         while not final.exists():
             # A name of its own: some of a failed one's writes may still be on their way.
             temporary = final.with_suffix(f".{self._failures}.tmp")
@@ -113,12 +116,18 @@ class Checkpoints:
                 self._failed(error)
             else:
                 fault_point("checkpoint:begun", step)
-                args = (step, temporary, final)
+                copied = time.monotonic() - start
+                args = (step, temporary, final, copied)
                 self._thread = threading.Thread(target=self._finish, args=args)
                 self._thread.start()
             if not wait:
                 return
             self.wait()
+
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is in flight."""
+        return self._thread is not None and self._thread.is_alive()
 
     @property
     def lacks_room(self) -> bool:
@@ -174,7 +183,8 @@ class Checkpoints:
             )
         return None
 
-    def _finish(self, step: int, temporary: Path, final: Path) -> None:
+    def _finish(self, step: int, temporary: Path, final: Path, copied: float) -> None:
+        start = time.monotonic()
         try:
             self._orbax.wait_until_finished()
             fault_point("checkpoint:arrays", step)
@@ -187,6 +197,13 @@ class Checkpoints:
             if problem:
                 raise OSError(f"{final} does not read back: {problem}")
             self._failures = 0
+            if not self._told:
+                self._told = True
+                print(
+                    f"checkpoint of step {step}: {self._tried[1] / 1e6:,.1f} MB, copied in "
+                    f"{copied:.1f} s, written meanwhile in {time.monotonic() - start:.1f} s",
+                    flush=True,
+                )
             for old in self.steps()[: -self._keep_last]:
                 _remove(self.directory / f"{old:08d}")
             fault_point("checkpoint:removed", step)

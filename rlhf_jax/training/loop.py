@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
 import jax
@@ -13,9 +15,10 @@ from jax.sharding import Mesh
 
 from rlhf_jax.errors import NoRoom, Preempted, UserError
 from rlhf_jax.malloc import give_back
+from rlhf_jax.stopping import stop_asked, stop_point
 from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.mesh import shard_batch
-from rlhf_jax.training.metrics import Means, MetricsWriter, fetch
+from rlhf_jax.training.metrics import Means, MetricsWriter, fetch, read_metrics
 from rlhf_jax.training.progress import Clock, Progress
 from rlhf_jax.training.rundir import RunDirectory, fault_point
 from rlhf_jax.training.state import release
@@ -40,6 +43,7 @@ def train(
     mesh: Mesh | None = None,
     log_every: int = 10,
     checkpoint_every: int = 500,
+    checkpoint_minutes: float = 0.0,
     keep_last: int = 2,
     evaluations: Sequence[Evaluation] = (),
     max_skipped: int = 10,
@@ -58,6 +62,11 @@ def train(
     (padding not counted), step_seconds, data_share (the part of the time spent waiting for batches)
     and flops_per_second. Metrics are fetched one step late, so that the device never waits for the
     host.
+
+    Checkpoints are written in the background: after steps that are a multiple of
+    `checkpoint_every`, and after the first one that ends `checkpoint_minutes` (0: never) after the
+    checkpoint before. That of the last step is whole before anything is evaluated. An evaluation
+    that was interrupted is done again.
 
     Args:
       state: from `init_state`, or any tree a step maps to the next; donated.
@@ -82,16 +91,14 @@ def train(
       this process without its first step (compilation); empty when it took fewer than two.
 
     Raises:
-      Preempted: SIGTERM or SIGINT; the current step is finished and saved.
+      Preempted: SIGTERM or SIGINT. The current step is finished and saved, or, where it came to a
+        `stop_point`, given up, and the one before is saved.
       NoRoom: the disk is full; the current step is finished, and saved if there is room for that.
       UserError: `max_skipped` updates in a row were skipped (it names the cause as far as the
         metrics tell it), the data ended early, or the checkpoint belongs to another tokenizer or
         model.
     """
-    checkpoints = Checkpoints(run.path / "checkpoints", keep_last=keep_last)
-    run.defer_stop = True
-    log = None
-    try:
+    with closing(Checkpoints(run.path / "checkpoints", keep_last=keep_last)) as checkpoints:
         state, done, means, unwritten = _resume(state, batches, checkpoints, run, tokenizer_hash)
         writer = MetricsWriter(
             run.path,
@@ -101,51 +108,82 @@ def train(
             tensorboard=tensorboard,
             wandb=wandb,
         )
-        clock = Clock(flops_per_token)
-        log = _Log(writer, clock, Progress(run.path.name, done, steps), means, max_skipped)
-        step = _watched(step)
-        number = done
-        for number in range(done + 1, steps + 1):
-            with clock.waiting():
-                batch = next(batches, None)
-            if batch is None:
-                raise UserError(f"the data ended after {number - 1} of {steps} steps")
-            state, metrics = step(state, shard_batch(mesh, batch))
-            if number == done + 1:
-                give_back()  # what compiling took
-            fault_point("step", number)
+        clock, progress = Clock(flops_per_token), Progress(run.path.name, done, steps)
+        with closing(_Log(writer, clock, progress, means, max_skipped)) as log:
 
-            last = number == steps
-            due = [f for every, f in evaluations if last or (every and number % every == 0)]
-            stop = run.stop_requested or log.full is not None
-            save = last or stop or checkpoints.lacks_room or number % checkpoint_every == 0
-            wanted = last or due or number % log_every == 0
-            log.add(number, metrics, tokens(batch, metrics), batch.get("row_ids"), bool(wanted))
-            if not due and not any(isinstance(x, jax.Array) for x in metrics.values()):
-                log.settle({})  # a step that ends on the host has nothing to run ahead of
-            if due or save:
-                jax.block_until_ready(metrics)
-                with clock.paused():
-                    evaluated = {k: v for f in due for k, v in f(state).items()}
-                log.settle(evaluated)
-            if save:
+            def due(number: int) -> list[Callable[[Any], Mapping[str, float]]]:
+                last = number == steps
+                return [f for every, f in evaluations if last or (every and number % every == 0)]
+
+            def save(number: int, data: Mapping[str, Any], *, wait: bool = False) -> None:
+                """Of the state after that step; one that is saved already stays."""
                 with clock.paused():
                     writer.sync()
                     meta = _meta(run, tokenizer_hash, means, writer.unwritten)
-                    data = batches.get_state()
-                    checkpoints.save(number, state, data, meta, wait=last or stop)
-            if stop:
-                break
-        checkpoints.wait()
-    finally:
-        run.defer_stop = False
-        if log is not None:
-            log.close()
-        checkpoints.close()
-    if log.full is not None:
-        raise log.full
-    if run.stop_requested:
-        raise Preempted(f"{run.path} is saved at step {number}; run the same command to continue")
+                    checkpoints.save(number, state, data, meta, wait=wait)
+
+            @contextmanager
+            def kept(number: int, data: Mapping[str, Any]) -> Iterator[None]:
+                """Saves the state after that step, if it is whole, before an end of the run."""
+                try:
+                    stop_point()
+                    if log.full is not None:
+                        raise log.full
+                    yield
+                except (Preempted, UserError) as end:
+                    arrays = (x for x in jax.tree.leaves(state) if isinstance(x, jax.Array))
+                    if number and not any(x.is_deleted() for x in arrays):
+                        log.settle()
+                        save(number, data, wait=True)
+                    if stop_asked() and not isinstance(end, NoRoom):
+                        at = f"saved at step {number}" if number else "at its start"
+                        raise Preempted(
+                            f"{run.path} is {at}; run the same command to continue"
+                        ) from end
+                    raise
+
+            def evaluate(number: int) -> None:
+                with kept(number, batches.get_state()), clock.paused():
+                    fault_point("evaluation", number)
+                    evaluated = {k: v for f in due(number) for k, v in f(state).items()}
+                log.write(number, evaluated)
+
+            if any(line["step"] == done for line in read_metrics(run.path / "metrics.jsonl")):
+                means.take()  # the checkpoint was begun before that line
+            elif done and due(done):
+                evaluate(done)
+            step = _watched(step)
+            saved = time.monotonic()
+            for number in range(done + 1, steps + 1):
+                data = batches.get_state()
+                with kept(number - 1, data):
+                    with clock.waiting():
+                        batch = next(batches, None)
+                    if batch is None:
+                        raise UserError(f"the data ended after {number - 1} of {steps} steps")
+                    state, metrics = step(state, shard_batch(mesh, batch))
+                if number == done + 1:
+                    give_back()  # what compiling took
+                fault_point("step", number)
+
+                last, evaluated = number == steps, bool(due(number))
+                saves = last or checkpoints.lacks_room or number % checkpoint_every == 0
+                minutes = (time.monotonic() - saved) / 60
+                saves |= 0 < checkpoint_minutes <= minutes and not checkpoints.writing
+                line = not evaluated and (last or number % log_every == 0)
+                log.add(number, metrics, tokens(batch, metrics), batch.get("row_ids"), line)
+                if not any(isinstance(x, jax.Array) for x in metrics.values()):
+                    log.settle()  # a step that ends on the host has nothing to run ahead of
+                if evaluated or saves:
+                    jax.block_until_ready(metrics)
+                    log.settle()
+                if saves:
+                    save(number, batches.get_state(), wait=last)
+                    saved = time.monotonic()
+                if evaluated:
+                    evaluate(number)
+            with kept(steps, batches.get_state()):
+                pass
     return state, clock.rates()
 
 
@@ -169,12 +207,12 @@ class _Log:
 
     def add(self, number: int, metrics, tokens: int, rows, wanted: bool) -> None:
         """Takes a step that was just dispatched, and settles the one before."""
-        self.settle({})
+        self.settle()
         self._late = number, metrics, tokens, wanted
         self._rows.append((number, rows))
 
-    def settle(self, evaluated: Mapping[str, float]) -> None:
-        """Waits for the newest step and writes a line if due; ends a run that only skips."""
+    def settle(self) -> None:
+        """Waits for the newest step and writes a line if wanted; ends a run that only skips."""
         if self._late is None:
             return
         (number, metrics, tokens, wanted), self._late = self._late, None
@@ -194,12 +232,16 @@ class _Log:
             self._moved = update / (values["train/param_norm"] or update)
         self._means.add(values, weights)
         if wanted:
-            line = {**self._means.take(), **evaluated, **self._clock.line()}
-            try:
-                self._writer.write(number, line)
-            except NoRoom as full:  # the step that is on its way is still worth saving
-                self.full = full
-            self._progress.show(number, line)
+            self.write(number, {})
+
+    def write(self, number: int, evaluated: Mapping[str, float]) -> None:
+        """Writes the line of a step that is settled."""
+        line = {**self._means.take(), **evaluated, **self._clock.line()}
+        try:
+            self._writer.write(number, line)
+        except NoRoom as full:  # the step that is on its way is still worth saving
+            self.full = full
+        self._progress.show(number, line)
 
     def close(self) -> None:
         self._progress.close()

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
+from rlhf_jax.stopping import stop_point
+
 PLAIN_LINE_SECONDS = 5.0
 Part = TypeVar("Part")
 
@@ -49,12 +51,14 @@ class Clock:
             self._first = self._last
 
     def line(self) -> dict[str, float]:
-        """Averages since the last call, as time/… metrics."""
+        """Averages since the last call, as time/… metrics; none where no step was taken."""
         before, self._line = self._line, (self._now(), self._settled, self._tokens, self._waited)
         seconds, steps, tokens, waited = (
             new - old for new, old in zip(self._line, before, strict=True)
         )
-        seconds, steps = max(seconds, 1e-9), max(steps, 1)
+        if not steps:
+            return {}
+        seconds = max(seconds, 1e-9)
         values = {
             "time/step_seconds": seconds / steps,
             "time/tokens_per_second": tokens / seconds,
@@ -126,7 +130,10 @@ class Progress:
 
 
 def tracked(parts: Iterable[Part], name: str, count: int) -> Iterator[Part]:
-    """The `count` parts, one after the other, showing how far it is once that takes a while."""
+    """The `count` parts, one after the other, showing how far it is once that takes a while.
+
+    Before each is a `stop_point`.
+    """
     start, progress = time.monotonic(), None
     try:
         for done, part in enumerate(parts):
@@ -134,6 +141,7 @@ def tracked(parts: Iterable[Part], name: str, count: int) -> Iterator[Part]:
                 progress = Progress(name, done - 1, count, "pass")
             elif progress is not None:
                 progress.show(done, {})
+            stop_point()
             yield part
     finally:
         if progress is not None:

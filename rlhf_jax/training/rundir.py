@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.digests import json_digest
-from rlhf_jax.errors import Preempted, UserError
+from rlhf_jax.errors import UserError
 from rlhf_jax.files import room_for, sync_directory, write_whole
+from rlhf_jax.stopping import listening
 
 CONFIG, MADE_FROM, SUMMARY = "config.json", "made_from.json", "summary.json"
 # What a resumed run may find changed in what it is made from, by prefix of the dotted name.
@@ -30,6 +31,7 @@ FREE = (
     "report",
     "samples",
     "train.checkpoint_every",
+    "train.checkpoint_minutes",
     "train.eval_every",
     "train.keep_last",
     "train.log_every",
@@ -41,10 +43,13 @@ ALLOWED_WITH_FLAG = ("mesh", "optimizer", "train.mesh", "train.optimizer", "trai
 
 
 def fault_point(name: str, step: int | None = None) -> None:
-    """Kills this process if the environment says FAULT=name or FAULT=name:step. For tests."""
+    """Kills this process if the environment says FAULT=name or FAULT=name:step. For tests.
+
+    With a FAULT_SIGNAL, the name of another one, that is sent.
+    """
     fault = os.environ.get("FAULT")
     if fault and fault in (name, f"{name}:{step}"):
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.Signals[os.environ.get("FAULT_SIGNAL", "SIGKILL")])
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -96,9 +101,7 @@ class RunDirectory:
     """A run directory held by this process: `with RunDirectory(path, config) as run: …`
 
     Entering takes the lock, checks what the directory says of its run against `config` and
-    `made_from`, and starts listening for SIGTERM and SIGINT. The first signal raises `Preempted` at
-    once, or, inside `train`, after the current step is saved; a second one ends the process with
-    130.
+    `made_from`, and listens for SIGTERM and SIGINT, if that isn't done already (see `stopping`).
 
     A run that differs is not continued, nor a finished one replaced. With `rerun` its directory is
     kept under another name, <path>.1 or the next that is free, and a new one begun; where all that
@@ -109,7 +112,6 @@ class RunDirectory:
     Attributes:
       path: the directory.
       config: the configuration as plain JSON values.
-      defer_stop: set while a signal must not interrupt; `stop_requested` says that one came.
 
     Raises (on entering):
       AnotherRun: what the run is made from has changed. `allow_changes` accepts optimizer, steps
@@ -131,8 +133,6 @@ class RunDirectory:
         self.made_from = dict(made_from or {})
         self.allow_changes = allow_changes
         self.rerun = rerun
-        self.stop_requested = False
-        self.defer_stop = False
         self.earlier_seconds = 0.0
 
     def __enter__(self) -> RunDirectory:
@@ -145,13 +145,13 @@ class RunDirectory:
             os.close(self._lock)
             raise
         self._start = time.monotonic()
-        self._handlers = _listen(self._on_signal)
+        self._listening = listening()
+        self._listening.__enter__()
         return self
 
-    def __exit__(self, *_) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+    def __exit__(self, *error) -> None:
         self._let_go()
+        self._listening.__exit__(*error)
 
     def wall_seconds(self) -> float:
         """Seconds spent on this run, before its last checkpoint and since this process's start."""
@@ -235,15 +235,6 @@ class RunDirectory:
         sync_directory(self.path.parent)
         print(f"{self.path} is kept as {aside}", flush=True)
 
-    def _on_signal(self, number, frame) -> None:
-        if self.stop_requested:
-            os._exit(130)
-        self.stop_requested = True
-        if not self.defer_stop:
-            raise Preempted(
-                f"{signal.Signals(number).name} received; run the same command to continue"
-            )
-
 
 def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object; {} where there is no such file."""
@@ -256,14 +247,6 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object; not a run directory?")
     return value
-
-
-def _listen(handler) -> dict[int, Any]:
-    """Installs the handler for SIGTERM and SIGINT and returns the previous ones."""
-    try:
-        return {n: signal.signal(n, handler) for n in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread: signals are someone else's business
-        return {}
 
 
 def _acquire(path: Path) -> int:

@@ -6,15 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
 
 from rlhf_jax.data.records import Message, Prompt
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import Preempted, UserError
 from rlhf_jax.rewards import TextScorers
 from rlhf_jax.rewards.worker import Worker, WorkerFault
+from rlhf_jax.stopping import listening
 
 PROMPTS = [
     Prompt("first", (Message("system", "Be kind."), Message("user", "Hi?")), {"answer": "2"}),
@@ -294,6 +296,25 @@ worker.call({{"prompts": [], "responses": ["a b"], "columns": {{}}}}, 60)
         parent.send_signal(signal.SIGKILL)
     assert is_gone(pid)
     assert is_gone(int(child.read_text()))
+
+
+@pytest.mark.parametrize("text", ["import time; time.sleep(600)", REWARDS])
+def test_a_stop_ends_a_file_that_loads_or_a_function_that_runs_for_ever(
+    tmp_path, monkeypatch, text
+):
+    monkeypatch.setenv("CHILD", str(tmp_path / "pid"))
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    began = time.monotonic()
+    with pytest.raises(Preempted, match="SIGTERM received"), listening():
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        worker = Worker(f"{file}:hangs")
+        pid = worker.pid
+        try:
+            worker.call({"prompts": [], "responses": ["a b"], "columns": {}}, 60)
+        finally:
+            assert is_gone(pid)
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize(

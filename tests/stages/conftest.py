@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -150,16 +151,35 @@ def experiments(tmp_path_factory) -> Path:
 
 
 def run_main(
-    *arguments: str, fault: str | None = None, module: str = "rlhf_jax.main"
+    *arguments: str,
+    fault: str | None = None,
+    signal: str = "SIGKILL",
+    module: str = "rlhf_jax.main",
 ) -> subprocess.CompletedProcess:
     """The command line in a process of its own, on one device."""
+    faults = {"FAULT": fault, "FAULT_SIGNAL": signal} if fault else {}
+    with started(*arguments, module=module, **faults) as process:
+        try:
+            output, errors = process.communicate(timeout=600)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
+
+
+def started(
+    *arguments: str,
+    output: int | IO = subprocess.PIPE,
+    module: str = "rlhf_jax.main",
+    **variables: str,
+) -> subprocess.Popen:
+    """The same while it runs."""
     derived = os.path.join(tempfile.gettempdir(), "rlhf_jax_test_derived")
-    environment = {"RLHF_JAX_CACHE": derived} | os.environ | ({"FAULT": fault} if fault else {})
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
-        env=environment,
-        capture_output=True,
+        env={"RLHF_JAX_CACHE": derived} | os.environ | variables,
+        stdout=output,
+        stderr=output,
         text=True,
-        timeout=600,
     )

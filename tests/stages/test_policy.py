@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from rlhf_jax.stages.rollouts import Judge, PromptSet, Samples, pack_samples
 from rlhf_jax.training.checkpoint import load_params
 from rlhf_jax.training.on_policy import Rollouts
 from rlhf_jax.training.rundir import RunDirectory
-from tests.stages.conftest import run_main
+from tests.stages.conftest import run_main, started
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,8 @@ def test_the_report_has_what_was_sampled(chain):
         pytest.param("scored:3", marks=pytest.mark.slow),
         "update:3",
         pytest.param("checkpoint:sealed:2", marks=pytest.mark.slow),
+        pytest.param("evaluation:2", marks=pytest.mark.slow),
+        pytest.param("evaluation:4", marks=pytest.mark.slow),
         pytest.param("summary", marks=pytest.mark.slow),
     ],
 )
@@ -232,6 +235,61 @@ def test_a_reward_function_that_fails_ends_the_run_in_one_line(chain, tmp_path, 
     assert result.returncode == 2, result.stdout[-500:] + result.stderr[-2000:]
     (error,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert name in error and message in error
+
+
+PATIENT = """
+import time
+from pathlib import Path
+
+calls = Path(__file__).with_name("calls")
+
+def judge(prompts, responses):
+    count = int(calls.read_text()) + 1
+    calls.write_text(str(count))
+    if count == 5:
+        calls.with_name("hangs").touch()
+        time.sleep(600)
+    return [len(set(response)) / 10 for response in responses]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ends", ["hangs", "raises"])
+def test_a_stop_while_a_reward_function_hangs_or_raises_keeps_the_step_before(
+    chain, tmp_path, ends
+):
+    """It is the third iteration's; the other calls are the evaluations' before and after two."""
+    experiments, runs = chain
+    file, calls, hangs = (tmp_path / name for name in ("patient.py", "calls", "hangs"))
+    raised = PATIENT.replace("time.sleep(600)", "time.sleep(2); raise ValueError")
+    file.write_text(PATIENT if ends == "hangs" else raised)
+
+    def command(name):
+        return (
+            f"--config={experiments}/ppo.py", f"--workdir={runs}/{ends}-{name}",
+            f"--config.reward.scorers={file}:judge", "--config.train.checkpoint_every=100",
+        )  # fmt: skip
+
+    calls.write_text("0")
+    with started(*command("stopped")) as process:
+        while not hangs.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        began = time.monotonic()
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75 and time.monotonic() - began < 10, errors
+    run = runs / f"{ends}-stopped"
+    assert errors.splitlines()[-1].startswith(f"stopped: {run} is saved at step 2; ")
+    result = run_main(*command("stopped"))
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "continuing after step 2" in result.stdout
+    calls.write_text("100")
+    assert run_main(*command("whole")).returncode == 0
+    whole = runs / f"{ends}-whole"
+    assert timeless(run) == timeless(whole)
+    for name in ("views.jsonl", "timeline.jsonl", "histograms.json"):
+        assert (run / name).read_text() == (whole / name).read_text()
 
 
 @pytest.mark.slow

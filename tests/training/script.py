@@ -6,6 +6,7 @@ event files are written too.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -40,10 +41,11 @@ def fill(directory: Path, left: int = 0) -> Path:
 
 
 def alter(number: int, batch):
-    """Step 6 has a NaN weight, SIGTERM=k sends the signal while batch k is prepared.
+    """Step 6 has a NaN weight, SIGTERM=k sends the signal while batch k is prepared, for PAUSE s.
 
     FULL=k:left:directory fills that disk when batch k is prepared and the last checkpoint is whole.
     """
+    time.sleep(float(os.environ.get("PAUSE", "0")))
     if number == 6:
         batch["weights"][1, 0] = np.nan
     if os.environ.get("SIGTERM") == str(number):
@@ -57,10 +59,11 @@ def alter(number: int, batch):
 
 
 def main(workdir: str, *changes: str) -> None:
-    config = {"seed": 0, "train": {"steps": STEPS, "log_every": 2}, "optimizer": {"name": "adamw"}}
+    train_config = {"steps": STEPS, "log_every": 2, "checkpoint_every": 4, "checkpoint_minutes": 0}
+    config = {"seed": 0, "train": train_config, "optimizer": {"name": "adamw"}}
     for change in changes:
         name, value = change.split("=")
-        config["train" if name in config["train"] else "optimizer"][name] = int(value)
+        config["train" if name in config["train"] else "optimizer"][name] = json.loads(value)
     with RunDirectory(workdir, config) as run:
         optimizer, schedule = make_optimizer(config["optimizer"], STEPS)
         state = init_state(model.init(), optimizer, ema=True)
@@ -87,7 +90,8 @@ def main(workdir: str, *changes: str) -> None:
             steps=STEPS,
             run=run,
             log_every=config["train"]["log_every"],
-            checkpoint_every=4,
+            checkpoint_every=config["train"]["checkpoint_every"],
+            checkpoint_minutes=config["train"]["checkpoint_minutes"],
             evaluations=((5, evaluation),),
             tokenizer_hash="town",
             tensorboard="TENSORBOARD" in os.environ,

@@ -81,6 +81,8 @@ POINTS = [
     "checkpoint:removed:12",
     "metrics:5",
     "metrics:10",
+    "evaluation:10",
+    "evaluation:12",
     "summary",
 ]
 QUICK = ("metrics:10",)
@@ -128,6 +130,49 @@ def test_sigterm_saves_exits_75_and_resumes(expected, tmp_path):
 def test_sigterm_at_other_steps(step, expected, tmp_path):
     assert run(tmp_path, SIGTERM=str(step)).returncode == 75
     continue_and_compare(tmp_path, expected)
+
+
+@pytest.mark.parametrize(
+    ("point", "saved"),
+    [
+        ("evaluation:10", 10),  # where no checkpoint was due
+        pytest.param("evaluation:5", 5, marks=pytest.mark.slow),
+        pytest.param("evaluation:12", 12, marks=pytest.mark.slow),
+        pytest.param("metrics:6", 7, marks=pytest.mark.slow),  # a line that is written a step late
+        pytest.param("checkpoint:begun:8", 8, marks=pytest.mark.slow),
+        pytest.param("checkpoint:sealed:8", None, marks=pytest.mark.slow),
+    ],
+)
+def test_sigterm_at_a_point_saves_what_is_complete(point, saved, expected, tmp_path):
+    stopped = run(tmp_path, FAULT=point, FAULT_SIGNAL="SIGTERM")
+    assert stopped.returncode == 75, stopped.stderr
+    said = re.fullmatch(
+        rf"stopped: {tmp_path} is saved at step (\d+); run the same command to continue\n",
+        stopped.stderr,
+    )
+    assert said and saved in (None, int(said[1])), stopped.stderr
+    assert f"{int(said[1]):08d}" in os.listdir(tmp_path / "checkpoints")
+    assert f"continuing after step {said[1]}" in continue_and_compare(tmp_path, expected)
+
+
+def test_the_last_state_is_whole_before_its_evaluation_begins(expected, tmp_path):
+    never = "checkpoint_every=100"
+    killed = run(tmp_path, never, FAULT="evaluation:12")
+    assert killed.returncode == -signal.SIGKILL
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == 10
+    assert "continuing after step 12" in continue_and_compare(tmp_path, expected, never)
+
+
+def test_checkpoints_go_by_time_as_well(expected, tmp_path):
+    often = "checkpoint_every=100", "checkpoint_minutes=1e-9"
+    killed = run(tmp_path, *often, FAULT="step:12", PAUSE="0.15")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kept = sorted(int(n) for n in os.listdir(tmp_path / "checkpoints") if n.isdigit())
+    assert kept and kept[-1] < STEPS
+    assert re.search(r"checkpoint of step 1: [\d.]+ MB, copied in .* s, written", killed.stdout)
+    output = continue_and_compare(tmp_path, expected, *often)
+    assert f"continuing after step {kept[-1]}" in output
 
 
 def truncate(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 from types import SimpleNamespace
 
 import jax
@@ -15,7 +16,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax.errors import NoRoom, UserError
+from rlhf_jax.errors import NoRoom, Preempted, UserError
 from rlhf_jax.training import loop, progress
 from rlhf_jax.training.mesh import make_mesh
 from rlhf_jax.training.metrics import read_metrics
@@ -210,6 +211,107 @@ def test_data_that_ends_early_is_a_user_error(tmp_path):
 
     with pytest.raises(UserError, match="the data ended after 3 of 7 steps"):
         train(tmp_path, batches=Short())
+
+
+@pytest.mark.parametrize("error", [Preempted("at a stop_point"), UserError("the reward raised")])
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_step_that_is_given_up_leaves_the_one_before(tmp_path, error, asked):
+    """Its batch is the next one when the run goes on; a whole run writes the same lines."""
+    optimizer = optax.sgd(0.1)
+    options = {"log_every": 3, "tensorboard": False, "steps": 7}
+
+    def start(directory, fails):
+        compiled = make_step(model.loss_fn, optimizer)
+
+        def step(state, batch):
+            if fails and int(state.step) == 4:
+                if asked:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                raise error
+            return compiled(state, batch)
+
+        with RunDirectory(directory, {}) as run:
+            state = init_state(model.init(), optimizer)
+            return loop.train(state, step, model.Batches(), run=run, **options)
+
+    saved = "is saved at step 4; run the same command" if asked else str(error)
+    expected = Preempted if asked else type(error)
+    with pytest.raises(expected, match=saved):
+        start(tmp_path / "stopped", fails=True)
+    assert [path.name for path in (tmp_path / "stopped/checkpoints").iterdir()] == ["00000004"]
+    state, _ = start(tmp_path / "stopped", fails=False)
+    whole, _ = start(tmp_path / "whole", fails=False)
+    jax.tree.map(np.testing.assert_array_equal, state.params, whole.params)
+    lines = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("stopped", "whole")]
+    for ours, theirs in zip(*lines, strict=True):
+        same = {k: v for k, v in ours.items() if not k.startswith("time/")}
+        assert same == {k: v for k, v in theirs.items() if not k.startswith("time/")}
+
+
+def test_a_step_that_has_changed_the_state_is_not_saved(tmp_path):
+    optimizer = optax.sgd(0.1)
+    compiled = make_step(model.loss_fn, optimizer)
+
+    def step(state, batch):
+        after = compiled(state, batch)
+        if int(after[0].step) == 3:
+            raise UserError("after the update")
+        return after
+
+    with RunDirectory(tmp_path, {}) as run, pytest.raises(UserError, match="after the update"):
+        state = init_state(model.init(), optimizer)
+        loop.train(state, step, model.Batches(), steps=7, run=run, tensorboard=False)
+    assert not [*(tmp_path / "checkpoints").iterdir()]
+
+
+def test_an_evaluation_that_was_interrupted_is_done_again_and_its_line_once(tmp_path):
+    def evaluations(fails):
+        def evaluation(state):
+            if fails == int(state.step):
+                raise Preempted("at a stop_point")
+            return {"eval/twice": 2.0 * int(state.step)}
+
+        return {"evaluations": ((2, evaluation),), "checkpoint_every": 4}
+
+    for at in (2, 4, 7):
+        with pytest.raises(Preempted):
+            train(tmp_path, **evaluations(fails=at))
+    for _ in range(2):
+        train(tmp_path, **evaluations(fails=None))
+        lines = read_metrics(tmp_path / "metrics.jsonl")
+        assert [line["step"] for line in lines] == [2, 3, 4, 6, 7]
+        assert [line.get("eval/twice") for line in lines] == [4, None, 8, 12, 14]
+    train(tmp_path / "whole", **evaluations(fails=None))
+    whole = read_metrics(tmp_path / "whole/metrics.jsonl")
+    for ours, theirs in zip(lines, whole, strict=True):
+        assert {k for k in theirs if not k.startswith("time/")} <= ours.keys()
+        assert all(ours[k] == v for k, v in theirs.items() if not k.startswith("time/"))
+
+
+def test_checkpoints_by_time_begin_where_none_is_being_written(tmp_path, monkeypatch):
+    clock, saved = [0.0], []
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(loop.Checkpoints, "writing", property(lambda self: len(saved) == 1))
+    save = loop.Checkpoints.save
+
+    def kept(self, step, *args, **options):
+        saved.append(step)
+        save(self, step, *args, **options)
+
+    monkeypatch.setattr(loop.Checkpoints, "save", kept)
+
+    def alter(index, batch):
+        clock[0] += 40.0
+        return batch
+
+    train(tmp_path / "a", alter=alter, steps=9, checkpoint_minutes=2.0)
+    assert saved == [3, 9]  # the one of 6 would have had to wait
+    saved[:] = [0, 0]
+    train(tmp_path / "b", alter=alter, steps=9, checkpoint_minutes=2.0, checkpoint_every=4)
+    assert saved[2:] == [3, 4, 7, 8, 9]
+    saved[:] = [0, 0]
+    train(tmp_path / "c", alter=alter, steps=9)
+    assert saved[2:] == [9]
 
 
 def test_another_tokenizer_is_a_user_error(tmp_path):

@@ -11,11 +11,13 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from ml_collections import ConfigDict, config_dict
 
 from rlhf_jax.errors import NoRoom, Preempted, UserError
+from rlhf_jax.stopping import stop_asked, stop_point
 from rlhf_jax.training.rundir import RunDirectory, changes, plain, tell_changes, write_json
 
 CONFIG = {
@@ -289,27 +291,33 @@ def test_a_directory_that_cannot_be_made_is_a_user_error(tmp_path):
         RunDirectory(tmp_path / "file" / "run", CONFIG).__enter__()
 
 
-def test_a_signal_stops_at_once_or_when_the_loop_is_ready(tmp_path):
+def test_a_signal_stops_a_run_at_the_next_point_or_its_end(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Preempted, match="SIGTERM"), RunDirectory(tmp_path, CONFIG):
         os.kill(os.getpid(), signal.SIGTERM)
-    with RunDirectory(tmp_path, CONFIG) as run:
-        run.defer_stop = True
+        assert stop_asked()
+    assert not stop_asked()
+    with pytest.raises(Preempted, match="SIGINT"), RunDirectory(tmp_path, CONFIG):
+        with RunDirectory(tmp_path / "inner", CONFIG):
+            stop_point()
         os.kill(os.getpid(), signal.SIGINT)
-        assert run.stop_requested
+        with pytest.raises(Preempted), RunDirectory(tmp_path / "inner", CONFIG):
+            stop_point()
+        assert stop_asked()
     assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_a_second_signal_ends_the_process(tmp_path):
-    code = """
-import os, signal, sys
-from rlhf_jax.training.rundir import RunDirectory
-with RunDirectory(sys.argv[1], {}) as run:
-    run.defer_stop = True
-    os.kill(os.getpid(), signal.SIGTERM)
-    os.kill(os.getpid(), signal.SIGTERM)
-"""
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == 130
+def test_signals_are_not_listened_to_from_another_thread(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def work():
+        with RunDirectory(tmp_path, CONFIG):
+            stop_point()
+            return signal.getsignal(signal.SIGTERM)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(work).result() is before
 
 
 def test_the_wall_time_of_earlier_processes_counts(tmp_path):

@@ -1,0 +1,94 @@
+"""SIGTERM and SIGINT: the handler sets a flag, and what runs looks at it where it can give up.
+
+An exception raised by a handler would come up anywhere, in a library that swallows it too. So the
+first signal only asks for a stop, which `stop_point` raises as Preempted: between stages, batches
+of an evaluation, dispatches of the sampler, records, figures. A second one ends the process at
+once, with 130.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rlhf_jax.errors import EXIT_AT_ONCE, Preempted
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_AT_ONCE = b"stopped at once: the state on disk is valid; run the same command to continue\n"
+_asked = ""  # name of the first signal
+_listens = False
+
+
+def stop_asked() -> bool:
+    """Whether a signal has come."""
+    return bool(_asked)
+
+
+def stop_point() -> None:
+    """A place where giving up loses nothing that isn't done again.
+
+    Raises:
+      Preempted: a signal has come.
+    """
+    if _asked:
+        raise Preempted(f"{_asked} received; run the same command to continue")
+
+
+def listen() -> None:
+    """Lets the main thread of this process listen until its end."""
+    _begin()
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Listens inside, if this is the main thread and it doesn't yet. Its end is a `stop_point`."""
+    global _asked, _listens
+    if _listens or threading.current_thread() is not threading.main_thread():
+        yield  # signals are someone else's business
+        return
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in _SIGNALS}
+    pipe, former = _begin()
+    try:
+        yield
+        stop_point()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(former)
+        os.close(pipe)
+        _asked, _listens = "", False
+
+
+def _begin() -> tuple[int, int]:
+    """Returns the end of a pipe that signals are written into, and what they were before.
+
+    Python calls handlers between two of its own instructions: not while XLA compiles for a minute,
+    and once for two signals that came meanwhile. The pipe tells a thread of the second at any time.
+    """
+    global _listens
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    threading.Thread(target=_count, args=(read,), name="signals", daemon=True).start()
+    former = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    for number in _SIGNALS:
+        signal.signal(number, _ask)
+    _listens = True
+    return write, former
+
+
+def _ask(number: int, frame: object) -> None:
+    global _asked
+    _asked = _asked or signal.Signals(number).name
+
+
+def _count(read: int) -> None:
+    came = 0
+    while numbers := os.read(read, 16):
+        came += sum(number in _SIGNALS for number in numbers)
+        if came > 1:
+            os.write(2, _AT_ONCE)
+            os._exit(EXIT_AT_ONCE)
+    os.close(read)

@@ -1,0 +1,113 @@
+"""Signals: the first asks, where Python can't look at it too; the second ends the process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+from rlhf_jax.data.encode import encode_conversations, encode_pairs, encode_texts
+from rlhf_jax.data.jsonl import read_jsonl
+from rlhf_jax.data.records import Conversation, Message, Pair, Text
+from rlhf_jax.data.tokenizer import train_bpe
+from rlhf_jax.errors import Preempted
+from rlhf_jax.evaluation.plots import curves
+from rlhf_jax.models import init
+from rlhf_jax.sampling import generate
+from rlhf_jax.stopping import listening
+from rlhf_jax.training.progress import tracked
+from tests.models.small import SMALL
+
+BUSY = {
+    "Python": "while True: pass",
+    "a library that swallows exceptions": """
+while True:
+    try:
+        time.sleep(0.01)
+    except Exception:
+        pass
+""",
+    # As while XLA compiles, no handler has a turn.
+    "C": "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",
+}
+
+
+def process_that(then: str) -> subprocess.Popen:
+    code = f"""
+import hashlib, time
+from rlhf_jax.stopping import listen, stop_asked, stop_point
+listen()
+print("listens", flush=True)
+{then}
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "listens\n"
+    return process
+
+
+@pytest.mark.parametrize("busy", BUSY)
+def test_a_second_signal_ends_a_process_at_once_whatever_it_does(busy):
+    process = process_that(BUSY[busy])
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=5)
+    assert process.returncode == 130
+    assert errors == (
+        "stopped at once: the state on disk is valid; run the same command to continue\n"
+    )
+
+
+def test_a_first_signal_raises_at_the_next_point_alone():
+    process = process_that("""
+while not stop_asked():
+    try:
+        time.sleep(0.01)
+    except Exception:
+        raise SystemExit(3)
+try:
+    stop_point()
+except Exception as error:
+    print(type(error).__name__, error)
+""")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=5)
+    assert output == "Preempted SIGTERM received; run the same command to continue\n"
+    assert process.returncode == 0
+
+
+TURNS = (Message("user", "Hi?"), Message("assistant", "Hi!"))
+LONG = {
+    "records": lambda file, words: read_jsonl(file, "text"),
+    "texts": lambda file, words: encode_texts([Text("a", "Hi!")], words, 32),
+    "conversations": lambda file, words: encode_conversations(
+        [Conversation("a", TURNS)], words, 32
+    ),
+    "pairs": lambda file, words: encode_pairs([Pair("a", TURNS[:1], "Hi!", "No.")], words, 32),
+    "batches": lambda file, words: list(tracked([1, 2], "evaluation", 2)),
+    "answers": lambda file, words: generate(
+        SMALL, init(SMALL, jax.random.key(0)), [[1, 2]], max_new_tokens=3, seed=0, batch_size=1
+    ),
+    "figures": lambda file, words: curves("Loss", {"loss": ([1.0], [2.0])}),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_what_takes_long_is_given_up(name, tmp_path):
+    file = tmp_path / "texts.jsonl"
+    file.write_text(json.dumps({"text": "Hi!"}) + "\n")
+    words = train_bpe(["Hi! Hi?", "No."], 270)
+    LONG[name](file, words)
+    with pytest.raises(Preempted, match="SIGTERM received; "), listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        LONG[name](file, words)
+        pytest.fail("it has gone on")
