@@ -8,6 +8,7 @@ once, with 130.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
@@ -40,6 +41,8 @@ def stop_point() -> None:
 def listen() -> None:
     """Lets the main thread of this process listen until its end."""
     _begin()
+    # Python, when all is done, restores the default: a signal would then undo the exit code.
+    atexit.register(_ignore)
 
 
 @contextmanager
@@ -77,6 +80,11 @@ def _begin() -> tuple[int, int]:
         signal.signal(number, _ask)
     _listens = True
     return write, former
+
+
+def _ignore() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _ask(number: int, frame: object) -> None:

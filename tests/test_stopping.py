@@ -85,6 +85,20 @@ except Exception as error:
     assert process.returncode == 0
 
 
+def test_a_signal_after_all_is_done_leaves_the_exit_code():
+    process = process_that("""
+import os, sys
+class Last:
+    def __del__(self, write=os.write, sleep=time.sleep):  # when Python's handlers are gone
+        write(1, b"ends\\n")
+        sleep(0.5)
+sys.last = Last()
+""")
+    assert process.stdout is not None and process.stdout.readline() == "ends\n"
+    process.terminate()
+    assert process.wait(5) == 0
+
+
 TURNS = (Message("user", "Hi?"), Message("assistant", "Hi!"))
 LONG = {
     "records": lambda file, words: read_jsonl(file, "text"),
