@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import traceback
 
 EXIT_DONE = 0
 EXIT_BUG = 1
 EXIT_USER = 2
 EXIT_RESUMABLE = 75
+_NO_MEMORY = re.compile(
+    r"(?:(?:ran )?out of memory|cannot allocate memory"
+    r"|(?:failed|unable|attempting) to allocate|bad_alloc).*",
+    re.IGNORECASE,
+)
 
 
 class UserError(Exception):
@@ -17,6 +23,20 @@ class UserError(Exception):
 
 class Preempted(Exception):
     """The run was asked to stop; its state is saved and the same command continues it."""
+
+
+def lack_of_memory(error: BaseException) -> str | None:
+    """What was asked for if memory, the host's or a device's, was not enough; else None.
+
+    XLA's errors have no class of their own, and as their status RESOURCE_EXHAUSTED or INTERNAL.
+    """
+    if isinstance(error, UserError):
+        return None
+    found = _NO_MEMORY.search(str(error))
+    if found is None and not isinstance(error, MemoryError):
+        return None
+    asked = found[0] if found else str(error) or "Python could not allocate what it needs"
+    return " ".join(asked.split())[:300].rstrip(". ")
 
 
 def mistake_in(path: str, error: Exception) -> UserError | None:
