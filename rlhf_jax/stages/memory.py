@@ -45,7 +45,9 @@ def _fields(config: ConfigDict) -> Iterator[str]:
     for name in ("compute.remat", "model.remat"):
         if found.get(name, "full") != "full":
             yield f"--config.{name}=full (now {found[name]})"
-    smaller = [f"--config.{name} (now {found[name]})" for name in _SMALLER if name in found]
+    smaller = [
+        f"--config.{name} (now {found[name]})" for name in _SMALLER if found.get(name, 1) > 1
+    ]
     if smaller:
         yield f"a smaller {', '.join(smaller)}"
     if "eval.max_new_tokens" in found:
@@ -60,6 +62,6 @@ def _state(workdir: Path) -> str:
         return f"{workdir} has no checkpoint yet: the run begins anew"
     return (
         f"{workdir} keeps its checkpoint of step {int(max(steps))}: once more memory is free the "
-        "same command goes on from it, also with other fields of eval; with others of these it is "
+        "same command goes on from it; with other values of these fields, but those of eval, it is "
         "another run, which --rerun begins anew"
     )
