@@ -411,11 +411,11 @@ def batches_of(config: ConfigDict, model: Model, rows: Sequence[Arrays], weights
     return make_iterator(make_dataset(rows, config.batch.rows, seed=config.seed, weights=mixed))
 
 
-def read_summary(workdir: Path) -> dict[str, Any]:
+def read_summary(workdir: Path, *, whole: bool = True) -> dict[str, Any]:
     """summary.json of a finished run, or of a Hugging Face directory what stands for it.
 
     Raises:
-        UserError: it is neither, or its summary.json is damaged.
+        UserError: it is neither, or its summary.json is damaged, or if `whole` lacks a field.
     """
     if is_hub_directory(workdir):
         return {
@@ -430,7 +430,7 @@ def read_summary(workdir: Path) -> dict[str, Any]:
     summary = read_object(path) if path.exists() else {}
     if not summary or summary.get("status", "done") != "done":
         raise UserError(f"{workdir} is not the directory of a finished run")
-    check_fields(path, summary, SUMMARY_FIELDS)
+    check_fields(path, summary, SUMMARY_FIELDS, required=whole)
     return summary
 
 

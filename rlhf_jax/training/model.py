@@ -296,9 +296,10 @@ def fingerprint(directory: Path) -> str:
         files = sorted(p for p in directory.iterdir() if p.suffix in _READ)
         stated: Any = [(path.name, file_digest(path)) for path in files]
     else:
-        stated = _document(directory / "model")
+        stated = load_document(directory / "model")
         if "weights" not in stated:  # saved by an older version
             stated["weights"] = file_digest(directory / "model" / "manifest.json")
-        if "adapter" in stated:  # wherever it lies
-            stated["base"] = stated["base"]["fingerprint"]
+        if "base" in stated:  # wherever it lies
+            check_fields(directory / "model/data.json", stated, {"base": {"what": str}})
+            stated["base"] = stated["base"].get("fingerprint")
     return json_digest(stated)
