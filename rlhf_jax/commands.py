@@ -1,13 +1,15 @@
-"""What the small commands share: a mistake ends in one line and exit code 2."""
+"""What commands share: a mistake ends in one line and exit code 2, a warning is a line."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from rlhf_jax.errors import EXIT_DONE, EXIT_USER, UserError
+from rlhf_jax.errors import EXIT_DONE, EXIT_USER, UserError, lack_of_memory
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,13 +19,31 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"in the command line: {message}")
 
 
+def show_warnings() -> None:
+    """Makes this process's warnings, of `logging` and of `warnings`, lines of the console's own."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        logging.warning("%s", " ".join(str(message).split()))
+
+    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING, force=True)
+    warnings.showwarning = show
+
+
 def run(
     parser: Parser, command: Callable[[argparse.Namespace], object], argv: Sequence[str] | None
 ) -> int:
     """Runs `command` on a command line (None: this process's) and returns the exit code."""
+    if argv is None:
+        show_warnings()
     try:
         command(parser.parse_args(argv))
         return EXIT_DONE
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER
+    except Exception as error:
+        asked = lack_of_memory(error)
+        if asked is None:
+            raise
+        print(f"error: memory ran out: {asked}", file=sys.stderr)
         return EXIT_USER

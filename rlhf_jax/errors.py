@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import traceback
 from pathlib import Path
@@ -15,6 +16,11 @@ EXIT_RESUMABLE = 75
 EXIT_AT_ONCE = 130  # by a second signal
 # No space, no quota, a file larger than is allowed; what the system says of each.
 _NO_ROOM = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
+_NO_MEMORY = re.compile(
+    r"(?:(?:ran )?out of memory|cannot allocate memory"
+    r"|(?:failed|unable|attempting) to allocate|bad_alloc).*",
+    re.IGNORECASE,
+)
 
 
 class UserError(Exception):
@@ -55,6 +61,20 @@ def lack_of_room(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return _NO_ROOM[error.errno]
     return next((text for text in _NO_ROOM.values() if text in str(error)), None)
+
+
+def lack_of_memory(error: BaseException) -> str | None:
+    """What was asked for if memory, the host's or a device's, was not enough; else None.
+
+    XLA's errors have no class of their own, and as their status RESOURCE_EXHAUSTED or INTERNAL.
+    """
+    if isinstance(error, UserError):
+        return None
+    found = _NO_MEMORY.search(str(error))
+    if found is None and not isinstance(error, MemoryError):
+        return None
+    asked = found[0] if found else str(error) or "Python could not allocate what it needs"
+    return " ".join(asked.split())[:300].rstrip(". ")
 
 
 def mistake_in(path: str, error: Exception) -> UserError | None:

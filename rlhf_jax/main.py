@@ -9,10 +9,10 @@ codes: 0 done, 75 stopped but resumable (it was told to, or a disk is full), 2 t
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 
+from rlhf_jax.commands import show_warnings
 from rlhf_jax.errors import (
     EXIT_DONE,
     EXIT_RESUMABLE,
@@ -97,13 +97,15 @@ def main(argv: list[str] | None = None) -> int:
         from rlhf_jax.cache import keep_compilations
         from rlhf_jax.devices import split_cores
         from rlhf_jax.stages import chain, preflight
+        from rlhf_jax.stages.memory import naming_memory
 
         if argv is None:  # a process of its own
-            logging.basicConfig(format="warning: %(message)s", level=logging.WARNING, force=True)
+            show_warnings()
             split_cores()
             keep_compilations()
         if values.preflight:
-            preflight.preflight(config, source, values.workdir)
+            with naming_memory(config):
+                preflight.preflight(config, source, values.workdir)
         else:
             chain.run(config, source, values.workdir, rerun=values.rerun)
         stop_point()

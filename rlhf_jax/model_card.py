@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import rlhf_jax
 from rlhf_jax.data.hub_data import PREFIX
+from rlhf_jax.json_files import SUMMARY_FIELDS, check_fields, read_object
 from rlhf_jax.training.model import is_hub_directory
 
 _LICENCE = re.compile(r"^(license(?:_name|_link)?):[ \t]*([^\s#\[{].*)$", re.M)
+_CONFIG_FIELDS = {"loss": dict, "data": dict}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -63,8 +66,8 @@ def _lineage(workdir: Path) -> list[tuple[Path, dict[str, Any], dict[str, Any]]]
     found: list[tuple[Path, dict[str, Any], dict[str, Any]]] = []
     path: Path | None = workdir.resolve()
     while path is not None and all(path != other for other, *_ in found):
-        summary = {} if is_hub_directory(path) else _object(path / "summary.json")
-        config = _object(path / "config.json") if summary else {}
+        summary = {} if is_hub_directory(path) else _object(path / "summary.json", SUMMARY_FIELDS)
+        config = _object(path / "config.json", _CONFIG_FIELDS) if summary else {}
         found.append((path, summary, config))
         parent = (summary.get("parents") or {}).get("policy")
         path = Path(parent) if parent else None
@@ -89,9 +92,8 @@ def _licence(directory: Path) -> dict[str, str]:
     return {key: value.strip().strip("\"'") for key, value in _LICENCE.findall(stated)}
 
 
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return document if isinstance(document, dict) else {}
+def _object(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file holds of the fields; empty where there is no file."""
+    document = read_object(path) if path.exists() else {}
+    check_fields(path, document, fields, required=False)
+    return document

@@ -53,6 +53,7 @@ from rlhf_jax.evaluation.tables import (
     prompt_text,
 )
 from rlhf_jax.files import numbers, read_lines, write_whole
+from rlhf_jax.json_files import SUMMARY_FIELDS, check_fields, read_object
 
 SAMPLES = 12  # shown in file order
 DROPS = 4  # shown because their score fell most
@@ -79,6 +80,15 @@ NOT_COMPARED = ("eval/gold_win_rate", "eval/loss", "eval/token_accuracy", "train
 TILES = 8
 ABOVE, BELOW = "230 159 0", "0 114 178"  # orange and blue of the figures
 OPACITY = 0.5  # of the fullest colour behind a token: text stays readable on it, light or dark
+
+
+# Older versions kept a parent's hash beside its directory.
+_SUMMARY_FIELDS = SUMMARY_FIELDS | {
+    "parents": {"role": str | dict},
+    "made_from": {"what": str | dict},
+    "command": str,
+    "environment": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -150,7 +160,7 @@ def read_run(directory: Path, summary: Mapping[str, Any] | None = None) -> Run:
     return Run(
         name=directory.resolve().name,
         config=_read_json(directory / "config.json"),
-        summary=_read_json(directory / "summary.json") if summary is None else dict(summary),
+        summary=_read_summary(directory / "summary.json") if summary is None else dict(summary),
         records=[line for _, line in read_lines(directory / "metrics.jsonl", numbers)],
         samples=read_samples(directory),
         evaluation=_read_json(directory / "evaluation.json"),
@@ -396,15 +406,13 @@ def _parent_path(parent: str | Mapping[str, str]) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
+    return read_object(path) if path.exists() else {}
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    summary = _read_json(path)
+    check_fields(path, summary, _SUMMARY_FIELDS, required=False)
+    return summary
 
 
 def _sample(line: dict[str, Any]) -> dict[str, Any]:

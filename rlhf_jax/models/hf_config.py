@@ -8,7 +8,6 @@ is named aloud.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.json_files import read_object
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_files import headers, same_numbers
 
@@ -55,12 +55,7 @@ def read_config(directory: Path) -> tuple[str, ModelConfig]:
             weights, or a field is missing, of the wrong type or of a kind we do not compute.
     """
     path = directory / "config.json"
-    try:
-        document = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {str(error)[:200]}") from error
-    if not isinstance(document, dict):
-        raise UserError(f"{path} is no JSON object")
+    document = read_object(path)
     kind = document.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.json_files import parse_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ROWS = 1024  # compared at a time
@@ -49,6 +49,7 @@ def headers(directory: Path) -> dict[str, Header]:
     found: dict[str, Header] = {}
     for path in paths:
         with opened(path) as file:
+            _check_unique(path)
             for name in file.keys():  # noqa: SIM118 - no mapping
                 if name in found:
                     raise UserError(
@@ -61,10 +62,10 @@ def headers(directory: Path) -> dict[str, Header]:
 
 def _index(path: Path) -> dict[str, str]:
     try:
-        table = json.loads(path.read_text("utf-8"))["weight_map"]
+        table = parse_object(path.read_text("utf-8"))["weight_map"]
         if not all(isinstance(v, str) for v in table.values()):
             raise TypeError("a file name is no text")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no index of safetensors ({str(error)[:100]})") from error
     for name in table.values():
         if Path(name).name != name or not name.endswith(".safetensors"):
@@ -77,6 +78,16 @@ def opened(path: Path) -> Any:
         return safe_open(path, "np")
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is no safetensors file: {str(error)[:200]}") from error
+
+
+def _check_unique(path: Path) -> None:
+    """Refuses a name that stands twice in the header, of which the library takes the last."""
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")  # which `opened` has found to be true
+            parse_object(file.read(size))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no safetensors file: its header {str(error)[:200]}") from error
 
 
 def same_numbers(held: Mapping[str, Header], one: str, other: str) -> bool:

@@ -27,6 +27,7 @@ from rlhf_jax.stages.checks import check
 from rlhf_jax.stages.common import ancestry, read_summary, settle_sources
 from rlhf_jax.stages.defaults import STAGES, fields_of
 from rlhf_jax.stages.identity import made_from, resolved
+from rlhf_jax.stages.memory import naming_memory
 from rlhf_jax.stopping import stop_point
 from rlhf_jax.training.rundir import (
     SUMMARY,
@@ -81,7 +82,8 @@ def run(
         Preempted: a stop was asked for; what is done is kept, and the next call goes on from it.
     """
     directory = Path(workdir) if workdir else default_workdir(source, Path("runs"))
-    return _run(config, source, directory, descendants=(), rerun=rerun)
+    with naming_memory(config, directory):
+        return _run(config, source, directory, descendants=(), rerun=rerun)
 
 
 def prepare(config: ConfigDict) -> ConfigDict:
@@ -141,7 +143,9 @@ def _parent(parent: str, runs: Path, lineage: tuple[str, ...], rerun: bool) -> P
     if parent in lineage:
         raise UserError(f"config.init runs in a circle: {' <- '.join((*lineage, parent))}")
     directory = default_workdir(parent, runs)
-    return _run(load_config(parent), parent, directory, lineage, rerun)
+    config = load_config(parent)
+    with naming_memory(config, directory):
+        return _run(config, parent, directory, lineage, rerun)
 
 
 def _run_stage(config: ConfigDict, held: RunDirectory, parents: Mapping[str, Path]) -> None:

@@ -27,6 +27,7 @@ from rlhf_jax.data.records import Conversation, Pair, Prompt, Text, convert
 from rlhf_jax.devices import training_devices
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import write_whole
+from rlhf_jax.json_files import SUMMARY_FIELDS, check_fields, read_object
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.fused_attention import check_attention
 from rlhf_jax.models.lora import AdapterConfig, has_adapter
@@ -34,7 +35,7 @@ from rlhf_jax.training.learner import make_learner
 from rlhf_jax.training.loop import train
 from rlhf_jax.training.mesh import batch_shards, make_mesh, placed
 from rlhf_jax.training.model import Model, as_trainable, fingerprint, is_hub_directory, load_model
-from rlhf_jax.training.rundir import RunDirectory, write_json
+from rlhf_jax.training.rundir import SUMMARY, RunDirectory, write_json
 from rlhf_jax.training.state import release
 
 FEW = 30  # records; a metric of fewer is said to be
@@ -451,11 +452,11 @@ def batches_of(config: ConfigDict, model: Model, rows: Sequence[Arrays], weights
     return make_iterator(make_dataset(rows, config.batch.rows, seed=config.seed, weights=mixed))
 
 
-def read_summary(workdir: Path) -> dict[str, Any]:
+def read_summary(workdir: Path, *, whole: bool = True) -> dict[str, Any]:
     """summary.json of a finished run, or of a Hugging Face directory what stands for it.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is neither, or its summary.json is damaged, or if `whole` lacks a field.
     """
     if is_hub_directory(workdir):
         return {
@@ -466,16 +467,12 @@ def read_summary(workdir: Path) -> dict[str, Any]:
             "wall_seconds": 0.0,
             "metrics": {},
         }
-    path = workdir / "summary.json"
-    try:
-        summary = json.loads(path.read_text())
-        if summary["status"] == "done":
-            return summary
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a run's summary ({error!r}); delete that run") from error
-    raise UserError(f"{workdir} is not the directory of a finished run")
+    path = workdir / SUMMARY
+    summary = read_object(path) if path.exists() else {}
+    if not summary or summary.get("status", "done") != "done":
+        raise UserError(f"{workdir} is not the directory of a finished run")
+    check_fields(path, summary, SUMMARY_FIELDS, required=whole)
+    return summary
 
 
 def ancestry(workdir: Path) -> list[Path]:

@@ -152,7 +152,7 @@ def _parent(policy: str, runs: Path) -> Path:
     if is_hub_directory(directory):
         return directory
     try:
-        read_summary(directory)
+        read_summary(directory, whole=False)
     except UserError as error:
         raise UserError(
             f"--preflight needs the tokenizer of config.init.policy = {policy!r}: {error}; run it "

@@ -30,10 +30,12 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from rlhf_jax.errors import NoRoom, UserError, lack_of_room
 from rlhf_jax.files import room_for, sync_directory
+from rlhf_jax.json_files import check_fields, parse_object, read_object
 from rlhf_jax.training.mesh import TRANSFORMER_RULES, Rules, named_leaves, shardings
-from rlhf_jax.training.rundir import fault_point, write_json
+from rlhf_jax.training.rundir import fault_point, json_text, write_json
 
 FORMAT = 1
+MANIFEST = "manifest.json"
 MAX_FAILED_SAVES = 3
 SMALL_FILES, DESCRIBED = 2**16, 2**11  # bytes that a checkpoint, an array takes beside its own
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -78,7 +80,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
-        return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit())
+        numbered = (p.name for p in self.directory.iterdir() if p.name.isdecimal())
+        return sorted(int(name) for name in numbered if name == f"{int(name):08d}")
 
     def save(
         self,
@@ -169,8 +172,8 @@ class Checkpoints:
             if problem is None:
                 data, meta = _documents(path)
                 for name, now in _environment().items():
-                    if meta[name] != now:
-                        text = f"{path} was written with {name} {meta[name]}, this is {now}"
+                    if meta.get(name) != now:
+                        text = f"{path} was written with {name} {meta.get(name)}, this is {now}"
                         self._report(f"{text}: the run goes on, but not bit for bit")
                 return Restored(_load(self._orbax, path, target), data, meta)
             aside = _unused(path, ".corrupt")
@@ -302,14 +305,16 @@ def load_document(directory: str | os.PathLike) -> dict[str, Any]:
     path = Path(directory).absolute()
     if not path.is_dir():
         raise UserError(f"cannot load parameters from {directory}: there is no such directory")
-    for name in ("manifest.json", "data.json"):
-        try:
-            document = json.loads((path / name).read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"cannot load parameters from {directory}: {name} is missing or not valid"
-            ) from error
-    return document
+    try:
+        files = read_object(path / MANIFEST)["files"]
+        if files["data.json"] != _fingerprint(path / "data.json"):
+            raise UserError("data.json is not what was written")
+        return read_object(path / "data.json")
+    except UserError as error:
+        raise UserError(f"cannot load parameters from {directory}: {error}") from error
+    except (OSError, KeyError, TypeError) as error:
+        text = f"{MANIFEST} or data.json is missing or not valid"
+        raise UserError(f"cannot load parameters from {directory}: {text}") from error
 
 
 def seal(path: Path) -> None:
@@ -320,7 +325,7 @@ def seal(path: Path) -> None:
             os.fsync(file.fileno())
         files[name] = _fingerprint(path / name)
         sync_directory((path / name).parent)
-    write_json(path / "manifest.json", {"format": FORMAT, "files": files})
+    write_json(path / MANIFEST, {"format": FORMAT, "files": files})
 
 
 def verify(path: Path) -> str | None:
@@ -330,18 +335,29 @@ def verify(path: Path) -> str | None:
       UserError: it was written by a newer format of this package.
     """
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        version, expected = manifest["format"], dict(manifest["files"])
+        text = (path / MANIFEST).read_text("utf-8")
+        manifest = parse_object(text)
+        version, expected = manifest["format"], manifest["files"]
+        if not isinstance(version, int) or not isinstance(expected, dict):
+            raise TypeError
     except (OSError, ValueError, KeyError, TypeError):
-        return "manifest.json is missing or not valid"
+        return f"{MANIFEST} is missing or not valid"
     if version != FORMAT:
         raise UserError(f"{path} has format {version}; this version of rlhf_jax reads {FORMAT}")
-    present = set(_files(path)) - {"manifest.json"}
+    if text != json_text(manifest):  # no digest is kept of it
+        return f"{MANIFEST} is not what was written"
+    present = set(_files(path)) - {MANIFEST}
     for name in sorted(present ^ set(expected)):
         return f"{name} is {'missing' if name in expected else 'not in the manifest'}"
-    for name, fingerprint in expected.items():
-        if _fingerprint(path / name) != fingerprint:
-            return f"{name} is not what was written"
+    try:
+        for name, fingerprint in expected.items():
+            if _fingerprint(path / name) != fingerprint:
+                return f"{name} is not what was written"
+        meta = _documents(path)[1]
+    except (OSError, UserError) as error:
+        return str(error)
+    if path.name.isdecimal() and meta.get("step") != int(path.name):
+        return f"its meta.json is of step {meta.get('step')}"
     return None
 
 
@@ -412,7 +428,9 @@ def _load(orbax, path: Path, target):
 
 
 def _documents(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    return tuple(json.loads((path / f"{name}.json").read_text()) for name in ("data", "meta"))
+    data, meta = (read_object(path / f"{name}.json") for name in ("data", "meta"))
+    check_fields(path / "meta.json", meta, {"arrays": {"name": list}})
+    return data, meta
 
 
 def _files(path: Path) -> list[str]:

@@ -301,17 +301,24 @@ def _resume(state, batches, checkpoints: Checkpoints, run: RunDirectory, tokeniz
     if restored is None:
         return state, 0, Means(), []
     meta = restored.meta
-    if meta["tokenizer_hash"] != tokenizer_hash:
+    if meta.get("tokenizer_hash") != tokenizer_hash:
         raise UserError(
-            f"the checkpoints in {run.path} are for tokenizer {meta['tokenizer_hash']}, this is "
-            f"{tokenizer_hash}; use another --workdir"
+            f"the checkpoints in {run.path} are for tokenizer {meta.get('tokenizer_hash')}, this "
+            f"is {tokenizer_hash}; use another --workdir"
         )
     release(state)  # the caller still holds what the restored one replaces
-    batches.set_state(restored.data)
-    run.earlier_seconds = meta["wall_seconds"]
+    try:
+        batches.set_state(restored.data)
+        run.earlier_seconds = float(meta["wall_seconds"])
+        means = Means(meta.get("means"))  # older versions kept neither
+        unwritten = list(meta.get("unwritten", []))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the data.json or meta.json of {run.path}'s checkpoint of step {meta['step']} is not "
+            f"as this package writes it ({str(error)[:200]}); delete that checkpoint"
+        ) from error
     print(f"{run.path}: continuing after step {meta['step']}", flush=True)
-    means = Means(meta.get("means"))  # older versions kept neither
-    return restored.state, meta["step"], means, meta.get("unwritten", [])
+    return restored.state, meta["step"], means, unwritten
 
 
 def _watched(step: Any) -> Callable:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import os
 import weakref
 from collections.abc import Callable, Collection, Mapping
@@ -25,6 +24,7 @@ from rlhf_jax.data.hub_tokenizer import HubTokenizer
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.digests import file_digest, json_digest
 from rlhf_jax.errors import UserError
+from rlhf_jax.json_files import check_fields, read_object
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf_config import read_config
 from rlhf_jax.models.hf_weights import read_weights
@@ -129,7 +129,7 @@ def load_model(
     directory = Path(workdir).resolve()
     if is_hub_directory(directory):
         return _load_hub(directory, mesh, changes)
-    document = load_document(directory / "model")
+    document = _document(directory / "model")
     tokenizer = load_tokenizer(directory)
     if tokenizer.hash != document["tokenizer_hash"]:
         raise UserError(f"{workdir}/tokenizer.json is not the tokenizer its model was trained with")
@@ -141,19 +141,38 @@ def load_model(
             f"the model in {workdir} was saved by another version: this one knows no "
             f"model.{unknown[0]}; train it anew"
         )
-    config = ModelConfig(**fields).validate()
     stated = document.get("normalization")  # older versions wrote none
-    normalization = (float(stated[0]), float(stated[1])) if stated else None
-    if "adapter" not in document:
+    try:
+        config = ModelConfig(**fields).validate()
+        normalization = (float(stated[0]), float(stated[1])) if stated else None
+        adapter = AdapterConfig(**document["adapter"]).validate() if "adapter" in document else None
+    except (IndexError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{directory}/model/data.json is not as this package writes it: {str(error)[:200]}"
+        ) from error
+    if adapter is None:
         folder = directory / "model"
         base = _base(directory, "float32", mesh, lambda: load_params(folder, mesh=mesh)[0])
         return Model(config, base.params, tokenizer, normalization, base=base)
-    adapter = AdapterConfig(**document["adapter"]).validate()
     base = _load_base(directory, document["base"], adapter.base, mesh)
     added, _ = load_params(directory / "model", mesh=mesh)
     body = {k: v for k, v in base.params.items() if k != "lm_head" or config.head == "lm"}
     params = combine(added, body)
     return Model(config, params, tokenizer, normalization, adapter, base)
+
+
+def _document(directory: Path) -> dict[str, Any]:
+    """What `save_model` says of a model, its fields of the right types."""
+    document = load_document(directory)
+    path = directory / "data.json"
+    needed: dict[str, Any] = {"config": dict, "tokenizer_hash": str}
+    if "adapter" in document:
+        needed |= {"adapter": dict, "base": dict}
+    check_fields(path, document, needed)
+    check_fields(path, document, {"normalization": list | None}, required=False)
+    if "adapter" in document:
+        check_fields(path, document["base"], {"directory": str, "fingerprint": str})
+    return document
 
 
 def as_trainable(model: Model, adapter: AdapterConfig, seed: int) -> Model:
@@ -220,12 +239,13 @@ def _load_base(workdir: Path, stated: Mapping[str, str], kept: str, mesh: Mesh |
 
 
 def is_hub_directory(path: str | os.PathLike[str]) -> bool:
-    """Whether a directory holds a Hugging Face model, by its config.json."""
-    try:
-        document = json.loads((Path(path) / "config.json").read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(document, dict) and "model_type" in document
+    """Whether a directory holds a Hugging Face model, by its config.json.
+
+    Raises:
+        UserError: there is a config.json that holds no JSON object.
+    """
+    config = Path(path) / "config.json"
+    return config.exists() and "model_type" in read_object(config)
 
 
 def _load_hub(directory: Path, mesh: Mesh | None, changes: Mapping[str, Any]) -> Model:
@@ -280,5 +300,6 @@ def fingerprint(directory: Path) -> str:
         if "weights" not in stated:  # saved by an older version
             stated["weights"] = file_digest(directory / "model" / "manifest.json")
         if "base" in stated:  # wherever it lies
-            stated["base"] = stated["base"]["fingerprint"]
+            check_fields(directory / "model/data.json", stated, {"base": {"what": str}})
+            stated["base"] = stated["base"].get("fingerprint")
     return json_digest(stated)

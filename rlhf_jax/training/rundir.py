@@ -20,6 +20,7 @@ from typing import Any
 from rlhf_jax.digests import json_digest
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import room_for, sync_directory, write_whole
+from rlhf_jax.json_files import check_fields, read_object
 from rlhf_jax.stopping import listening
 
 CONFIG, MADE_FROM, SUMMARY = "config.json", "made_from.json", "summary.json"
@@ -39,7 +40,13 @@ FREE = (
     "train.tensorboard",
     "train.wandb",
 )
-ALLOWED_WITH_FLAG = ("mesh", "optimizer", "train.mesh", "train.optimizer", "train.steps")
+_MADE_FROM_FIELDS = {
+    "version": str,
+    "commit": str,
+    "code": {"file": str},
+    "contents": {"input": str},
+    "parents": {"role": str},
+}
 
 
 def fault_point(name: str, step: int | None = None) -> None:
@@ -52,9 +59,14 @@ def fault_point(name: str, step: int | None = None) -> None:
         os.kill(os.getpid(), signal.Signals[os.environ.get("FAULT_SIGNAL", "SIGKILL")])
 
 
+def json_text(value: Any) -> str:
+    """What `write_json` writes."""
+    return json.dumps(value, indent=1) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON with `write_whole`."""
-    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
+    write_whole(path, json_text(value).encode())
 
 
 def plain(config) -> dict[str, Any]:
@@ -114,8 +126,7 @@ class RunDirectory:
       config: the configuration as plain JSON values.
 
     Raises (on entering):
-      AnotherRun: what the run is made from has changed. `allow_changes` accepts optimizer, steps
-        and mesh.
+      AnotherRun: what the run is made from has changed.
       UserError: another process holds the directory, or its files are not a run's.
     """
 
@@ -125,13 +136,11 @@ class RunDirectory:
         config,
         made_from: Mapping[str, Any] | None = None,
         *,
-        allow_changes: bool = False,
         rerun: bool = False,
     ):
         self.path = Path(path)
         self.config = plain(config)
         self.made_from = dict(made_from or {})
-        self.allow_changes = allow_changes
         self.rerun = rerun
         self.earlier_seconds = 0.0
 
@@ -181,13 +190,14 @@ class RunDirectory:
 
     def _keep_another_run(self) -> None:
         """Sets aside what is there if this is another run, a copy where it goes on from there."""
-        config, made_from = (_read_object(self.path / name) for name in (CONFIG, MADE_FROM))
+        held = (self.path / name for name in (CONFIG, MADE_FROM))
+        config, made_from = (read_object(path) if path.exists() else {} for path in held)
+        check_fields(self.path / MADE_FROM, made_from, _MADE_FROM_FIELDS, required=False)
         if config and "stage" not in config and not (self.path / MADE_FROM).exists():
             raise UserError(f"{self.path} is no run directory: its {CONFIG} is something else's")
         changed = changes(made_from | config, self.made_from | self.config)
         changed.pop("commit", None)
-        accepted = FREE + (ALLOWED_WITH_FLAG if self.allow_changes else ())
-        decides = {k: pair for k, pair in changed.items() if not _has_prefix(k, accepted)}
+        decides = {k: pair for k, pair in changed.items() if not _has_prefix(k, FREE)}
         done = (self.path / SUMMARY).exists()
         checkpoints = (self.path / "checkpoints").glob("*")
         if not done and not any(path.name.isdigit() for path in checkpoints):
@@ -234,19 +244,6 @@ class RunDirectory:
             os.rename(whole, aside)
         sync_directory(self.path.parent)
         print(f"{self.path} is kept as {aside}", flush=True)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; {} where there is no such file."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not JSON ({error}); not a run directory?") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object; not a run directory?")
-    return value
 
 
 def _acquire(path: Path) -> int:

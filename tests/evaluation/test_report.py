@@ -217,6 +217,8 @@ def test_parents_that_moved_changed_or_vanished(bare_run, tmp_path):
     [
         ("evaluation.json", "[1]", r"evaluation\.json must hold a JSON object, not a list"),
         ("config.json", "{", r"config\.json is not JSON"),
+        ("summary.json", '{"metrics": []}', r"summary\.json .*: metrics is of another type"),
+        ("summary.json", '{"parents": {"policy": 1}}', r"summary\.json .*: parents is of another"),
     ],
 )
 def test_a_broken_file_is_named(dpo_run, name, content, message):

@@ -60,6 +60,40 @@ def read(directory):
     return read_weights(directory, *read_config(directory))
 
 
+def doubled(text, name, value):
+    """JSON of an object in which a name stands once more, escaped, before the others."""
+    return "{" + json.dumps(name).replace("o", "\\u006f") + ":" + json.dumps(value) + "," + text[1:]
+
+
+def double_tensor(path):
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].decode()
+    name, where = next((n, v) for n, v in json.loads(header).items() if "o" in n)
+    more = doubled(header, name, where).encode()
+    path.write_bytes(len(more).to_bytes(8, "little") + more + data[8 + size :])
+    return name
+
+
+def test_a_tensor_that_a_header_names_twice_is_refused(directory):
+    name = double_tensor(directory / "model.safetensors")
+    assert name in load_file(directory / "model.safetensors")  # which the library takes
+    with pytest.raises(UserError, match=rf"model\.safetensors .*its header names '{name}' twice"):
+        read(directory)
+
+
+def test_a_name_that_stands_twice_is_refused(directory):
+    table = doubled('{"model": "model.safetensors"}', "model", "other.safetensors")
+    (directory / INDEX).write_text(f'{{"weight_map": {table}}}')
+    with pytest.raises(UserError, match="names 'model' twice"):
+        read(directory)
+    (directory / INDEX).unlink()
+    config = directory / "config.json"
+    config.write_text(doubled(config.read_text(), "model_type", "llama"))
+    with pytest.raises(UserError, match=r"config\.json names 'model_type' twice"):
+        read(directory)
+
+
 @pytest.mark.parametrize("config", [LLAMA, GEMMA3, PYTHIA, YARN])
 def test_older_spellings_say_the_same(tmp_path, config):
     kind, document = to_document(config)

@@ -13,6 +13,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.statistics import wilson_interval
 from rlhf_jax.main import main
 from rlhf_jax.stages.chain import load_config, pick_samples, prepare, summary_rows
+from rlhf_jax.stages.common import read_summary
 from rlhf_jax.training.model import load_model
 from tests.stages.conftest import run_main
 
@@ -231,6 +232,30 @@ def test_a_full_disk_is_one_line_wherever_it_shows(experiments, tmp_path, monkey
     assert re.match(
         said + f"{tmp_path}; make room and run the same command", capsys.readouterr().err
     )
+
+
+SUMMARY = {"stage": "sft", "status": "done", "config_hash": "x", "parents": {}, "metrics": {}}
+SUMMARY["wall_seconds"] = 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[]", r"summary\.json must hold a JSON object, not a list"),
+        ("{", r"summary\.json is not JSON"),
+        ('{"status": "done"}', r"summary\.json is not as this package writes it: it has no stage"),
+        (json.dumps(SUMMARY | {"parents": []}), "parents is of another type"),
+        (json.dumps(SUMMARY | {"parents": {"policy": 1}}), "parents is of another type"),
+        (json.dumps(SUMMARY | {"metrics": {"eval/loss": "1"}}), "metrics is of another type"),
+        (json.dumps(SUMMARY | {"status": "no"}), "is not the directory of a finished run"),
+    ],
+)
+def test_a_summary_of_another_shape_is_named(tmp_path, text, said):
+    (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(UserError, match=said):
+        read_summary(tmp_path)
+    (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
+    assert read_summary(tmp_path) == SUMMARY
 
 
 def test_missing_config_is_a_mistake():

@@ -14,7 +14,13 @@ import pytest
 
 from rlhf_jax.errors import NoRoom, UserError
 from rlhf_jax.training import checkpoint
-from rlhf_jax.training.checkpoint import Checkpoints, load_params, save_params, verify
+from rlhf_jax.training.checkpoint import (
+    Checkpoints,
+    load_document,
+    load_params,
+    save_params,
+    verify,
+)
 from rlhf_jax.training.mesh import make_mesh
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.state import init_state
@@ -139,6 +145,48 @@ def test_leftovers_go_and_damage_is_set_aside(checkpoints, tmp_path):
     with pytest.raises(UserError, match="no whole checkpoint is left"):
         again.restore(make_state())
     again.close()
+
+
+def test_a_checkpoint_under_another_name_is_not_the_newest(checkpoints):
+    for step in (1, 2):
+        save(checkpoints, step)
+    checkpoints.wait()
+    (checkpoints.directory / "00000001").rename(checkpoints.directory / "00000009")
+    (checkpoints.directory / "30").mkdir()  # no name of ours
+    assert checkpoints.restore(make_state()).meta["step"] == 2
+    (said,) = checkpoints.said
+    assert "00000009 is damaged (its meta.json is of step 1)" in said
+
+
+OTHER_SHAPES = ("[]", "3", "null", '"x"', "{}", '{"a": 1, "a": 1}')
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "meta.json", "data.json"])
+def test_documents_of_another_shape_are_named(checkpoints, name):
+    for step in (1, 2):
+        save(checkpoints, step)
+    checkpoints.wait()
+    path = checkpoints.directory / "00000002"
+    whole = (path / name).read_text()
+    for text in [*OTHER_SHAPES, whole[:-1], whole.replace(" ", "", 1)]:
+        (path / name).write_text(text)
+        assert name in verify(path), text
+        if name == "meta.json" and text in OTHER_SHAPES:
+            (path / "manifest.json").unlink()
+            checkpoint.seal(path)  # with a manifest that says it must be so
+            assert name in verify(path), text
+    (path / name).write_text("[]")
+    assert checkpoints.restore(make_state()).meta["step"] == 1
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "data.json"])
+@pytest.mark.parametrize("text", OTHER_SHAPES)
+def test_documents_of_final_parameters_of_another_shape_are_named(tmp_path, name, text):
+    save_params(tmp_path, {"x": jnp.zeros(2)}, {"old": True})
+    (tmp_path / name).write_text(text)
+    for load in (load_params, load_document):
+        with pytest.raises(UserError, match=name):
+            load(tmp_path)
 
 
 def test_a_newer_format_is_refused_by_name(checkpoints):

@@ -72,7 +72,7 @@ def test_what_would_change_the_run_is_refused_and_said_once(tmp_path, capsys):
     begun(tmp_path)
     with (
         pytest.raises(UserError, match=r"something else \(data.train: 'town' -> 'hh'\); --rerun"),
-        RunDirectory(tmp_path, changed("data", "train", "hh"), allow_changes=True),
+        RunDirectory(tmp_path, changed("data", "train", "hh")),
     ):
         pass
     assert not capsys.readouterr().out
@@ -223,12 +223,10 @@ def test_what_changes_no_number_is_free(tmp_path, capsys):
     assert json.loads((tmp_path / "config.json").read_text())["train"]["log_every"] == 7
 
 
-def test_steps_and_learning_rate_change_when_the_user_says_so(tmp_path):
+def test_a_longer_run_is_another_run(tmp_path):
     begun(tmp_path)
     longer = changed("train", "steps", 50)
     with pytest.raises(UserError, match=r"train\.steps: 5 -> 50"), RunDirectory(tmp_path, longer):
-        pass
-    with RunDirectory(tmp_path, longer, allow_changes=True):
         pass
 
 
@@ -238,11 +236,22 @@ def test_many_differences_are_counted():
     assert tell_changes(many, limit=2) == "seed: 0 -> 1, 0.py has changed and 7 more"
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", "3"])
-def test_a_config_that_is_no_object_is_a_user_error(tmp_path, text):
+@pytest.mark.parametrize("name", ["config.json", "made_from.json"])
+@pytest.mark.parametrize("text", ["[1]", "{", "3", "null", '{"code": [], "code": {}}'])
+def test_a_file_that_is_no_object_is_a_user_error(tmp_path, name, text):
     begun(tmp_path)
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"config\.json"), RunDirectory(tmp_path, CONFIG):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=name), RunDirectory(tmp_path, CONFIG):
+        pass
+
+
+@pytest.mark.parametrize("changes", [{"code": []}, {"version": 1}, {"parents": {"policy": []}}])
+def test_a_made_from_of_another_shape_is_a_user_error(tmp_path, changes):
+    begun(tmp_path, MADE_FROM)
+    (tmp_path / "made_from.json").write_text(json.dumps(MADE_FROM | changes))
+    (name,) = changes
+    said = rf"made_from\.json is not as this package writes it: {name} is of another type"
+    with pytest.raises(UserError, match=said), RunDirectory(tmp_path, CONFIG, MADE_FROM):
         pass
 
 

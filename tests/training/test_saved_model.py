@@ -54,6 +54,28 @@ def test_a_field_this_version_lacks_is_named(tmp_path):
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"config": []},
+        {"config": {}},
+        {"tokenizer_hash": 1},
+        {"normalization": [1]},
+        {"normalization": ["x", 1]},
+        {"adapter": {"rank": 2}},
+        {"adapter": {}, "base": {"directory": "x"}},
+        {"adapter": {"size": 2}, "base": {"directory": "x", "fingerprint": "y"}},
+    ],
+)
+def test_a_document_of_another_shape_is_named(tmp_path, changes):
+    model = Model(SMALL, transformer.init(SMALL, jax.random.key(0)), train_chars("abc"))
+    save_model(tmp_path, model)
+    params, document = load_params(tmp_path / "model")
+    save_params(tmp_path / "model", params, document | changes)
+    with pytest.raises(UserError, match=r"data\.json is not as this package writes it"):
+        load_model(tmp_path)
+
+
 def test_ids_that_no_word_has_are_known(tmp_path, capsys):
     """Rows after the tokenizer's last id, and a gap before an added token with an id of its own."""
     given, run, out = (tmp_path / name for name in ("given", "run", "out"))
