@@ -231,6 +231,11 @@ class Checkpoints:
     def _remove_leftovers(self) -> None:
         for leftover in self.directory.glob("*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
+            for _ in range(20):  # TensorStore may still write what belongs to a save that failed
+                if not leftover.exists():
+                    break
+                time.sleep(0.05)
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def save_params(directory: str | os.PathLike, params, document: Mapping[str, Any]) -> None:

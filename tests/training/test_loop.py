@@ -159,7 +159,9 @@ def test_the_cause_is_told_from_the_metrics_of_a_step_of_several_updates(tmp_pat
         "train/consecutive_skipped": 6, "train/loss": np.nan, "train/weight": 1,
         "objective/kl": 0.5, "objective/scores": 7, "val/grad_norm": 1,
     } | values  # fmt: skip
-    rows = [{"segment_ids": np.ones(1), "row_ids": np.array([10 * n])} for n in range(1, 10)]
+
+    def row(index, batch):
+        return {"segment_ids": np.ones(1), "row_ids": np.array([10 * index])}
 
     def step(state, batch):
         found = values if batch["row_ids"] == 90 else {"train/consecutive_skipped": 0}
@@ -167,7 +169,7 @@ def test_the_cause_is_told_from_the_metrics_of_a_step_of_several_updates(tmp_pat
 
     with RunDirectory(tmp_path, {}) as run, pytest.raises(UserError, match=message):
         loop.train(
-            {}, step, iter(rows), steps=9, run=run, max_skipped=6, checkpoint_every=99,
+            {}, step, model.Batches(row), steps=9, run=run, max_skipped=6, checkpoint_every=99,
             tensorboard=False,
         )  # fmt: skip
 
