@@ -14,6 +14,7 @@ from rlhf_jax.evaluation.statistics import wilson_interval
 from rlhf_jax.main import main
 from rlhf_jax.stages.chain import load_config, pick_samples, prepare, summary_rows
 from rlhf_jax.stages.common import read_summary
+from rlhf_jax.training.checkpoint import seal
 from rlhf_jax.training.model import load_model
 from tests.stages.conftest import run_main
 
@@ -167,6 +168,8 @@ def test_parent_trained_anew_is_noticed(chain, tmp_path):
         shutil.copytree(runs / name, tmp_path / name)
     path = tmp_path / "sft/model/data.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": "0" * 12}))
+    (path.parent / "manifest.json").unlink()
+    seal(path.parent)
     result = run_main(f"--config={experiments}/dpo.py", f"--workdir={tmp_path}/dpo")
     assert result.returncode == 2 and "(the model of init.policy has changed)" in result.stderr
 
