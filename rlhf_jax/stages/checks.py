@@ -34,7 +34,7 @@ from rlhf_jax.stages.rollouts import truncation
 from rlhf_jax.training.objectives import ADVANTAGES, PLACEMENTS, parse_options
 from rlhf_jax.training.optimizer import make_optimizer
 
-_LEAST = {  # of numbers that count something
+_LEAST = {  # of whole numbers that count something
     1: (
         *("batch.rows", "batch.microbatches", "train.steps", "train.epochs", "train.minibatches"),
         *("train.log_every", "train.checkpoint_every", "train.max_skipped", "data.row_length"),
@@ -43,8 +43,8 @@ _LEAST = {  # of numbers that count something
         *("best_of_n.n", "best_of_n.prompts", "normalize.max_new_tokens"),
     ),
     0: (
-        *("train.eval_every", "train.checkpoint_minutes", "rollout.resample"),
-        *("rollout.max_staleness", "normalize.prompts", "kl.exact_rows", "eval.during"),
+        *("train.eval_every", "rollout.resample", "rollout.max_staleness"),
+        *("normalize.prompts", "kl.exact_rows", "eval.during"),
     ),
 }
 
@@ -53,7 +53,7 @@ _INTERVALS = {  # of other numbers; an optimizer's are in training/optimizer.py
         *("loss.z_loss", "loss.centering", "loss.sft_coefficient", "loss.entropy_coefficient"),
         *("loss.ptx_coefficient", "kl.coefficient", "critic.value_clip", "advantage.eps"),
         *("advantage.ddof", "reward.ensemble_k", "rollout.missing_eos_penalty"),
-        "eval.temperature",
+        *("eval.temperature", "train.checkpoint_minutes"),
     ),
     "(0, inf)": ("loss.beta", "loss.importance_cap", "reward.timeout_seconds"),
     "[0, 1)": ("loss.label_smoothing", "train.ema_decay", "data.max_bad_fraction"),
