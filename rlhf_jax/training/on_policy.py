@@ -467,9 +467,7 @@ def _by_sequence(divergence: jax.Array, rows: Arrays) -> tuple[float, float]:
     return float(total / count), count
 
 
-def _mismatch(
-    arrays: Mapping[str, np.ndarray], mask: np.ndarray
-) -> dict[str, tuple[float, float]]:
+def _mismatch(arrays: Mapping[str, np.ndarray], mask: np.ndarray) -> dict[str, tuple[float, float]]:
     """How far the sampler's log-probs are from those of the function that trains, with weights."""
     gap = np.where(mask > 0, arrays["old_logprobs"] - arrays["behaviour_logprobs"], 0)
     tokens = float(mask.sum())
