@@ -9,7 +9,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from rlhf_jax.errors import EXIT_DONE, EXIT_USER, UserError, lack_of_memory
+from rlhf_jax.errors import (
+    EXIT_DONE,
+    EXIT_RESUMABLE,
+    EXIT_USER,
+    NoRoom,
+    UserError,
+    lack_of_memory,
+    lack_of_room,
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,7 +50,11 @@ def run(
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER
     except Exception as error:
-        asked = lack_of_memory(error)
+        full, asked = lack_of_room(error), lack_of_memory(error)
+        if full is not None:
+            shortage = error.shortage if isinstance(error, NoRoom) else f"no room: {full}"
+            print(f"stopped: {shortage}; make room and run it again", file=sys.stderr)
+            return EXIT_RESUMABLE
         if asked is None:
             raise
         print(f"error: memory ran out: {asked}", file=sys.stderr)

@@ -90,19 +90,22 @@ def append_whole(file: int, data: bytes, path: Path) -> None:
 
 
 class _Lossy(io.FileIO):
-    """Takes what a full disk has no room for, and drops it."""
+    """Takes what a full disk has no room for, or nobody reads any more, and drops it."""
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError as error:
-            if lack_of_room(error) is None:
+            if lack_of_room(error) is None and not isinstance(error, BrokenPipeError):
                 raise
             return memoryview(data).nbytes
 
 
 def tolerate_full_logs() -> None:
-    """Has what this process prints be lost when it goes to a file on a full disk, not end it."""
+    """Has what this process prints be lost, not end it, where it has no room or no reader.
+
+    That is a file on a full disk, or a pipe whose reader is gone: Ctrl-C ends a `| tee` too.
+    """
     for name in ("stdout", "stderr"):
         before = getattr(sys, name)
         if before is None:  # it was closed before this process began

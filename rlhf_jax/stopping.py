@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rlhf_jax.errors import EXIT_AT_ONCE, Preempted
 
@@ -97,6 +97,7 @@ def _count(read: int) -> None:
     while numbers := os.read(read, 16):
         came += sum(number in _SIGNALS for number in numbers)
         if came > 1:
-            os.write(2, _AT_ONCE)
+            with suppress(OSError):  # nobody reads it, or its disk is full
+                os.write(2, _AT_ONCE)
             os._exit(EXIT_AT_ONCE)
     os.close(read)

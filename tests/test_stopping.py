@@ -67,6 +67,20 @@ def test_a_second_signal_ends_a_process_at_once_whatever_it_does(busy):
     )
 
 
+def test_a_second_signal_ends_a_process_that_nobody_listens_to():
+    process = process_that("while True: pass")
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    try:
+        assert process.wait(5) == 130
+    finally:
+        process.kill()
+
+
 def test_a_first_signal_raises_at_the_next_point_alone():
     process = process_that("""
 while not stop_asked():

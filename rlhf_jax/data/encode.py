@@ -209,8 +209,8 @@ def add_mismatched(
         with naming(record.id):
             if other is None:
                 raise UserError(
-                    "kto needs replies to two prompts or more, since its reference is a reply to "
-                    "another one, and all that could be it are to this prompt"
+                    "kto needs replies to two prompts or more: it sets a reply to another prompt "
+                    "beside each record, and all replies that it could take are to this one"
                 )
             lender = records[other]
             text = lender.chosen if isinstance(lender, Pair) else lender.messages[-1].content

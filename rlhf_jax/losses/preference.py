@@ -181,8 +181,9 @@ def unpaired_kto(
 def kto_baseline(logprobs: jax.Array, ref_logprobs: jax.Array, weights: jax.Array) -> jax.Array:
     """KTO's reference point z₀ = max(0, Σ wᵢ·(lpᵢ − lp_refᵢ) / Σ wᵢ), scalar nats, no gradient.
 
-    logprobs, ref_logprobs: [N] of mismatched pairs, the response of row i+1 scored after prompt i.
-    All pairs of a batch together: those of a part give another point, and the clamp at 0 is last.
+    logprobs, ref_logprobs: [N] of replies to other prompts, each scored after a prompt that it does
+    not answer. They are those of the whole batch, since its parts have other means and the clamp at
+    0 comes last.
     """
     check_rank("logprobs", logprobs, 1)
     check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, weights=weights)

@@ -8,7 +8,6 @@ at every evaluation, because that is where over-optimisation shows.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +19,10 @@ from ml_collections import ConfigDict
 
 from rlhf_jax.data.pipeline import make_dataset, make_iterator
 from rlhf_jax.data.town.gold import gold_score, is_correct
-from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.rows import response_logprobs
 from rlhf_jax.evaluation.statistics import bootstrap_interval
 from rlhf_jax.files import read_lines
+from rlhf_jax.json_files import check_fields, read_object
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.stages.chat import evaluate_chat
 from rlhf_jax.stages.common import (
@@ -129,17 +128,8 @@ def finish(
     """The metrics of a run's last evaluation and of its greedy answers; writes what is reported.
 
     `before`: the evaluation of the model it started from, the first point of every curve.
-
-    Raises:
-        UserError: metrics.jsonl has lost the last evaluation.
     """
     evaluations = [line for line in read_metrics(run / "metrics.jsonl") if "eval/kl" in line]
-    if not evaluations or evaluations[-1]["step"] != config.train.steps:
-        newest = run / "checkpoints" / f"{config.train.steps:08d}"
-        raise UserError(
-            f"{run}/metrics.jsonl has no evaluation of step {config.train.steps}, its line was "
-            f"damaged; delete {newest} and run the same command to have it again"
-        )
     report = _report(run, [before, *evaluations])
     metrics = evaluate_chat(config, run, model, start, further=report)
     last = {k: v for k, v in evaluations[-1].items() if k.startswith("eval/")}
@@ -177,7 +167,10 @@ def first_evaluation(
 ) -> dict[str, float]:
     """That of the model a run starts from; a resumed run whose evaluation is the same reads it."""
     path = run.path / "before.json"
-    kept = json.loads(path.read_text()) if path.exists() else {}
+    kept: dict[str, Any] = {}
+    if path.exists():
+        kept = read_object(path)
+        check_fields(path, kept, {"config_hash": str, "metrics": {"name": int | float}})
     if kept.get("config_hash") != run.config_hash:
         metrics = evaluate(config, run.path, policy, policy, held_out, judge, 0)
         kept = {"config_hash": run.config_hash, "metrics": metrics}
@@ -334,7 +327,7 @@ def _report(run: Path, evaluations: list[dict[str, float]]) -> dict[str, Any]:
     }
     plots = [figure]
     if (run / "histograms.json").exists():
-        values = json.loads((run / "histograms.json").read_text())
+        values = read_object(run / "histograms.json")
         xlabel = "of a token, last iteration"
         for title, names in (
             ("Advantages", ("advantages",)),

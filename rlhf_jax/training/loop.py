@@ -262,8 +262,8 @@ def _cause(values: Mapping[str, float], model: str, moved: float, rows: Mapping[
     look = f"Look at these row_ids of the data, by step: {rows}"
     if loss is None or values.get("train/weight", 1) <= 0:
         names = ("rewards/failures", "completions/masked", "rollout/zero_std_groups", "pairs/tied")
-        told = [f"{name} = {values[name]:g}" for name in names if name in values]
-        return f"nothing in them has weight. {'; '.join([*told, look])}"
+        told = ", ".join(f"{name} = {values[name]:g}" for name in names if name in values)
+        return f"nothing in them has weight{told and f' ({told})'}. {look}"
     largest, kl = values.get("advantages/max", 0.0), values.get("objective/kl", 0.0)
     if math.isfinite(kl) and not largest < LARGEST_ADVANTAGE:
         return (

@@ -146,7 +146,7 @@ def advantages(
     if options.whiten:
         result = whiten(result, mask, ddof=int(options.ddof))
     made = {"advantages": result, "returns": returns}
-    return made, Metrics.of(metrics, _counts(sampled, metrics))
+    return made, Metrics.of(metrics, _counts(config, sampled, metrics))
 
 
 def policy_objective(
@@ -280,12 +280,18 @@ def _sampled_metrics(
     return metrics
 
 
-def _counts(sampled: Sampled, metrics: Iterable[str]) -> dict[str, Any]:
+def _counts(config: ConfigDict, sampled: Sampled, metrics: Iterable[str]) -> dict[str, Any]:
     """What the metrics are means over, by name; 1 for those of all that was sampled."""
     tokens = (sampled.mask * sampled.weights[:, None]).sum()
     of_section = {"objective": sampled.weights.sum(), "advantages": tokens, "val": tokens}
     counts = {name: of_section.get(name.partition("/")[0], 1.0) for name in metrics}
-    return counts | {"objective/kl_coefficient": 1.0}
+    ended = sampled.finished.sum()
+    return counts | {
+        "objective/kl_coefficient": 1.0,
+        "completions/mean_terminated_length": ended,
+        "completions/mean_truncated_length": len(sampled.finished) - ended,
+        "reward_std": sampled.weights.reshape(-1, config.rollout.samples).any(-1).sum(),
+    }
 
 
 def _mean(values: jax.Array, weights: jax.Array) -> jax.Array:

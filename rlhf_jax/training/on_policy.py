@@ -264,8 +264,8 @@ def make_iteration(
         if number == 0 and from_reference:
             _check_start(arrays, rollouts.mask, task.dtype)
         measured = exactly | _mismatch(arrays, rollouts.mask)
-        of_rollout = weighted(rollouts.metrics) | weighted(measured)
-        whole = joined(weighted(metrics), of_updates, of_rollout)
+        of_rollout = weighted(rollouts.metrics)
+        whole = joined(weighted(metrics), of_updates, of_rollout, measured)
         last.update(rollouts=rollouts, arrays=arrays)
         count = float(rollouts.weights.sum())
         after = OnPolicyState(
@@ -460,21 +460,23 @@ def _some_rows(rows: Arrays, config: ConfigDict, number: int) -> Arrays:
     return {name: x[chosen] for name, x in rows.items()}
 
 
-def _by_sequence(divergence: jax.Array, rows: Arrays) -> float:
-    """Full-vocabulary KL [R, M] summed over targets, a sequence."""
+def _by_sequence(divergence: jax.Array, rows: Arrays) -> tuple[float, float]:
+    """Full-vocabulary KL [R, M] summed over targets, a sequence, and how many these are."""
     total = (np.asarray(divergence) * (rows["weights"] > 0)).sum()
-    return float(total / (rows["members"] >= 0).sum())
+    count = float((rows["members"] >= 0).sum())
+    return float(total / count), count
 
 
-def _mismatch(arrays: Mapping[str, np.ndarray], mask: np.ndarray) -> dict[str, float]:
-    """How far the sampler's log-probs are from those of the function that trains."""
+def _mismatch(arrays: Mapping[str, np.ndarray], mask: np.ndarray) -> dict[str, tuple[float, float]]:
+    """How far the sampler's log-probs are from those of the function that trains, with weights."""
     gap = np.where(mask > 0, arrays["old_logprobs"] - arrays["behaviour_logprobs"], 0)
+    tokens = float(mask.sum())
     return {
-        "rollout/logprob_difference": float(np.abs(gap).max()),
-        "rollout/logprob_difference_mean": float(np.abs(gap).sum() / mask.sum()),
-        "rollout/kl_k3": float((np.expm1(gap) - gap).sum() / mask.sum()),
-        "rollout/ratio_max": float(np.exp(gap.max())),
-        "objective/entropy": float((arrays["entropy"] * mask).sum() / max(len(mask), 1)),
+        "rollout/logprob_difference": (float(np.abs(gap).max()), 1.0),
+        "rollout/logprob_difference_mean": (float(np.abs(gap).sum() / tokens), tokens),
+        "rollout/kl_k3": (float((np.expm1(gap) - gap).sum() / tokens), tokens),
+        "rollout/ratio_max": (float(np.exp(gap.max())), 1.0),
+        "objective/entropy": (float((arrays["entropy"] * mask).sum() / max(len(mask), 1)), 1.0),
     }
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
 
 import pytest
 
+from rlhf_jax.commands import Parser
+from rlhf_jax.commands import run as run_command
+from rlhf_jax.errors import NoRoom
 from tests.stages.conftest import run_main
 from tests.training.script import fill
 
@@ -51,6 +55,22 @@ def killed(experiments, tmp_path_factory):
     for name in ("samples.jsonl", "evaluation.json", "report.html"):
         (folder / "run" / name).unlink()
     return arguments, folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (NoRoom("/compare.html", 9, "No space left on device"), r"no room for /.* 9 bytes needed,"),
+        (OSError(errno.ENOSPC, "No space left on device"), "no room: No space left on device;"),
+    ],
+)
+def test_a_small_command_says_what_has_no_room(error, said, capsys):
+    def command(given):
+        raise error
+
+    assert run_command(Parser(), command, []) == 75
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"stopped: {said}", line) and line.endswith("; make room and run it again")
 
 
 @pytest.mark.slow

@@ -52,7 +52,8 @@ def test_ppo_reports_what_a_researcher_watches(chain):
     _, runs = chain
     logged = lines(runs / "ppo/metrics.jsonl")
     assert [line["step"] for line in logged] == [1, 2, 3, 4]
-    assert set(logged[0]) >= {
+    # No answer ended in some of the iterations, and all in others.
+    assert set().union(*logged) >= {
         "objective/kl", "objective/kl_k2", "objective/kl_k3", "objective/kl_exact",
         "objective/entropy", "objective/scores", "objective/rlhf_reward",
         "objective/non_score_reward", "objective/kl_coefficient",
@@ -345,7 +346,7 @@ def test_a_run_whose_rewards_all_fail_names_them_and_its_iterations(chain, tmp_p
     )
     assert result.returncode == 2, result.stderr[-2000:]
     said = "error: steps 1 to 2 end in 8 skipped updates, which left the parameters as they were: "
-    assert f"{said}nothing in them has weight. rewards/failures = 8" in result.stderr
+    assert f"{said}nothing in them has weight (rewards/failures = 8" in result.stderr
     (logged,) = lines(runs / "unscored/metrics.jsonl")
     assert not any(n.startswith(("rewards/total", "policy/", "val/mean")) for n in logged)
 
@@ -479,6 +480,13 @@ def test_the_first_evaluation_is_read_back_by_the_same_run_only(tmp_path, monkey
             return policy.first_evaluation(None, run, None, None, None)["eval/kl"]
 
     assert [first(8), first(8), first(9), first(9)] == [1, 1, 2, 2]
+    for text, said in {
+        "[]": "must hold a JSON object",
+        '{"metrics": {}}': "has no config_hash",
+    }.items():
+        (tmp_path / "before.json").write_text(text)
+        with pytest.raises(UserError, match=rf"before\.json .*{said}"):
+            first(9)
 
 
 def test_a_damaged_line_of_the_timeline_costs_that_step(tmp_path, caplog):
@@ -499,13 +507,3 @@ def test_a_damaged_line_of_the_timeline_costs_that_step(tmp_path, caplog):
     assert path.read_bytes() == first + last
     path.write_text("{")
     assert policy._report(tmp_path, [{"eval/kl": 0.0}])["timeline"] == []
-
-
-@pytest.mark.parametrize("lines", ["", '{"step": 2, "eval/kl": 1}\n', '{"step": 4, "eval/k\n'])
-def test_the_last_evaluation_is_never_another_steps(tmp_path, lines):
-    (tmp_path / "metrics.jsonl").write_text(lines)
-    config = ConfigDict({"train": {"steps": 4}})
-    with pytest.raises(
-        UserError, match=r"no evaluation of step 4, .* delete .*checkpoints/00000004"
-    ):
-        policy.finish(config, tmp_path, None, tmp_path, {})

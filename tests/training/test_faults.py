@@ -314,6 +314,25 @@ for number in range(1000):
     assert (tmp_path / "log").read_text().startswith("line 0\nli")
 
 
+def test_a_log_that_nobody_reads_any_more_ends_nothing():
+    """As in `… | tee log`, of which Ctrl-C ends both."""
+    code = """
+import sys
+from rlhf_jax.files import tolerate_full_logs
+tolerate_full_logs()
+sys.stdin.read()
+for number in range(1000):
+    print(f"line {number}", flush=number % 2)
+    print(f"line {number}", file=sys.stderr)
+sys.exit(75)
+"""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
+    for pipe in (process.stdout, process.stderr, process.stdin):
+        pipe.close()
+    assert process.wait(60) == 75
+
+
 def test_a_second_run_and_a_changed_config_exit_2(tmp_path):
     process = subprocess.Popen(
         [*COMMAND, str(tmp_path)], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL

@@ -271,6 +271,25 @@ def test_a_critic_without_a_counted_value_has_no_means():
         np.testing.assert_allclose(line[name], expected, rtol=1e-6, err_msg=name)
 
 
+def test_a_mean_of_answers_of_which_there_are_none_is_left_out():
+    config, task, start = table("grpo")
+
+    def rollout(params, batch, number):  # none of the first iteration ended, nor counts
+        found = task.rollout(params, batch, number)
+        finished = np.full_like(found.finished, number)
+        return dataclasses.replace(found, finished=finished, weights=found.weights * number)
+
+    state, first, iteration = steps(config, dataclasses.replace(task, rollout=rollout), start, 1)
+    _, second = iteration.step(state, {})
+    means = Means()
+    for metrics in (first, second):
+        means.add(*fetch(metrics))
+    line = means.take()
+    assert line["completions/mean_terminated_length"] == second["completions/mean_length"]
+    assert line["completions/mean_truncated_length"] == first["completions/mean_length"]
+    assert "reward_std" not in first and line["reward_std"] == second["reward_std"] > 0
+
+
 def test_equal_scores_teach_nothing():
     config, task, start = table("dr_grpo", kl={"placement": "none"})
 
