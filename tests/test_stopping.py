@@ -81,6 +81,23 @@ def test_a_second_signal_ends_a_process_that_nobody_listens_to():
         process.kill()
 
 
+def test_ctrl_c_leaves_the_process_of_a_template_alone():
+    code = """
+import os, signal, time
+from rlhf_jax.data.template import Template
+from rlhf_jax.stopping import listen, stop_asked
+listen()
+template = Template("{{ messages[0].content }}", {})
+print(template.render([{"content": "a"}]))
+os.killpg(0, signal.SIGINT)
+time.sleep(0.3)
+print(template.render([{"content": "b"}]), stop_asked())
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
+    assert done.stdout == "a\nb True\n", done.stderr
+
+
 def test_a_first_signal_raises_at_the_next_point_alone():
     process = process_that("""
 while not stop_asked():

@@ -76,6 +76,7 @@ class Template:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C in a terminal is for this process alone
             )
             self._process = process
             weakref.finalize(self, _end, process)

@@ -52,7 +52,7 @@ def test_ppo_reports_what_a_researcher_watches(chain):
     _, runs = chain
     logged = lines(runs / "ppo/metrics.jsonl")
     assert [line["step"] for line in logged] == [1, 2, 3, 4]
-    # No answer ended in some of the iterations, and all in others.
+    # An iteration in which no answer ended has no mean length of those that did.
     assert set().union(*logged) >= {
         "objective/kl", "objective/kl_k2", "objective/kl_k3", "objective/kl_exact",
         "objective/entropy", "objective/scores", "objective/rlhf_reward",
