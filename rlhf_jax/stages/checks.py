@@ -35,6 +35,7 @@ from rlhf_jax.training.objectives import ADVANTAGES, PLACEMENTS, parse_options
 from rlhf_jax.training.optimizer import make_optimizer
 
 _LEAST = {  # of whole numbers that count something
+    2: ("train.keep_last",),
     1: (
         *("batch.rows", "batch.microbatches", "train.steps", "train.epochs", "train.minibatches"),
         *("train.log_every", "train.checkpoint_every", "train.max_skipped", "data.row_length"),

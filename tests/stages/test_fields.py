@@ -215,7 +215,7 @@ def test_a_count_below_its_least_is_refused(stage):
         config = defaults.fields_of(stage)
         section, _, field = name.partition(".")
         config[section][field] = -1
-        with pytest.raises(UserError, match=rf"config: {name} = -1 must be at least [01]"):
+        with pytest.raises(UserError, match=rf"config: {name} = -1 must be at least [012]"):
             checks.check(config)
 
 
