@@ -464,6 +464,8 @@ def text_rollout(
     }
     if each > 1:  # of all that were judged, those left out too
         metrics["frac_reward_zero_std"] = uniform / max(judged, 1), judged
+        if not weights.any():  # all that were judged were dropped, because it is 0
+            metrics["reward_std"] = 0.0, judged
     finished, lengths = _ends(samples)
     scores = np.where(weights, np.nan_to_num(total), 0.0)
     return Rollouts(
