@@ -54,7 +54,8 @@ def main() -> None:
     given = parser.parse_args()
     wanted = given.only.split(",")
     lines = [["work", "ours, units/s", "before", "ratio (spread)"]]
-    for row in {(r.work, r.shape, r.both, r.ours): r for r in ROWS if r.work != "start"}.values():
+    of_ours = {(r.work, r.shape, r.both, r.ours): r for r in reversed(ROWS) if r.work != "start"}
+    for row in reversed(of_ours.values()):
         if row.work in wanted or row.name in wanted:
             lines.append(cells(row.name, in_turns(row, given.checkout, given.rounds)))
             print(" | ".join(lines[-1]), flush=True)
