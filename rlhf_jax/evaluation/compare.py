@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from pathlib import Path
@@ -26,6 +25,7 @@ from rlhf_jax.evaluation.frontier import frontier, peak
 from rlhf_jax.evaluation.page import template
 from rlhf_jax.evaluation.report import SAMPLES, Run, flatten, number, read_run
 from rlhf_jax.evaluation.tables import format_seconds, print_summary, printable, prompt_text
+from rlhf_jax.files import write_whole
 
 COLUMNS = (
     "run", "stage", "steps", "wall time", "gold reward", "proxy reward", "√KL", "KL",
@@ -74,17 +74,14 @@ def write_comparison(comparison: Comparison, path: str | os.PathLike[str]) -> Pa
 
     Raises:
         UserError: when there cannot be a file at `path`.
+        NoRoom: the disk is full.
     """
     out = Path(path)
     if not out.name:
         raise UserError(f"cannot write {str(path)!r}: it names no file")
-    temporary = out.with_name(f"{out.name}.tmp")
     try:
-        temporary.write_text(render(comparison), encoding="utf-8")
-        os.replace(temporary, out)
+        write_whole(out, render(comparison).encode())
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise UserError(f"cannot write {out}: {error.strerror}") from error
     return out
 

@@ -23,7 +23,7 @@ from rlhf_jax.training.progress import Clock, Progress
 from rlhf_jax.training.rundir import RunDirectory, fault_point
 from rlhf_jax.training.state import release
 
-# Of which a batch's squares still have a sum in float32.
+# The squares of larger ones, summed over a batch, may overflow float32.
 LARGEST_ADVANTAGE = 1e16
 Evaluation = tuple[int, Callable[[Any], Mapping[str, float]]]
 

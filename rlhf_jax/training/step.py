@@ -32,11 +32,11 @@ from rlhf_jax.training.state import TrainState
 @partial(jax.tree_util.register_dataclass, data_fields=("sums", "values"), meta_fields=("finish",))
 @dataclass(frozen=True)
 class Coupled:
-    """The (total, weight), for so it unpacks, of a loss that is no sum over parts of a batch.
+    """What a loss returns in place of (total, weight) if it is no sum over parts of a batch.
 
     A mean that is clamped, a quotient or a sorting of all rows is such a loss. Where a batch is
-    split the step collects the values of all parts before it goes through them once more for their
-    gradients.
+    split, the step first collects the values of all parts, and then goes through the parts once
+    more for their gradients. It unpacks as (total, weight).
 
     Attributes:
       sums: (total, weight) of the rows at hand, as if they were the whole batch.
