@@ -203,7 +203,7 @@ def training_flops(point: Point) -> float:
 
 def draw(results: dict[str, list[Result]]) -> str:
     """The figure as SVG: time a token, and what of the processor that uses, by doublings."""
-    from rlhf_jax.evaluation.figure import LINES, figure, label_axes, legend, tick
+    from rlhf_jax.report.figure import LINES, figure, label_axes, legend, tick
 
     series = {
         name: [

@@ -28,9 +28,9 @@ import numpy as np
 
 from rlhf_jax.data.tokenizer import Tokenizer, train_bpe
 from rlhf_jax.export import export
+from rlhf_jax.hub.hf_config import read_config
 from rlhf_jax.models import apply, init, logits
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.models.hf_config import read_config
 from rlhf_jax.training.model import Model, save_model
 
 CLOSE = 5e-3  # nats; llama.cpp's tables of GELU are in half precision

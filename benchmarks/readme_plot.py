@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.evaluation.plots import draw
+from rlhf_jax.report.plots import draw
 
 COMPARED = ("ppo", "grpo", "online_dpo", "best_of_n")
 

@@ -30,10 +30,10 @@ def export(
         UserError: there is no such model, no model type of transformers computes what it does, or
             `out` holds something already.
     """
+    from rlhf_jax.hub.hf_weights import stored_dtype, write_weights
+    from rlhf_jax.hub.peft import write_adapter
     from rlhf_jax.model_card import model_card
     from rlhf_jax.models import lora
-    from rlhf_jax.models.hf_weights import stored_dtype, write_weights
-    from rlhf_jax.models.peft import write_adapter
     from rlhf_jax.training.model import is_hub_directory, load_model
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -20,7 +20,7 @@ def test_code_is_what_a_stage_imports():
         set(code_of(f"rlhf_jax.stages.{name}")) for name in ("sft", "preference", "policy")
     )
     assert {"stages/sft.py", "losses/cross_entropy.py", "models/transformer.py"} <= sft
-    assert "data/town/families/manners.py" in sft  # by a package's __init__.py
+    assert "tasks/town/families/manners.py" in sft  # by a package's __init__.py
     assert "losses/preference.py" in preference - sft
     assert "losses/policy.py" in policy - sft
     # These run in processes of their own.
@@ -28,10 +28,10 @@ def test_code_is_what_a_stage_imports():
 
 
 def test_files_can_be_left_out_with_what_only_they_import():
-    whole = code_of("rlhf_jax.stages.oracle")
-    assert {"evaluation/report.py", "evaluation/plots.py"} <= set(whole)
-    part = code_of("rlhf_jax.stages.oracle", without=["evaluation/report.py"])
-    assert not {"evaluation/report.py", "evaluation/page.py"} & set(part)
+    whole = code_of("rlhf_jax.oracle.stage")
+    assert {"report/report.py", "report/plots.py"} <= set(whole)
+    part = code_of("rlhf_jax.oracle.stage", without=["report/report.py"])
+    assert not {"report/report.py", "report/page.py"} & set(part)
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from rlhf_jax.data.records import Message
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.errors import UserError
 from rlhf_jax.export import main
+from rlhf_jax.hub.hf_weights import write_weights
 from rlhf_jax.models import PRESETS, apply, init, logits, scores
-from rlhf_jax.models.hf_weights import write_weights
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.training.model import Model, as_trainable, load_model, save_model

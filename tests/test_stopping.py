@@ -17,8 +17,8 @@ from rlhf_jax.data.jsonl import read_jsonl
 from rlhf_jax.data.records import Conversation, Message, Pair, Text
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.errors import Preempted
-from rlhf_jax.evaluation.plots import curves
 from rlhf_jax.models import init
+from rlhf_jax.report.plots import curves
 from rlhf_jax.sampling import generate
 from rlhf_jax.stopping import listening
 from rlhf_jax.training.progress import tracked

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.data.records import Prompt
-from rlhf_jax.data.town.gold import GoldScore, gold_score, is_correct
 from rlhf_jax.evaluation.responses import Answer
 from rlhf_jax.evaluation.statistics import wilson_interval, win_rate
+from rlhf_jax.tasks.town.gold import GoldScore, gold_score, is_correct
 
 
 def gold_scores(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[GoldScore]:

@@ -38,10 +38,10 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.data.records import Prompt
-from rlhf_jax.data.town.gold import gold_score, is_correct
 from rlhf_jax.errors import UserError
 from rlhf_jax.rewards.answers import number
 from rlhf_jax.rewards.worker import Worker, WorkerFault
+from rlhf_jax.tasks.town.gold import gold_score, is_correct
 
 NAMES = ("model", "gold", "correct", "number", "math", "exact", "regex", "length")
 """The scorers that are no user's function."""

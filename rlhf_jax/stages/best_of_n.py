@@ -18,7 +18,6 @@ from ml_collections import ConfigDict
 
 from rlhf_jax.data.packing import Arrays, Document, pack_documents
 from rlhf_jax.data.pipeline import random_bits
-from rlhf_jax.data.town.gold import gold_score, is_correct
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.best_of_n import (
     best_of_n,
@@ -43,6 +42,7 @@ from rlhf_jax.stages.rollouts import (
     read_prompts,
     sample_answers,
 )
+from rlhf_jax.tasks.town.gold import gold_score, is_correct
 from rlhf_jax.training.model import Model, save_model
 from rlhf_jax.training.rundir import RunDirectory
 

@@ -21,11 +21,11 @@ from ml_collections import ConfigDict
 
 from rlhf_jax.digests import json_digest
 from rlhf_jax.errors import UserError, mistake_in
-from rlhf_jax.evaluation.report import METRICS, environment, read_samples, write_report
-from rlhf_jax.evaluation.tables import print_summary
+from rlhf_jax.report.report import METRICS, environment, read_samples, write_report
+from rlhf_jax.report.tables import print_summary
 from rlhf_jax.stages.checks import check
 from rlhf_jax.stages.common import ancestry, read_summary, settle_sources
-from rlhf_jax.stages.defaults import STAGES, fields_of
+from rlhf_jax.stages.defaults import STAGES, fields_of, module_of
 from rlhf_jax.stages.identity import made_from, resolved
 from rlhf_jax.stages.memory import naming_memory
 from rlhf_jax.stopping import stop_point
@@ -149,7 +149,7 @@ def _parent(parent: str, runs: Path, lineage: tuple[str, ...], rerun: bool) -> P
 
 
 def _run_stage(config: ConfigDict, held: RunDirectory, parents: Mapping[str, Path]) -> None:
-    stage = importlib.import_module(f"rlhf_jax.stages.{config.stage}")
+    stage = importlib.import_module(module_of(config.stage))
     metrics = stage.run(config, held, parents)
     origin = held.made_from
     meanwhile = changes(origin, made_from(config, parents) | {"commit": origin["commit"]})

@@ -18,7 +18,6 @@ from rlhf_jax.data.chat import render_prompt
 from rlhf_jax.data.encode import length_of_share
 from rlhf_jax.data.hub_tokenizer import HubTokenizer
 from rlhf_jax.data.records import Prompt
-from rlhf_jax.data.town.gold import GoldScore
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.gold import (
     correct_metrics,
@@ -42,6 +41,7 @@ from rlhf_jax.stages.common import (
     write_jsonl,
 )
 from rlhf_jax.stopping import stop_point
+from rlhf_jax.tasks.town.gold import GoldScore
 from rlhf_jax.training.model import Model, load_model
 
 

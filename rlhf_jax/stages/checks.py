@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from rlhf_jax.data.builders import check_name
 from rlhf_jax.data.chat_formats import chat_template
 from rlhf_jax.data.encode import check_stripped_turns
 from rlhf_jax.data.foreign import parse_columns
@@ -27,11 +26,12 @@ from rlhf_jax.losses.shaping import EOS_MODES, ESTIMATORS
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.rewards import parse_rewards
 from rlhf_jax.rewards.ensemble import COMBINATIONS
+from rlhf_jax.rl.objectives import ADVANTAGES, PLACEMENTS, parse_options
 from rlhf_jax.sampling.arguments import check_options
 from rlhf_jax.stages.common import parse_source, parse_sources
 from rlhf_jax.stages.defaults import SAMPLING, STAGES, fields_of, leaves
 from rlhf_jax.stages.rollouts import truncation
-from rlhf_jax.training.objectives import ADVANTAGES, PLACEMENTS, parse_options
+from rlhf_jax.tasks.builders import check_name
 from rlhf_jax.training.optimizer import make_optimizer
 
 _LEAST = {  # of whole numbers that count something

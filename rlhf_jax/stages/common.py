@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rlhf_jax.data.builders import check_name, load_records
 from rlhf_jax.data.chat import AnyTokenizer, control_texts
 from rlhf_jax.data.chat_formats import chat_template
 from rlhf_jax.data.encode import encode_texts
@@ -31,6 +30,7 @@ from rlhf_jax.json_files import SUMMARY_FIELDS, check_fields, read_object
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.fused_attention import check_attention
 from rlhf_jax.models.lora import AdapterConfig, has_adapter
+from rlhf_jax.tasks.builders import check_name, load_records
 from rlhf_jax.training.learner import make_learner
 from rlhf_jax.training.loop import train
 from rlhf_jax.training.mesh import batch_shards, make_mesh, placed

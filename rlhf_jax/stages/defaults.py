@@ -23,6 +23,11 @@ STAGES = (
 SAMPLING = ("policy", "online_preference", "best_of_n")  # which sample and score answers
 
 
+def module_of(stage: str) -> str:
+    """The module whose `run` is the stage."""
+    return "rlhf_jax.oracle.stage" if stage == "oracle" else f"rlhf_jax.stages.{stage}"
+
+
 def fields_of(stage: str) -> ConfigDict:
     """A config with every field of one of `STAGES`."""
     match stage:
@@ -57,7 +62,7 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
     if stage == "oracle":
         config.oracle = ConfigDict(
             {
-                "rows": "",  # names of stages/oracle_rows.py, separated by commas; none: all
+                "rows": "",  # names of oracle/rows.py, separated by commas; none: all
                 "table_steps": 350,
                 "transformer_steps": 60,
                 "preference_steps": 600,

@@ -26,21 +26,22 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rlhf_jax import __version__
-from rlhf_jax.data.builders import sources_digest
 from rlhf_jax.data.hub_data import load_rows
 from rlhf_jax.digests import ROOT as PACKAGE
 from rlhf_jax.digests import code_of, commit, file_digest
 from rlhf_jax.losses.policy import policy_options
 from rlhf_jax.losses.preference import loss_options
 from rlhf_jax.rewards import parse_rewards
+from rlhf_jax.rl.objectives import parse_options
 from rlhf_jax.stages.common import parse_source, parse_sources
+from rlhf_jax.stages.defaults import module_of
+from rlhf_jax.tasks.builders import sources_digest
 from rlhf_jax.training.model import fingerprint
-from rlhf_jax.training.objectives import parse_options
 from rlhf_jax.training.rundir import plain
 
 # Code that only shows what a run came to.
 SHOWING = tuple(
-    f"evaluation/{name}.py" for name in ("compare", "figure", "page", "plots", "report", "tables")
+    f"report/{name}.py" for name in ("compare", "figure", "page", "plots", "report", "tables")
 )
 _SPLITS = {
     "data.train": "train",
@@ -56,7 +57,7 @@ def made_from(config: ConfigDict, parents: Mapping[str, Path]) -> dict[str, Any]
     return {
         "version": __version__,
         "commit": commit(),
-        "code": code_of(f"rlhf_jax.stages.{config.stage}", without=SHOWING),
+        "code": code_of(module_of(config.stage), without=SHOWING),
         "contents": _contents(config),
         "parents": {role: fingerprint(path) for role, path in parents.items()},
     }

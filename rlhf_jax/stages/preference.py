@@ -34,6 +34,7 @@ from rlhf_jax.losses.preference import (
 from rlhf_jax.losses.reductions import weighted_sum
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import sequence_logprobs
+from rlhf_jax.rl.objectives import parse_options
 from rlhf_jax.stages.chat import evaluate_chat, held_out_prompts, sampled_metrics
 from rlhf_jax.stages.common import (
     Evaluated,
@@ -49,7 +50,6 @@ from rlhf_jax.stages.pairs import CHOSEN, MISMATCHED, REJECTED, pack_preferences
 from rlhf_jax.stages.reference_logprobs import reference_logprobs
 from rlhf_jax.stages.reward import label_metrics
 from rlhf_jax.training.model import save_model
-from rlhf_jax.training.objectives import parse_options
 from rlhf_jax.training.rundir import RunDirectory
 from rlhf_jax.training.step import Coupled
 

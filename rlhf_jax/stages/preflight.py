@@ -17,7 +17,7 @@ from rlhf_jax.data.packing import Group
 from rlhf_jax.data.records import Conversation, Pair, Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.statistics import auc, wilson_interval
-from rlhf_jax.evaluation.tables import format_percent, print_table, printable
+from rlhf_jax.report.tables import format_percent, print_table, printable
 from rlhf_jax.stages.chain import PARENTLESS, default_workdir, prepare
 from rlhf_jax.stages.common import (
     check_unrendered,

@@ -44,6 +44,8 @@ from rlhf_jax.rewards import (
     same_config,
     stack_members,
 )
+from rlhf_jax.rl.objectives import shape_scores
+from rlhf_jax.rl.on_policy import Rollouts, Task
 from rlhf_jax.sampling.generate import Completion, generate
 from rlhf_jax.stages.common import (
     Ties,
@@ -57,8 +59,6 @@ from rlhf_jax.stages.common import (
 from rlhf_jax.training.mesh import batch_shards
 from rlhf_jax.training.metrics import Metrics
 from rlhf_jax.training.model import Model, load_model
-from rlhf_jax.training.objectives import shape_scores
-from rlhf_jax.training.on_policy import Rollouts, Task
 from rlhf_jax.training.rundir import write_json
 
 SHORTEST = 16  # tokens a sequence: a row has places for no more of them than fit at that length

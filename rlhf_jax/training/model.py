@@ -24,10 +24,10 @@ from rlhf_jax.data.hub_tokenizer import HubTokenizer
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.digests import file_digest, json_digest
 from rlhf_jax.errors import UserError
+from rlhf_jax.hub.hf_config import read_config
+from rlhf_jax.hub.hf_weights import read_weights
 from rlhf_jax.json_files import check_fields, read_object
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.models.hf_config import read_config
-from rlhf_jax.models.hf_weights import read_weights
 from rlhf_jax.models.lora import (
     AdapterConfig,
     attach,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from rlhf_jax.data.town.town import Town
 from rlhf_jax.evaluation.gold import correct_metrics, correct_table, gold_metrics, gold_scores
 from rlhf_jax.evaluation.responses import Answer
+from rlhf_jax.tasks.town.town import Town
 
 PROMPTS = list(Town().prompts("heldout", 40))
 RIGHT = [Answer(p.meta["reference"], (1, 2), True) for p in PROMPTS]

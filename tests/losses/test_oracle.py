@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from rlhf_jax.data.enum121 import (
+from rlhf_jax.losses import (
+    REFERENCE_FREE,
+    bradley_terry,
+    mean,
+    preference_loss,
+    segment_logprobs,
+    token_cross_entropy,
+    token_statistics,
+)
+from rlhf_jax.oracle.enum121 import (
     ACTIONS,
     LENGTHS,
     MASK,
@@ -25,15 +34,6 @@ from rlhf_jax.data.enum121 import (
     logprobs,
     pair_law,
     tilt,
-)
-from rlhf_jax.losses import (
-    REFERENCE_FREE,
-    bradley_terry,
-    mean,
-    preference_loss,
-    segment_logprobs,
-    token_cross_entropy,
-    token_statistics,
 )
 
 BETA = 0.5

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.data import enum121 as world
 from rlhf_jax.evaluation.best_of_n import best_of_n_law
 from rlhf_jax.losses import (
     OBJECTIVES,
@@ -28,6 +27,7 @@ from rlhf_jax.losses import (
     reward_to_go,
     token_rewards,
 )
+from rlhf_jax.oracle import enum121 as world
 
 BETA = 0.5
 EXACT = world.gradient(world.GENERIC, BETA)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.data import enum121 as world
 from rlhf_jax.losses import (
     ESTIMATORS,
     adaptive_coefficient,
@@ -20,6 +19,7 @@ from rlhf_jax.losses import (
     token_rewards,
     with_next_slot,
 )
+from rlhf_jax.oracle import enum121 as world
 
 
 def f32(x):

@@ -67,6 +67,8 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from rlhf_jax.data.packing import Document, Group, pack_documents, pack_groups
+from rlhf_jax.hub.hf_config import read_config
+from rlhf_jax.hub.hf_weights import read_weights, write_weights
 from rlhf_jax.losses import (
     TokenStatistics,
     bradley_terry,
@@ -81,13 +83,11 @@ from rlhf_jax.losses import (
     with_next_slot,
 )
 from rlhf_jax.models import scoring
-from rlhf_jax.models.hf_config import read_config
-from rlhf_jax.models.hf_weights import read_weights, write_weights
+from rlhf_jax.rl.objectives import Sampled, advantages, policy_objective
+from rlhf_jax.rl.on_policy import select
 from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.stages import defaults, preference
 from rlhf_jax.stages.rollouts import PromptSet, Samples, pack_samples
-from rlhf_jax.training.objectives import Sampled, advantages, policy_objective
-from rlhf_jax.training.on_policy import select
 
 torch = pytest.importorskip("torch", reason="needs requirements-parity.txt")
 transformers = pytest.importorskip("transformers", reason="needs requirements-parity.txt")

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.hub.hf_config import read_config
+from rlhf_jax.hub.hf_weights import read_weights, write_weights
 from rlhf_jax.models import apply, logits, lora
-from rlhf_jax.models.hf_config import read_config
-from rlhf_jax.models.hf_weights import read_weights, write_weights
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.training.mesh import make_mesh, named_leaves, placed
 from tests.models.small import KINDS, SMALL, forward, noisy, random_tokens

@@ -14,8 +14,8 @@ import pytest
 
 from rlhf_jax.data import template
 from rlhf_jax.errors import UserError
+from rlhf_jax.hub.hf_weights import write_weights
 from rlhf_jax.models import PRESETS, init
-from rlhf_jax.models.hf_weights import write_weights
 from rlhf_jax.training.model import load_model
 from tests.data.test_hub_tokenizer import CONVERSATION, write
 

@@ -12,8 +12,8 @@ from typing import IO
 
 import pytest
 
-from rlhf_jax.data.record_builder import to_example
-from rlhf_jax.data.town.town import Town
+from rlhf_jax.tasks.record_builder import to_example
+from rlhf_jax.tasks.town.town import Town
 
 ROOT = Path(__file__).resolve().parents[2]
 

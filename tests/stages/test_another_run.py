@@ -14,8 +14,8 @@ import jax
 import pytest
 
 from rlhf_jax.data.chat_formats import TEMPLATES
+from rlhf_jax.hub.hf_weights import write_weights
 from rlhf_jax.models import PRESETS, init
-from rlhf_jax.models.hf_weights import write_weights
 from tests.data.test_hub_tokenizer import write
 from tests.stages.conftest import ROOT
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.models import transformer
+from rlhf_jax.rl.objectives import Sampled, advantages, policy_objective
 from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.stages import best_of_n, chain, checks, common, defaults, rollouts
 from rlhf_jax.stages.online_preference import pack_best_and_worst
@@ -22,7 +23,6 @@ from rlhf_jax.stages.pairs import CHOSEN, REJECTED
 from rlhf_jax.stages.reward import loss as reward_loss
 from rlhf_jax.stages.rollouts import PromptSet, Samples, Scores, sample_answers, text_rollout
 from rlhf_jax.training.learner import make_learner
-from rlhf_jax.training.objectives import Sampled, advantages, policy_objective
 from rlhf_jax.training.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig, make_optimizer
 from tests.models.small import SMALL
 from tests.stages.conftest import ROOT, run_main

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.hub.hf_weights import write_weights
 from rlhf_jax.models import PRESETS, init
-from rlhf_jax.models.hf_weights import write_weights
 from rlhf_jax.training.model import load_model
 from tests.data.test_hub_tokenizer import write
 from tests.stages.conftest import run_main

@@ -62,7 +62,7 @@ def test_contents_of_a_data_set_decide(tmp_path, monkeypatch):
 def test_what_the_town_is_made_of_is_code(tmp_path):
     config = sft.get_config("town")
     origin = made_from(prepare(config), {})
-    assert not origin["contents"] and "data/town/gold.py" in origin["code"]
+    assert not origin["contents"] and "tasks/town/gold.py" in origin["code"]
 
 
 def test_contents_of_a_template_decide(tmp_path):

@@ -16,8 +16,8 @@ from rlhf_jax.data.packing import Document, Group, pack_documents, pack_groups
 from rlhf_jax.losses.cross_entropy import token_cross_entropy, token_statistics
 from rlhf_jax.models import ModelConfig, init, lora, transformer
 from rlhf_jax.models.scoring import sequence_logprobs, target_statistics
+from rlhf_jax.rl import on_policy
 from rlhf_jax.stages import defaults, preference
-from rlhf_jax.training import on_policy
 from rlhf_jax.training.learner import make_learner
 from rlhf_jax.training.mesh import make_mesh, shard_batch
 from rlhf_jax.training.optimizer import make_optimizer

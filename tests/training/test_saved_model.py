@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from rlhf_jax.data.tokenizer import train_bpe, train_chars
 from rlhf_jax.errors import UserError
 from rlhf_jax.export import main as export
+from rlhf_jax.hub.hf_weights import write_weights
 from rlhf_jax.models import PRESETS, transformer
-from rlhf_jax.models.hf_weights import write_weights
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.stages.common import check_kernel
 from rlhf_jax.training.checkpoint import load_params, save_params

@@ -21,10 +21,10 @@ from rlhf_jax.losses import AGGREGATIONS, LOSSES, OBJECTIVES, plackett_luce, wei
 from rlhf_jax.losses.cross_entropy import TokenStatistics, cross_entropy
 from rlhf_jax.models import transformer
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.rl import on_policy
+from rlhf_jax.rl.on_policy import Task
 from rlhf_jax.stages import defaults, preference, reward
-from rlhf_jax.training import on_policy
 from rlhf_jax.training.mesh import make_mesh, shard_batch
-from rlhf_jax.training.on_policy import Task
 from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import Coupled, make_step
 

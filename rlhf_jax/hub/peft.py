@@ -1,0 +1,86 @@
+"""Our adapters as PEFT writes them: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.hub.hf_config import FAMILIES, to_document
+from rlhf_jax.hub.hf_weights import rules, save_tensors, weights_dtype
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.lora import AdapterConfig, own
+
+_NAMES = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+
+
+def write_adapter(
+    directory: Path,
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    adapter: AdapterConfig,
+    base: Path,
+    *,
+    dtype: str = "float32",
+) -> None:
+    """Writes the adapter, and a score head beside it, for `peft` to put on the model in `base`.
+
+    Raises:
+        UserError: an unknown dtype, or a kernel with an adapter is only a part of one of the model
+            type's tensors.
+    """
+    kept = weights_dtype(dtype)
+    kind, _ = to_document(config)
+    prefix, family = "base_model.model.", FAMILIES[kind]
+    modules = {
+        rule.ours[0].removesuffix("/kernel"): rule for rule in rules(kind, config) if rule.based
+    }
+    tensors: dict[str, np.ndarray] = {}
+    targets: set[str] = set()
+    fan_in_fan_out = False
+    for path, leaf in jax.tree_util.tree_leaves_with_path(own(params)):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        module, _, number = name.rpartition("/lora/")
+        if number == "scale":
+            continue
+        if not module:
+            tensors[f"{prefix}score.weight"] = np.asarray(leaf).T
+            continue
+        rule = modules.get(module)
+        if rule is None or len(rule.ours) > 1:
+            raise UserError(
+                f"{module} is a part of one tensor in a {kind} model, so PEFT cannot hold its "
+                "adapter: export the merged model (--merge)"
+            )
+        theirs = rule.theirs.removesuffix(".weight")
+        targets.add(theirs.rpartition(".")[2])
+        fan_in_fan_out |= rule.layout == "same"
+        for i, value in enumerate(np.asarray(leaf)):
+            key = f"{prefix}{family.bases[0]}{theirs.format(i=i)}.{_NAMES[number]}"
+            tensors[key] = value.T
+    save_tensors(
+        {name: np.ascontiguousarray(tensor).astype(kept) for name, tensor in tensors.items()},
+        directory / "adapter_model.safetensors",
+    )
+    scalar = config.head == "scalar"
+    described = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(targets),
+        "modules_to_save": ["score"] if scalar else None,
+        "use_rslora": adapter.kind == "rslora",
+        "use_dora": adapter.kind == "dora",
+        "fan_in_fan_out": fan_in_fan_out,
+        "inference_mode": True,
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n")

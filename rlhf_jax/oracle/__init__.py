@@ -1,0 +1,1 @@
+"""A world with a closed-form optimum, and every algorithm put to it."""

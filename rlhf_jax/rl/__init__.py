@@ -1,0 +1,1 @@
+"""From prompts to updates of a policy: rollout, score, advantages, update."""

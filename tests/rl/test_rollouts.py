@@ -1,0 +1,118 @@
+"""Rollouts of text: which groups are trained on, and what is said of those that are not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rlhf_jax.rl.objectives import Sampled, advantages
+from rlhf_jax.sampling.generate import Completion
+from rlhf_jax.stages import defaults, rollouts
+from rlhf_jax.stages.rollouts import PromptSet, Samples, Scores, text_rollout
+
+LIMIT = 6
+
+
+def answer(score, *, cut=False, fails=False):
+    """An answer whose tokens say what the judge below makes of it."""
+    length = LIMIT if cut else 3
+    return Completion([99 if fails else 10 + score] * length, np.zeros(length, np.float32), not cut)
+
+
+class Judge:
+    def score(self, samples, rows):
+        total = np.array([float(c.tokens[0] - 10) for c in samples.completions])
+        valid = total < 80
+        failures = {"s: raised": int((~valid).sum())} if not valid.all() else {}
+        total = np.where(valid, total, np.nan)
+        return Scores(total, valid, {"s": total}, failures)
+
+
+def rolled_out(monkeypatch, groups, *, greedy=None, algorithm="dapo", prompts=1, **rollout):
+    """(groups that are taken, rollouts, config); `greedy` are the prompts' greedy answers."""
+
+    def sample(config, model, prompts, *, samples, **_):
+        chosen = greedy if samples == 1 else groups
+        which = [tokens[-1] for tokens in prompts.tokens]
+        answers = [a for n in which for a in (chosen[n] if samples > 1 else [chosen[n]])]
+        return Samples(prompts, answers, [""] * len(answers))
+
+    monkeypatch.setattr(rollouts, "sample_answers", sample)
+    options = {"max_prompt_tokens": 8, "max_new_tokens": LIMIT, "samples": len(groups[0])}
+    options |= {"prompts": prompts, "filter_zero_std": True, "resample": len(groups) // prompts - 1}
+    config = defaults.on_policy(
+        algorithm, data={"row_length": 64}, batch={"rows": 1}, rollout=options | rollout
+    )
+    prompts = PromptSet([None] * len(groups), [[1, 3, n] for n in range(len(groups))])
+    order, ask = np.arange(len(groups)), greedy is not None
+    found = text_rollout(config, None, prompts, order, Judge(), None, 0, greedy=ask)
+    return [tokens[-1] for tokens in found.samples.prompts.tokens], found, config
+
+
+GOOD = [answer(1), answer(0), answer(0)]
+
+
+@pytest.mark.parametrize(
+    ("dull", "rollout"),
+    [
+        ([answer(0), answer(0), answer(0)], {}),
+        ([answer(1, cut=True), answer(0), answer(0)], {"truncated": "mask"}),
+        ([answer(1, cut=True), answer(0, cut=True), answer(0)], {"truncated": "mask"}),
+        ([answer(1, cut=True), answer(0, cut=True), answer(0, cut=True)], {"truncated": "mask"}),
+        ([answer(0, fails=True), answer(1), answer(1)], {}),
+        ([answer(0, fails=True)] * 3, {}),
+        # Replaced and cut by a penalty, all of them are trained as −1.
+        (
+            [answer(1, cut=True), answer(0, cut=True), answer(-1)],
+            {"missing_eos": "replace", "missing_eos_penalty": 1.0},
+        ),
+    ],
+)
+def test_a_group_is_judged_by_what_would_be_trained(monkeypatch, dull, rollout):
+    taken, found, _ = rolled_out(monkeypatch, [dull, GOOD], **rollout)
+    assert taken == [1] and found.metrics["rollout/blocks"] == 2
+    assert found.weights.tolist() == [1, 1, 1]
+    judged = any(c.tokens[0] != 99 and (c.finished or "truncated" not in rollout) for c in dull)
+    assert found.metrics["rollout/zero_std_groups"] == judged
+    assert found.metrics["frac_reward_zero_std"] == judged / (1 + judged)
+
+
+def test_a_penalty_that_tells_answers_apart_keeps_their_group(monkeypatch):
+    group = [answer(0, cut=True), answer(0), answer(0)]
+    taken, *_ = rolled_out(monkeypatch, [group, GOOD], missing_eos="subtract")
+    assert taken == [0]
+
+
+def test_a_group_without_a_greedy_score_is_replaced(monkeypatch):
+    greedy = [answer(0, fails=True), answer(1)]
+    taken, found, _ = rolled_out(monkeypatch, [GOOD, GOOD], greedy=greedy, algorithm="remax")
+    assert taken == [1]
+    assert found.greedy_scores.tolist() == [1] and found.weights.all()
+    assert found.metrics["rewards/failures"] == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_said_of_groups_that_are_all_left_out(monkeypatch, fails):
+    groups = [[answer(0, fails=fails)] * 2] * 2
+    _, found, config = rolled_out(monkeypatch, groups, prompts=2)
+    assert not found.weights.any()
+    assert found.metrics["rollout/zero_std_groups"] == (0 if fails else 2)
+    # That of nothing judged is no number at all: it has weight 0.
+    value, judged = found.metrics.packed[:, [*found.metrics].index("frac_reward_zero_std")]
+    assert (value, judged) == ((0, 0) if fails else (1, 2))
+    means = {"rewards/s/mean", "rewards/s/std", "rewards/total/mean", "rewards/total/std"}
+    assert means & set(found.metrics) == (set() if fails else means)
+    zeros = np.zeros_like(found.mask)
+    sampled = Sampled(
+        found.scores.astype(np.float32), found.weights, found.finished, found.mask, zeros, zeros,
+        zeros, zeros[:, 0], np.zeros(2, np.float32),
+    )  # fmt: skip
+    _, metrics = advantages(config, sampled, np.float32(0.1))
+    assert metrics["frac_reward_zero_std"] == 1
+
+
+def test_left_out_groups_are_in_the_share_of_groups_without_spread(monkeypatch):
+    groups = [[answer(0)] * 2, [answer(1), answer(0)], [answer(0)] * 2, [answer(2), answer(0)]]
+    _, found, _ = rolled_out(monkeypatch, groups, prompts=4)
+    assert found.weights.tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert found.metrics["frac_reward_zero_std"] == 0.5
