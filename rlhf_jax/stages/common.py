@@ -13,12 +13,9 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rlhf_jax.data.chat import AnyTokenizer, control_texts
-from rlhf_jax.data.chat_formats import chat_template
+from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.data.encode import encode_texts
 from rlhf_jax.data.foreign import parse_columns
-from rlhf_jax.data.hub_data import PREFIX, load_rows
-from rlhf_jax.data.hub_tokenizer import HubTokenizer
 from rlhf_jax.data.jsonl import SUFFIXES, count_rows, read_jsonl, take_slice
 from rlhf_jax.data.packing import Arrays, check_ids, pack_documents
 from rlhf_jax.data.pipeline import make_dataset, make_iterator
@@ -26,6 +23,8 @@ from rlhf_jax.data.records import Conversation, Pair, Prompt, Text, convert
 from rlhf_jax.devices import training_devices
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import write_whole
+from rlhf_jax.hub.chat_formats import chat_template
+from rlhf_jax.hub.hub_data import PREFIX, load_rows
 from rlhf_jax.json_files import SUMMARY_FIELDS, check_fields, read_object
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.fused_attention import check_attention
@@ -34,8 +33,14 @@ from rlhf_jax.tasks.builders import check_name, load_records
 from rlhf_jax.training.learner import make_learner
 from rlhf_jax.training.loop import train
 from rlhf_jax.training.mesh import batch_shards, make_mesh, placed
-from rlhf_jax.training.model import Model, as_trainable, fingerprint, is_hub_directory, load_model
 from rlhf_jax.training.rundir import SUMMARY, RunDirectory, write_json
+from rlhf_jax.training.saved_model import (
+    Model,
+    as_trainable,
+    fingerprint,
+    is_hub_directory,
+    load_model,
+)
 from rlhf_jax.training.state import release
 
 FEW = 30  # records; a metric of fewer is said to be
@@ -79,31 +84,24 @@ def check_kernel(config: ConfigDict, shape: ModelConfig) -> None:
         print(f"attention: {shape.attention}, within {error:.0e} of the reference", flush=True)
 
 
-def with_chat_template(tokenizer: AnyTokenizer, name: str) -> AnyTokenizer:
+def with_chat_template(tokenizer: Tokenizer, name: str) -> Tokenizer:
     """The tokenizer under the chat template of that name or file; "": its own.
 
     Raises:
         UserError: there is no such template, it does not fit, or the format of chats is our own.
     """
-    if not name:
-        return tokenizer
-    if not isinstance(tokenizer, HubTokenizer):
-        raise UserError(
-            "config: data.chat_template is for models from the Hub; one pre-trained here has the "
-            "format of data/chat.py"
-        )
-    return tokenizer.with_template(chat_template(name))
+    return tokenizer.with_template(chat_template(name)) if name else tokenizer
 
 
 def check_unrendered(
-    what: str, records: Sequence[Conversation | Pair | Prompt], tokenizer: AnyTokenizer
+    what: str, records: Sequence[Conversation | Pair | Prompt], tokenizer: Tokenizer
 ) -> None:
     """Says how many records spell what a chat is rendered with, which there is text like any other.
 
     Raises:
         UserError: more than half of them are rendered chats already.
     """
-    marks = control_texts(tokenizer)
+    marks = tokenizer.marks
     spelled, rendered = [], 0
     for record in records:
         texts = [text.strip() for text in _texts(record)]
@@ -262,7 +260,7 @@ def _hold_out(source: str) -> tuple[str, str]:
 
 
 def pack_texts(
-    config: ConfigDict, what: str, records: Sequence[Text], tokenizer: AnyTokenizer, over_long: str
+    config: ConfigDict, what: str, records: Sequence[Text], tokenizer: Tokenizer, over_long: str
 ) -> Arrays:
     """Raw text as packed rows in which every token is a target; says what became of the records."""
     documents, counts = encode_texts(

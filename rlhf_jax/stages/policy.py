@@ -48,8 +48,8 @@ from rlhf_jax.stages.rollouts import (
 )
 from rlhf_jax.tasks.town.gold import gold_score, is_correct
 from rlhf_jax.training.metrics import read_metrics
-from rlhf_jax.training.model import Model, as_trainable, save_model
 from rlhf_jax.training.rundir import RunDirectory, write_json
+from rlhf_jax.training.saved_model import Model, as_trainable, save_model
 
 VIEWS, TIMELINE = 6, 4  # samples a report shows token by token, and over time
 

@@ -49,8 +49,8 @@ from rlhf_jax.stages.common import (
 from rlhf_jax.stages.pairs import CHOSEN, MISMATCHED, REJECTED, pack_preferences
 from rlhf_jax.stages.reference_logprobs import reference_logprobs
 from rlhf_jax.stages.reward import label_metrics
-from rlhf_jax.training.model import save_model
 from rlhf_jax.training.rundir import RunDirectory
+from rlhf_jax.training.saved_model import save_model
 from rlhf_jax.training.step import Coupled
 
 

@@ -24,7 +24,7 @@ from rlhf_jax.data import packing
 from rlhf_jax.data.packing import Arrays
 from rlhf_jax.digests import code_digest
 from rlhf_jax.evaluation.rows import response_logprobs
-from rlhf_jax.training.model import Model, fingerprint
+from rlhf_jax.training.saved_model import Model, fingerprint
 
 
 def reference_logprobs(

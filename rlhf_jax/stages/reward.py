@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlhf_jax.data.chat import render_prompt
+from rlhf_jax.data.conversation import render_prompt
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.preferences import pair_values, preference_metrics, preference_plots
@@ -43,8 +43,8 @@ from rlhf_jax.stages.common import (
     write_evaluation,
 )
 from rlhf_jax.stages.pairs import CHOSEN, REJECTED, pack_labelled, pack_pairs
-from rlhf_jax.training.model import Model, save_model
 from rlhf_jax.training.rundir import RunDirectory
+from rlhf_jax.training.saved_model import Model, save_model
 
 LOSSES = ("bradley_terry", "pointwise")
 

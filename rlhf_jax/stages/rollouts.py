@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlhf_jax.data.chat import AnyTokenizer, decode_text, render_prompt
+from rlhf_jax.data.conversation import Tokenizer, render_prompt
 from rlhf_jax.data.encode import length_of_share
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.data.pipeline import pad_rows, random_bits
@@ -58,8 +58,8 @@ from rlhf_jax.stages.common import (
 )
 from rlhf_jax.training.mesh import batch_shards
 from rlhf_jax.training.metrics import Metrics
-from rlhf_jax.training.model import Model, load_model
 from rlhf_jax.training.rundir import write_json
+from rlhf_jax.training.saved_model import Model, load_model
 
 SHORTEST = 16  # tokens a sequence: a row has places for no more of them than fit at that length
 
@@ -119,7 +119,7 @@ class Samples:
         )
 
 
-def read_prompts(config: ConfigDict, tokenizer: AnyTokenizer, source: str, split: str) -> PromptSet:
+def read_prompts(config: ConfigDict, tokenizer: Tokenizer, source: str, split: str) -> PromptSet:
     """The prompts of a source that leave room for an answer; the others are counted."""
     limit = config.rollout.max_prompt_tokens
     records = read_records(config, source, "prompt", split)
@@ -181,7 +181,7 @@ def sample_answers(
         cache_length=rollout.max_prompt_tokens + rollout.max_new_tokens,
         **truncated,
     )
-    texts = [decode_text(c.tokens, model.tokenizer) for c in completions]
+    texts = [model.tokenizer.decode_text(c.tokens) for c in completions]
     return Samples(prompts, completions, texts)
 
 

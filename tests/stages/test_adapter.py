@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_jax.models import lora
 from rlhf_jax.training.mesh import named_leaves
-from rlhf_jax.training.model import load_model
+from rlhf_jax.training.saved_model import load_model
 from tests.stages.conftest import run_main
 
 ADAPTER = ["--config.adapter.rank=4", "--config.adapter.kind=dora", "--config.adapter.base=int8"]

@@ -320,7 +320,9 @@ def sampling(stage, **rollout):
 def model():
     params = transformer.init(SMALL, jax.random.key(0))
     params = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(x.size), x.shape), params)
-    return SimpleNamespace(config=SMALL, params=params, tokenizer=SimpleNamespace(ends=[2]))
+    return SimpleNamespace(
+        config=SMALL, params=params, tokenizer=SimpleNamespace(ends=[2], decode_text=str)
+    )
 
 
 class Judge:
@@ -333,7 +335,6 @@ class Judge:
 
 @pytest.mark.parametrize("stage", ["online_preference", "best_of_n"])
 def test_answers_are_drawn_as_the_rollout_says_and_measured_as_they_are(stage, model, monkeypatch):
-    monkeypatch.setattr(rollouts, "decode_text", lambda tokens, tokenizer: str(tokens))
     prompts = PromptSet([None] * 4, [[3 + i, 4, 5] for i in range(4)])
 
     def drawn(measured=False, **rollout):
