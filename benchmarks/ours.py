@@ -21,6 +21,7 @@ from rlhf_jax.data.packing import Document, Group, pack_documents, pack_groups
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.devices import split_cores
 from rlhf_jax.hub.hub_tokenizer import HubTokenizer
+from rlhf_jax.hub.tokenizer_settings import TokenizerSettings
 from rlhf_jax.losses.preference import preference_loss
 from rlhf_jax.losses.reward import bradley_terry
 from rlhf_jax.malloc import give_back
@@ -208,7 +209,7 @@ def generation(shape: work.Shape, *, batch: int = 1, **changes) -> Round:
 def start_of(shape: work.Shape, **changes) -> Model:
     """A policy as it starts. Its answers are of full length, as the peer's."""
     config = model_config(shape, **changes)
-    tokenizer = HubTokenizer(work.tokenizer_json(shape), bos="<s>", eos="</s>")
+    tokenizer = HubTokenizer(work.tokenizer_json(shape), TokenizerSettings("</s>", "<s>"))
     assert tokenizer.hash  # kept, as its file has it, before no id ends a reply any more
     tokenizer.ends = ()
     return Model(config, init(config, jax.random.key(0)), tokenizer)

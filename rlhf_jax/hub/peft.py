@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.hub.hf_config import FAMILIES, to_document
+from rlhf_jax.hub.families import FAMILIES
+from rlhf_jax.hub.hf_config import to_document
 from rlhf_jax.hub.hf_weights import rules, save_tensors, weights_dtype
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.lora import AdapterConfig, own
@@ -34,11 +35,11 @@ def write_adapter(
         UserError: an unknown dtype, or a kernel with an adapter is only a part of one of the model
             type's tensors.
     """
-    kept = weights_dtype(dtype)
+    numpy_type = weights_dtype(dtype)
     kind, _ = to_document(config)
     prefix, family = "base_model.model.", FAMILIES[kind]
     modules = {
-        rule.ours[0].removesuffix("/kernel"): rule for rule in rules(kind, config) if rule.based
+        rule.ours[0].removesuffix("/kernel"): rule for rule in rules(family, config) if rule.based
     }
     tensors: dict[str, np.ndarray] = {}
     targets: set[str] = set()
@@ -59,12 +60,12 @@ def write_adapter(
             )
         theirs = rule.theirs.removesuffix(".weight")
         targets.add(theirs.rpartition(".")[2])
-        fan_in_fan_out |= rule.layout == "same"
+        fan_in_fan_out |= not rule.transposed
         for i, value in enumerate(np.asarray(leaf)):
             key = f"{prefix}{family.bases[0]}{theirs.format(i=i)}.{_NAMES[number]}"
             tensors[key] = value.T
     save_tensors(
-        {name: np.ascontiguousarray(tensor).astype(kept) for name, tensor in tensors.items()},
+        {name: np.ascontiguousarray(tensor).astype(numpy_type) for name, tensor in tensors.items()},
         directory / "adapter_model.safetensors",
     )
     scalar = config.head == "scalar"
