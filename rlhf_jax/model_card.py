@@ -11,7 +11,7 @@ from typing import Any
 
 import rlhf_jax
 from rlhf_jax.data.hub_data import PREFIX
-from rlhf_jax.json_files import SUMMARY_FIELDS, check_fields, read_object
+from rlhf_jax.files import SUMMARY_FIELDS, check_fields, read_object
 from rlhf_jax.training.model import is_hub_directory
 
 _LICENCE = re.compile(r"^(license(?:_name|_link)?):[ \t]*([^\s#\[{].*)$", re.M)

@@ -34,8 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.files import numbers, read_lines
-from rlhf_jax.json_files import SUMMARY_FIELDS, check_fields, read_object
+from rlhf_jax.files import SUMMARY_FIELDS, check_fields, numbers, read_lines, read_object
 from rlhf_jax.report.tables import format_seconds
 
 _SUMMARY_FIELDS = SUMMARY_FIELDS | {

@@ -33,9 +33,9 @@ from rlhf_jax.losses.policy import policy_options
 from rlhf_jax.losses.preference import loss_options
 from rlhf_jax.rewards import parse_rewards
 from rlhf_jax.rl.objectives import parse_options
-from rlhf_jax.stages.common import parse_source, parse_sources
 from rlhf_jax.stages.defaults import module_of
 from rlhf_jax.tasks.builders import sources_digest
+from rlhf_jax.tasks.sources import parse_source, parse_sources
 from rlhf_jax.training.model import fingerprint
 from rlhf_jax.training.rundir import plain
 
