@@ -257,7 +257,7 @@ def _on_the_way(walk: Walk) -> Walk:
 
 def walks() -> dict[str, Walk]:
     """Returns the recorded walks by name: "beta", "clip" and "prompt"."""
-    from rlhf_jax.training.model import load_tokenizer
+    from rlhf_jax.training.saved_model import load_tokenizer
 
     with experiments() as run:
         (token,) = load_tokenizer(Path("runs/experiment-pretrain")).encode_batch([f" {TOLD}"])[0]
