@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 
 from rlhf_jax.data.chat_formats import chat_template
 from rlhf_jax.data.encode import check_stripped_turns
-from rlhf_jax.data.foreign import parse_columns
 from rlhf_jax.data.hub_data import check_hub_name
+from rlhf_jax.data.shapes import parse_columns
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses.advantages import BASELINES, SCALES
 from rlhf_jax.losses.checks import check_choice, check_intervals

@@ -16,13 +16,13 @@ from ml_collections import ConfigDict
 from rlhf_jax.data.chat import AnyTokenizer, control_texts
 from rlhf_jax.data.chat_formats import chat_template
 from rlhf_jax.data.encode import encode_texts
-from rlhf_jax.data.foreign import parse_columns
 from rlhf_jax.data.hub_data import PREFIX, load_rows
 from rlhf_jax.data.hub_tokenizer import HubTokenizer
 from rlhf_jax.data.jsonl import SUFFIXES, count_rows, read_jsonl, take_slice
 from rlhf_jax.data.packing import Arrays, check_ids, pack_documents
 from rlhf_jax.data.pipeline import make_dataset, make_iterator
 from rlhf_jax.data.records import Conversation, Pair, Prompt, Text, convert
+from rlhf_jax.data.shapes import parse_columns
 from rlhf_jax.devices import training_devices
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import write_whole
