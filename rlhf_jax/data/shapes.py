@@ -38,7 +38,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rlhf_jax.data.chat import check_messages
+from rlhf_jax.data.conversation import check_messages
 from rlhf_jax.data.records import Conversation, Message, Pair, Prompt, Record, Text, convert
 from rlhf_jax.errors import UserError
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.files import read_object
 from rlhf_jax.hub.hf_files import headers, same_numbers
-from rlhf_jax.json_files import read_object
 from rlhf_jax.models.config import ModelConfig
 
 Json = dict[str, Any]

@@ -58,13 +58,13 @@ from rlhf_jax.oracle.rows import (
 )
 from rlhf_jax.report.report import write_report
 from rlhf_jax.rl.on_policy import Iteration, OnPolicyState, Task, make_iteration
-from rlhf_jax.stages.common import write_evaluation
 from rlhf_jax.stopping import stop_point
 from rlhf_jax.training.mesh import make_mesh, placed, shard_batch
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.rundir import RunDirectory
 from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_step
+from rlhf_jax.training.summary import write_evaluation
 
 RULES = ((r".*", P()),)
 _SPREAD = Lock()  # two programs that wait for each other on the same devices may wait for ever

@@ -42,8 +42,14 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.files import numbers, read_lines, write_whole
-from rlhf_jax.json_files import SUMMARY_FIELDS, check_fields, read_object
+from rlhf_jax.files import (
+    SUMMARY_FIELDS,
+    check_fields,
+    numbers,
+    read_lines,
+    read_object,
+    write_whole,
+)
 from rlhf_jax.report.figure import number as finite
 from rlhf_jax.report.page import template
 from rlhf_jax.report.plots import draw, training_curves

@@ -23,7 +23,6 @@ A reward that can't be had is never taken for 0: it ends the run, or masks the e
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import logging
 import math
@@ -39,7 +38,7 @@ import numpy as np
 
 from rlhf_jax.child import ChildFault
 from rlhf_jax.data.records import Prompt
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.rewards.answers import number
 from rlhf_jax.rewards.worker import Worker
 from rlhf_jax.tasks.town.gold import gold_score, is_correct
@@ -90,10 +89,9 @@ def _check_name(name: str) -> None:
         return
     if name.partition(":")[0].endswith(".py"):
         raise UserError(f"rewards: {name!r} names no function; write file.py:function")
-    (nearest,) = difflib.get_close_matches(name, NAMES, n=1, cutoff=0)
     raise UserError(
-        f"rewards: unknown {name!r}; did you mean {nearest!r}? There are {', '.join(NAMES)} and "
-        "file.py:function"
+        f"rewards: unknown {name!r}; did you mean {nearest(name, NAMES)!r}? There are "
+        f"{', '.join(NAMES)} and file.py:function"
     )
 
 

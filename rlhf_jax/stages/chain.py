@@ -24,11 +24,11 @@ from rlhf_jax.errors import UserError, mistake_in
 from rlhf_jax.report.report import METRICS, environment, read_samples, write_report
 from rlhf_jax.report.tables import print_summary
 from rlhf_jax.stages.checks import check
-from rlhf_jax.stages.common import ancestry, read_summary, settle_sources
 from rlhf_jax.stages.defaults import STAGES, fields_of, module_of
 from rlhf_jax.stages.identity import made_from, resolved
 from rlhf_jax.stages.memory import naming_memory
 from rlhf_jax.stopping import stop_point
+from rlhf_jax.tasks.sources import settle_sources
 from rlhf_jax.training.rundir import (
     SUMMARY,
     AnotherRun,
@@ -38,6 +38,7 @@ from rlhf_jax.training.rundir import (
     fault_point,
     tell_changes,
 )
+from rlhf_jax.training.summary import ancestry, read_summary
 
 PARENTLESS = ("pretrain", "oracle")
 

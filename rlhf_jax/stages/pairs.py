@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlhf_jax.data.chat import AnyTokenizer, render_replies
+from rlhf_jax import console
+from rlhf_jax.data.conversation import Tokenizer, render_replies
 from rlhf_jax.data.encode import (
     BESIDE,
     add_mismatched,
@@ -20,14 +21,14 @@ from rlhf_jax.data.encode import (
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.data.records import Conversation, Pair
 from rlhf_jax.errors import UserError
-from rlhf_jax.stages.common import check_unrendered, read_records, say_encoded
+from rlhf_jax.tasks.sources import check_unrendered, read_records
 
 CHOSEN, REJECTED, MISMATCHED = 0, 1, 2  # branches of a group
 _LABELS = {"true": 1.0, "false": 0.0}
 
 
 def pack_preferences(
-    config: ConfigDict, source: str, split: str, tokenizer: AnyTokenizer, *, mismatched: bool
+    config: ConfigDict, source: str, split: str, tokenizer: Tokenizer, *, mismatched: bool
 ) -> Arrays:
     """Rows of pairs, or of the replies of a file that labels each by itself, which hold `labels`.
 
@@ -62,7 +63,7 @@ def read_preferences(
     return records
 
 
-def pack_pairs(config: ConfigDict, source: str, split: str, tokenizer: AnyTokenizer) -> Arrays:
+def pack_pairs(config: ConfigDict, source: str, split: str, tokenizer: Tokenizer) -> Arrays:
     """Rows of groups: a prompt with its chosen and its rejected response.
 
     Pairs whose replies are the same tokens are left out of the split "train"; in another,
@@ -75,7 +76,7 @@ def pack_pairs(config: ConfigDict, source: str, split: str, tokenizer: AnyTokeni
     return _pair_rows(config, source, split, records, tokenizer, False)
 
 
-def pack_labelled(config: ConfigDict, source: str, split: str, tokenizer: AnyTokenizer) -> Arrays:
+def pack_labelled(config: ConfigDict, source: str, split: str, tokenizer: Tokenizer) -> Arrays:
     """Rows of groups of one reply, and beside them `labels` [B, P, 1] in [0, 1]."""
     records = read_records(config, source, "conversation", split)
     return _labelled_rows(config, f"{source} ({split})", records, tokenizer, False)
@@ -86,7 +87,7 @@ def _pair_rows(
     source: str,
     split: str,
     records: Sequence[Pair],
-    tokenizer: AnyTokenizer,
+    tokenizer: Tokenizer,
     mismatched: bool,
 ) -> Arrays:
     what, length, trained = f"{source} ({split})", config.data.row_length, split == "train"
@@ -101,7 +102,7 @@ def _pair_rows(
     rows, packing = pack_groups(groups, length, branches=3 if mismatched else 2)
     if identical and not trained:
         rows["identical"] = np.isin(rows["example_ids"], identical)
-    say_encoded(config, what + BESIDE * mismatched, counts, packing)
+    console.say_encoded(config, what + BESIDE * mismatched, counts, packing)
     return rows
 
 
@@ -124,7 +125,7 @@ def _labelled_rows(
     config: ConfigDict,
     what: str,
     records: Sequence[Conversation],
-    tokenizer: AnyTokenizer,
+    tokenizer: Tokenizer,
     mismatched: bool,
 ) -> Arrays:
     length, over_long = config.data.row_length, config.data.over_long
@@ -161,7 +162,7 @@ def _labelled_rows(
     labels = np.where(rows["valid"] > 0, by_record[rows["example_ids"]], 0)
     counts = {"records": len(records), "dropped": dropped, "truncated": 0}
     counts["keeps_95"] = length_of_share([group.size for group in groups])
-    say_encoded(config, what + beside, counts, {"good": float(by_record.mean())} | packing)
+    console.say_encoded(config, what + beside, counts, {"good": float(by_record.mean())} | packing)
     return rows | {"labels": labels[..., None].astype(np.float32)}
 
 

@@ -22,8 +22,9 @@ from rlhf_jax.rl.on_policy import make_iteration, minibatches, over_updates
 from rlhf_jax.stages import defaults
 from rlhf_jax.stages.chain import load_config
 from rlhf_jax.stages.checks import check_objective
-from rlhf_jax.training.mesh import make_mesh, named_leaves
+from rlhf_jax.training.mesh import make_mesh
 from rlhf_jax.training.metrics import Means, Metrics, fetch
+from rlhf_jax.trees import named_leaves
 
 ORACLE = "experiments/oracle.py"
 
