@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import re
 import shutil
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 
 EXIT_DONE = 0
@@ -25,6 +27,11 @@ _NO_MEMORY = re.compile(
 
 class UserError(Exception):
     """A mistake of the user's: the message is one line saying what is wrong, where, what to do."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that is most like `name`, for a hint."""
+    return difflib.get_close_matches(str(name), [*known], n=1, cutoff=0.0)[0]
 
 
 class Preempted(Exception):

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import rlhf_jax
+from rlhf_jax.files import SUMMARY_FIELDS, check_fields, read_object
 from rlhf_jax.hub.hub_data import PREFIX
-from rlhf_jax.json_files import SUMMARY_FIELDS, check_fields, read_object
 from rlhf_jax.training.saved_model import is_hub_directory
 
 _LICENCE = re.compile(r"^(license(?:_name|_link)?):[ \t]*([^\s#\[{].*)$", re.M)

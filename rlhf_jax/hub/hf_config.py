@@ -11,10 +11,10 @@ import dataclasses
 from pathlib import Path
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.files import read_object
 from rlhf_jax.hub.config_reader import ConfigReader, Json
 from rlhf_jax.hub.families import FAMILIES, Family
 from rlhf_jax.hub.hf_files import headers, same_numbers
-from rlhf_jax.json_files import read_object
 from rlhf_jax.models.config import ModelConfig
 
 # Fields with which a config does not compute, or only while it trains.

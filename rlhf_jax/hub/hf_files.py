@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from rlhf_jax.errors import UserError, lack_of_memory
-from rlhf_jax.json_files import parse_object
+from rlhf_jax.files import parse_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ROWS = 1024  # compared at a time

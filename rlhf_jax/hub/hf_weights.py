@@ -29,6 +29,7 @@ from rlhf_jax.hub.hf_config import to_document
 from rlhf_jax.hub.hf_files import INDEX, SINGLE, Header, headers, open_tensors
 from rlhf_jax.models import transformer
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.trees import named_leaves
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -111,10 +112,7 @@ _HEADS = ("lm_head", "score_head")  # whose names have no base
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of our parameters by "/"-joined name."""
     made = jax.eval_shape(partial(transformer.init, config), jax.random.key(0))
-    return {
-        "/".join(key.key for key in path): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(made)
-    }
+    return {name: leaf.shape for name, leaf in named_leaves(made).items()}
 
 
 def read_weights(
@@ -336,10 +334,7 @@ def _tensors(
     family: Family, config: ModelConfig, params: Mapping[str, Any], dtype: Any
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the model by its Hugging Face name."""
-    flat = {
-        "/".join(key.key for key in path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    flat = named_leaves(params)
     for rule in rules(family, config):
         for name, place in rule.places(config, family.bases[0]):
             packed = rule.pack([np.asarray(flat[n][place]) for n in rule.ours], config.heads)

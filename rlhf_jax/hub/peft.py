@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from rlhf_jax.errors import UserError
@@ -16,6 +15,7 @@ from rlhf_jax.hub.hf_config import to_document
 from rlhf_jax.hub.hf_weights import rules, save_tensors, weights_dtype
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.lora import AdapterConfig, own
+from rlhf_jax.trees import named_leaves
 
 _NAMES = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
@@ -44,8 +44,7 @@ def write_adapter(
     tensors: dict[str, np.ndarray] = {}
     targets: set[str] = set()
     fan_in_fan_out = False
-    for path, leaf in jax.tree_util.tree_leaves_with_path(own(params)):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+    for name, leaf in named_leaves(own(params)).items():
         module, _, number = name.rpartition("/lora/")
         if number == "scale":
             continue

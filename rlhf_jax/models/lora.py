@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.trees import named_leaves
 
 Tree = dict[str, Any]
 KINDS = ("lora", "rslora", "dora")
@@ -293,8 +294,7 @@ def kernel_shape(node: Mapping[str, Any]) -> tuple[int, ...]:
 def param_count(params: Mapping[str, Any]) -> int:
     """How many weights the base of a tree has, however they are kept."""
     count = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(without_adapter(params)):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+    for name, leaf in named_leaves(without_adapter(params)).items():
         if not re.search("(int8|nf4)/scale$", name):
             count += leaf.size * (2 if name.endswith("nf4/codes") else 1)
     return count

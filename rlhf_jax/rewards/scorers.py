@@ -23,7 +23,6 @@ A reward that can't be had is never taken for 0: it ends the run, or masks the e
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import logging
 import math
@@ -37,10 +36,11 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_jax.child import ChildFault
 from rlhf_jax.data.records import Prompt
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.rewards.answers import number
-from rlhf_jax.rewards.worker import Worker, WorkerFault
+from rlhf_jax.rewards.worker import Worker
 from rlhf_jax.tasks.town.gold import gold_score, is_correct
 
 NAMES = ("model", "gold", "correct", "number", "math", "exact", "regex", "length")
@@ -89,10 +89,9 @@ def _check_name(name: str) -> None:
         return
     if name.partition(":")[0].endswith(".py"):
         raise UserError(f"rewards: {name!r} names no function; write file.py:function")
-    (nearest,) = difflib.get_close_matches(name, NAMES, n=1, cutoff=0)
     raise UserError(
-        f"rewards: unknown {name!r}; did you mean {nearest!r}? There are {', '.join(NAMES)} and "
-        "file.py:function"
+        f"rewards: unknown {name!r}; did you mean {nearest(name, NAMES)!r}? There are "
+        f"{', '.join(NAMES)} and file.py:function"
     )
 
 
@@ -278,7 +277,7 @@ class TextScorers:
         request["responses"] = list(responses)
         try:
             values, wrong = self._workers[name].call(request, self._seconds)
-        except WorkerFault as fault:
+        except ChildFault as fault:
             return _all_wrong(len(responses), fault.reason, fault.detail)
         faults = {i: _Fault("not a number", f"got {what}") for i, what in wrong.items()}
         return np.array(values, np.float64), faults
@@ -295,7 +294,7 @@ class TextScorers:
             request = {"prompts": [], "responses": [response], "columns": columns}
             try:
                 (value,), _ = self._workers["math"].call(request, seconds)
-            except WorkerFault as fault:
+            except ChildFault as fault:
                 if fault.reason not in ("timed out", "died"):
                     raise UserError(fault.detail) from fault
                 slow += 1
@@ -328,7 +327,7 @@ def _described(prompts: Sequence[Prompt]) -> dict[str, Any]:
 def _start(name: str) -> Worker:
     try:
         return Worker(_OWN.get(name, name))
-    except WorkerFault as fault:
+    except ChildFault as fault:
         raise UserError(f"reward {name!r} can't be loaded: {fault.detail}") from fault
 
 

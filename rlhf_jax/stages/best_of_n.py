@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from rlhf_jax import console
 from rlhf_jax.data.packing import Arrays, Document, pack_documents
 from rlhf_jax.data.pipeline import random_bits
 from rlhf_jax.errors import UserError
@@ -32,7 +33,7 @@ from rlhf_jax.evaluation.language import language_evaluation
 from rlhf_jax.evaluation.rows import rows_of
 from rlhf_jax.models.scoring import target_cross_entropy
 from rlhf_jax.stages.chat import evaluate_chat
-from rlhf_jax.stages.common import batches_of, fit, load_start, parse_sources, say, step_tokens
+from rlhf_jax.stages.fit import batches_of, fit
 from rlhf_jax.stages.policy import held_out_set
 from rlhf_jax.stages.rollouts import (
     Judge,
@@ -42,7 +43,10 @@ from rlhf_jax.stages.rollouts import (
     read_prompts,
     sample_answers,
 )
+from rlhf_jax.stages.start import load_start
+from rlhf_jax.tasks.sources import parse_sources
 from rlhf_jax.tasks.town.gold import gold_score, is_correct
+from rlhf_jax.training.mesh import step_tokens
 from rlhf_jax.training.rundir import RunDirectory
 from rlhf_jax.training.saved_model import Model, save_model
 
@@ -106,7 +110,7 @@ def measure(
     measured = {name: np.concatenate(parts) for name, parts in found.items()}
     whole = np.isfinite(measured["proxy"]).all(1)
     if not whole.all():
-        say(
+        console.say(
             "best of n",
             {"prompts": len(whole), "left out for a failed reward": int((~whole).sum())},
         )
@@ -232,7 +236,7 @@ def winners(
             "themselves: nothing to train on; raise rollout.max_new_tokens"
         )
     dropped = len(prompts.records) - len(documents)
-    say("winners", {"prompts": len(prompts.records), "without an answer": dropped})
+    console.say("winners", {"prompts": len(prompts.records), "without an answer": dropped})
     held = max(1, len(documents) // 10)
     train, _ = pack_documents(documents[held:], config.data.row_length)
     held_out, _ = pack_documents(documents[:held], config.data.row_length)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from rlhf_jax import console
 from rlhf_jax.data.conversation import render_prompt
 from rlhf_jax.data.encode import length_of_share
 from rlhf_jax.data.records import Prompt
@@ -27,21 +28,13 @@ from rlhf_jax.evaluation.gold import (
 )
 from rlhf_jax.evaluation.responses import Answer, answer, sequence_kl
 from rlhf_jax.evaluation.statistics import bootstrap_interval
-from rlhf_jax.stages.common import (
-    ancestry,
-    check_unrendered,
-    few_records,
-    mesh_of,
-    read_records,
-    say,
-    step_tokens,
-    warn_over_long,
-    write_evaluation,
-    write_jsonl,
-)
+from rlhf_jax.files import write_jsonl
 from rlhf_jax.stopping import stop_point
+from rlhf_jax.tasks.sources import check_unrendered, read_records
 from rlhf_jax.tasks.town.gold import GoldScore
+from rlhf_jax.training.mesh import mesh_of, step_tokens
 from rlhf_jax.training.saved_model import Model, load_model
+from rlhf_jax.training.summary import ancestry, write_evaluation
 
 
 def evaluate_chat(
@@ -64,7 +57,7 @@ def evaluate_chat(
     plots = [*further.pop("plots", []), *plots]
     tables = list(further.pop("tables", []))
     prompts = held_out_prompts(config, model)[: config.eval.count]
-    tables += few_records("held-out prompts", len(prompts))
+    tables += console.few_records("held-out prompts", len(prompts))
     mesh = mesh_of(config)
     models = {}
     for path in ancestry(start):
@@ -141,8 +134,8 @@ def held_out_prompts(config: ConfigDict, model: Model) -> list[Prompt]:
     room = model.config.max_length - config.eval.max_new_tokens
     lengths = [len(render_prompt(p.messages, model.tokenizer)) for p in prompts]
     kept = [p for p, length in zip(prompts, lengths, strict=True) if length <= room]
-    say("held-out prompts", {"read": len(prompts), "too long": len(prompts) - len(kept)})
-    warn_over_long(
+    console.say("held-out prompts", {"read": len(prompts), "too long": len(prompts) - len(kept)})
+    console.warn_over_long(
         "held-out prompts",
         len(prompts) - len(kept),
         len(prompts),

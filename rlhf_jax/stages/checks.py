@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 from collections.abc import Iterable
@@ -14,8 +13,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from rlhf_jax.data.encode import check_stripped_turns
-from rlhf_jax.data.foreign import parse_columns
-from rlhf_jax.errors import UserError
+from rlhf_jax.data.shapes import parse_columns
+from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.hub.chat_formats import chat_template
 from rlhf_jax.hub.hub_data import check_hub_name
 from rlhf_jax.losses.advantages import BASELINES, SCALES
@@ -24,14 +23,14 @@ from rlhf_jax.losses.policy import AGGREGATIONS, LEVELS, check_policy_options, p
 from rlhf_jax.losses.preference import check_options as check_loss_options
 from rlhf_jax.losses.shaping import EOS_MODES, ESTIMATORS
 from rlhf_jax.models.lora import AdapterConfig
-from rlhf_jax.rewards import parse_rewards
 from rlhf_jax.rewards.ensemble import COMBINATIONS
+from rlhf_jax.rewards.scorers import parse_rewards
 from rlhf_jax.rl.objectives import ADVANTAGES, PLACEMENTS, parse_options
 from rlhf_jax.sampling.arguments import check_options
-from rlhf_jax.stages.common import parse_source, parse_sources
 from rlhf_jax.stages.defaults import SAMPLING, STAGES, fields_of, leaves
 from rlhf_jax.stages.rollouts import truncation
 from rlhf_jax.tasks.builders import check_name
+from rlhf_jax.tasks.sources import parse_source, parse_sources
 from rlhf_jax.training.optimizer import make_optimizer
 
 _LEAST = {  # of whole numbers that count something
@@ -143,7 +142,7 @@ def unread_field(stage: str, names: Iterable[str]) -> str | None:
 def _check_fields(config: ConfigDict) -> None:
     for name in leaves(config):
         if not has_field(config.stage, name):
-            near = difflib.get_close_matches(name, _fields(config.stage), n=1, cutoff=0.0)[0]
+            near = nearest(name, _fields(config.stage))
             line = f"the {config.stage} stage has no {name}; did you mean {near}?"
             raise UserError(f"config: {unread_field(config.stage, [name]) or line}")
 

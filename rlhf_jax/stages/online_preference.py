@@ -23,7 +23,7 @@ from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.data.pipeline import pad_rows
 from rlhf_jax.evaluation.rows import response_logprobs
 from rlhf_jax.rl.on_policy import Rollouts, minibatches, over_updates
-from rlhf_jax.stages.common import load_start, mesh_of, step_tokens, train_loop
+from rlhf_jax.stages.fit import train_loop
 from rlhf_jax.stages.pairs import CHOSEN, REJECTED
 from rlhf_jax.stages.policy import (
     evaluate,
@@ -42,8 +42,9 @@ from rlhf_jax.stages.rollouts import (
     row_multiple,
     text_rollout,
 )
+from rlhf_jax.stages.start import load_start
 from rlhf_jax.training.learner import Learner, make_learner
-from rlhf_jax.training.mesh import shard_batch
+from rlhf_jax.training.mesh import mesh_of, shard_batch, step_tokens
 from rlhf_jax.training.metrics import joined, weighted
 from rlhf_jax.training.rundir import RunDirectory, fault_point
 from rlhf_jax.training.saved_model import Model, save_model

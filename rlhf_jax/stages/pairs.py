@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
+from rlhf_jax import console
 from rlhf_jax.data.conversation import Tokenizer, render_replies
 from rlhf_jax.data.encode import (
     BESIDE,
@@ -20,7 +21,7 @@ from rlhf_jax.data.encode import (
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.data.records import Conversation, Pair
 from rlhf_jax.errors import UserError
-from rlhf_jax.stages.common import check_unrendered, read_records, say_encoded
+from rlhf_jax.tasks.sources import check_unrendered, read_records
 
 CHOSEN, REJECTED, MISMATCHED = 0, 1, 2  # branches of a group
 _LABELS = {"true": 1.0, "false": 0.0}
@@ -101,7 +102,7 @@ def _pair_rows(
     rows, packing = pack_groups(groups, length, branches=3 if mismatched else 2)
     if identical and not trained:
         rows["identical"] = np.isin(rows["example_ids"], identical)
-    say_encoded(config, what + BESIDE * mismatched, counts, packing)
+    console.say_encoded(config, what + BESIDE * mismatched, counts, packing)
     return rows
 
 
@@ -161,7 +162,7 @@ def _labelled_rows(
     labels = np.where(rows["valid"] > 0, by_record[rows["example_ids"]], 0)
     counts = {"records": len(records), "dropped": dropped, "truncated": 0}
     counts["keeps_95"] = length_of_share([group.size for group in groups])
-    say_encoded(config, what + beside, counts, {"good": float(by_record.mean())} | packing)
+    console.say_encoded(config, what + beside, counts, {"good": float(by_record.mean())} | packing)
     return rows | {"labels": labels[..., None].astype(np.float32)}
 
 

@@ -20,22 +20,11 @@ from ml_collections import ConfigDict
 from rlhf_jax.data.pipeline import make_dataset, make_iterator
 from rlhf_jax.evaluation.rows import response_logprobs
 from rlhf_jax.evaluation.statistics import bootstrap_interval
-from rlhf_jax.files import read_lines
-from rlhf_jax.json_files import check_fields, read_object
+from rlhf_jax.files import check_fields, read_lines, read_object, write_json, write_jsonl
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.rl.on_policy import Iteration, OnPolicyState, make_iteration
 from rlhf_jax.stages.chat import evaluate_chat
-from rlhf_jax.stages.common import (
-    is_evaluated,
-    load_start,
-    mesh_of,
-    pack_texts,
-    parse_sources,
-    read_records,
-    step_tokens,
-    train_loop,
-    write_jsonl,
-)
+from rlhf_jax.stages.fit import is_evaluated, pack_texts, train_loop
 from rlhf_jax.stages.reward import with_score_head
 from rlhf_jax.stages.rollouts import (
     Judge,
@@ -46,9 +35,12 @@ from rlhf_jax.stages.rollouts import (
     sample_answers,
     text_task,
 )
+from rlhf_jax.stages.start import load_start
+from rlhf_jax.tasks.sources import parse_sources, read_records
 from rlhf_jax.tasks.town.gold import gold_score, is_correct
+from rlhf_jax.training.mesh import mesh_of, step_tokens
 from rlhf_jax.training.metrics import read_metrics
-from rlhf_jax.training.rundir import RunDirectory, write_json
+from rlhf_jax.training.rundir import RunDirectory
 from rlhf_jax.training.saved_model import Model, as_trainable, save_model
 
 VIEWS, TIMELINE = 6, 4  # samples a report shows token by token, and over time

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from rlhf_jax import console
 from rlhf_jax.data.packing import Arrays
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.preferences import pair_values, preference_metrics, preference_plots
@@ -36,22 +37,17 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import sequence_logprobs
 from rlhf_jax.rl.objectives import parse_options
 from rlhf_jax.stages.chat import evaluate_chat, held_out_prompts, sampled_metrics
-from rlhf_jax.stages.common import (
-    Evaluated,
-    batches_of,
-    few_records,
-    fit,
-    load_start,
-    parse_sources,
-    read_summary,
-    step_tokens,
-)
+from rlhf_jax.stages.fit import Evaluated, batches_of, fit
 from rlhf_jax.stages.pairs import CHOSEN, MISMATCHED, REJECTED, pack_preferences
 from rlhf_jax.stages.reference_logprobs import reference_logprobs
 from rlhf_jax.stages.reward import label_metrics
+from rlhf_jax.stages.start import load_start
+from rlhf_jax.tasks.sources import parse_sources
+from rlhf_jax.training.mesh import step_tokens
 from rlhf_jax.training.rundir import RunDirectory
 from rlhf_jax.training.saved_model import save_model
 from rlhf_jax.training.step import Coupled
+from rlhf_jax.training.summary import read_summary
 
 
 def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
@@ -89,7 +85,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         config, run, reference, loss_fn, batches, evaluate, keeps_start=keeps_start
     )
     save_model(run.path, model)
-    tables = few_records("held-out preferences", int(held_out["valid"].sum()))
+    tables = console.few_records("held-out preferences", int(held_out["valid"].sum()))
     metrics |= evaluate_chat(
         config, run.path, model, parents["policy"], plots, further={"tables": tables}
     )

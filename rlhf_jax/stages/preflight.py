@@ -11,24 +11,20 @@ from typing import IO, Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from rlhf_jax import console
 from rlhf_jax.data.conversation import Tokenizer, mark, render_prompt, render_replies
 from rlhf_jax.data.encode import add_mismatched, naming, split_turns
 from rlhf_jax.data.packing import Group
 from rlhf_jax.data.records import Conversation, Pair, Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.statistics import auc, wilson_interval
-from rlhf_jax.report.tables import format_percent, print_table, printable
+from rlhf_jax.report.tables import format_percent, make_printable, print_table
 from rlhf_jax.stages.chain import PARENTLESS, default_workdir, prepare
-from rlhf_jax.stages.common import (
-    check_unrendered,
-    parse_sources,
-    read_records,
-    read_summary,
-    say_stripped,
-    with_chat_template,
-)
 from rlhf_jax.stages.pairs import label_of, read_preferences
+from rlhf_jax.stages.start import with_chat_template
+from rlhf_jax.tasks.sources import check_unrendered, parse_sources, read_records
 from rlhf_jax.training.saved_model import is_hub_directory, load_tokenizer
+from rlhf_jax.training.summary import read_summary
 
 SAMPLE = 1000  # records of a source that are tokenised
 PERCENTILES = (5, 50, 95, 99, 100)
@@ -129,7 +125,7 @@ def preflight(config: ConfigDict, source: str, workdir: str | None) -> None:
         fate = "left out" if prompts_only else _FATE.get(config.data.over_long, "an error")
         show(name, measured, f"over {limit_name} = {limit}: {fate}")
         turns, stripped = (sum(getattr(e, k) for e in encoded) for k in ("turns", "stripped"))
-        say_stripped(name, stripped, turns)
+        console.say_stripped(name, stripped, turns)
         show_example(_typical(encoded, limit), tokenizer)
 
 
@@ -323,7 +319,7 @@ def show_example(example: Encoded, tokenizer: Tokenizer, *, file: IO[str] | None
     console.print(text, end=":\n")
     text = Text()
     for piece, trained in decoded_runs(example, tokenizer):
-        shown = printable(piece)
+        shown = make_printable(piece)
         text.append(shown if coloured or not trained else f"[[{shown}]]",
                     style="bold green" if trained else "")  # fmt: skip
     console.print(text, end="\n\n")

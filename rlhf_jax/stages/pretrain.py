@@ -20,15 +20,10 @@ from rlhf_jax.evaluation.language import language_evaluation
 from rlhf_jax.models import transformer
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import target_cross_entropy
-from rlhf_jax.stages.common import (
-    batches_of,
-    check_kernel,
-    fit,
-    pack_texts,
-    parse_sources,
-    read_records,
-    step_tokens,
-)
+from rlhf_jax.stages.fit import batches_of, fit, pack_texts
+from rlhf_jax.stages.start import check_kernel
+from rlhf_jax.tasks.sources import parse_sources, read_records
+from rlhf_jax.training.mesh import step_tokens
 from rlhf_jax.training.rundir import RunDirectory
 from rlhf_jax.training.saved_model import Model, save_model
 

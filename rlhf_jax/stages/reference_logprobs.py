@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
-import os
-import uuid
 import zipfile
 import zlib
 from pathlib import Path
@@ -23,7 +22,9 @@ from rlhf_jax.cache import cache_dir
 from rlhf_jax.data import packing
 from rlhf_jax.data.packing import Arrays
 from rlhf_jax.digests import code_digest
+from rlhf_jax.errors import NoRoom
 from rlhf_jax.evaluation.rows import response_logprobs
+from rlhf_jax.files import write_whole
 from rlhf_jax.training.saved_model import Model, fingerprint
 
 
@@ -50,7 +51,7 @@ def reference_logprobs(
     )
     try:
         _write(path, key, logprobs)
-    except OSError as error:
+    except (OSError, NoRoom) as error:
         print(f"the reference's log-probs are not kept: {error}", flush=True)
     return logprobs
 
@@ -93,18 +94,10 @@ def _read(path: Path, key: str, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def _write(path: Path, key: str, logprobs: np.ndarray) -> None:
-    """So that the file is whole or absent, whoever else writes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, logprobs=logprobs, checksum=np.array(_checksum(key, logprobs)))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    file = io.BytesIO()
+    np.savez(file, logprobs=logprobs, checksum=np.array(_checksum(key, logprobs)))
+    write_whole(path, file.getvalue(), shared=True)
 
 
 def _checksum(key: str, logprobs: np.ndarray) -> str:

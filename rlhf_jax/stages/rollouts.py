@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from rlhf_jax import console
 from rlhf_jax.data.conversation import Tokenizer, render_prompt
 from rlhf_jax.data.encode import length_of_share
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
@@ -26,6 +27,7 @@ from rlhf_jax.data.pipeline import pad_rows, random_bits
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.rows import map_rows
+from rlhf_jax.files import write_json
 from rlhf_jax.losses.advantages import zero_variance
 from rlhf_jax.losses.checks import check_choice
 from rlhf_jax.models.scoring import (
@@ -34,31 +36,21 @@ from rlhf_jax.models.scoring import (
     target_statistics,
     target_values,
 )
-from rlhf_jax.rewards import (
+from rlhf_jax.rewards.ensemble import (
     Normalization,
-    Scores,
-    TextScorers,
     combine_members,
     member_scores,
-    parse_rewards,
     same_config,
     stack_members,
 )
+from rlhf_jax.rewards.scorers import Scores, TextScorers, parse_rewards
+from rlhf_jax.rewards.ties import Ties
 from rlhf_jax.rl.objectives import shape_scores
 from rlhf_jax.rl.on_policy import Rollouts, Task
 from rlhf_jax.sampling.generate import Completion, generate
-from rlhf_jax.stages.common import (
-    Ties,
-    check_unrendered,
-    mesh_of,
-    read_records,
-    say,
-    step_tokens,
-    warn_over_long,
-)
-from rlhf_jax.training.mesh import batch_shards
+from rlhf_jax.tasks.sources import check_unrendered, read_records
+from rlhf_jax.training.mesh import batch_shards, mesh_of, step_tokens
 from rlhf_jax.training.metrics import Metrics
-from rlhf_jax.training.rundir import write_json
 from rlhf_jax.training.saved_model import Model, load_model
 
 SHORTEST = 16  # tokens a sequence: a row has places for no more of them than fit at that length
@@ -126,8 +118,10 @@ def read_prompts(config: ConfigDict, tokenizer: Tokenizer, source: str, split: s
     check_unrendered(f"{source} ({split}) prompts", records, tokenizer)
     tokens = [render_prompt(record.messages, tokenizer) for record in records]
     kept = [i for i, ids in enumerate(tokens) if len(ids) <= limit]
-    say(f"{source} ({split}) prompts", {"read": len(records), "too long": len(records) - len(kept)})
-    warn_over_long(
+    console.say(
+        f"{source} ({split}) prompts", {"read": len(records), "too long": len(records) - len(kept)}
+    )
+    console.warn_over_long(
         f"{source} ({split}) prompts",
         len(records) - len(kept),
         len(records),

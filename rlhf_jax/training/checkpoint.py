@@ -29,10 +29,18 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from rlhf_jax.errors import NoRoom, UserError, lack_of_room
-from rlhf_jax.files import room_for, sync_directory
-from rlhf_jax.json_files import check_fields, parse_object, read_object
-from rlhf_jax.training.mesh import TRANSFORMER_RULES, Rules, named_leaves, shardings
-from rlhf_jax.training.rundir import fault_point, json_text, write_json
+from rlhf_jax.files import (
+    check_fields,
+    json_text,
+    parse_object,
+    read_object,
+    room_for,
+    sync_directory,
+    write_json,
+)
+from rlhf_jax.training.mesh import TRANSFORMER_RULES, Rules, shardings
+from rlhf_jax.training.rundir import fault_point
+from rlhf_jax.trees import named_leaves
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -14,9 +13,9 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.losses.checks import check_intervals
-from rlhf_jax.training.mesh import matches, named_leaves
+from rlhf_jax.trees import matches, named_leaves
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
@@ -208,5 +207,5 @@ def _by_name(function):
 def _check_name(what: str, name: str, known) -> None:
     if name in known:
         return
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
-    raise UserError(f"unknown {what} {name!r}; did you mean {near[0]!r}? Known: {', '.join(known)}")
+    hint = f"did you mean {nearest(name, known)!r}?"
+    raise UserError(f"unknown {what} {name!r}; {hint} Known: {', '.join(known)}")

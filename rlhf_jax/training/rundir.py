@@ -19,8 +19,7 @@ from typing import Any
 
 from rlhf_jax.digests import json_digest
 from rlhf_jax.errors import UserError
-from rlhf_jax.files import room_for, sync_directory, write_whole
-from rlhf_jax.json_files import check_fields, read_object
+from rlhf_jax.files import check_fields, read_object, room_for, sync_directory, write_json
 from rlhf_jax.stopping import listening
 
 CONFIG, MADE_FROM, SUMMARY = "config.json", "made_from.json", "summary.json"
@@ -57,16 +56,6 @@ def fault_point(name: str, step: int | None = None) -> None:
     fault = os.environ.get("FAULT")
     if fault and fault in (name, f"{name}:{step}"):
         os.kill(os.getpid(), signal.Signals[os.environ.get("FAULT_SIGNAL", "SIGKILL")])
-
-
-def json_text(value: Any) -> str:
-    """What `write_json` writes."""
-    return json.dumps(value, indent=1) + "\n"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON with `write_whole`."""
-    write_whole(path, json_text(value).encode())
 
 
 def plain(config) -> dict[str, Any]:

@@ -23,10 +23,10 @@ from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.data.tokenizer import OwnTokenizer
 from rlhf_jax.digests import file_digest, json_digest
 from rlhf_jax.errors import UserError
+from rlhf_jax.files import check_fields, read_object
 from rlhf_jax.hub.hf_config import read_config
 from rlhf_jax.hub.hf_weights import read_weights
 from rlhf_jax.hub.hub_tokenizer import HubTokenizer
-from rlhf_jax.json_files import check_fields, read_object
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.lora import (
     AdapterConfig,
@@ -39,7 +39,8 @@ from rlhf_jax.models.lora import (
     split,
 )
 from rlhf_jax.training.checkpoint import load_document, load_params, save_params
-from rlhf_jax.training.mesh import named_leaves, placed, sharding
+from rlhf_jax.training.mesh import placed, sharding
+from rlhf_jax.trees import named_leaves
 
 _READ = (".json", ".jinja", ".safetensors")  # suffixes of what is read of a Hugging Face directory
 

@@ -21,12 +21,12 @@ from rlhf_jax.training.mesh import (
     Rules,
     batch_sharding,
     batch_shards,
-    matches,
     overlapping,
     shardings,
 )
 from rlhf_jax.training.metrics import Metrics, merged
 from rlhf_jax.training.state import TrainState
+from rlhf_jax.trees import matches, named_leaves
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("sums", "values"), meta_fields=("finish",))
@@ -185,11 +185,11 @@ def _freeze(params, patterns: Sequence[str]):
     if not patterns:
         return params
 
-    def constant(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return jax.lax.stop_gradient(leaf) if matches(name, patterns) else leaf
-
-    return jax.tree_util.tree_map_with_path(constant, params)
+    leaves = [
+        jax.lax.stop_gradient(leaf) if matches(name, patterns) else leaf
+        for name, leaf in named_leaves(params).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
 def _accumulate(evaluate, params, batch, microbatches: int, mesh: Mesh | None):

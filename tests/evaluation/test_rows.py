@@ -13,8 +13,8 @@ from rlhf_jax.evaluation import responses
 from rlhf_jax.evaluation.language import language_evaluation
 from rlhf_jax.evaluation.rows import map_rows, response_logprobs
 from rlhf_jax.models import ModelConfig, init
-from rlhf_jax.stages import common, defaults
-from rlhf_jax.training import progress
+from rlhf_jax.stages import defaults
+from rlhf_jax.training import mesh, progress
 from rlhf_jax.training.saved_model import Model
 
 CONFIG = ModelConfig(
@@ -67,11 +67,11 @@ def test_results_do_not_depend_on_the_tokens_of_a_pass():
 
 def test_a_step_s_tokens_are_those_of_a_microbatch_on_a_device(monkeypatch):
     config = defaults.base("sft", data={"row_length": 768}, batch={"rows": 16, "microbatches": 2})
-    monkeypatch.setattr(common, "training_devices", lambda: jax.devices()[:1])
-    assert common.step_tokens(config) == 8 * 768
+    monkeypatch.setattr(mesh, "training_devices", lambda: jax.devices()[:1])
+    assert mesh.step_tokens(config) == 8 * 768
     config.mesh.fsdp = 2
-    monkeypatch.setattr(common, "training_devices", lambda: jax.devices()[:4])
-    assert common.step_tokens(config) == 2 * 768
+    monkeypatch.setattr(mesh, "training_devices", lambda: jax.devices()[:4])
+    assert mesh.step_tokens(config) == 2 * 768
 
 
 @pytest.mark.parametrize(("tokens", "slots"), [(10**6, 64), (300, 16), (1, 1)])

@@ -9,6 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from rlhf_jax import console
 from rlhf_jax.data.conversation import render_prompt, render_replies, render_turns
 from rlhf_jax.data.encode import encode_conversations, encode_pairs
 from rlhf_jax.data.records import Conversation, Message, Pair, Prompt
@@ -19,7 +20,8 @@ from rlhf_jax.hub.hub_tokenizer import HubTokenizer
 from rlhf_jax.hub.tokenizer_settings import TokenizerSettings
 from rlhf_jax.models import PRESETS
 from rlhf_jax.stages import chat as stages_chat
-from rlhf_jax.stages import common, defaults, pairs, preflight, rollouts, sft
+from rlhf_jax.stages import defaults, pairs, preflight, rollouts, sft, start
+from rlhf_jax.tasks import sources
 from rlhf_jax.training.saved_model import Model
 from tests.hub.test_hub_tokenizer import TEXT, tokenizers
 from tests.rendered import render_conversation
@@ -209,7 +211,7 @@ def test_a_turn_is_trained_as_it_is_generated(bare, capsys, name, whole, trained
     documents, stats = encode_conversations(records, ours, 256)
     assert of(documents[0]) == (whole, trained) and of(documents[1])[1] == further
     assert (stats["turns"], stats["stripped"], stats["encoded"]) == (3, 1, 2)
-    common.say_stripped("f.jsonl", stats["stripped"], stats["turns"])
+    console.say_stripped("f.jsonl", stats["stripped"], stats["turns"])
     out = capsys.readouterr().out
     assert "f.jsonl: 1 of 3 replies" in out and "--config.data.stripped_turns=expand" in out
 
@@ -283,7 +285,7 @@ def test_a_models_own_template_is_checked_when_it_is_used(bare, tmp_path, templa
     with pytest.raises(UserError, match=why) as error:
         ours.conversation(TURNS[:2])
     assert "--config.data.chat_template=" in str(error.value) and "\n" not in str(error.value)
-    given = common.with_chat_template(ours, "chatml")
+    given = start.with_chat_template(ours, "chatml")
     assert given.hash == bare.with_template(TEMPLATES["chatml"]).hash
     assert len(given.conversation(TURNS)[1]) == 2
     if template == LOSING:  # good enough for what only asks
@@ -314,22 +316,22 @@ def test_rendered_records_are_counted_or_refused(bare, capsys):
         Pair("r", (user("Hi"),), "Hello", "No <|im_end|>"),
     ):
         with pytest.raises(UserError, match=r"2 of 2 records .* rendered already"):
-            common.check_unrendered("f.jsonl", [record] * 2, ours)
-        common.check_unrendered("f.jsonl", [*honest, record], ours)
+            sources.check_unrendered("f.jsonl", [record] * 2, ours)
+        sources.check_unrendered("f.jsonl", [*honest, record], ours)
         out = capsys.readouterr().out
         assert out.startswith("warning: f.jsonl: 1 of 4 records") and "(first 'r': '<|im_" in out
     about = Conversation("q", (user("What does <|im_end|> mean?"), said("The end.")))
-    common.check_unrendered("f.jsonl", [about], ours)
+    sources.check_unrendered("f.jsonl", [about], ours)
     assert "1 of 1 records" in capsys.readouterr().out
-    common.check_unrendered("f.jsonl", honest, ours)
+    sources.check_unrendered("f.jsonl", honest, ours)
     assert not capsys.readouterr().out
     own = train_bpe(["x"], 263)
     with pytest.raises(UserError, match="rendered already"):
-        common.check_unrendered("f", [Prompt("r", (user("<|user|> Hi<|end|>"),))], own)
+        sources.check_unrendered("f", [Prompt("r", (user("<|user|> Hi<|end|>"),))], own)
     words = bare.with_template(TEMPLATES["plain"])
     with pytest.raises(UserError, match="rendered already"):
         record = Prompt("r", (user("User: Hi\n\nAssistant:"),))
-        common.check_unrendered("f", [record], words)
+        sources.check_unrendered("f", [record], words)
 
 
 @pytest.mark.parametrize(

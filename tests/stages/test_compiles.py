@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.stages import common, defaults, policy, preference, sft
+from rlhf_jax.stages import defaults, policy, preference, sft
+from rlhf_jax.training import mesh
 from rlhf_jax.training.metrics import MetricsWriter
 from rlhf_jax.training.rundir import RunDirectory
 from tests.stages.test_reference_logprobs import saved, small_model
@@ -130,7 +131,7 @@ def test_nothing_is_compiled_after_the_first_step_and_evaluation(
     tmp_path, monkeypatch, parent, compiled, stage, devices
 ):
     monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(common, "training_devices", lambda: jax.devices()[:devices])
+    monkeypatch.setattr(mesh, "training_devices", lambda: jax.devices()[:devices])
     config = config_of(stage, tmp_path, parent)
     with RunDirectory(tmp_path / "run", config) as run:
         stage.run(config, run, {"policy": parent})

@@ -15,13 +15,16 @@ from ml_collections import ConfigDict
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.models import transformer
+from rlhf_jax.rewards.scorers import Scores
 from rlhf_jax.rl.objectives import Sampled, advantages, policy_objective
 from rlhf_jax.sampling.generate import Completion
-from rlhf_jax.stages import best_of_n, chain, checks, common, defaults, rollouts
+from rlhf_jax.stages import best_of_n, chain, checks, defaults, rollouts
 from rlhf_jax.stages.online_preference import pack_best_and_worst
 from rlhf_jax.stages.pairs import CHOSEN, REJECTED
 from rlhf_jax.stages.reward import loss as reward_loss
-from rlhf_jax.stages.rollouts import PromptSet, Samples, Scores, sample_answers, text_rollout
+from rlhf_jax.stages.rollouts import PromptSet, Samples, sample_answers, text_rollout
+from rlhf_jax.tasks import sources
+from rlhf_jax.training import mesh
 from rlhf_jax.training.learner import make_learner
 from rlhf_jax.training.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig, make_optimizer
 from tests.models.small import SMALL
@@ -83,7 +86,7 @@ def read(monkeypatch) -> dict[str, set[str]]:
 @pytest.mark.slow
 def test_a_run_of_each_stage_reads_all_of_its_fields(experiments, tmp_path, monkeypatch, read):
     monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(common, "training_devices", lambda: jax.devices()[:1])
+    monkeypatch.setattr(mesh, "training_devices", lambda: jax.devices()[:1])
     monkeypatch.setattr(chain, "write_report", lambda *_: None)
     for name in (name for names in RUNS.values() for name in names):
         source = f"{experiments}/{name}.py"
@@ -269,7 +272,7 @@ def test_an_option_of_a_loss_is_finite_and_not_negative(options):
 @pytest.mark.parametrize("weight", ["nan", "inf", "-1", "0", "much"])
 def test_the_weight_of_a_source_is_above_0(weight):
     with pytest.raises(UserError, match=f"weight of 'b' is no number above 0: '{weight}'"):
-        common.parse_sources(f"a,b={weight}")
+        sources.parse_sources(f"a,b={weight}")
 
 
 @pytest.mark.parametrize(
@@ -384,12 +387,12 @@ def test_an_answer_that_never_ended_pays_before_pairs_are_chosen(rollout, chosen
 
 
 def test_a_mesh_that_does_not_fit_one_device_is_refused(monkeypatch):
-    monkeypatch.setattr(common, "training_devices", lambda: jax.devices()[:1])
+    monkeypatch.setattr(mesh, "training_devices", lambda: jax.devices()[:1])
     config = defaults.base("sft")
-    assert common.mesh_of(config) is None
+    assert mesh.mesh_of(config) is None
     config.mesh.fsdp = 2
     with pytest.raises(UserError, match="does not fit 1 devices"):
-        common.mesh_of(config)
+        mesh.mesh_of(config)
 
 
 def test_gae_without_a_critic_and_an_unknown_algorithm_are_refused():

@@ -7,12 +7,13 @@ import logging
 
 import pytest
 
+from rlhf_jax import console
 from rlhf_jax.data.encode import length_of_share
 from rlhf_jax.data.records import Text
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.errors import UserError
-from rlhf_jax.stages import chat, defaults, pairs, rollouts, sft
-from rlhf_jax.stages.common import few_records, pack_texts
+from rlhf_jax.stages import defaults, pairs, rollouts, sft
+from rlhf_jax.stages.fit import pack_texts
 
 WORDS = "one two three four five six seven eight nine ten"
 
@@ -113,11 +114,10 @@ def test_the_error_names_the_length_that_keeps_most(tmp_path, tokenizer):
 
 
 def test_few_records_are_said_and_in_the_report(caplog):
-    assert few_records("held-out prompts", 30) == [] and caplog.text == ""
-    (table,) = few_records("held-out prompts", 6)
+    assert console.few_records("held-out prompts", 30) == [] and caplog.text == ""
+    (table,) = console.few_records("held-out prompts", 6)
     assert "Measured on 6 held-out prompts, fewer than 30" in caplog.text
     assert table["note"] in caplog.text and table["rows"] == [["held-out prompts", 6]]
-    assert chat.few_records is few_records
 
 
 def test_raw_text_beside_prompts_is_split(tokenizer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.json_files import check_fields, parse_object, read_object
+from rlhf_jax.files import check_fields, parse_object, read_object
 
 FIELDS = {"name": str, "seconds": int | float, "parents": {"role": str}}
 
