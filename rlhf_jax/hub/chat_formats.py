@@ -17,10 +17,12 @@ from rlhf_jax.errors import UserError
 
 MAX_BYTES = 2**20
 WITH_TOOLS = ("chatml", "llama3", "qwen")
-TEMPLATES = {
-    name: Path(__file__).with_name("templates").joinpath(f"{name}.jinja").read_text("utf-8").strip()
-    for name in (*WITH_TOOLS, "llama2", "mistral", "gemma", "olmo", "plain")
-}
+_FILES = (
+    *("templates/chatml.jinja", "templates/llama3.jinja", "templates/qwen.jinja"),
+    *("templates/llama2.jinja", "templates/mistral.jinja", "templates/gemma.jinja"),
+    *("templates/olmo.jinja", "templates/plain.jinja"),
+)
+TEMPLATES = {Path(f).stem: (Path(__file__).parent / f).read_text("utf-8").strip() for f in _FILES}
 
 
 def chat_template(name: str) -> str:

@@ -160,8 +160,8 @@ def _experts(key: str, count: int, each: int) -> tuple[Key, ...]:
 def _caps(logits: Any, attention: Any) -> tuple[Key, ...]:
     """The keys of soft caps, with what transformers assumes of them."""
     return (
-        Key("logit_softcap", "final_logit_softcapping", float, logits, None),
-        Key("attention_softcap", "attn_logit_softcapping", float, attention, None),
+        Key("logit_softcap", "final_logit_softcapping", float, absent=logits, null=None),
+        Key("attention_softcap", "attn_logit_softcapping", float, absent=attention, null=None),
     )
 
 
@@ -174,7 +174,10 @@ def _gemma(written: str) -> tuple[Key, ...]:
 _GEMMA2 = (
     *_gemma("hidden_activation"),
     Key(
-        *("query_scale", "query_pre_attn_scalar", float, 256),
+        "query_scale",
+        "query_pre_attn_scalar",
+        float,
+        absent=256,
         above_zero=True,
         to_ours=lambda scalar: scalar**-0.5,
         to_theirs=_query_scalar,
@@ -184,9 +187,9 @@ _EXPERT_ACTIVATION = Key("activation", "hidden_act", _SILU, absent="silu")
 
 _GEMMA_FIXED = {"norm_plus_one": True, "embed_scale": _embed_scale}
 _AROUND = _GEMMA_FIXED | {"norm_place": "around"}
-_LAYER_NORM = {
-    **{"kv_heads": _heads, "norm": "layer"},
-    **dict.fromkeys(("norm_bias", "attention_bias", "mlp_bias"), True),
+_LAYER_NORM = {"kv_heads": _heads, "norm": "layer", "norm_bias": True} | {
+    "attention_bias": True,
+    "mlp_bias": True,
 }
 _THETA = {"rope_theta": 10_000.0}
 _FLAG = {"use_sliding_window": False}
@@ -272,16 +275,16 @@ FAMILIES: dict[str, Family] = {
         _gated(),
         (Rope(), Windows(flag=True, types=True)),
         _LLAMA_BODY,
-        {"attention_bias": True, "attention_out_bias": False},
-        _THETA | _FLAG,
+        fixed={"attention_bias": True, "attention_out_bias": False},
+        defaults=_THETA | _FLAG,
     ),
     "qwen3": Family(
         "Qwen3",
         (*_gated(), _BIASED),
         (Rope(), Windows(flag=True, types=True)),
         _LLAMA_BODY,
-        {"qk_norm": True},
-        _THETA | _FLAG,
+        fixed={"qk_norm": True},
+        defaults=_THETA | _FLAG,
     ),
     "qwen3_moe": Family(
         "Qwen3Moe",
@@ -294,34 +297,45 @@ FAMILIES: dict[str, Family] = {
         ),
         (Rope(), Windows(flag=True)),
         _mixture("mlp", "gate_proj", "up_proj", "down_proj"),
-        {"qk_norm": True},
-        _THETA | _FLAG,
-        {"decoder_sparse_step": (1, None), "mlp_only_layers": ([], None)},
+        fixed={"qk_norm": True},
+        defaults=_THETA | _FLAG,
+        only={"decoder_sparse_step": (1, None), "mlp_only_layers": ([], None)},
     ),
-    "gemma": Family("Gemma", _gemma("hidden_act"), (Rope(),), _LLAMA_BODY, _GEMMA_FIXED, _THETA),
+    "gemma": Family(
+        "Gemma",
+        _gemma("hidden_act"),
+        (Rope(),),
+        _LLAMA_BODY,
+        fixed=_GEMMA_FIXED,
+        defaults=_THETA,
+    ),
     "gemma2": Family(
         "Gemma2",
         (*_GEMMA2, *_caps(30.0, 50.0)),
         (Rope(), Windows(types=True, every=2)),
         _AROUND_BODY,
-        _AROUND,
-        _THETA | {"sliding_window": 4096},
+        fixed=_AROUND,
+        defaults=_THETA | {"sliding_window": 4096},
     ),
     "gemma3_text": Family(
         "Gemma3",
         (*_GEMMA2, *_caps(None, None)),
         (GemmaRope(), Windows(types=True, every=6, pattern=True)),
         _AROUND_BODY,
-        _AROUND | {"qk_norm": True},
-        {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0, "sliding_window": 4096},
+        fixed=_AROUND | {"qk_norm": True},
+        defaults={
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+            "sliding_window": 4096,
+        },
     ),
     "olmo2": Family(
         "Olmo2",
         (*_gated(eps=1e-5), _BIASED),
         (OlmoRope(),),
         _AROUND_BODY,
-        {"norm_place": "after", "qk_norm": True, "qk_norm_whole": True},
-        _THETA,
+        fixed={"norm_place": "after", "qk_norm": True, "qk_norm_whole": True},
+        defaults=_THETA,
     ),
     "gpt2": Family(
         "GPT2",
@@ -340,7 +354,7 @@ FAMILIES: dict[str, Family] = {
         ),
         (),
         _GPT2_BODY,
-        _LAYER_NORM | {"position": "learned"},
+        fixed=_LAYER_NORM | {"position": "learned"},
         bases=("transformer.", ""),
         causal_name="GPT2LMHeadModel",
         inputs_first=True,
@@ -357,9 +371,9 @@ FAMILIES: dict[str, Family] = {
         ),
         (NeoxRope("rotary_emb_base"),),
         _NEOX_BODY,
-        _LAYER_NORM,
-        {"rotary_emb_base": 10_000.0, "rotary_pct": 0.25},
-        {"attention_bias": (True,)},
+        fixed=_LAYER_NORM,
+        defaults={"rotary_emb_base": 10_000.0, "rotary_pct": 0.25},
+        only={"attention_bias": (True,)},
         bases=("gpt_neox.",),
         per_head=True,
         buffers=("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
