@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlhf_jax.data.pipeline import make_dataset, make_iterator
+from rlhf_jax.data.batches import make_dataset, make_iterator
 from rlhf_jax.evaluation.rows import response_logprobs
 from rlhf_jax.evaluation.statistics import bootstrap_interval
 from rlhf_jax.files import check_fields, read_lines, read_object, write_json, write_jsonl
