@@ -65,13 +65,22 @@ def pack_documents(documents: Sequence[Document], row_length: int) -> tuple[Arra
     Raises UserError where there is no document or one is longer than a row.
     """
     lengths = np.array([len(d.tokens) for d in documents], np.int64)
-    layout = _lay_out([d.tokens for d in documents], lengths[:, None], row_length)
+    rows, starts = _place(lengths, row_length)
+    tokens = _concatenate([d.tokens for d in documents])
     is_target = _concatenate([d.is_target for d in documents]).astype(bool)
-    if len(is_target) != len(layout.tokens) or np.any(is_target[np.cumsum(lengths) - lengths]):
+    offsets = np.cumsum(lengths) - lengths
+    if len(is_target) != len(tokens) or np.any(is_target[offsets]):
         raise ValueError("is_target must have the tokens' length and be 0 at index 0")
-    place = layout.place[is_target]
-    _add_targets(layout.arrays, place, place - 1, layout.tokens[is_target])
-    return layout.arrays, _stats(layout.arrays, len(documents))
+
+    position = np.arange(len(tokens)) - np.repeat(offsets, lengths)
+    place = np.repeat(rows * row_length + starts, lengths) + position
+    count = int(rows.max()) + 1
+    arrays = _empty_rows(count, row_length)
+    arrays["tokens"].reshape(-1)[place] = tokens
+    arrays["positions"].reshape(-1)[place] = position
+    arrays["segment_ids"].reshape(-1)[place] = np.repeat(_rank_in_row(rows, starts) + 1, lengths)
+    _add_targets(arrays, place[is_target], place[is_target] - 1, tokens[is_target])
+    return arrays, _stats(arrays, len(documents))
 
 
 def pack_groups(
@@ -93,66 +102,42 @@ def pack_groups(
     # Pieces are the prompts and branches in order: K + 1 of each group.
     pieces = [piece for group in groups for piece in (group.prompt, *group.branches)]
     size = np.array([len(piece) for piece in pieces], np.int64).reshape(-1, branches + 1)
-    layout = _lay_out(pieces, size, row_length, most)
-    arrays, rows, in_row, place = layout.arrays, layout.rows, layout.in_row, layout.place
-    branch = _spread(np.arange(branches + 1), size)
-    arrays["branch_ids"] = np.zeros_like(arrays["tokens"])
-    arrays["branch_ids"].reshape(-1)[place] = branch
-    prompt_last = _spread(layout.starts[:, :1] + size[:, :1] - 1, size)
-    source = np.where(layout.within == 0, prompt_last, place - 1)
-    sequence = _spread(in_row[:, None] * branches, size) + branch - 1
-    reply = branch > 0
-    _add_targets(arrays, place[reply], source[reply], layout.tokens[reply], sequence[reply])
+    rows, starts = _place(size.sum(1), row_length, most)
+    in_row = _rank_in_row(rows, starts)
+    piece_place = (rows * row_length + starts)[:, None] + np.cumsum(size, 1) - size
+    piece_branch = np.arange(branches + 1)
+    piece_position = np.where(piece_branch == 0, 0, size[:, :1])
+    piece_sequence = in_row[:, None] * branches + piece_branch - 1
+    prompt_last = piece_place[:, :1] + size[:, :1] - 1
 
-    shape = (len(arrays["tokens"]), int(in_row.max()) + 1)
-    arrays["last"] = np.zeros((*shape, branches), np.int32)
-    arrays["lengths"] = np.zeros((*shape, branches), np.int32)
-    arrays["valid"] = np.zeros(shape, np.float32)
-    arrays["example_ids"] = np.full(shape, -1, np.int32)
-    arrays["last"][rows, in_row] = (layout.starts + size - 1)[:, 1:] % row_length
+    def spread(values: np.ndarray) -> np.ndarray:
+        return np.repeat(np.broadcast_to(values, size.shape).ravel(), size.ravel())
+
+    tokens = _concatenate(pieces)
+    within = np.arange(len(tokens)) - np.repeat(np.cumsum(size) - size.ravel(), size.ravel())
+    place, branch = spread(piece_place) + within, spread(piece_branch)
+    source = np.where(within == 0, spread(prompt_last), place - 1)
+    count = int(rows.max()) + 1
+    arrays = _empty_rows(count, row_length)
+    arrays["branch_ids"] = np.zeros((count, row_length), np.int32)
+    arrays["tokens"].reshape(-1)[place] = tokens
+    arrays["positions"].reshape(-1)[place] = spread(piece_position) + within
+    arrays["segment_ids"].reshape(-1)[place] = spread(in_row[:, None] + 1)
+    arrays["branch_ids"].reshape(-1)[place] = branch
+    reply = branch > 0
+    sequence = spread(piece_sequence)[reply]
+    _add_targets(arrays, place[reply], source[reply], tokens[reply], sequence)
+
+    per_row = int(in_row.max()) + 1
+    arrays["last"] = np.zeros((count, per_row, branches), np.int32)
+    arrays["lengths"] = np.zeros((count, per_row, branches), np.int32)
+    arrays["valid"] = np.zeros((count, per_row), np.float32)
+    arrays["example_ids"] = np.full((count, per_row), -1, np.int32)
+    arrays["last"][rows, in_row] = (piece_place + size - 1)[:, 1:] % row_length
     arrays["lengths"][rows, in_row] = size[:, 1:]
     arrays["valid"][rows, in_row] = 1
     arrays["example_ids"][rows, in_row] = [group.example for group in groups]
     return arrays, _stats(arrays, len(groups))
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Where N tokens of n items of k pieces stand; a place is an index of the flattened rows.
-
-    A piece's positions continue from the end of the item's first piece.
-    """
-
-    arrays: Arrays  # tokens, positions, segment_ids and row_ids
-    tokens: np.ndarray  # [N]
-    place: np.ndarray  # [N], of each token
-    within: np.ndarray  # [N], a token's index in its piece
-    starts: np.ndarray  # [n, k], place of each piece's first token
-    rows: np.ndarray  # [n], the row that an item is in
-    in_row: np.ndarray  # [n], 0 for the first item of a row, …
-
-
-def _lay_out(
-    pieces: Sequence[Sequence[int]], size: np.ndarray, row_length: int, most: int | None = None
-) -> _Layout:
-    """Places items into rows; size [n, k] has the pieces' lengths."""
-    rows, columns = _place(size.sum(1), row_length, most)
-    in_row = _rank_in_row(rows, columns)
-    starts = (rows * row_length + columns)[:, None] + np.cumsum(size, 1) - size
-    tokens = _concatenate(pieces)
-    within = np.arange(len(tokens)) - np.repeat(np.cumsum(size) - size.ravel(), size.ravel())
-    place = _spread(starts, size) + within
-    arrays = _empty_rows(int(rows.max()) + 1, row_length)
-    first = np.arange(size.shape[1]) == 0
-    arrays["tokens"].reshape(-1)[place] = tokens
-    arrays["positions"].reshape(-1)[place] = _spread(np.where(first, 0, size[:, :1]), size) + within
-    arrays["segment_ids"].reshape(-1)[place] = _spread(in_row[:, None] + 1, size)
-    return _Layout(arrays, tokens, place, within, starts, rows, in_row)
-
-
-def _spread(values: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Values [n, k] of pieces, or what broadcasts to them, for each token of each piece."""
-    return np.repeat(np.broadcast_to(values, size.shape).ravel(), size.ravel())
 
 
 def pack_stream(tokens: Sequence[int], row_length: int) -> tuple[Arrays, Stats]:
