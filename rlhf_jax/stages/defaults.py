@@ -62,7 +62,7 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
     if stage == "oracle":
         config.oracle = ConfigDict(
             {
-                "rows": "",  # names of oracle/rows.py, separated by commas; none: all
+                "rows": "",  # names of oracle/oracle_rows.py, separated by commas; none: all
                 "table_steps": 350,
                 "transformer_steps": 60,
                 "preference_steps": 600,
