@@ -46,9 +46,9 @@ from rlhf_jax.training.learner import Learner, make_learner
 from rlhf_jax.training.loop import Loop
 from rlhf_jax.training.mesh import mesh_of, shard_batch, step_tokens
 from rlhf_jax.training.metrics import joined, weighted
-from rlhf_jax.training.model import Model, save_model
 from rlhf_jax.training.progress import Clock
 from rlhf_jax.training.rundir import RunDirectory, fault_point
+from rlhf_jax.training.saved_model import Model, save_model
 from rlhf_jax.training.state import TrainState
 
 

@@ -41,9 +41,9 @@ from rlhf_jax.tasks.town.gold import gold_score, is_correct
 from rlhf_jax.training.loop import Loop, is_evaluated
 from rlhf_jax.training.mesh import mesh_of, step_tokens
 from rlhf_jax.training.metrics import read_metrics
-from rlhf_jax.training.model import Model, as_trainable, save_model
 from rlhf_jax.training.progress import Clock
 from rlhf_jax.training.rundir import RunDirectory
+from rlhf_jax.training.saved_model import Model, as_trainable, save_model
 
 VIEWS, TIMELINE = 6, 4  # samples a report shows token by token, and over time
 

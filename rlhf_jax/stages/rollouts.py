@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlhf_jax import console
-from rlhf_jax.data.chat import AnyTokenizer, decode_text, render_prompt
+from rlhf_jax.data.conversation import Tokenizer, render_prompt
 from rlhf_jax.data.encode import length_of_share
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.data.pipeline import pad_rows, random_bits
@@ -36,16 +36,14 @@ from rlhf_jax.models.scoring import (
     target_statistics,
     target_values,
 )
-from rlhf_jax.rewards import (
+from rlhf_jax.rewards.ensemble import (
     Normalization,
-    Scores,
-    TextScorers,
     combine_members,
     member_scores,
-    parse_rewards,
     same_config,
     stack_members,
 )
+from rlhf_jax.rewards.scorers import Scores, TextScorers, parse_rewards
 from rlhf_jax.rewards.ties import Ties
 from rlhf_jax.rl.objectives import shape_scores
 from rlhf_jax.rl.on_policy import Rollouts, Task
@@ -53,7 +51,7 @@ from rlhf_jax.sampling.generate import Completion, generate
 from rlhf_jax.tasks.sources import check_unrendered, read_records
 from rlhf_jax.training.mesh import batch_shards, mesh_of, step_tokens
 from rlhf_jax.training.metrics import Metrics
-from rlhf_jax.training.model import Model, load_model
+from rlhf_jax.training.saved_model import Model, load_model
 
 SHORTEST = 16  # tokens a sequence: a row has places for no more of them than fit at that length
 
@@ -113,7 +111,7 @@ class Samples:
         )
 
 
-def read_prompts(config: ConfigDict, tokenizer: AnyTokenizer, source: str, split: str) -> PromptSet:
+def read_prompts(config: ConfigDict, tokenizer: Tokenizer, source: str, split: str) -> PromptSet:
     """The prompts of a source that leave room for an answer; the others are counted."""
     limit = config.rollout.max_prompt_tokens
     records = read_records(config, source, "prompt", split)
@@ -177,7 +175,7 @@ def sample_answers(
         cache_length=rollout.max_prompt_tokens + rollout.max_new_tokens,
         **truncated,
     )
-    texts = [decode_text(c.tokens, model.tokenizer) for c in completions]
+    texts = [model.tokenizer.decode_text(c.tokens) for c in completions]
     return Samples(prompts, completions, texts)
 
 

@@ -169,7 +169,7 @@ def _update(
     arrays, of which the second writes in place. One pass would have to hold both states.
     """
     total, weight = loss
-    divisor, scale = jnp.where(weight > 0, weight, 1), 1.0
+    divisor, scale = jnp.where(weight > 0, weight, 1), jnp.float32(1)
     grad_norm = optax.tree.norm(jax.tree.map(lambda g: g / divisor, gradient))
     if max_grad_norm is not None:
         scale = jnp.minimum(1, max_grad_norm / jnp.maximum(grad_norm, 1e-30))
