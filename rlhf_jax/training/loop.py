@@ -19,7 +19,8 @@ from rlhf_jax.malloc import give_back
 from rlhf_jax.stopping import stop_asked, stop_point
 from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.mesh import shard_batch
-from rlhf_jax.training.metrics import Means, MetricsWriter, fetch, read_metrics
+from rlhf_jax.training.metrics import Means, fetch, read_metrics
+from rlhf_jax.training.metrics_writer import MetricsWriter
 from rlhf_jax.training.progress import Clock, Progress
 from rlhf_jax.training.rundir import RunDirectory, fault_point
 from rlhf_jax.training.state import release

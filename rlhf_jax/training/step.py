@@ -1,4 +1,16 @@
-"""The step factory: the one place that divides sums by weights and updates parameters."""
+"""The step factory: the one place that divides sums by weights and updates parameters.
+
+A step's metrics are scalars: those of the loss, divided (a name without "/" gets "train/" in front;
+`Metrics.packed` holds what each was divided by), train/loss (total / weight, unless the loss
+reports a "loss" itself), train/grad_norm (before the clip), train/param_norm, train/update_norm (0
+when skipped), train/weight, train/skipped (so far), train/consecutive_skipped, and
+train/learning_rate.
+
+A step whose loss, gradient or update is not finite, or whose weight is zero, leaves params,
+optimizer state and average bitwise as they were; the step still counts, and so does the skip. An
+update whose norm float32 cannot hold is none that a model survives, and counts as not finite;
+parameters may be as large, if only what is added to them is not.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +44,11 @@ from rlhf_jax.trees import matches, named_leaves
 @partial(jax.tree_util.register_dataclass, data_fields=("sums", "values"), meta_fields=("finish",))
 @dataclass(frozen=True)
 class Coupled:
-    """What a loss returns in place of (total, weight) if it is no sum over parts of a batch.
+    """A loss that is no sum over parts of a batch; it unpacks as (total, weight).
 
     A mean that is clamped, a quotient or a sorting of all rows is such a loss. Where a batch is
     split, the step first collects the values of all parts, and then goes through the parts once
-    more for their gradients. It unpacks as (total, weight).
+    more for their gradients.
 
     Attributes:
       sums: (total, weight) of the rows at hand, as if they were the whole batch.
@@ -80,11 +92,6 @@ def make_step(
     If `loss_fn` returns a third thing, a tree of arrays [rows, …], the step returns it too, for all
     rows of the batch.
 
-    A step whose loss, gradient or update is not finite, or whose weight is zero, leaves params,
-    optimizer state and average bitwise as they were; the step still counts, and so does the skip.
-    An update whose norm float32 cannot hold is none that a model survives, and counts as not
-    finite; parameters may be as large, if only what is added to them is not.
-
     Args:
       loss_fn: sees the rows of one microbatch. `rng` is fold_in(seed, step), the same for every
         microbatch: fold in `batch["row_ids"]` for noise that no split of the batch changes.
@@ -99,32 +106,19 @@ def make_step(
         gives them; on a mesh already where they belong.
       schedule: learning rate by number of applied updates, only to report it.
       seed: of `rng`.
-
-    Returns:
-      The step. Its metrics are scalars: those of `loss_fn`, divided (a name without "/" gets
-      "train/" in front; `Metrics.packed` holds what each was divided by), train/loss (total /
-      weight, unless `loss_fn` reports a "loss" itself), train/grad_norm (before the clip),
-      train/param_norm, train/update_norm (0 when skipped), train/weight, train/skipped (so far),
-      train/consecutive_skipped, and train/learning_rate.
     """
-
-    def evaluate(frozen, rng, params, batch):
-        loss, metrics, *extra = loss_fn(combine(params, frozen) if frozen else params, batch, rng)
-        return loss if isinstance(loss, Coupled) else _float32(loss), _float32(metrics), extra
 
     def step(state: TrainState, batch, frozen=None):
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         places = None if mesh is None else shardings(mesh, state, rules)
-        if mesh is not None:
-            batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh))
+        batch = _constrain(batch, mesh and batch_sharding(mesh))
+        evaluate = partial(_evaluate, loss_fn, frozen, rng)
         gradient, (loss, sums), extra = _accumulate(
-            partial(evaluate, frozen, rng), state.params, batch, microbatches, mesh
+            evaluate, state.params, batch, microbatches, mesh
         )
-        if places is not None:
-            gradient = jax.lax.with_sharding_constraint(gradient, places.params)
+        gradient = _constrain(gradient, places and places.params)
         new, norms = _update(optimizer, state, gradient, loss, max_grad_norm, ema_decay)
-        if places is not None:
-            new = jax.lax.with_sharding_constraint(new, places)
+        new = _constrain(new, places)
         means, weights = _divide(sums)
         metrics = means | norms
         if schedule is not None:
@@ -133,6 +127,17 @@ def make_step(
 
     compiled = jax.jit(step, donate_argnums=0, compiler_options=overlapping(mesh) or None)
     return partial(compiled, frozen=frozen) if frozen else compiled
+
+
+def _constrain(tree, places):
+    """The tree at those places of a mesh; without a mesh, where None stands for them, as it is."""
+    return tree if places is None else jax.lax.with_sharding_constraint(tree, places)
+
+
+def _evaluate(loss_fn: Callable, frozen: Any, rng: jax.Array, params: Any, batch: Any) -> tuple:
+    """(the loss, its metrics, extra arrays) of some rows."""
+    loss, metrics, *extra = loss_fn(combine(params, frozen) if frozen else params, batch, rng)
+    return loss if isinstance(loss, Coupled) else _float32(loss), _float32(metrics), extra
 
 
 def with_constants(loss_fn: Callable, patterns: Sequence[str]) -> Callable:
@@ -233,10 +238,8 @@ def _accumulate(evaluate, params, batch, microbatches: int, mesh: Mesh | None):
 
 def _accumulate_parts(evaluate, params, batch, microbatches: int, mesh: Mesh | None):
     """`_accumulate` of one part after the other."""
-    parts = _split(batch, microbatches)
-    if mesh is not None:
-        place = NamedSharding(mesh, P(None, BATCH_AXES))
-        parts = jax.lax.with_sharding_constraint(parts, place)
+    place = mesh and NamedSharding(mesh, P(None, BATCH_AXES))
+    parts = _constrain(_split(batch, microbatches), place)
     first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts)
     loss, metrics, _ = jax.eval_shape(evaluate, params, first)
     finish = loss.finish if isinstance(loss, Coupled) else None
