@@ -20,10 +20,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlhf_jax import console
+from rlhf_jax.data.batches import pad_rows, random_bits
 from rlhf_jax.data.conversation import Tokenizer, render_prompt
 from rlhf_jax.data.encode import length_of_share
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
-from rlhf_jax.data.pipeline import pad_rows, random_bits
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.rows import map_rows
@@ -73,7 +73,7 @@ class PromptSet:
         return PromptSet([r for s in sets for r in s.records], [t for s in sets for t in s.tokens])
 
     def arrays(self) -> Arrays:
-        """A data set of one row a prompt, for `pipeline.make_dataset`."""
+        """A data set of one row a prompt, for `batches.make_dataset`."""
         return {
             "tokens": np.zeros((len(self.records), 1), np.int32),
             "row_ids": np.arange(len(self.records), dtype=np.int32),
