@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from math_verify import parse, verify
 
-from rlhf_jax.rewards.answers import number, stated_answer, whole_number, without_separators
+from rlhf_jax.tasks.stated_answers import number, stated_answer, whole_number, without_separators
 
 _SHORT = 200  # characters of an expression without $ around it
 _LONGEST = 4000  # characters of a response that are read: its end

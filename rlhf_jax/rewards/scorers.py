@@ -1,10 +1,11 @@
 """Scorers of (prompt, response) texts, and their weighted sum.
 
     model      a reward model's score, computed elsewhere and given
-    gold       the town's exact scorer, the total in [0, 1]
-    correct    1 if the town's scorer says the reply is right, else 0
+    gold       what the exact verifier of the record's task gives, in [0, 1]: the town's scorer, or
+               as "number" for GSM8K and every record with a number as meta["answer"]
+    correct    1 if that verifier says that the reply is right, else 0
     number     1 if the response's number is exactly meta["answer"]'s, else 0: the one it states, or
-               its last (see `answers.number`)
+               its last (see `stated_answers`)
     math       1 if the response's answer, stated or last, is mathematically meta["answer"], else 0:
                fractions, roots, sets, intervals, formulas; decimals to a millionth. By math-verify,
                in a separate process; an answer that takes MATH_SECONDS or too much memory is wrong
@@ -38,9 +39,9 @@ import numpy as np
 
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.errors import UserError, nearest
-from rlhf_jax.rewards.answers import number
 from rlhf_jax.rewards.worker import Worker, WorkerFault
-from rlhf_jax.tasks.town.gold import gold_score, is_correct
+from rlhf_jax.tasks.builders import verify
+from rlhf_jax.tasks.public_sets import number_verdict
 
 NAMES = ("model", "gold", "correct", "number", "math", "exact", "regex", "length")
 """The scorers that are no user's function."""
@@ -381,13 +382,6 @@ def _each(
     return values, faults
 
 
-def _number_matches(prompt: Prompt, response: str) -> float:
-    wanted = number(_reference(prompt, "answer"))
-    if wanted is None:
-        raise UserError(f"meta['answer'] holds no number: {prompt.meta['answer']!r}")
-    return float(number(response) == wanted)
-
-
 def _is_reference(prompt: Prompt, response: str) -> float:
     return float(response.strip() == _reference(prompt, "answer", "reference").strip())
 
@@ -401,9 +395,9 @@ def _reference(prompt: Prompt, *keys: str) -> str:
 
 
 _VERIFIERS: Mapping[str, Callable[[Prompt, str], float]] = {
-    "gold": lambda prompt, response: gold_score(prompt, response).total,
-    "correct": lambda prompt, response: float(is_correct(prompt, response)),
-    "number": _number_matches,
+    "gold": lambda prompt, response: verify(prompt, response).total,
+    "correct": lambda prompt, response: float(verify(prompt, response).right),
+    "number": lambda prompt, response: number_verdict(prompt, response).total,
     "exact": _is_reference,
 }
 """The scorers that need the prompt's record and the response only."""

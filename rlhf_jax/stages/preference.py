@@ -22,8 +22,9 @@ from ml_collections import ConfigDict
 from rlhf_jax import console
 from rlhf_jax.data.packing import Arrays
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.preferences import pair_values, preference_metrics, preference_plots
-from rlhf_jax.evaluation.rows import in_record_order, response_logprobs
+from rlhf_jax.evaluation.chat_evaluation import evaluate_chat, held_out_prompts, sampled_metrics
+from rlhf_jax.evaluation.pair_scores import pair_values, preference_metrics, preference_plots
+from rlhf_jax.evaluation.row_passes import in_record_order, response_logprobs
 from rlhf_jax.losses.preference import (
     COUPLED,
     PER_TOKEN,
@@ -36,7 +37,6 @@ from rlhf_jax.losses.reductions import weighted_sum
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import sequence_logprobs
 from rlhf_jax.rl.objectives import parse_options
-from rlhf_jax.stages.chat import evaluate_chat, held_out_prompts, sampled_metrics
 from rlhf_jax.stages.fit import Evaluated, batches_of, fit
 from rlhf_jax.stages.pairs import CHOSEN, MISMATCHED, REJECTED, pack_preferences
 from rlhf_jax.stages.reference_logprobs import reference_logprobs
@@ -66,7 +66,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         arrays["reference_logprobs"] = reference_logprobs(reference, start, arrays, tokens)
     held_out_reference = reference_logprobs(reference, start, held_out, tokens)
 
-    prompts = held_out_prompts(config, reference)[: config.eval.during]
+    prompts = held_out_prompts(config, reference).records[: config.eval.during]
 
     def evaluate(params: Any) -> Evaluated:
         policy = response_logprobs(reference.config, params, held_out, tokens)
@@ -86,9 +86,8 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     )
     save_model(run.path, model)
     tables = console.few_records("held-out preferences", int(held_out["valid"].sum()))
-    metrics |= evaluate_chat(
-        config, run.path, model, parents["policy"], plots, further={"tables": tables}
-    )
+    further = {"plots": plots, "tables": tables}
+    metrics |= evaluate_chat(config, run.path, model, parents["policy"], further)
     if "reward" in parents:
         judge = read_summary(parents["reward"])["metrics"]
         for name in ("accuracy", "accuracy_low", "accuracy_high"):

@@ -23,9 +23,9 @@ from rlhf_jax import console
 from rlhf_jax.data.chat import render_prompt
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.preferences import pair_values, preference_metrics, preference_plots
-from rlhf_jax.evaluation.responses import answer
-from rlhf_jax.evaluation.rows import in_record_order, map_rows
+from rlhf_jax.evaluation.held_out_answers import answer
+from rlhf_jax.evaluation.pair_scores import pair_values, preference_metrics, preference_plots
+from rlhf_jax.evaluation.row_passes import in_record_order, map_rows
 from rlhf_jax.evaluation.statistics import auc, calibration, wilson_interval
 from rlhf_jax.losses.reward import bradley_terry, pointwise_logistic
 from rlhf_jax.models import transformer

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.evaluation.best_of_n import best_of_n_law
+from rlhf_jax.evaluation.selection import best_of_n_law
 from rlhf_jax.losses import (
     OBJECTIVES,
     aggregate,

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from rlhf_jax.evaluation.best_of_n import best_of_n_law, kl_terms
+from rlhf_jax.evaluation.selection import best_of_n_law, kl_terms
 from rlhf_jax.oracle import enum121 as world
 from rlhf_jax.oracle.judge import judge, judge_best_of
 from rlhf_jax.oracle.rows import BEST_OF, PREFERENCE, ROWS

@@ -13,7 +13,7 @@ from rlhf_jax.data.pipeline import concatenate_rows, eval_batches
 from rlhf_jax.data.records import Message
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.rows import in_record_order
+from rlhf_jax.evaluation.row_passes import in_record_order
 from rlhf_jax.stages import defaults
 from rlhf_jax.stages.reward import label_metrics, pack_labelled
 from rlhf_jax.stages.reward import run as run_stage

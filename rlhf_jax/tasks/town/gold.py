@@ -26,12 +26,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache, lru_cache
 
 from rlhf_jax.data.records import Conversation, Pair, Prompt
 from rlhf_jax.errors import UserError
-from rlhf_jax.tasks.town.families.task import Expectation, loads
+from rlhf_jax.tasks.task import Verdict
+from rlhf_jax.tasks.town.families.exercise import Expectation, loads
 from rlhf_jax.tasks.town.grammar import tokenize
 from rlhf_jax.tasks.town.language import familiar
 from rlhf_jax.tasks.town.phrasings import (
@@ -63,15 +63,7 @@ def _any_of(phrases: Sequence[str]) -> re.Pattern[str]:
 _REFUSAL, _COURTESY, _RUDE = _any_of(REFUSALS), _any_of(COURTESY), _any_of(RUDE_PHRASES)
 
 
-@dataclass(frozen=True)
-class GoldScore:
-    """A reply's score: `total` in [0, 1] and the components it is made of."""
-
-    total: float
-    components: Mapping[str, float]
-
-
-def gold_score(prompt: Prompt | Pair | Conversation, response: str) -> GoldScore:
+def gold_score(prompt: Prompt | Pair | Conversation, response: str) -> Verdict:
     """Scores a reply to a prompt of the town, or to that of a pair or conversation, by the facts.
 
     Raises `UserError` if the prompt is not one of the town's.
@@ -89,14 +81,7 @@ def gold_score(prompt: Prompt | Pair | Conversation, response: str) -> GoldScore
         "brief": fluent * _brief(len(reply.words), wanted.max_words),
         "format": fluent * _formatted(response, reply, wanted),
     }
-    return GoldScore(sum(WEIGHTS[name] * components[name] for name in WEIGHTS), components)
-
-
-def is_correct(prompt: Prompt | Pair | Conversation, response: str) -> bool:
-    """Whether `response` is right: exact about the facts, in any style; a due refusal counts."""
-    wanted = _expectation(prompt)
-    reply = _Reply(response)
-    return _fluent(reply, prompt, wanted) >= 0.5 and _correct(reply, wanted) >= 0.5
+    return Verdict(sum(WEIGHTS[name] * components[name] for name in WEIGHTS), components)
 
 
 class _Reply:

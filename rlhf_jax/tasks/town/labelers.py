@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 from rlhf_jax.data.records import Pair, Prompt
 from rlhf_jax.errors import UserError
-from rlhf_jax.tasks.town.gold import GoldScore, gold_score
+from rlhf_jax.tasks.task import Verdict
+from rlhf_jax.tasks.town.gold import gold_score
 from rlhf_jax.tasks.town.language import words_of
 
 
@@ -39,7 +40,7 @@ class Labeler:
         if self.sharpness < 0 or not 0 <= self.lapses <= 1:
             raise UserError(f"labeler: sharpness is ≥ 0 and lapses in [0, 1], not {self}")
 
-    def utility(self, score: GoldScore, reply: str) -> float:
+    def utility(self, score: Verdict, reply: str) -> float:
         """What the labeler thinks of a reply, in logits."""
         words = len(words_of(reply))
         polite = score.components["polite"]

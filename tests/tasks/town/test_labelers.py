@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_jax.data.records import Message, Pair, Prompt
 from rlhf_jax.errors import UserError
-from rlhf_jax.tasks.town.families.task import Expectation
+from rlhf_jax.tasks.town.families.exercise import Expectation
 from rlhf_jax.tasks.town.labelers import Labeler, bayes_accuracy, compare, preference
 from rlhf_jax.tasks.town.town import Town
 

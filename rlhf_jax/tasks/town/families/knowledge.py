@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from random import Random
 
 from rlhf_jax.data.records import Message
-from rlhf_jax.tasks.town.families.task import Expectation, Task, lower, user
+from rlhf_jax.tasks.town.families.exercise import Exercise, Expectation, lower, user
 from rlhf_jax.tasks.town.grammar import finish, pick
 from rlhf_jax.tasks.town.language import fill, say, visit
 from rlhf_jax.tasks.town.phrasings import (
@@ -112,7 +112,7 @@ def fact_task(
     attribute: str,
     messages: tuple[Message, ...],
     heldout: str,
-) -> Task:
+) -> Exercise:
     """The task to tell one attribute of one subject, asked for in `messages`."""
     phrasing = table_of(subject)[attribute]
     slots = subject.slots
@@ -120,7 +120,7 @@ def fact_task(
     if isinstance(subject, Person):
         others = [o for o in world.config.attributes if o not in (attribute, "child", "friend")]
         extra = fill(rng, PEOPLE[pick(rng, others)].statements, subject.pronoun_slots)
-    return Task(
+    return Exercise(
         messages=messages,
         plain=fill(rng, phrasing.answers, slots),
         short=fill(rng, (phrasing.short + ".",), slots),
@@ -136,18 +136,18 @@ def fact_task(
     )
 
 
-def facts(world: World, rng: Random, split: str) -> Task:
+def facts(world: World, rng: Random, split: str) -> Exercise:
     """Where does Ann live?"""
     return _question(world, rng, world.people_of, split)
 
 
-def shops(world: World, rng: Random, split: str) -> Task:
+def shops(world: World, rng: Random, split: str) -> Exercise:
     """When does the bakery open? What does a lamp cost?"""
     trade = {group: world.shops_of[group] + world.wares_of[group] for group in SPLITS}
     return _question(world, rng, trade, split)
 
 
-def claims(world: World, rng: Random, split: str) -> Task:
+def claims(world: World, rng: Random, split: str) -> Exercise:
     """Is it true that Ann works as a nurse?"""
     new, group, rephrased = _novelty(rng, split)
     person = pick(rng, world.people_of[group])
@@ -158,7 +158,7 @@ def claims(world: World, rng: Random, split: str) -> Task:
     right, reverse = ("yes", "no") if true else ("no", "yes")
     stated = fill(rng, (phrasing.claim,), truth if true else false)
     templates = HELDOUT_CLAIM_QUESTIONS if rephrased else CLAIM_QUESTIONS
-    return Task(
+    return Exercise(
         messages=user(finish(fill(rng, templates, {"claim": stated}))),
         plain=fill(rng, (f"{right}, {phrasing.claim}.",), truth),
         short=fill(rng, (f"{right}, {phrasing.short}.",), truth),
@@ -174,7 +174,7 @@ def claims(world: World, rng: Random, split: str) -> Task:
     )
 
 
-def followup(world: World, rng: Random, split: str) -> Task:
+def followup(world: World, rng: Random, split: str) -> Exercise:
     """Where does Ann live? … And what is her pet called?"""
     kind = rng.random()
     if kind < 0.25:
@@ -191,7 +191,7 @@ def followup(world: World, rng: Random, split: str) -> Task:
     return fact_task(world, rng, subject, second, messages, "fact" if split == HELDOUT else "")
 
 
-def _recall(rng: Random) -> Task:
+def _recall(rng: Random) -> Exercise:
     """I am Kai and I like soup. … What is my name?"""
     slots = visit(rng)
     about = pick(rng, ("visitor", "food", "hobby"))
@@ -201,7 +201,7 @@ def _recall(rng: Random) -> Task:
         Message("assistant", finish(say(rng, "welcome", slots))),
         Message("user", finish(say(rng, f"recall_{about}_question", slots))),
     )
-    return Task(
+    return Exercise(
         messages=messages,
         plain=say(rng, f"recall_{about}", slots),
         short=fill(rng, (f"{{{about}}}.",), slots),
@@ -218,7 +218,7 @@ ONE_WORD = ("job", "pet", "pet_name", "food", "colour", "hobby", "age", "child",
 CONSTRAINTS = ("one_word", "capitals", "sentence", "begin", "ending", "exclaim")
 
 
-def constraints(world: World, rng: Random, split: str) -> Task:
+def constraints(world: World, rng: Random, split: str) -> Exercise:
     """In one word: what is Ann's pet called?"""
     person = pick(rng, world.people_of[split])
     kind = pick(rng, CONSTRAINTS)
@@ -239,7 +239,7 @@ def constraints(world: World, rng: Random, split: str) -> Task:
     }[kind]
     values = {"question": fill(rng, phrasing.questions, slots), "begin": begin}
     bare = kind in ("one_word", "capitals")
-    return Task(
+    return Exercise(
         messages=user(finish(say(rng, kind, {**values, "ending": ending}))),
         plain=plain,
         wrong=wrong,
@@ -261,7 +261,7 @@ def constraints(world: World, rng: Random, split: str) -> Task:
 
 def _question(
     world: World, rng: Random, groups: Mapping[str, tuple[Subject, ...]], split: str
-) -> Task:
+) -> Exercise:
     """A plain question about one attribute of somebody or something of the right split."""
     new, group, rephrased = _novelty(rng, split)
     subject = pick(rng, groups[group])

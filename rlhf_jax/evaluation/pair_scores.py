@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.data.packing import Arrays
-from rlhf_jax.evaluation.rows import in_record_order
+from rlhf_jax.evaluation.row_passes import in_record_order
 from rlhf_jax.evaluation.statistics import (
     accuracy_by_bins,
     calibration,

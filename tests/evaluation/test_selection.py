@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from rlhf_jax.evaluation.best_of_n import (
+from rlhf_jax.evaluation.selection import (
     best_of_n,
     best_of_n_curve,
     best_of_n_law,

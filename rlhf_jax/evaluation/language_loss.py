@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from rlhf_jax.data.packing import Arrays
-from rlhf_jax.evaluation.rows import map_rows
+from rlhf_jax.evaluation.row_passes import map_rows
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import target_statistics
 
