@@ -167,7 +167,7 @@ def walk_of_prompts(token: int, run: Callable[[], None]) -> Walk:
         if isinstance(value, list | tuple) and len(value) > 1 and type(value[0]) is int:
             return token in value
         parts = value if isinstance(value, list | tuple) else _held(value)
-        held = depth > 0 and any([holds(part, depth - 1) for part in parts[:30]])
+        held = depth > 0 and any(holds(part, depth - 1) for part in parts[:30])
         if held and type(value).__module__.startswith("rlhf_jax."):
             walk.containers.add(type(value).__name__)
         return held
@@ -178,7 +178,7 @@ def walk_of_prompts(token: int, run: Callable[[], None]) -> Walk:
         file, name = _place(frame) or ("", "")
         if file.startswith("rl/") and name == "advantages":
             arrived.append(True)
-        elif not any([holds(value) for value in list(frame.f_locals.values())]):
+        elif not any(map(holds, list(frame.f_locals.values()))):
             return
         walk.functions.update(_stack(frame))
 
@@ -248,7 +248,7 @@ def experiments() -> Iterator[Callable[..., None]]:
 
 
 # A walk of a number leaves out who only keeps or shows the whole configuration.
-NOT_ON_THE_WAY = ("training/rundir.py", "report/", "losses/checks.py")
+NOT_ON_THE_WAY = ("training/rundir.py", "report/")
 
 
 def _on_the_way(walk: Walk) -> Walk:
@@ -257,7 +257,7 @@ def _on_the_way(walk: Walk) -> Walk:
 
 def walks() -> dict[str, Walk]:
     """Returns the recorded walks by name: "beta", "clip" and "prompt"."""
-    from rlhf_jax.training.model import load_tokenizer
+    from rlhf_jax.training.saved_model import load_tokenizer
 
     with experiments() as run:
         (token,) = load_tokenizer(Path("runs/experiment-pretrain")).encode_batch([f" {TOLD}"])[0]
@@ -275,9 +275,8 @@ def counts() -> dict[str, int]:
 
     every, sizes = list(functions()), lines()
     fields = {stage: set(leaves(fields_of(stage))) for stage in STAGES}
-    own = {name for name in OBJECTIVES if name not in ADVANTAGES} - {
-        "ppo"
-    }  # "ppo" is a stage's too
+    losses = set(OBJECTIVES) - {"ppo"}  # which is an algorithm's name too
+    kinds = set(ADVANTAGES) - {"group"}  # which is a scale's name too
     table = {
         "lines of the core": sizes["core"],
         "lines with the annexes": sum(sizes.values()),
@@ -287,8 +286,8 @@ def counts() -> dict[str, int]:
         "functions over 10 parameters": sum(f.parameters > 10 for f in every),
         "fields of all stages": len(set().union(*fields.values())),
         "fields of PPO": len(fields["policy"]),
-        "files that name a policy loss": len(files_that_name(own)),
-        "files that name an advantage": len(files_that_name(set(ADVANTAGES))),
+        "files that name a policy loss": len(files_that_name(losses)),
+        "files that name an advantage": len(files_that_name(kinds)),
     }
     for name, walk in walks().items():
         table[f"functions on the walk of {name}"] = len(walk.functions)

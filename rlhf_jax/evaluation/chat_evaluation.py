@@ -15,9 +15,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rlhf_jax import console
-from rlhf_jax.data.hub_tokenizer import HubTokenizer
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.gold_reward import (
+    correct_metrics,
+    correct_table,
+    gold_metrics,
+    gold_plots,
+    verdicts_of,
+)
 from rlhf_jax.evaluation.held_out_answers import (
     Answer,
     answer,
@@ -26,13 +32,6 @@ from rlhf_jax.evaluation.held_out_answers import (
     log_ratios,
     pack_answers,
 )
-from rlhf_jax.evaluation.verdicts import (
-    correct_metrics,
-    correct_table,
-    gold_metrics,
-    gold_plots,
-    verdicts_of,
-)
 from rlhf_jax.files import write_jsonl
 from rlhf_jax.stopping import stop_point
 from rlhf_jax.tasks.builders import verifier_of
@@ -40,7 +39,7 @@ from rlhf_jax.tasks.prompts import PromptSet, prompts_within
 from rlhf_jax.tasks.sources import read_records
 from rlhf_jax.tasks.task import Verdict
 from rlhf_jax.training.mesh import mesh_of, step_tokens
-from rlhf_jax.training.model import Model, load_model
+from rlhf_jax.training.saved_model import Model, load_model
 from rlhf_jax.training.summary import ancestry, write_evaluation
 
 
@@ -118,7 +117,7 @@ def _ancestors(config: ConfigDict, start: Path, model: Model) -> dict[str, Model
     for path in ancestry(start):
         stop_point()
         each = load_model(path, mesh=mesh_of(config))
-        if isinstance(each.tokenizer, HubTokenizer) and not each.tokenizer.has_template:
+        if not each.tokenizer.has_template:
             each = dataclasses.replace(each, tokenizer=model.tokenizer)
         models[path.name] = each
     return models

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data.chat import decode_text, render_prompt
+from rlhf_jax.data.conversation import render_prompt
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.evaluation.row_passes import in_record_order, response_logprobs, rows_of
 from rlhf_jax.evaluation.statistics import bootstrap_interval
 from rlhf_jax.sampling.generate import Completion, generate
-from rlhf_jax.training.model import Model
+from rlhf_jax.training.saved_model import Model
 
 SLOTS = 64  # replies sampled together at most
 CACHED = 8  # tokens whose keys and values take about what a training step keeps of one, or less
@@ -36,7 +36,7 @@ def sample(
     completions = generate(
         model.config, model.params, prompts, stop_ids=model.tokenizer.ends, **options
     )
-    return completions, [decode_text(c.tokens, model.tokenizer) for c in completions]
+    return completions, [model.tokenizer.decode_text(c.tokens) for c in completions]
 
 
 def answer(

@@ -37,9 +37,10 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_jax.child import ChildFault
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.errors import UserError, nearest
-from rlhf_jax.rewards.worker import Worker, WorkerFault
+from rlhf_jax.rewards.worker import Worker
 from rlhf_jax.tasks.builders import verify
 from rlhf_jax.tasks.public_sets import number_verdict
 
@@ -277,7 +278,7 @@ class TextScorers:
         request["responses"] = list(responses)
         try:
             values, wrong = self._workers[name].call(request, self._seconds)
-        except WorkerFault as fault:
+        except ChildFault as fault:
             return _all_wrong(len(responses), fault.reason, fault.detail)
         faults = {i: _Fault("not a number", f"got {what}") for i, what in wrong.items()}
         return np.array(values, np.float64), faults
@@ -294,7 +295,7 @@ class TextScorers:
             request = {"prompts": [], "responses": [response], "columns": columns}
             try:
                 (value,), _ = self._workers["math"].call(request, seconds)
-            except WorkerFault as fault:
+            except ChildFault as fault:
                 if fault.reason not in ("timed out", "died"):
                     raise UserError(fault.detail) from fault
                 slow += 1
@@ -327,7 +328,7 @@ def _described(prompts: Sequence[Prompt]) -> dict[str, Any]:
 def _start(name: str) -> Worker:
     try:
         return Worker(_OWN.get(name, name))
-    except WorkerFault as fault:
+    except ChildFault as fault:
         raise UserError(f"reward {name!r} can't be loaded: {fault.detail}") from fault
 
 

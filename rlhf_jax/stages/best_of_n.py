@@ -21,6 +21,7 @@ from rlhf_jax.data.packing import Arrays, Document, pack_documents
 from rlhf_jax.data.pipeline import random_bits
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.chat_evaluation import evaluate_chat
+from rlhf_jax.evaluation.gold_reward import verdicts_of
 from rlhf_jax.evaluation.language_loss import language_evaluation
 from rlhf_jax.evaluation.row_passes import rows_of
 from rlhf_jax.evaluation.selection import (
@@ -32,7 +33,6 @@ from rlhf_jax.evaluation.selection import (
     kl_terms,
     win_bound,
 )
-from rlhf_jax.evaluation.verdicts import verdicts_of
 from rlhf_jax.models.scoring import target_cross_entropy
 from rlhf_jax.stages.fit import batches_of, fit
 from rlhf_jax.stages.policy import held_out_set
@@ -47,8 +47,8 @@ from rlhf_jax.stages.rollouts import (
 from rlhf_jax.stages.start import load_start
 from rlhf_jax.tasks.sources import parse_sources
 from rlhf_jax.training.mesh import step_tokens
-from rlhf_jax.training.model import Model, save_model
 from rlhf_jax.training.rundir import RunDirectory
+from rlhf_jax.training.saved_model import Model, save_model
 
 Figure = dict[str, Any]
 BLOCK = 32  # prompts whose answers are held at a time

@@ -20,8 +20,8 @@ from ml_collections import ConfigDict
 from rlhf_jax.data.packing import Arrays
 from rlhf_jax.data.pipeline import make_dataset, make_iterator
 from rlhf_jax.evaluation.chat_evaluation import evaluate_chat
+from rlhf_jax.evaluation.gold_reward import verdicts_of
 from rlhf_jax.evaluation.held_out_answers import ending_metrics, kl_metrics, log_ratios
-from rlhf_jax.evaluation.verdicts import verdicts_of
 from rlhf_jax.files import check_fields, read_lines, read_object, write_json, write_jsonl
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.rl.on_policy import Iteration, OnPolicyState, make_iteration
@@ -40,8 +40,8 @@ from rlhf_jax.stages.start import load_start
 from rlhf_jax.tasks.sources import parse_sources, read_records
 from rlhf_jax.training.mesh import mesh_of, step_tokens
 from rlhf_jax.training.metrics import read_metrics
-from rlhf_jax.training.model import Model, as_trainable, save_model
 from rlhf_jax.training.rundir import RunDirectory
+from rlhf_jax.training.saved_model import Model, as_trainable, save_model
 
 VIEWS, TIMELINE = 6, 4  # samples a report shows token by token, and over time
 

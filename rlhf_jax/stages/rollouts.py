@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlhf_jax.data.chat import AnyTokenizer
+from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.data.pipeline import pad_rows, random_bits
 from rlhf_jax.errors import UserError
@@ -34,16 +34,14 @@ from rlhf_jax.models.scoring import (
     target_statistics,
     target_values,
 )
-from rlhf_jax.rewards import (
+from rlhf_jax.rewards.ensemble import (
     Normalization,
-    Scores,
-    TextScorers,
     combine_members,
     member_scores,
-    parse_rewards,
     same_config,
     stack_members,
 )
+from rlhf_jax.rewards.scorers import Scores, TextScorers, parse_rewards
 from rlhf_jax.rewards.ties import Ties
 from rlhf_jax.rl.objectives import shape_scores
 from rlhf_jax.rl.on_policy import Rollouts, Task
@@ -52,7 +50,7 @@ from rlhf_jax.tasks.prompts import PromptSet, prompts_within
 from rlhf_jax.tasks.sources import read_records
 from rlhf_jax.training.mesh import batch_shards, mesh_of, step_tokens
 from rlhf_jax.training.metrics import Metrics
-from rlhf_jax.training.model import Model, load_model
+from rlhf_jax.training.saved_model import Model, load_model
 
 SHORTEST = 16  # tokens a sequence: a row has places for no more of them than fit at that length
 
@@ -88,7 +86,7 @@ class Samples:
         )
 
 
-def read_prompts(config: ConfigDict, tokenizer: AnyTokenizer, source: str, split: str) -> PromptSet:
+def read_prompts(config: ConfigDict, tokenizer: Tokenizer, source: str, split: str) -> PromptSet:
     """The prompts of a source that leave room for an answer; the others are counted."""
     limit = config.rollout.max_prompt_tokens
     records = read_records(config, source, "prompt", split)

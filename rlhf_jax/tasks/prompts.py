@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf_jax import console
-from rlhf_jax.data.chat import AnyTokenizer, render_prompt
+from rlhf_jax.data.conversation import Tokenizer, render_prompt
 from rlhf_jax.data.encode import length_of_share
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.tasks.sources import check_unrendered
@@ -30,7 +30,7 @@ class PromptSet:
 
 
 def prompts_within(
-    limit: int, what: str, records: Sequence[Prompt], tokenizer: AnyTokenizer, why: str
+    limit: int, what: str, records: Sequence[Prompt], tokenizer: Tokenizer, why: str
 ) -> PromptSet:
     """The prompts of at most `limit` tokens, of which there may be none.
 

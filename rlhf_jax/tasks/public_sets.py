@@ -16,8 +16,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from rlhf_jax.data.jsonl import open_bytes, read_jsonl, read_lines, string
+from rlhf_jax.data.jsonl import open_bytes, read_jsonl, read_lines
 from rlhf_jax.data.records import Conversation, Message, Pair, Prompt, Record, Text
+from rlhf_jax.data.shapes import string
 from rlhf_jax.errors import UserError
 from rlhf_jax.tasks.data_files import DataFile
 from rlhf_jax.tasks.stated_answers import number, whole_number

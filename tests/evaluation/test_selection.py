@@ -21,7 +21,7 @@ from rlhf_jax.evaluation.selection import (
     pass_at_k,
     win_bound,
 )
-from rlhf_jax.oracle import enum121 as world
+from rlhf_jax.oracle import exact_world as world
 from tests.evaluation import gao6
 
 # n: bound, exact KL, estimate, E r, win rate, n/(n+1) in enum-121

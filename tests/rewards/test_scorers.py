@@ -15,7 +15,7 @@ import pytest
 
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.errors import UserError
-from rlhf_jax.rewards import Scores, TextScorers, parse_rewards
+from rlhf_jax.rewards.scorers import Scores, TextScorers, parse_rewards
 from rlhf_jax.tasks.builders import load_records
 from rlhf_jax.tasks.data_files import data_folder
 from rlhf_jax.tasks.stated_answers import number

@@ -17,7 +17,7 @@ from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import target_statistics, target_values
-from rlhf_jax.oracle import enum121 as world
+from rlhf_jax.oracle import exact_world as world
 from rlhf_jax.rl.on_policy import Rollouts, Task
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.stages.rollouts import PromptSet, Samples, pack_samples, padded

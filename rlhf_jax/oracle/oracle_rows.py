@@ -9,11 +9,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlhf_jax.oracle import enum121 as world
+from rlhf_jax.oracle import exact_world as world
 from rlhf_jax.stages import defaults
 
 BETA = 0.5
-SEQUENCES = 512  # sampled an iteration
+SEQUENCES = 512  # sampled per iteration
 TABLE_OPTIMIZER = {
     "learning_rate": 0.03,
     "b2": 0.99,
@@ -30,12 +30,15 @@ class Row:
     """An algorithm, and where it must land.
 
     Attributes:
-      algorithm: of `defaults.ALGORITHMS`, or a loss of `losses/preference.py`.
-      changes: sections of its config laid over it.
-      reward, kl: expected at the end (E r, nats a sequence); None: those of the optimum for β.
-      tolerance: of reward and kl. regret: the most allowed, for those that reach the optimum.
+      algorithm: of `defaults.ALGORITHMS`, or a loss of `losses/preference.py` for "pairs".
+      changes: sections laid over its config.
+      reward, kl: expected at the end (E r; nats per sequence); None: those of the optimum for β.
+      tolerance: of reward and kl.
+      regret: the most allowed, for algorithms that reach the optimum; None: any.
       coefficient, loss: expected at the end, ± 0.03 and ± 1e-4; None: any.
-      policy: "table" or "transformer". note: what is special, for the table.
+      policy: "table" or "transformer", trained on its samples, or "pairs", a table trained on the
+        exact population of pairs.
+      note: the place where it must land, in words.
       microbatches, devices: what every batch is split over.
     """
 
@@ -53,8 +56,8 @@ class Row:
     devices: int = 1
 
 
-def _in_reward(samples: int, **loss: Any) -> dict[str, Any]:
-    """KL in the reward as k1, `samples` a prompt, two epochs so that ratios leave 1."""
+def _put_kl_in_reward(samples: int, **loss: Any) -> dict[str, Any]:
+    """Returns changes: KL in the reward as k1, and two epochs so that ratios leave 1."""
     return {
         "train": {"epochs": 2},
         "kl": {"placement": "reward", "estimator": "k1"},
@@ -63,7 +66,7 @@ def _in_reward(samples: int, **loss: Any) -> dict[str, Any]:
     }
 
 
-def _k2(level: str) -> dict[str, Any]:
+def _penalise_k2(level: str) -> dict[str, Any]:
     return {"kl": {"placement": "loss", "estimator": "k2", "level": level}}
 
 
@@ -80,32 +83,33 @@ ROWS: dict[str, Row] = {
     "rloo": Row("rloo", {"rollout": {"samples": 4}}),
     "remax": Row("remax"),
     "ppo": Row("ppo", {"train": {"epochs": 4}}),
-    "k2_per_sequence": Row("rloo", {"rollout": {"samples": 4}, **_k2("sequence")}),
+    "k2_per_sequence": Row("rloo", {"rollout": {"samples": 4}, **_penalise_k2("sequence")}),
     "k2_per_token": Row(
-        *("rloo", {"rollout": {"samples": 4}, **_k2("token")}, 0.62346, 0.89529),
+        "rloo",
+        {"rollout": {"samples": 4}, **_penalise_k2("token")},
+        reward=0.62346,
+        kl=0.89529,
         **_BIASED,
         note="another objective",
     ),
     "grpo": Row(
-        *("grpo", {"rollout": {"samples": 8}}, 0.72, 1.30),
-        **_BIASED,
-        note="β·σ of each group",
+        "grpo", {"rollout": {"samples": 8}}, 0.72, 1.30, **_BIASED, note="β·σ of each group"
     ),
-    "grpo_kl_in_reward": Row("grpo", _in_reward(8)),
+    "grpo_kl_in_reward": Row("grpo", _put_kl_in_reward(8)),
     "dr_grpo": Row(
-        *("dr_grpo", {"rollout": {"samples": 8}}, 0.4761, 0.6345),
+        "dr_grpo",
+        {"rollout": {"samples": 8}},
+        reward=0.4761,
+        kl=0.6345,
         **_BIASED,
         note="forward KL, β·G/(G−1)",
     ),
-    "dr_grpo_kl_in_reward": Row("dr_grpo", _in_reward(64)),
-    "dapo": Row(
-        *("dapo", _in_reward(4)),
-        note="KL in reward, so that it has a known optimum",
-    ),
-    "gspo": Row("gspo", _in_reward(16)),
-    "cispo": Row("cispo", _in_reward(16)),
-    "sapo": Row("rloo", _in_reward(4, name="sapo")),
-    "gmpo": Row("rloo", _in_reward(4, name="gmpo")),
+    "dr_grpo_kl_in_reward": Row("dr_grpo", _put_kl_in_reward(64)),
+    "dapo": Row("dapo", _put_kl_in_reward(4), note="KL in reward, so that it has a known optimum"),
+    "gspo": Row("gspo", _put_kl_in_reward(16)),
+    "cispo": Row("cispo", _put_kl_in_reward(16)),
+    "sapo": Row("rloo", _put_kl_in_reward(4, name="sapo")),
+    "gmpo": Row("rloo", _put_kl_in_reward(4, name="gmpo")),
     "adaptive_kl": Row(
         "rloo",
         {
@@ -119,39 +123,43 @@ ROWS: dict[str, Row] = {
     "rloo_transformer": Row("rloo", {"rollout": {"samples": 4}}, **_TRANSFORMER),
     "ppo_transformer": Row("ppo", {"train": {"epochs": 2}}, **_TRANSFORMER),
 }
-# Losses on pairs, and the optimum of their exact population.
-PREFERENCE: dict[str, Row] = {
-    "dpo": Row(
-        *("sigmoid", {"loss": {"beta": BETA}}),
-        loss=0.614803,
-        note="the optimum, at Bayes' loss",
-    ),
-    "ipo": Row(
-        *("ipo", {"loss": {"beta": 0.1}}, 0.5396, 0.7102),
-        regret=None,
-        note="the loss's own optimum",
-    ),
-}
-BEST_OF = "best_of_8"
 
 
-def _split(rows: Mapping[str, Row]) -> dict[str, Row]:
-    """The rows once more under names of their own: how a batch is split must change nothing."""
+def _split(*names: str) -> dict[str, Row]:
+    """Returns rows once more under names of their own: how a batch is split changes nothing."""
     kinds: dict[str, Any] = {"four_parts": {"microbatches": 4}, "two_devices": {"devices": 2}}
     return {
-        f"{name}_{kind}": dataclasses.replace(row, **split, note=f"{row.note}, split")
-        for name, row in rows.items()
+        f"{name}_{kind}": dataclasses.replace(ROWS[name], **split, note=f"{ROWS[name].note}, split")
+        for name in names
         for kind, split in kinds.items()
     }
 
 
-# One of each kind: a policy alone, with a critic, a transformer, pairs.
-ROWS |= _split({name: ROWS[name] for name in ("rloo", "ppo", "rloo_transformer")})
-PREFERENCE |= _split({"dpo": PREFERENCE["dpo"]})
+# One of each kind is split: a policy alone, with a critic, a transformer, pairs.
+ROWS |= _split("rloo", "ppo", "rloo_transformer")
+# Losses on pairs, and the optimum of their exact population.
+ROWS["dpo"] = Row(
+    "sigmoid",
+    {"loss": {"beta": BETA}},
+    loss=0.614803,
+    policy="pairs",
+    note="the optimum, at Bayes' loss",
+)
+ROWS["ipo"] = Row(
+    "ipo",
+    {"loss": {"beta": 0.1}},
+    reward=0.5396,
+    kl=0.7102,
+    regret=None,
+    policy="pairs",
+    note="the loss's own optimum",
+)
+ROWS |= _split("dpo")
+BEST_OF = "best_of_8"  # a further row, which trains nothing
 
 
-def row_config(row: Row, config: ConfigDict, seed: int = 0) -> ConfigDict:
-    """The ordinary config of the policy stage for a row."""
+def make_row_config(row: Row, config: ConfigDict, seed: int = 0) -> ConfigDict:
+    """Returns the ordinary config of the policy stage for a row that samples."""
     each = row.changes.get("rollout", {}).get("samples", 1)
     table = row.policy == "table"
     steps = config.oracle.table_steps if table else config.oracle.transformer_steps
@@ -174,6 +182,6 @@ def row_config(row: Row, config: ConfigDict, seed: int = 0) -> ConfigDict:
         sections[name] = sections.get(name, {}) | dict(values)
     if row.algorithm == "ppo":
         sections["critic"] = dict(sections["optimizer"])
-    made = defaults.on_policy(row.algorithm, **sections)
-    made.seed = seed
-    return made
+    row_config = defaults.on_policy(row.algorithm, **sections)
+    row_config.seed = seed
+    return row_config

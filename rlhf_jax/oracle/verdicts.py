@@ -1,4 +1,4 @@
-"""The oracle's judgement: where a policy is, exactly, and whether that is where it must be."""
+"""Where a policy landed, exactly, and the verdict: whether that is where it must be."""
 
 from __future__ import annotations
 
@@ -9,37 +9,42 @@ import numpy as np
 from scipy.special import chdtrc
 
 from rlhf_jax.evaluation.selection import best_of_n, kl_bound, kl_estimate, kl_terms, win_bound
-from rlhf_jax.oracle import enum121 as world
-from rlhf_jax.oracle.rows import BETA, Row
+from rlhf_jax.oracle import exact_world as world
+from rlhf_jax.oracle.oracle_rows import BETA, Row
 
-ERRORS = 4  # standard errors that what was measured may be off
+ERRORS = 4  # standard errors that a measured value may be off
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What the trainer's metrics say of fresh samples: mean score, KL, covariance of these two.
+    """The trainer's metrics of fresh samples.
 
-    `same` is what KL comes to on the very same samples, by the exact log-probabilities of whole
-    responses: without sampling error, so that it shows a mistake too small for standard errors.
+    Attributes:
+      reward, kl: the mean score, and KL in nats per sequence.
+      covariance: [2, 2] of these two means.
+      same: KL of the very same samples by the exact log-probabilities of whole responses. It has no
+        sampling error, so that it shows a mistake too small for standard errors.
     """
 
     reward: float
     kl: float
-    covariance: np.ndarray  # [2, 2], of the means
+    covariance: np.ndarray
     same: float
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where an algorithm landed, exactly: E r, KL to the reference, regret β·KL(π‖π*), all in nats
-    but the reward.
+    """Where an algorithm landed, exactly.
 
     Attributes:
-      reward, kl, regret: as above.
+      reward: E r.
+      kl: to the reference, nats per sequence.
+      regret: β·KL(π‖π*), nats per sequence.
       optimum: (E r, KL) of the reference's own π*.
       reference: its log-probabilities [4, 121].
       measured: by sampling, where a trainer did.
-      coefficient: of KL, at the end. loss: of the last update, for losses on pairs.
+      coefficient: of KL, at the end.
+      loss: of the last update, for losses on pairs.
     """
 
     reward: float
@@ -52,7 +57,26 @@ class Outcome:
     loss: float | None = None
 
 
-def exact_outcome(logp: np.ndarray, reference: np.ndarray) -> Outcome:
+@dataclass(frozen=True)
+class Result:
+    """An outcome, where it should be (E r, KL) and that in words, and the verdict."""
+
+    outcome: Outcome
+    expected: tuple[float, float]
+    note: str
+    verdict: str
+
+    @property
+    def line(self) -> str:
+        o, (reward, kl) = self.outcome, self.expected
+        return (
+            f"E r {o.reward:7.4f}  KL {o.kl:7.4f}  regret {o.regret:8.5f}  "
+            f"must be E r {reward:7.4f}, KL {kl:7.4f} ({self.note}): {self.verdict}"
+        )
+
+
+def locate(logp: np.ndarray, reference: np.ndarray) -> Outcome:
+    """Computes where a policy is; both are log-probabilities [4, 121]."""
     best = world.tilt(reference, world.REWARDS / BETA)
     optimum = world.expected_reward(best), world.kl(best, reference)
     reward, kl = world.expected_reward(logp), world.kl(logp, reference)
@@ -60,20 +84,20 @@ def exact_outcome(logp: np.ndarray, reference: np.ndarray) -> Outcome:
     return Outcome(reward, kl, regret, optimum, reference)
 
 
-def expected(row: Row, outcome: Outcome) -> tuple[float, float]:
-    """(E r, KL) where the row must land."""
+def expect(row: Row, outcome: Outcome) -> tuple[float, float]:
+    """Returns (E r, KL) where the row must land."""
     reward, kl = outcome.optimum
     return (reward if row.reward is None else row.reward, kl if row.kl is None else row.kl)
 
 
 def judge(row: Row, outcome: Outcome) -> str:
-    """ "ok", or what is wrong."""
+    """Returns "ok", or says what is wrong."""
     # No policy's exact point lies above: this guards the oracle's own sums.
     if outcome.reward > world.frontier(outcome.kl, outcome.reference) + 1e-6:
         return "above the frontier: the oracle itself is wrong"
     measured = outcome.measured
     if measured is not None:
-        if _above_frontier(measured, outcome.reference):
+        if _is_above_frontier(measured, outcome.reference):
             return f"measured above the frontier: E r {measured.reward:.4f}, KL {measured.kl:.4f}"
         errors = np.sqrt(np.diag(measured.covariance))
         if abs(measured.reward - outcome.reward) > ERRORS * errors[0]:
@@ -88,7 +112,7 @@ def judge(row: Row, outcome: Outcome) -> str:
         return f"β = {outcome.coefficient:.3f}, should be {row.coefficient}"
     if row.loss is not None and (outcome.loss is None or abs(outcome.loss - row.loss) > 1e-4):
         return f"loss = {outcome.loss}, should be {row.loss}"
-    reward, kl = expected(row, outcome)
+    reward, kl = expect(row, outcome)
     if abs(outcome.reward - reward) > row.tolerance[0]:
         return f"reward should be {reward:.3f}"
     if abs(outcome.kl - kl) > row.tolerance[1]:
@@ -96,11 +120,11 @@ def judge(row: Row, outcome: Outcome) -> str:
     return "ok"
 
 
-def _above_frontier(measured: Measured, reference: np.ndarray) -> bool:
-    """Whether E r − β·KL as measured exceeds what any policy has, for the frontier's slope β there.
+def _is_above_frontier(measured: Measured, reference: np.ndarray) -> bool:
+    """Whether E r − β·KL as measured exceeds that of any policy, for the frontier's slope β there.
 
-    A tangent bounds the whole curve, so a few standard errors off its point it is as good, and is
-    not infinitely steep where KL was measured as 0.
+    A tangent bounds the whole curve, so one a few standard errors off serves as well, and is not
+    infinitely steep where KL was measured as 0.
     """
     error = np.sqrt(measured.covariance[1, 1])
     beta = world.temperature(max(measured.kl, 0) + ERRORS * error, reference)
@@ -114,11 +138,11 @@ def _above_frontier(measured: Measured, reference: np.ndarray) -> bool:
 def judge_best_of(
     chosen: np.ndarray, law: np.ndarray, where: tuple[float, float], n: int
 ) -> tuple[str, float, float]:
-    """(verdict, E r, KL) of best-of-n from reference samples `chosen` [4, N], as estimated.
+    """Returns (verdict, E r, KL) of best-of-n as estimated from samples of the reference.
 
     Args:
-        chosen: which of the 121 responses each sample is.
-        law: [4, 121] of the best of n.
+        chosen: [4, N] which of the 121 responses each sample is.
+        law: [4, 121] probabilities of the best of n.
         where: expected E r, and expected estimate of KL.
         n: samples to choose from.
     """
@@ -152,20 +176,20 @@ def judge_best_of(
 
 
 def _chi_square(chosen: np.ndarray, law: np.ndarray) -> float:
-    """p of outcomes [4, N] under their law [4, 121]; the rare of a prompt count as one."""
+    """Returns p of outcomes [4, N] under their law [4, 121]; a prompt's rare ones count as one."""
     statistic, freedom = 0.0, 0
-    for found, probs in zip(chosen, law, strict=True):
-        counts, wanted = np.bincount(found, minlength=len(probs)), len(found) * probs
-        rare = wanted < 5
-        if wanted[rare].sum() < 5:
-            rare |= wanted == wanted[~rare].min()
+    for outcomes, probs in zip(chosen, law, strict=True):
+        counts, means = np.bincount(outcomes, minlength=len(probs)), len(outcomes) * probs
+        rare = means < 5
+        if means[rare].sum() < 5:
+            rare |= means == means[~rare].min()
         counts = np.append(counts[~rare], counts[rare].sum())
-        wanted = np.append(wanted[~rare], wanted[rare].sum())
-        statistic += float(((counts - wanted) ** 2 / wanted).sum())
-        freedom += len(wanted) - 1
+        means = np.append(means[~rare], means[rare].sum())
+        statistic += float(((counts - means) ** 2 / means).sum())
+        freedom += len(means) - 1
     return float(chdtrc(freedom, statistic))
 
 
 def _error(values: Any) -> float:
-    """Standard error of the mean."""
+    """Returns the standard error of the mean."""
     return float(np.std(values, ddof=1) / np.sqrt(np.size(values)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlhf_jax.data.records import Message, Prompt
-from rlhf_jax.evaluation.verdicts import (
+from rlhf_jax.evaluation.gold_reward import (
     correct_metrics,
     correct_table,
     gold_metrics,

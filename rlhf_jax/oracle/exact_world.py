@@ -1,9 +1,9 @@
-"""The world enum-121, in which everything is known: four prompts with 121 responses each.
+"""The oracle's world, enum-121, in which everything is known: four prompts, 121 responses to each.
 
 A response is up to MAX_TOKENS actions of {0 = EOS, 1 = a, 2 = b, 3 = c}, ended by EOS or cut off
-without. A policy is a table of logits [PROMPTS, 40 prefixes, 4 actions]. Nothing needs sampling:
-expectations are sums, so what a method should reach can be computed to the last digit. Prompts are
-uniform, probabilities natural logarithms `logp` [PROMPTS, 121], all in float64.
+without it. A policy is a table of logits [PROMPTS, 40 prefixes, 4 actions]. Expectations are sums
+over all responses, so the point that a method should reach is known to the last digit. Prompts are
+uniform; a policy's probabilities are natural logarithms `logp` [PROMPTS, 121], all in float64.
 
 J(π) = E r − β·KL(π‖REFERENCE) is greatest at `tilt(logprobs(REFERENCE), REWARDS / β)`, and falls
 short elsewhere by exactly β·KL(π‖that).
@@ -21,15 +21,15 @@ RESPONSES = [(*s, 0) for s in PREFIXES] + list(product((1, 2, 3), repeat=MAX_TOK
 
 
 def code(tokens: tuple[int, ...]) -> int:
-    """A prefix or response as a number: its digits in base 4 after a leading 1."""
+    """Returns a prefix or response as a number: its digits in base 4 after a leading 1."""
     value = 1
     for token in tokens:
         value = 4 * value + token
     return value
 
 
-def _tokens() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(prefix index, action, 1 if real) of each token of each response, [121, MAX_TOKENS]."""
+def _index_tokens() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns (prefix index, action, 1 if real) of all responses' tokens, [121, MAX_TOKENS]."""
     index = {prefix: i for i, prefix in enumerate(PREFIXES)}
     nodes, actions = np.zeros((2, len(RESPONSES), MAX_TOKENS), np.int32)
     mask = np.zeros((len(RESPONSES), MAX_TOKENS))
@@ -39,38 +39,30 @@ def _tokens() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return nodes, actions, mask
 
 
-def _codes() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(prompt p, prefix code n, action j) of every logit, [PROMPTS, 40, ACTIONS] each."""
+def index_logits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns (prompt p, prefix code n, action j) of every logit, [PROMPTS, 40, ACTIONS] each."""
     p, n, j = np.meshgrid(
         range(PROMPTS), [code(s) for s in PREFIXES], range(ACTIONS), indexing="ij"
     )
     return p, n, j
 
 
-def _reference() -> np.ndarray:
-    """0.8·sin(0.7n + 1.9j + 1.1p) − 0.5·[j=0]."""
-    p, n, j = _codes()
+def _make_reference() -> np.ndarray:
+    """Returns the logits 0.8·sin(0.7n + 1.9j + 1.1p) − 0.5·[j=0]."""
+    p, n, j = index_logits()
     return 0.8 * np.sin(0.7 * n + 1.9 * j + 1.1 * p) - 0.5 * (j == 0)
 
 
-def _generic() -> np.ndarray:
-    """REFERENCE + 0.5·cos(1.7n + 0.9j + 0.4p)."""
-    p, n, j = _codes()
-    return _reference() + 0.5 * np.cos(1.7 * n + 0.9 * j + 0.4 * p)
-
-
 def exact_reward(prompt: int, response: tuple[int, ...]) -> float:
-    """The true reward of a response (its actions, with EOS where it has one) to a prompt 0 … 3."""
+    """Returns the true reward of a response (its actions, EOS included) to a prompt 0 … 3."""
     letters = 0.5 * response.count(1) - 0.4 * response.count(2)
     letters += (0.2 if prompt % 2 == 0 else -0.2) * response.count(3)
     return letters - 0.5 * (response[-1] != 0) + 0.15 * np.sin(3.7 * code(response) + prompt)
 
 
-NODES, TOKENS, MASK = _tokens()
+NODES, TOKENS, MASK = _index_tokens()
 LENGTHS = MASK.sum(1)
-REFERENCE = _reference()
-# Neither the reference nor an optimum: at an optimum many wrong gradients are zero as well.
-GENERIC = _generic()
+REFERENCE = _make_reference()
 REWARDS = np.array([[exact_reward(p, s) for s in RESPONSES] for p in range(PROMPTS)])
 
 
@@ -94,14 +86,14 @@ def kl(logp: np.ndarray, logq: np.ndarray) -> float:
 
 
 def tilt(logp: np.ndarray, exponent: np.ndarray) -> np.ndarray:
-    """log of p·exp(exponent)/Z."""
+    """Returns the log of p·exp(exponent)/Z."""
     return log_softmax(logp + exponent)
 
 
 def pair_law(logp: np.ndarray) -> np.ndarray:
-    """Probability [PROMPTS, 121, 121] that [p, y, y′] is drawn and y is preferred; sums to 1.
+    """Returns the probability [PROMPTS, 121, 121] that [p, y, y′] is drawn and y preferred.
 
-    A prompt is uniform, y ≠ y′ come from π × π, and Bradley–Terry with the true reward labels them.
+    Prompts are uniform, y ≠ y′ come from π × π, and Bradley–Terry with the true reward labels them.
     """
     probs = np.exp(logp)
     drawn = probs[:, :, None] * probs[:, None, :] * (1 - np.eye(len(RESPONSES)))
@@ -109,33 +101,15 @@ def pair_law(logp: np.ndarray) -> np.ndarray:
     return 2 * drawn / (1 + np.exp(REWARDS[:, None, :] - REWARDS[:, :, None]))
 
 
-def objective(logits: np.ndarray, beta: float) -> float:
-    """J of a policy table, averaged over prompts."""
-    logp = logprobs(logits)
-    return expected_reward(logp) - beta * kl(logp, logprobs(REFERENCE))
-
-
-def gradient(logits: np.ndarray, beta: float) -> np.ndarray:
-    """The exact gradient of the sum over prompts of J, in the shape of the table."""
-    logp, probs = logprobs(logits), np.exp(log_softmax(logits))
-    pull = np.exp(logp) * (REWARDS - beta * (logp - logprobs(REFERENCE)))
-    result = np.zeros_like(logits)
-    prompts = np.arange(PROMPTS)[:, None, None]
-    pulls = pull[:, :, None] * MASK
-    np.add.at(result, (prompts, NODES, TOKENS), pulls)
-    np.add.at(result, (prompts, NODES), -pulls[..., None] * probs[:, NODES])
-    return result
-
-
 def optimum(beta: float) -> np.ndarray:
-    """log π* [PROMPTS, 121] of the policy that maximises J."""
+    """Returns log π* [PROMPTS, 121] of the policy that maximises J."""
     return tilt(logprobs(REFERENCE), REWARDS / beta)
 
 
 def temperature(divergence: float, reference: np.ndarray) -> float:
-    """β whose optimum is `divergence` nats from the reference [PROMPTS, 121]: the frontier's slope.
+    """Returns the β whose optimum is `divergence` nats from the reference [PROMPTS, 121].
 
-    No further than 1e-4 … 1e6.
+    It is the frontier's slope there, and is looked for between 1e-4 and 1e6.
     """
     low, high = np.log(1e-4), np.log(1e6)
     for _ in range(100):
@@ -148,9 +122,9 @@ def temperature(divergence: float, reference: np.ndarray) -> float:
 
 
 def frontier(divergence: float, reference: np.ndarray | None = None) -> float:
-    """The most expected reward at a KL to the reference of `divergence` nats.
+    """Returns the most expected reward at a KL to the reference of `divergence` nats.
 
-    No (KL, reward) of any policy lies above; the greedy policy's KL, 5.98, is where it ends.
+    No (KL, reward) of any policy lies above; the frontier ends at the greedy policy's KL, 5.98.
 
     Args:
         divergence: KL(π‖reference).
