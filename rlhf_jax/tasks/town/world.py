@@ -11,6 +11,7 @@ from functools import cached_property
 from random import Random
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.tasks.town.grammar import pick
 from rlhf_jax.tasks.town.phrasings import ITEMS, NAMES, VALUES
 
 ATTRIBUTES = (
@@ -55,17 +56,18 @@ class TownConfig:
     candidates: Mapping[str, float] = field(default_factory=lambda: dict(CANDIDATES))
 
     def __post_init__(self) -> None:
-        pools = {"people": VALUES["person"], "shops": VALUES["shop"], "items": ITEMS}
-        for name, pool in pools.items():
-            limit = len(pool)
-            if not 4 <= getattr(self, name) <= limit:
-                raise UserError(f"town: {name} must be 4 to {limit}, not {getattr(self, name)}")
-        if not 0.05 <= self.heldout <= 0.5:
-            raise UserError(f"town: heldout must be 0.05 to 0.5, not {self.heldout}")
-        if not 5 <= self.max_operand <= 50:
-            raise UserError(f"town: max_operand must be 5 to 50, not {self.max_operand}")
-        if not 0 <= self.misjudged <= 1:
-            raise UserError(f"town: misjudged must be 0 to 1, not {self.misjudged}")
+        limits: dict[str, tuple[float, float]] = {
+            "people": (4, len(VALUES["person"])),
+            "shops": (4, len(VALUES["shop"])),
+            "items": (4, len(ITEMS)),
+            "heldout": (0.05, 0.5),
+            "max_operand": (5, 50),
+            "misjudged": (0, 1),
+        }
+        for name, (least, most) in limits.items():
+            if not least <= getattr(self, name) <= most:
+                value = getattr(self, name)
+                raise UserError(f"town: {name} must be {least} to {most}, not {value}")
         for name in ("texts", "demonstrations", "pairs", "prompts"):
             for size in (name, f"heldout_{name}"):
                 if getattr(self, size) < 0:
@@ -117,20 +119,28 @@ def article(noun: str) -> str:
 
 
 @dataclass(frozen=True)
-class Person:
-    """Somebody of the town. `facts` maps each of `ATTRIBUTES` to its value."""
+class Subject:
+    """Somebody or something that the town speaks of.
 
+    `kind` is "people", "shops" or "wares", a table of phrasings. `facts` are a person's values of
+    `ATTRIBUTES`, a shop's hours (o'clock; it closes in the afternoon), or a ware's price in coins.
+    """
+
+    kind: str
     name: str
-    woman: bool
     split: str
     facts: Mapping[str, str]
+    woman: bool = False
 
     @cached_property
     def slots(self) -> dict[str, str]:
-        """What the templates call this person and each of the facts."""
-        facts = self.facts
+        """What the templates call this subject and each of its facts."""
+        if self.kind == "shops":
+            return {"shop": self.name, **self.facts}
+        if self.kind == "wares":
+            return {"item": self.name, "an_item": article(self.name), **self.facts}
         return {
-            **facts,
+            **self.facts,
             "name": self.name,
             "who": self.name,
             "whose": f"{self.name}'s",
@@ -138,43 +148,18 @@ class Person:
             "her": "her" if self.woman else "his",
             "him": "her" if self.woman else "him",
             "woman": "woman" if self.woman else "man",
-            "a_job": article(facts["job"]),
-            "a_pet": article(facts["pet"]),
-            "child_kind": "daughter" if facts["child"] in NAMES["daughters"] else "son",
+            "a_job": article(self.facts["job"]),
+            "a_pet": article(self.facts["pet"]),
+            "child_kind": "daughter" if self.facts["child"] in NAMES["daughters"] else "son",
         }
 
     @cached_property
     def pronoun_slots(self) -> dict[str, str]:
-        """The same, for a sentence after one that names the person."""
+        """The same of a person, for a sentence after one that names the person."""
         return self.slots | {"who": self.slots["she"], "whose": self.slots["her"]}
 
 
-@dataclass(frozen=True)
-class Shop:
-    """A shop and its hours (o'clock; it closes in the afternoon)."""
-
-    name: str
-    split: str
-    facts: Mapping[str, str]
-
-    @cached_property
-    def slots(self) -> dict[str, str]:
-        """What the templates call this shop and its hours."""
-        return {"shop": self.name, **self.facts}
-
-
-@dataclass(frozen=True)
-class Ware:
-    """Something the town's market sells, and its price in coins."""
-
-    name: str
-    split: str
-    facts: Mapping[str, str]
-
-    @cached_property
-    def slots(self) -> dict[str, str]:
-        """What the templates call this ware and its price."""
-        return {"item": self.name, "an_item": article(self.name), **self.facts}
+Subjects = tuple[Subject, ...]
 
 
 @dataclass(frozen=True)
@@ -182,24 +167,28 @@ class World:
     """All the facts of one town."""
 
     config: TownConfig
-    people: tuple[Person, ...]
-    shops: tuple[Shop, ...]
-    wares: tuple[Ware, ...]
+    people: Subjects
+    shops: Subjects
+    wares: Subjects
 
     @cached_property
-    def people_of(self) -> dict[str, tuple[Person, ...]]:
+    def people_of(self) -> dict[str, Subjects]:
         """People by split."""
-        return {split: tuple(p for p in self.people if p.split == split) for split in SPLITS}
+        return _by_split(self.people)
 
     @cached_property
-    def shops_of(self) -> dict[str, tuple[Shop, ...]]:
+    def shops_of(self) -> dict[str, Subjects]:
         """Shops by split."""
-        return {split: tuple(s for s in self.shops if s.split == split) for split in SPLITS}
+        return _by_split(self.shops)
 
     @cached_property
-    def wares_of(self) -> dict[str, tuple[Ware, ...]]:
+    def wares_of(self) -> dict[str, Subjects]:
         """Wares by split."""
-        return {split: tuple(w for w in self.wares if w.split == split) for split in SPLITS}
+        return _by_split(self.wares)
+
+
+def _by_split(subjects: Subjects) -> dict[str, Subjects]:
+    return {split: tuple(s for s in subjects if s.split == split) for split in SPLITS}
 
 
 def build_world(config: TownConfig) -> World:
@@ -217,27 +206,26 @@ def build_world(config: TownConfig) -> World:
     }
     columns["age"] = _evenly(rng, ages, len(names))
     columns["friend"] = _friends(rng, names, splits)
+    facts = [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
     people = tuple(
-        Person(name, name in women, split, {key: column[i] for key, column in columns.items()})
-        for i, (name, split) in enumerate(zip(names, splits, strict=True))
+        Subject("people", name, split, of_person, name in women)
+        for name, split, of_person in zip(names, splits, facts, strict=True)
     )
+
+    def opening_hours() -> dict[str, str]:
+        opens, closes = 6 + int(rng.random() * 6), 2 + int(rng.random() * 5)
+        return {"opens": str(opens), "closes": str(closes), "closed": pick(rng, VALUES["day"])}
 
     shop_names = rng.sample(VALUES["shop"], config.shops)
     shops = tuple(
-        Shop(
-            name,
-            split,
-            {
-                "opens": str(6 + int(rng.random() * 6)),
-                "closes": str(2 + int(rng.random() * 5)),
-                "closed": VALUES["day"][int(rng.random() * 7)],
-            },
-        )
+        Subject("shops", name, split, opening_hours())
         for name, split in zip(shop_names, _splits(config.shops, config.heldout), strict=True)
     )
     item_names = rng.sample(tuple(ITEMS), config.items)
     wares = tuple(
-        Ware(name, split, {"price": str(2 + int(rng.random() * 19))})
+        Subject("wares", name, split, {"price": str(2 + int(rng.random() * 19))})
         for name, split in zip(item_names, _splits(config.items, config.heldout), strict=True)
     )
     return World(config, people, shops, wares)

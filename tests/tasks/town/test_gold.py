@@ -12,11 +12,11 @@ from rlhf_jax.tasks.town.families.exercise import Expectation, loads, user
 from rlhf_jax.tasks.town.families.knowledge import fact_task
 from rlhf_jax.tasks.town.gold import WEIGHTS, gold_score
 from rlhf_jax.tasks.town.town import Town
-from rlhf_jax.tasks.town.world import Person, TownConfig, build_world
+from rlhf_jax.tasks.town.world import Subject, TownConfig, build_world
 
-ANN = Person(
+ANN = Subject(
+    "people",
     "Ann",
-    True,
     "train",
     {
         "job": "baker",
@@ -30,6 +30,7 @@ ANN = Person(
         "child": "Amy",
         "friend": "Ben",
     },
+    woman=True,
 )
 
 

@@ -15,35 +15,25 @@ from rlhf_jax.tasks.town.phrasings import (
     LEADS,
     NAMES,
     PEOPLE,
-    SHOPS,
+    PHRASINGS,
     VALUES,
-    WARES,
-    Phrasing,
 )
 from rlhf_jax.tasks.town.world import (
     HELDOUT,
     SPLITS,
     TRAIN,
-    Person,
-    Shop,
-    Ware,
+    Subject,
     World,
     article,
 )
 
-Subject = Person | Shop | Ware
 NOVELTY = ("fact", "fact", "fact", "phrasing", "both")
 """What is new in a held-out question about the town, each equally likely."""
 
 
-def table_of(subject: Subject) -> Mapping[str, Phrasing]:
-    """The phrasings for a subject's attributes."""
-    return PEOPLE if isinstance(subject, Person) else SHOPS if isinstance(subject, Shop) else WARES
-
-
 def attributes_of(world: World, subject: Subject) -> tuple[str, ...]:
     """The attributes of a subject that this town speaks of."""
-    return world.config.attributes if isinstance(subject, Person) else tuple(subject.facts)
+    return world.config.attributes if subject.kind == "people" else tuple(subject.facts)
 
 
 def ask(rng: Random, question: str) -> str:
@@ -114,10 +104,10 @@ def fact_task(
     heldout: str,
 ) -> Exercise:
     """The task to tell one attribute of one subject, asked for in `messages`."""
-    phrasing = table_of(subject)[attribute]
+    phrasing = PHRASINGS[subject.kind][attribute]
     slots = subject.slots
     extra = ""
-    if isinstance(subject, Person):
+    if subject.kind == "people":
         others = [o for o in world.config.attributes if o not in (attribute, "child", "friend")]
         extra = fill(rng, PEOPLE[pick(rng, others)].statements, subject.pronoun_slots)
     return Exercise(
@@ -182,7 +172,7 @@ def followup(world: World, rng: Random, split: str) -> Exercise:
     groups: tuple[Subject, ...] = (world.shops_of if kind < 0.4 else world.people_of)[split]
     subject = pick(rng, groups)
     first, second = rng.sample(attributes_of(world, subject), 2)
-    table, slots = table_of(subject), subject.slots
+    table, slots = PHRASINGS[subject.kind], subject.slots
     messages = (
         Message("user", ask(rng, fill(rng, table[first].questions, slots))),
         Message("assistant", finish(fill(rng, table[first].answers, slots))),
@@ -266,7 +256,7 @@ def _question(
     new, group, rephrased = _novelty(rng, split)
     subject = pick(rng, groups[group])
     attribute = pick(rng, attributes_of(world, subject))
-    phrasing = table_of(subject)[attribute]
+    phrasing = PHRASINGS[subject.kind][attribute]
     questions = phrasing.heldout_questions if rephrased else phrasing.questions
     messages = user(ask(rng, fill(rng, questions, subject.slots)))
     return fact_task(world, rng, subject, attribute, messages, new)
