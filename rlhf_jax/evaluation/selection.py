@@ -182,32 +182,6 @@ def win_bound(n: float) -> float:
     return n / (n + 1)
 
 
-def pass_at_k(correct: ArrayLike, samples: int, k: int) -> np.ndarray:
-    """Unbiased probability that one of k samples is right: 1 − C(N−c, k) / C(N, k).
-
-    "Evaluating Large Language Models Trained on Code", https://arxiv.org/abs/2107.03374
-
-    Args:
-        correct: [P] how many of the N samples of each prompt are right.
-        samples: N.
-        k: 1 to N.
-
-    Returns:
-        [P] in [0, 1].
-
-    Raises:
-        ValueError: unless 1 <= k <= N and 0 <= correct <= N.
-    """
-    counts = np.asarray(correct, np.int64)
-    if not 1 <= k <= samples:
-        raise ValueError(f"k = {k} must be between 1 and the {samples} samples")
-    if counts.size and not 0 <= counts.min() <= counts.max() <= samples:
-        raise ValueError(f"correct must lie in [0, {samples}]")
-    left = np.arange(samples, 0, -1)
-    all_wrong = np.concatenate([[1.0], np.cumprod(np.maximum(1 - k / left, 0))])
-    return 1 - all_wrong[counts]
-
-
 def fit_overoptimization(d: ArrayLike, gold: ArrayLike) -> dict[str, OveroptimizationFit]:
     """Least squares of both laws of "Scaling Laws for Reward Model Overoptimization".
 

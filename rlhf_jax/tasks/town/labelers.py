@@ -8,11 +8,9 @@ Bradley & Terry, "Rank Analysis of Incomplete Block Designs", https://www.jstor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from math import exp, sqrt
+from math import exp
 from random import Random
-from typing import NamedTuple
 
 from rlhf_jax.data.records import Pair, Prompt
 from rlhf_jax.errors import UserError
@@ -47,14 +45,6 @@ class Labeler:
         return self.sharpness * score.total + self.length * words + self.courtesy * polite
 
 
-class Ceiling(NamedTuple):
-    """The best accuracy there is on pairs, and the standard error of an accuracy measured on
-    them."""
-
-    accuracy: float
-    standard_error: float
-
-
 def preference(labeler: Labeler, prompt: Prompt, first: str, second: str) -> float:
     """The probability that `labeler`, shown `first` and then `second`, prefers `first`."""
     utilities = (labeler.utility(gold_score(prompt, reply), reply) for reply in (first, second))
@@ -85,22 +75,3 @@ def compare(labeler: Labeler, rng: Random, prompt: Prompt, first: str, second: s
         "gold_rejected": f"{golds[1].total:.4f}",
     }
     return Pair(prompt.id, prompt.messages, chosen, rejected, meta=meta)
-
-
-def bayes_accuracy(pairs: Iterable[Pair]) -> Ceiling:
-    """The accuracy on these pairs of somebody who knows every preference probability.
-
-    mean max(p, 1 − p), with the standard error √(Σ p(1 − p)) / n of the labels' noise. A model
-    whose held-out accuracy is more than 4 standard errors above has seen the labels. Raises
-    `UserError` for pairs that no labeler of the town made.
-    """
-    probabilities = []
-    for pair in pairs:
-        if "probability" not in pair.meta:
-            raise UserError(f"bayes_accuracy: pair {pair.id!r} has no meta['probability']")
-        probabilities.append(float(pair.meta["probability"]))
-    if not probabilities:
-        raise UserError("bayes_accuracy: there are no pairs")
-    count = len(probabilities)
-    noise = sum(p * (1 - p) for p in probabilities)
-    return Ceiling(sum(max(p, 1 - p) for p in probabilities) / count, sqrt(noise) / count)

@@ -5,6 +5,7 @@ The values are those of phrasings/values.toml.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,11 +13,10 @@ from random import Random
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.tasks.town.grammar import pick
-from rlhf_jax.tasks.town.phrasings import ITEMS, NAMES, VALUES
+from rlhf_jax.tasks.town.phrasings import ITEMS, MIXTURES, NAMES, PEOPLE, VALUES
 
-ATTRIBUTES = (
-    "job", "street", "pet", "pet_name", "food", "colour", "hobby", "age", "child", "friend",
-)  # fmt: skip
+ATTRIBUTES = tuple(PEOPLE)
+KINDS, FAMILIES, STYLES, CANDIDATES = MIXTURES.values()
 TRAIN, HELDOUT = "train", "heldout"
 SPLITS = (TRAIN, HELDOUT)
 
@@ -50,10 +50,10 @@ class TownConfig:
     prompts: int = 4_000
     heldout_prompts: int = 1_000
 
-    kinds: Mapping[str, float] = field(default_factory=lambda: dict(KINDS))
-    families: Mapping[str, float] = field(default_factory=lambda: dict(FAMILIES))
-    styles: Mapping[str, float] = field(default_factory=lambda: dict(STYLES))
-    candidates: Mapping[str, float] = field(default_factory=lambda: dict(CANDIDATES))
+    kinds: Mapping[str, float] = field(default_factory=lambda: KINDS)
+    families: Mapping[str, float] = field(default_factory=lambda: FAMILIES)
+    styles: Mapping[str, float] = field(default_factory=lambda: STYLES)
+    candidates: Mapping[str, float] = field(default_factory=lambda: CANDIDATES)
 
     def __post_init__(self) -> None:
         limits: dict[str, tuple[float, float]] = {
@@ -64,19 +64,16 @@ class TownConfig:
             "max_operand": (5, 50),
             "misjudged": (0, 1),
         }
+        for name in ("texts", "demonstrations", "pairs", "prompts"):
+            limits |= {name: (0, math.inf), f"heldout_{name}": (0, math.inf)}
         for name, (least, most) in limits.items():
             if not least <= getattr(self, name) <= most:
                 value = getattr(self, name)
                 raise UserError(f"town: {name} must be {least} to {most}, not {value}")
-        for name in ("texts", "demonstrations", "pairs", "prompts"):
-            for size in (name, f"heldout_{name}"):
-                if getattr(self, size) < 0:
-                    raise UserError(f"town: {size} must be 0 or more, not {getattr(self, size)}")
         unknown = set(self.attributes) - set(ATTRIBUTES)
         if unknown or len(self.attributes) < 4:
             raise UserError(f"town: attributes must be four or more of {', '.join(ATTRIBUTES)}")
-        known = {"kinds": KINDS, "families": FAMILIES, "styles": STYLES, "candidates": CANDIDATES}
-        for name, defaults in known.items():
+        for name, defaults in MIXTURES.items():
             for key, weight in getattr(self, name).items():
                 if key not in defaults or weight < 0:
                     raise UserError(
@@ -85,32 +82,6 @@ class TownConfig:
                     )
             if not sum(getattr(self, name).values()):
                 raise UserError(f"town: {name} has no weight above 0")
-
-
-KINDS: Mapping[str, float] = {
-    "biography": 32, "gossip": 10, "diary": 5, "letter": 4, "register": 6, "lost": 4, "quiz": 12,
-    "message": 10, "shop_notice": 4, "price_list": 4, "story": 6, "digest": 3, "sums": 5,
-    "lists": 5, "manners": 3, "chatter": 4, "rude": 4, "rumour": 3, "unsafe": 3,
-}  # fmt: skip
-"""Weights of the kinds of pre-training text (`texts.py`)."""
-
-FAMILIES: Mapping[str, float] = {
-    "facts": 24, "shops": 6, "claims": 5, "reading": 9, "arithmetic": 8, "prices": 6, "lists": 7,
-    "rewriting": 5, "summary": 4, "constraints": 7, "followup": 7, "persona": 4, "borderline": 4,
-    "harmful": 5, "smalltalk": 5,
-}  # fmt: skip
-"""Weights of the task families (`families/`)."""
-
-STYLES: Mapping[str, float] = {
-    "plain": 44, "warm": 38, "curt": 5, "rude": 8, "rambling": 5,
-}  # fmt: skip
-"""Weights of the styles of demonstrations (`styles.py`). None of them makes a fact wrong."""
-
-CANDIDATES: Mapping[str, float] = {
-    "plain": 10, "warm": 40, "curt": 8, "rude": 12, "rambling": 9, "wrong": 14, "hedging": 3,
-    "unformatted": 3, "garbled": 1,
-}  # fmt: skip
-"""Weights of the styles of replies that labelers compare (`styles.py`)."""
 
 
 def article(noun: str) -> str:
