@@ -83,7 +83,8 @@ def visit(rng: Random) -> dict[str, str]:
 
 _NAMES = VALUES["person"] + VALUES["visitor"] + VALUES["child"] + VALUES["robot"]
 _PHRASINGS = [phrasing for table in PHRASINGS.values() for phrasing in table.values()]
-_SHAPES: Mapping[str, Sequence[str]] = SHAPES | {
+_SHAPES: Mapping[str, Sequence[str]] = {
+    **SHAPES,
     "a_job": [article(job) for job in VALUES["job"]],
     "a_pet": [article(pet) for pet in VALUES["pet"]],
     "an_item": [article(item) for item in ITEMS],
@@ -91,7 +92,7 @@ _SHAPES: Mapping[str, Sequence[str]] = SHAPES | {
     "cheap": [*ITEMS],
     "closed": VALUES["day"],
     "word": sum(KINDS_OF_THINGS.values(), ()),
-    "wish": [each.wish for each in (*ADVICE, *DEEDS)],
+    "wish": [*(advice.wish for advice in ADVICE), *(deed.wish for deed in DEEDS)],
     "advice": [advice.advice for advice in ADVICE],
     "method": [deed.method for deed in DEEDS],
     "instead": [deed.instead for deed in DEEDS],
