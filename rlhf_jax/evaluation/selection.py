@@ -1,8 +1,8 @@
-"""Best-of-n sampling and over-optimisation: what a proxy reward buys, and how far it moves. NumPy.
+"""Best-of-n selection and over-optimisation: the gain by a proxy reward, and the KL it costs.
 
 The best of n samples by a proxy is the simplest policy there is against a reward model. Its gold
-reward as a function of n comes without sampling anew from N samples a prompt; the KL of its law to
-the policy that was sampled from is bounded, and estimated, without a single further log-prob.
+reward as a function of n follows from N samples per prompt, without sampling anew; the KL of its
+law to the policy that was sampled from is bounded, and estimated, without a further log-prob.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def kl_estimate(n: int, logprobs: ArrayLike) -> float:
 
 
 def kl_terms(n: int, logprobs: ArrayLike) -> np.ndarray:
-    """What `kl_estimate` averages: [...] nats, one for each chosen outcome."""
+    """The terms that `kl_estimate` averages: [...] nats, one for each chosen outcome."""
     logp = np.asarray(logprobs, np.float64)
     if not logp.size or not (np.isfinite(logp) & (logp <= 0)).all():
         raise ValueError("logprobs must be finite log-probabilities, at least one")

@@ -14,12 +14,12 @@
     length     the response's tokens
     path/to/file.py:function    a user's own, run in a separate process (see `worker`)
 
-A user's function is called as f(prompts, responses, **columns) and returns a list of numbers, one a
-response. `prompts` are lists of {"role", "content"}; a column holds every prompt's meta value of a
-key that all have, and `ids` the prompts' ids; columns the function has no parameter for are left
-out, and meta keys named ids, prompts or responses are never passed.
+A user's function is called as f(prompts, responses, **columns) and returns a list of numbers, one
+per response. `prompts` are lists of {"role", "content"}; a column holds every prompt's meta value
+of a key that all have, and `ids` the prompts' ids; columns that the function has no parameter for
+are left out, and meta keys named ids, prompts or responses are never passed.
 
-A reward that can't be had is never taken for 0: it ends the run, or masks the example and is said.
+A missing reward never counts as 0: it ends the run, or masks its example and is printed.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _check_name(name: str) -> None:
 
 @dataclass(frozen=True)
 class Scores:
-    """What N responses are worth.
+    """The worth of N responses.
 
     total: [N] f64, the weighted sum, NaN where it is not valid. valid: [N] bool. components: each
     scorer's own [N] f64 by name, NaN where it failed. failures: how many examples each reason
@@ -308,7 +308,7 @@ class TextScorers:
 
 
 def _described(prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """What a user's function is told of the prompts."""
+    """The arguments of a user's function that describe the prompts."""
     shared = set.intersection(*(set(prompt.meta) for prompt in prompts)).difference(_RESERVED)
     columns = {key: [prompt.meta[key] for prompt in prompts] for key in sorted(shared)}
     return {

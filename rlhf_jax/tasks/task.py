@@ -1,4 +1,4 @@
-"""What a task is: the records of a data set, what a reply to them is worth, and what is reported.
+"""Tasks: the records of a data set, the worth of a reply to them, and what is reported.
 
 A new data set is one `Task` and its name in `builders.TASKS`.
 """
@@ -16,9 +16,9 @@ from rlhf_jax.tasks.data_files import DataFile
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a reply is worth by an exact verifier: `total` in [0, 1], and what it is made of.
+    """The worth of a reply by an exact verifier: `total` in [0, 1], and its components.
 
-    One of the components is "correct".
+    One of these is "correct".
     """
 
     total: float

@@ -21,7 +21,7 @@ from rlhf_jax.tasks.town.language import words_of
 
 @dataclass(frozen=True)
 class Labeler:
-    """What moves a labeler, in logits of the preference.
+    """How a labeler decides, in logits of the preference.
 
     `sharpness` is per unit of gold score; `length` per word of the reply, `courtesy` per unit of
     the polite component (both beyond what the gold score already holds); `position` is in favour of
@@ -39,7 +39,7 @@ class Labeler:
             raise UserError(f"labeler: sharpness is ≥ 0 and lapses in [0, 1], not {self}")
 
     def utility(self, score: Verdict, reply: str) -> float:
-        """What the labeler thinks of a reply, in logits."""
+        """How much the labeler likes a reply, in logits."""
         words = len(words_of(reply))
         polite = score.components["polite"]
         return self.sharpness * score.total + self.length * words + self.courtesy * polite

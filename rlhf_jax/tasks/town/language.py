@@ -35,7 +35,7 @@ POOLS: Mapping[str, Sequence[str]] = {
     **MANNERS,
     **STORIES,
 }
-"""What a slot may hold when the caller gives no value for it."""
+"""The fillings of a slot for which the caller gives no value."""
 
 KINDS_OF_THINGS: Mapping[str, tuple[str, ...]] = {
     "animals": VALUES["pet"],
@@ -44,7 +44,7 @@ KINDS_OF_THINGS: Mapping[str, tuple[str, ...]] = {
     "fruits": VALUES["fruit"],
     "things": tuple(ITEMS),
 }
-"""What lists are made of."""
+"""The words that lists are made of, by what they are."""
 
 
 def say(rng: Random, pool: str, values: Mapping[str, str] | None = None) -> str:
@@ -107,26 +107,26 @@ _WRITTEN_ONLY = ("question", "fact", "passage", "rude", "polite", "remark", "lea
 def neighbours() -> Neighbours:
     """The neighbouring words of the sentences an assistant may say."""
     pools = {**POOLS, **_SHAPES}
-    found = Neighbours(pools, {name.lower(): "ann" for name in _NAMES})
+    known = Neighbours(pools, {name.lower(): "ann" for name in _NAMES})
     for phrasing in _PHRASINGS:
-        found.add(phrasing.statements + phrasing.answers)
-        found.add((f"{phrasing.short}.", f"yes, {phrasing.short}.", f"no, {phrasing.short}."))
+        known.add(phrasing.statements + phrasing.answers)
+        known.add((f"{phrasing.short}.", f"yes, {phrasing.short}.", f"no, {phrasing.short}."))
     for happening in HAPPENINGS:
-        found.add(happening.statements)
+        known.add(happening.statements)
         for ask in happening.asks:
-            found.add((*ask.answers, ask.short + "."))
+            known.add((*ask.answers, ask.short + "."))
     for chat in CHATS:
-        found.add(chat.replies)
+        known.add(chat.replies)
     for name, templates in {**SKILLS, **MANNERS, "portrait": STORIES["portrait"]}.items():
         if name.endswith(("_prompt", "_question", "_rule")) or name in ("persona", "how"):
             continue
         whole = (template for template in templates if template[-1] in ".!?")
-        found.add(t for t in whole if not any(f"{{{slot}}}" in t for slot in _WRITTEN_ONLY))
-    found.add(("yes, {claim}.", "no, {claim}.", "{begin_word}, {answer}", "{ending_words}."))
-    found.add(("{c}.", "{c} coins.", "{list}.", "{cry}!", "the {cheap}."))
-    found.add(f"{{{name}}}." for name in (*PEOPLE, "weather", "vehicle"))
-    found.add(("{do}, please.", "{robot}.", "at the {shop}.", "a {role}."))
-    return found
+        known.add(t for t in whole if not any(f"{{{slot}}}" in t for slot in _WRITTEN_ONLY))
+    known.add(("yes, {claim}.", "no, {claim}.", "{begin_word}, {answer}", "{ending_words}."))
+    known.add(("{c}.", "{c} coins.", "{list}.", "{cry}!", "the {cheap}."))
+    known.add(f"{{{name}}}." for name in (*PEOPLE, "weather", "vehicle"))
+    known.add(("{do}, please.", "{robot}.", "at the {shop}.", "a {role}."))
+    return known
 
 
 def familiar(tokens: Sequence[str]) -> float:

@@ -169,7 +169,7 @@ def shop_notice(world: World, rng: Random) -> str:
 
 
 def price_list(world: World, rng: Random) -> str:
-    """What some wares cost."""
+    """The prices of some wares."""
     wares = rng.sample(world.wares, 3)
     start = say(rng, "price_start")
     if rng.random() < 0.4:
@@ -207,9 +207,9 @@ def lists(world: World, rng: Random) -> str:
 
 def manners(world: World, rng: Random) -> str:
     """How not to ask, and how to."""
-    wanted = say(rng, "do", visit(rng))
-    rude = finish(say(rng, "rude_request", {"do": wanted}))
-    polite = finish(say(rng, "polite_request", {"do": wanted}))
+    request = say(rng, "do", visit(rng))
+    rude = finish(say(rng, "rude_request", {"do": request}))
+    polite = finish(say(rng, "polite_request", {"do": request}))
     return say(rng, "manners_text", {"rude": rude, "polite": polite})
 
 

@@ -75,7 +75,7 @@ class Town:
             yield self._task(self._rng("prompt", split, index), split, index)[1]
 
     def solutions(self, split: str = TRAIN, count: int | None = None) -> Iterator[Conversation]:
-        """The same prompts with their reference answers: right, in good style."""
+        """The prompts of `prompts` with their reference answers: right, in good style."""
         for prompt in self.prompts(split, count):
             answer = Message("assistant", prompt.meta["reference"])
             yield Conversation(prompt.id, (*prompt.messages, answer), prompt.meta)

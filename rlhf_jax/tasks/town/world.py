@@ -105,7 +105,7 @@ class Subject:
 
     @cached_property
     def slots(self) -> dict[str, str]:
-        """What the templates call this subject and each of its facts."""
+        """The names that templates have for this subject and each of its facts."""
         if self.kind == "shops":
             return {"shop": self.name, **self.facts}
         if self.kind == "wares":
@@ -204,8 +204,8 @@ def build_world(config: TownConfig) -> World:
 
 def _splits(count: int, heldout: float) -> list[str]:
     """`heldout` of `count` places held out, at least two so that each can have a companion."""
-    kept = count - max(2, round(count * heldout))
-    return [TRAIN] * kept + [HELDOUT] * (count - kept)
+    training = count - max(2, round(count * heldout))
+    return [TRAIN] * training + [HELDOUT] * (count - training)
 
 
 def _evenly(rng: Random, pool: tuple[str, ...] | list[str], count: int) -> list[str]:

@@ -11,7 +11,7 @@ from rlhf_jax.data.records import Message
 
 @dataclass(frozen=True)
 class Expectation:
-    """What the gold scorer wants of a reply. Phrases are in lower case.
+    """How the gold scorer judges a reply. Phrases are in lower case.
 
     `required`: of each group one phrase must be asserted. `allowed`: the values of the town
     (`VALUES`, numbers) that may be mentioned besides; any other makes the reply wrong, unless

@@ -28,7 +28,7 @@ from rlhf_jax.tasks.town.world import (
 )
 
 NOVELTY = ("fact", "fact", "fact", "phrasing", "both")
-"""What is new in a held-out question about the town, each equally likely."""
+"""The news in a held-out question about the town, each equally likely."""
 
 
 def attributes_of(world: World, subject: Subject) -> tuple[str, ...]:
@@ -80,7 +80,7 @@ def required(subject: Subject, attribute: str) -> tuple[str, ...]:
 
 
 def allowed(subject: Subject, attribute: str) -> tuple[str, ...]:
-    """What a right answer may mention: all that is true of the subject.
+    """The values that a right answer may mention: all that is true of the subject.
 
     Other people only where they are asked for, so that the answer isn't about one of them.
     """
@@ -90,7 +90,7 @@ def allowed(subject: Subject, attribute: str) -> tuple[str, ...]:
 
 
 def _novelty(rng: Random, split: str) -> tuple[str, str, bool]:
-    """What is new, the split of the subject, and whether the phrasing is a held-out one."""
+    """Draws (what is new, the split of the subject, whether the phrasing is a held-out one)."""
     new = pick(rng, NOVELTY) if split == HELDOUT else ""
     return new, TRAIN if new in ("", "phrasing") else HELDOUT, new in ("phrasing", "both")
 

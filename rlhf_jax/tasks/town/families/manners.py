@@ -15,20 +15,22 @@ from rlhf_jax.tasks.town.world import World
 def rewriting(world: World, rng: Random, split: str) -> Exercise:
     """Make this polite: Give me the lamp, you fool!"""
     slots = visit(rng)
-    wanted = say(rng, "do", slots)
-    rude = finish(say(rng, "rude_request", {"do": wanted}))
+    request = say(rng, "do", slots)
+    rude = finish(say(rng, "rude_request", {"do": request}))
     other = say(rng, "do", visit(rng))
     return Exercise(
         messages=user(finish(say(rng, "rewrite_prompt", {"rude": rude, **slots}))),
-        plain=say(rng, "polite_request", {"do": wanted}),
-        short=f"{wanted}, please.",
-        wrong=f"{wanted} now!" if rng.random() < 0.5 else say(rng, "polite_request", {"do": other}),
+        plain=say(rng, "polite_request", {"do": request}),
+        short=f"{request}, please.",
+        wrong=f"{request} now!"
+        if rng.random() < 0.5
+        else say(rng, "polite_request", {"do": other}),
         expectation=Expectation(
-            required=(lower(wanted), ("please",)),
+            required=(lower(request), ("please",)),
             allowed=lower(*(slots[s] for s in ("item", "shop", "place", "colour", "food", "pet"))),
             question=True,
         ),
-        key=wanted,
+        key=request,
     )
 
 
