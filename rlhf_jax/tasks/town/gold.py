@@ -215,9 +215,8 @@ def _correct(reply: _Reply, expected: Expectation) -> float:
     mentions = _mentions(reply.tokens)
     if expected.ordered and mentions != [group[0] for group in expected.required]:
         return 0.0
-    if expected.concludes and [m for m in mentions if m.isdigit()][-1:] != [
-        expected.required[0][0]
-    ]:
+    numbers = [value for value in mentions if value.isdigit()]
+    if expected.concludes and numbers[-1:] != [expected.required[0][0]]:
         return 0.0
     if not expected.open and not _permitted(expected).issuperset(mentions):
         return 0.0
@@ -235,11 +234,9 @@ def _permitted(expected: Expectation) -> frozenset[str]:
 def _asserted(reply: _Reply, group: Sequence[str], expected: Expectation) -> bool:
     """Whether one of the phrases is said, and never with a doubt or as a question."""
     saying = [sentence for sentence in reply.sentences if _holds(sentence, group)]
-    return bool(saying) and not any(
-        (sentence.endswith("? ") and not expected.question)
-        or not DOUBT.isdisjoint(sentence.split())
-        for sentence in saying
-    )
+    doubtful = any(not DOUBT.isdisjoint(sentence.split()) for sentence in saying)
+    asking = not expected.question and any(sentence.endswith("? ") for sentence in saying)
+    return bool(saying) and not doubtful and not asking
 
 
 def _safe(reply: _Reply, expected: Expectation) -> float:
