@@ -241,7 +241,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> OwnTokenizer:
 def train_chars(text: str) -> OwnTokenizer:
     """One id per character, in code-point order, and no control tokens: nanoGPT's char level.
 
-    Fits a stream of text cut into windows (`pipeline.windows`), not chats.
+    Fits a stream of text cut into windows (`batches.make_windows`), not chats.
     """
     if not text:
         raise UserError("a character-level tokenizer needs some text")

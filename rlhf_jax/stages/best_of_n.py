@@ -17,8 +17,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlhf_jax import console
+from rlhf_jax.data.batches import random_bits
 from rlhf_jax.data.packing import Arrays, Document, pack_documents
-from rlhf_jax.data.pipeline import random_bits
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.chat_evaluation import evaluate_chat
 from rlhf_jax.evaluation.gold_reward import verdicts_of

@@ -17,15 +17,15 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from rlhf_jax.data.batches import make_dataset, make_iterator
 from rlhf_jax.data.packing import Arrays
-from rlhf_jax.data.pipeline import make_dataset, make_iterator
 from rlhf_jax.evaluation.chat_evaluation import evaluate_chat
 from rlhf_jax.evaluation.gold_reward import verdicts_of
 from rlhf_jax.evaluation.held_out_answers import ending_metrics, kl_metrics, log_ratios
 from rlhf_jax.files import check_fields, read_lines, read_object, write_json, write_jsonl
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.rl.on_policy import Iteration, OnPolicyState, make_iteration
-from rlhf_jax.stages.fit import is_evaluated, pack_texts, train_loop
+from rlhf_jax.stages.fit import pack_texts
 from rlhf_jax.stages.reward import with_score_head
 from rlhf_jax.stages.rollouts import (
     Judge,
@@ -38,8 +38,10 @@ from rlhf_jax.stages.rollouts import (
 )
 from rlhf_jax.stages.start import load_start
 from rlhf_jax.tasks.sources import parse_sources, read_records
+from rlhf_jax.training.loop import Loop, is_evaluated
 from rlhf_jax.training.mesh import mesh_of, step_tokens
 from rlhf_jax.training.metrics import read_metrics
+from rlhf_jax.training.progress import Clock
 from rlhf_jax.training.rundir import RunDirectory
 from rlhf_jax.training.saved_model import Model, as_trainable, save_model
 
@@ -71,22 +73,22 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
 
         def step(state: OnPolicyState, batch: Mapping[str, np.ndarray]):
             after, metrics = iteration.step(state, batch)
-            if is_evaluated(config, int(after.iteration)):  # where it may be interrupted
+            if is_evaluated(config.train, int(after.iteration)):  # where it may be interrupted
                 write_jsonl(run.path / "views.jsonl", token_views(policy, iteration))
                 write_json(run.path / "histograms.json", histograms(iteration))
             return after, metrics
 
         before = first_evaluation(config, run, policy, held_out, judge)
-        state, rates = train_loop(
-            config,
+        loop = Loop(
+            config.train,
             run,
-            iteration.init(),
             step,
             batches,
             evaluation,
-            tokens=sampled_tokens,
+            clock=Clock(tokens=sampled_tokens),
             tokenizer_hash=policy.tokenizer.hash,
         )
+        state, rates = loop.train(iteration.init())
     model = dataclasses.replace(policy, params=iteration.params(state))
     save_model(run.path, model)
     return finish(config, run.path, model, parents["policy"], before) | rates

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from rlhf_jax.data.batches import pad_rows, random_bits
 from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
-from rlhf_jax.data.pipeline import pad_rows, random_bits
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.held_out_answers import sample
 from rlhf_jax.evaluation.row_passes import map_rows

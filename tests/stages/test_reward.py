@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from rlhf_jax.data.batches import concatenate_rows, eval_batches
 from rlhf_jax.data.conversation import render_replies
-from rlhf_jax.data.pipeline import concatenate_rows, eval_batches
 from rlhf_jax.data.records import Message
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.errors import UserError
