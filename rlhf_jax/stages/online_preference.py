@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from rlhf_jax.data.batches import pad_rows
 from rlhf_jax.data.encode import is_identical
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
-from rlhf_jax.evaluation.rows import response_logprobs
+from rlhf_jax.evaluation.row_passes import response_logprobs
 from rlhf_jax.rl.on_policy import Rollouts, minibatches, over_updates
 from rlhf_jax.stages.pairs import CHOSEN, REJECTED
 from rlhf_jax.stages.policy import (
