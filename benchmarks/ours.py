@@ -31,7 +31,8 @@ from rlhf_jax.rl.on_policy import make_iteration
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.stages import defaults
 from rlhf_jax.stages.policy import critic_params
-from rlhf_jax.stages.rollouts import Judge, PromptSet, text_task
+from rlhf_jax.stages.rollouts import Judge, text_task
+from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.training.optimizer import OptimizerConfig, make_optimizer
 from rlhf_jax.training.saved_model import Model, save_model
 from rlhf_jax.training.state import init_state

@@ -36,15 +36,9 @@ from rlhf_jax.evaluation.selection import (
 from rlhf_jax.models.scoring import target_cross_entropy
 from rlhf_jax.stages.fit import batches_of, fit
 from rlhf_jax.stages.policy import held_out_set
-from rlhf_jax.stages.rollouts import (
-    Judge,
-    PromptSet,
-    Samples,
-    pack_samples,
-    read_prompts,
-    sample_answers,
-)
+from rlhf_jax.stages.rollouts import Judge, Samples, pack_samples, read_prompts, sample_answers
 from rlhf_jax.stages.start import load_start
+from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.tasks.sources import parse_sources
 from rlhf_jax.training.mesh import step_tokens
 from rlhf_jax.training.rundir import RunDirectory

@@ -33,15 +33,9 @@ from rlhf_jax.stages.policy import (
     training_prompts,
 )
 from rlhf_jax.stages.preference import loss
-from rlhf_jax.stages.rollouts import (
-    SHORTEST,
-    Judge,
-    PromptSet,
-    Samples,
-    row_multiple,
-    text_rollout,
-)
+from rlhf_jax.stages.rollouts import SHORTEST, Judge, Samples, row_multiple, text_rollout
 from rlhf_jax.stages.start import load_start
+from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.training.learner import Learner, make_learner
 from rlhf_jax.training.loop import Loop
 from rlhf_jax.training.mesh import mesh_of, shard_batch, step_tokens

@@ -29,7 +29,6 @@ from rlhf_jax.stages.fit import pack_texts
 from rlhf_jax.stages.reward import with_score_head
 from rlhf_jax.stages.rollouts import (
     Judge,
-    PromptSet,
     Samples,
     pack_samples,
     read_prompts,
@@ -37,6 +36,7 @@ from rlhf_jax.stages.rollouts import (
     text_task,
 )
 from rlhf_jax.stages.start import load_start
+from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.tasks.sources import parse_sources, read_records
 from rlhf_jax.training.loop import Loop, is_evaluated
 from rlhf_jax.training.mesh import mesh_of, step_tokens
