@@ -268,8 +268,6 @@ def _sampling(stage: str) -> dict[str, dict[str, Any]]:
             "filter_zero_std": False,  # leave out prompts whose answers all score the same
             "resample": 0,  # further batches of prompts to replace those
         }
-    if stage == "policy":
-        rollout["max_staleness"] = 0  # updates a sample may be old; 0: any number
     return {
         "rollout": rollout,
         "reward": {
