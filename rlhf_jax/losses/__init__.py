@@ -19,11 +19,10 @@ from rlhf_jax.losses.policy import (
     OBJECTIVES,
     Tokens,
     aggregate,
-    check_policy_options,
     importance_weights,
     kl_loss,
+    make_objective,
     policy_loss,
-    policy_options,
     value_loss,
 )
 from rlhf_jax.losses.preference import (
@@ -45,7 +44,6 @@ from rlhf_jax.losses.shaping import (
     missing_eos,
     overlong_penalty,
     token_rewards,
-    with_next_slot,
 )
 
 __all__ = [
@@ -62,7 +60,6 @@ __all__ = [
     "add",
     "aggregate",
     "bradley_terry",
-    "check_policy_options",
     "cross_entropy",
     "exact_kl",
     "gae",
@@ -72,13 +69,13 @@ __all__ = [
     "kl_loss",
     "kto_baseline",
     "loss_options",
+    "make_objective",
     "mean",
     "missing_eos",
     "overlong_penalty",
     "plackett_luce",
     "pointwise_logistic",
     "policy_loss",
-    "policy_options",
     "preference_loss",
     "remax",
     "reward_to_go",
@@ -90,6 +87,5 @@ __all__ = [
     "value_loss",
     "weighted_sum",
     "whiten",
-    "with_next_slot",
     "zero_variance",
 ]

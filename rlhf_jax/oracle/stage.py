@@ -57,7 +57,14 @@ from rlhf_jax.oracle.rows import (
     row_config,
 )
 from rlhf_jax.report.report import write_report
-from rlhf_jax.rl.on_policy import Iteration, OnPolicyState, Task, make_iteration
+from rlhf_jax.rl.on_policy import (
+    OnPolicyState,
+    Trainer,
+    first_state,
+    iterate,
+    make_trainer,
+    score,
+)
 from rlhf_jax.stopping import stop_point
 from rlhf_jax.training.mesh import make_mesh, placed, shard_batch
 from rlhf_jax.training.optimizer import make_optimizer
@@ -163,26 +170,21 @@ def run_row(row: Row, config: ConfigDict, seed: int = 0) -> Outcome:
             scalar = dataclasses.replace(shape, head="scalar")
             critic = transformer.init(scalar, jax.random.key(seed + 2))
         task, exact = letters_task(made, shape), partial(enumerate_logprobs, shape)
-    iteration = make_iteration(made, task, start, critic, mesh=_mesh(row), rules=RULES)
-    state = iteration.init()
+    trainer = make_trainer(made, task, start, critic, mesh=_mesh(row), rules=RULES)
+    state = first_state(trainer)
     for _ in range(made.train.steps):
         stop_point()
-        state, _ = iteration.step(state, {})
+        state, *_ = iterate(trainer, state, {})
     logp, reference = exact(state.policy.params), exact(start)
     return dataclasses.replace(
         exact_outcome(logp, reference),
-        measured=_measure(made, task, iteration, state, logp - reference),
+        measured=_measure(trainer, state, logp - reference),
         coefficient=float(state.kl_coefficient),
     )
 
 
 def _measure(
-    config: ConfigDict,
-    task: Task,
-    iteration: Iteration,
-    state: OnPolicyState,
-    ratios: np.ndarray,
-    count: int = 8,
+    trainer: Trainer, state: OnPolicyState, ratios: np.ndarray, count: int = 8
 ) -> Measured:
     """What the trainer's own metrics say of `count` rollouts of the final policy.
 
@@ -193,13 +195,15 @@ def _measure(
     every: list[Any] = []
     for number in range(count):
         stop_point()
-        drawn = task.rollout(state.policy.params, {}, 10**6 + number)
-        rollouts = dataclasses.replace(drawn, weights=np.ones_like(drawn.weights))
-        _, metrics = iteration.assess(state, rollouts)
+        drawn = trainer.task.rollout(state.policy.params, {}, 10**6 + number)
+        everyone = dataclasses.replace(drawn, weights=np.ones_like(drawn.weights))
+        rollout = score(trainer, state, everyone)
+        metrics = trainer.sample_metrics(rollout, state.kl_coefficient)
         means.append([metrics["objective/scores"], metrics["objective/kl"]])
-        prompts = np.arange(len(rollouts.scores)) // config.rollout.samples % world.PROMPTS
-        chosen = np.abs(world.REWARDS[prompts] - rollouts.scores[:, None]).argmin(1)
-        every.append([rollouts.scores, ratios[prompts, chosen]])
+        each = trainer.config.rollout.samples
+        prompts = np.arange(len(rollout.scores)) // each % world.PROMPTS
+        chosen = np.abs(world.REWARDS[prompts] - rollout.scores[:, None]).argmin(1)
+        every.append([rollout.scores, ratios[prompts, chosen]])
     values = np.concatenate(every, axis=1)
     reward, kl = np.array(means, np.float64).mean(0).tolist()
     covariance = np.cov(values, ddof=1) / values.shape[1]

@@ -6,9 +6,7 @@ import functools
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -19,16 +17,16 @@ from rlhf_jax.data.hub_data import check_hub_name
 from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.losses.advantages import BASELINES, SCALES
 from rlhf_jax.losses.checks import check_choice, check_intervals
-from rlhf_jax.losses.policy import AGGREGATIONS, LEVELS, check_policy_options, policy_loss
+from rlhf_jax.losses.policy import AGGREGATIONS, LEVELS
 from rlhf_jax.losses.preference import check_options as check_loss_options
 from rlhf_jax.losses.shaping import EOS_MODES, ESTIMATORS
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.rewards import parse_rewards
 from rlhf_jax.rewards.ensemble import COMBINATIONS
-from rlhf_jax.rl.objectives import ADVANTAGES, PLACEMENTS, parse_options
-from rlhf_jax.sampling.arguments import check_options
+from rlhf_jax.rl.objectives import ADVANTAGES, PLACEMENTS, objective_of, parse_options
+from rlhf_jax.rl.rollouts import truncation
+from rlhf_jax.sampling.arguments import Sampling
 from rlhf_jax.stages.defaults import SAMPLING, STAGES, fields_of, leaves
-from rlhf_jax.stages.rollouts import truncation
 from rlhf_jax.tasks.builders import check_name
 from rlhf_jax.tasks.sources import parse_source, parse_sources
 from rlhf_jax.training.optimizer import make_optimizer
@@ -43,7 +41,7 @@ _LEAST = {  # of whole numbers that count something
         *("best_of_n.n", "best_of_n.prompts", "normalize.max_new_tokens"),
     ),
     0: (
-        *("train.eval_every", "rollout.resample", "rollout.max_staleness"),
+        *("train.eval_every", "rollout.resample"),
         *("normalize.prompts", "kl.exact_rows", "eval.during"),
     ),
 }
@@ -175,7 +173,7 @@ def _check_sampling(config: ConfigDict) -> None:
     if not 0 < rollout.temperature < math.inf:
         raise UserError(f"config: rollout.temperature = {rollout.temperature} must be above 0")
     try:
-        check_options({"top_k": rollout.top_k or None}, {k: rollout[k] for k in ("top_p", "min_p")})
+        Sampling(rollout.max_new_tokens, **truncation(config)).validate()
     except UserError as error:
         raise UserError(f"config: rollout.{error}") from error
     named = [role for role, path in config.init.items() if role.startswith("reward") and path]
@@ -216,7 +214,7 @@ def check_objective(config: ConfigDict) -> None:
     advantage, kl, loss, rollout = config.advantage, config.kl, config.loss, config.rollout
     updates = config.train.epochs * config.train.minibatches
     try:
-        check_choice("advantage.name", advantage.name, ADVANTAGES)
+        check_choice("advantage.name", advantage.name, tuple(ADVANTAGES))
         check_choice("advantage.baseline", advantage.baseline, BASELINES)
         check_choice("advantage.scale", advantage.scale, SCALES)
         check_choice("kl.placement", kl.placement, PLACEMENTS)
@@ -225,7 +223,7 @@ def check_objective(config: ConfigDict) -> None:
         check_choice("loss.aggregation", loss.aggregation, AGGREGATIONS)
         check_choice("loss.importance", loss.importance, ("none", "token", "sequence"))
         check_choice("loss.importance_mode", loss.importance_mode, ("truncate", "mask"))
-        _try_objective(loss.name, parse_options(loss.options))
+        objective_of(config)
     except ValueError as error:
         raise UserError(f"config: {error}") from error
     if kl.placement == "loss" and kl.estimator == "k1":
@@ -260,20 +258,5 @@ def check_objective(config: ConfigDict) -> None:
             "samples all but the first would be biased; set train.epochs and train.minibatches to "
             "1, or loss.name = 'ppo'"
         )
-    if rollout.max_staleness and updates - 1 > rollout.max_staleness:
-        raise UserError(
-            f"config: train.epochs x train.minibatches = {updates} updates would use samples up to "
-            f"{updates - 1} updates old, over rollout.max_staleness = {rollout.max_staleness}"
-        )
     if bool(loss.ptx_coefficient) != bool(config.data.ptx):
         raise UserError("config: loss.ptx_coefficient and data.ptx go together: set both or none")
-
-
-def _try_objective(name: str, options: dict[str, Any]) -> None:
-    """ValueError for options of a policy loss that it does not know or whose values are wrong."""
-    check_policy_options(name, options)
-    one = jnp.ones((1, 1))
-    try:
-        jax.eval_shape(lambda: policy_loss(name, one, one, one, one, **options))
-    except TypeError as error:
-        raise ValueError(f"loss.options of {name!r}: {error}") from error

@@ -29,7 +29,7 @@ from rlhf_jax import __version__
 from rlhf_jax.data.hub_data import load_rows
 from rlhf_jax.digests import ROOT as PACKAGE
 from rlhf_jax.digests import code_of, commit, file_digest
-from rlhf_jax.losses.policy import policy_options
+from rlhf_jax.losses.policy import OBJECTIVES
 from rlhf_jax.losses.preference import loss_options
 from rlhf_jax.rewards import parse_rewards
 from rlhf_jax.rl.objectives import parse_options
@@ -67,7 +67,7 @@ def resolved(config: ConfigDict) -> dict[str, Any]:
     """The config as config.json holds it: with the value of every option of its loss."""
     document = plain(config)
     options = {"preference": loss_options, "online_preference": loss_options}
-    options |= {"policy": policy_options}
+    options |= {"policy": lambda name: vars(OBJECTIVES[name]())}
     if config.stage in options:
         defaults = options[config.stage](config.loss.name)
         stated = parse_options(config.loss.options)
