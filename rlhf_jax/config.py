@@ -134,14 +134,14 @@ def surface(section: type) -> dict[str, Any]:
     }
 
 
-def build(section: type, stated: Mapping[str, Any], path: str) -> Any:
-    """The dataclass `section` with the values that a config states under `path`.
+def build(section: type, given: Mapping[str, Any], path: str) -> Any:
+    """The dataclass `section` with the values that a config gives under `path`.
 
     Raises:
         UserError: there is no such field, a value has another type or is outside its range, or is
             an option of another variant than the one that is named.
     """
-    own, values = own_fields(section), dict(stated)
+    own, values = own_fields(section), dict(given)
     for name in values:
         if name not in field_names(section) and not any(
             "prefix" in f.metadata for f in fields(section)
@@ -170,13 +170,13 @@ def build(section: type, stated: Mapping[str, Any], path: str) -> Any:
     return made
 
 
-def _valid(section: type, stated: Mapping[str, Any], path: str) -> Any:
+def _valid(section: type, given: Mapping[str, Any], path: str) -> Any:
     """A dataclass of values of the right types and ranges, which its own `validate` accepts."""
     known = own_fields(section)
     try:
         values = {
             name: _converted(f"{path}.{name}", known[name].type, value)
-            for name, value in stated.items()
+            for name, value in given.items()
         }
         made = section(**values)
         if hasattr(made, "settled"):
@@ -220,15 +220,16 @@ def _check_range(name: str, value: Any, limits: Mapping[str, Any]) -> None:
 def document(config: Config) -> dict[str, Any]:
     """The config as config.json holds it: every field that is read, as JSON has it."""
     whole: dict[str, Any] = {"stage": config.stage, "seed": config.seed}
-    return whole | {name: _stated(section) for name, section in config.sections.items()}
+    return whole | {name: stated(section) for name, section in config.sections.items()}
 
 
-def _stated(section: Any) -> dict[str, Any]:
+def stated(section: Any) -> dict[str, Any]:
+    """The fields of a section that are read, as JSON has them, a variant's among them."""
     values: dict[str, Any] = {}
     for each in fields(section):
         value, only = getattr(section, each.name), each.metadata.get("only")
         if "variants" in each.metadata:
-            values |= _stated(value)
+            values |= stated(value)
         elif "prefix" in each.metadata:
             values |= value
         elif only is None or only.holds(section):

@@ -26,11 +26,8 @@ from rlhf_jax.losses.policy import (
     value_loss,
 )
 from rlhf_jax.losses.preference import (
-    BATCHWISE,
     LOSSES,
-    REFERENCE_FREE,
     kto_baseline,
-    loss_options,
     preference_loss,
     unpaired_kto,
 )
@@ -48,11 +45,9 @@ from rlhf_jax.losses.shaping import (
 
 __all__ = [
     "AGGREGATIONS",
-    "BATCHWISE",
     "ESTIMATORS",
     "LOSSES",
     "OBJECTIVES",
-    "REFERENCE_FREE",
     "Reduction",
     "TokenStatistics",
     "Tokens",
@@ -68,7 +63,6 @@ __all__ = [
     "kl_estimate",
     "kl_loss",
     "kto_baseline",
-    "loss_options",
     "make_objective",
     "mean",
     "missing_eos",

@@ -207,7 +207,7 @@ class Kto(PreferenceLoss):
 
     def __call__(self, pairs: Pairs) -> jax.Array:
         if pairs.kl is None:
-            raise ValueError("kto needs kl, its reference point: see kto_baseline")
+            raise ValueError("kto needs the option kl, its reference point: see kto_baseline")
         chosen, rejected = pairs.logratios
         kl = jnp.where(pairs.weights != 0, pairs.kl, 0)
         good = self.examples(chosen, jnp.ones_like(chosen), kl)
@@ -221,7 +221,7 @@ def unpaired_kto(
     labels: jax.Array,
     *,
     weights: jax.Array,
-    kl: jax.Array,
+    kl: Any,
 ) -> tuple[Reduction, dict[str, Reduction]]:
     """KTO over N responses each labelled by itself; its total on both sides of pairs is `Kto`'s.
 
@@ -491,8 +491,8 @@ def preference_loss(
     references = ref_chosen_logprobs, ref_rejected_logprobs
     if any((reference is not None) != loss.uses_reference for reference in references):
         use = "needs both" if loss.uses_reference else "uses no"
-        name = type(loss).__name__
-        raise ValueError(f"the preference loss {name} {use} reference log-probs")
+        name = next(name for name, kind in LOSSES.items() if kind is type(loss))
+        raise ValueError(f"the preference loss {name!r} {use} reference log-probs")
     arrays = {
         "chosen_logprobs": chosen_logprobs,
         "rejected_logprobs": rejected_logprobs,
@@ -504,8 +504,9 @@ def preference_loss(
     check_rank("chosen_logprobs", chosen_logprobs, 1)
     check_same_shape(**arrays, weights=weights)
 
-    pairs = Pairs(*keep_weighted(weights, *arrays.values(), weights), kl)
+    pairs = Pairs(*keep_weighted(weights, *arrays.values(), weights))
     pairs = pairs._replace(
+        kl=kl,
         chosen_lengths=jnp.maximum(pairs.chosen_lengths, 1),
         rejected_lengths=jnp.maximum(pairs.rejected_lengths, 1),
     )

@@ -278,10 +278,6 @@ class Shape:
     norm: str | None = None  # "rms" or "layer"
     position: str | None = None  # "rope" or "learned"
     activation: str | None = None  # "swiglu", "geglu", "gelu" or "gelu_tanh"
-    qk_norm: bool | None = None
-    init_std: float | None = None
-    copy_init: bool | None = None  # attention starts by adding what it attends to
-    unroll: int | None = None  # layers per turn of the scan
     compute_dtype: str | None = None  # "float32" or "bfloat16"
     remat: str | None = None  # what the backward pass recomputes: "none", "full", "dots"
     attention: str | None = None  # the kernel: models/fused_attention.py

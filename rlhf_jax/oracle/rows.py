@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from rlhf_jax.config import Config
 from rlhf_jax.oracle import enum121 as world
 from rlhf_jax.stages import defaults
 
@@ -150,7 +151,7 @@ ROWS |= _split({name: ROWS[name] for name in ("rloo", "ppo", "rloo_transformer")
 PREFERENCE |= _split({"dpo": PREFERENCE["dpo"]})
 
 
-def row_config(row: Row, config: ConfigDict, seed: int = 0) -> ConfigDict:
+def row_config(row: Row, config: Config, seed: int = 0) -> ConfigDict:
     """The ordinary config of the policy stage for a row."""
     each = row.changes.get("rollout", {}).get("samples", 1)
     table = row.policy == "table"
@@ -164,7 +165,7 @@ def row_config(row: Row, config: ConfigDict, seed: int = 0) -> ConfigDict:
         },
         "data": {"row_length": 64},
         "batch": {"rows": 8, "microbatches": row.microbatches},
-        "kl": {"coefficient": BETA, "exact_rows": 0},
+        "kl": {"coefficient": BETA},
         "optimizer": dict(TABLE_OPTIMIZER),
         "train": {"steps": steps},
     }
@@ -173,7 +174,8 @@ def row_config(row: Row, config: ConfigDict, seed: int = 0) -> ConfigDict:
     for name, values in row.changes.items():
         sections[name] = sections.get(name, {}) | dict(values)
     if row.algorithm == "ppo":
-        sections["critic"] = dict(sections["optimizer"])
+        own = ("learning_rate", "schedule")
+        sections["critic"] = {name: sections["optimizer"][name] for name in own}
     made = defaults.on_policy(row.algorithm, **sections)
     made.seed = seed
     return made

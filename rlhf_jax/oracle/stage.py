@@ -24,12 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 
+from rlhf_jax.config import Config
 from rlhf_jax.devices import training_devices
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.best_of_n import best_of_n_law, kl_bound, kl_terms
-from rlhf_jax.losses.preference import preference_loss
+from rlhf_jax.losses.preference import LOSSES, preference_loss
 from rlhf_jax.models import transformer
 from rlhf_jax.oracle import enum121 as world
 from rlhf_jax.oracle.judge import (
@@ -65,6 +65,7 @@ from rlhf_jax.rl.on_policy import (
     make_trainer,
     score,
 )
+from rlhf_jax.stages.defaults import resolve
 from rlhf_jax.stopping import stop_point
 from rlhf_jax.training.mesh import make_mesh, placed, shard_batch
 from rlhf_jax.training.optimizer import make_optimizer
@@ -95,7 +96,7 @@ class Result:
         )
 
 
-def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
+def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Runs every row, prints and plots where each landed; returns oracle/<row>/… metrics.
 
     Raises:
@@ -144,7 +145,7 @@ def _devices(name: str) -> int:
     return 1 if name == BEST_OF else (ROWS | PREFERENCE)[name].devices
 
 
-def _result(config: ConfigDict, name: str) -> Result:
+def _result(config: Config, name: str) -> Result:
     if name == BEST_OF:
         return best_of_row(config)
     row = (ROWS | PREFERENCE)[name]
@@ -154,9 +155,9 @@ def _result(config: ConfigDict, name: str) -> Result:
     return Result(outcome, expected(row, outcome), row.note, judge(row, outcome))
 
 
-def run_row(row: Row, config: ConfigDict, seed: int = 0) -> Outcome:
+def run_row(row: Row, config: Config, seed: int = 0) -> Outcome:
     """Trains one row's policy and measures exactly where it ended."""
-    made = row_config(row, config, seed)
+    made = resolve(row_config(row, config, seed))
     valued = made.advantage.name == "gae"
     critic: Any = None
     if row.policy == "table":
@@ -210,13 +211,13 @@ def _measure(
     return Measured(reward, kl, covariance, float(values[1].mean()))
 
 
-def run_preference(row: Row, config: ConfigDict) -> Outcome:
+def run_preference(row: Row, config: Config) -> Outcome:
     """Minimises a preference loss over all pairs at once, weighted by their exact law.
 
     A row of the batch is a prompt with all its pairs.
     """
     reference = world.logprobs(world.REFERENCE)
-    mesh = _mesh(row)
+    mesh, loss = _mesh(row), LOSSES[row.algorithm](**row.changes["loss"])
     batch = {
         "prompts": np.arange(world.PROMPTS),
         "reference": reference.astype(np.float32),
@@ -234,13 +235,12 @@ def run_preference(row: Row, config: ConfigDict) -> Outcome:
         lengths = jnp.broadcast_to(jnp.asarray(world.LENGTHS, jnp.float32), logp.shape)
         chosen_lengths, rejected_lengths = pairs(lengths)
         return preference_loss(
-            row.algorithm,
+            loss,
             *pairs(logp),
             *pairs(batch["reference"]),
             chosen_lengths=chosen_lengths,
             rejected_lengths=rejected_lengths,
             weights=batch["law"].ravel(),
-            **row.changes["loss"],
         )
 
     steps = config.oracle.preference_steps
@@ -262,7 +262,7 @@ def _mesh(row: Row) -> Mesh | None:
     return make_mesh({"data": row.devices}, training_devices()[: row.devices])
 
 
-def best_of_row(config: ConfigDict, n: int = 8, samples: int = 20_000) -> Result:
+def best_of_row(config: Config, n: int = 8, samples: int = 20_000) -> Result:
     """The best of eight reference samples: estimates from many draws, against the exact law.
 
     The outcome shows the estimates of E r and KL, and the regret of the exact law.

@@ -176,5 +176,4 @@ class Critic:
 
     def optimizer(self, policy: OptimizerConfig) -> OptimizerConfig:
         """The critic's optimizer, from the policy's."""
-        own = {"learning_rate": self.learning_rate, "schedule": self.schedule}
-        return dataclasses.replace(policy, **own)
+        return dataclasses.replace(policy, learning_rate=self.learning_rate, schedule=self.schedule)

@@ -181,7 +181,6 @@ class Train:
     checkpoint_every: int = option(200, least=1)  # steps
     # Since the one before; 0: by steps alone.
     checkpoint_minutes: float = option(5.0, within="[0, inf)")
-    keep_last: int = option(2, least=2)  # checkpoints
     max_skipped: int = option(5, least=1)  # updates in a row that are not finite before it stops
     tensorboard: bool = True
     wandb: str = ""  # project, to follow the run on Weights & Biases too
@@ -306,6 +305,7 @@ GONE = {
     "loss.options": "each option is a field now, as --config.loss.clip_low=0.1",
     "rollout.max_staleness": "samples are train.epochs x train.minibatches - 1 updates old at most",
     "kl.exact_rows": "the full-vocabulary KL is measured on one row",
+    "train.keep_last": "the last two checkpoints are kept",
     "mesh.data": "rows are split over all devices that mesh.fsdp and mesh.tensor leave",
 }
 
@@ -455,7 +455,9 @@ def resolve(config: ConfigDict) -> Config:
         UserError: the stage has no such field, which is told with the stages that read it or the
             nearest that there is, or a field's value is wrong.
     """
-    check_fields(config)
+    for name in options.leaves(config):
+        if line := unknown_field(config.stage, name):
+            raise UserError(f"config: {line}")
     sections = {
         name: options.build(section, config[name], name)
         for name, section in STAGES[config.stage].items()
@@ -474,20 +476,23 @@ def has_field(stage: str, name: str) -> bool:
     return kind is not None and (member or last in options.field_names(kind))
 
 
-def check_fields(config: ConfigDict) -> None:
-    """UserError for a field that the config's stage does not read."""
-    stage = config.stage
-    for name in options.leaves(config):
-        if has_field(stage, name):
-            continue
-        readers = [each for each in STAGES if has_field(each, name)]
-        if name in GONE:
-            line = f"there is no {name} any more: {GONE[name]}"
-        elif readers:
-            line = f"the {stage} stage has no {name}; it is read by {', '.join(readers)}"
-        else:
-            sections = STAGES[stage].items()
-            known = [f"{s}.{field}" for s, kind in sections for field in options.field_names(kind)]
-            near = nearest(name, [*sorted(known), "seed"])
-            line = f"the {stage} stage has no {name}; did you mean {near}?"
-        raise UserError(f"config: {line}")
+def unknown_field(stage: str, name: str) -> str | None:
+    """A line about a dotted name that is no field of the stage: who reads it, or the nearest."""
+    if has_field(stage, name):
+        return None
+    readers = [each for each in STAGES if has_field(each, name)]
+    if name in GONE:
+        return f"there is no {name} any more: {GONE[name]}"
+    if readers:
+        return f"the {stage} stage has no {name}; it is read by {', '.join(readers)}"
+    known = ["seed"]
+    for section, kind in STAGES[stage].items():
+        known += [f"{section}.{field}" for field in sorted(options.field_names(kind))]
+    return f"the {stage} stage has no {name}; did you mean {nearest(name, known)}?"
+
+
+def unread_field(config: ConfigDict, name: str) -> str | None:
+    """`unknown_field`, or a line about a field that other fields' values make meaningless."""
+    if line := unknown_field(config.stage, name):
+        return line
+    return options.unread(resolve(config), name)

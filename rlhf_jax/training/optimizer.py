@@ -103,7 +103,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], 
 
 
 def make_optimizer(
-    config: OptimizerConfig | Mapping, steps: int
+    options: OptimizerConfig | Mapping, steps: int
 ) -> tuple[optax.GradientTransformation, Callable[[jax.Array], jax.Array]]:
     """Returns (optimizer, schedule) for a run of `steps` updates; gradients come already clipped.
 
@@ -111,8 +111,11 @@ def make_optimizer(
       UserError: unknown optimizer, schedule or field (the nearest known one is named), or a number
         outside its range.
     """
-    if not isinstance(config, OptimizerConfig):
-        config = build(OptimizerConfig, config, "optimizer")
+    config: OptimizerConfig = (
+        options
+        if isinstance(options, OptimizerConfig)
+        else build(OptimizerConfig, options, "optimizer")
+    )
     schedule = make_schedule(config, steps)
     adam = optax.scale_by_adam(B1, config.b2, config.eps)
     rules = {

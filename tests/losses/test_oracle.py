@@ -9,7 +9,7 @@ import pytest
 from scipy.optimize import minimize
 
 from rlhf_jax.losses import (
-    REFERENCE_FREE,
+    LOSSES,
     bradley_terry,
     mean,
     preference_loss,
@@ -76,16 +76,18 @@ def all_pairs(values):
 def preference(name, **options):
     """The population loss of a table, and its metrics, as a function of the table."""
     lengths = all_pairs(np.tile(LENGTHS, (PROMPTS, 1)))
+    kl = options.pop("kl", None)
+    chosen_loss = LOSSES[name](**options)
 
     def loss(table):
         total, metrics = preference_loss(
-            name,
+            chosen_loss,
             *all_pairs(table_logprobs(table)),
-            *((None, None) if name in REFERENCE_FREE else all_pairs(REF)),
+            *(all_pairs(REF) if chosen_loss.uses_reference else (None, None)),
             chosen_lengths=lengths[0],
             rejected_lengths=lengths[1],
             weights=PROBABILITY,
-            **options,
+            kl=kl,
         )
         assert total[0].dtype == jnp.float64
         return mean(total), metrics
