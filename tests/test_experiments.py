@@ -8,8 +8,9 @@ import pytest
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.stages.chain import STAGES, load_config
+from rlhf_jax.stages.chain import load_config
 from rlhf_jax.stages.checks import check_objective
+from rlhf_jax.stages.defaults import STAGES
 from rlhf_jax.training.optimizer import make_optimizer
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"

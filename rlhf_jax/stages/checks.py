@@ -10,19 +10,19 @@ from pathlib import Path
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from rlhf_jax.data.chat_formats import chat_template
 from rlhf_jax.data.encode import check_stripped_turns
 from rlhf_jax.data.foreign import parse_columns
-from rlhf_jax.data.hub_data import check_hub_name
 from rlhf_jax.errors import UserError, nearest
+from rlhf_jax.hub.chat_formats import chat_template
+from rlhf_jax.hub.hub_data import check_hub_name
 from rlhf_jax.losses.advantages import BASELINES, SCALES
 from rlhf_jax.losses.checks import check_choice, check_intervals
 from rlhf_jax.losses.policy import AGGREGATIONS, LEVELS
 from rlhf_jax.losses.preference import check_options as check_loss_options
 from rlhf_jax.losses.shaping import EOS_MODES, ESTIMATORS
 from rlhf_jax.models.lora import AdapterConfig
-from rlhf_jax.rewards import parse_rewards
 from rlhf_jax.rewards.ensemble import COMBINATIONS
+from rlhf_jax.rewards.scorers import parse_rewards
 from rlhf_jax.rl.objectives import ADVANTAGES, PLACEMENTS, objective_of, parse_options
 from rlhf_jax.rl.rollouts import truncation
 from rlhf_jax.sampling.arguments import Sampling

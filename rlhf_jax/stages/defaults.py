@@ -98,7 +98,7 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
         config.tokenizer = ConfigDict({"kind": "bpe", "vocab_size": 2048})  # or "chars": all
         config.loss = ConfigDict({"z_loss": 0.0})
     else:
-        # Of a Hub model: "" its own, a name in data/chat_formats.py, or a *.jinja file.
+        # Of a Hub model: "" its own, a name in hub/chat_formats.py, or a *.jinja file.
         config.data.chat_template = ""
     if stage == "sft":
         config.data.replay = ""  # raw text to mix in, its weights beside those of `train`

@@ -26,18 +26,18 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rlhf_jax import __version__
-from rlhf_jax.data.hub_data import load_rows
 from rlhf_jax.digests import ROOT as PACKAGE
 from rlhf_jax.digests import code_of, commit, file_digest
+from rlhf_jax.hub.hub_data import load_rows
 from rlhf_jax.losses.policy import OBJECTIVES
 from rlhf_jax.losses.preference import loss_options
-from rlhf_jax.rewards import parse_rewards
+from rlhf_jax.rewards.scorers import parse_rewards
 from rlhf_jax.rl.objectives import parse_options
 from rlhf_jax.stages.defaults import module_of
 from rlhf_jax.tasks.builders import sources_digest
 from rlhf_jax.tasks.sources import parse_source, parse_sources
-from rlhf_jax.training.model import fingerprint
 from rlhf_jax.training.rundir import plain
+from rlhf_jax.training.saved_model import fingerprint
 
 # Code that only shows what a run came to.
 SHOWING = tuple(

@@ -15,13 +15,14 @@ from ml_collections import ConfigDict
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.models import transformer
+from rlhf_jax.rewards.scorers import Scores
 from rlhf_jax.rl.objectives import Sampled, advantages, policy_objective
 from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.stages import best_of_n, chain, checks, defaults, rollouts
 from rlhf_jax.stages.online_preference import pack_best_and_worst
 from rlhf_jax.stages.pairs import CHOSEN, REJECTED
 from rlhf_jax.stages.reward import loss as reward_loss
-from rlhf_jax.stages.rollouts import PromptSet, Samples, Scores, sample_answers, text_rollout
+from rlhf_jax.stages.rollouts import PromptSet, Samples, sample_answers, text_rollout
 from rlhf_jax.tasks import sources
 from rlhf_jax.training import mesh
 from rlhf_jax.training.learner import make_learner
@@ -322,7 +323,9 @@ def sampling(stage, **rollout):
 def model():
     params = transformer.init(SMALL, jax.random.key(0))
     params = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(x.size), x.shape), params)
-    return SimpleNamespace(config=SMALL, params=params, tokenizer=SimpleNamespace(ends=[2]))
+    return SimpleNamespace(
+        config=SMALL, params=params, tokenizer=SimpleNamespace(ends=[2], decode_text=str)
+    )
 
 
 class Judge:
@@ -335,7 +338,6 @@ class Judge:
 
 @pytest.mark.parametrize("stage", ["online_preference", "best_of_n"])
 def test_answers_are_drawn_as_the_rollout_says_and_measured_as_they_are(stage, model, monkeypatch):
-    monkeypatch.setattr(rollouts, "decode_text", lambda tokens, tokenizer: str(tokens))
     prompts = PromptSet([None] * 4, [[3 + i, 4, 5] for i in range(4)])
 
     def drawn(measured=False, **rollout):
