@@ -12,17 +12,17 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax.losses import (
+from rlhf_jax.losses.preference import (
+    _TABLE,
     BATCHWISE,
     LOSSES,
     REFERENCE_FREE,
     kto_baseline,
     loss_options,
-    mean,
     preference_loss,
     unpaired_kto,
 )
-from rlhf_jax.losses.preference import _TABLE
+from rlhf_jax.losses.reductions import mean
 
 # Most tests keep to this many pairs, for which all losses are compiled once.
 SIZE = 16
