@@ -17,10 +17,10 @@ from ml_collections import ConfigDict
 from benchmarks import work
 from benchmarks.worker import Turns, serve
 from rlhf_jax.cache import keep_compilations
-from rlhf_jax.data.hub_tokenizer import HubTokenizer
 from rlhf_jax.data.packing import Document, Group, pack_documents, pack_groups
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.devices import split_cores
+from rlhf_jax.hub.hub_tokenizer import HubTokenizer
 from rlhf_jax.losses.preference import preference_loss
 from rlhf_jax.losses.reward import bradley_terry
 from rlhf_jax.malloc import give_back
@@ -31,8 +31,8 @@ from rlhf_jax.sampling.generate import generate
 from rlhf_jax.stages import defaults
 from rlhf_jax.stages.policy import critic_params
 from rlhf_jax.stages.rollouts import Judge, PromptSet, text_task
-from rlhf_jax.training.model import Model, save_model
 from rlhf_jax.training.optimizer import OptimizerConfig, make_optimizer
+from rlhf_jax.training.saved_model import Model, save_model
 from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_step
 

@@ -19,7 +19,7 @@ from rlhf_jax.errors import UserError
 
 if TYPE_CHECKING:
     from rlhf_jax.data.records import Message
-    from rlhf_jax.training.model import Model
+    from rlhf_jax.training.saved_model import Model
 
 HALF = "\ufffd"  # of a character whose other bytes are still to come
 
@@ -44,7 +44,7 @@ class Speaker:
         Raises:
             UserError: the conversation has no room left in the model's context.
         """
-        from rlhf_jax.data.chat import decode_text, render_prompt
+        from rlhf_jax.data.conversation import render_prompt
         from rlhf_jax.data.records import Message
         from rlhf_jax.sampling.arguments import Sampling
         from rlhf_jax.sampling.generate import generate
@@ -65,7 +65,7 @@ class Speaker:
         def on_tokens(_prompt: int, _sample: int, new: list[int]) -> None:
             nonlocal shown
             tokens.extend(new)
-            sofar = decode_text(tokens, model.tokenizer).rstrip(HALF)
+            sofar = model.tokenizer.decode_text(tokens).rstrip(HALF)
             if sofar.startswith(shown) and len(sofar) > len(shown):
                 show(sofar[len(shown) :])
                 shown = sofar
@@ -82,7 +82,7 @@ class Speaker:
             on_tokens=on_tokens,
             chunk=4,
         )
-        reply = decode_text(completion.tokens, model.tokenizer)
+        reply = model.tokenizer.decode_text(completion.tokens)
         show(reply[len(shown) :])
         self.messages = [*asked, Message("assistant", reply)]
         return reply
@@ -128,7 +128,7 @@ def _side_by_side(speakers: list[Speaker], text: str, number: int) -> None:
 
 def talk(given: argparse.Namespace) -> None:
     """Loads the models of a command line and converses at the terminal."""
-    from rlhf_jax.training.model import load_model
+    from rlhf_jax.training.saved_model import load_model
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
     options = {name: getattr(given, name) for name in (*names, "repetition_penalty", "seed")}

@@ -34,7 +34,7 @@ def export(
     from rlhf_jax.hub.peft import write_adapter
     from rlhf_jax.model_card import model_card
     from rlhf_jax.models import lora
-    from rlhf_jax.training.model import is_hub_directory, load_model
+    from rlhf_jax.training.saved_model import is_hub_directory, load_model
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty directory")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import rlhf_jax
-from rlhf_jax.data.hub_data import PREFIX
 from rlhf_jax.files import SUMMARY_FIELDS, check_fields, read_object
-from rlhf_jax.training.model import is_hub_directory
+from rlhf_jax.hub.hub_data import PREFIX
+from rlhf_jax.training.saved_model import is_hub_directory
 
 _LICENCE = re.compile(r"^(license(?:_name|_link)?):[ \t]*([^\s#\[{].*)$", re.M)
 _CONFIG_FIELDS = {"loss": dict, "data": dict}

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.stages.chain import STAGES, load_config
+from rlhf_jax.stages.chain import load_config
 from rlhf_jax.stages.checks import check_objective
-from rlhf_jax.stages.defaults import resolve
+from rlhf_jax.stages.defaults import STAGES, resolve
 from rlhf_jax.training.optimizer import make_optimizer
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"

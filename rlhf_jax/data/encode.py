@@ -12,11 +12,9 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from rlhf_jax.data import chat
-from rlhf_jax.data.chat import AnyTokenizer, mark, render_replies, render_turns
+from rlhf_jax.data.conversation import Tokenizer, mark, render_replies, render_turns
 from rlhf_jax.data.packing import Document, Group
 from rlhf_jax.data.records import Conversation, Message, Pair, Text
-from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.stopping import stop_point
 
@@ -28,7 +26,7 @@ BESIDE = ", with a reply to another prompt beside each"
 
 
 def encode_texts(
-    records: Sequence[Text], tokenizer: AnyTokenizer, row_length: int, *, over_long: str = "split"
+    records: Sequence[Text], tokenizer: Tokenizer, row_length: int, *, over_long: str = "split"
 ) -> tuple[list[Document], Stats]:
     """`<|bos|>text<|end|>` documents in which every token but BOS is a target.
 
@@ -36,12 +34,10 @@ def encode_texts(
     token is still a target once (only the first piece starts with BOS); "error"; "drop".
     """
     _check_policy(over_long, TEXT_POLICIES)
-    if isinstance(tokenizer, Tokenizer) and not tokenizer.control:
-        raise UserError("a character-level tokenizer has no <|bos|>; train on windows of a stream")
     documents, stats, long = [], _new_stats(records), []
     lengths: list[int] = []
     start = _start(tokenizer)
-    encoded = chat.encode_texts([record.text for record in records], tokenizer)
+    encoded = tokenizer.encode_texts([record.text for record in records])
     for record, ids in zip(records, encoded, strict=True):
         stop_point()
         tokens = [*start, *ids, tokenizer.end]
@@ -62,14 +58,14 @@ def encode_texts(
 
 def encode_conversations(
     records: Sequence[Conversation],
-    tokenizer: AnyTokenizer,
+    tokenizer: Tokenizer,
     row_length: int,
     *,
     last_turn_only: bool = False,
     over_long: str = "error",
     stripped_turns: str = "leave",
 ) -> tuple[list[Document], Stats]:
-    """Documents whose targets are the assistant's turns; see `chat.render_turns`.
+    """Documents whose targets are the assistant's turns; see `render_turns`.
 
     stripped_turns: "leave" those untrained that the template writes otherwise than they would be
     generated, "expand" the conversation into as many documents as train them all: `split_turns`.
@@ -112,7 +108,7 @@ def encode_conversations(
 
 
 def split_turns(
-    messages: Sequence[Message], tokenizer: AnyTokenizer, last_turn_only: bool, expand: bool
+    messages: Sequence[Message], tokenizer: Tokenizer, last_turn_only: bool, expand: bool
 ) -> tuple[list[tuple[list[int], list[range]]], int]:
     """The documents of a conversation: tokens and where their trained turns stand, the last last.
 
@@ -135,7 +131,7 @@ def split_turns(
 
 def encode_pairs(
     records: Sequence[Pair],
-    tokenizer: AnyTokenizer,
+    tokenizer: Tokenizer,
     row_length: int,
     *,
     over_long: str = "error",
@@ -186,7 +182,7 @@ def is_identical(group: Group) -> bool:
 def add_mismatched(
     groups: Sequence[Group],
     records: Sequence[Pair | Conversation],
-    tokenizer: AnyTokenizer,
+    tokenizer: Tokenizer,
     row_length: int,
     over_long: str,
 ) -> list[Group]:
@@ -258,7 +254,7 @@ def check_trained_share(documents: Sequence[Document]) -> float:
     return targets / tokens
 
 
-def _start(tokenizer: AnyTokenizer) -> list[int]:
+def _start(tokenizer: Tokenizer) -> list[int]:
     return [] if tokenizer.bos is None else [tokenizer.bos]
 
 

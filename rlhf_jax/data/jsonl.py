@@ -40,7 +40,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from rlhf_jax.data.chat import check_messages
+from rlhf_jax.data.conversation import check_messages
 from rlhf_jax.data.foreign import ACCEPTED, Untranslatable, renamed, translated
 from rlhf_jax.data.records import Conversation, Message, Pair, Prompt, Record, Text
 from rlhf_jax.data.records import convert as convert_record

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlhf_jax.data.chat import decode_text, render_prompt
+from rlhf_jax.data.conversation import render_prompt
 from rlhf_jax.data.packing import Group, pack_groups
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.evaluation.rows import in_record_order, response_logprobs, rows_of
 from rlhf_jax.sampling.arguments import Sampling
 from rlhf_jax.sampling.generate import generate
-from rlhf_jax.training.model import Model
+from rlhf_jax.training.saved_model import Model
 
 SLOTS = 64  # replies sampled together at most
 CACHED = 8  # tokens whose keys and values take about what a training step keeps of one, or less
@@ -57,7 +57,7 @@ def answer(
         seed=seed,
     )
     return [
-        Answer(decode_text(c.tokens, model.tokenizer), tuple(c.tokens), c.finished)
+        Answer(model.tokenizer.decode_text(c.tokens), tuple(c.tokens), c.finished)
         for c in completions
     ]
 

@@ -27,7 +27,7 @@ from rlhf_jax.rewards.scorers import Scores, TextScorers, parse_rewards
 from rlhf_jax.rewards.ties import Ties
 from rlhf_jax.rl.layout import Rollout, from_rows
 from rlhf_jax.training.mesh import mesh_of, step_tokens
-from rlhf_jax.training.model import Model, load_model
+from rlhf_jax.training.saved_model import Model, load_model
 
 _READ_BY_MODELS = (
     *("tokens", "positions", "segment_ids", "branch_ids", "sources", "targets", "weights"),

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax import console
 from rlhf_jax.config import Config
-from rlhf_jax.data.chat import AnyTokenizer, decode_text, render_prompt
+from rlhf_jax.data.conversation import Tokenizer, render_prompt
 from rlhf_jax.data.encode import length_of_share
 from rlhf_jax.data.packing import Arrays
 from rlhf_jax.data.pipeline import random_bits
@@ -42,10 +42,10 @@ from rlhf_jax.sampling.generate import generate
 from rlhf_jax.tasks.sources import check_unrendered, read_records
 from rlhf_jax.training.mesh import batch_shards
 from rlhf_jax.training.metrics import Metrics
-from rlhf_jax.training.model import Model
+from rlhf_jax.training.saved_model import Model
 
 
-def read_prompts(config: Config, tokenizer: AnyTokenizer, source: str, split: str) -> PromptSet:
+def read_prompts(config: Config, tokenizer: Tokenizer, source: str, split: str) -> PromptSet:
     """The prompts of a source that leave room for an answer; the others are counted."""
     limit, what = config.rollout.max_prompt_tokens, f"{source} ({split}) prompts"
     records = read_records(config, source, "prompt", split)
@@ -104,7 +104,7 @@ def sample_answers(
     completions = generate(
         model.config, model.params, prompts.tokens, sampling, seed=seed, prompt_ids=ids
     )
-    texts = [decode_text(completion.tokens, model.tokenizer) for completion in completions]
+    texts = [model.tokenizer.decode_text(completion.tokens) for completion in completions]
     return Rollout.of(prompts, completions, texts, rollout.max_new_tokens)
 
 
@@ -198,9 +198,7 @@ def _sample_block(
     check_choice("rollout.truncated", config.rollout.truncated, ("keep", "mask"))
     if config.rollout.truncated == "mask":
         counted &= block.finished
-    if (
-        config.advantage is not None and config.advantage.name == "remax"
-    ):  # whose baseline is the greedy answer
+    if getattr(config.advantage, "name", "") == "remax":  # whose baseline is the greedy answer
         answers = sample_answers(config, model, prompts, samples=1, seed=0, temperature=0.0)
         of_greedy = judge.score(with_rows(config, answers, multiple))
         greedy, failed = np.nan_to_num(of_greedy.total), sum(of_greedy.failures.values())

@@ -43,8 +43,8 @@ from rlhf_jax.stages.start import load_start
 from rlhf_jax.tasks.sources import parse_sources
 from rlhf_jax.tasks.town.gold import gold_score, is_correct
 from rlhf_jax.training.mesh import step_tokens
-from rlhf_jax.training.model import Model, save_model
 from rlhf_jax.training.rundir import RunDirectory
+from rlhf_jax.training.saved_model import Model, save_model
 
 Figure = dict[str, Any]
 BLOCK = 32  # prompts whose answers are held at a time

@@ -15,9 +15,8 @@ import numpy as np
 
 from rlhf_jax import console
 from rlhf_jax.config import Config
-from rlhf_jax.data.chat import render_prompt
+from rlhf_jax.data.conversation import render_prompt
 from rlhf_jax.data.encode import length_of_share
-from rlhf_jax.data.hub_tokenizer import HubTokenizer
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.gold import (
@@ -34,7 +33,7 @@ from rlhf_jax.stopping import stop_point
 from rlhf_jax.tasks.sources import check_unrendered, read_records
 from rlhf_jax.tasks.town.gold import GoldScore
 from rlhf_jax.training.mesh import mesh_of, step_tokens
-from rlhf_jax.training.model import Model, load_model
+from rlhf_jax.training.saved_model import Model, load_model
 from rlhf_jax.training.summary import ancestry, write_evaluation
 
 
@@ -65,7 +64,7 @@ def evaluate_chat(
         stop_point()
         models[path.name] = load_model(path, mesh=mesh)
     for name, each in models.items():  # one without a chat template that works: under ours
-        if isinstance(each.tokenizer, HubTokenizer) and not each.tokenizer.has_template:
+        if not each.tokenizer.has_template:
             models[name] = dataclasses.replace(each, tokenizer=model.tokenizer)
     models[run.name] = model
     answers = {name: _answer(config, each, prompts) for name, each in models.items()}

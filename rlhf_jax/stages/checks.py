@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlhf_jax.config import Config, stated
-from rlhf_jax.data.chat_formats import chat_template
 from rlhf_jax.data.foreign import parse_columns
-from rlhf_jax.data.hub_data import check_hub_name
 from rlhf_jax.errors import UserError
-from rlhf_jax.rewards import parse_rewards
+from rlhf_jax.hub.chat_formats import chat_template
+from rlhf_jax.hub.hub_data import check_hub_name
+from rlhf_jax.rewards.scorers import parse_rewards
 from rlhf_jax.stages.defaults import SAMPLING
 from rlhf_jax.tasks.builders import check_name
 from rlhf_jax.tasks.sources import parse_source, parse_sources

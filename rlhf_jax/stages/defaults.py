@@ -85,7 +85,7 @@ class RawData(Data):
 class ChatData(Data):
     """Prompts or chats."""
 
-    # Of a Hub model: "" its own, a name in data/chat_formats.py, or a *.jinja file.
+    # Of a Hub model: "" its own, a name in hub/chat_formats.py, or a *.jinja file.
     chat_template: str = ""
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf_jax import console
 from rlhf_jax.config import Config
-from rlhf_jax.data.chat import AnyTokenizer
+from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.data.encode import encode_texts
 from rlhf_jax.data.packing import Arrays, check_ids, pack_documents
 from rlhf_jax.data.pipeline import make_dataset, make_iterator
@@ -17,8 +17,8 @@ from rlhf_jax.models.lora import has_adapter
 from rlhf_jax.training.learner import make_learner
 from rlhf_jax.training.loop import train
 from rlhf_jax.training.mesh import mesh_of, placed
-from rlhf_jax.training.model import Model
 from rlhf_jax.training.rundir import RunDirectory
+from rlhf_jax.training.saved_model import Model
 from rlhf_jax.training.state import release
 
 Figure = dict[str, Any]  # what `report.plots.draw` draws
@@ -26,7 +26,7 @@ Evaluated = tuple[dict[str, float], list[Figure]]
 
 
 def pack_texts(
-    config: Config, what: str, records: Sequence[Text], tokenizer: AnyTokenizer, over_long: str
+    config: Config, what: str, records: Sequence[Text], tokenizer: Tokenizer, over_long: str
 ) -> Arrays:
     """Raw text as packed rows in which every token is a target; says what became of the records."""
     documents, counts = encode_texts(

@@ -25,14 +25,14 @@ from typing import Any
 
 from rlhf_jax import __version__
 from rlhf_jax.config import Config
-from rlhf_jax.data.hub_data import load_rows
 from rlhf_jax.digests import ROOT as PACKAGE
 from rlhf_jax.digests import code_of, commit, file_digest
-from rlhf_jax.rewards import parse_rewards
+from rlhf_jax.hub.hub_data import load_rows
+from rlhf_jax.rewards.scorers import parse_rewards
 from rlhf_jax.stages.defaults import module_of
 from rlhf_jax.tasks.builders import sources_digest
 from rlhf_jax.tasks.sources import parse_source, parse_sources
-from rlhf_jax.training.model import fingerprint
+from rlhf_jax.training.saved_model import fingerprint
 
 # Code that only shows what a run came to.
 SHOWING = tuple(

@@ -42,8 +42,8 @@ from rlhf_jax.stages.start import load_start
 from rlhf_jax.training.learner import Learner, make_learner
 from rlhf_jax.training.mesh import mesh_of, shard_batch, step_tokens
 from rlhf_jax.training.metrics import joined, weighted
-from rlhf_jax.training.model import Model, save_model
 from rlhf_jax.training.rundir import RunDirectory, fault_point
+from rlhf_jax.training.saved_model import Model, save_model
 from rlhf_jax.training.state import TrainState
 
 

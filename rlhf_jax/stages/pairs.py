@@ -9,7 +9,7 @@ import numpy as np
 
 from rlhf_jax import console
 from rlhf_jax.config import Config
-from rlhf_jax.data.chat import AnyTokenizer, render_replies
+from rlhf_jax.data.conversation import Tokenizer, render_replies
 from rlhf_jax.data.encode import (
     BESIDE,
     add_mismatched,
@@ -28,7 +28,7 @@ _LABELS = {"true": 1.0, "false": 0.0}
 
 
 def pack_preferences(
-    config: Config, source: str, split: str, tokenizer: AnyTokenizer, *, mismatched: bool
+    config: Config, source: str, split: str, tokenizer: Tokenizer, *, mismatched: bool
 ) -> Arrays:
     """Rows of pairs, or of the replies of a file that labels each by itself, which hold `labels`.
 
@@ -61,7 +61,7 @@ def read_preferences(config: Config, source: str, split: str) -> list[Pair] | li
     return records
 
 
-def pack_pairs(config: Config, source: str, split: str, tokenizer: AnyTokenizer) -> Arrays:
+def pack_pairs(config: Config, source: str, split: str, tokenizer: Tokenizer) -> Arrays:
     """Rows of groups: a prompt with its chosen and its rejected response.
 
     Pairs whose replies are the same tokens are left out of the split "train"; in another,
@@ -74,7 +74,7 @@ def pack_pairs(config: Config, source: str, split: str, tokenizer: AnyTokenizer)
     return _pair_rows(config, source, split, records, tokenizer, False)
 
 
-def pack_labelled(config: Config, source: str, split: str, tokenizer: AnyTokenizer) -> Arrays:
+def pack_labelled(config: Config, source: str, split: str, tokenizer: Tokenizer) -> Arrays:
     """Rows of groups of one reply, and beside them `labels` [B, P, 1] in [0, 1]."""
     records = read_records(config, source, "conversation", split)
     return _labelled_rows(config, f"{source} ({split})", records, tokenizer, False)
@@ -85,7 +85,7 @@ def _pair_rows(
     source: str,
     split: str,
     records: Sequence[Pair],
-    tokenizer: AnyTokenizer,
+    tokenizer: Tokenizer,
     mismatched: bool,
 ) -> Arrays:
     what, length, trained = f"{source} ({split})", config.data.row_length, split == "train"
@@ -123,7 +123,7 @@ def _labelled_rows(
     config: Config,
     what: str,
     records: Sequence[Conversation],
-    tokenizer: AnyTokenizer,
+    tokenizer: Tokenizer,
     mismatched: bool,
 ) -> Arrays:
     length, over_long = config.data.row_length, config.data.over_long

@@ -36,8 +36,8 @@ from rlhf_jax.stages.sampled import (
 from rlhf_jax.stages.start import load_start
 from rlhf_jax.tasks.sources import read_records
 from rlhf_jax.training.mesh import mesh_of
-from rlhf_jax.training.model import Model, as_trainable, save_model
 from rlhf_jax.training.rundir import RunDirectory
+from rlhf_jax.training.saved_model import Model, as_trainable, save_model
 
 VIEWS = 6  # samples a report shows token by token
 

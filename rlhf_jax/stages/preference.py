@@ -40,8 +40,8 @@ from rlhf_jax.stages.reward import label_metrics
 from rlhf_jax.stages.start import load_start
 from rlhf_jax.tasks.sources import parse_sources
 from rlhf_jax.training.mesh import step_tokens
-from rlhf_jax.training.model import save_model
 from rlhf_jax.training.rundir import RunDirectory
+from rlhf_jax.training.saved_model import save_model
 from rlhf_jax.training.step import Coupled
 from rlhf_jax.training.summary import read_summary
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from rlhf_jax import console
 from rlhf_jax.config import Config
-from rlhf_jax.data.chat import AnyTokenizer, mark, render_prompt, render_replies
+from rlhf_jax.data.conversation import Tokenizer, mark, render_prompt, render_replies
 from rlhf_jax.data.encode import add_mismatched, naming, split_turns
 from rlhf_jax.data.packing import Group
 from rlhf_jax.data.records import Conversation, Pair, Prompt
@@ -23,7 +23,7 @@ from rlhf_jax.stages.chain import PARENTLESS, default_workdir, prepare
 from rlhf_jax.stages.pairs import label_of, read_preferences
 from rlhf_jax.stages.start import with_chat_template
 from rlhf_jax.tasks.sources import check_unrendered, parse_sources, read_records
-from rlhf_jax.training.model import is_hub_directory, load_tokenizer
+from rlhf_jax.training.saved_model import is_hub_directory, load_tokenizer
 from rlhf_jax.training.summary import read_summary
 
 SAMPLE = 1000  # records of a source that are tokenised
@@ -157,13 +157,13 @@ def _parent(policy: str, runs: Path) -> Path:
     return directory
 
 
-def encode(record: ChatRecord, tokenizer: AnyTokenizer, *, judged: bool) -> Encoded:
+def encode(record: ChatRecord, tokenizer: Tokenizer, *, judged: bool) -> Encoded:
     """The record's tokens; of a conversation that is `judged` the last reply only is trained."""
     return encode_all(record, tokenizer, judged=judged, expand=False)[0]
 
 
 def encode_all(
-    record: ChatRecord, tokenizer: AnyTokenizer, *, judged: bool, expand: bool
+    record: ChatRecord, tokenizer: Tokenizer, *, judged: bool, expand: bool
 ) -> list[Encoded]:
     """`encode`, and with `expand` the other documents of a conversation: `encode.split_turns`."""
     with naming(record.id):
@@ -190,7 +190,7 @@ def encode_all(
 def with_mismatched(
     sample: Sequence[Conversation | Pair],
     encoded: Sequence[Encoded],
-    tokenizer: AnyTokenizer,
+    tokenizer: Tokenizer,
     limit: int,
     over_long: str,
 ) -> list[Encoded]:
@@ -307,7 +307,7 @@ def show(name: str, measured: Measured, over_long: str, *, file: IO[str] | None 
     print("\n".join(lines), file=file)
 
 
-def show_example(example: Encoded, tokenizer: AnyTokenizer, *, file: IO[str] | None = None) -> None:
+def show_example(example: Encoded, tokenizer: Tokenizer, *, file: IO[str] | None = None) -> None:
     """Prints a record as the model reads it; what is trained is coloured, or in [[ ]]."""
     from rich.console import Console
     from rich.text import Text
@@ -325,7 +325,7 @@ def show_example(example: Encoded, tokenizer: AnyTokenizer, *, file: IO[str] | N
     console.print(text, end="\n\n")
 
 
-def decoded_runs(example: Encoded, tokenizer: AnyTokenizer) -> list[tuple[str, bool]]:
+def decoded_runs(example: Encoded, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
     """(text with its control tokens, whether it is trained) of each stretch, parts apart."""
     runs: list[tuple[str, bool]] = []
     done = 0

@@ -14,7 +14,7 @@ import jax
 from rlhf_jax.config import Config
 from rlhf_jax.data.packing import pack_stream
 from rlhf_jax.data.pipeline import make_iterator, make_windows
-from rlhf_jax.data.tokenizer import Tokenizer, train_bpe, train_chars
+from rlhf_jax.data.tokenizer import OwnTokenizer, train_bpe, train_chars
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.language import language_evaluation
 from rlhf_jax.models import transformer
@@ -23,8 +23,8 @@ from rlhf_jax.stages.fit import batches_of, fit, pack_texts
 from rlhf_jax.stages.start import check_kernel
 from rlhf_jax.tasks.sources import parse_sources, read_records
 from rlhf_jax.training.mesh import step_tokens
-from rlhf_jax.training.model import Model, save_model
 from rlhf_jax.training.rundir import RunDirectory
+from rlhf_jax.training.saved_model import Model, save_model
 
 LAYOUTS = ("documents", "windows")
 
@@ -69,7 +69,7 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
     return metrics
 
 
-def _train_tokenizer(config: Config, texts: list[str]) -> Tokenizer:
+def _train_tokenizer(config: Config, texts: list[str]) -> OwnTokenizer:
     match config.tokenizer.kind:
         case "bpe":
             return train_bpe([f" {text}" for text in texts], config.tokenizer.vocab_size)

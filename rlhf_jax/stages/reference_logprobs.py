@@ -25,7 +25,7 @@ from rlhf_jax.digests import code_digest
 from rlhf_jax.errors import NoRoom
 from rlhf_jax.evaluation.rows import response_logprobs
 from rlhf_jax.files import write_whole
-from rlhf_jax.training.model import Model, fingerprint
+from rlhf_jax.training.saved_model import Model, fingerprint
 
 
 def reference_logprobs(

@@ -20,7 +20,7 @@ import numpy as np
 
 from rlhf_jax import console
 from rlhf_jax.config import Config
-from rlhf_jax.data.chat import render_prompt
+from rlhf_jax.data.conversation import render_prompt
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.preferences import pair_values, preference_metrics, preference_plots
@@ -31,14 +31,14 @@ from rlhf_jax.losses.reward import bradley_terry, pointwise_logistic
 from rlhf_jax.models import transformer
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import sequence_scores
-from rlhf_jax.rewards import normalization_of
+from rlhf_jax.rewards.ensemble import normalization_of
 from rlhf_jax.stages.fit import Evaluated, batches_of, fit
 from rlhf_jax.stages.pairs import CHOSEN, REJECTED, pack_labelled, pack_pairs
 from rlhf_jax.stages.start import load_start
 from rlhf_jax.tasks.sources import parse_sources, read_records
 from rlhf_jax.training.mesh import step_tokens
-from rlhf_jax.training.model import Model, save_model
 from rlhf_jax.training.rundir import RunDirectory
+from rlhf_jax.training.saved_model import Model, save_model
 from rlhf_jax.training.summary import write_evaluation
 
 LOSSES = ("bradley_terry", "pointwise")

@@ -23,8 +23,8 @@ from rlhf_jax.tasks.sources import parse_sources
 from rlhf_jax.tasks.town.gold import gold_score, is_correct
 from rlhf_jax.training.mesh import step_tokens
 from rlhf_jax.training.metrics import read_metrics
-from rlhf_jax.training.model import Model
 from rlhf_jax.training.rundir import RunDirectory
+from rlhf_jax.training.saved_model import Model
 
 TIMELINE = 4  # prompts whose answers a report shows over time
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rlhf_jax import console
 from rlhf_jax.config import Config
-from rlhf_jax.data.chat import AnyTokenizer
+from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.data.encode import check_trained_share, encode_conversations
 from rlhf_jax.data.packing import Arrays, pack_documents
 from rlhf_jax.evaluation.language import language_evaluation
@@ -22,8 +22,8 @@ from rlhf_jax.stages.fit import batches_of, fit, pack_texts
 from rlhf_jax.stages.start import load_start
 from rlhf_jax.tasks.sources import check_unrendered, parse_sources, read_records
 from rlhf_jax.training.mesh import step_tokens
-from rlhf_jax.training.model import save_model
 from rlhf_jax.training.rundir import RunDirectory
+from rlhf_jax.training.saved_model import save_model
 
 
 def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
@@ -59,7 +59,7 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
     )
 
 
-def _pack(config: Config, source: str, split: str, tokenizer: AnyTokenizer) -> Arrays:
+def _pack(config: Config, source: str, split: str, tokenizer: Tokenizer) -> Arrays:
     what, records = f"{source} ({split})", read_records(config, source, "conversation", split)
     check_unrendered(what, records, tokenizer)
     length, stripped = config.data.row_length, config.data.stripped_turns

@@ -6,14 +6,12 @@ import dataclasses
 from pathlib import Path
 
 from rlhf_jax.config import Config
-from rlhf_jax.data.chat import AnyTokenizer
-from rlhf_jax.data.chat_formats import chat_template
-from rlhf_jax.data.hub_tokenizer import HubTokenizer
-from rlhf_jax.errors import UserError
+from rlhf_jax.data.conversation import Tokenizer
+from rlhf_jax.hub.chat_formats import chat_template
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.fused_attention import check_attention
 from rlhf_jax.training.mesh import mesh_of
-from rlhf_jax.training.model import Model, as_trainable, load_model
+from rlhf_jax.training.saved_model import Model, as_trainable, load_model
 
 
 def load_start(config: Config, directory: Path) -> Model:
@@ -36,17 +34,10 @@ def check_kernel(config: Config, shape: ModelConfig) -> None:
         print(f"attention: {shape.attention}, within {error:.0e} of the reference", flush=True)
 
 
-def with_chat_template(tokenizer: AnyTokenizer, name: str) -> AnyTokenizer:
+def with_chat_template(tokenizer: Tokenizer, name: str) -> Tokenizer:
     """The tokenizer under the chat template of that name or file; "": its own.
 
     Raises:
         UserError: there is no such template, it does not fit, or the format of chats is our own.
     """
-    if not name:
-        return tokenizer
-    if not isinstance(tokenizer, HubTokenizer):
-        raise UserError(
-            "config: data.chat_template is for models from the Hub; one pre-trained here has the "
-            "format of data/chat.py"
-        )
-    return tokenizer.with_template(chat_template(name))
+    return tokenizer.with_template(chat_template(name)) if name else tokenizer

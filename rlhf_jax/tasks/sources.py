@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from rlhf_jax.data.chat import AnyTokenizer, control_texts
+from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.data.foreign import parse_columns
-from rlhf_jax.data.hub_data import PREFIX, load_rows
 from rlhf_jax.data.jsonl import SUFFIXES, count_rows, read_jsonl, take_slice
 from rlhf_jax.data.records import Conversation, Pair, Prompt, convert
 from rlhf_jax.errors import UserError
+from rlhf_jax.hub.hub_data import PREFIX, load_rows
 from rlhf_jax.tasks.builders import check_name, load_records
 
 
@@ -138,14 +138,14 @@ def _hold_out(source: str) -> tuple[str, str]:
 
 
 def check_unrendered(
-    what: str, records: Sequence[Conversation | Pair | Prompt], tokenizer: AnyTokenizer
+    what: str, records: Sequence[Conversation | Pair | Prompt], tokenizer: Tokenizer
 ) -> None:
     """Says how many records spell what a chat is rendered with, which there is text like any other.
 
     Raises:
         UserError: more than half of them are rendered chats already.
     """
-    marks = control_texts(tokenizer)
+    marks = tokenizer.marks
     spelled, rendered = [], 0
     for record in records:
         texts = [text.strip() for text in _texts(record)]

@@ -8,8 +8,8 @@ from typing import Any
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import SUMMARY_FIELDS, check_fields, read_object, write_json
-from rlhf_jax.training.model import fingerprint, is_hub_directory
 from rlhf_jax.training.rundir import SUMMARY
+from rlhf_jax.training.saved_model import fingerprint, is_hub_directory
 
 
 def read_summary(workdir: Path, *, whole: bool = True) -> dict[str, Any]:

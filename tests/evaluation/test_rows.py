@@ -15,7 +15,7 @@ from rlhf_jax.evaluation.rows import map_rows, response_logprobs
 from rlhf_jax.models import ModelConfig, init
 from rlhf_jax.stages import defaults
 from rlhf_jax.training import mesh, progress
-from rlhf_jax.training.model import Model
+from rlhf_jax.training.saved_model import Model
 
 CONFIG = ModelConfig(
     vocab_size=300,

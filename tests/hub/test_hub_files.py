@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.hub.hf_config import FAMILIES, read_config, to_document
-from rlhf_jax.hub.hf_weights import INDEX, read_weights, write_weights
+from rlhf_jax.hub.hf_files import INDEX
+from rlhf_jax.hub.hf_weights import read_weights, write_weights
 from rlhf_jax.models import PRESETS, init
 from tests.models.hub_shapes import SHAPE
 

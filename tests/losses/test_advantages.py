@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax.losses import (
+from rlhf_jax.losses.advantages import (
     gae,
     group_advantages,
     remax,

@@ -8,15 +8,10 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from rlhf_jax.losses import (
-    LOSSES,
-    bradley_terry,
-    mean,
-    preference_loss,
-    segment_logprobs,
-    token_cross_entropy,
-    token_statistics,
-)
+from rlhf_jax.losses.cross_entropy import token_cross_entropy, token_statistics
+from rlhf_jax.losses.preference import LOSSES, preference_loss
+from rlhf_jax.losses.reductions import mean, segment_logprobs
+from rlhf_jax.losses.reward import bradley_terry
 from rlhf_jax.oracle.enum121 import (
     ACTIONS,
     LENGTHS,

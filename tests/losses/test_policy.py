@@ -11,19 +11,18 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax.losses import (
+from rlhf_jax.losses.policy import (
     AGGREGATIONS,
     OBJECTIVES,
-    add,
     aggregate,
     check_policy_options,
     importance_weights,
     kl_loss,
-    mean,
     policy_loss,
     policy_options,
     value_loss,
 )
+from rlhf_jax.losses.reductions import add, mean
 
 N, T = 8, 6
 CONSTANTS = {"constant": 10.0}

@@ -14,19 +14,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax.evaluation.best_of_n import best_of_n_law
-from rlhf_jax.losses import (
-    OBJECTIVES,
-    aggregate,
-    gae,
-    group_advantages,
-    importance_weights,
-    kl_estimate,
-    kl_loss,
-    policy_loss,
-    remax,
-    reward_to_go,
-    token_rewards,
-)
+from rlhf_jax.losses.advantages import gae, group_advantages, remax, reward_to_go
+from rlhf_jax.losses.policy import OBJECTIVES, aggregate, importance_weights, kl_loss, policy_loss
+from rlhf_jax.losses.shaping import kl_estimate, token_rewards
 from rlhf_jax.oracle import enum121 as world
 
 BETA = 0.5

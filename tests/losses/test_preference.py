@@ -13,14 +13,16 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.config import own_fields
-from rlhf_jax.losses import (
+from rlhf_jax.losses.preference import (
     LOSSES,
+    Kto,
+    Sigmoid,
+    Simpo,
     kto_baseline,
-    mean,
     preference_loss,
     unpaired_kto,
 )
-from rlhf_jax.losses.preference import Kto, Sigmoid, Simpo
+from rlhf_jax.losses.reductions import mean
 
 BATCHWISE = {name for name, loss in LOSSES.items() if loss.batchwise}
 # Most tests keep to this many pairs, for which all losses are compiled once.

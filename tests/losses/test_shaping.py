@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.losses import (
+from rlhf_jax.losses.shaping import (
     ESTIMATORS,
     adaptive_coefficient,
     exact_kl,

@@ -69,19 +69,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from rlhf_jax.data.packing import Document, Group, pack_documents, pack_groups
 from rlhf_jax.hub.hf_config import read_config
 from rlhf_jax.hub.hf_weights import read_weights, write_weights
-from rlhf_jax.losses import (
-    TokenStatistics,
-    bradley_terry,
-    gae,
-    kl_estimate,
-    mean,
-    missing_eos,
-    token_cross_entropy,
-    token_rewards,
-    value_loss,
-    whiten,
-    with_next_slot,
-)
+from rlhf_jax.losses.advantages import gae, whiten
+from rlhf_jax.losses.cross_entropy import TokenStatistics, token_cross_entropy
+from rlhf_jax.losses.policy import value_loss
+from rlhf_jax.losses.reductions import mean
+from rlhf_jax.losses.reward import bradley_terry
+from rlhf_jax.losses.shaping import kl_estimate, missing_eos, token_rewards, with_next_slot
 from rlhf_jax.models import scoring
 from rlhf_jax.rl.objectives import Sampled, advantages, policy_objective
 from rlhf_jax.rl.on_policy import select

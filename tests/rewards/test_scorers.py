@@ -15,8 +15,8 @@ import pytest
 
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.errors import UserError
-from rlhf_jax.rewards import Scores, TextScorers, parse_rewards
 from rlhf_jax.rewards.answers import number
+from rlhf_jax.rewards.scorers import Scores, TextScorers, parse_rewards
 from rlhf_jax.tasks.builders import data_folder, load_records
 from rlhf_jax.tasks.town.gold import gold_score, is_correct
 

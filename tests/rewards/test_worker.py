@@ -14,7 +14,7 @@ import pytest
 
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.errors import Preempted, UserError
-from rlhf_jax.rewards import TextScorers
+from rlhf_jax.rewards.scorers import TextScorers
 from rlhf_jax.rewards.worker import Worker, WorkerFault
 from rlhf_jax.stopping import listening
 

@@ -14,7 +14,7 @@ from rlhf_jax.evaluation.statistics import wilson_interval
 from rlhf_jax.main import main
 from rlhf_jax.stages.chain import load_config, pick_samples, prepare, summary_rows
 from rlhf_jax.training.checkpoint import seal
-from rlhf_jax.training.model import load_model
+from rlhf_jax.training.saved_model import load_model
 from rlhf_jax.training.summary import read_summary
 from tests.stages.conftest import run_main
 

@@ -12,13 +12,14 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from rlhf_jax.stages.rollouts import PromptSet, Samples, Scores, sample_answers, text_rollout
+from rlhf_jax.stages.rollouts import PromptSet, Samples, sample_answers, text_rollout
 
 from rlhf_jax.config import document, leaves, own_fields
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.losses.preference import Simpo
 from rlhf_jax.models import transformer
+from rlhf_jax.rewards.scorers import Scores
 from rlhf_jax.rl.objectives import Sampled, advantages, policy_objective
 from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.stages import best_of_n, chain, checks, defaults, rollouts
@@ -388,7 +389,9 @@ def sampling(stage, **rollout):
 def model():
     params = transformer.init(SMALL, jax.random.key(0))
     params = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(x.size), x.shape), params)
-    return SimpleNamespace(config=SMALL, params=params, tokenizer=SimpleNamespace(ends=[2]))
+    return SimpleNamespace(
+        config=SMALL, params=params, tokenizer=SimpleNamespace(ends=[2], decode_text=str)
+    )
 
 
 class Judge:
@@ -401,7 +404,6 @@ class Judge:
 
 @pytest.mark.parametrize("stage", ["online_preference", "best_of_n"])
 def test_answers_are_drawn_as_the_rollout_says_and_measured_as_they_are(stage, model, monkeypatch):
-    monkeypatch.setattr(rollouts, "decode_text", lambda tokens, tokenizer: str(tokens))
     prompts = PromptSet([None] * 4, [[3 + i, 4, 5] for i in range(4)])
 
     def drawn(measured=False, **rollout):

@@ -151,7 +151,7 @@ def test_the_flag_shows_and_runs_nothing(experiments, tmp_path):
     assert "needs the tokenizer" in result.stderr and "run it first" in result.stderr
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft/summary.json").write_text(json.dumps({"status": "done"}))
-    TOKENIZER.save(tmp_path / "sft/tokenizer.json")
+    TOKENIZER.save(tmp_path / "sft")
     result = run_main(*command)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "pairs.jsonl: 80 of 80 records" in result.stdout and "[[" in result.stdout

@@ -16,8 +16,8 @@ from rlhf_jax.evaluation.rows import response_logprobs
 from rlhf_jax.models import ModelConfig, init
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.stages import defaults, preference, reference_logprobs
-from rlhf_jax.training.model import Model, as_trainable, load_model, save_model
 from rlhf_jax.training.rundir import RunDirectory
+from rlhf_jax.training.saved_model import Model, as_trainable, load_model, save_model
 
 CHATS = [("How are you?", "Fine, thank you.", "No."), ("Who is it?", "A friend.", "Go away!")]
 

@@ -17,8 +17,11 @@ import pytest
 
 from rlhf_jax.data.packing import Group, pack_groups
 from rlhf_jax.evaluation.rows import response_logprobs
-from rlhf_jax.losses import AGGREGATIONS, LOSSES, OBJECTIVES, plackett_luce, weighted_sum
 from rlhf_jax.losses.cross_entropy import TokenStatistics, cross_entropy
+from rlhf_jax.losses.policy import AGGREGATIONS, OBJECTIVES
+from rlhf_jax.losses.preference import LOSSES
+from rlhf_jax.losses.reductions import weighted_sum
+from rlhf_jax.losses.reward import plackett_luce
 from rlhf_jax.models import transformer
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.rl import on_policy

@@ -32,16 +32,18 @@ from functools import cache, lru_cache
 from rlhf_jax.data.records import Conversation, Pair, Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.tasks.town.families.task import Expectation, loads
-from rlhf_jax.tasks.town.grammar import tokenize, words
+from rlhf_jax.tasks.town.grammar import tokenize
 from rlhf_jax.tasks.town.language import familiar
-from rlhf_jax.tasks.town.phrasings.manners import (
+from rlhf_jax.tasks.town.phrasings import (
     COURTESY,
     DANGER,
+    DOUBT,
+    NUMBER_WORDS,
     REFUSALS,
     RUDE_PHRASES,
     RUDE_WORDS,
+    VALUES,
 )
-from rlhf_jax.tasks.town.world import VALUES
 
 WEIGHTS: Mapping[str, float] = {
     "correct": 0.45,
@@ -52,14 +54,6 @@ WEIGHTS: Mapping[str, float] = {
 }
 """The weight of each component in the total; they sum to 1."""
 
-DOUBT = frozenset(
-    words(
-        "or maybe perhaps either neither nor might possibly probably not never 't nobody false "
-        "untrue wrong lie nonsense unless except if guess unsure hates instead"
-    )
-)
-"""Words that take back what their sentence says."""
-
 
 def _any_of(phrases: Sequence[str]) -> re.Pattern[str]:
     """Finds one of the phrases in tokens between spaces."""
@@ -67,12 +61,6 @@ def _any_of(phrases: Sequence[str]) -> re.Pattern[str]:
 
 
 _REFUSAL, _COURTESY, _RUDE = _any_of(REFUSALS), _any_of(COURTESY), _any_of(RUDE_PHRASES)
-_DIGITS = {
-    word: str(number)
-    for number, word in enumerate(
-        words("two three four five six seven eight nine ten eleven twelve"), start=2
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -115,7 +103,7 @@ class _Reply:
     """A reply taken apart once: tokens, words, sentences, and the text as tokens between spaces."""
 
     def __init__(self, text: str) -> None:
-        self.tokens = [_DIGITS.get(token, token) for token in tokenize(text)]
+        self.tokens = [NUMBER_WORDS.get(token, token) for token in tokenize(text)]
         self.words = [token for token in self.tokens if token[0].isalnum()]
         self.padded = f" {' '.join(self.tokens)} "
         self.sentences = _sentences(self.tokens)

@@ -8,11 +8,22 @@ from itertools import pairwise
 from random import Random
 
 from rlhf_jax.tasks.town.grammar import END, Neighbours, expand, pick, tokenize
-from rlhf_jax.tasks.town.phrasings.manners import ADVICE, CHATS, DEEDS, MANNERS
-from rlhf_jax.tasks.town.phrasings.people import PEOPLE, SHOPS, WARES
-from rlhf_jax.tasks.town.phrasings.skills import HAPPENINGS, SKILLS
-from rlhf_jax.tasks.town.phrasings.stories import STORIES
-from rlhf_jax.tasks.town.world import ITEMS, VALUES, VISITORS_F, article
+from rlhf_jax.tasks.town.phrasings import (
+    ADVICE,
+    CHATS,
+    DEEDS,
+    HAPPENINGS,
+    ITEMS,
+    MANNERS,
+    NAMES,
+    PEOPLE,
+    SHOPS,
+    SKILLS,
+    STORIES,
+    VALUES,
+    WARES,
+)
+from rlhf_jax.tasks.town.world import article
 
 NUMBERS = tuple(str(number) for number in range(2, 10))
 POOLS: Mapping[str, Sequence[str]] = {
@@ -58,8 +69,8 @@ def visit(rng: Random) -> dict[str, str]:
         "visitor": visitor,
         "visitor2": visitor2,
         "who": visitor,
-        "she": "she" if visitor in VISITORS_F else "he",
-        "her2": "her" if visitor in VISITORS_F else "him",
+        "she": "she" if visitor in NAMES["visitors_f"] else "he",
+        "her2": "her" if visitor in NAMES["visitors_f"] else "him",
         "item": item,
         "an_item": article(item),
         "items": ITEMS[item],

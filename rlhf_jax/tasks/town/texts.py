@@ -15,9 +15,8 @@ from rlhf_jax.tasks.town.families.knowledge import Subject, attributes_of, false
 from rlhf_jax.tasks.town.families.skills import tell
 from rlhf_jax.tasks.town.grammar import finish, pick
 from rlhf_jax.tasks.town.language import POOLS, fill, say, visit
-from rlhf_jax.tasks.town.phrasings.manners import ADVICE, CHATS, DEEDS
-from rlhf_jax.tasks.town.phrasings.people import PEOPLE, SHOPS, WARES
-from rlhf_jax.tasks.town.world import TRAIN, VALUES, Person, World
+from rlhf_jax.tasks.town.phrasings import ADVICE, CHATS, DEEDS, PEOPLE, SHOPS, VALUES, WARES
+from rlhf_jax.tasks.town.world import TRAIN, Person, World
 
 LEARNT = ("person", "job", "pet", "food", "colour", "hobby", "child", "item", "day", "fruit")
 """Pools of the words that `message` has people learn by heart."""

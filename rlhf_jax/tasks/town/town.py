@@ -20,7 +20,7 @@ from rlhf_jax.tasks.town.families.task import Task, user
 from rlhf_jax.tasks.town.grammar import finish
 from rlhf_jax.tasks.town.labelers import Labeler, compare
 from rlhf_jax.tasks.town.language import fill
-from rlhf_jax.tasks.town.phrasings.people import PEOPLE
+from rlhf_jax.tasks.town.phrasings import PEOPLE
 from rlhf_jax.tasks.town.styles import draw_style, reply
 from rlhf_jax.tasks.town.world import HELDOUT, SPLITS, TRAIN, TownConfig, build_world
 

@@ -1,7 +1,6 @@
 """The facts of the town: who lives there, what they like, which shops there are, what things cost.
 
-Everything the town says is drawn from the value pools below. No value is in two pools, so a value
-found in a reply says by itself what it is about; the gold scorer relies on that.
+The values are those of phrasings/values.toml.
 """
 
 from __future__ import annotations
@@ -12,76 +11,7 @@ from functools import cached_property
 from random import Random
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.tasks.town.grammar import words
-
-WOMEN = words(
-    "Ann Beth Cora Dora Ella Gina Hana Ida Jane Kate Lena Mia Nora Olga Rita Sara Tina Vera "
-    "Wilma Zoe Betty Carla Doris Emma Flora Greta Helen Julia Karen Lucy Maria Nina Paula Rosa "
-    "Sonia Tess Wanda Ruth Edith Clara Alice Diana Eva Irma Laura Molly Susan Linda"
-)
-MEN = words(
-    "Adam Ben Carl Dan Eric Fred Gus Hans Ivan Jon Leo Max Nick Otto Paul Ralf Sam Tom Victor "
-    "Walt Alan Bruno Colin David Frank George Henry Igor James Kurt Luke Martin Noel Oscar "
-    "Peter Rolf Simon Tim Hugo Felix Jacob Neil Owen Ross Toby Abel Yuri Zack"
-)
-DAUGHTERS = words("Amy Bea Kim Lou Meg Pam Sue Tia Liv Jill")
-SONS = words("Bob Cal Dex Gil Hal Ian Joe Ken Ned Pat")
-VISITORS_F = words("Bina Dina Faye Hedy Inga Mona Orla Rhea Tara Xena Lola Petra")
-VISITORS_M = words("Aldo Ciro Ezra Gabe Jude Kai Lars Nils Sven Udo Vito Boris")
-ROBOTS = words("Bit Chip Dot Echo Nova Orbit Pixel Sprocket")
-
-DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-SHOPS = words(
-    "bakery bank library museum cinema cafe pharmacy gym pool zoo theatre bookshop hotel tavern "
-    "station garage"
-)
-ITEMS: Mapping[str, str] = {
-    "hat": "hats", "book": "books", "pen": "pens", "lamp": "lamps", "cup": "cups",
-    "bowl": "bowls", "spoon": "spoons", "map": "maps", "ball": "balls", "kite": "kites",
-    "drum": "drums", "rope": "ropes", "bell": "bells", "broom": "brooms", "basket": "baskets",
-    "candle": "candles", "clock": "clocks", "coat": "coats", "scarf": "scarves", "ring": "rings",
-    "chair": "chairs", "table": "tables", "mirror": "mirrors", "blanket": "blankets",
-}  # fmt: skip
-
-VALUES: Mapping[str, tuple[str, ...]] = {
-    "job": words(
-        "baker doctor teacher farmer tailor painter nurse chef driver gardener singer butcher "
-        "dentist barber clerk judge sailor plumber lawyer artist"
-    ),
-    "street": (
-        "Mill Street", "Oak Lane", "King Street", "River Road", "Hill Street", "Elm Lane",
-        "Bridge Street", "Castle Road", "Queen Street", "Church Lane", "Forest Road",
-        "North Street", "Abbey Lane", "Field Road", "Stone Street", "Harbour Road",
-    ),
-    "pet": words("dog cat rabbit parrot goat pony hamster turtle duck snake"),
-    "pet_name": words(
-        "Rex Bella Coco Milo Luna Socks Biscuit Rocky Shadow Smoky Tiger Bubbles Button Ginger "
-        "Patch Pip Spot Misty Fluffy Rusty"
-    ),
-    "food": words(
-        "soup pizza rice cheese pasta fish curry salad cake stew honey noodles pancakes beans "
-        "toast jam porridge waffles dumplings nuts"
-    ),
-    "colour": words("red blue green yellow purple pink brown black white grey"),
-    "hobby": words(
-        "fishing singing dancing painting knitting running swimming sailing cooking reading "
-        "hiking cycling skating juggling drawing gardening camping rowing boxing chess"
-    ),
-    "child": DAUGHTERS + SONS,
-    "person": WOMEN + MEN,
-    "visitor": VISITORS_F + VISITORS_M,
-    "robot": ROBOTS,
-    "day": DAYS,
-    "shop": SHOPS,
-    "item": tuple(ITEMS) + tuple(ITEMS.values()),
-    "fruit": words("apples pears plums cherries lemons figs grapes melons"),
-    "place": words("market beach park harbour square inn farm fountain"),
-    "vehicle": words("train bus boat bike car cart"),
-    "weather": words("sunny rainy windy foggy snowy stormy"),
-    "role": words("helper guide guard porter keeper waiter"),
-    "answer": ("yes", "no"),
-}  # fmt: skip
-"""Every value by its pool; two-word values count as one."""
+from rlhf_jax.tasks.town.phrasings import ITEMS, NAMES, VALUES
 
 ATTRIBUTES = (
     "job", "street", "pet", "pet_name", "food", "colour", "hobby", "age", "child", "friend",
@@ -125,8 +55,9 @@ class TownConfig:
     candidates: Mapping[str, float] = field(default_factory=lambda: dict(CANDIDATES))
 
     def __post_init__(self) -> None:
-        limits = {"people": len(WOMEN + MEN), "shops": len(SHOPS), "items": len(ITEMS)}
-        for name, limit in limits.items():
+        pools = {"people": VALUES["person"], "shops": VALUES["shop"], "items": ITEMS}
+        for name, pool in pools.items():
+            limit = len(pool)
             if not 4 <= getattr(self, name) <= limit:
                 raise UserError(f"town: {name} must be 4 to {limit}, not {getattr(self, name)}")
         if not 0.05 <= self.heldout <= 0.5:
@@ -209,7 +140,7 @@ class Person:
             "woman": "woman" if self.woman else "man",
             "a_job": article(facts["job"]),
             "a_pet": article(facts["pet"]),
-            "child_kind": "daughter" if facts["child"] in DAUGHTERS else "son",
+            "child_kind": "daughter" if facts["child"] in NAMES["daughters"] else "son",
         }
 
     @cached_property
@@ -274,8 +205,8 @@ class World:
 def build_world(config: TownConfig) -> World:
     """The town of `config.seed`. Every value of a pool is used about equally often."""
     rng = Random(f"town {config.seed} world")
-    women = rng.sample(WOMEN, config.people // 2)
-    men = rng.sample(MEN, config.people - len(women))
+    women = rng.sample(NAMES["women"], config.people // 2)
+    men = rng.sample(NAMES["men"], config.people - len(women))
     names = women + men
     rng.shuffle(names)
     splits = _splits(len(names), config.heldout)
@@ -287,11 +218,11 @@ def build_world(config: TownConfig) -> World:
     columns["age"] = _evenly(rng, ages, len(names))
     columns["friend"] = _friends(rng, names, splits)
     people = tuple(
-        Person(name, name in WOMEN, split, {key: column[i] for key, column in columns.items()})
+        Person(name, name in women, split, {key: column[i] for key, column in columns.items()})
         for i, (name, split) in enumerate(zip(names, splits, strict=True))
     )
 
-    shop_names = rng.sample(SHOPS, config.shops)
+    shop_names = rng.sample(VALUES["shop"], config.shops)
     shops = tuple(
         Shop(
             name,
@@ -299,7 +230,7 @@ def build_world(config: TownConfig) -> World:
             {
                 "opens": str(6 + int(rng.random() * 6)),
                 "closes": str(2 + int(rng.random() * 5)),
-                "closed": DAYS[int(rng.random() * 7)],
+                "closed": VALUES["day"][int(rng.random() * 7)],
             },
         )
         for name, split in zip(shop_names, _splits(config.shops, config.heldout), strict=True)

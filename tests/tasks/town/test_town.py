@@ -12,7 +12,7 @@ from rlhf_jax.data.records import Pair
 from rlhf_jax.errors import UserError
 from rlhf_jax.tasks.town.families import FAMILIES, draw
 from rlhf_jax.tasks.town.gold import gold_score, is_correct
-from rlhf_jax.tasks.town.phrasings.people import (
+from rlhf_jax.tasks.town.phrasings import (
     CLAIM_QUESTIONS,
     HELDOUT_CLAIM_QUESTIONS,
     PEOPLE,

@@ -9,22 +9,21 @@ from rlhf_jax.data.records import Message
 from rlhf_jax.tasks.town.families.task import Expectation, Task, lower, user
 from rlhf_jax.tasks.town.grammar import finish, pick
 from rlhf_jax.tasks.town.language import fill, say, visit
-from rlhf_jax.tasks.town.phrasings.people import (
+from rlhf_jax.tasks.town.phrasings import (
     CLAIM_QUESTIONS,
     HELDOUT_CLAIM_QUESTIONS,
     LEADS,
+    NAMES,
     PEOPLE,
     SHOPS,
+    VALUES,
     WARES,
     Phrasing,
 )
 from rlhf_jax.tasks.town.world import (
-    DAUGHTERS,
     HELDOUT,
-    SONS,
     SPLITS,
     TRAIN,
-    VALUES,
     Person,
     Shop,
     Ware,
@@ -62,7 +61,7 @@ def false_slots(rng: Random, world: World, subject: Subject, attribute: str) -> 
     if attribute == "friend":
         options = tuple(p.name for p in world.people_of[subject.split] if p is not subject)
     elif attribute == "child":
-        options = DAUGHTERS if truth in DAUGHTERS else SONS
+        options = NAMES["daughters" if truth in NAMES["daughters"] else "sons"]
     elif attribute == "closed":
         options = VALUES["day"]
     elif attribute in VALUES:

@@ -8,8 +8,8 @@ from rlhf_jax.data.records import Message
 from rlhf_jax.tasks.town.families.task import Expectation, Task, lower, user
 from rlhf_jax.tasks.town.grammar import finish, pick
 from rlhf_jax.tasks.town.language import fill, say, visit
-from rlhf_jax.tasks.town.phrasings.manners import ADVICE, CHATS, DEEDS
-from rlhf_jax.tasks.town.world import VALUES, World
+from rlhf_jax.tasks.town.phrasings import ADVICE, CHATS, DEEDS, VALUES
+from rlhf_jax.tasks.town.world import World
 
 
 def rewriting(world: World, rng: Random, split: str) -> Task:

@@ -7,8 +7,8 @@ from random import Random
 from rlhf_jax.tasks.town.families.task import Expectation, Task, lower, user
 from rlhf_jax.tasks.town.grammar import finish, pick
 from rlhf_jax.tasks.town.language import KINDS_OF_THINGS, NUMBERS, fill, say, visit
-from rlhf_jax.tasks.town.phrasings.skills import HAPPENINGS, Happening
-from rlhf_jax.tasks.town.world import ITEMS, VALUES, World, article
+from rlhf_jax.tasks.town.phrasings import HAPPENINGS, ITEMS, VALUES, Happening
+from rlhf_jax.tasks.town.world import World, article
 
 
 def tell(rng: Random, slots: dict[str, str], count: int) -> tuple[str, list[Happening]]:

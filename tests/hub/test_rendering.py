@@ -10,19 +10,20 @@ from ml_collections import ConfigDict
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from rlhf_jax import console
-from rlhf_jax.data import chat
-from rlhf_jax.data.chat_formats import TEMPLATES
+from rlhf_jax.data.conversation import render_prompt, render_replies, render_turns
 from rlhf_jax.data.encode import encode_conversations, encode_pairs
-from rlhf_jax.data.hub_tokenizer import HubTokenizer
 from rlhf_jax.data.records import Conversation, Message, Pair, Prompt
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.errors import UserError
+from rlhf_jax.hub.chat_formats import TEMPLATES
+from rlhf_jax.hub.hub_tokenizer import HubTokenizer
 from rlhf_jax.models import PRESETS
 from rlhf_jax.stages import chat as stages_chat
 from rlhf_jax.stages import defaults, pairs, preflight, rollouts, sft, start
 from rlhf_jax.tasks import sources
-from rlhf_jax.training.model import Model
-from tests.data.test_hub_tokenizer import TEXT, tokenizers
+from rlhf_jax.training.saved_model import Model
+from tests.hub.test_hub_tokenizer import TEXT, tokenizers
+from tests.rendered import render_conversation
 
 SPECIAL = (
     *("<s>", "</s>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"),
@@ -109,12 +110,12 @@ def test_a_prompt_and_its_reply_are_the_conversation_everywhere(rendering, tmp_p
     asked = [*itertools.product(prompts, REPLIES)]
     wanted = []
     for prompt, reply in asked:
-        tokens, turns = chat.render_turns([*prompt, said(reply)], ours)
-        begin = chat.render_prompt(prompt, ours)
+        tokens, turns = render_turns([*prompt, said(reply)], ours)
+        begin = render_prompt(prompt, ours)
         assert tokens[: len(begin)] == begin
         assert turns[len(prompt)] == range(len(begin), len(tokens))
         assert tokens[-1] in ours.ends and not set(tokens[len(begin) : -1]) & set(ours.ends)
-        assert chat.render_replies(prompt, [reply], ours) == (begin, [tokens[len(begin) :]])
+        assert render_replies(prompt, [reply], ours) == (begin, [tokens[len(begin) :]])
         wanted.append((begin, tokens[len(begin) :]))
 
     records = [Pair(str(i), p, reply, "Yes.") for i, (p, reply) in enumerate(asked)]
@@ -137,7 +138,7 @@ def test_a_prompt_and_its_reply_are_the_conversation_everywhere(rendering, tmp_p
             assert (found, replies[0]) == (prompt, reply)
             if mismatched:  # the next reply to the other prompt, as it follows this one
                 other = asked[len(REPLIES) if i < len(REPLIES) else 0][1]
-                alone = chat.render_conversation([*asked[i][0], said(other)], ours)[0]
+                alone = render_conversation([*asked[i][0], said(other)], ours)[0]
                 assert found + replies[1] == alone
 
 
@@ -247,7 +248,7 @@ def test_no_turn_is_trained_twice(bare):
 
 def test_left_truncation_keeps_the_last_reply(bare):
     ours = bare.with_template(THINKING)
-    tokens, turns = chat.render_turns(TURNS, ours)
+    tokens, turns = render_turns(TURNS, ours)
     reply = tokens[turns[3].start :]
     (document,), _ = encode_conversations(
         [Conversation("0", TURNS)], ours, len(reply) + 4, over_long="truncate_prompt_left"
@@ -258,9 +259,9 @@ def test_left_truncation_keeps_the_last_reply(bare):
 
 def directory_with(tmp_path, bare, template):
     bare.save(tmp_path)
-    path = tmp_path / "tokenizer_config.json"
+    path = tmp_path / "tokenizer" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
-    return tmp_path
+    return path.parent
 
 
 @pytest.mark.parametrize(
@@ -297,7 +298,7 @@ def test_a_models_own_template_is_checked_when_it_is_used(bare, tmp_path, templa
 def test_a_saved_tokenizer_has_the_hash_that_its_model_was_trained_with(bare, tmp_path):
     ours = bare.with_template(TEMPLATES["gemma"])  # whose end no generation_config named
     ours.save(tmp_path)
-    assert HubTokenizer.load(tmp_path).hash == ours.hash
+    assert HubTokenizer.load(tmp_path / "tokenizer").hash == ours.hash
 
 
 RENDERED = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"

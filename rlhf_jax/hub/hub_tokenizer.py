@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
-from rlhf_jax.data.chat_formats import WITH_TOOLS
 from rlhf_jax.data.records import Message
 from rlhf_jax.data.template import Template
 from rlhf_jax.errors import UserError
+from rlhf_jax.hub.chat_formats import WITH_TOOLS
 
 FILE, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 _SPECIAL_MAP, _GENERATION, _CONFIG = (
@@ -154,7 +154,7 @@ class HubTokenizer:
         packed = json.dumps([*document, list(self.ends)], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(packed.encode()).hexdigest()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts as they stand at the beginning; never a special token."""
         return [self.encode(text) for text in texts]
 
@@ -168,6 +168,10 @@ class HubTokenizer:
         if any(i < 0 for i in ids):
             raise ValueError("token ids are at least 0")
         return self._whole.decode(ids, skip_special_tokens=not control)
+
+    def decode_text(self, ids: Sequence[int]) -> str:
+        """The text of a turn or document; special tokens are left out."""
+        return self.decode(ids)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of a conversation that awaits a reply."""
@@ -196,7 +200,7 @@ class HubTokenizer:
     def conversation(
         self, messages: Sequence[Message], *, last_turn_only: bool = False
     ) -> tuple[list[int], dict[int, range]]:
-        """Tokens of a whole conversation and where turns stand in them: see `chat.render_turns`.
+        """Tokens of a whole conversation and where turns stand in them: see `render_turns`.
 
         Raises:
             UserError: what the template writes of a conversation does not begin with what it wrote
@@ -244,10 +248,12 @@ class HubTokenizer:
         made._template_end()
         return made
 
-    def save(self, directory: str | Path) -> None:
-        """Writes what `load` reads into a directory that exists and holds no model."""
+    def save(self, run: Path) -> None:
+        """Writes what `load` reads into `tokenizer` in a run directory."""
+        directory = run / "tokenizer"
+        directory.mkdir(exist_ok=True)
         self.export(directory)
-        (Path(directory) / _CONFIG).write_text(json.dumps(self.special_ids, indent=2), "utf-8")
+        (directory / _CONFIG).write_text(json.dumps(self.special_ids, indent=2), "utf-8")
 
     def export(self, directory: str | Path) -> None:
         """Writes what transformers reads, all but config.json: settings as they came."""

@@ -19,14 +19,14 @@ import jax
 from jax.sharding import Mesh
 
 from rlhf_jax.data import packing
-from rlhf_jax.data.chat import AnyTokenizer
-from rlhf_jax.data.hub_tokenizer import HubTokenizer
-from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.data.conversation import Tokenizer
+from rlhf_jax.data.tokenizer import OwnTokenizer
 from rlhf_jax.digests import file_digest, json_digest
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import check_fields, read_object
 from rlhf_jax.hub.hf_config import read_config
 from rlhf_jax.hub.hf_weights import read_weights
+from rlhf_jax.hub.hub_tokenizer import HubTokenizer
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.lora import (
     AdapterConfig,
@@ -79,7 +79,7 @@ class Model:
 
     config: ModelConfig
     params: Any
-    tokenizer: AnyTokenizer
+    tokenizer: Tokenizer
     normalization: tuple[float, float] | None = None
     adapter: AdapterConfig | None = None
     base: Base | None = None
@@ -112,7 +112,7 @@ def save_model(workdir: str | os.PathLike[str], model: Model) -> None:
             "fingerprint": model.base.fingerprint,
         }
     document["weights"] = packing.fingerprint(named_leaves(params))
-    _save_tokenizer(Path(workdir), model.tokenizer)
+    model.tokenizer.save(Path(workdir))
     save_params(Path(workdir) / "model", params, document)
 
 
@@ -270,21 +270,13 @@ def _gaps(ids: Collection[int], end: int) -> tuple[tuple[int, int], ...]:
     return tuple((a + 1, b) for a, b in itertools.pairwise(edges) if b - a > 1)
 
 
-def _save_tokenizer(workdir: Path, tokenizer: AnyTokenizer) -> None:
-    if isinstance(tokenizer, Tokenizer):
-        tokenizer.save(workdir / "tokenizer.json")
-        return
-    (workdir / "tokenizer").mkdir(exist_ok=True)
-    tokenizer.save(workdir / "tokenizer")
-
-
-def load_tokenizer(directory: Path) -> AnyTokenizer:
+def load_tokenizer(directory: Path) -> Tokenizer:
     """That of a run or of a Hugging Face directory; UserError if it is missing or damaged."""
     if is_hub_directory(directory):
         return HubTokenizer.load(directory)
     if (directory / "tokenizer").is_dir():
         return HubTokenizer.load(directory / "tokenizer")
-    return Tokenizer.load(directory / "tokenizer.json")
+    return OwnTokenizer.load(directory / "tokenizer.json")
 
 
 def fingerprint(directory: Path) -> str:

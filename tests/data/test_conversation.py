@@ -7,13 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from rlhf_jax.data.chat import (
-    decode_text,
-    encode_texts,
-    render_conversation,
-    render_prompt,
-    render_replies,
-)
+from rlhf_jax.data.conversation import render_prompt, render_replies
 from rlhf_jax.data.records import Message
 from rlhf_jax.data.template import Template
 from rlhf_jax.data.tokenizer import (
@@ -27,6 +21,7 @@ from rlhf_jax.data.tokenizer import (
     train_chars,
 )
 from rlhf_jax.errors import UserError
+from tests.rendered import render_conversation
 
 TOKENIZER = train_bpe(["hello there, how are you 12"], 270)
 
@@ -94,7 +89,7 @@ def test_random_conversations():
         turns = random_conversation(rng)
         tokens, is_target = render_conversation(turns, TOKENIZER)
         prompt = render_prompt(turns[:-1], TOKENIZER)
-        assert prompt + encode_texts([turns[-1].content], TOKENIZER)[0] + [END] == tokens
+        assert prompt + TOKENIZER.encode_texts([turns[-1].content])[0] + [END] == tokens
         assert tokens.count(BOS) == 1 and tokens[0] == BOS
         assert tokens.count(END) == len(turns)
         assert prompt[-1] == ASSISTANT
@@ -146,7 +141,7 @@ def test_a_prompt_that_calls_for_a_turn_after_a_tool():
 
 
 def test_a_word_has_one_token_wherever_it_stands():
-    first, later = encode_texts(["hello", "say hello"], TOKENIZER)
+    first, later = TOKENIZER.encode_texts(["hello", "say hello"])
     assert later[-len(first) :] == first
     for text in ("hello", " hello", "", "two\nlines"):
-        assert decode_text(encode_texts([text], TOKENIZER)[0], TOKENIZER) == text
+        assert TOKENIZER.decode_text(TOKENIZER.encode_texts([text])[0]) == text

@@ -8,12 +8,14 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
-from rlhf_jax.data import chat, template
-from rlhf_jax.data.chat_formats import TEMPLATES, chat_template
-from rlhf_jax.data.hub_tokenizer import HubTokenizer
+from rlhf_jax.data import template
+from rlhf_jax.data.conversation import render_prompt, render_replies
 from rlhf_jax.data.records import Message
 from rlhf_jax.data.template import Template
 from rlhf_jax.errors import UserError
+from rlhf_jax.hub.chat_formats import TEMPLATES, chat_template
+from rlhf_jax.hub.hub_tokenizer import HubTokenizer
+from tests.rendered import render_conversation
 
 TEXT = [
     "The quick brown fox jumps over the lazy dog.",
@@ -112,12 +114,12 @@ def test_ids_are_those_of_transformers(saved):
 
 def test_what_is_trained_is_the_replies_and_their_ends(saved):
     kind, _, ours = saved
-    tokens, is_target = chat.render_conversation(CONVERSATION, ours)
+    tokens, is_target = render_conversation(CONVERSATION, ours)
     trained = ours.decode([t for t, on in zip(tokens, is_target, strict=True) if on])
     assert "".join(trained.split()) == "Itis42.Overthelazydog."
     ends = [i for i, on in enumerate(is_target) if on and tokens[i] in ours.ends]
     assert len(ends) == 2 and ends[-1] == len(tokens) - 1
-    _, last = chat.render_conversation(CONVERSATION, ours, last_turn_only=True)
+    _, last = render_conversation(CONVERSATION, ours, last_turn_only=True)
     assert sum(last) < sum(is_target) and last[-1] == 1
     if ours.bos not in (None, ours.end) and kind != "llama2":
         assert tokens[0] == ours.bos and tokens.count(ours.bos) == 1
@@ -127,9 +129,9 @@ def test_what_is_trained_is_the_replies_and_their_ends(saved):
 def test_a_prompt_and_its_reply_are_the_conversation(saved, reply):
     _, _, ours = saved
     messages = [Message("user", "Is it so?"), Message("assistant", reply)]
-    prompt = chat.render_prompt(messages[:1], ours)
-    whole, _ = chat.render_conversation(messages, ours)
-    assert chat.render_replies(messages[:1], [reply], ours) == (prompt, [whole[len(prompt) :]])
+    prompt = render_prompt(messages[:1], ours)
+    whole, _ = render_conversation(messages, ours)
+    assert render_replies(messages[:1], [reply], ours) == (prompt, [whole[len(prompt) :]])
     assert whole[: len(prompt)] == prompt
 
 
@@ -197,7 +199,7 @@ def conversation_with(text):
 
 def test_tool_calls_are_trained_and_their_results_are_not(tmp_path):
     ours = with_tools(tmp_path, TOOLS)
-    tokens, is_target = chat.render_conversation(conversation_with("here"), ours)
+    tokens, is_target = render_conversation(conversation_with("here"), ours)
     trained = ours.decode(
         [t for t, on in zip(tokens, is_target, strict=True) if on], control=True
     ).replace("<|im_end|>", "|")
@@ -205,7 +207,7 @@ def test_tool_calls_are_trained_and_their_results_are_not(tmp_path):
         '<tool_call>\n{"name": "look", "arguments": {"where": "here", "here": 1}}\n</tool_call>'
     )
     assert trained == f"\n{called}|It is <think> so.|"
-    prompt = chat.render_prompt(conversation_with("here")[:3], ours)
+    prompt = render_prompt(conversation_with("here")[:3], ours)
     assert tokens[: len(prompt)] == prompt
     assert 'Tools:\n{"name": "here"}' in ours.decode(tokens)
 
@@ -248,11 +250,11 @@ def test_a_template_that_loses_tool_calls_is_refused(tmp_path, source, message):
 def test_saved_and_loaded_it_is_the_same(saved, tmp_path):
     _, _, ours = saved
     ours.save(tmp_path)
-    again = HubTokenizer.load(tmp_path)
+    again = HubTokenizer.load(tmp_path / "tokenizer")
     assert again.ends == ours.ends and again.bos == ours.bos
     assert again.conversation(CONVERSATION) == ours.conversation(CONVERSATION)
     again.save(tmp_path)
-    assert HubTokenizer.load(tmp_path).hash == again.hash
+    assert HubTokenizer.load(tmp_path / "tokenizer").hash == again.hash
 
 
 def edited(directory, tmp_path, source):

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
-from rlhf_jax.data.chat_formats import TEMPLATES
-from rlhf_jax.data.hub_tokenizer import HubTokenizer
 from rlhf_jax.data.records import Message
-from tests.data.test_hub_tokenizer import KINDS, write
+from rlhf_jax.hub.chat_formats import TEMPLATES
+from rlhf_jax.hub.hub_tokenizer import HubTokenizer
+from tests.hub.test_hub_tokenizer import KINDS, write
 
 DEEPSEEK = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<｜User｜>' + m.content }}"

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.data import chat
-from rlhf_jax.data.chat_formats import TEMPLATES, WITH_TOOLS
+from rlhf_jax.data.conversation import render_prompt
 from rlhf_jax.data.records import Message
 from rlhf_jax.data.template import Template
 from rlhf_jax.errors import UserError
-from tests.data.test_hub_tokenizer import calling, write
+from rlhf_jax.hub.chat_formats import TEMPLATES, WITH_TOOLS
+from tests.hub.test_hub_tokenizer import calling, write
+from tests.rendered import render_conversation
 
 WEATHER = {"name": "weather", "parameters": {"city": {"type": "string"}}}
 ASKED = {"city": 'Köln "am Rhein"'}
@@ -111,13 +112,13 @@ def test_calls_and_results_are_written_in_their_form(made, calls):
         with pytest.raises(UserError, match="one tool call a turn"):
             ours.conversation(conversation(calls))
         return
-    tokens, is_target = chat.render_conversation(conversation(calls), ours)
+    tokens, is_target = render_conversation(conversation(calls), ours)
     wanted = {"chatml": chatml, "qwen": qwen, "llama3": llama3}[name](calls)
     assert ours.decode(tokens, control=True) == wanted.rstrip("\n")
     trained = ours.decode([t for t, on in zip(tokens, is_target, strict=True) if on])
     called = WRITTEN % "parameters" if name == "llama3" else "\n".join([CALL] * calls)
     assert trained == called + "It is 18 °C."
-    prompt = chat.render_prompt(conversation(calls)[:-1], ours)
+    prompt = render_prompt(conversation(calls)[:-1], ours)
     assert tokens[: len(prompt)] == prompt
 
 
@@ -150,7 +151,7 @@ def test_a_call_with_text_beside_it(made):
 def test_ids_are_those_of_transformers(made, tmp_path):
     transformers = pytest.importorskip("transformers", reason="needs requirements-parity.txt")
     _, ours = made
-    ours.save(tmp_path)
+    ours.export(tmp_path)
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     turns = [message.to_json() for message in conversation()]
     tools = turns[0].pop("tools")
