@@ -166,7 +166,11 @@ def build(section: type, given: Mapping[str, Any], path: str) -> Any:
                         f"config: {path}.{option} is an option of {', '.join(having)}; {name!r} "
                         f"has no option {option}, only {', '.join(known) or 'those of all'}"
                     )
-            made = dataclasses.replace(made, **{each.name: _valid(table[name], values, path)})
+            part = _valid(table[name], values, path)
+            for option, value in vars(part).items():
+                if isinstance(value, float) and value < 0:
+                    raise UserError(f"config: {path}.{option} must be in [0, inf), got {value}")
+            made = dataclasses.replace(made, **{each.name: part})
     return made
 
 

@@ -117,9 +117,6 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
         if name in too_wide:
             wide = f"{_devices(name)} devices to train on, of which there are {here}"
             raise UserError(f"oracle.rows: {name!r} needs {wide}")
-    for name in ("table_steps", "transformer_steps", "preference_steps", "threads"):
-        if config.oracle[name] < 1:
-            raise UserError(f"oracle.{name} = {config.oracle[name]} must be at least 1")
     results: dict[str, Result] = {}
     with ThreadPoolExecutor(config.oracle.threads) as pool:  # most of a row's time is compiling
         for name, result in zip(wanted, pool.map(partial(_result, config), wanted), strict=True):
