@@ -87,7 +87,7 @@ def _check_names(config: Any, argv: list[str]) -> None:
 
     flags = (arg.lstrip("-").partition("=")[0].removeprefix("no") for arg in argv)
     names = [flag.removeprefix("config.") for flag in flags if flag.startswith("config.")]
-    if "stage" not in config or not names:
+    if not names or "stage" not in config:
         return
     for line in (unknown_field(config.stage, name) for name in names):
         if line is not None:
