@@ -16,13 +16,15 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.models import transformer
 from rlhf_jax.rewards.scorers import Scores
-from rlhf_jax.rl.objectives import Sampled, advantages, policy_objective
+from rlhf_jax.rl import rollouts
+from rlhf_jax.rl.layout import PromptSet, Rollout
+from rlhf_jax.rl.objectives import advantages, objective_of, policy_objective
+from rlhf_jax.rl.rollouts import sample_answers, text_rollout
 from rlhf_jax.sampling.generate import Completion
-from rlhf_jax.stages import best_of_n, chain, checks, defaults, rollouts
+from rlhf_jax.stages import best_of_n, chain, checks, defaults
 from rlhf_jax.stages.online_preference import pack_best_and_worst
 from rlhf_jax.stages.pairs import CHOSEN, REJECTED
 from rlhf_jax.stages.reward import loss as reward_loss
-from rlhf_jax.stages.rollouts import PromptSet, Samples, sample_answers, text_rollout
 from rlhf_jax.tasks import sources
 from rlhf_jax.training import mesh
 from rlhf_jax.training.learner import make_learner
@@ -172,7 +174,7 @@ def test_every_field_of_an_optimizer_is_read(monkeypatch):
     [
         ("best_of_n", "rollout.missing_eos", "policy, online_preference"),
         ("best_of_n", "rollout.samples", "policy, online_preference"),
-        ("online_preference", "rollout.max_staleness", "policy"),
+        ("online_preference", "kl.coefficient", "policy"),
         ("policy", "train.ema_decay", "pretrain, sft, reward, preference, best_of_n"),
         ("policy", "data.over_long", "pretrain, sft, reward, preference"),
         ("sft", "eval.during", "preference, policy, online_preference, best_of_n"),
@@ -331,8 +333,8 @@ def model():
 class Judge:
     """Likes long answers."""
 
-    def score(self, samples, rows):
-        lengths = np.array([len(c.tokens) for c in samples.completions], float)
+    def score(self, rollout):
+        lengths = rollout.lengths.astype(float)
         return Scores(lengths, np.ones(len(lengths), bool), {"length": lengths}, {})
 
 
@@ -345,7 +347,7 @@ def test_answers_are_drawn_as_the_rollout_says_and_measured_as_they_are(stage, m
         temperature = 1.0 if measured else None
         if stage == "best_of_n":
             blocks = best_of_n._blocks(config, model, prompts, Judge(), 2, 1, temperature)
-            return [c.tokens for _, answers, _ in blocks for c in answers.completions]
+            return [c.tokens for answers, _ in blocks for c in answers.completions]
         answers = sample_answers(config, model, prompts, samples=2, seed=1, temperature=temperature)
         return [c.tokens for c in answers.completions]
 
@@ -375,13 +377,13 @@ def test_an_answer_that_never_ended_pays_before_pairs_are_chosen(rollout, chosen
     answers = [Completion([5] * 3, np.zeros(3), True), Completion([7] * 8, np.zeros(8), False)]
 
     def sample(config, model, prompts, **_):
-        return Samples(prompts, answers, ["a", "b"])
+        return Rollout.of(prompts, answers, ["a", "b"], config.rollout.max_new_tokens)
 
     monkeypatch.setattr(rollouts, "sample_answers", sample)
     prompts = PromptSet([None], [[1, 3, 4]])
     found = text_rollout(config, None, prompts, np.array([0]), Judge(), None, 0)
     assert found.scores.tolist() == [3, 8]  # what is reported as the score stays the score
-    rows, tied = pack_best_and_worst(found, 64, 1)
+    rows, tied = pack_best_and_worst(config, found, 1)
     (lengths,) = rows["lengths"][rows["example_ids"] >= 0].tolist()
     assert tied == 0 and lengths[CHOSEN] == chosen and lengths[REJECTED] == 11 - chosen
 
@@ -412,12 +414,12 @@ def test_no_name_falls_through_to_an_algorithm(section, field):
     config[section][field] = "another"
     one = np.ones((2, 3), np.float32)
     statistics = TokenStatistics(*[one] * len(TokenStatistics._fields))
-    sampled = Sampled(*[one[:, 0]] * 3, *[one] * 4, one[:, 0], one[0, :1])
+    sampled = Rollout(one, one, one[:, 0] > 0, *[one[:, 0]] * 2, old_logprobs=one, ref_logprobs=one)
     batch = {"mask": one, "old_logprobs": one, "ref_logprobs": one, "advantages": one}
     batch |= {"sequence_weights": one[:, 0], "kl_coefficient": one[0]}
     with pytest.raises(ValueError, match="another"):
-        advantages(config, sampled._replace(finished=one[:, 0] > 0), one[0, 0])
-        policy_objective(config, statistics, batch)
+        advantages(config, sampled, one[0, 0])
+        policy_objective(config, objective_of(config), statistics, batch)
     reward = defaults.base("reward", loss={"name": "another"})
     with pytest.raises(UserError, match=r"loss\.name = 'another'"):
         reward_loss(reward, SMALL, None, None, None)

@@ -25,6 +25,7 @@ from rlhf_jax.losses.reward import plackett_luce
 from rlhf_jax.models import transformer
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.rl import on_policy
+from rlhf_jax.rl.objectives import objective_of
 from rlhf_jax.rl.on_policy import Task
 from rlhf_jax.stages import defaults, preference, reward
 from rlhf_jax.training.mesh import make_mesh, shard_batch
@@ -177,9 +178,10 @@ def policy_losses():
             kl={"placement": "loss", "estimator": "k3", "level": "token"},
         )
         task = Task(None, statistics, extra_loss=texts if mixed else None)
+        objective = objective_of(config)
         if not scored:
             batch = {name: x for name, x in batch.items() if name != "old_logprobs"}
-        return on_policy._policy_loss(config, task, params, batch, rng)
+        return on_policy.policy_loss(config, task, objective, params, batch, rng)
 
     def losses():
         for name, mode in zip(OBJECTIVES, itertools.cycle(AGGREGATIONS), strict=False):
@@ -196,7 +198,7 @@ def value_losses():
     def loss(clip, params, batch, rng):
         config = defaults.on_policy("ppo")
         config.critic.value_clip = clip
-        return on_policy._value_loss(config, Task(None, None, values), params, batch, rng)
+        return on_policy.value_loss(config, Task(None, None, values), params, batch, rng)
 
     return {f"clip {clip}": functools.partial(loss, clip) for clip in (0.0, 0.2)}
 
