@@ -249,11 +249,12 @@ def grpo(size: Size, found: dict[str, float]) -> Iterator[Line]:
     from rlhf_jax.data.records import Message, Prompt
     from rlhf_jax.models import init
     from rlhf_jax.models.scoring import target_statistics
-    from rlhf_jax.rl.layout import PromptSet, Rollout, pack_rows
+    from rlhf_jax.rl.layout import Rollout, pack_rows
     from rlhf_jax.rl.on_policy import Task, first_state, iterate, make_trainer
     from rlhf_jax.sampling.arguments import Sampling
     from rlhf_jax.sampling.generate import generate
     from rlhf_jax.stages import defaults
+    from rlhf_jax.tasks.prompts import PromptSet
 
     share = max(1, size.group // 2)
     length = size.question + share * size.answer

@@ -18,7 +18,7 @@ from rlhf_jax.data.records import Conversation, Message, Pair, Text
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.errors import Preempted
 from rlhf_jax.models import init
-from rlhf_jax.report.plots import curves
+from rlhf_jax.report.curves import draw_curves
 from rlhf_jax.sampling.arguments import Sampling
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.stopping import listening
@@ -143,7 +143,7 @@ LONG = {
     "answers": lambda file, words: generate(
         SMALL, init(SMALL, jax.random.key(0)), [[1, 2]], Sampling(3, batch_size=1), seed=0
     ),
-    "figures": lambda file, words: curves("Loss", {"loss": ([1.0], [2.0])}),
+    "figures": lambda file, words: draw_curves("Loss", {"loss": ([1.0], [2.0])}),
 }
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from rlhf_jax.data.encode import check_stripped_turns
-from rlhf_jax.data.foreign import parse_columns
+from rlhf_jax.data.shapes import parse_columns
 from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.hub.chat_formats import chat_template
 from rlhf_jax.hub.hub_data import check_hub_name
@@ -27,7 +27,7 @@ from rlhf_jax.rl.objectives import ADVANTAGES, PLACEMENTS, objective_of, parse_o
 from rlhf_jax.rl.rollouts import truncation
 from rlhf_jax.sampling.arguments import Sampling
 from rlhf_jax.stages.defaults import SAMPLING, STAGES, fields_of, leaves
-from rlhf_jax.tasks.builders import check_name
+from rlhf_jax.tasks.builders import task_of
 from rlhf_jax.tasks.sources import parse_source, parse_sources
 from rlhf_jax.training.optimizer import make_optimizer
 
@@ -95,7 +95,7 @@ def check(config: ConfigDict) -> None:
             if parsed.is_hub:
                 check_hub_name(parsed.name)
             elif not parsed.is_file:
-                check_name(parsed.name)
+                task_of(parsed.name)
             elif not Path(parsed.name).is_file():
                 raise UserError(f"data: there is no file {parsed.name}")
     if config.stage in SAMPLING:

@@ -62,7 +62,7 @@ def base(stage: str, **sections: dict[str, Any]) -> ConfigDict:
     if stage == "oracle":
         config.oracle = ConfigDict(
             {
-                "rows": "",  # names of oracle/rows.py, separated by commas; none: all
+                "rows": "",  # names of oracle/oracle_rows.py, separated by commas; none: all
                 "table_steps": 350,
                 "transformer_steps": 60,
                 "preference_steps": 600,
@@ -388,7 +388,6 @@ def chat_evaluation(**changes: Any) -> dict[str, Any]:
         "count": 256,  # prompts at most
         "max_new_tokens": 64,
         "temperature": 0.0,  # of the answers that are judged; 0: greedy
-        "gold": True,  # judged by the town's scorer
     } | changes
 
 
@@ -400,8 +399,8 @@ TUNING = {"name": "adamw", "warmup_steps": 10, "schedule": "linear", "final_frac
 
 
 def own_evaluation(**changes: Any) -> dict[str, Any]:
-    """`chat_evaluation` on what is held out of the user's data, which has no exact scorer."""
-    stated = {"source": "", "count": 64, "gold": False} | changes
+    """`chat_evaluation` on what is held out of the user's data."""
+    stated = {"source": "", "count": 64} | changes
     return chat_evaluation(**stated)
 
 

@@ -36,13 +36,11 @@ from rlhf_jax.rl.objectives import parse_options
 from rlhf_jax.stages.defaults import module_of
 from rlhf_jax.tasks.builders import sources_digest
 from rlhf_jax.tasks.sources import parse_source, parse_sources
-from rlhf_jax.training.rundir import plain
+from rlhf_jax.training.origin import plain
 from rlhf_jax.training.saved_model import fingerprint
 
 # Code that only shows what a run came to.
-SHOWING = tuple(
-    f"report/{name}.py" for name in ("compare", "figure", "page", "plots", "report", "tables")
-)
+SHOWING = tuple(f"report/{path.name}" for path in (PACKAGE / "report").glob("*.py"))
 _SPLITS = {
     "data.train": "train",
     "data.replay": "train",

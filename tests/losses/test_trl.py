@@ -76,10 +76,11 @@ from rlhf_jax.losses.reductions import mean
 from rlhf_jax.losses.reward import bradley_terry
 from rlhf_jax.losses.shaping import kl_estimate, missing_eos, token_rewards
 from rlhf_jax.models import scoring
-from rlhf_jax.rl.layout import PromptSet, Rollout, pack_rows, select
+from rlhf_jax.rl.layout import Rollout, pack_rows, select
 from rlhf_jax.rl.objectives import advantages, objective_of, policy_objective
 from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.stages import defaults, preference
+from rlhf_jax.tasks.prompts import PromptSet
 
 torch = pytest.importorskip("torch", reason="needs requirements-parity.txt")
 transformers = pytest.importorskip("transformers", reason="needs requirements-parity.txt")

@@ -9,11 +9,12 @@ import pytest
 
 from rlhf_jax.rewards.scorers import Scores
 from rlhf_jax.rl import rollouts
-from rlhf_jax.rl.layout import PromptSet, Rollout
+from rlhf_jax.rl.layout import Rollout
 from rlhf_jax.rl.objectives import sample_metrics
 from rlhf_jax.rl.rollouts import text_rollout
 from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.stages import defaults
+from rlhf_jax.tasks.prompts import PromptSet
 
 LIMIT = 6
 

@@ -15,10 +15,11 @@ from ml_collections import ConfigDict
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.rl.judge import Judge
-from rlhf_jax.rl.layout import PromptSet, Rollout, pack_rows
+from rlhf_jax.rl.layout import Rollout, pack_rows
 from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.stages import defaults, sampled
 from rlhf_jax.stages.online_preference import pack_best_and_worst
+from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.training.checkpoint import load_params
 from rlhf_jax.training.rundir import RunDirectory
 from tests.stages.conftest import run_main, started
