@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
-from rlhf_jax.config import Config
 from rlhf_jax.data.pipeline import random_bits
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.losses.cross_entropy import TokenStatistics
@@ -29,7 +29,7 @@ ALLOWED = np.array([False, False, True, True, True, True])
 PROMPTS = ((BOS, 3), (BOS, 4, 5), (BOS, 5, 3, 4), (BOS, 3, 3, 4, 5))
 
 
-def table_task(config: Config) -> Task:
+def table_task(config: ConfigDict) -> Task:
     """Sampling from, and scoring by, a table of logits [4 prompts, 40 prefixes, 4 actions]."""
     groups, each = config.rollout.prompts, config.rollout.samples
     prompts = np.repeat(np.arange(groups) % world.PROMPTS, each).astype(np.int32)
@@ -121,7 +121,7 @@ def outcomes(actions: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.array([_OUTCOME[code] for code in codes.tolist()])
 
 
-def _kept(config: Config, scores: np.ndarray) -> np.ndarray:
+def _kept(config: ConfigDict, scores: np.ndarray) -> np.ndarray:
     """[N] weights: 0 with `rollout.filter_zero_std` where all samples of a prompt score the same.
 
     Nothing takes their place: prompts are four, and all of them are in the batch already.
@@ -166,7 +166,7 @@ def letters_model() -> ModelConfig:
     ).validate()
 
 
-def letters_task(config: Config, shape: ModelConfig) -> Task:
+def letters_task(config: ConfigDict, shape: ModelConfig) -> Task:
     """The same for a transformer: the engine samples, packed rows train, PAD and BOS are banned."""
     each = config.rollout.samples
     which = np.arange(config.rollout.prompts) % world.PROMPTS

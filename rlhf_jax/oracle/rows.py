@@ -9,7 +9,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlhf_jax.config import Config
 from rlhf_jax.oracle import enum121 as world
 from rlhf_jax.stages import defaults
 
@@ -151,7 +150,7 @@ ROWS |= _split({name: ROWS[name] for name in ("rloo", "ppo", "rloo_transformer")
 PREFERENCE |= _split({"dpo": PREFERENCE["dpo"]})
 
 
-def row_config(row: Row, config: Config, seed: int = 0) -> ConfigDict:
+def row_config(row: Row, config: ConfigDict, seed: int = 0) -> ConfigDict:
     """The ordinary config of the policy stage for a row."""
     each = row.changes.get("rollout", {}).get("samples", 1)
     table = row.policy == "table"

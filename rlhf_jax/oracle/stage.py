@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
-from rlhf_jax.config import Config
 from rlhf_jax.devices import training_devices
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.best_of_n import best_of_n_law, kl_bound, kl_terms
@@ -96,7 +96,7 @@ class Result:
         )
 
 
-def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
+def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Runs every row, prints and plots where each landed; returns oracle/<row>/… metrics.
 
     Raises:
@@ -142,7 +142,7 @@ def _devices(name: str) -> int:
     return 1 if name == BEST_OF else (ROWS | PREFERENCE)[name].devices
 
 
-def _result(config: Config, name: str) -> Result:
+def _result(config: ConfigDict, name: str) -> Result:
     if name == BEST_OF:
         return best_of_row(config)
     row = (ROWS | PREFERENCE)[name]
@@ -152,7 +152,7 @@ def _result(config: Config, name: str) -> Result:
     return Result(outcome, expected(row, outcome), row.note, judge(row, outcome))
 
 
-def run_row(row: Row, config: Config, seed: int = 0) -> Outcome:
+def run_row(row: Row, config: ConfigDict, seed: int = 0) -> Outcome:
     """Trains one row's policy and measures exactly where it ended."""
     made = resolve(row_config(row, config, seed))
     valued = made.advantage.name == "gae"
@@ -208,7 +208,7 @@ def _measure(
     return Measured(reward, kl, covariance, float(values[1].mean()))
 
 
-def run_preference(row: Row, config: Config) -> Outcome:
+def run_preference(row: Row, config: ConfigDict) -> Outcome:
     """Minimises a preference loss over all pairs at once, weighted by their exact law.
 
     A row of the batch is a prompt with all its pairs.
@@ -259,7 +259,7 @@ def _mesh(row: Row) -> Mesh | None:
     return make_mesh({"data": row.devices}, training_devices()[: row.devices])
 
 
-def best_of_row(config: Config, n: int = 8, samples: int = 20_000) -> Result:
+def best_of_row(config: ConfigDict, n: int = 8, samples: int = 20_000) -> Result:
     """The best of eight reference samples: estimates from many draws, against the exact law.
 
     The outcome shows the estimates of E r and KL, and the regret of the exact law.

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from rlhf_jax import console
-from rlhf_jax.config import Config
 from rlhf_jax.data.conversation import Tokenizer, render_prompt
 from rlhf_jax.data.encode import length_of_share
 from rlhf_jax.data.packing import Arrays
@@ -45,7 +45,7 @@ from rlhf_jax.training.metrics import Metrics
 from rlhf_jax.training.saved_model import Model
 
 
-def read_prompts(config: Config, tokenizer: Tokenizer, source: str, split: str) -> PromptSet:
+def read_prompts(config: ConfigDict, tokenizer: Tokenizer, source: str, split: str) -> PromptSet:
     """The prompts of a source that leave room for an answer; the others are counted."""
     limit, what = config.rollout.max_prompt_tokens, f"{source} ({split}) prompts"
     records = read_records(config, source, "prompt", split)
@@ -69,7 +69,7 @@ def read_prompts(config: Config, tokenizer: Tokenizer, source: str, split: str) 
     return PromptSet(records, tokens).take(fitting)
 
 
-def truncation(config: Config) -> dict[str, Any]:
+def truncation(config: ConfigDict) -> dict[str, Any]:
     """Those of rollout.top_k, top_p and min_p that leave tokens out."""
     everything = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # which the policy stage always draws
     stated = {name: getattr(config.rollout, name, value) for name, value in everything.items()}
@@ -77,7 +77,7 @@ def truncation(config: Config) -> dict[str, Any]:
 
 
 def sample_answers(
-    config: Config,
+    config: ConfigDict,
     model: Model,
     prompts: PromptSet,
     *,
@@ -108,14 +108,14 @@ def sample_answers(
     return Rollout.of(prompts, completions, texts, rollout.max_new_tokens)
 
 
-def with_rows(config: Config, rollout: Rollout, multiple: int) -> Rollout:
+def with_rows(config: ConfigDict, rollout: Rollout, multiple: int) -> Rollout:
     """The rollout with its rows, in number a `multiple`, as config.data and config.rollout say."""
     limits = {"row_length": config.data.row_length, "max_prompt": config.rollout.max_prompt_tokens}
     return dataclasses.replace(rollout, rows=pack_rows(rollout, multiple=multiple, **limits))
 
 
 def text_rollout(
-    config: Config,
+    config: ConfigDict,
     model: Model,
     prompts: PromptSet,
     chosen: np.ndarray,
@@ -177,7 +177,7 @@ def text_rollout(
 
 
 def _sample_block(
-    config: Config,
+    config: ConfigDict,
     model: Model,
     prompts: PromptSet,
     judge: Judge,
@@ -225,7 +225,7 @@ def _metrics_of_scores(scored: Sequence[Scores]) -> dict[str, tuple[float, float
     return metrics
 
 
-def row_multiple(config: Config, mesh: Mesh | None) -> int:
+def row_multiple(config: ConfigDict, mesh: Mesh | None) -> int:
     """The number that an iteration's rows are a multiple of, so that few shapes are compiled."""
     part = config.batch.rows
     if part % (config.batch.microbatches * batch_shards(mesh)):
@@ -237,7 +237,7 @@ def row_multiple(config: Config, mesh: Mesh | None) -> int:
 
 
 def text_task(
-    config: Config,
+    config: ConfigDict,
     policy: Model,
     prompts: PromptSet,
     judge: Judge,

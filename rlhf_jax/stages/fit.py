@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from rlhf_jax import console
-from rlhf_jax.config import Config
 from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.data.encode import encode_texts
 from rlhf_jax.data.packing import Arrays, check_ids, pack_documents
@@ -26,7 +27,7 @@ Evaluated = tuple[dict[str, float], list[Figure]]
 
 
 def pack_texts(
-    config: Config, what: str, records: Sequence[Text], tokenizer: Tokenizer, over_long: str
+    config: ConfigDict, what: str, records: Sequence[Text], tokenizer: Tokenizer, over_long: str
 ) -> Arrays:
     """Raw text as packed rows in which every token is a target; says what became of the records."""
     documents, counts = encode_texts(
@@ -37,7 +38,7 @@ def pack_texts(
     return rows
 
 
-def batches_of(config: Config, model: Model, rows: Sequence[Arrays], weights: Sequence[float]):
+def batches_of(config: ConfigDict, model: Model, rows: Sequence[Arrays], weights: Sequence[float]):
     """An endless iterator of batches over the packed rows of each source, mixed by weight."""
     for arrays in rows:
         check_ids(arrays, model.config.vocab_size)
@@ -46,7 +47,7 @@ def batches_of(config: Config, model: Model, rows: Sequence[Arrays], weights: Se
 
 
 def fit(
-    config: Config,
+    config: ConfigDict,
     run: RunDirectory,
     model: Model,
     loss_fn: Callable,
@@ -103,14 +104,14 @@ def fit(
     return made, metrics | rates, figures
 
 
-def is_evaluated(config: Config, step: int) -> bool:
+def is_evaluated(config: ConfigDict, step: int) -> bool:
     """Whether `train_loop` evaluates the state after that step."""
     every = config.train.eval_every or config.train.steps
     return step % every == 0 or step == config.train.steps
 
 
 def train_loop(
-    config: Config,
+    config: ConfigDict,
     run: RunDirectory,
     state: Any,
     step: Callable,

@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from rlhf_jax import console
-from rlhf_jax.config import Config
 from rlhf_jax.data.packing import Arrays
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.preferences import pair_values, preference_metrics, preference_plots
@@ -46,7 +46,7 @@ from rlhf_jax.training.step import Coupled
 from rlhf_jax.training.summary import read_summary
 
 
-def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
+def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Optimises `init.policy` on pairs and returns the metrics of summary.json."""
     reference = load_start(config, parents["policy"])
     sources = parse_sources(config.data.train)
@@ -92,7 +92,7 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
     return metrics
 
 
-def loss(config: Config, shape: ModelConfig, params: Any, batch, rng):
+def loss(config: ConfigDict, shape: ModelConfig, params: Any, batch, rng):
     """The configured loss of a batch of pairs: ((total, weight), metrics).
 
     Whatever its name, loss.sft_coefficient · −log π(chosen) / its tokens is added, in nats, which
@@ -106,7 +106,7 @@ def loss(config: Config, shape: ModelConfig, params: Any, batch, rng):
     return sums, metrics
 
 
-def _loss_of_logprobs(config: Config, logprobs: jax.Array, batch: Mapping[str, jax.Array]):
+def _loss_of_logprobs(config: ConfigDict, logprobs: jax.Array, batch: Mapping[str, jax.Array]):
     objective, is_kto = config.loss.objective, config.loss.name == "kto"
     policy, reference, lengths = (
         x.reshape(-1, x.shape[-1])
@@ -147,7 +147,7 @@ def _loss_of_logprobs(config: Config, logprobs: jax.Array, batch: Mapping[str, j
 
 
 def labelled_rewards(
-    config: Config, logprobs: np.ndarray, reference_logprobs: np.ndarray, rows: Arrays
+    config: ConfigDict, logprobs: np.ndarray, reference_logprobs: np.ndarray, rows: Arrays
 ) -> Evaluated:
     """(metrics, plots) of β(log π − log π_ref) as scores of held-out replies and their labels."""
     rewards = config.loss.objective.beta * (logprobs - reference_logprobs)
@@ -157,7 +157,7 @@ def labelled_rewards(
 
 
 def implicit_rewards(
-    config: Config, logprobs: np.ndarray, reference_logprobs: np.ndarray, rows: Arrays
+    config: ConfigDict, logprobs: np.ndarray, reference_logprobs: np.ndarray, rows: Arrays
 ) -> Evaluated:
     """(metrics, plots) on held-out pairs of what the configured loss takes for a reward.
 

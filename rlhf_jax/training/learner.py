@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
-from rlhf_jax.config import Config
 from rlhf_jax.models.lora import combine, split
 from rlhf_jax.training.mesh import TRANSFORMER_RULES, Rules, placed
 from rlhf_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -34,7 +34,7 @@ class Learner:
 
 
 def make_learner(
-    config: Config,
+    config: ConfigDict,
     section: OptimizerConfig,
     params: Any,
     loss_fn: Callable,
