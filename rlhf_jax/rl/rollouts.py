@@ -71,7 +71,7 @@ def read_prompts(config: ConfigDict, tokenizer: Tokenizer, source: str, split: s
 
 def truncation(config: ConfigDict) -> dict[str, Any]:
     """Those of rollout.top_k, top_p and min_p that leave tokens out."""
-    everything = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # which the policy stage always draws
+    everything = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # as the policy stage draws
     stated = {name: getattr(config.rollout, name, value) for name, value in everything.items()}
     return {name: value for name, value in stated.items() if value != everything[name]}
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import config as options
 from rlhf_jax.config import Config, option, others, variants
-from rlhf_jax.data.encode import STRIPPED_POLICIES
+from rlhf_jax.data.encode import check_stripped_turns
 from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.losses.preference import LOSSES
 from rlhf_jax.models.config import Shape
@@ -103,7 +103,11 @@ class SftData(LabelledData):
     replay: str = ""  # raw text to mix in, its weights beside those of `train`
     # Earlier replies that the chat template strips of their thoughts, or doesn't end: "leave" them
     # untrained, or "expand": each is the last reply of a record of its own.
-    stripped_turns: str = option("leave", choices=STRIPPED_POLICIES)
+    stripped_turns: str = "leave"
+
+    def validate(self) -> None:
+        """Raises UserError for a way to treat such replies that there is not."""
+        check_stripped_turns(self.stripped_turns)
 
 
 @dataclass(frozen=True)
