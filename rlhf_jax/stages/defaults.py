@@ -338,69 +338,58 @@ def _lay(config: ConfigDict, sections: Mapping[str, Mapping[str, Any]]) -> Confi
     return config
 
 
-# What an on-policy algorithm is, as changes to the sections' defaults.
+_TO_GROUP = {"name": "group", "baseline": "mean", "scale": "group"}
+_PER_RESPONSE = {"name": "policy_gradient", "aggregation": "sequence_mean"}
+_IN_LOSS = {"placement": "loss", "estimator": "k3", "level": "token"}
+_NO_KL = {"placement": "none"}
+# What an on-policy algorithm is, as changes to the sections' defaults: PPO's, with KL in the reward.
 ALGORITHMS: dict[str, dict[str, dict[str, Any]]] = {
     # https://arxiv.org/abs/1707.06347, as in https://arxiv.org/abs/1909.08593
-    "ppo": {
-        "advantage": {"name": "gae", "whiten": True},
-        "loss": {"name": "ppo", "aggregation": "token_mean"},
-        "kl": {"placement": "reward", "estimator": "k1"},
-    },
+    "ppo": {"advantage": {"name": "gae", "whiten": True}, "loss": {"name": "ppo"}},
     # https://arxiv.org/abs/2402.03300
     "grpo": {
-        "advantage": {"name": "group", "baseline": "mean", "scale": "group"},
+        "advantage": _TO_GROUP,
         "loss": {"name": "ppo", "aggregation": "sequence_mean_token_mean"},
-        "kl": {"placement": "loss", "estimator": "k3", "level": "token"},
+        "kl": _IN_LOSS,
     },
     # https://arxiv.org/abs/2503.20783
     "dr_grpo": {
         "advantage": {"name": "group", "baseline": "mean", "scale": "none"},
         "loss": {"name": "ppo", "aggregation": "constant"},
-        "kl": {"placement": "loss", "estimator": "k3", "level": "token"},
+        "kl": _IN_LOSS,
     },
     # https://arxiv.org/abs/2503.14476
     "dapo": {
-        "advantage": {"name": "group", "baseline": "mean", "scale": "group"},
-        "loss": {"name": "ppo", "clip_low": 0.2, "clip_high": 0.28, "aggregation": "token_mean"},
-        "kl": {"placement": "none"},
+        "advantage": _TO_GROUP,
+        "loss": {"name": "ppo", "clip_low": 0.2, "clip_high": 0.28},
+        "kl": _NO_KL,
         "rollout": {"filter_zero_std": True, "resample": 2},
     },
     # https://arxiv.org/abs/2402.14740
     "rloo": {
         "advantage": {"name": "group", "baseline": "leave_one_out", "scale": "none"},
-        "loss": {"name": "policy_gradient", "aggregation": "sequence_mean"},
-        "kl": {"placement": "reward", "estimator": "k1"},
+        "loss": _PER_RESPONSE,
     },
     # https://doi.org/10.1007/BF00992696
     "reinforce": {
         "advantage": {"name": "group", "baseline": "none", "scale": "none"},
-        "loss": {"name": "policy_gradient", "aggregation": "sequence_mean"},
-        "kl": {"placement": "reward", "estimator": "k1"},
+        "loss": _PER_RESPONSE,
     },
     # https://arxiv.org/abs/2501.03262
     "reinforce_pp": {
         "advantage": {"name": "reward_to_go", "whiten": True},
-        "loss": {"name": "ppo", "aggregation": "token_mean"},
-        "kl": {"placement": "reward", "estimator": "k1"},
+        "loss": {"name": "ppo"},
     },
     # https://arxiv.org/abs/2310.10505
-    "remax": {
-        "advantage": {"name": "remax"},
-        "loss": {"name": "policy_gradient", "aggregation": "sequence_mean"},
-        "kl": {"placement": "reward", "estimator": "k1"},
-    },
+    "remax": {"advantage": {"name": "remax"}, "loss": _PER_RESPONSE},
     # https://arxiv.org/abs/2507.18071
     "gspo": {
-        "advantage": {"name": "group", "baseline": "mean", "scale": "group"},
+        "advantage": _TO_GROUP,
         "loss": {"name": "gspo", "aggregation": "sequence_mean_token_mean"},
-        "kl": {"placement": "none"},
+        "kl": _NO_KL,
     },
     # https://arxiv.org/abs/2506.13585
-    "cispo": {
-        "advantage": {"name": "group", "baseline": "mean", "scale": "group"},
-        "loss": {"name": "cispo", "aggregation": "token_mean"},
-        "kl": {"placement": "none"},
-    },
+    "cispo": {"advantage": _TO_GROUP, "loss": {"name": "cispo"}, "kl": _NO_KL},
 }
 
 
