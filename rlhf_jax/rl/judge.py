@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
+from rlhf_jax.config import Config
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.rows import map_rows
+from rlhf_jax.evaluation.row_passes import map_rows
 from rlhf_jax.files import write_json
 from rlhf_jax.rewards.ensemble import (
     Normalization,
@@ -50,7 +50,7 @@ class Judge:
 
     def __init__(
         self,
-        config: ConfigDict,
+        config: Config,
         parents: Mapping[str, Path],
         policy: Model,
         run: Path | None = None,
@@ -133,7 +133,7 @@ def _scores_by_row(shape, members, rows) -> jax.Array:
     return member_scores(shape, members, rows).swapaxes(0, 1)
 
 
-def _reward_models(config: ConfigDict, parents: Mapping[str, Path], policy: Model) -> list[Model]:
+def _reward_models(config: Config, parents: Mapping[str, Path], policy: Model) -> list[Model]:
     """The models of init.reward…, which must fit the policy and one another."""
     paths = [path for role, path in parents.items() if role.startswith("reward")]
     models = [

@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
+from rlhf_jax.config import Config
 from rlhf_jax.losses.advantages import (
     gae,
     group_advantages,
@@ -45,7 +45,7 @@ from rlhf_jax.training.metrics import Metrics
 PLACEMENTS = ("reward", "loss", "none")
 
 
-def shape_scores(config: ConfigDict, rollout: Rollout) -> jax.Array:
+def shape_scores(config: Config, rollout: Rollout) -> jax.Array:
     """[N] scores after what is taken off for answers that did not end or grew too long."""
     options = config.rollout
     scores = missing_eos(
@@ -61,19 +61,19 @@ def shape_scores(config: ConfigDict, rollout: Rollout) -> jax.Array:
     return scores
 
 
-def _gae(config: ConfigDict, rollout: Rollout, rewards: jax.Array, mask: jax.Array):
+def _gae(config: Config, rollout: Rollout, rewards: jax.Array, mask: jax.Array):
     options = config.advantage
     bootstrap = jnp.where(rollout.finished, 0, rollout.last_values) if options.bootstrap else None
     values = rollout.old_values
     return gae(rewards, values, mask, gamma=options.gamma, lam=options.lam, bootstrap=bootstrap)
 
 
-def _reward_to_go(config: ConfigDict, rollout: Rollout, rewards: jax.Array, mask: jax.Array):
+def _reward_to_go(config: Config, rollout: Rollout, rewards: jax.Array, mask: jax.Array):
     returns = reward_to_go(rewards, mask, gamma=config.advantage.gamma)
     return returns, returns
 
 
-def _group(config: ConfigDict, rollout: Rollout, rewards: jax.Array, mask: jax.Array):
+def _group(config: Config, rollout: Rollout, rewards: jax.Array, mask: jax.Array):
     options = config.advantage
     groups = _totals(config, rollout, rewards)
     per_sequence = group_advantages(
@@ -85,13 +85,13 @@ def _group(config: ConfigDict, rollout: Rollout, rewards: jax.Array, mask: jax.A
     return per_sequence.reshape(-1, 1) * mask, reward_to_go(rewards, mask, gamma=options.gamma)
 
 
-def _remax(config: ConfigDict, rollout: Rollout, rewards: jax.Array, mask: jax.Array):
+def _remax(config: Config, rollout: Rollout, rewards: jax.Array, mask: jax.Array):
     per_sequence = remax(_totals(config, rollout, rewards), rollout.greedy_scores)
     returns = reward_to_go(rewards, mask, gamma=config.advantage.gamma)
     return per_sequence.reshape(-1, 1) * mask, returns
 
 
-def _totals(config: ConfigDict, rollout: Rollout, rewards: jax.Array) -> jax.Array:
+def _totals(config: Config, rollout: Rollout, rewards: jax.Array) -> jax.Array:
     """[P, G] reward of each answer that counts, 0 for the others."""
     totals = jnp.where(rollout.weights > 0, rewards.sum(-1), 0)
     return totals.reshape(-1, config.rollout.samples)
@@ -108,7 +108,7 @@ ADVANTAGES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
 
 
 def advantages(
-    config: ConfigDict, rollout: Rollout, coefficient: jax.Array
+    config: Config, rollout: Rollout, coefficient: jax.Array
 ) -> tuple[dict[str, jax.Array], Metrics]:
     """Advantages and returns [N, T] of a rollout; metrics are scalars with their weights.
 
@@ -138,7 +138,7 @@ def advantages(
 
 
 def policy_objective(
-    config: ConfigDict,
+    config: Config,
     objective: Objective,
     statistics: TokenStatistics,
     batch: Mapping[str, jax.Array],
@@ -207,7 +207,7 @@ def policy_objective(
     return (total, weight), metrics | {"loss": (total, weight)}
 
 
-def value_objective(config: ConfigDict, values: jax.Array, batch: Mapping[str, jax.Array]):
+def value_objective(config: Config, values: jax.Array, batch: Mapping[str, jax.Array]):
     """((total, weight), metrics) of the critic's values [N, T] against the returns."""
     (total, weight), metrics = value_loss(
         values,
@@ -227,7 +227,7 @@ def value_objective(config: ConfigDict, values: jax.Array, batch: Mapping[str, j
     return (total, weight), renamed
 
 
-def sample_metrics(config: ConfigDict, rollout: Rollout, coefficient: jax.Array) -> Metrics:
+def sample_metrics(config: Config, rollout: Rollout, coefficient: jax.Array) -> Metrics:
     """Standard names of what one looks at while a policy is trained, with what they are means of.
 
     Those of the completions are of everything that was sampled, the others of what counts.

@@ -25,10 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
+from rlhf_jax.config import Config
+from rlhf_jax.data.batches import random_bits
 from rlhf_jax.data.packing import Arrays
-from rlhf_jax.data.pipeline import random_bits
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.losses.policy import Objective
@@ -107,7 +107,7 @@ class Trainer:
       advantages, sample_metrics: compiled functions of `objectives` under the config.
     """
 
-    config: ConfigDict
+    config: Config
     task: Task
     mesh: Mesh | None
     policy: Learner
@@ -127,7 +127,7 @@ class Trainer:
 
 
 def make_trainer(
-    config: ConfigDict,
+    config: Config,
     task: Task,
     start: Any,
     critic: Any = None,
@@ -169,7 +169,7 @@ def make_trainer(
     )
 
 
-def updates_per_iteration(config: ConfigDict) -> int:
+def updates_per_iteration(config: Config) -> int:
     """Updates of the policy on one rollout."""
     return config.train.epochs * config.train.minibatches
 
@@ -311,7 +311,7 @@ def trainable_rows(rollout: Rollout, coefficient: float) -> Arrays:
     return rows
 
 
-def minibatches(config: ConfigDict, real: Any, number: int) -> Iterator[np.ndarray]:
+def minibatches(config: Config, real: Any, number: int) -> Iterator[np.ndarray]:
     """Row indices of every minibatch of every epoch: a function of (seed, iteration, epoch).
 
     `real` [R] tells rows from padding: the real ones are dealt out evenly.
@@ -330,7 +330,7 @@ def _sequences(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return flat | {"kl_coefficient": batch["kl_coefficient"]}
 
 
-def policy_loss(config: ConfigDict, task: Task, objective: Objective, params, batch, rng):
+def policy_loss(config: Config, task: Task, objective: Objective, params, batch, rng):
     """The policy's loss on a minibatch, as `make_step` takes it.
 
     Also returns the policy's own scores [R, S, T], if the batch comes without.
@@ -352,14 +352,14 @@ def policy_loss(config: ConfigDict, task: Task, objective: Objective, params, ba
     return Coupled(sums, parts, finish), metrics | of_extra | loss, *own
 
 
-def _mixed(config: ConfigDict, parts: Any, batch: Any):
+def _mixed(config: Config, parts: Any, batch: Any):
     """The policy's loss and, in the coefficient's share, the mean of the extra one."""
     (total, weight), extra = jax.tree.map(jnp.sum, parts)
     mixed = total + config.loss.ptx_coefficient * mean(extra) * weight, weight
     return mixed, {"loss": mixed}
 
 
-def value_loss(config: ConfigDict, task: Task, params, batch, rng):
+def value_loss(config: Config, task: Task, params, batch, rng):
     """The critic's loss on a minibatch, as `make_step` takes it."""
     assert task.values is not None
     values, _ = task.values(params, batch)

@@ -14,14 +14,13 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from rlhf_jax import console
-from rlhf_jax.data.conversation import Tokenizer, render_prompt
-from rlhf_jax.data.encode import length_of_share
+from rlhf_jax.config import Config
+from rlhf_jax.data.batches import random_bits
+from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.data.packing import Arrays
-from rlhf_jax.data.pipeline import random_bits
 from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.held_out_answers import sample
 from rlhf_jax.losses.advantages import zero_variance
 from rlhf_jax.losses.checks import check_choice
 from rlhf_jax.losses.cross_entropy import TokenStatistics
@@ -34,50 +33,40 @@ from rlhf_jax.models.scoring import (
 )
 from rlhf_jax.rewards.scorers import Scores
 from rlhf_jax.rl.judge import Judge
-from rlhf_jax.rl.layout import PromptSet, Rollout, pack_rows
+from rlhf_jax.rl.layout import Rollout, pack_rows
 from rlhf_jax.rl.objectives import shape_scores
 from rlhf_jax.rl.on_policy import Task
 from rlhf_jax.sampling.arguments import Sampling
-from rlhf_jax.sampling.generate import generate
-from rlhf_jax.tasks.sources import check_unrendered, read_records
+from rlhf_jax.tasks.prompts import PromptSet, prompts_within
+from rlhf_jax.tasks.sources import read_records
 from rlhf_jax.training.mesh import batch_shards
 from rlhf_jax.training.metrics import Metrics
 from rlhf_jax.training.saved_model import Model
 
 
-def read_prompts(config: ConfigDict, tokenizer: Tokenizer, source: str, split: str) -> PromptSet:
+def read_prompts(config: Config, tokenizer: Tokenizer, source: str, split: str) -> PromptSet:
     """The prompts of a source that leave room for an answer; the others are counted."""
-    limit, what = config.rollout.max_prompt_tokens, f"{source} ({split}) prompts"
+    limit = config.rollout.max_prompt_tokens
     records = read_records(config, source, "prompt", split)
-    check_unrendered(what, records, tokenizer)
-    tokens = [render_prompt(record.messages, tokenizer) for record in records]
-    fitting = [i for i, ids in enumerate(tokens) if len(ids) <= limit]
-    dropped = len(records) - len(fitting)
-    console.say(what, {"read": len(records), "too long": dropped})
-    console.warn_over_long(
-        what,
-        dropped,
-        len(records),
-        length_of_share([*map(len, tokens)]),
-        f"left out, longer than rollout.max_prompt_tokens = {limit}",
-    )
-    if not fitting:
+    why = f"left out, longer than rollout.max_prompt_tokens = {limit}"
+    prompts = prompts_within(limit, f"{source} ({split}) prompts", records, tokenizer, why)
+    if not prompts.records:
         raise UserError(
             f"none of the {len(records)} prompts of {source!r} has at most "
             f"rollout.max_prompt_tokens = {limit} tokens"
         )
-    return PromptSet(records, tokens).take(fitting)
+    return prompts
 
 
-def truncation(config: ConfigDict) -> dict[str, Any]:
+def truncation(config: Config) -> dict[str, Any]:
     """Those of rollout.top_k, top_p and min_p that leave tokens out."""
-    everything = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # as the policy stage draws
+    everything = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # which the policy stage always draws
     stated = {name: getattr(config.rollout, name, value) for name, value in everything.items()}
     return {name: value for name, value in stated.items() if value != everything[name]}
 
 
 def sample_answers(
-    config: ConfigDict,
+    config: Config,
     model: Model,
     prompts: PromptSet,
     *,
@@ -101,21 +90,18 @@ def sample_answers(
         cache_length=rollout.max_prompt_tokens + rollout.max_new_tokens,
         **drawn if temperature is None else {"temperature": temperature},
     )
-    completions = generate(
-        model.config, model.params, prompts.tokens, sampling, seed=seed, prompt_ids=ids
-    )
-    texts = [model.tokenizer.decode_text(completion.tokens) for completion in completions]
+    completions, texts = sample(model, prompts.tokens, sampling, seed=seed, prompt_ids=ids)
     return Rollout.of(prompts, completions, texts, rollout.max_new_tokens)
 
 
-def with_rows(config: ConfigDict, rollout: Rollout, multiple: int) -> Rollout:
+def with_rows(config: Config, rollout: Rollout, multiple: int) -> Rollout:
     """The rollout with its rows, in number a `multiple`, as config.data and config.rollout say."""
     limits = {"row_length": config.data.row_length, "max_prompt": config.rollout.max_prompt_tokens}
     return dataclasses.replace(rollout, rows=pack_rows(rollout, multiple=multiple, **limits))
 
 
 def text_rollout(
-    config: ConfigDict,
+    config: Config,
     model: Model,
     prompts: PromptSet,
     chosen: np.ndarray,
@@ -177,7 +163,7 @@ def text_rollout(
 
 
 def _sample_block(
-    config: ConfigDict,
+    config: Config,
     model: Model,
     prompts: PromptSet,
     judge: Judge,
@@ -225,7 +211,7 @@ def _metrics_of_scores(scored: Sequence[Scores]) -> dict[str, tuple[float, float
     return metrics
 
 
-def row_multiple(config: ConfigDict, mesh: Mesh | None) -> int:
+def row_multiple(config: Config, mesh: Mesh | None) -> int:
     """The number that an iteration's rows are a multiple of, so that few shapes are compiled."""
     part = config.batch.rows
     if part % (config.batch.microbatches * batch_shards(mesh)):
@@ -237,7 +223,7 @@ def row_multiple(config: ConfigDict, mesh: Mesh | None) -> int:
 
 
 def text_task(
-    config: ConfigDict,
+    config: Config,
     policy: Model,
     prompts: PromptSet,
     judge: Judge,

@@ -22,23 +22,17 @@ from ml_collections import ConfigDict
 from rlhf_jax.config import Config, document, stated
 from rlhf_jax.digests import json_digest
 from rlhf_jax.errors import UserError, mistake_in
-from rlhf_jax.report.report import METRICS, environment, read_samples, write_report
-from rlhf_jax.report.tables import print_summary
+from rlhf_jax.report.report import describe_environment, write_report
+from rlhf_jax.report.run_files import read_samples
+from rlhf_jax.report.tables import METRICS, print_table
 from rlhf_jax.stages.checks import check
 from rlhf_jax.stages.defaults import STAGES, module_of, resolve
 from rlhf_jax.stages.identity import made_from
 from rlhf_jax.stages.memory import naming_memory
 from rlhf_jax.stopping import stop_point
 from rlhf_jax.tasks.sources import settle_sources
-from rlhf_jax.training.rundir import (
-    SUMMARY,
-    AnotherRun,
-    RunDirectory,
-    changes,
-    config_hash,
-    fault_point,
-    tell_changes,
-)
+from rlhf_jax.training.origin import changes, config_hash, tell_changes
+from rlhf_jax.training.rundir import SUMMARY, AnotherRun, RunDirectory, fault_point
 from rlhf_jax.training.summary import ancestry, read_summary
 
 PARENTLESS = ("pretrain", "oracle")
@@ -166,7 +160,7 @@ def _run_stage(config: Config, held: RunDirectory, parents: Mapping[str, Path]) 
         "metrics": {name: float(value) for name, value in metrics.items()},
         "command": shlex.join(["python", "-m", "rlhf_jax.main", *sys.argv[1:]]),
         "made_from": origin | {"code": json_digest(origin["code"])},
-        "environment": environment(),
+        "environment": describe_environment(),
     }
     fault_point("report")
     write_report(held.path, summary)
@@ -175,7 +169,7 @@ def _run_stage(config: Config, held: RunDirectory, parents: Mapping[str, Path]) 
 
 def _tell_environment(workdir: Path) -> None:
     """Says with which other libraries, or on which other device, a run was made."""
-    then, now = read_summary(workdir).get("environment", {}), environment()
+    then, now = read_summary(workdir).get("environment", {}), describe_environment()
     changed = [
         f"{name} {then[name]} (here {now[name]})"
         for name in now
@@ -192,7 +186,7 @@ def show(workdir: Path) -> None:
     rows = summary_rows([s["metrics"] for s in summaries])
     rows.append(["Wall time (s)", *(s["wall_seconds"] for s in summaries)])
     chosen = pick_samples(read_samples(workdir))
-    print_summary(f"{workdir}", ["", *(path.name for path in runs)], rows, chosen)
+    print_table(f"{workdir}", ["", *(path.name for path in runs)], rows, chosen)
     print(f"report: {workdir / 'report.html'}", flush=True)
 
 

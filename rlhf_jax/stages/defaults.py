@@ -240,7 +240,6 @@ class ChatEvaluation:
     max_new_tokens: int = option(64, least=1)  # of an answer, its end included
     # Of the answers that are judged; 0: greedy.
     temperature: float = option(0.0, within="[0, inf)")
-    gold: bool = True  # judged by the town's scorer
 
 
 @dataclass(frozen=True)
@@ -342,7 +341,7 @@ _TO_GROUP = {"name": "group", "baseline": "mean", "scale": "group"}
 _PER_RESPONSE = {"name": "policy_gradient", "aggregation": "sequence_mean"}
 _IN_LOSS = {"placement": "loss", "estimator": "k3", "level": "token"}
 _NO_KL = {"placement": "none"}
-# What an on-policy algorithm is, as changes to the sections' defaults: PPO's, with KL in the reward.
+# What an on-policy algorithm is, as changes to the sections' defaults (KL in the reward).
 ALGORITHMS: dict[str, dict[str, dict[str, Any]]] = {
     # https://arxiv.org/abs/1707.06347, as in https://arxiv.org/abs/1909.08593
     "ppo": {"advantage": {"name": "gae", "whiten": True}, "loss": {"name": "ppo"}},
@@ -435,8 +434,8 @@ TUNING = {"name": "adamw", "warmup_steps": 10, "schedule": "linear", "final_frac
 
 
 def own_evaluation(**changes: Any) -> dict[str, Any]:
-    """`chat_evaluation` on what is held out of the user's data, which has no exact scorer."""
-    return chat_evaluation(**{"source": "", "count": 64, "gold": False} | changes)
+    """`chat_evaluation` on what is held out of the user's data."""
+    return chat_evaluation(**{"source": "", "count": 64} | changes)
 
 
 def fields_of(stage: str) -> ConfigDict:

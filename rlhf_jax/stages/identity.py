@@ -35,9 +35,7 @@ from rlhf_jax.tasks.sources import parse_source, parse_sources
 from rlhf_jax.training.saved_model import fingerprint
 
 # Code that only shows what a run came to.
-SHOWING = tuple(
-    f"report/{name}.py" for name in ("compare", "figure", "page", "plots", "report", "tables")
-)
+SHOWING = tuple(f"report/{path.name}" for path in (PACKAGE / "report").glob("*.py"))
 _SPLITS = {
     "data.train": "train",
     "data.replay": "train",

@@ -16,18 +16,17 @@ from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
+from rlhf_jax.config import Config
+from rlhf_jax.data.batches import pad_rows
 from rlhf_jax.data.encode import is_identical
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
-from rlhf_jax.data.pipeline import pad_rows
-from rlhf_jax.evaluation.rows import response_logprobs
+from rlhf_jax.evaluation.row_passes import response_logprobs
 from rlhf_jax.rl.judge import Judge
-from rlhf_jax.rl.layout import SHORTEST, PromptSet, Rollout
+from rlhf_jax.rl.layout import SHORTEST, Rollout
 from rlhf_jax.rl.objectives import shape_scores
 from rlhf_jax.rl.on_policy import minibatches, over_updates, updates_per_iteration
 from rlhf_jax.rl.rollouts import row_multiple, text_rollout
-from rlhf_jax.stages.fit import train_loop
 from rlhf_jax.stages.pairs import CHOSEN, REJECTED
 from rlhf_jax.stages.preference import loss
 from rlhf_jax.stages.sampled import (
@@ -39,15 +38,18 @@ from rlhf_jax.stages.sampled import (
     training_prompts,
 )
 from rlhf_jax.stages.start import load_start
+from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.training.learner import Learner, make_learner
+from rlhf_jax.training.loop import Loop
 from rlhf_jax.training.mesh import mesh_of, shard_batch, step_tokens
 from rlhf_jax.training.metrics import joined, weighted
+from rlhf_jax.training.progress import Clock
 from rlhf_jax.training.rundir import RunDirectory, fault_point
 from rlhf_jax.training.saved_model import Model, save_model
 from rlhf_jax.training.state import TrainState
 
 
-def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
+def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Optimises `init.policy` on pairs of its own answers; returns the metrics of summary.json."""
     reference = load_start(config, parents["policy"])
     mesh = mesh_of(config)
@@ -70,23 +72,23 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
             return evaluate(config, run.path, model, reference, held_out, judge, number)
 
         before = first_evaluation(config, run, reference, held_out, judge)
-        state, rates = train_loop(
-            config,
+        loop = Loop(
+            config.train,
             run,
-            learner.init(),
             partial(iterate, config, reference, prompts, judge, learner, mesh),
             batches,
             evaluation,
-            tokens=sampled_tokens,
+            clock=Clock(tokens=sampled_tokens),
             tokenizer_hash=reference.tokenizer.hash,
         )
+        state, rates = loop.train(learner.init())
     model = dataclasses.replace(reference, params=learner.params(state))
     save_model(run.path, model)
     return finish(config, run.path, model, parents["policy"], before) | rates
 
 
 def iterate(
-    config: ConfigDict,
+    config: Config,
     reference: Model,
     prompts: PromptSet,
     judge: Judge,
@@ -125,7 +127,7 @@ def iterate(
     return state, joined(over_updates(taken), of_rollout, weighted(rollout.metrics))
 
 
-def pack_best_and_worst(config: ConfigDict, rollout: Rollout, multiple: int) -> tuple[Arrays, int]:
+def pack_best_and_worst(config: Config, rollout: Rollout, multiple: int) -> tuple[Arrays, int]:
     """Rows of pairs, a prompt's best answer before its worst, and how many prompts had none.
 
     Best and worst are by the shaped scores: an answer that never ended pays for it first. A prompt

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from rlhf_jax import console
+from rlhf_jax.config import Config
 from rlhf_jax.data.conversation import Tokenizer, mark, render_prompt, render_replies
 from rlhf_jax.data.encode import add_mismatched, naming, split_turns
 from rlhf_jax.data.packing import Group
 from rlhf_jax.data.records import Conversation, Pair, Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.statistics import auc, wilson_interval
-from rlhf_jax.report.tables import format_percent, print_table, printable
+from rlhf_jax.report.tables import format_percent, make_printable, print_table
 from rlhf_jax.stages.chain import PARENTLESS, default_workdir, prepare
 from rlhf_jax.stages.pairs import label_of, read_preferences
 from rlhf_jax.stages.start import with_chat_template
@@ -89,7 +89,7 @@ class Measured:
     length: Mapping[str, float]
 
 
-def preflight(config: ConfigDict, source: str, workdir: str | None) -> None:
+def preflight(config: Config, source: str, workdir: str | None) -> None:
     """Prints what the config's stage would read from each source of `data.train`; runs nothing.
 
     Raises:
@@ -129,7 +129,7 @@ def preflight(config: ConfigDict, source: str, workdir: str | None) -> None:
         show_example(_typical(encoded, limit), tokenizer)
 
 
-def _read(config: ConfigDict, source: str) -> Sequence[ChatRecord]:
+def _read(config: Config, source: str) -> Sequence[ChatRecord]:
     """The records of a training source as its stage reads them."""
     match config.stage:
         case "preference":
@@ -176,7 +176,7 @@ def encode_all(
         if isinstance(record, Prompt):
             prompt = render_prompt(record.messages, tokenizer)
             return [Encoded({"prompt": prompt}, [0] * len(prompt))]
-        documents, turns = split_turns(record.messages, tokenizer, judged, expand)
+        documents, turns = split_turns(record.messages, tokenizer, expand, last_turn_only=judged)
     stripped = turns - sum(len(places) for _, places in documents)
     encoded = []
     for tokens, places in documents:
@@ -319,7 +319,7 @@ def show_example(example: Encoded, tokenizer: Tokenizer, *, file: IO[str] | None
     console.print(text, end=":\n")
     text = Text()
     for piece, trained in decoded_runs(example, tokenizer):
-        shown = printable(piece)
+        shown = make_printable(piece)
         text.append(shown if coloured or not trained else f"[[{shown}]]",
                     style="bold green" if trained else "")  # fmt: skip
     console.print(text, end="\n\n")

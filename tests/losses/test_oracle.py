@@ -12,7 +12,7 @@ from rlhf_jax.losses.cross_entropy import token_cross_entropy, token_statistics
 from rlhf_jax.losses.preference import LOSSES, preference_loss
 from rlhf_jax.losses.reductions import mean, segment_logprobs
 from rlhf_jax.losses.reward import bradley_terry
-from rlhf_jax.oracle.enum121 import (
+from rlhf_jax.oracle.exact_world import (
     ACTIONS,
     LENGTHS,
     MASK,

@@ -19,7 +19,8 @@ from rlhf_jax.losses.shaping import (
     token_rewards,
     with_next_slot,
 )
-from rlhf_jax.oracle import enum121 as world
+from rlhf_jax.oracle import exact_world as world
+from tests.losses.exact_gradients import GENERIC
 
 
 def f32(x):
@@ -66,8 +67,8 @@ def test_exact_kl_is_the_expectation_of_k1_and_k3():
 
 def test_exact_kl_of_tokens_adds_up_to_that_of_responses():
     with jax.enable_x64(True):
-        per_prefix = exact_kl(jnp.asarray(world.GENERIC), jnp.asarray(world.REFERENCE))
-        law = np.exp(world.logprobs(world.GENERIC))
+        per_prefix = exact_kl(jnp.asarray(GENERIC), jnp.asarray(world.REFERENCE))
+        law = np.exp(world.logprobs(GENERIC))
         total = law[:, :, None] * world.MASK * np.asarray(per_prefix)[:, world.NODES]
         np.testing.assert_allclose(total.sum() / world.PROMPTS, 0.103489, atol=1e-6)
 

@@ -12,11 +12,11 @@ import pytest
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.models import lora, transformer
-from rlhf_jax.oracle import enum121 as world
-from rlhf_jax.oracle.judge import judge
-from rlhf_jax.oracle.letters import enumerate_logprobs, letters_model, letters_task, table_task
-from rlhf_jax.oracle.rows import ROWS, Row, row_config
-from rlhf_jax.oracle.stage import run_row
+from rlhf_jax.oracle import exact_world as world
+from rlhf_jax.oracle.oracle_rows import ROWS, Row, make_row_config
+from rlhf_jax.oracle.oracle_tasks import enumerate_logprobs, letters_model, letters_task, table_task
+from rlhf_jax.oracle.row_training import train_policy
+from rlhf_jax.oracle.verdicts import judge
 from rlhf_jax.rl import objectives
 from rlhf_jax.rl.on_policy import make_iteration, minibatches, over_updates
 from rlhf_jax.stages import defaults
@@ -35,7 +35,7 @@ def at_the_root(monkeypatch, request):
 
 
 def table(algorithm="rloo", **sections):
-    config = row_config(
+    config = make_row_config(
         Row(algorithm, {"rollout": {"samples": 4}, **sections}), load_config(ORACLE)
     )
     config.rollout.prompts = 16
@@ -46,7 +46,7 @@ def table(algorithm="rloo", **sections):
 
 def letters(algorithm="rloo", **sections):
     changes = {"rollout": {"samples": 4}, **sections}
-    config = row_config(Row(algorithm, changes, policy="transformer"), load_config(ORACLE))
+    config = make_row_config(Row(algorithm, changes, policy="transformer"), load_config(ORACLE))
     config.rollout.prompts = 16
     config.rollout.slots = 32
     config.train.steps = 10
@@ -398,8 +398,8 @@ def test_every_algorithm_is_a_valid_config_and_lowers_regret(algorithm):
     row = Row(algorithm, {"rollout": {"samples": each}, "kl": in_reward}, regret=0.2)
     config = load_config(ORACLE)
     config.oracle.table_steps = 40
-    check_objective(row_config(row, config))
-    outcome = run_row(row, config)
+    check_objective(make_row_config(row, config))
+    outcome = train_policy(row, config)
     assert outcome.regret < 0.2  # 0.370 before
     assert "measured" not in judge(row, outcome)
 
@@ -407,7 +407,7 @@ def test_every_algorithm_is_a_valid_config_and_lowers_regret(algorithm):
 def test_a_wrong_place_is_a_failed_row():
     config = load_config(ORACLE)
     config.oracle.table_steps = 5
-    outcome = run_row(ROWS["rloo"], config)
+    outcome = train_policy(ROWS["rloo"], config)
     assert judge(ROWS["rloo"], outcome).startswith("regret over")
     above = dataclasses.replace(outcome, reward=world.frontier(outcome.kl) + 0.01, measured=None)
     assert judge(ROWS["rloo"], above).startswith("above the frontier")
@@ -428,7 +428,7 @@ def test_a_wrong_place_is_a_failed_row():
 def test_tier_two_on_three_seeds(name, seed):
     config = load_config(ORACLE)
     config.oracle.table_steps = 500
-    outcome = run_row(ROWS[name], config, seed)
+    outcome = train_policy(ROWS[name], config, seed)
     assert judge(ROWS[name], outcome) == "ok"
 
 
@@ -441,7 +441,7 @@ def test_a_transformer_reaches_the_optimum(algorithm):
     row = dataclasses.replace(
         ROWS["rloo_transformer"], algorithm=algorithm, changes={"rollout": {"samples": each}}
     )
-    assert judge(row, run_row(row, config)) == "ok"
+    assert judge(row, train_policy(row, config)) == "ok"
 
 
 @pytest.mark.parametrize("mutant", ["misses EOS", "averages over tokens"])
@@ -450,7 +450,7 @@ def test_a_wrong_metric_is_a_failed_row(mutant, monkeypatch):
     row = Row("rloo", {"rollout": {"samples": 4}}, tolerance=(9, 9), regret=None)
     config = load_config(ORACLE)
     config.oracle.table_steps = 60
-    assert judge(row, run_row(row, config)) == "ok"
+    assert judge(row, train_policy(row, config)) == "ok"
     right = objectives.kl_estimate
 
     def wrong(logprobs, ref_logprobs, kind):
@@ -462,7 +462,7 @@ def test_a_wrong_metric_is_a_failed_row(mutant, monkeypatch):
         return jnp.where(last & (lengths < 4), 0, kl)
 
     monkeypatch.setattr(objectives, "kl_estimate", wrong)
-    assert "measured" in judge(row, run_row(row, config))
+    assert "measured" in judge(row, train_policy(row, config))
 
 
 def test_prompts_whose_answers_score_the_same_are_left_out():

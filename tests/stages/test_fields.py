@@ -19,7 +19,7 @@ from rlhf_jax.losses.preference import Simpo
 from rlhf_jax.models import transformer
 from rlhf_jax.rewards.scorers import Scores
 from rlhf_jax.rl import rollouts
-from rlhf_jax.rl.layout import PromptSet, Rollout
+from rlhf_jax.rl.layout import Rollout
 from rlhf_jax.rl.rollouts import sample_answers, text_rollout
 from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.stages import best_of_n, chain, checks, defaults
@@ -27,6 +27,7 @@ from rlhf_jax.stages.online_preference import pack_best_and_worst
 from rlhf_jax.stages.pairs import CHOSEN, REJECTED
 from rlhf_jax.stages.reward import loss as reward_loss
 from rlhf_jax.tasks import sources
+from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.training import mesh
 from rlhf_jax.training.learner import make_learner
 from rlhf_jax.training.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig, make_optimizer
