@@ -306,6 +306,11 @@ STAGES: dict[str, dict[str, type]] = {
     "best_of_n": _SAMPLED | {"data": ChatData, "rollout": BestOfNOptions, "best_of_n": BestOfN},
     "oracle": {"oracle": OracleOptions},
 }
+TRUNCATION = ("rollout.top_k", "rollout.top_p", "rollout.min_p")
+WHOLE = (
+    ": what is trained is the whole distribution, not its truncation, so ratios would not start at "
+    "1; sample with rollout.temperature alone"
+)
 # Fields that were, and what is in their place.
 GONE = {
     "loss.options": "each option is a field now, as --config.loss.clip_low=0.1",
@@ -479,7 +484,8 @@ def unknown_field(stage: str, name: str) -> str | None:
     if name in GONE:
         return f"there is no {name} any more: {GONE[name]}"
     if readers:
-        return f"the {stage} stage has no {name}; it is read by {', '.join(readers)}"
+        why = WHOLE if stage == "policy" and name in TRUNCATION else ""
+        return f"the {stage} stage has no {name}; it is read by {', '.join(readers)}{why}"
     known = ["seed"]
     for section, kind in STAGES[stage].items():
         known += [f"{section}.{field}" for field in sorted(options.field_names(kind))]

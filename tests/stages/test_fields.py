@@ -45,7 +45,7 @@ RUNS = {
     "online_preference": ["online"],
     "best_of_n": ["best_of_n"],
 }
-# Read before a stage runs: by `chain`, by `resolve`, which chooses the loss, and by `settle_sources`
+# Read before a stage runs: by `chain`; by `resolve`, which chooses the loss; by `settle_sources`
 # where eval.source is empty.
 BEFORE = {"stage", "loss.name", "init.policy", "init.reward", "data.validation"}
 
