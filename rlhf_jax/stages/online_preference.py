@@ -23,7 +23,6 @@ from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.data.pipeline import pad_rows
 from rlhf_jax.evaluation.rows import response_logprobs
 from rlhf_jax.rl.on_policy import Rollouts, minibatches, over_updates
-from rlhf_jax.stages.pairs import CHOSEN, REJECTED
 from rlhf_jax.stages.policy import (
     evaluate,
     finish,
@@ -33,6 +32,7 @@ from rlhf_jax.stages.policy import (
     training_prompts,
 )
 from rlhf_jax.stages.preference import loss
+from rlhf_jax.stages.preference_rows import CHOSEN, REJECTED
 from rlhf_jax.stages.rollouts import (
     SHORTEST,
     Judge,

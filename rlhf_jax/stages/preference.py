@@ -38,7 +38,7 @@ from rlhf_jax.models.scoring import sequence_logprobs
 from rlhf_jax.rl.objectives import parse_options
 from rlhf_jax.stages.chat import evaluate_chat, held_out_prompts, sampled_metrics
 from rlhf_jax.stages.fit import Evaluated, batches_of, fit
-from rlhf_jax.stages.pairs import CHOSEN, MISMATCHED, REJECTED, pack_preferences
+from rlhf_jax.stages.preference_rows import CHOSEN, MISMATCHED, REJECTED, pack_preferences
 from rlhf_jax.stages.reference_logprobs import reference_logprobs
 from rlhf_jax.stages.reward import label_metrics
 from rlhf_jax.stages.start import load_start

@@ -33,7 +33,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import sequence_scores
 from rlhf_jax.rewards.ensemble import normalization_of
 from rlhf_jax.stages.fit import Evaluated, batches_of, fit
-from rlhf_jax.stages.pairs import CHOSEN, REJECTED, pack_labelled, pack_pairs
+from rlhf_jax.stages.preference_rows import CHOSEN, REJECTED, pack_labelled, pack_pairs
 from rlhf_jax.stages.start import load_start
 from rlhf_jax.tasks.sources import parse_sources, read_records
 from rlhf_jax.training.mesh import step_tokens
