@@ -26,8 +26,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from rlhf_jax.data.batches import random_bits
 from rlhf_jax.data.packing import Arrays
-from rlhf_jax.data.pipeline import random_bits
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.losses.reductions import mean

@@ -9,10 +9,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rlhf_jax import console
+from rlhf_jax.data.batches import make_dataset, make_iterator
 from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.data.encode import encode_texts
 from rlhf_jax.data.packing import Arrays, check_ids, pack_documents
-from rlhf_jax.data.pipeline import make_dataset, make_iterator
 from rlhf_jax.data.records import Text
 from rlhf_jax.models.lora import has_adapter
 from rlhf_jax.training.learner import make_learner

@@ -18,10 +18,10 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from rlhf_jax.data.batches import pad_rows
 from rlhf_jax.data.encode import is_identical
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
-from rlhf_jax.data.pipeline import pad_rows
-from rlhf_jax.evaluation.rows import response_logprobs
+from rlhf_jax.evaluation.row_passes import response_logprobs
 from rlhf_jax.rl.on_policy import Rollouts, minibatches, over_updates
 from rlhf_jax.stages.policy import (
     evaluate,
@@ -33,15 +33,9 @@ from rlhf_jax.stages.policy import (
 )
 from rlhf_jax.stages.preference import loss
 from rlhf_jax.stages.preference_rows import CHOSEN, REJECTED
-from rlhf_jax.stages.rollouts import (
-    SHORTEST,
-    Judge,
-    PromptSet,
-    Samples,
-    row_multiple,
-    text_rollout,
-)
+from rlhf_jax.stages.rollouts import SHORTEST, Judge, Samples, row_multiple, text_rollout
 from rlhf_jax.stages.start import load_start
+from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.training.learner import Learner, make_learner
 from rlhf_jax.training.loop import Loop
 from rlhf_jax.training.mesh import mesh_of, shard_batch, step_tokens

@@ -176,7 +176,7 @@ def encode_all(
         if isinstance(record, Prompt):
             prompt = render_prompt(record.messages, tokenizer)
             return [Encoded({"prompt": prompt}, [0] * len(prompt))]
-        documents, turns = split_turns(record.messages, tokenizer, judged, expand)
+        documents, turns = split_turns(record.messages, tokenizer, expand, last_turn_only=judged)
     stripped = turns - sum(len(places) for _, places in documents)
     encoded = []
     for tokens, places in documents:
