@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from rlhf_jax.config import option
 from rlhf_jax.errors import NoRoom, Preempted, UserError
 from rlhf_jax.malloc import give_back
 from rlhf_jax.stopping import stop_asked, stop_point
@@ -30,33 +31,22 @@ LARGEST_ADVANTAGE = 1e16
 
 
 @dataclass(frozen=True)
-class LoopOptions:
-    """The fields of a config's section `train` that the loop reads.
+class Train:
+    """The training loop: the section `train` of a config."""
 
-    Attributes:
-      steps: total, counted from the very first.
-      log_every: steps per line of metrics.jsonl.
-      eval_every: steps per evaluation; 0: only the last step is evaluated.
-      checkpoint_every: steps per checkpoint.
-      checkpoint_minutes: minutes per checkpoint; 0: by steps alone.
-      keep_last: how many checkpoints are kept.
-      max_skipped: consecutive skipped updates that end the run.
-      tensorboard: whether TensorBoard files are written too.
-      wandb: W&B project to log to as well, "" for none.
-    """
-
-    steps: int
-    log_every: int = 10
-    eval_every: int = 0
-    checkpoint_every: int = 500
-    checkpoint_minutes: float = 0.0
-    keep_last: int = 2
-    max_skipped: int = 10
-    tensorboard: bool = True
-    wandb: str = ""
+    steps: int = option(100, least=1)  # updates, or iterations of a stage that samples
+    log_every: int = option(10, least=1)  # steps
+    eval_every: int = option(0, least=0)  # steps; 0: only at the end
+    # Written in the background; a step waits while its state is copied to the host.
+    checkpoint_every: int = option(200, least=1)  # steps
+    # Since the one before; 0: by steps alone.
+    checkpoint_minutes: float = option(5.0, within="[0, inf)")
+    max_skipped: int = option(5, least=1)  # updates in a row that are not finite before it stops
+    tensorboard: bool = True  # also write metrics for TensorBoard
+    wandb: str = ""  # project, to follow the run on Weights & Biases too
 
 
-def is_evaluated(options: LoopOptions, step: int) -> bool:
+def is_evaluated(options: Train, step: int) -> bool:
     """Whether the loop evaluates the state after that step."""
     return step == options.steps or (options.eval_every > 0 and step % options.eval_every == 0)
 
@@ -79,7 +69,7 @@ class Loop:
     interrupted is done again.
 
     Attributes:
-      options: `LoopOptions`, or a config's section with these fields.
+      options: of the training loop.
       run: the held run directory.
       step: from `make_step`, or another that returns (state, metrics). A step that is several
         updates says how many as train/updates; val/… are its critic's metrics.
@@ -90,7 +80,7 @@ class Loop:
       tokenizer_hash: kept in the checkpoints and compared on resume.
     """
 
-    options: LoopOptions
+    options: Train
     run: RunDirectory
     step: Callable
     batches: Any
@@ -117,8 +107,7 @@ class Loop:
         """
         options, path = self.options, self.run.path
         self._compiled = _watched(self.step)
-        checkpoints = Checkpoints(path / "checkpoints", keep_last=options.keep_last)
-        with closing(checkpoints) as self._checkpoints:
+        with closing(Checkpoints(path / "checkpoints")) as self._checkpoints:
             self._state, done, means, unwritten = self._resume(state)
             writer = MetricsWriter(
                 path,

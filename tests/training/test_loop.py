@@ -42,9 +42,14 @@ def start(run, state, step, batches, evaluation=lambda state: {}, **options):
     """`Loop.train` of options that are all named alike."""
     own = ("mesh", "clock", "tokenizer_hash")
     others = {name: options.pop(name) for name in own if name in options}
-    return loop.Loop(loop.LoopOptions(**options), run, step, batches, evaluation, **others).train(
-        state
-    )
+    return loop.Loop(
+        loop.Train(**{"checkpoint_minutes": 0.0} | options),
+        run,
+        step,
+        batches,
+        evaluation,
+        **others,
+    ).train(state)
 
 
 def test_lines_hold_means_since_the_line_before_and_evaluations(tmp_path):
