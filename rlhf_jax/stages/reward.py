@@ -145,10 +145,10 @@ def reference_scores(
     rows, _ = pack_groups(groups, -(-longest // 64) * 64, branches=1)
     score = jax.jit(partial(sequence_scores, model.config))
     scores = map_rows(score, model.params, rows, step_tokens(config))
-    found = normalization_of(in_record_order(scores, rows))
+    reference = normalization_of(in_record_order(scores, rows))
     print(
         f"normalization: scores of {len(prompts)} answers of the policy have mean "
-        f"{found.mean:.3f}, std {found.std:.3f}",
+        f"{reference.mean:.3f}, std {reference.std:.3f}",
         flush=True,
     )
-    return found.mean, found.std
+    return reference.mean, reference.std

@@ -106,7 +106,7 @@ class Loop:
             or model.
         """
         options, path = self.options, self.run.path
-        self._compiled = _watched(self.step)
+        self._guard = _Guard(self.step)
         with closing(Checkpoints(path / "checkpoints")) as self._checkpoints:
             self._state, done, means, unwritten = self._resume(state)
             writer = MetricsWriter(
@@ -139,7 +139,9 @@ class Loop:
                 batch = next(self.batches, None)
             if batch is None:
                 raise UserError(f"the data ended after {number - 1} of {options.steps} steps")
-            self._state, metrics = self._compiled(self._state, shard_batch(self.mesh, batch))
+            rows = shard_batch(self.mesh, batch)
+            with self._guard.around(rows):
+                self._state, metrics = self.step(self._state, rows)
         if first:
             give_back()  # what compiling took
         fault_point("step", number)
@@ -199,7 +201,7 @@ class Loop:
         self._log.write(number, evaluated)
 
     def _meta(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the state, for `_resume`."""
+        """The document that a checkpoint keeps beside the state, for `_resume`."""
         return {
             "means": self._log.means.state(),
             "unwritten": list(self._log.writer.unwritten),
@@ -329,25 +331,29 @@ def _cause(values: Mapping[str, float], model: str, moved: float, rows: Mapping[
     return f"{text}. {look}"
 
 
-def _watched(step: Any) -> Callable:
-    """The same step, if it is one compiled function: it may move nothing between host and device.
+class _Guard:
+    """Sees to it that a step, if it is one compiled function, moves nothing and compiles once.
 
-    State and batch are there already, so an implicit transfer is a mistake, and an error. A second
-    compilation for a batch of the same shapes prints a warning.
+    State and batch are on the device already, so an implicit transfer is a mistake, and an error. A
+    second compilation for a batch of the same shapes prints a warning.
     """
-    compiled = getattr(step, "func", step)  # under a partial
-    if not hasattr(compiled, "_cache_size"):  # not one function, but a Python one of several
-        return step
-    seen: set[tuple] = set()
 
-    def watched(state, batch):
-        before = compiled._cache_size()
+    def __init__(self, step: Any):
+        compiled = getattr(step, "func", step)  # under a partial
+        # None: the step is not one function, but a Python one of several.
+        self._cache_size: Callable[[], int] | None = getattr(compiled, "_cache_size", None)
+        self._seen: set[tuple] = set()
+
+    @contextmanager
+    def around(self, batch: Mapping[str, jax.Array]) -> Iterator[None]:
+        """Guards a step on that batch, which is taken inside."""
+        if self._cache_size is None:
+            yield
+            return
+        before = self._cache_size()
         with jax.transfer_guard("disallow"):
-            result = step(state, batch)
+            yield
         shapes = tuple((name, x.shape, str(x.dtype)) for name, x in sorted(batch.items()))
-        if shapes in seen and compiled._cache_size() > before:
+        if shapes in self._seen and self._cache_size() > before:
             print(f"warning: the step was compiled again for batch shapes {shapes}", flush=True)
-        seen.add(shapes)
-        return result
-
-    return watched
+        self._seen.add(shapes)

@@ -94,8 +94,8 @@ def linear(shape, params, batch):
 
 def preference_losses(names):
     def loss(name, params, batch, rng):
-        options = {"name": name, "beta": 0.5, "options": "", "sft_coefficient": 0.3}
-        config = defaults.base("preference", loss=options)
+        options = {"name": name, "beta": 0.5, "sft_coefficient": 0.3}
+        config = defaults.resolve(defaults.base("preference", loss=options))
         return preference.loss(config, None, params, batch, rng)
 
     return {name: functools.partial(loss, name) for name in names}
@@ -104,7 +104,8 @@ def preference_losses(names):
 def reward_losses():
     def loss(name, params, batch, rng):
         centering = 0.1 if name == "bradley_terry" else 0.0
-        config = defaults.base("reward", loss={"name": name, "centering": centering})
+        options = {"name": name, "centering": centering}
+        config = defaults.resolve(defaults.base("reward", loss=options))
         return reward.loss(config, None, params, batch, rng)
 
     def ranking(params, batch, rng):
