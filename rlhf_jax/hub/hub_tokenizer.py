@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.data.records import Message
-from rlhf_jax.data.template import Template
 from rlhf_jax.errors import UserError
 from rlhf_jax.hub.rendered_text import ANOTHER, Part, find_parting, looks_like_markup, render
+from rlhf_jax.hub.template import Template
 from rlhf_jax.hub.tokenizer_settings import CONFIG, FILE, TokenizerSettings, read_settings
 from rlhf_jax.hub.vocabulary import CLOSE, OPEN, Spelling, Vocabulary
 

@@ -9,9 +9,9 @@ from functools import partial
 from typing import Any
 
 from rlhf_jax.data.records import Message
-from rlhf_jax.data.template import Template
 from rlhf_jax.errors import UserError
 from rlhf_jax.hub.chat_formats import WITH_TOOLS
+from rlhf_jax.hub.template import Template
 from rlhf_jax.hub.vocabulary import CLOSE, ESCAPED, OPEN, Spelling
 
 ANOTHER = "to use another: --config.data.chat_template=chatml, or a *.jinja file"
