@@ -89,7 +89,6 @@ def config_of(stage, folder, parent):
             count=11,
             during=7,
             max_new_tokens=6,
-            gold=False,
         ),
     }
     if stage is sft:
