@@ -13,8 +13,8 @@ from rlhf_jax.evaluation.statistics import auc, wilson_interval
 from rlhf_jax.stages import defaults
 from rlhf_jax.stages.pairs import pack_preferences, read_preferences
 from rlhf_jax.stages.preflight import (
-    _typical,
-    decoded_runs,
+    choose_example,
+    decode_stretches,
     encode,
     measure,
     show,
@@ -31,7 +31,7 @@ def user(text):
 
 
 def measured(records, limit, judged, *, mismatched=False):
-    encoded = [encode(record, TOKENIZER, judged=judged) for record in records]
+    encoded, _ = encode(records, TOKENIZER, judged=judged)
     if mismatched:
         encoded = with_mismatched(records, encoded, TOKENIZER, limit, "error")
     return measure(records, records, encoded, limit, judged=judged)
@@ -95,7 +95,7 @@ def test_what_is_printed(monkeypatch):
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     out = io.StringIO()
     show("mine.jsonl", measured(PAIRS, 20, True), "over data.row_length = 20: dropped", file=out)
-    show_example(encode(PAIRS[0], TOKENIZER, judged=True), TOKENIZER, file=out)
+    show_example(encode(PAIRS[:1], TOKENIZER, judged=True)[0][0], TOKENIZER, file=out)
     text = " ".join(out.getvalue().replace("\u00a0", " ").split())
     for expected in (
         "mine.jsonl: 5 of 5 records",
@@ -118,25 +118,29 @@ def test_what_is_shown_of_kto_is_what_is_packed(tmp_path, paired):
     config = defaults.base("preference", data=data, loss={"name": "kto"})
     rows = pack_preferences(config, str(path), "train", TOKENIZER, mismatched=True)
     records = read_preferences(config, str(path), "train")
-    encoded = [encode(record, TOKENIZER, judged=True) for record in records]
+    encoded, _ = encode(records, TOKENIZER, judged=True)
     for i, each in enumerate(with_mismatched(records, encoded, TOKENIZER, 64, "drop")):
         (row,), (place,) = (rows["example_ids"] == i).nonzero()
-        assert each.tokens == rows["tokens"][row][rows["segment_ids"][row] == place + 1].tolist()
-        assert sum(each.is_target) == rows["lengths"][row, place, :-1].sum()
-        assert len(each.is_target) == len(each.tokens)
+        tokens = [token for part in each.values() for token in part.tokens]
+        assert tokens == rows["tokens"][row][rows["segment_ids"][row] == place + 1].tolist()
+        targets = [target for part in each.values() for target in part.is_target]
+        assert sum(targets) == rows["lengths"][row, place, :-1].sum()
+        assert len(targets) == len(tokens)
 
 
 def test_the_example_is_one_that_is_read():
-    encoded = [encode(record, TOKENIZER, judged=True) for record in PAIRS[2:]]
+    encoded, _ = encode(PAIRS[2:], TOKENIZER, judged=True)
     # Of 17, 21 and 16 tokens; the second one is left out.
-    assert _typical(encoded, 64) is encoded[0] and _typical(encoded[1:], 64) is encoded[2]
-    assert _typical(encoded, 16) is encoded[2] and _typical(encoded[1:2], 64) is encoded[1]
+    assert choose_example(encoded, 64) is encoded[0]
+    assert choose_example(encoded[1:], 64) is encoded[2]
+    assert choose_example(encoded, 16) is encoded[2]
+    assert choose_example(encoded[1:2], 64) is encoded[1]
 
 
 def test_every_stretch_is_marked():
     turns = (*user("a"), Message("assistant", "b"), *user("c"), Message("assistant", "d"))
-    runs = decoded_runs(encode(Conversation("0", turns), TOKENIZER, judged=False), TOKENIZER)
-    assert runs == [
+    (encoded,), _ = encode([Conversation("0", turns)], TOKENIZER, judged=False)
+    assert decode_stretches(encoded, TOKENIZER) == [
         ("<|bos|><|user|> a<|end|><|assistant|>", False),
         (" b<|end|>", True),
         ("<|user|> c<|end|><|assistant|>", False),
