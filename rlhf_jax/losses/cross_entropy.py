@@ -72,7 +72,7 @@ def token_statistics(
     softcap: float | None = None,
     layout: str = "vd",
     unused: Ranges = (),
-    chunk_tokens: int = 1024,
+    chunk_tokens: int = 8192,
     chunk_vocab: int | None = None,
 ) -> TokenStatistics:
     """Statistics of softmax(l) with l = cap(hidden · unembeddingᵀ + bias) / temperature.
@@ -173,7 +173,7 @@ def cross_entropy(
     softcap: float | None = None,
     layout: str = "vd",
     unused: Ranges = (),
-    chunk_tokens: int = 512,
+    chunk_tokens: int = 1024,
 ) -> tuple[Reduction, dict[str, Reduction]]:
     """`token_cross_entropy` of `token_statistics`, its gradient taken in the forward pass.
 
@@ -389,9 +389,7 @@ def _statistics_backward(options: _Options, residuals, cotangents):
             to_hidden += jnp.einsum(
                 f"cv,{layout}->cd", rounded, words, preferred_element_type=dtype
             )
-            to_words += jnp.einsum(
-                f"cv,cd->{layout}", rounded, hidden, preferred_element_type=dtype
-            )
+            to_words += jnp.einsum("cd,cv->dv", hidden, rounded, preferred_element_type=dtype)
             if bias is not None:
                 to_bias += gradient.sum(0)
             return to_hidden, (to_words, to_bias)
@@ -400,10 +398,14 @@ def _statistics_backward(options: _Options, residuals, cotangents):
         to_hidden, gradients = _fold(word_step, jnp.zeros_like(hidden, dtype), chunks)
         return gradients, to_hidden.astype(hidden.dtype)
 
-    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, dtype), (words, bias))
+    if layout == "vd":
+        words_dv = words.swapaxes(1, 2)
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, dtype), (words_dv if layout == "vd" else words, bias))
     chunks = (hidden, targets, statistics, cotangents, logits)
     (to_words, to_bias), to_hidden = _fold(token_step, zeros, chunks)
     to_bias = None if bias is None else to_bias.astype(bias.dtype)
+    if layout == "vd":
+        to_words = jax.lax.optimization_barrier(to_words).swapaxes(1, 2)
     return to_hidden, to_words.astype(words.dtype), to_bias, None
 
 
@@ -431,10 +433,10 @@ def _cross_entropy_chunk(options: _Options, terms, unembedding, chunk, gradient:
     hidden = jnp.where((weights != 0)[:, None], hidden, 0)
     dtype, layout = at_least_f32(hidden, unembedding), options.layout
     to_logits = to_logits.astype(jnp.result_type(hidden, unembedding))
-    to_hidden, to_words = (
+    (to_hidden,), to_words = (
         jnp.einsum(f"cv,{spec}", to_logits, x, preferred_element_type=dtype)
-        for spec, x in ((f"{layout}->cd", unembedding), (f"cd->{layout}", hidden))
-    )
+        for spec, x in ((f"{layout}->cd", unembedding),)
+    ), jnp.einsum("cd,cv->dv", hidden, to_logits, preferred_element_type=dtype)
     return (total, aux), (to_hidden.astype(hidden.dtype), to_words)
 
 
@@ -470,6 +472,8 @@ def _summed_forward(options: _Options, terms, unembedding, *chunks):
 def _summed_backward(options: _Options, terms, residuals, cotangents):
     (to_hidden, to_words), unembedding = residuals
     factor = cotangents[0]
+    if options.layout == "vd":
+        to_words = jax.lax.optimization_barrier(to_words).T
     to_words = (factor * to_words).astype(unembedding.dtype)
     return to_words, (factor * to_hidden).astype(to_hidden.dtype), None, None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 MASKED = -1e30  # finite: a query that sees nothing (padding) stays free of NaN
 
@@ -118,8 +119,10 @@ def _scores(query: jax.Array, key: jax.Array, bias: jax.Array, softcap: float | 
 
 def _average(scores: jax.Array, value: jax.Array) -> jax.Array:
     """softmax(scores) @ value; dividing the product, not the weights, is cheaper."""
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    top = checkpoint_name(jax.lax.stop_gradient(scores.max(-1, keepdims=True)), "attention")
+    weights = jnp.exp(scores - top)
     product = jnp.einsum(
         "bhqk,bhkd->bhqd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
     )
-    return (product / weights.sum(-1, keepdims=True)).astype(value.dtype)
+    mass = checkpoint_name(weights.sum(-1, keepdims=True), "attention")
+    return (checkpoint_name(product, "attention") / mass).astype(value.dtype)

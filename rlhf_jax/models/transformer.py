@@ -460,7 +460,10 @@ def _forward(
         return _Block(config).apply({"params": params}, x, context)
 
     if config.remat != "none":
-        saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        policies = jax.checkpoint_policies
+        saved = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("attention")
+        )
         block = jax.checkpoint(
             block,
             policy=saved if config.remat == "dots" else None,

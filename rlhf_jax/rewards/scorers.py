@@ -36,10 +36,11 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_jax.child import ChildFault
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.rewards.answers import number
-from rlhf_jax.rewards.worker import Worker, WorkerFault
+from rlhf_jax.rewards.worker import Worker
 from rlhf_jax.tasks.town.gold import gold_score, is_correct
 
 NAMES = ("model", "gold", "correct", "number", "math", "exact", "regex", "length")
@@ -276,7 +277,7 @@ class TextScorers:
         request["responses"] = list(responses)
         try:
             values, wrong = self._workers[name].call(request, self._seconds)
-        except WorkerFault as fault:
+        except ChildFault as fault:
             return _all_wrong(len(responses), fault.reason, fault.detail)
         faults = {i: _Fault("not a number", f"got {what}") for i, what in wrong.items()}
         return np.array(values, np.float64), faults
@@ -293,7 +294,7 @@ class TextScorers:
             request = {"prompts": [], "responses": [response], "columns": columns}
             try:
                 (value,), _ = self._workers["math"].call(request, seconds)
-            except WorkerFault as fault:
+            except ChildFault as fault:
                 if fault.reason not in ("timed out", "died"):
                     raise UserError(fault.detail) from fault
                 slow += 1
@@ -326,7 +327,7 @@ def _described(prompts: Sequence[Prompt]) -> dict[str, Any]:
 def _start(name: str) -> Worker:
     try:
         return Worker(_OWN.get(name, name))
-    except WorkerFault as fault:
+    except ChildFault as fault:
         raise UserError(f"reward {name!r} can't be loaded: {fault.detail}") from fault
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from rlhf_jax.data.encode import check_stripped_turns
-from rlhf_jax.data.foreign import parse_columns
+from rlhf_jax.data.shapes import parse_columns
 from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.hub.chat_formats import chat_template
 from rlhf_jax.hub.hub_data import check_hub_name

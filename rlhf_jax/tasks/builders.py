@@ -27,8 +27,9 @@ from typing import ClassVar
 import tensorflow_datasets as tfds
 
 from rlhf_jax.cache import cache_dir
-from rlhf_jax.data.jsonl import SUFFIXES, open_bytes, read_jsonl, read_lines, string
+from rlhf_jax.data.jsonl import SUFFIXES, open_bytes, read_jsonl, read_lines
 from rlhf_jax.data.records import Conversation, Message, Prompt, Record, Text
+from rlhf_jax.data.shapes import string
 from rlhf_jax.digests import code_digest, file_digest
 from rlhf_jax.errors import UserError
 from rlhf_jax.tasks.record_builder import RecordBuilder, RecordConfig, read_records

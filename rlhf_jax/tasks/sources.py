@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from rlhf_jax.data.conversation import Tokenizer
-from rlhf_jax.data.foreign import parse_columns
 from rlhf_jax.data.jsonl import SUFFIXES, count_rows, read_jsonl, take_slice
 from rlhf_jax.data.records import Conversation, Pair, Prompt, convert
+from rlhf_jax.data.shapes import parse_columns
 from rlhf_jax.errors import UserError
 from rlhf_jax.hub.hub_data import PREFIX, load_rows
 from rlhf_jax.tasks.builders import check_name, load_records
