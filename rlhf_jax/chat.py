@@ -31,7 +31,7 @@ class Speaker:
     name: str
     model: Model
     system: str
-    options: dict[str, Any]  # of `sampling.generate`
+    options: dict[str, Any]  # of `Sampling`, and the seed
     messages: list[Message] = field(default_factory=list)
 
     def start_over(self) -> None:
@@ -46,6 +46,7 @@ class Speaker:
         """
         from rlhf_jax.data.conversation import render_prompt
         from rlhf_jax.data.records import Message
+        from rlhf_jax.sampling.arguments import Sampling
         from rlhf_jax.sampling.generate import generate
 
         model = self.model
@@ -69,17 +70,17 @@ class Speaker:
                 show(sofar[len(shown) :])
                 shown = sofar
 
-        options = dict(self.options)
+        options = {name: value for name, value in self.options.items() if name != "seed"}
+        options["max_new_tokens"] = min(options["max_new_tokens"], room)
         (completion,) = generate(
             model.config,
             model.params,
             [prompt],
-            **options | {"max_new_tokens": min(options["max_new_tokens"], room)},
-            stop_ids=model.tokenizer.ends,
+            Sampling(**options, stop_ids=model.tokenizer.ends, batch_size=1),
+            seed=self.options["seed"],
             prompt_ids=[number],
             on_tokens=on_tokens,
             chunk=4,
-            batch_size=1,
         )
         reply = model.tokenizer.decode_text(completion.tokens)
         show(reply[len(shown) :])

@@ -11,6 +11,7 @@ from rlhf_jax.data.conversation import render_prompt
 from rlhf_jax.data.packing import Group, pack_groups
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.evaluation.rows import in_record_order, response_logprobs, rows_of
+from rlhf_jax.sampling.arguments import Sampling
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.training.saved_model import Model
 
@@ -47,11 +48,13 @@ def answer(
         model.config,
         model.params,
         rendered,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
+        Sampling(
+            max_new_tokens,
+            temperature,
+            stop_ids=model.tokenizer.ends,
+            batch_size=min(SLOTS, rows_of(CACHED * tokens, longest)),
+        ),
         seed=seed,
-        stop_ids=model.tokenizer.ends,
-        batch_size=min(SLOTS, rows_of(CACHED * tokens, longest)),
     )
     return [
         Answer(model.tokenizer.decode_text(c.tokens), tuple(c.tokens), c.finished)

@@ -10,17 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
+from rlhf_jax.config import Config
 from rlhf_jax.data.pipeline import random_bits
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import target_statistics, target_values
 from rlhf_jax.oracle import exact_world as world
-from rlhf_jax.rl.on_policy import Rollouts, Task
+from rlhf_jax.rl.layout import PromptSet, Rollout, pack_rows
+from rlhf_jax.rl.on_policy import Task
+from rlhf_jax.sampling.arguments import Sampling
 from rlhf_jax.sampling.generate import generate
-from rlhf_jax.stages.rollouts import PromptSet, Samples, pack_samples, padded
 
 # The vocabulary of the transformer: actions 0 … 3 of the world are EOS, a, b, c.
 PAD, BOS, EOS = 0, 1, 2
@@ -28,13 +29,13 @@ ALLOWED = np.array([False, False, True, True, True, True])
 PROMPTS = ((BOS, 3), (BOS, 4, 5), (BOS, 5, 3, 4), (BOS, 3, 3, 4, 5))
 
 
-def table_task(config: ConfigDict) -> Task:
+def table_task(config: Config) -> Task:
     """Sampling from, and scoring by, a table of logits [4 prompts, 40 prefixes, 4 actions]."""
     groups, each = config.rollout.prompts, config.rollout.samples
     prompts = np.repeat(np.arange(groups) % world.PROMPTS, each).astype(np.int32)
     count = len(prompts)
 
-    def rollout(params: Any, batch: Mapping[str, Any], number: int) -> Rollouts:
+    def rollout(params: Any, batch: Mapping[str, Any], number: int) -> Rollout:
         key = jax.random.fold_in(jax.random.key(config.seed), number)
         drawn = jax.device_get(draw(params["table"], prompts, key))
         greedy = np.zeros(groups)
@@ -52,16 +53,14 @@ def table_task(config: ConfigDict) -> Task:
         }
         scores = lookup(prompts, drawn["actions"], drawn["mask"])
         ended = (drawn["mask"] * (drawn["actions"] == 0)).any(-1)
-        return Rollouts(
-            rows=rows,
+        return Rollout(
             mask=drawn["mask"],
-            logprobs=drawn["logprobs"],
+            behaviour_logprobs=drawn["logprobs"],
+            finished=ended,
             scores=scores,
             weights=_kept(config, scores),
-            finished=ended,
             greedy_scores=greedy,
-            metrics={},
-            version=number,
+            rows=rows,
         )
 
     return Task(
@@ -122,7 +121,7 @@ def outcomes(actions: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.array([_OUTCOME[code] for code in codes.tolist()])
 
 
-def _kept(config: ConfigDict, scores: np.ndarray) -> np.ndarray:
+def _kept(config: Config, scores: np.ndarray) -> np.ndarray:
     """[N] weights: 0 with `rollout.filter_zero_std` where all samples of a prompt score the same.
 
     Nothing takes their place: prompts are four, and all of them are in the batch already.
@@ -167,57 +166,46 @@ def letters_model() -> ModelConfig:
     ).validate()
 
 
-def letters_task(config: ConfigDict, shape: ModelConfig) -> Task:
+def letters_task(config: Config, shape: ModelConfig) -> Task:
     """The same for a transformer: the engine samples, packed rows train, PAD and BOS are banned."""
     each = config.rollout.samples
     which = np.arange(config.rollout.prompts) % world.PROMPTS
     records = [Prompt(str(p), (Message("user", str(p)),)) for p in which]
     prompts = PromptSet(records, [PROMPTS[p] for p in which])
     bias = jnp.where(jnp.asarray(ALLOWED), 0.0, -1e9)
+    sampling = Sampling(
+        max_new_tokens=world.MAX_TOKENS,
+        stop_ids=(EOS,),
+        allowed_tokens=ALLOWED,
+        samples_per_prompt=each,
+        batch_size=config.rollout.slots,
+        cache_length=16,
+    )
 
     def statistics(params: Any, rows: Mapping[str, jax.Array]) -> TokenStatistics:
         return target_statistics(shape, params, rows, bias=bias)
 
-    def rollout(params: Any, batch: Mapping[str, Any], number: int) -> Rollouts:
-        completions = generate(
-            shape,
-            params,
-            prompts.tokens,
-            max_new_tokens=world.MAX_TOKENS,
-            seed=int(random_bits([number], config.seed)[0] >> np.uint64(33)),
-            stop_ids=(EOS,),
-            allowed_tokens=ALLOWED,
-            samples_per_prompt=each,
-            batch_size=config.rollout.slots,
-            cache_length=16,
-        )
-        rows = pack_samples(
-            Samples(prompts, completions, [""] * len(completions)),
+    def rollout(params: Any, batch: Mapping[str, Any], number: int) -> Rollout:
+        seed = int(random_bits([number], config.seed)[0] >> np.uint64(33))
+        completions = generate(shape, params, prompts.tokens, sampling, seed=seed)
+        drawn = Rollout.of(prompts, completions, [""] * len(completions), world.MAX_TOKENS)
+        rows = pack_rows(
+            drawn,
             row_length=config.data.row_length,
             max_prompt=config.rollout.max_prompt_tokens,
-            max_new=world.MAX_TOKENS,
             multiple=config.batch.rows,
             shortest=8,
         )
-        mask, logprobs, tokens = (
-            padded(values, world.MAX_TOKENS)
-            for values in (
-                [np.ones(len(c.tokens)) for c in completions],
-                [c.logprobs for c in completions],
-                [np.array(c.tokens) for c in completions],
-            )
-        )
-        scores = lookup(np.repeat(which, each), tokens.astype(np.int64) - EOS, mask)
-        return Rollouts(
-            rows=rows,
-            mask=mask,
-            logprobs=logprobs,
+        actions = np.zeros(drawn.mask.shape, np.int64)
+        for n, completion in enumerate(completions):
+            actions[n, : len(completion.tokens)] = np.array(completion.tokens) - EOS
+        scores = lookup(np.repeat(which, each), actions, drawn.mask)
+        return dataclasses.replace(
+            drawn,
             scores=scores,
             weights=_kept(config, scores),
-            finished=np.array([c.finished for c in completions]),
             greedy_scores=np.zeros(len(which)),
-            metrics={},
-            version=number,
+            rows=rows,
         )
 
     values = partial(target_values, dataclasses.replace(shape, head="scalar"))

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from rlhf_jax import console
+from rlhf_jax.config import Config
 from rlhf_jax.data.conversation import render_prompt
 from rlhf_jax.data.encode import length_of_share
 from rlhf_jax.data.records import Prompt
@@ -38,7 +38,7 @@ from rlhf_jax.training.summary import ancestry, write_evaluation
 
 
 def evaluate_chat(
-    config: ConfigDict,
+    config: Config,
     run: Path,
     model: Model,
     start: Path,
@@ -93,7 +93,7 @@ def evaluate_chat(
 
 
 def sampled_metrics(
-    config: ConfigDict, model: Model, reference: Model, prompts: Sequence[Prompt]
+    config: Config, model: Model, reference: Model, prompts: Sequence[Prompt]
 ) -> dict[str, float]:
     """eval/kl and, where asked for, eval/gold_reward of answers sampled at temperature 1.
 
@@ -127,7 +127,7 @@ def _samples(
     return samples
 
 
-def held_out_prompts(config: ConfigDict, model: Model) -> list[Prompt]:
+def held_out_prompts(config: Config, model: Model) -> list[Prompt]:
     """Prompts of the evaluation's records that leave room for an answer; the others are counted."""
     prompts = read_records(config, config.eval.source, "prompt", "validation")
     check_unrendered("held-out prompts", prompts, model.tokenizer)
@@ -151,7 +151,7 @@ def held_out_prompts(config: ConfigDict, model: Model) -> list[Prompt]:
 
 
 def _answer(
-    config: ConfigDict, model: Model, prompts: Sequence[Prompt], temperature: float | None = None
+    config: Config, model: Model, prompts: Sequence[Prompt], temperature: float | None = None
 ) -> list[Answer]:
     return answer(
         model,

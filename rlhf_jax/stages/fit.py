@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from rlhf_jax import console
+from rlhf_jax.config import Config
 from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.data.encode import encode_texts
 from rlhf_jax.data.packing import Arrays, check_ids, pack_documents
@@ -27,7 +26,7 @@ Evaluated = tuple[dict[str, float], list[Figure]]
 
 
 def pack_texts(
-    config: ConfigDict, what: str, records: Sequence[Text], tokenizer: Tokenizer, over_long: str
+    config: Config, what: str, records: Sequence[Text], tokenizer: Tokenizer, over_long: str
 ) -> Arrays:
     """Raw text as packed rows in which every token is a target; says what became of the records."""
     documents, counts = encode_texts(
@@ -38,7 +37,7 @@ def pack_texts(
     return rows
 
 
-def batches_of(config: ConfigDict, model: Model, rows: Sequence[Arrays], weights: Sequence[float]):
+def batches_of(config: Config, model: Model, rows: Sequence[Arrays], weights: Sequence[float]):
     """An endless iterator of batches over the packed rows of each source, mixed by weight."""
     for arrays in rows:
         check_ids(arrays, model.config.vocab_size)
@@ -47,7 +46,7 @@ def batches_of(config: ConfigDict, model: Model, rows: Sequence[Arrays], weights
 
 
 def fit(
-    config: ConfigDict,
+    config: Config,
     run: RunDirectory,
     model: Model,
     loss_fn: Callable,
@@ -104,14 +103,14 @@ def fit(
     return made, metrics | rates, figures
 
 
-def is_evaluated(config: ConfigDict, step: int) -> bool:
+def is_evaluated(config: Config, step: int) -> bool:
     """Whether `train_loop` evaluates the state after that step."""
     every = config.train.eval_every or config.train.steps
     return step % every == 0 or step == config.train.steps
 
 
 def train_loop(
-    config: ConfigDict,
+    config: Config,
     run: RunDirectory,
     state: Any,
     step: Callable,
@@ -129,7 +128,6 @@ def train_loop(
         log_every=config.train.log_every,
         checkpoint_every=config.train.checkpoint_every,
         checkpoint_minutes=config.train.checkpoint_minutes,
-        keep_last=config.train.keep_last,
         evaluations=[(config.train.eval_every or config.train.steps, evaluation)],
         max_skipped=config.train.max_skipped,
         tensorboard=config.train.tensorboard,

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from rlhf_jax import console
+from rlhf_jax.config import Config
 from rlhf_jax.data.conversation import Tokenizer, render_prompt
 from rlhf_jax.data.encode import add_mismatched, encode_conversations, encode_pairs, naming
 from rlhf_jax.data.packing import Document, Group
@@ -69,7 +69,7 @@ class Measured:
     length: Mapping[str, float]
 
 
-def preflight(config: ConfigDict, source: str, workdir: str | None) -> None:
+def preflight(config: Config, source: str, workdir: str | None) -> None:
     """Prints what the config's stage would read from each source of `data.train`; runs nothing.
 
     Raises:
@@ -94,7 +94,7 @@ def preflight(config: ConfigDict, source: str, workdir: str | None) -> None:
         chosen = np.random.default_rng(config.seed).permutation(len(records))[:SAMPLE]
         sample = [records[i] for i in sorted(chosen)]
         judged = isinstance(records[0], Pair) or config.stage in ("reward", "preference")
-        stripped_turns = config.data.get("stripped_turns", "leave")
+        stripped_turns = getattr(config.data, "stripped_turns", "leave")
         encoded, stats = encode(sample, tokenizer, judged=judged, stripped_turns=stripped_turns)
         if config.stage == "preference" and config.loss.name == "kto":
             encoded = with_mismatched(sample, encoded, tokenizer, limit, config.data.over_long)
@@ -104,7 +104,7 @@ def preflight(config: ConfigDict, source: str, workdir: str | None) -> None:
         show_example(choose_example(encoded, limit), tokenizer)
 
 
-def _read_source(config: ConfigDict, source: str) -> Sequence[ChatRecord]:
+def _read_source(config: Config, source: str) -> Sequence[ChatRecord]:
     """Reads a training source as the config's stage does."""
     if config.stage == "preference":
         return read_preferences(config, source, "train")
