@@ -48,23 +48,23 @@ RULES = ((r".*", P()),)
 
 def train_policy(row: Row, config: Config, seed: int = 0) -> Outcome:
     """Trains a row's policy on its samples and computes where it ended."""
-    made = resolve(make_row_config(row, config, seed))
-    valued = made.advantage.name == "gae"
+    options = resolve(make_row_config(row, config, seed))
+    valued = options.advantage.name == "gae"
     critic: Any = None
     if row.policy == "table":
         start: Any = {"table": jnp.asarray(world.REFERENCE, jnp.float32)}
         critic = {"table": jnp.zeros((world.PROMPTS, len(world.PREFIXES)))} if valued else None
-        task, exact = table_task(made), _table_logprobs
+        task, exact = table_task(options), _compute_logprobs
     else:
         shape = letters_model()
         start = transformer.init(shape, jax.random.key(seed + 1))
         if valued:
             scalar = dataclasses.replace(shape, head="scalar")
             critic = transformer.init(scalar, jax.random.key(seed + 2))
-        task, exact = letters_task(made, shape), partial(enumerate_logprobs, shape)
-    trainer = make_trainer(made, task, start, critic, mesh=_make_row_mesh(row), rules=RULES)
+        task, exact = letters_task(options, shape), partial(enumerate_logprobs, shape)
+    trainer = make_trainer(options, task, start, critic, mesh=_make_row_mesh(row), rules=RULES)
     state = first_state(trainer)
-    for _ in range(made.train.steps):
+    for _ in range(options.train.steps):
         stop_point()
         state, *_ = iterate(trainer, state, {})
     logp, reference = exact(state.policy.params), exact(start)
@@ -143,7 +143,7 @@ def train_on_pairs(row: Row, config: Config) -> Outcome:
         stop_point()
         # Steps of several CPU devices that are under way together may wait for each other for ever.
         state, metrics = jax.block_until_ready(step(state, batch))
-    outcome = locate(_table_logprobs(state.params), reference)
+    outcome = locate(_compute_logprobs(state.params), reference)
     return dataclasses.replace(outcome, loss=float(metrics["train/loss"]))
 
 
@@ -172,5 +172,5 @@ def _make_row_mesh(row: Row) -> Mesh | None:
     return make_mesh({"data": row.devices}, training_devices()[: row.devices])
 
 
-def _table_logprobs(params: Any) -> np.ndarray:
+def _compute_logprobs(params: Any) -> np.ndarray:
     return world.logprobs(np.asarray(params["table"], np.float64))
