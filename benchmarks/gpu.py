@@ -251,6 +251,7 @@ def grpo(size: Size, found: dict[str, float]) -> Iterator[Line]:
     """Sampling, scoring and one update of groups, β = 0.04; answers do not stop early."""
     import jax
     import numpy as np
+    from rlhf_jax.stages.rollouts import Samples, pack_samples, padded
 
     from rlhf_jax.data.records import Message, Prompt
     from rlhf_jax.models import init
@@ -258,7 +259,7 @@ def grpo(size: Size, found: dict[str, float]) -> Iterator[Line]:
     from rlhf_jax.rl.on_policy import Rollouts, Task, make_iteration
     from rlhf_jax.sampling.generate import generate
     from rlhf_jax.stages import defaults
-    from rlhf_jax.stages.rollouts import PromptSet, Samples, pack_samples, padded
+    from rlhf_jax.tasks.prompts import PromptSet
 
     share = max(1, size.group // 2)
     length = size.question + share * size.answer

@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,12 @@ if TYPE_CHECKING:
     from rlhf_jax.data.records import Message
     from rlhf_jax.training.saved_model import Model
 
-HALF = "\ufffd"  # of a character whose other bytes are still to come
+HALF = "\ufffd"  # a part of a character whose other bytes are still to come
 
 
 @dataclass
 class Speaker:
-    """A model and what was said with it."""
+    """A model and the conversation that it has had."""
 
     name: str
     model: Model
@@ -139,7 +140,7 @@ def talk(given: argparse.Namespace) -> None:
             raise UserError(f"{path} is a reward model; it does not speak")
         speakers.append(Speaker(Path(path).name, model, given.system, options))
     prompt = "> " if sys.stdin.isatty() else ""
-    converse(speakers, lambda: input(prompt), _write)
+    converse(speakers, lambda: input(prompt), partial(print, end="", flush=True))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -156,10 +157,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repetition-penalty", type=float)
     parser.add_argument("--seed", type=int, default=0)
     return run(parser, talk, argv)
-
-
-def _write(text: str) -> None:
-    print(text, end="", flush=True)
 
 
 if __name__ == "__main__":

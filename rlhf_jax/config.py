@@ -166,7 +166,11 @@ def build(section: type, given: Mapping[str, Any], path: str) -> Any:
                         f"config: {path}.{option} is an option of {', '.join(having)}; {name!r} "
                         f"has no option {option}, only {', '.join(known) or 'those of all'}"
                     )
-            made = dataclasses.replace(made, **{each.name: _valid(table[name], values, path)})
+            part = _valid(table[name], values, path)
+            for option, value in vars(part).items():
+                if isinstance(value, float) and value < 0:
+                    raise UserError(f"config: {path}.{option} must be in [0, inf), got {value}")
+            made = dataclasses.replace(made, **{each.name: part})
     return made
 
 
@@ -240,9 +244,10 @@ def stated(section: Any) -> dict[str, Any]:
 def unread(config: Config, name: str) -> str | None:
     """A line about the dotted name of a field that other fields' values make meaningless."""
     section, _, last = name.partition(".")
-    each = own_fields(getattr(config, section)).get(last) if last else None
+    values = getattr(config, section)
+    each = own_fields(values).get(last) if dataclasses.is_dataclass(values) else None
     only = each and each.metadata.get("only")
-    if not only or only.holds(getattr(config, section)):
+    if not only or only.holds(values):
         return None
     return f"{name} is read only with {section}.{only}"
 

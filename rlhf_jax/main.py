@@ -14,6 +14,7 @@ import sys
 from typing import Any
 
 from rlhf_jax.commands import show_warnings
+from rlhf_jax.config import unread
 from rlhf_jax.errors import (
     EXIT_DONE,
     EXIT_RESUMABLE,
@@ -82,11 +83,17 @@ def _config_file(argv: list[str]) -> str:
 
 def _check_names(config: Any, argv: list[str]) -> None:
     """UserError for a field that a flag sets and the stage, as it is set, does not read."""
-    from rlhf_jax.stages.defaults import unread_field
+    from rlhf_jax.stages.defaults import resolve, unknown_field
 
     flags = (arg.lstrip("-").partition("=")[0].removeprefix("no") for arg in argv)
-    for name in (flag.removeprefix("config.") for flag in flags if flag.startswith("config.")):
-        line = unread_field(config, name) if "stage" in config else None
+    names = [flag.removeprefix("config.") for flag in flags if flag.startswith("config.")]
+    if not names or "stage" not in config:
+        return
+    for line in (unknown_field(config.stage, name) for name in names):
+        if line is not None:
+            raise UserError(f"in the command line: {line}")
+    options = resolve(config)
+    for line in (unread(options, name) for name in names):
         if line is not None:
             raise UserError(f"in the command line: {line}")
 

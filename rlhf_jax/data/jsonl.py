@@ -107,8 +107,10 @@ def read_lines(
     """
     if not 0 <= max_bad_fraction < 1:
         raise UserError(f"max_bad_fraction must be in [0, 1), got {max_bad_fraction}")
-    numbered: Iterable[tuple[int, Any]] = _numbered(path)
-    if rows is not None:
+    numbered: Iterable[tuple[int, Any]]
+    if rows is None:
+        numbered = _numbered(path)
+    else:
         numbered = ((i, _without_nulls(dict(row))) for i, row in enumerate(rows, 1))
     reasons: Counter[str] = Counter()
     records, first_error = [], ""

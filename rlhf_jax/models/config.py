@@ -266,15 +266,15 @@ PRESETS: dict[str, ModelConfig] = {
 class Shape:
     """A model to pre-train: a preset, and what differs from it; see `ModelConfig`."""
 
-    preset: str = "tiny"
-    layers: int | None = None
-    width: int | None = None
+    preset: str = "tiny"  # one of `PRESETS`
+    layers: int | None = None  # blocks of attention and MLP
+    width: int | None = None  # of the residual stream
     heads: int | None = None  # of queries
     kv_heads: int | None = None  # of keys and values
-    head_dim: int | None = None
-    mlp_width: int | None = None
+    head_dim: int | None = None  # numbers per query, key or value
+    mlp_width: int | None = None  # hidden numbers of an MLP
     max_length: int | None = None  # tokens
-    tied_embeddings: bool | None = None
+    tied_embeddings: bool | None = None  # logits are made by the embedding
     norm: str | None = None  # "rms" or "layer"
     position: str | None = None  # "rope" or "learned"
     activation: str | None = None  # "swiglu", "geglu", "gelu" or "gelu_tanh"

@@ -12,16 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.config import Config
-from rlhf_jax.data.pipeline import random_bits
+from rlhf_jax.data.batches import random_bits
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import target_statistics, target_values
 from rlhf_jax.oracle import exact_world as world
-from rlhf_jax.rl.layout import PromptSet, Rollout, pack_rows
+from rlhf_jax.rl.layout import Rollout, pack_rows
 from rlhf_jax.rl.on_policy import Task
 from rlhf_jax.sampling.arguments import Sampling
 from rlhf_jax.sampling.generate import generate
+from rlhf_jax.tasks.prompts import PromptSet
 
 # The vocabulary of the transformer: actions 0 … 3 of the world are EOS, a, b, c.
 PAD, BOS, EOS = 0, 1, 2

@@ -14,7 +14,7 @@ import numpy as np
 
 from rlhf_jax.config import Config
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.rows import map_rows
+from rlhf_jax.evaluation.row_passes import map_rows
 from rlhf_jax.files import write_json
 from rlhf_jax.rewards.ensemble import (
     Normalization,

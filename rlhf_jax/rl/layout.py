@@ -17,31 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.data.batches import pad_rows
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
-from rlhf_jax.data.pipeline import pad_rows
-from rlhf_jax.data.records import Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.sampling.generate import Completion
+from rlhf_jax.tasks.prompts import PromptSet
 
 SHORTEST = 16  # tokens per sequence: a row has places for no more of them than fit at that length
 Array = Any  # on the host or a device
-
-
-@dataclass(frozen=True)
-class PromptSet:
-    """Prompts to sample from: their records and their tokens."""
-
-    records: Sequence[Prompt]
-    tokens: Sequence[Sequence[int]]
-
-    def take(self, indices: Sequence[int]) -> PromptSet:
-        """The prompts at these indices, in their order."""
-        return PromptSet([self.records[i] for i in indices], [self.tokens[i] for i in indices])
-
-    @staticmethod
-    def joined(sets: Sequence[PromptSet]) -> PromptSet:
-        """The prompts of all sets, in order."""
-        return PromptSet([r for s in sets for r in s.records], [t for s in sets for t in s.tokens])
 
 
 _OF_ANSWERS = ("mask", "behaviour_logprobs", "finished", "scores", "weights")  # sampled, scored

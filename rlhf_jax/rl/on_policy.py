@@ -27,8 +27,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.config import Config
+from rlhf_jax.data.batches import random_bits
 from rlhf_jax.data.packing import Arrays
-from rlhf_jax.data.pipeline import random_bits
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.losses.policy import Objective

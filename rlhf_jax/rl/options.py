@@ -21,7 +21,7 @@ _FUNCTION = Only("scorers", containing=".py:")
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingOptions:
     """How answers to prompts are drawn."""
 
     max_prompt_tokens: int = option(128, least=1)  # longer prompts are left out and counted
@@ -46,13 +46,14 @@ class Truncation:
 
 
 @dataclass(frozen=True)
-class Rollout(Sampling):
+class RolloutOptions(SamplingOptions):
     """What the policy stage samples in an iteration."""
 
     prompts: int = option(64, least=1)  # per iteration
     samples: int = option(1, least=1)  # per prompt
     # Answers that did not end: their score is lowered by the penalty, or is −penalty.
     missing_eos: str = option("none", choices=EOS_MODES)
+    # In units of the scores.
     missing_eos_penalty: float = option(
         1.0, within="[0, inf)", only=Only("missing_eos", ("subtract", "replace"))
     )
@@ -78,17 +79,17 @@ class Rollout(Sampling):
 
 
 @dataclass(frozen=True)
-class OnlineRollout(Truncation, Rollout):
+class OnlineRolloutOptions(Truncation, RolloutOptions):
     """What the online_preference stage samples in an iteration."""
 
 
 @dataclass(frozen=True)
-class BestOfNRollout(Truncation, Sampling):
+class BestOfNOptions(Truncation, SamplingOptions):
     """How the best_of_n stage samples: it counts only answers that ended, and says how many."""
 
 
 @dataclass(frozen=True)
-class Reward:
+class RewardOptions:
     """What judges answers."""
 
     scorers: str = "model=1"  # see rewards/scorers.py
@@ -105,7 +106,7 @@ class Reward:
 
 
 @dataclass(frozen=True)
-class Kl:
+class KlOptions:
     """What distance from the reference costs."""
 
     # Per nat; where the placement is "none", the KL is measured only.
@@ -135,12 +136,13 @@ class Kl:
 
 
 @dataclass(frozen=True)
-class Advantage:
+class AdvantageOptions:
     """How rewards become the factors of log-probs: losses/advantages.py."""
 
     name: str = option("gae", choices=tuple(ADVANTAGES))  # gae, reward_to_go, group, remax
     # Discount per token.
     gamma: float = option(1.0, within="[0, 1]", only=Only("name", ("gae", "reward_to_go")))
+    # How far the critic's errors carry: 1 trusts rewards alone, 0 the next value alone.
     lam: float = option(0.95, within="[0, 1]", only=Only("name", ("gae",)))
     # An answer that was cut off is worth its last value, not 0.
     bootstrap: bool = option(False, only=Only("name", ("gae",)))
@@ -153,25 +155,26 @@ class Advantage:
 class PolicyOptions:
     """What is minimised: an objective of losses/policy.py, and terms beside it."""
 
-    name: str = "ppo"
+    name: str = "ppo"  # one of `OBJECTIVES`
     objective: Any = field(default=None, metadata=variants(OBJECTIVES))
-    aggregation: str = option("token_mean", choices=AGGREGATIONS)
+    aggregation: str = option("token_mean", choices=AGGREGATIONS)  # of tokens' losses
     entropy_coefficient: float = option(0.0, within="[0, inf)")  # of the bonus, per nat
     # Corrects for the sampler's log-probs, by token or by sequence.
     importance: str = option("none", choices=("none", *LEVELS))
+    # The largest weight, beyond which it is cut or its tokens are masked.
     importance_cap: float = option(2.0, within="(0, inf)", only=Only("importance", LEVELS))
-    importance_mode: str = option(
+    importance_mode: str = option(  # what the cap does
         "truncate", choices=("truncate", "mask"), only=Only("importance", LEVELS)
     )
     ptx_coefficient: float = option(0.0, within="[0, inf)")  # of data.ptx's loss, mixed in
 
 
 @dataclass(frozen=True)
-class Critic:
+class CriticOptions:
     """How the critic is trained; in all else as the policy is, by the section optimizer."""
 
     learning_rate: float = option(1e-3, within="[0, inf)")  # the peak
-    schedule: str = "cosine"
+    schedule: str = "cosine"  # as of the policy's: training/optimizer.py
     value_clip: float = option(0.2, within="[0, inf)")  # of a value's change; 0: no clip
 
     def optimizer(self, policy: OptimizerConfig) -> OptimizerConfig:

@@ -15,13 +15,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax import console
 from rlhf_jax.config import Config
-from rlhf_jax.data.conversation import Tokenizer, render_prompt
-from rlhf_jax.data.encode import length_of_share
+from rlhf_jax.data.batches import random_bits
+from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.data.packing import Arrays
-from rlhf_jax.data.pipeline import random_bits
 from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.held_out_answers import sample
 from rlhf_jax.losses.advantages import zero_variance
 from rlhf_jax.losses.checks import check_choice
 from rlhf_jax.losses.cross_entropy import TokenStatistics
@@ -34,12 +33,12 @@ from rlhf_jax.models.scoring import (
 )
 from rlhf_jax.rewards.scorers import Scores
 from rlhf_jax.rl.judge import Judge
-from rlhf_jax.rl.layout import PromptSet, Rollout, pack_rows
+from rlhf_jax.rl.layout import Rollout, pack_rows
 from rlhf_jax.rl.objectives import shape_scores
 from rlhf_jax.rl.on_policy import Task
 from rlhf_jax.sampling.arguments import Sampling
-from rlhf_jax.sampling.generate import generate
-from rlhf_jax.tasks.sources import check_unrendered, read_records
+from rlhf_jax.tasks.prompts import PromptSet, prompts_within
+from rlhf_jax.tasks.sources import read_records
 from rlhf_jax.training.mesh import batch_shards
 from rlhf_jax.training.metrics import Metrics
 from rlhf_jax.training.saved_model import Model
@@ -47,26 +46,16 @@ from rlhf_jax.training.saved_model import Model
 
 def read_prompts(config: Config, tokenizer: Tokenizer, source: str, split: str) -> PromptSet:
     """The prompts of a source that leave room for an answer; the others are counted."""
-    limit, what = config.rollout.max_prompt_tokens, f"{source} ({split}) prompts"
+    limit = config.rollout.max_prompt_tokens
     records = read_records(config, source, "prompt", split)
-    check_unrendered(what, records, tokenizer)
-    tokens = [render_prompt(record.messages, tokenizer) for record in records]
-    fitting = [i for i, ids in enumerate(tokens) if len(ids) <= limit]
-    dropped = len(records) - len(fitting)
-    console.say(what, {"read": len(records), "too long": dropped})
-    console.warn_over_long(
-        what,
-        dropped,
-        len(records),
-        length_of_share([*map(len, tokens)]),
-        f"left out, longer than rollout.max_prompt_tokens = {limit}",
-    )
-    if not fitting:
+    why = f"left out, longer than rollout.max_prompt_tokens = {limit}"
+    prompts = prompts_within(limit, f"{source} ({split}) prompts", records, tokenizer, why)
+    if not prompts.records:
         raise UserError(
             f"none of the {len(records)} prompts of {source!r} has at most "
             f"rollout.max_prompt_tokens = {limit} tokens"
         )
-    return PromptSet(records, tokens).take(fitting)
+    return prompts
 
 
 def truncation(config: Config) -> dict[str, Any]:
@@ -101,10 +90,7 @@ def sample_answers(
         cache_length=rollout.max_prompt_tokens + rollout.max_new_tokens,
         **drawn if temperature is None else {"temperature": temperature},
     )
-    completions = generate(
-        model.config, model.params, prompts.tokens, sampling, seed=seed, prompt_ids=ids
-    )
-    texts = [model.tokenizer.decode_text(completion.tokens) for completion in completions]
+    completions, texts = sample(model, prompts.tokens, sampling, seed=seed, prompt_ids=ids)
     return Rollout.of(prompts, completions, texts, rollout.max_new_tokens)
 
 

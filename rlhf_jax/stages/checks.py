@@ -15,7 +15,7 @@ from rlhf_jax.hub.chat_formats import chat_template
 from rlhf_jax.hub.hub_data import check_hub_name
 from rlhf_jax.rewards.scorers import parse_rewards
 from rlhf_jax.stages.defaults import SAMPLING
-from rlhf_jax.tasks.builders import check_name
+from rlhf_jax.tasks.builders import task_of
 from rlhf_jax.tasks.sources import parse_source, parse_sources
 from rlhf_jax.training.optimizer import make_optimizer
 
@@ -61,7 +61,7 @@ def _check_sources(config: Config) -> None:
         if parsed.is_hub:
             check_hub_name(parsed.name)
         elif not parsed.is_file:
-            check_name(parsed.name)
+            task_of(parsed.name)
         elif not Path(parsed.name).is_file():
             raise UserError(f"data: there is no file {parsed.name}")
 

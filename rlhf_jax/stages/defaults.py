@@ -20,14 +20,14 @@ from rlhf_jax.losses.preference import LOSSES
 from rlhf_jax.models.config import Shape
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.rl.options import (
-    Advantage,
-    BestOfNRollout,
-    Critic,
-    Kl,
-    OnlineRollout,
+    AdvantageOptions,
+    BestOfNOptions,
+    CriticOptions,
+    KlOptions,
+    OnlineRolloutOptions,
     PolicyOptions,
-    Reward,
-    Rollout,
+    RewardOptions,
+    RolloutOptions,
 )
 from rlhf_jax.training.optimizer import OptimizerConfig
 
@@ -38,14 +38,14 @@ SAMPLING = ("policy", "online_preference", "best_of_n")  # which sample and scor
 class Init:
     """What the model starts from: "experiments/sft.py[:variant]", or a finished run's directory."""
 
-    policy: str = ""
+    policy: str = ""  # the model that is trained; nowhere: one of the user's, named by a flag
 
 
 @dataclass(frozen=True)
 class JudgedInit(Init):
-    """The same, and a model of the same pairs, whose accuracy is shown beside."""
+    """The same, and what it is compared with."""
 
-    reward: str = ""
+    reward: str = ""  # a model of the same pairs, whose accuracy is shown beside
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Data:
     ("notes.jsonl[:1000]"), or one that the package datasets loads ("hf:owner/name").
     """
 
-    train: str = "town"
+    train: str = "town"  # what is trained on
     validation: str = "town"  # "": the last 5 % of the files in `train`
     row_length: int = option(256, least=1)  # tokens per packed row
     # Share of bad JSONL lines that are skipped and counted.
@@ -118,6 +118,7 @@ class Vocabulary:
     """The tokenizer that is trained."""
 
     kind: str = option("bpe", choices=("bpe", "chars"))  # "chars": all of the text
+    # Tokens, those of chats among them.
     vocab_size: int = option(2048, least=1, only=options.Only("kind", ("bpe",)))
 
 
@@ -132,6 +133,7 @@ class LanguageLoss:
 class SftLoss(LanguageLoss):
     """Cross-entropy of replies."""
 
+    # Share of a target's probability that is spread over all tokens.
     label_smoothing: float = option(0.0, within="[0, 1)")
 
 
@@ -139,7 +141,7 @@ class SftLoss(LanguageLoss):
 class PreferenceOptions:
     """A loss of losses/preference.py."""
 
-    name: str = "sigmoid"
+    name: str = "sigmoid"  # one of `LOSSES`
     objective: Any = field(default=None, metadata=variants(LOSSES))
     # Of the SFT term added to any loss; rpo, cpo and orpo have their own: leave it 0.
     sft_coefficient: float = option(0.0, within="[0, inf)")
@@ -147,8 +149,9 @@ class PreferenceOptions:
 
 @dataclass(frozen=True)
 class RewardLoss:
-    """bradley_terry on pairs; pointwise on conversations labelled from 0 (bad) to 1 (good)."""
+    """A loss of losses/reward.py."""
 
+    # On pairs; "pointwise" on conversations labelled from 0 (bad) to 1 (good).
     name: str = "bradley_terry"
     centering: float = option(0.0, within="[0, inf)")  # weight of (s_w + s_l)², of pairs
 
@@ -158,7 +161,7 @@ class Normalize:
     """Scores of what `init.policy` answers to training prompts, kept for their mean and std."""
 
     prompts: int = option(256, least=0)  # drawn from the training records; 0: keep none
-    max_new_tokens: int = option(64, least=1)
+    max_new_tokens: int = option(64, least=1)  # of an answer
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ class Batch:
 class Train:
     """The training loop."""
 
-    steps: int = option(100, least=1)
+    steps: int = option(100, least=1)  # updates, or iterations of a stage that samples
     log_every: int = option(10, least=1)  # steps
     eval_every: int = option(0, least=0)  # steps; 0: only at the end
     # Written in the background; a step waits while its state is copied to the host.
@@ -182,7 +185,7 @@ class Train:
     # Since the one before; 0: by steps alone.
     checkpoint_minutes: float = option(5.0, within="[0, inf)")
     max_skipped: int = option(5, least=1)  # updates in a row that are not finite before it stops
-    tensorboard: bool = True
+    tensorboard: bool = True  # also write metrics for TensorBoard
     wandb: str = ""  # project, to follow the run on Weights & Biases too
 
 
@@ -206,8 +209,8 @@ class SampledTrain(Train):
 class Compute:
     """How the model is computed."""
 
-    compute_dtype: str = "float32"
-    remat: str = "dots"  # what the backward pass recomputes
+    compute_dtype: str = "float32"  # or "bfloat16": of activations and matrix products
+    remat: str = "dots"  # what the backward pass recomputes: "none", "full", "dots" (all but dots)
     attention: str = "reference"  # the kernel: models/fused_attention.py
 
 
@@ -215,8 +218,8 @@ class Compute:
 class MeshAxes:
     """Over how many devices parameters are split; rows are split over these and all others."""
 
-    fsdp: int = 1
-    tensor: int = 1
+    fsdp: int = 1  # each holds a part of every parameter
+    tensor: int = 1  # each computes a part of every layer
 
 
 @dataclass(frozen=True)
@@ -230,10 +233,9 @@ class ChatEvaluation:
 
     source: str = "town"  # of held-out prompts: a data set or a JSONL file; "": data.validation
     count: int = option(256, least=1)  # prompts at most
-    max_new_tokens: int = option(64, least=1)
+    max_new_tokens: int = option(64, least=1)  # of an answer, its end included
     # Of the answers that are judged; 0: greedy.
     temperature: float = option(0.0, within="[0, inf)")
-    gold: bool = True  # judged by the town's scorer
 
 
 @dataclass(frozen=True)
@@ -264,9 +266,9 @@ class OracleOptions:
     """The oracle's rows."""
 
     rows: str = ""  # names of oracle/oracle_rows.py, separated by commas; none: all
-    table_steps: int = option(350, least=1)
-    transformer_steps: int = option(60, least=1)
-    preference_steps: int = option(600, least=1)
+    table_steps: int = option(350, least=1)  # of a row whose policy is a table
+    transformer_steps: int = option(60, least=1)  # of one whose policy is a transformer
+    preference_steps: int = option(600, least=1)  # of a loss on pairs
     threads: int = option(2, least=1)  # rows at a time
 
 
@@ -279,7 +281,7 @@ _TRAINED: dict[str, type] = {
     "mesh": MeshAxes,
     "eval": SampledEvaluation,
 }
-_SAMPLED = _TRAINED | {"init": RewardedInit, "reward": Reward, "eval": OnPolicyEvaluation}
+_SAMPLED = _TRAINED | {"init": RewardedInit, "reward": RewardOptions, "eval": OnPolicyEvaluation}
 STAGES: dict[str, dict[str, type]] = {
     "pretrain": {
         **{k: v for k, v in _TRAINED.items() if k not in ("adapter", "compute")},
@@ -292,12 +294,12 @@ STAGES: dict[str, dict[str, type]] = {
     | {"normalize": Normalize, "eval": NoEvaluation},
     "preference": _TRAINED | {"init": JudgedInit, "data": LabelledData, "loss": PreferenceOptions},
     "policy": _SAMPLED
-    | {"data": PolicyData, "rollout": Rollout, "train": SampledTrain, "loss": PolicyOptions}
-    | {"kl": Kl, "advantage": Advantage, "critic": Critic},
+    | {"data": PolicyData, "rollout": RolloutOptions, "train": SampledTrain, "loss": PolicyOptions}
+    | {"kl": KlOptions, "advantage": AdvantageOptions, "critic": CriticOptions},
     "online_preference": _SAMPLED
-    | {"data": ChatData, "rollout": OnlineRollout, "train": SampledTrain}
+    | {"data": ChatData, "rollout": OnlineRolloutOptions, "train": SampledTrain}
     | {"loss": PreferenceOptions},
-    "best_of_n": _SAMPLED | {"data": ChatData, "rollout": BestOfNRollout, "best_of_n": BestOfN},
+    "best_of_n": _SAMPLED | {"data": ChatData, "rollout": BestOfNOptions, "best_of_n": BestOfN},
     "oracle": {"oracle": OracleOptions},
 }
 # Fields that were, and what is in their place.
@@ -439,8 +441,8 @@ TUNING = {"name": "adamw", "warmup_steps": 10, "schedule": "linear", "final_frac
 
 
 def own_evaluation(**changes: Any) -> dict[str, Any]:
-    """`chat_evaluation` on what is held out of the user's data, which has no exact scorer."""
-    return chat_evaluation(**{"source": "", "count": 64, "gold": False} | changes)
+    """`chat_evaluation` on what is held out of the user's data."""
+    return chat_evaluation(**{"source": "", "count": 64} | changes)
 
 
 def fields_of(stage: str) -> ConfigDict:
@@ -489,10 +491,3 @@ def unknown_field(stage: str, name: str) -> str | None:
     for section, kind in STAGES[stage].items():
         known += [f"{section}.{field}" for field in sorted(options.field_names(kind))]
     return f"the {stage} stage has no {name}; did you mean {nearest(name, known)}?"
-
-
-def unread_field(config: ConfigDict, name: str) -> str | None:
-    """`unknown_field`, or a line about a field that other fields' values make meaningless."""
-    if line := unknown_field(config.stage, name):
-        return line
-    return options.unread(resolve(config), name)

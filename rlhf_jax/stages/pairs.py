@@ -9,16 +9,16 @@ import numpy as np
 
 from rlhf_jax import console
 from rlhf_jax.config import Config
-from rlhf_jax.data.conversation import Tokenizer, render_replies
+from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.data.encode import (
     BESIDE,
     add_mismatched,
     encode_pairs,
     is_identical,
     length_of_share,
-    naming,
+    render_groups,
 )
-from rlhf_jax.data.packing import Arrays, Group, pack_groups
+from rlhf_jax.data.packing import Arrays, pack_groups
 from rlhf_jax.data.records import Conversation, Pair
 from rlhf_jax.errors import UserError
 from rlhf_jax.tasks.sources import check_unrendered, read_records
@@ -137,12 +137,7 @@ def _labelled_rows(
                 "sft stage trains on tool calls"
             )
     by_record = np.array([label_of(record) for record in records], np.float32)
-    groups: list[Group] = []
-    for index, record in enumerate(records):
-        with naming(record.id):
-            texts = [record.messages[-1].content]
-            prompt, branches = render_replies(record.messages[:-1], texts, tokenizer)
-        groups.append(Group(prompt, tuple(branches), index))
+    groups = render_groups(records, tokenizer)
     if mismatched:
         groups = add_mismatched(groups, records, tokenizer, length, over_long)
     beside = BESIDE * mismatched

@@ -16,14 +16,19 @@ import jax
 import numpy as np
 
 from rlhf_jax.config import Config
-from rlhf_jax.data.pipeline import make_dataset
+from rlhf_jax.data.batches import make_dataset
 from rlhf_jax.files import write_json, write_jsonl
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.rl.judge import Judge
 from rlhf_jax.rl.layout import Rollout
-from rlhf_jax.rl.on_policy import OnPolicyState, first_state, iterate, make_trainer
+from rlhf_jax.rl.on_policy import (
+    OnPolicyState,
+    first_state,
+    iterate,
+    make_trainer,
+)
 from rlhf_jax.rl.rollouts import text_task
-from rlhf_jax.stages.fit import is_evaluated, pack_texts, train_loop
+from rlhf_jax.stages.fit import pack_texts
 from rlhf_jax.stages.reward import with_score_head
 from rlhf_jax.stages.sampled import (
     evaluate,
@@ -35,7 +40,9 @@ from rlhf_jax.stages.sampled import (
 )
 from rlhf_jax.stages.start import load_start
 from rlhf_jax.tasks.sources import read_records
+from rlhf_jax.training.loop import Loop, is_evaluated
 from rlhf_jax.training.mesh import mesh_of
+from rlhf_jax.training.progress import Clock
 from rlhf_jax.training.rundir import RunDirectory
 from rlhf_jax.training.saved_model import Model, as_trainable, save_model
 
@@ -68,22 +75,22 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
         def step(state: OnPolicyState, batch: Mapping[str, np.ndarray]):
             state, metrics, rollout = iterate(trainer, state, batch)
             number = int(state.iteration)
-            if is_evaluated(config, number):  # where it may be interrupted
+            if is_evaluated(config.train, number):  # where it may be interrupted
                 write_jsonl(run.path / "views.jsonl", token_views(policy, rollout, number))
                 write_json(run.path / "histograms.json", histograms(rollout))
             return state, metrics
 
         before = first_evaluation(config, run, policy, held_out, judge)
-        state, rates = train_loop(
-            config,
+        loop = Loop(
+            config.train,
             run,
-            first_state(trainer),
             step,
             batches,
             evaluation,
-            tokens=sampled_tokens,
+            clock=Clock(tokens=sampled_tokens),
             tokenizer_hash=policy.tokenizer.hash,
         )
+        state, rates = loop.train(first_state(trainer))
     model = dataclasses.replace(policy, params=trainer.policy.params(state.policy))
     save_model(run.path, model)
     return finish(config, run.path, model, parents["policy"], before) | rates

@@ -14,8 +14,8 @@ import numpy as np
 from rlhf_jax import console
 from rlhf_jax.config import Config
 from rlhf_jax.data.conversation import Tokenizer, render_prompt
-from rlhf_jax.data.encode import add_mismatched, encode_conversations, encode_pairs, naming
-from rlhf_jax.data.packing import Document, Group
+from rlhf_jax.data.encode import add_mismatched, encode_conversations, naming, render_groups
+from rlhf_jax.data.packing import Document
 from rlhf_jax.data.records import Conversation, Pair, Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.statistics import auc, wilson_interval
@@ -29,6 +29,7 @@ from rlhf_jax.training.summary import read_summary
 
 SAMPLE = 1000  # records of a source that are tokenised
 PERCENTILES = (5, 50, 95, 99, 100)
+MISMATCHED = "reply to another prompt"  # the part that is beside each record for KTO
 _FATE = {
     "error": "an error",
     "drop": "dropped",
@@ -87,17 +88,22 @@ def preflight(config: Config, source: str, workdir: str | None) -> None:
     prompts_only = config.stage not in ("sft", "reward", "preference")
     limit = config.rollout.max_prompt_tokens if prompts_only else config.data.row_length
     limit_name = "rollout.max_prompt_tokens" if prompts_only else "data.row_length"
-    fate = "left out" if prompts_only else _FATE.get(config.data.over_long, "an error")
+    over_long = "" if prompts_only else config.data.over_long
+    fate = "left out" if prompts_only else _FATE.get(over_long, "an error")
+    judged = config.stage in ("reward", "preference")
+    kto = config.stage == "preference" and config.loss.name == "kto"
     for name in parse_sources(config.data.train):
         records = _read_source(config, name)
         check_unrendered(name, records, tokenizer)
         chosen = np.random.default_rng(config.seed).permutation(len(records))[:SAMPLE]
         sample = [records[i] for i in sorted(chosen)]
-        judged = isinstance(records[0], Pair) or config.stage in ("reward", "preference")
-        stripped_turns = getattr(config.data, "stripped_turns", "leave")
-        encoded, stats = encode(sample, tokenizer, judged=judged, stripped_turns=stripped_turns)
-        if config.stage == "preference" and config.loss.name == "kto":
-            encoded = with_mismatched(sample, encoded, tokenizer, limit, config.data.over_long)
+        stats: Mapping[str, int] = {}
+        if judged:
+            encoded = encode_judged(sample, tokenizer, limit, over_long, mismatched=kto)
+        elif prompts_only:
+            encoded = encode_prompts(sample, tokenizer)
+        else:
+            encoded, stats = encode_whole(sample, tokenizer, config.data.stripped_turns)
         measured = measure(records, sample, encoded, limit, judged=judged)
         show(name, measured, f"over {limit_name} = {limit}: {fate}")
         console.say_stripped(name, stats.get("stripped", 0), stats.get("turns", 0))
@@ -127,75 +133,58 @@ def _find_parent(policy: str, runs: Path) -> Path:
     return directory
 
 
-def encode(
-    records: Sequence[ChatRecord],
-    tokenizer: Tokenizer,
-    *,
-    judged: bool,
-    stripped_turns: str = "leave",
-) -> tuple[list[Encoded], Mapping[str, int]]:
-    """Encodes records as their stage does, whatever their length; the counts are `data.encode`'s.
-
-    Of conversations that are `judged` only the last reply is trained. With `stripped_turns` =
-    "expand" a conversation may give several documents.
-    """
-    pairs = [record for record in records if isinstance(record, Pair)]
-    conversations = [record for record in records if isinstance(record, Conversation)]
-    if pairs:
-        groups, stats = encode_pairs(pairs, tokenizer, sys.maxsize)
-        names = ("prompt", "chosen", "rejected")
-        return [
-            {
-                name: Document(part, [int(name != "prompt")] * len(part))
-                for name, part in zip(names, (group.prompt, *group.branches), strict=True)
-            }
-            for group in groups
-        ], stats
-    if conversations:
-        documents, stats = encode_conversations(
-            conversations,
-            tokenizer,
-            sys.maxsize,
-            last_turn_only=judged,
-            stripped_turns=stripped_turns,
-        )
-        # A conversation's last reply begins where its last trained stretch does.
-        starts = [np.flatnonzero(np.diff(d.is_target, prepend=0) > 0)[-1] for d in documents]
-        return [
-            {
-                "prompt": Document(d.tokens[:start], d.is_target[:start]),
-                "reply": Document(d.tokens[start:], d.is_target[start:]),
-            }
-            for d, start in zip(documents, starts, strict=True)
-        ], stats
-    prompts = []
-    for record in records:
-        assert isinstance(record, Prompt)
-        with naming(record.id):
-            prompts.append(render_prompt(record.messages, tokenizer))
-    return [{"prompt": Document(prompt, [0] * len(prompt))} for prompt in prompts], {}
-
-
-def with_mismatched(
-    sample: Sequence[Conversation | Pair],
-    encoded: Sequence[Encoded],
+def encode_judged(
+    records: Sequence[Pair | Conversation],
     tokenizer: Tokenizer,
     limit: int,
     over_long: str,
+    *,
+    mismatched: bool = False,
 ) -> list[Encoded]:
-    """Adds a further part that is not trained, the reply of `encode.add_mismatched`.
+    """Encodes pairs, or conversations of which only the last reply is trained.
 
-    It is the reply of another record of the sample: the one that a run takes where all records are
-    in the sample.
+    With `mismatched` a further part that is not trained is beside each: the reply that
+    `encode.add_mismatched` takes from another of these records, as a run does if it has no others.
     """
-    groups = []
-    for i, parts in enumerate(encoded):
-        prompt, *replies = (part.tokens for part in parts.values())
-        groups.append(Group(prompt, tuple(replies), i))
-    groups = add_mismatched(groups, sample, tokenizer, limit, over_long)
-    borrowed = [Document(group.branches[-1], [0] * len(group.branches[-1])) for group in groups]
-    pairs = zip(encoded, borrowed, strict=True)
-    return [{**parts, "reply to another prompt": reply} for parts, reply in pairs]
+    groups = render_groups(records, tokenizer)
+    if mismatched:
+        groups = add_mismatched(groups, records, tokenizer, limit, over_long)
+    replies = ("chosen", "rejected") if isinstance(records[0], Pair) else ("reply",)
+    names = ("prompt", *replies, *[MISMATCHED] * mismatched)
+    return [
+        {
+            name: Document(part, [int(name in replies)] * len(part))
+            for name, part in zip(names, (group.prompt, *group.branches), strict=True)
+        }
+        for group in groups
+    ]
+
+
+def encode_prompts(records: Sequence[Prompt], tokenizer: Tokenizer) -> list[Encoded]:
+    """Encodes prompts, of which nothing is trained."""
+    prompts = []
+    for record in records:
+        with naming(record.id):
+            prompts.append(render_prompt(record.messages, tokenizer))
+    return [{"prompt": Document(prompt, [0] * len(prompt))} for prompt in prompts]
+
+
+def encode_whole(
+    records: Sequence[Conversation], tokenizer: Tokenizer, stripped_turns: str = "leave"
+) -> tuple[list[Encoded], Mapping[str, int]]:
+    """Encodes conversations with all their replies; the counts are `encode_conversations`'s."""
+    documents, stats = encode_conversations(
+        records, tokenizer, sys.maxsize, stripped_turns=stripped_turns
+    )
+    # The last reply begins where the last trained stretch does.
+    starts = [int(np.flatnonzero(np.diff(d.is_target, prepend=0) > 0)[-1]) for d in documents]
+    return [
+        {
+            "prompt": Document(d.tokens[:start], d.is_target[:start]),
+            "reply": Document(d.tokens[start:], d.is_target[start:]),
+        }
+        for d, start in zip(documents, starts, strict=True)
+    ], stats
 
 
 def is_identical(parts: Encoded) -> bool:

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.config import Config
+from rlhf_jax.data.batches import make_dataset, make_iterator
 from rlhf_jax.data.packing import Arrays
-from rlhf_jax.data.pipeline import make_dataset, make_iterator
-from rlhf_jax.evaluation.rows import response_logprobs
-from rlhf_jax.evaluation.statistics import bootstrap_interval
+from rlhf_jax.evaluation.chat_evaluation import evaluate_chat
+from rlhf_jax.evaluation.gold_reward import verdicts_of
+from rlhf_jax.evaluation.held_out_answers import ending_metrics, kl_metrics, log_ratios
 from rlhf_jax.files import check_fields, read_lines, read_object, write_json, write_jsonl
 from rlhf_jax.rl.judge import Judge
-from rlhf_jax.rl.layout import PromptSet, Rollout, from_rows
+from rlhf_jax.rl.layout import Rollout
 from rlhf_jax.rl.rollouts import read_prompts, sample_answers, with_rows
-from rlhf_jax.stages.chat import evaluate_chat
+from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.tasks.sources import parse_sources
-from rlhf_jax.tasks.town.gold import gold_score, is_correct
 from rlhf_jax.training.mesh import step_tokens
 from rlhf_jax.training.metrics import read_metrics
 from rlhf_jax.training.rundir import RunDirectory
@@ -106,31 +106,20 @@ def evaluate(
     """
     answers = sample_answers(config, model, held_out, samples=1, seed=config.seed, temperature=1.0)
     answers = with_rows(config, answers, config.batch.rows)
-    scores, rows = judge.score(answers), answers.rows
-    ours, theirs = (
-        response_logprobs(each.config, each.params, rows, step_tokens(config)).reshape(
-            rows["members"].shape
-        )
-        for each in (model, reference)
-    )
-    kl = from_rows(ours, rows["members"]) - from_rows(theirs, rows["members"])
-    low, high = bootstrap_interval(kl, config.seed)
+    scores = judge.score(answers)
+    ratios = log_ratios(model, reference, answers.rows, step_tokens(config))
     metrics = {
         "eval/reward_failures": float(np.sum(~scores.valid)),
-        "eval/kl": float(kl.mean()),
-        "eval/kl_low": low,
-        "eval/kl_high": high,
-        "eval/response_length": float(answers.lengths.mean()),
-        "eval/eos_rate": float(answers.finished.mean()),
+        **kl_metrics(ratios, config.seed),
+        **ending_metrics(answers.completions),
     }
     if scores.valid.any():
         metrics["eval/proxy_reward"] = float(scores.total[scores.valid].mean())
     shown = {"proxy": scores.total}
-    if config.eval.gold:
-        pairs = list(zip(held_out.records, answers.texts, strict=True))
-        shown["gold"] = np.array([gold_score(p, text).total for p, text in pairs])
+    if verdicts := verdicts_of(held_out.records, answers.texts):
+        shown["gold"] = np.array([verdict.total for verdict in verdicts])
         metrics["eval/gold_reward"] = float(shown["gold"].mean())
-        metrics["eval/sampled_correct"] = float(np.mean([is_correct(p, t) for p, t in pairs]))
+        metrics["eval/sampled_correct"] = float(np.mean([verdict.right for verdict in verdicts]))
     keep_timeline(run, step, answers, shown)
     return metrics
 

@@ -14,7 +14,7 @@ from rlhf_jax.models.lora import combine, split
 from rlhf_jax.training.mesh import TRANSFORMER_RULES, Rules, placed
 from rlhf_jax.training.optimizer import OptimizerConfig, make_optimizer
 from rlhf_jax.training.state import TrainState, init_state
-from rlhf_jax.training.step import make_step
+from rlhf_jax.training.step import make_step, with_constants
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,13 @@ def make_learner(
     optimizer, schedule = make_optimizer(section, updates)
     trained, frozen = split(placed(mesh, params, rules))
     step = make_step(
-        loss_fn,
+        with_constants(loss_fn, section.freeze) if section.freeze else loss_fn,
         optimizer,
         mesh=mesh,
         rules=rules,
         microbatches=config.batch.microbatches,
         max_grad_norm=section.max_grad_norm,
         ema_decay=ema_decay or None,
-        freeze=section.freeze,
         frozen=frozen,
         schedule=schedule,
         seed=config.seed,

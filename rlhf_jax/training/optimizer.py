@@ -34,7 +34,7 @@ class OptimizerConfig:
     decoupled, times the learning rate as in PyTorch, and none of norms, biases and embeddings.
     """
 
-    name: str = "adamw"
+    name: str = "adamw"  # or adafactor, lion, muon
     learning_rate: float = option(1e-3, within="[0, inf)")  # the peak
     # After the warm-up "cosine", "linear", "constant", or "wsd": constant, then linear.
     schedule: str = "cosine"
@@ -43,14 +43,18 @@ class OptimizerConfig:
     decay_fraction: float = option(  # of the steps, in which "wsd" decays
         0.2, within="[0, 1]", only=Only("schedule", ("wsd",))
     )
+    # Per update, times the learning rate.
     weight_decay: float = option(0.0, within="[0, inf)")
     # Regexes of parameters that stay bitwise as they are and have no optimizer state; give them to
     # `make_step` too, which then leaves out their backward pass.
     freeze: tuple[str, ...] = ()
     # For `make_step`, which clips after accumulation; None: no clipping.
     max_grad_norm: float | None = option(1.0, within="(0, inf)")
+    # Of the mean of squared gradients; of Lion's momentum.
     b2: float = option(0.999, within="[0, 1)", only=Only("name", ("adamw", "lion", "muon")))
+    # Added to the root of that mean.
     eps: float = option(1e-8, within="[0, inf)", only=Only("name", ("adamw", "muon")))
+    # Of Muon's gradients.
     momentum: float = option(0.95, within="[0, 1)", only=Only("name", ("muon",)))
 
     def validate(self) -> None:

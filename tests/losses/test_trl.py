@@ -62,7 +62,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rlhf_jax.stages.rollouts import PromptSet, Samples, pack_samples
+from rlhf_jax.stages.rollouts import Samples, pack_samples
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -76,10 +76,11 @@ from rlhf_jax.losses.reductions import mean
 from rlhf_jax.losses.reward import bradley_terry
 from rlhf_jax.losses.shaping import kl_estimate, missing_eos, token_rewards, with_next_slot
 from rlhf_jax.models import scoring
+from rlhf_jax.rl.layout import select
 from rlhf_jax.rl.objectives import Sampled, advantages, policy_objective
-from rlhf_jax.rl.on_policy import select
 from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.stages import defaults, preference
+from rlhf_jax.tasks.prompts import PromptSet
 
 torch = pytest.importorskip("torch", reason="needs requirements-parity.txt")
 transformers = pytest.importorskip("transformers", reason="needs requirements-parity.txt")

@@ -30,7 +30,7 @@ def make_dataset(
 ) -> grain.MapDataset:
     """An endless data set of shuffled batches [batch_size, …].
 
-    Each source is shuffled anew every epoch and yields each of its rows once an epoch. Several
+    Each source is shuffled anew in every epoch, in which it yields each of its rows once. Several
     sources are mixed row by row in the proportions `weights` (equal where None); their rows are
     numbered (`row_ids`) in the order of `concatenate_rows`.
     """
@@ -56,7 +56,7 @@ def make_dataset(
                 index[chosen] = firsts[i] + order(i, int(e), count)[place[chosen]]
         return {name: array[index] for name, array in arrays.items()}
 
-    # Grain's own shuffle takes 0.1 ms a row on small sets; only its mixing and batching are used.
+    # Grain's own shuffle takes 0.1 ms per row on small sets; only mixing and batching are Grain's.
     draws = [grain.MapDataset.range(i, _ENDLESS, len(sources)) for i in range(len(sources))]
     mixed = draws[0] if len(draws) == 1 else grain.MapDataset.mix(draws, weights)
     return mixed.batch(batch_size, batch_fn=take)
@@ -110,16 +110,12 @@ def eval_batches(arrays: Arrays, batch_size: int) -> Iterator[Arrays]:
 
 def pad_rows(arrays: Arrays, *, rows: int, slots: int, groups: int) -> Arrays:
     """The same with rows, target slots and group places padded to multiples, as compiling likes."""
-
-    def missing(count: int, multiple: int) -> int:
-        return -count % multiple
-
     padded = {}
     for name, array in arrays.items():
         if name in _SLOT_AXES + _GROUP_AXES:
             multiple = slots if name in _SLOT_AXES else groups
-            array = _pad(name, array, 1, missing(array.shape[1], multiple))
-        padded[name] = _pad(name, array, 0, missing(len(array), rows))
+            array = _pad(name, array, 1, -array.shape[1] % multiple)
+        padded[name] = _pad(name, array, 0, -len(array) % rows)
     return padded
 
 
@@ -150,7 +146,7 @@ def _pad(name: str, array: np.ndarray, axis: int, count: int) -> np.ndarray:
 
 
 def _epoch_order(seed: int, source: int, epoch: int, count: int) -> np.ndarray:
-    """A permutation of `count` rows."""
+    """The permutation of a source's `count` rows in an epoch."""
     return np.argsort(random_bits(range(count), seed, source, epoch), kind="stable")
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlhf_jax.data.batches import eval_batches
 from rlhf_jax.data.packing import Arrays
-from rlhf_jax.data.pipeline import eval_batches
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import sequence_logprobs
 from rlhf_jax.training.progress import tracked

@@ -9,14 +9,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from rlhf_jax.data.packing import Document, Group, pack_documents, pack_groups
-from rlhf_jax.data.pipeline import (
+from rlhf_jax.data.batches import (
     concatenate_rows,
     eval_batches,
     make_dataset,
     make_iterator,
     make_windows,
 )
+from rlhf_jax.data.packing import Document, Group, pack_documents, pack_groups
 from rlhf_jax.errors import UserError
 
 
