@@ -145,7 +145,7 @@ def encode_conversations(
 
 
 def split_turns(
-    messages: Sequence[Message], tokenizer: Tokenizer, expand: bool, *, last_turn_only: bool = False
+    messages: Sequence[Message], tokenizer: Tokenizer, expand: bool
 ) -> tuple[list[tuple[list[int], list[range]]], int]:
     """The documents of a conversation: tokens and where their trained turns stand, the last last.
 
@@ -154,12 +154,10 @@ def split_turns(
     value counts the turns that were to be trained.
     """
     untrained = {i for i, message in enumerate(messages) if message.role == "assistant"}
-    if last_turn_only:
-        untrained = {len(messages) - 1}
     parts: list[tuple[list[int], list[range]]] = []
     count, end = len(untrained), len(messages)
     while end and (expand or not parts):
-        tokens, turns = render_turns(messages[:end], tokenizer, last_turn_only=last_turn_only)
+        tokens, turns = render_turns(messages[:end], tokenizer)
         parts.append((tokens, [places for i, places in turns.items() if i in untrained]))
         untrained -= turns.keys()
         end = max(untrained, default=-1) + 1

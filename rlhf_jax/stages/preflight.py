@@ -12,8 +12,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlhf_jax import console
-from rlhf_jax.data.conversation import Tokenizer, mark, render_prompt, render_replies
-from rlhf_jax.data.encode import add_mismatched, naming, split_turns
+from rlhf_jax.data.conversation import Tokenizer, mark, render_prompt
+from rlhf_jax.data.encode import add_mismatched, naming, render_groups, split_turns
 from rlhf_jax.data.packing import Group
 from rlhf_jax.data.records import Conversation, Pair, Prompt
 from rlhf_jax.errors import UserError
@@ -158,7 +158,7 @@ def _parent(policy: str, runs: Path) -> Path:
 
 
 def encode(record: ChatRecord, tokenizer: Tokenizer, *, judged: bool) -> Encoded:
-    """The record's tokens; of a conversation that is `judged` the last reply only is trained."""
+    """The record's tokens; only the last reply is trained of a conversation that is `judged`."""
     return encode_all(record, tokenizer, judged=judged, expand=False)[0]
 
 
@@ -166,17 +166,18 @@ def encode_all(
     record: ChatRecord, tokenizer: Tokenizer, *, judged: bool, expand: bool
 ) -> list[Encoded]:
     """`encode`, and with `expand` the other documents of a conversation: `encode.split_turns`."""
+    if judged and not isinstance(record, Prompt):
+        (group,) = render_groups([record], tokenizer)
+        names = ("chosen", "rejected") if isinstance(record, Pair) else ("reply",)
+        parts = {"prompt": group.prompt} | dict(zip(names, group.branches, strict=True))
+        replies = group.size - len(group.prompt)
+        return [Encoded(parts, [0] * len(group.prompt) + [1] * replies)]
     with naming(record.id):
-        if isinstance(record, Pair):
-            texts = (record.chosen, record.rejected)
-            prompt, (chosen, rejected) = render_replies(record.prompt, texts, tokenizer)
-            parts = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-            trained = [1] * (len(chosen) + len(rejected))
-            return [Encoded(parts, [0] * len(prompt) + trained)]
         if isinstance(record, Prompt):
             prompt = render_prompt(record.messages, tokenizer)
             return [Encoded({"prompt": prompt}, [0] * len(prompt))]
-        documents, turns = split_turns(record.messages, tokenizer, expand, last_turn_only=judged)
+        assert isinstance(record, Conversation)
+        documents, turns = split_turns(record.messages, tokenizer, expand)
     stripped = turns - sum(len(places) for _, places in documents)
     encoded = []
     for tokens, places in documents:
