@@ -258,7 +258,8 @@ def grpo(size: Size, found: dict[str, float]) -> Iterator[Line]:
     from rlhf_jax.rl.on_policy import Rollouts, Task, make_iteration
     from rlhf_jax.sampling.generate import generate
     from rlhf_jax.stages import defaults
-    from rlhf_jax.stages.rollouts import PromptSet, Samples, pack_samples, padded
+    from rlhf_jax.stages.rollouts import Samples, pack_samples, padded
+    from rlhf_jax.tasks.prompts import PromptSet
 
     share = max(1, size.group // 2)
     length = size.question + share * size.answer

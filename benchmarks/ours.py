@@ -21,6 +21,7 @@ from rlhf_jax.data.packing import Document, Group, pack_documents, pack_groups
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.devices import split_cores
 from rlhf_jax.hub.hub_tokenizer import HubTokenizer
+from rlhf_jax.hub.tokenizer_settings import TokenizerSettings
 from rlhf_jax.losses.preference import preference_loss
 from rlhf_jax.losses.reward import bradley_terry
 from rlhf_jax.malloc import give_back
@@ -30,7 +31,8 @@ from rlhf_jax.rl.on_policy import make_iteration
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.stages import defaults
 from rlhf_jax.stages.policy import critic_params
-from rlhf_jax.stages.rollouts import Judge, PromptSet, text_task
+from rlhf_jax.stages.rollouts import Judge, text_task
+from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.training.optimizer import OptimizerConfig, make_optimizer
 from rlhf_jax.training.saved_model import Model, save_model
 from rlhf_jax.training.state import init_state
@@ -208,7 +210,7 @@ def generation(shape: work.Shape, *, batch: int = 1, **changes) -> Round:
 def start_of(shape: work.Shape, **changes) -> Model:
     """A policy as it starts. Its answers are of full length, as the peer's."""
     config = model_config(shape, **changes)
-    tokenizer = HubTokenizer(work.tokenizer_json(shape), bos="<s>", eos="</s>")
+    tokenizer = HubTokenizer(work.tokenizer_json(shape), TokenizerSettings("</s>", "<s>"))
     assert tokenizer.hash  # kept, as its file has it, before no id ends a reply any more
     tokenizer.ends = ()
     return Model(config, init(config, jax.random.key(0)), tokenizer)

@@ -111,5 +111,5 @@ def ppo(train, **sections):
 
 def real(source, max_new_tokens):
     """Evaluation on prompts for which there is no exact scorer."""
-    changes = {"source": source, "count": 64, "gold": False, "max_new_tokens": max_new_tokens}
+    changes = {"source": source, "count": 64, "max_new_tokens": max_new_tokens}
     return defaults.chat_evaluation(**changes)

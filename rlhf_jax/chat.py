@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,17 +22,17 @@ if TYPE_CHECKING:
     from rlhf_jax.data.records import Message
     from rlhf_jax.training.saved_model import Model
 
-HALF = "\ufffd"  # of a character whose other bytes are still to come
+HALF = "\ufffd"  # a part of a character whose other bytes are still to come
 
 
 @dataclass
 class Speaker:
-    """A model and what was said with it."""
+    """A model and the conversation that it has had."""
 
     name: str
     model: Model
     system: str
-    options: dict[str, Any]  # of `sampling.generate`
+    options: dict[str, Any]  # for `sampling.generate`
     messages: list[Message] = field(default_factory=list)
 
     def start_over(self) -> None:
@@ -69,12 +70,12 @@ class Speaker:
                 show(sofar[len(shown) :])
                 shown = sofar
 
-        options = dict(self.options)
+        options = self.options | {"max_new_tokens": min(self.options["max_new_tokens"], room)}
         (completion,) = generate(
             model.config,
             model.params,
             [prompt],
-            **options | {"max_new_tokens": min(options["max_new_tokens"], room)},
+            **options,
             stop_ids=model.tokenizer.ends,
             prompt_ids=[number],
             on_tokens=on_tokens,
@@ -138,7 +139,7 @@ def talk(given: argparse.Namespace) -> None:
             raise UserError(f"{path} is a reward model; it does not speak")
         speakers.append(Speaker(Path(path).name, model, given.system, options))
     prompt = "> " if sys.stdin.isatty() else ""
-    converse(speakers, lambda: input(prompt), _write)
+    converse(speakers, lambda: input(prompt), partial(print, end="", flush=True))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -155,10 +156,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repetition-penalty", type=float)
     parser.add_argument("--seed", type=int, default=0)
     return run(parser, talk, argv)
-
-
-def _write(text: str) -> None:
-    print(text, end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def code_of(module: str, without: Collection[str] = ()) -> dict[str, str]:
     Returns:
       The first 12 hex digits of a SHA-256 by the file's path relative to the package, sorted. It
       is of what Python makes of the file: comments, docstrings and formatting don't count. A TOML
-      file that a module names and that lies beside it is part of the code, by its bytes.
+      or Jinja file that a module names, relative to its folder, is part of the code, by its bytes.
     """
     first, code = _file(module), {}
     pending = [] if first is None else [first]
@@ -97,9 +97,8 @@ def _read(path: Path) -> tuple[str, frozenset[Path]]:
     shape = "\n".join(_shape(tree, []))
     imported = set(filter(None, map(_file, set(_imported(tree, path)))))
     strings = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
-    beside = (
-        path.with_name(str(name)) for name in strings if re.fullmatch(r"\w+\.toml", str(name))
-    )
+    names = (str(name) for name in strings if re.fullmatch(r"[\w/]+\.(toml|jinja)", str(name)))
+    beside = (path.parent / name for name in names)
     imported.update(file for file in beside if file.is_file())
     return hashlib.sha256(shape.encode()).hexdigest()[:12], frozenset(imported)
 

@@ -70,6 +70,7 @@ def test_the_words_of_the_town_are_code(copy):
     words = package / "tasks" / "town" / "phrasings" / "manners.toml"
     names = code_of("rlhf_jax.tasks.builders")
     assert {f"tasks/town/phrasings/{path.name}" for path in words.parent.glob("*.toml")} <= {*names}
+    assert "hub/templates/chatml.jinja" in code_of("rlhf_jax.hub.chat_formats")
     before = digest()
     words.write_text(words.read_text().replace("of course!", "certainly!", 1))
     assert digest() != before

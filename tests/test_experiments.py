@@ -43,7 +43,7 @@ def test_experiment(name, variant, monkeypatch):
         ModelConfig(**config.model.to_dict(), vocab_size=65).validate()
     elif variant == "own":
         assert not (config.init.policy or config.data.train or config.data.validation)
-        assert not config.eval.get("source", "") and not config.eval.get("gold", False)
+        assert not config.eval.get("source", "") and "gold" not in config.eval
     else:
         parent = load_config(config.init.policy)
         assert STAGES.index(parent.stage) <= STAGES.index(config.stage)

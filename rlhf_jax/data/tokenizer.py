@@ -189,18 +189,13 @@ class OwnTokenizer:
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         try:
-            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as error:  # says nothing of which text it is
-            bad = next((t for t in texts if not self._can_encode(t)), "")
-            raise UserError(f"the tokenizer cannot encode {bad[:60]!a}: {error}") from error
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception
+            if len(texts) > 1:  # and does not say for which text
+                return [ids for text in texts for ids in self._encode_batch([text])]
+            text = ascii(texts[0][:60])
+            raise UserError(f"the tokenizer cannot encode {text}: {error}") from error
         return [encoding.ids for encoding in encodings]
-
-    def _can_encode(self, text: str) -> bool:
-        try:
-            self._tokenizer.encode(text, add_special_tokens=False)
-        except Exception:
-            return False
-        return True
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> OwnTokenizer:

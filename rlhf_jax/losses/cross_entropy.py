@@ -400,7 +400,9 @@ def _statistics_backward(options: _Options, residuals, cotangents):
 
     if layout == "vd":
         words_dv = words.swapaxes(1, 2)
-    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, dtype), (words_dv if layout == "vd" else words, bias))
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros_like(x, dtype), (words_dv if layout == "vd" else words, bias)
+    )
     chunks = (hidden, targets, statistics, cotangents, logits)
     (to_words, to_bias), to_hidden = _fold(token_step, zeros, chunks)
     to_bias = None if bias is None else to_bias.astype(bias.dtype)
@@ -434,9 +436,12 @@ def _cross_entropy_chunk(options: _Options, terms, unembedding, chunk, gradient:
     dtype, layout = at_least_f32(hidden, unembedding), options.layout
     to_logits = to_logits.astype(jnp.result_type(hidden, unembedding))
     (to_hidden,), to_words = (
-        jnp.einsum(f"cv,{spec}", to_logits, x, preferred_element_type=dtype)
-        for spec, x in ((f"{layout}->cd", unembedding),)
-    ), jnp.einsum("cd,cv->dv", hidden, to_logits, preferred_element_type=dtype)
+        (
+            jnp.einsum(f"cv,{spec}", to_logits, x, preferred_element_type=dtype)
+            for spec, x in ((f"{layout}->cd", unembedding),)
+        ),
+        jnp.einsum("cd,cv->dv", hidden, to_logits, preferred_element_type=dtype),
+    )
     return (total, aux), (to_hidden.astype(hidden.dtype), to_words)
 
 

@@ -20,7 +20,8 @@ from rlhf_jax.models.scoring import target_statistics, target_values
 from rlhf_jax.oracle import exact_world as world
 from rlhf_jax.rl.on_policy import Rollouts, Task
 from rlhf_jax.sampling.generate import generate
-from rlhf_jax.stages.rollouts import PromptSet, Samples, pack_samples, padded
+from rlhf_jax.stages.rollouts import Samples, pack_samples, padded
+from rlhf_jax.tasks.prompts import PromptSet
 
 # The vocabulary of the transformer: actions 0 … 3 of the world are EOS, a, b, c.
 PAD, BOS, EOS = 0, 1, 2

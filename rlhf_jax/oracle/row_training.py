@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from rlhf_jax.devices import training_devices
-from rlhf_jax.evaluation.best_of_n import best_of_n_law, kl_bound, kl_terms
+from rlhf_jax.evaluation.selection import best_of_n_law, kl_bound, kl_terms
 from rlhf_jax.losses.preference import preference_loss
 from rlhf_jax.models import transformer
 from rlhf_jax.oracle import exact_world as world

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.special import chdtrc
 
-from rlhf_jax.evaluation.best_of_n import best_of_n, kl_bound, kl_estimate, kl_terms, win_bound
+from rlhf_jax.evaluation.selection import best_of_n, kl_bound, kl_estimate, kl_terms, win_bound
 from rlhf_jax.oracle import exact_world as world
 from rlhf_jax.oracle.oracle_rows import BETA, Row
 

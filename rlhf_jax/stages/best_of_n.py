@@ -20,7 +20,11 @@ from rlhf_jax import console
 from rlhf_jax.data.batches import random_bits
 from rlhf_jax.data.packing import Arrays, Document, pack_documents
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.best_of_n import (
+from rlhf_jax.evaluation.chat_evaluation import evaluate_chat
+from rlhf_jax.evaluation.gold_reward import verdicts_of
+from rlhf_jax.evaluation.language_loss import language_evaluation
+from rlhf_jax.evaluation.row_passes import rows_of
+from rlhf_jax.evaluation.selection import (
     best_of_n,
     best_of_n_curve,
     best_of_n_win_rate,
@@ -29,23 +33,13 @@ from rlhf_jax.evaluation.best_of_n import (
     kl_terms,
     win_bound,
 )
-from rlhf_jax.evaluation.language import language_evaluation
-from rlhf_jax.evaluation.rows import rows_of
 from rlhf_jax.models.scoring import target_cross_entropy
-from rlhf_jax.stages.chat import evaluate_chat
 from rlhf_jax.stages.fit import batches_of, fit
 from rlhf_jax.stages.policy import held_out_set
-from rlhf_jax.stages.rollouts import (
-    Judge,
-    PromptSet,
-    Samples,
-    pack_samples,
-    read_prompts,
-    sample_answers,
-)
+from rlhf_jax.stages.rollouts import Judge, Samples, pack_samples, read_prompts, sample_answers
 from rlhf_jax.stages.start import load_start
+from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.tasks.sources import parse_sources
-from rlhf_jax.tasks.town.gold import gold_score, is_correct
 from rlhf_jax.training.mesh import step_tokens
 from rlhf_jax.training.rundir import RunDirectory
 from rlhf_jax.training.saved_model import Model, save_model
@@ -100,11 +94,9 @@ def measure(
             "proxy": scores.total,
             "logprob": np.array([c.logprobs.sum() for c in answers.completions]),
         }
-        if config.eval.gold:
-            records = [p for p in answers.prompts.records for _ in range(samples)]
-            pairs = list(zip(records, answers.texts, strict=True))
-            columns["gold"] = np.array([gold_score(p, text).total for p, text in pairs])
-            columns["correct"] = np.array([float(is_correct(p, text)) for p, text in pairs])
+        if verdicts := verdicts_of(answers.prompts.records, answers.texts):
+            columns["gold"] = np.array([verdict.total for verdict in verdicts])
+            columns["correct"] = np.array([float(verdict.right) for verdict in verdicts])
         for name, values in columns.items():
             found.setdefault(name, []).append(values.reshape(-1, samples))
     measured = {name: np.concatenate(parts) for name, parts in found.items()}

@@ -30,15 +30,8 @@ from rlhf_jax.stages.identity import made_from, resolved
 from rlhf_jax.stages.memory import naming_memory
 from rlhf_jax.stopping import stop_point
 from rlhf_jax.tasks.sources import settle_sources
-from rlhf_jax.training.rundir import (
-    SUMMARY,
-    AnotherRun,
-    RunDirectory,
-    changes,
-    config_hash,
-    fault_point,
-    tell_changes,
-)
+from rlhf_jax.training.origin import changes, config_hash, tell_changes
+from rlhf_jax.training.rundir import SUMMARY, AnotherRun, RunDirectory, fault_point
 from rlhf_jax.training.summary import ancestry, read_summary
 
 PARENTLESS = ("pretrain", "oracle")

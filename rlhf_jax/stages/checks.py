@@ -29,7 +29,7 @@ from rlhf_jax.rl.objectives import ADVANTAGES, PLACEMENTS, parse_options
 from rlhf_jax.sampling.arguments import check_options
 from rlhf_jax.stages.defaults import SAMPLING, STAGES, fields_of, leaves
 from rlhf_jax.stages.rollouts import truncation
-from rlhf_jax.tasks.builders import check_name
+from rlhf_jax.tasks.builders import task_of
 from rlhf_jax.tasks.sources import parse_source, parse_sources
 from rlhf_jax.training.optimizer import make_optimizer
 
@@ -97,7 +97,7 @@ def check(config: ConfigDict) -> None:
             if parsed.is_hub:
                 check_hub_name(parsed.name)
             elif not parsed.is_file:
-                check_name(parsed.name)
+                task_of(parsed.name)
             elif not Path(parsed.name).is_file():
                 raise UserError(f"data: there is no file {parsed.name}")
     if config.stage in SAMPLING:

@@ -390,7 +390,6 @@ def chat_evaluation(**changes: Any) -> dict[str, Any]:
         "count": 256,  # prompts at most
         "max_new_tokens": 64,
         "temperature": 0.0,  # of the answers that are judged; 0: greedy
-        "gold": True,  # judged by the town's scorer
     } | changes
 
 
@@ -402,8 +401,8 @@ TUNING = {"name": "adamw", "warmup_steps": 10, "schedule": "linear", "final_frac
 
 
 def own_evaluation(**changes: Any) -> dict[str, Any]:
-    """`chat_evaluation` on what is held out of the user's data, which has no exact scorer."""
-    stated = {"source": "", "count": 64, "gold": False} | changes
+    """`chat_evaluation` on what is held out of the user's data."""
+    stated = {"source": "", "count": 64} | changes
     return chat_evaluation(**stated)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -16,8 +16,9 @@ from rlhf_jax.data.packing import Arrays, check_ids, pack_documents
 from rlhf_jax.data.records import Text
 from rlhf_jax.models.lora import has_adapter
 from rlhf_jax.training.learner import make_learner
-from rlhf_jax.training.loop import train
+from rlhf_jax.training.loop import Loop
 from rlhf_jax.training.mesh import mesh_of, placed
+from rlhf_jax.training.progress import Clock
 from rlhf_jax.training.rundir import RunDirectory
 from rlhf_jax.training.saved_model import Model
 from rlhf_jax.training.state import release
@@ -77,62 +78,28 @@ def fit(
         mesh=mesh,
         ema_decay=config.train.ema_decay,
     )
-    evaluated: Evaluated | None = None
+    newest: Evaluated | None = None
 
     def evaluation(state):
-        nonlocal evaluated
-        evaluated = evaluate(learner.params(state))
-        return evaluated[0]
+        nonlocal newest
+        newest = evaluate(learner.params(state))
+        return newest[0]
 
     state = learner.init()
     if not keeps_start and not has_adapter(start):
         release((model.params, start))
-    state, rates = train_loop(
-        config,
+    loop = Loop(
+        config.train,
         run,
-        state,
         learner.step,
         batches,
         evaluation,
         mesh=mesh,
-        flops_per_token=model.flops_per_token(),
+        clock=Clock(model.flops_per_token()),
         tokenizer_hash=model.tokenizer.hash,
     )
+    state, rates = loop.train(state)
     # None where the run was interrupted after its last evaluation.
-    metrics, figures = evaluated or evaluate(learner.params(state))
-    made = dataclasses.replace(model, params=learner.params(state), normalization=None)
-    return made, metrics | rates, figures
-
-
-def is_evaluated(config: ConfigDict, step: int) -> bool:
-    """Whether `train_loop` evaluates the state after that step."""
-    every = config.train.eval_every or config.train.steps
-    return step % every == 0 or step == config.train.steps
-
-
-def train_loop(
-    config: ConfigDict,
-    run: RunDirectory,
-    state: Any,
-    step: Callable,
-    batches: Any,
-    evaluation: Callable[[Any], Mapping[str, float]],
-    **options: Any,
-) -> tuple[Any, dict[str, float]]:
-    """`training.loop.train` as `config.train` describes it; `options` are its other arguments."""
-    return train(
-        state,
-        step,
-        batches,
-        steps=config.train.steps,
-        run=run,
-        log_every=config.train.log_every,
-        checkpoint_every=config.train.checkpoint_every,
-        checkpoint_minutes=config.train.checkpoint_minutes,
-        keep_last=config.train.keep_last,
-        evaluations=[(config.train.eval_every or config.train.steps, evaluation)],
-        max_skipped=config.train.max_skipped,
-        tensorboard=config.train.tensorboard,
-        wandb=config.train.wandb or None,
-        **options,
-    )
+    metrics, figures = newest or evaluate(learner.params(state))
+    trained = dataclasses.replace(model, params=learner.params(state), normalization=None)
+    return trained, metrics | rates, figures

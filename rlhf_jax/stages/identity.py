@@ -36,7 +36,7 @@ from rlhf_jax.rl.objectives import parse_options
 from rlhf_jax.stages.defaults import module_of
 from rlhf_jax.tasks.builders import sources_digest
 from rlhf_jax.tasks.sources import parse_source, parse_sources
-from rlhf_jax.training.rundir import plain
+from rlhf_jax.training.origin import plain
 from rlhf_jax.training.saved_model import fingerprint
 
 # Code that only shows what a run came to.

@@ -21,9 +21,8 @@ from ml_collections import ConfigDict
 from rlhf_jax.data.batches import pad_rows
 from rlhf_jax.data.encode import is_identical
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
-from rlhf_jax.evaluation.rows import response_logprobs
+from rlhf_jax.evaluation.row_passes import response_logprobs
 from rlhf_jax.rl.on_policy import Rollouts, minibatches, over_updates
-from rlhf_jax.stages.fit import train_loop
 from rlhf_jax.stages.pairs import CHOSEN, REJECTED
 from rlhf_jax.stages.policy import (
     evaluate,
@@ -34,18 +33,14 @@ from rlhf_jax.stages.policy import (
     training_prompts,
 )
 from rlhf_jax.stages.preference import loss
-from rlhf_jax.stages.rollouts import (
-    SHORTEST,
-    Judge,
-    PromptSet,
-    Samples,
-    row_multiple,
-    text_rollout,
-)
+from rlhf_jax.stages.rollouts import SHORTEST, Judge, Samples, row_multiple, text_rollout
 from rlhf_jax.stages.start import load_start
+from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.training.learner import Learner, make_learner
+from rlhf_jax.training.loop import Loop
 from rlhf_jax.training.mesh import mesh_of, shard_batch, step_tokens
 from rlhf_jax.training.metrics import joined, weighted
+from rlhf_jax.training.progress import Clock
 from rlhf_jax.training.rundir import RunDirectory, fault_point
 from rlhf_jax.training.saved_model import Model, save_model
 from rlhf_jax.training.state import TrainState
@@ -75,16 +70,16 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
             return evaluate(config, run.path, model, reference, held_out, judge, number)
 
         before = first_evaluation(config, run, reference, held_out, judge)
-        state, rates = train_loop(
-            config,
+        loop = Loop(
+            config.train,
             run,
-            learner.init(),
             step,
             batches,
             evaluation,
-            tokens=sampled_tokens,
+            clock=Clock(tokens=sampled_tokens),
             tokenizer_hash=reference.tokenizer.hash,
         )
+        state, rates = loop.train(learner.init())
     model = dataclasses.replace(reference, params=learner.params(state))
     save_model(run.path, model)
     return finish(config, run.path, model, parents["policy"], before) | rates

@@ -18,17 +18,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlhf_jax.data.batches import make_dataset, make_iterator
-from rlhf_jax.evaluation.rows import response_logprobs
-from rlhf_jax.evaluation.statistics import bootstrap_interval
+from rlhf_jax.data.packing import Arrays
+from rlhf_jax.evaluation.chat_evaluation import evaluate_chat
+from rlhf_jax.evaluation.gold_reward import verdicts_of
+from rlhf_jax.evaluation.held_out_answers import ending_metrics, kl_metrics, log_ratios
 from rlhf_jax.files import check_fields, read_lines, read_object, write_json, write_jsonl
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.rl.on_policy import Iteration, OnPolicyState, make_iteration
-from rlhf_jax.stages.chat import evaluate_chat
-from rlhf_jax.stages.fit import is_evaluated, pack_texts, train_loop
+from rlhf_jax.stages.fit import pack_texts
 from rlhf_jax.stages.reward import with_score_head
 from rlhf_jax.stages.rollouts import (
     Judge,
-    PromptSet,
     Samples,
     pack_samples,
     read_prompts,
@@ -36,10 +36,12 @@ from rlhf_jax.stages.rollouts import (
     text_task,
 )
 from rlhf_jax.stages.start import load_start
+from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.tasks.sources import parse_sources, read_records
-from rlhf_jax.tasks.town.gold import gold_score, is_correct
+from rlhf_jax.training.loop import Loop, is_evaluated
 from rlhf_jax.training.mesh import mesh_of, step_tokens
 from rlhf_jax.training.metrics import read_metrics
+from rlhf_jax.training.progress import Clock
 from rlhf_jax.training.rundir import RunDirectory
 from rlhf_jax.training.saved_model import Model, as_trainable, save_model
 
@@ -71,22 +73,22 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
 
         def step(state: OnPolicyState, batch: Mapping[str, np.ndarray]):
             after, metrics = iteration.step(state, batch)
-            if is_evaluated(config, int(after.iteration)):  # where it may be interrupted
+            if is_evaluated(config.train, int(after.iteration)):  # where it may be interrupted
                 write_jsonl(run.path / "views.jsonl", token_views(policy, iteration))
                 write_json(run.path / "histograms.json", histograms(iteration))
             return after, metrics
 
         before = first_evaluation(config, run, policy, held_out, judge)
-        state, rates = train_loop(
-            config,
+        loop = Loop(
+            config.train,
             run,
-            iteration.init(),
             step,
             batches,
             evaluation,
-            tokens=sampled_tokens,
+            clock=Clock(tokens=sampled_tokens),
             tokenizer_hash=policy.tokenizer.hash,
         )
+        state, rates = loop.train(iteration.init())
     model = dataclasses.replace(policy, params=iteration.params(state))
     save_model(run.path, model)
     return finish(config, run.path, model, parents["policy"], before) | rates
@@ -97,7 +99,10 @@ def training_prompts(config: ConfigDict, policy: Model) -> tuple[PromptSet, Any]
     sources = parse_sources(config.data.train)
     sets = [read_prompts(config, policy.tokenizer, source, "train") for source in sources]
     drawn = config.rollout.prompts * (1 + config.rollout.resample)
-    rows = [each.arrays() for each in sets]
+    rows: list[Arrays] = []  # one row per prompt
+    for each in sets:
+        ids = np.arange(len(each.records), dtype=np.int32)
+        rows.append({"tokens": np.zeros((len(ids), 1), np.int32), "row_ids": ids})
     weights = [*sources.values()] if len(sets) > 1 else None
     batches = make_iterator(make_dataset(rows, drawn, seed=config.seed, weights=weights))
     return PromptSet.joined(sets), batches
@@ -192,24 +197,19 @@ def evaluate(
         multiple=config.batch.rows,
     )
     scores = judge.score(samples, rows)
-    kl = _log_ratios(config, model, reference, rows)
-    low, high = bootstrap_interval(kl, config.seed)
+    ratios = log_ratios(model, reference, rows, step_tokens(config))
     metrics = {
         "eval/reward_failures": float(np.sum(~scores.valid)),
-        "eval/kl": float(kl.mean()),
-        "eval/kl_low": low,
-        "eval/kl_high": high,
-        "eval/response_length": float(np.mean([len(c.tokens) for c in samples.completions])),
-        "eval/eos_rate": float(np.mean([c.finished for c in samples.completions])),
+        **kl_metrics(ratios, config.seed),
+        **ending_metrics(samples.completions),
     }
     if scores.valid.any():
         metrics["eval/proxy_reward"] = float(scores.total[scores.valid].mean())
     found = {"proxy": scores.total}
-    if config.eval.gold:
-        pairs = list(zip(held_out.records, samples.texts, strict=True))
-        found["gold"] = np.array([gold_score(p, text).total for p, text in pairs])
+    if verdicts := verdicts_of(held_out.records, samples.texts):
+        found["gold"] = np.array([verdict.total for verdict in verdicts])
         metrics["eval/gold_reward"] = float(found["gold"].mean())
-        metrics["eval/sampled_correct"] = float(np.mean([is_correct(p, t) for p, t in pairs]))
+        metrics["eval/sampled_correct"] = float(np.mean([verdict.right for verdict in verdicts]))
     _keep_timeline(run, step, samples, found)
     return metrics
 
@@ -245,16 +245,6 @@ def token_views(policy: Model, iteration: Iteration) -> list[dict[str, Any]]:
             }
         )
     return views
-
-
-def _log_ratios(config: ConfigDict, model: Model, reference: Model, rows) -> np.ndarray:
-    """log π(y|x) − log π_ref(y|x) of every packed answer: [N] nats."""
-    tokens, real = step_tokens(config), rows["members"].ravel() >= 0
-
-    def logprobs(model: Model) -> np.ndarray:
-        return response_logprobs(model.config, model.params, rows, tokens).ravel()[real]
-
-    return logprobs(model) - logprobs(reference)
 
 
 def _keep_timeline(run: Path, step: int, samples: Samples, scores: Mapping[str, np.ndarray]):

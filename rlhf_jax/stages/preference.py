@@ -22,8 +22,9 @@ from ml_collections import ConfigDict
 from rlhf_jax import console
 from rlhf_jax.data.packing import Arrays
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.preferences import pair_values, preference_metrics, preference_plots
-from rlhf_jax.evaluation.rows import in_record_order, response_logprobs
+from rlhf_jax.evaluation.chat_evaluation import evaluate_chat, held_out_prompts, sampled_metrics
+from rlhf_jax.evaluation.pair_scores import evaluate_pairs, label_metrics, pair_values
+from rlhf_jax.evaluation.row_passes import in_record_order, response_logprobs
 from rlhf_jax.losses.preference import (
     COUPLED,
     PER_TOKEN,
@@ -36,11 +37,9 @@ from rlhf_jax.losses.reductions import weighted_sum
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import sequence_logprobs
 from rlhf_jax.rl.objectives import parse_options
-from rlhf_jax.stages.chat import evaluate_chat, held_out_prompts, sampled_metrics
 from rlhf_jax.stages.fit import Evaluated, batches_of, fit
 from rlhf_jax.stages.pairs import CHOSEN, MISMATCHED, REJECTED, pack_preferences
 from rlhf_jax.stages.reference_logprobs import reference_logprobs
-from rlhf_jax.stages.reward import label_metrics
 from rlhf_jax.stages.start import load_start
 from rlhf_jax.tasks.sources import parse_sources
 from rlhf_jax.training.mesh import step_tokens
@@ -66,7 +65,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         arrays["reference_logprobs"] = reference_logprobs(reference, start, arrays, tokens)
     held_out_reference = reference_logprobs(reference, start, held_out, tokens)
 
-    prompts = held_out_prompts(config, reference)[: config.eval.during]
+    prompts = held_out_prompts(config, reference).records[: config.eval.during]
 
     def evaluate(params: Any) -> Evaluated:
         policy = response_logprobs(reference.config, params, held_out, tokens)
@@ -86,9 +85,8 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     )
     save_model(run.path, model)
     tables = console.few_records("held-out preferences", int(held_out["valid"].sum()))
-    metrics |= evaluate_chat(
-        config, run.path, model, parents["policy"], plots, further={"tables": tables}
-    )
+    further = {"plots": plots, "tables": tables}
+    metrics |= evaluate_chat(config, run.path, model, parents["policy"], further)
     if "reward" in parents:
         judge = read_summary(parents["reward"])["metrics"]
         for name in ("accuracy", "accuracy_low", "accuracy_high"):
@@ -176,18 +174,15 @@ def implicit_rewards(
     likelihood displacement looks like.
     """
     policy = pair_values(logprobs, rows)
-    reference = pair_values(reference_logprobs, rows)
-    lengths = in_record_order(rows["lengths"], rows)
-    moved = policy - reference
+    moved = policy - pair_values(reference_logprobs, rows)
     rewards = config.loss.beta * (policy if config.loss.name in REFERENCE_FREE else moved)
     if config.loss.name in PER_TOKEN:
-        rewards = rewards / np.maximum(lengths, 1)
-    chosen, rejected = rewards[:, CHOSEN], rewards[:, REJECTED]
-    metrics = preference_metrics(chosen, rejected, lengths)
+        rewards = rewards / np.maximum(in_record_order(rows["lengths"], rows), 1)
+    metrics, plots = evaluate_pairs(rewards, rows)
     metrics |= {
         "eval/logps/chosen": float(policy[:, CHOSEN].mean()),
         "eval/logps/rejected": float(policy[:, REJECTED].mean()),
         "eval/logps/chosen_change": float(moved[:, CHOSEN].mean()),
         "eval/logps/rejected_change": float(moved[:, REJECTED].mean()),
     }
-    return metrics, preference_plots(chosen, rejected, lengths)
+    return metrics, plots

@@ -16,7 +16,7 @@ from rlhf_jax.data.batches import make_iterator, make_windows
 from rlhf_jax.data.packing import pack_stream
 from rlhf_jax.data.tokenizer import OwnTokenizer, train_bpe, train_chars
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.language import language_evaluation
+from rlhf_jax.evaluation.language_loss import language_evaluation
 from rlhf_jax.models import transformer
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import target_cross_entropy

@@ -23,7 +23,7 @@ from rlhf_jax.data import packing
 from rlhf_jax.data.packing import Arrays
 from rlhf_jax.digests import code_digest
 from rlhf_jax.errors import NoRoom
-from rlhf_jax.evaluation.rows import response_logprobs
+from rlhf_jax.evaluation.row_passes import response_logprobs
 from rlhf_jax.files import write_whole
 from rlhf_jax.training.saved_model import Model, fingerprint
 

@@ -21,12 +21,11 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import console
 from rlhf_jax.data.conversation import render_prompt
-from rlhf_jax.data.packing import Arrays, Group, pack_groups
+from rlhf_jax.data.packing import Group, pack_groups
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.preferences import pair_values, preference_metrics, preference_plots
-from rlhf_jax.evaluation.responses import answer
-from rlhf_jax.evaluation.rows import in_record_order, map_rows
-from rlhf_jax.evaluation.statistics import auc, calibration, wilson_interval
+from rlhf_jax.evaluation.held_out_answers import answer
+from rlhf_jax.evaluation.pair_scores import label_metrics, score_metrics
+from rlhf_jax.evaluation.row_passes import in_record_order, map_rows
 from rlhf_jax.losses.reward import bradley_terry, pointwise_logistic
 from rlhf_jax.models import transformer
 from rlhf_jax.models.config import ModelConfig
@@ -103,52 +102,6 @@ def loss(config: ConfigDict, shape: ModelConfig, params: Any, batch, rng):
     return bradley_terry(
         scores[:, CHOSEN], scores[:, REJECTED], valid, centering=config.loss.centering
     )
-
-
-def score_metrics(scores: np.ndarray, rows: Arrays) -> Evaluated:
-    """(metrics, plots) of scores [B, P, 2] on held-out pairs."""
-    ordered = pair_values(scores, rows)
-    lengths = in_record_order(rows["lengths"], rows)
-    chosen, rejected = ordered[:, CHOSEN], ordered[:, REJECTED]
-    metrics = preference_metrics(chosen, rejected, lengths)
-    metrics |= {"eval/score_mean": float(ordered.mean()), "eval/score_std": float(ordered.std())}
-    return metrics, preference_plots(chosen, rejected, lengths)
-
-
-def label_metrics(scores: np.ndarray, rows: Arrays) -> Evaluated:
-    """(metrics, plots) of scores [B, P, 1] on held-out labelled replies.
-
-    Right is a score with the sign of label − ½ (0 counts ½); a label of ½ is left out of accuracy
-    and AUC, the share of (good, bad) couples that are in order, which no threshold enters.
-    """
-    ordered = in_record_order(scores, rows)[:, 0].astype(np.float64)
-    labels = in_record_order(rows["labels"], rows)[:, 0].astype(np.float64)
-    good, bad = ordered[labels > 0.5], ordered[labels < 0.5]
-    correct = (1 + np.sign(np.concatenate([good, -bad]))) / 2
-    low, high = wilson_interval(float(correct.sum()), len(correct))
-    reliability = calibration(1 / (1 + np.exp(-ordered)), labels)
-    metrics = {
-        "eval/loss": float(np.mean(np.logaddexp(0, ordered) - labels * ordered)),
-        "eval/accuracy_low": low,
-        "eval/accuracy_high": high,
-        "eval/ece": reliability.ece,
-        "eval/score_mean": float(ordered.mean()),
-        "eval/score_std": float(ordered.std()),
-    }
-    if len(correct):
-        metrics["eval/accuracy"] = float(correct.mean())
-    if len(good) and len(bad):
-        metrics["eval/auc"] = auc(good, bad)
-    plots = [
-        {"kind": "reliability", "title": "Calibration"} | dataclasses.asdict(reliability),
-        {
-            "kind": "histogram",
-            "title": "Scores of held-out replies",
-            "values": {"good": good.tolist(), "bad": bad.tolist()},
-            "xlabel": "nats",
-        },
-    ]
-    return metrics, plots
 
 
 def reference_scores(

@@ -19,14 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlhf_jax import console
 from rlhf_jax.data.batches import pad_rows, random_bits
-from rlhf_jax.data.conversation import Tokenizer, render_prompt
-from rlhf_jax.data.encode import length_of_share
+from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
-from rlhf_jax.data.records import Prompt
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.rows import map_rows
+from rlhf_jax.evaluation.held_out_answers import sample
+from rlhf_jax.evaluation.row_passes import map_rows
 from rlhf_jax.files import write_json
 from rlhf_jax.losses.advantages import zero_variance
 from rlhf_jax.losses.checks import check_choice
@@ -47,37 +45,14 @@ from rlhf_jax.rewards.scorers import Scores, TextScorers, parse_rewards
 from rlhf_jax.rewards.ties import Ties
 from rlhf_jax.rl.objectives import shape_scores
 from rlhf_jax.rl.on_policy import Rollouts, Task
-from rlhf_jax.sampling.generate import Completion, generate
-from rlhf_jax.tasks.sources import check_unrendered, read_records
+from rlhf_jax.sampling.generate import Completion
+from rlhf_jax.tasks.prompts import PromptSet, prompts_within
+from rlhf_jax.tasks.sources import read_records
 from rlhf_jax.training.mesh import batch_shards, mesh_of, step_tokens
 from rlhf_jax.training.metrics import Metrics
 from rlhf_jax.training.saved_model import Model, load_model
 
 SHORTEST = 16  # tokens a sequence: a row has places for no more of them than fit at that length
-
-
-@dataclass(frozen=True)
-class PromptSet:
-    """Prompts to sample from: their records and their tokens."""
-
-    records: Sequence[Prompt]
-    tokens: Sequence[Sequence[int]]
-
-    def take(self, indices: Sequence[int]) -> PromptSet:
-        """Those of the indices, in that order."""
-        return PromptSet([self.records[i] for i in indices], [self.tokens[i] for i in indices])
-
-    @staticmethod
-    def joined(sets: Sequence[PromptSet]) -> PromptSet:
-        """All of them, in order."""
-        return PromptSet([r for s in sets for r in s.records], [t for s in sets for t in s.tokens])
-
-    def arrays(self) -> Arrays:
-        """A data set of one row a prompt, for `batches.make_dataset`."""
-        return {
-            "tokens": np.zeros((len(self.records), 1), np.int32),
-            "row_ids": np.arange(len(self.records), dtype=np.int32),
-        }
 
 
 @dataclass(frozen=True)
@@ -115,25 +90,14 @@ def read_prompts(config: ConfigDict, tokenizer: Tokenizer, source: str, split: s
     """The prompts of a source that leave room for an answer; the others are counted."""
     limit = config.rollout.max_prompt_tokens
     records = read_records(config, source, "prompt", split)
-    check_unrendered(f"{source} ({split}) prompts", records, tokenizer)
-    tokens = [render_prompt(record.messages, tokenizer) for record in records]
-    kept = [i for i, ids in enumerate(tokens) if len(ids) <= limit]
-    console.say(
-        f"{source} ({split}) prompts", {"read": len(records), "too long": len(records) - len(kept)}
-    )
-    console.warn_over_long(
-        f"{source} ({split}) prompts",
-        len(records) - len(kept),
-        len(records),
-        length_of_share([*map(len, tokens)]),
-        f"left out, longer than rollout.max_prompt_tokens = {limit}",
-    )
-    if not kept:
+    why = f"left out, longer than rollout.max_prompt_tokens = {limit}"
+    prompts = prompts_within(limit, f"{source} ({split}) prompts", records, tokenizer, why)
+    if not prompts.records:
         raise UserError(
             f"none of the {len(records)} prompts of {source!r} has at most "
             f"rollout.max_prompt_tokens = {limit} tokens"
         )
-    return PromptSet(records, tokens).take(kept)
+    return prompts
 
 
 def truncation(config: ConfigDict) -> dict[str, Any]:
@@ -161,21 +125,18 @@ def sample_answers(
     truncated = {}
     if temperature is None:
         temperature, truncated = rollout.temperature, truncation(config)
-    completions = generate(
-        model.config,
-        model.params,
+    completions, texts = sample(
+        model,
         prompts.tokens,
         max_new_tokens=rollout.max_new_tokens,
         seed=seed,
         temperature=temperature,
-        stop_ids=model.tokenizer.ends,
         samples_per_prompt=samples,
         prompt_ids=ids,
         batch_size=rollout.slots,
         cache_length=rollout.max_prompt_tokens + rollout.max_new_tokens,
         **truncated,
     )
-    texts = [model.tokenizer.decode_text(c.tokens) for c in completions]
     return Samples(prompts, completions, texts)
 
 

@@ -16,9 +16,9 @@ from rlhf_jax import console
 from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.data.encode import check_trained_share, encode_conversations
 from rlhf_jax.data.packing import Arrays, pack_documents
-from rlhf_jax.evaluation.language import language_evaluation
+from rlhf_jax.evaluation.chat_evaluation import evaluate_chat
+from rlhf_jax.evaluation.language_loss import language_evaluation
 from rlhf_jax.models.scoring import target_cross_entropy
-from rlhf_jax.stages.chat import evaluate_chat
 from rlhf_jax.stages.fit import batches_of, fit, pack_texts
 from rlhf_jax.stages.start import load_start
 from rlhf_jax.tasks.sources import check_unrendered, parse_sources, read_records

@@ -15,7 +15,7 @@ from rlhf_jax.data.records import Conversation, Pair, Prompt, convert
 from rlhf_jax.data.shapes import parse_columns
 from rlhf_jax.errors import UserError
 from rlhf_jax.hub.hub_data import PREFIX, load_rows
-from rlhf_jax.tasks.builders import check_name, load_records
+from rlhf_jax.tasks.builders import load_records, task_of
 
 
 def parse_sources(spec: str) -> dict[str, float]:
@@ -119,7 +119,7 @@ def _hold_out(source: str) -> tuple[str, str]:
     """(what is trained on, what is held out) of a source."""
     name, split, part = parsed = parse_source(source)
     if not (parsed.is_file or parsed.is_hub or part):
-        check_name(name)
+        task_of(name)  # or a line that there is no such data set
     if not (parsed.is_file or parsed.is_hub) or part:
         why = "is sliced already" if part else "is no file of yours"
         raise UserError(

@@ -14,7 +14,7 @@ from rlhf_jax.models.lora import combine, split
 from rlhf_jax.training.mesh import TRANSFORMER_RULES, Rules, placed
 from rlhf_jax.training.optimizer import make_optimizer, optimizer_config
 from rlhf_jax.training.state import TrainState, init_state
-from rlhf_jax.training.step import make_step
+from rlhf_jax.training.step import make_step, with_constants
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,13 @@ def make_learner(
     optimizer, schedule = make_optimizer(options, updates)
     trained, frozen = split(placed(mesh, params, rules))
     step = make_step(
-        loss_fn,
+        with_constants(loss_fn, options.freeze) if options.freeze else loss_fn,
         optimizer,
         mesh=mesh,
         rules=rules,
         microbatches=config.batch.microbatches,
         max_grad_norm=options.max_grad_norm,
         ema_decay=ema_decay or None,
-        freeze=options.freeze,
         frozen=frozen,
         schedule=schedule,
         seed=config.seed,

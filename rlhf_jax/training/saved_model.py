@@ -1,6 +1,6 @@
-"""A model as a finished stage leaves it, <run>/model and its tokenizer, or as it came.
+"""A model as a finished stage leaves it in <run>/model with its tokenizer, or as it came.
 
-A directory of Hugging Face files is read where a run's directory is: `init.policy` may name one.
+A directory of Hugging Face files is read like a run's: `init.policy` may name one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import os
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,14 +42,14 @@ from rlhf_jax.training.checkpoint import load_document, load_params, save_params
 from rlhf_jax.training.mesh import placed, sharding
 from rlhf_jax.trees import named_leaves
 
-_READ = (".json", ".jinja", ".safetensors")  # suffixes of what is read of a Hugging Face directory
+_READ = (".json", ".jinja", ".safetensors")  # suffixes of a Hugging Face directory's files
 
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """The weights of a directory, as `kept` (see `AdapterConfig.base`), never changed.
+    """The weights of a directory, which are never changed; models under adapters may share them.
 
-    Models whose adapters are on the same base share its arrays.
+    `kept` is the form in which they are held: see `AdapterConfig.base`.
     """
 
     directory: Path
@@ -70,11 +70,11 @@ _bases: weakref.WeakValueDictionary[tuple, Base] = weakref.WeakValueDictionary()
 
 @dataclass(frozen=True)
 class Model:
-    """What a stage starts from and what it makes.
+    """A model that a stage starts from or makes.
 
-    `params` hold the adapter if there is one, and then `base` is what it is on. `normalization` is
-    the mean and the standard deviation of a reward model's scores of what the policy it began as
-    answers; who optimises against it may take scores in units of that.
+    `params` hold the adapter if there is one, and `base` is then what it is on. `normalization` is
+    the mean and the standard deviation of a reward model's scores of answers by the policy that it
+    began as; whoever optimises against it may take scores in these units.
     """
 
     config: ModelConfig
@@ -85,7 +85,7 @@ class Model:
     base: Base | None = None
 
     def flops_per_token(self) -> float:
-        """Of training: 6 × parameters, 4 × where they are frozen, attention left out."""
+        """FLOPs of training: 6 × parameters, 4 × where they are frozen, attention left out."""
         trained = sum(x.size for x in jax.tree.leaves(split(self.params)[0]))
         if self.adapter is None:
             return 6.0 * trained
@@ -95,22 +95,19 @@ class Model:
 def save_model(workdir: str | os.PathLike[str], model: Model) -> None:
     """Writes the model into a run directory, atomically, over an older one if there is one.
 
-    Of a model under an adapter only what its base has not, and where that lies.
+    For a model under an adapter only what its base lacks is written, and where the base lies.
     """
     document: dict[str, Any] = {
         "config": dataclasses.asdict(model.config),
         "tokenizer_hash": model.tokenizer.hash,
         "normalization": model.normalization,
     }
-    params = model.params
+    params, base = model.params, model.base
     if model.adapter is not None:
-        assert model.base is not None
+        assert base is not None
         params = own(params)
         document["adapter"] = dataclasses.asdict(model.adapter)
-        document["base"] = {
-            "directory": str(model.base.directory),
-            "fingerprint": model.base.fingerprint,
-        }
+        document["base"] = {"directory": str(base.directory), "fingerprint": base.fingerprint}
     document["weights"] = packing.fingerprint(named_leaves(params))
     model.tokenizer.save(Path(workdir))
     save_params(Path(workdir) / "model", params, document)
@@ -130,7 +127,7 @@ def load_model(
     directory = Path(workdir).resolve()
     if is_hub_directory(directory):
         return _load_hub(directory, mesh, changes)
-    document = _document(directory / "model")
+    document = _read_document(directory / "model")
     tokenizer = load_tokenizer(directory)
     if tokenizer.hash != document["tokenizer_hash"]:
         raise UserError(f"{workdir}/tokenizer.json is not the tokenizer its model was trained with")
@@ -153,25 +150,27 @@ def load_model(
         ) from error
     if adapter is None:
         folder = directory / "model"
-        base = _base(directory, "float32", mesh, lambda: load_params(folder, mesh=mesh)[0])
+        base = _share_base(directory, "float32", mesh, lambda: load_params(folder, mesh=mesh)[0])
         return Model(config, base.params, tokenizer, normalization, base=base)
-    base = _load_base(directory, document["base"], adapter.base, mesh)
+    below = Path(document["base"]["directory"])
+    if not below.is_dir():
+        raise UserError(f"{directory} is an adapter on {below}, which is not there")
+    if fingerprint(below) != document["base"]["fingerprint"]:
+        raise UserError(f"{directory} is an adapter on {below}, which has changed since")
+    base = _load_base(below, adapter.base, mesh)
     added, _ = load_params(directory / "model", mesh=mesh)
     body = {k: v for k, v in base.params.items() if k != "lm_head" or config.head == "lm"}
     params = combine(added, body)
     return Model(config, params, tokenizer, normalization, adapter, base)
 
 
-def _document(directory: Path) -> dict[str, Any]:
-    """What `save_model` says of a model, its fields of the right types."""
-    document = load_document(directory)
-    path = directory / "data.json"
-    needed: dict[str, Any] = {"config": dict, "tokenizer_hash": str}
-    if "adapter" in document:
-        needed |= {"adapter": dict, "base": dict}
-    check_fields(path, document, needed)
+def _read_document(directory: Path) -> dict[str, Any]:
+    """The document that `save_model` wrote, with fields of the right types."""
+    document, path = load_document(directory), directory / "data.json"
+    check_fields(path, document, {"config": dict, "tokenizer_hash": str})
     check_fields(path, document, {"normalization": list | None}, required=False)
     if "adapter" in document:
+        check_fields(path, document, {"adapter": dict, "base": dict})
         check_fields(path, document["base"], {"directory": str, "fingerprint": str})
     return document
 
@@ -190,24 +189,24 @@ def as_trainable(model: Model, adapter: AdapterConfig, seed: int) -> Model:
         return model
     base = model.base
     assert base is not None
-    if model.adapter is not None:
-        if adapter.rank:
-            wanted = dataclasses.asdict(adapter)
-            name = next(k for k, v in dataclasses.asdict(model.adapter).items() if v != wanted[k])
-            raise UserError(
-                f"the model has an adapter with {name} = {getattr(model.adapter, name)!r}, the "
-                f"config asks for {wanted[name]!r}: give the same adapter, or export the model "
-                "with --merge and start from that"
-            )
-        print(f"the adapter on {base.directory} is merged: all weights are trained", flush=True)
-        return dataclasses.replace(model, params=merge(model.params), adapter=None, base=None)
-    kept = _kept(base.directory, adapter.base, base.mesh)
-    params = attach(kept.params, adapter, jax.random.key(seed))
-    return dataclasses.replace(model, params=params, adapter=adapter, base=kept)
+    if model.adapter is None:
+        base = _load_base(base.directory, adapter.base, base.mesh)
+        params = attach(base.params, adapter, jax.random.key(seed))
+        return dataclasses.replace(model, params=params, adapter=adapter, base=base)
+    if adapter.rank:
+        asked = dataclasses.asdict(adapter)
+        name = next(k for k, v in dataclasses.asdict(model.adapter).items() if v != asked[k])
+        raise UserError(
+            f"the model has an adapter with {name} = {getattr(model.adapter, name)!r}, the "
+            f"config asks for {asked[name]!r}: give the same adapter, or export the model "
+            "with --merge and start from that"
+        )
+    print(f"the adapter on {base.directory} is merged: all weights are trained", flush=True)
+    return dataclasses.replace(model, params=merge(model.params), adapter=None, base=None)
 
 
-def _base(directory: Path, kept: str, mesh: Mesh | None, load: Callable[[], Any]) -> Base:
-    """The weights of a directory, from memory while any model of them is alive."""
+def _share_base(directory: Path, kept: str, mesh: Mesh | None, load: Callable[[], Any]) -> Base:
+    """The weights that `load` reads of a directory, once while any model of them is alive."""
     now, key = fingerprint(directory), (str(directory), kept, mesh)
     base = _bases.get(key)
     if base is None or base.fingerprint != now or base.released:
@@ -216,27 +215,17 @@ def _base(directory: Path, kept: str, mesh: Mesh | None, load: Callable[[], Any]
     return base
 
 
-def _kept(directory: Path, how: str, mesh: Mesh | None) -> Base:
-    """The weights of a directory, its layers' kernels as `how` says."""
-    if how == "float32":
+def _load_base(directory: Path, kept: str, mesh: Mesh | None) -> Base:
+    """The weights of a directory, its layers' kernels in the form that `kept` names."""
+    if kept == "float32":
         base = load_model(directory, mesh=mesh).base
         assert base is not None
         return base
 
     def load() -> Any:
-        return placed(mesh, quantize(load_model(directory, mesh=mesh).params, how))
+        return placed(mesh, quantize(load_model(directory, mesh=mesh).params, kept))
 
-    return _base(directory, how, mesh, load)
-
-
-def _load_base(workdir: Path, stated: Mapping[str, str], kept: str, mesh: Mesh | None) -> Base:
-    """What the adapter in `workdir` is on."""
-    directory = Path(stated["directory"])
-    if not directory.is_dir():
-        raise UserError(f"{workdir} is an adapter on {directory}, which is not there")
-    if fingerprint(directory) != stated["fingerprint"]:
-        raise UserError(f"{workdir} is an adapter on {directory}, which has changed since")
-    return _kept(directory, kept, mesh)
+    return _share_base(directory, kept, mesh, load)
 
 
 def is_hub_directory(path: str | os.PathLike[str]) -> bool:
@@ -258,20 +247,17 @@ def _load_hub(directory: Path, mesh: Mesh | None, changes: Mapping[str, Any]) ->
             f"{config.vocab_size}"
         )
     place = None if mesh is None else partial(sharding, mesh)
-    base = _base(directory, "float32", mesh, lambda: read_weights(directory, kind, config, place))
-    unused = _gaps(tokenizer.ids, config.vocab_size)
+    base = _share_base(
+        directory, "float32", mesh, lambda: read_weights(directory, kind, config, place)
+    )
+    edges = [-1, *sorted(tokenizer.ids), config.vocab_size]
+    unused = tuple((a + 1, b) for a, b in itertools.pairwise(edges) if b - a > 1)
     config = dataclasses.replace(config, **{"unused": unused, **changes}).validate()
     return Model(config, base.params, tokenizer, base=base)
 
 
-def _gaps(ids: Collection[int], end: int) -> tuple[tuple[int, int], ...]:
-    """The ranges below `end` without any of the ids."""
-    edges = [-1, *sorted(ids), end]
-    return tuple((a + 1, b) for a, b in itertools.pairwise(edges) if b - a > 1)
-
-
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """That of a run or of a Hugging Face directory; UserError if it is missing or damaged."""
+    """Reads the tokenizer of a run or a Hugging Face directory; UserError if it cannot."""
     if is_hub_directory(directory):
         return HubTokenizer.load(directory)
     if (directory / "tokenizer").is_dir():
@@ -282,8 +268,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 def fingerprint(directory: Path) -> str:
     """Tells directories of models apart by all that is read of them: weights, tokenizer, config.
 
-    Of a run that is what its model's document states, the same whenever the numbers are the same
-    (the files that Orbax writes differ each time); of Hugging Face's, its files' contents.
+    For a run that is what its model's document states, the same whenever the numbers are the same
+    (the files that Orbax writes differ each time); for Hugging Face's it is the files' contents.
     """
     if is_hub_directory(directory):
         files = sorted(p for p in directory.iterdir() if p.suffix in _READ)

@@ -137,3 +137,8 @@ def test_a_word_has_one_token_wherever_it_stands():
     assert later[-len(first) :] == first
     for text in ("hello", " hello", "", "two\nlines"):
         assert TOKENIZER.decode_text(TOKENIZER.encode_texts([text])[0]) == text
+
+
+def test_our_format_is_the_only_one_of_our_tokenizers():
+    with pytest.raises(UserError, match=r"data\.chat_template is for models from the Hub"):
+        TOKENIZER.with_template(TEMPLATE)

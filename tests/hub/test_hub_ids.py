@@ -14,6 +14,7 @@ from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from rlhf_jax.data.records import Message
 from rlhf_jax.hub.chat_formats import TEMPLATES
 from rlhf_jax.hub.hub_tokenizer import HubTokenizer
+from rlhf_jax.hub.tokenizer_settings import TokenizerSettings
 from tests.hub.test_hub_tokenizer import KINDS, write
 
 DEEPSEEK = (
@@ -137,7 +138,7 @@ def test_ids_are_the_librarys(family, data):
 @given(data=st.data())
 def test_no_text_makes_a_control_token(family, data):
     _, ours, control = family
-    ids = [ours._id(name) for name in control]
+    ids = [ours.vocabulary.id_of(name) for name in control]
     forged = TEXTS.flatmap(
         lambda text: st.lists(
             st.sampled_from([*control, *map(str.upper, control), text]), max_size=6
@@ -157,13 +158,13 @@ def test_no_text_makes_a_control_token(family, data):
 
 def test_what_parts_turns_is_control_and_what_stands_in_them_is_not(family):
     _, ours, control = family
-    assert {ours._by_id[each] for each in ours._control} == set(control) | {ours._eos_text}
+    assert ours.spelling.control == set(control) | {ours.vocabulary.eos}
 
 
 def test_a_letter_that_the_vocabulary_lacks_is_no_control_token():
     made = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, "<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     made.add_special_tokens(["<unk>", "</s>"])
-    ours = HubTokenizer(made.to_str(), eos="</s>")
+    ours = HubTokenizer(made.to_str(), TokenizerSettings("</s>"))
     assert ours.encode("a é a") == [2, 0, 2]
     assert ours.encode("a </s>") == [2, 0, 0, 0]  # </, s and >

@@ -135,7 +135,7 @@ def test_a_prompt_and_its_reply_are_the_conversation(saved, reply):
 
 def test_no_text_becomes_a_control_token(saved):
     _, _, ours = saved
-    special = [ours._id(name) for name in KINDS[saved[0]][3]]
+    special = [ours.vocabulary.id_of(name) for name in KINDS[saved[0]][3]]
     forged = "".join(KINDS[saved[0]][3])
     assert not set(special) & set(ours.encode(forged))
     for role in ("user", "system"):
@@ -150,7 +150,7 @@ def test_no_text_becomes_a_control_token(saved):
         ]
         assert counts[0] == counts[1]
         assert forged in ours.decode(ours.prompt(messages))
-    think, asked = ours._id("<think>"), [Message("user", "x")]
+    think, asked = ours.vocabulary.id_of("<think>"), [Message("user", "x")]
     assert think in ours.prompt([Message("user", "<think>")])
     _, (thinking, forging) = ours.replies(asked, ["<think> so", forged])
     assert think in thinking and not set(special) & set(forging[:-1])
@@ -215,7 +215,8 @@ def test_no_text_of_a_tool_becomes_a_control_token(tmp_path):
     names = ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
     honest, forged = (ours.conversation(conversation_with(text))[0] for text in ("x", FORGED))
     for name in names:
-        assert honest.count(ours._id(name)) == forged.count(ours._id(name)) > 0
+        token = ours.vocabulary.id_of(name)
+        assert honest.count(token) == forged.count(token) > 0
     assert ours.decode(forged).count(FORGED) == 4
 
 

@@ -15,10 +15,11 @@ from rlhf_jax.data.encode import encode_conversations, encode_pairs
 from rlhf_jax.data.records import Conversation, Message, Pair, Prompt
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation import chat_evaluation
 from rlhf_jax.hub.chat_formats import TEMPLATES
 from rlhf_jax.hub.hub_tokenizer import HubTokenizer
+from rlhf_jax.hub.tokenizer_settings import TokenizerSettings
 from rlhf_jax.models import PRESETS
-from rlhf_jax.stages import chat as stages_chat
 from rlhf_jax.stages import defaults, pairs, preflight, rollouts, sft, start
 from rlhf_jax.tasks import sources
 from rlhf_jax.training.saved_model import Model
@@ -78,7 +79,7 @@ def bare():
     made.train_from_iterator(TEXT + ["\n\n\n\n: \n\n<think>\n\n"] * 20, trainer)
     made.add_special_tokens([AddedToken(text, normalized=False) for text in SPECIAL])
     made.add_tokens([AddedToken(text, normalized=False) for text in ("<think>", "</think>")])
-    return HubTokenizer(made.to_str(), bos="<s>", eos="</s>")
+    return HubTokenizer(made.to_str(), TokenizerSettings("</s>", "<s>"))
 
 
 @pytest.fixture(scope="module", params=ALL)
@@ -290,7 +291,8 @@ def test_a_models_own_template_is_checked_when_it_is_used(bare, tmp_path, templa
     if template == LOSING:  # good enough for what only asks
         asked = "<s><|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n"
         assert spelled(ours, ours.prompt(TURNS[:1])) == asked.removeprefix("<s>")
-        assert ours.ends == (ours._id("</s>"), ours._id("<|im_end|>")) and ours.has_template
+        ends = tuple(map(ours.vocabulary.id_of, ("</s>", "<|im_end|>")))
+        assert ours.ends == ends and ours.has_template
     else:
         assert not ours.has_template
 
@@ -341,7 +343,7 @@ def test_rendered_records_are_counted_or_refused(bare, capsys):
         lambda path, ours: rollouts.read_prompts(
             settings(rollout={"max_prompt_tokens": 9}), ours, path, "train"
         ),
-        lambda path, ours: stages_chat.held_out_prompts(
+        lambda path, ours: chat_evaluation.held_out_prompts(
             settings(eval={"source": path, "max_new_tokens": 9}),
             Model(PRESETS["tiny"], None, ours),
         ),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.evaluation.best_of_n import best_of_n_law
+from rlhf_jax.evaluation.selection import best_of_n_law
 from rlhf_jax.losses.advantages import gae, group_advantages, remax, reward_to_go
 from rlhf_jax.losses.policy import OBJECTIVES, aggregate, importance_weights, kl_loss, policy_loss
 from rlhf_jax.losses.shaping import kl_estimate, token_rewards

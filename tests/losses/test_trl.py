@@ -80,7 +80,8 @@ from rlhf_jax.rl.objectives import Sampled, advantages, policy_objective
 from rlhf_jax.rl.on_policy import select
 from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.stages import defaults, preference
-from rlhf_jax.stages.rollouts import PromptSet, Samples, pack_samples
+from rlhf_jax.stages.rollouts import Samples, pack_samples
+from rlhf_jax.tasks.prompts import PromptSet
 
 torch = pytest.importorskip("torch", reason="needs requirements-parity.txt")
 transformers = pytest.importorskip("transformers", reason="needs requirements-parity.txt")

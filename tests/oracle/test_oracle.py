@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from rlhf_jax.evaluation.best_of_n import best_of_n_law, kl_terms
+from rlhf_jax.evaluation.selection import best_of_n_law, kl_terms
 from rlhf_jax.oracle import exact_world as world
 from rlhf_jax.oracle.oracle_rows import BEST_OF, ROWS
 from rlhf_jax.oracle.row_training import train_on_pairs, train_policy

@@ -9,7 +9,8 @@ from rlhf_jax.rewards.scorers import Scores
 from rlhf_jax.rl.objectives import Sampled, advantages
 from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.stages import defaults, rollouts
-from rlhf_jax.stages.rollouts import PromptSet, Samples, text_rollout
+from rlhf_jax.stages.rollouts import Samples, text_rollout
+from rlhf_jax.tasks.prompts import PromptSet
 
 LIMIT = 6
 

@@ -12,7 +12,6 @@ from typing import IO
 
 import pytest
 
-from rlhf_jax.tasks.record_builder import to_example
 from rlhf_jax.tasks.town.town import Town
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,9 +113,12 @@ MADE = {
 def _lines(records) -> str:
     lines = []
     for record in records:
-        example = to_example(record)
-        example.pop("margin", None)
-        lines.append(json.dumps(example | json.loads(example.pop("meta"))))
+        fields = dict(vars(record))
+        for name in fields.keys() & {"messages", "prompt"}:
+            fields[name] = [message.to_json() for message in fields[name]]
+        meta = fields.pop("meta")
+        fields.pop("margin", None)
+        lines.append(json.dumps(fields | meta))
     return "\n".join(lines) + "\n"
 
 

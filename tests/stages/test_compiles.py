@@ -12,7 +12,7 @@ import pytest
 
 from rlhf_jax.stages import defaults, policy, preference, sft
 from rlhf_jax.training import mesh
-from rlhf_jax.training.metrics import MetricsWriter
+from rlhf_jax.training.metrics_writer import MetricsWriter
 from rlhf_jax.training.rundir import RunDirectory
 from tests.stages.test_reference_logprobs import saved, small_model
 
@@ -89,7 +89,6 @@ def config_of(stage, folder, parent):
             count=11,
             during=7,
             max_new_tokens=6,
-            gold=False,
         ),
     }
     if stage is sft:

@@ -22,8 +22,9 @@ from rlhf_jax.stages import best_of_n, chain, checks, defaults, rollouts
 from rlhf_jax.stages.online_preference import pack_best_and_worst
 from rlhf_jax.stages.pairs import CHOSEN, REJECTED
 from rlhf_jax.stages.reward import loss as reward_loss
-from rlhf_jax.stages.rollouts import PromptSet, Samples, sample_answers, text_rollout
+from rlhf_jax.stages.rollouts import Samples, sample_answers, text_rollout
 from rlhf_jax.tasks import sources
+from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.training import mesh
 from rlhf_jax.training.learner import make_learner
 from rlhf_jax.training.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig, make_optimizer

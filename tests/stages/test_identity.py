@@ -12,7 +12,7 @@ from rlhf_jax.stages import identity as identity_module
 from rlhf_jax.stages.chain import prepare
 from rlhf_jax.stages.identity import made_from, resolved
 from rlhf_jax.training.checkpoint import save_params
-from rlhf_jax.training.rundir import config_hash
+from rlhf_jax.training.origin import config_hash
 from rlhf_jax.training.saved_model import fingerprint
 
 PAIRS = '{"prompt": "Hi", "chosen": "Hello.", "rejected": "What?"}\n'

@@ -17,7 +17,8 @@ from rlhf_jax.rl.on_policy import Rollouts
 from rlhf_jax.sampling import Completion
 from rlhf_jax.stages import policy
 from rlhf_jax.stages.online_preference import pack_best_and_worst
-from rlhf_jax.stages.rollouts import Judge, PromptSet, Samples, pack_samples
+from rlhf_jax.stages.rollouts import Judge, Samples, pack_samples
+from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.training.checkpoint import load_params
 from rlhf_jax.training.rundir import RunDirectory
 from tests.stages.conftest import run_main, started

@@ -12,8 +12,9 @@ import pytest
 
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation import pair_scores
 from rlhf_jax.losses.preference import LOSSES
-from rlhf_jax.stages import defaults, pairs, preference, reward
+from rlhf_jax.stages import defaults, pairs, preference
 from tests.stages.conftest import run_main
 
 
@@ -150,7 +151,7 @@ def test_held_out_pairs_of_one_reply_twice_are_ties(tmp_path, caplog):
         _config(name="sigmoid"), right + noise, noise[::-1], rows
     )
     assert metrics["eval/accuracy"] == 4.5 / 8
-    scored, _ = reward.score_metrics(right + noise, rows)
+    scored, _ = pair_scores.score_metrics(right + noise, rows)
     assert scored["eval/accuracy"] == 4.5 / 8
     assert scored["eval/rewards/margins"] == pytest.approx(1 / 8, abs=1e-4)
 
@@ -166,7 +167,7 @@ def test_kto_learns_from_labels_alone(experiments, tmp_path):
     result = run_main(
         *(f"--config={experiments}/dpo.py", f"--workdir={tmp_path}/kto", "--config.loss.name=kto"),
         *(f"--config.data.train={path}", "--config.data.validation=", "--config.eval.source="),
-        *("--config.eval.gold=False", "--config.train.steps=20"),
+        *("--config.train.steps=20"),
     )
     assert result.returncode == 0, result.stderr[-2000:]
     summary = json.loads((tmp_path / "kto/summary.json").read_text())

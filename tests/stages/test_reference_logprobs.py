@@ -12,7 +12,7 @@ import pytest
 
 from rlhf_jax.data.packing import Group, pack_groups
 from rlhf_jax.data.tokenizer import train_bpe
-from rlhf_jax.evaluation.rows import response_logprobs
+from rlhf_jax.evaluation.row_passes import response_logprobs
 from rlhf_jax.models import ModelConfig, init
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.stages import defaults, preference, reference_logprobs
@@ -207,7 +207,7 @@ def dpo(tmp_path, parent, name, beta, *, rank=0, **train):
         adapter={"rank": rank},
         train={"steps": 2, "log_every": 1, "tensorboard": False} | train,
         loss={"name": "sigmoid", "beta": beta, "options": "", "sft_coefficient": 0.0},
-        eval=defaults.chat_evaluation(source=str(prompts), count=2, max_new_tokens=4, gold=False),
+        eval=defaults.chat_evaluation(source=str(prompts), count=2, max_new_tokens=4),
     )
     with RunDirectory(tmp_path / name, config) as run:
         return preference.run(config, run, {"policy": parent})

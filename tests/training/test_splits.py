@@ -16,7 +16,7 @@ import optax
 import pytest
 
 from rlhf_jax.data.packing import Group, pack_groups
-from rlhf_jax.evaluation.rows import response_logprobs
+from rlhf_jax.evaluation.row_passes import response_logprobs
 from rlhf_jax.losses.cross_entropy import TokenStatistics, cross_entropy
 from rlhf_jax.losses.policy import AGGREGATIONS, OBJECTIVES
 from rlhf_jax.losses.preference import LOSSES

@@ -87,10 +87,14 @@ def _with_tuples(value: Any) -> Any:
 
 _people, _manners, _skills = _read("people.toml"), _read("manners.toml"), _read("skills.toml")
 _stories, _values = _read("stories.toml"), _read("values.toml")
+MIXTURES: Mapping[str, Mapping[str, float]] = _read("mixtures.toml")
 
-PEOPLE: Mapping[str, Phrasing] = {k: Phrasing(**each) for k, each in _people["people"].items()}
-SHOPS: Mapping[str, Phrasing] = {k: Phrasing(**each) for k, each in _people["shops"].items()}
-WARES: Mapping[str, Phrasing] = {k: Phrasing(**each) for k, each in _people["wares"].items()}
+PHRASINGS: Mapping[str, Mapping[str, Phrasing]] = {
+    kind: {attribute: Phrasing(**each) for attribute, each in _people[kind].items()}
+    for kind in ("people", "shops", "wares")
+}
+"""How the town speaks of each attribute of its people, shops and wares."""
+PEOPLE, SHOPS, WARES = PHRASINGS.values()
 LEADS, CLAIM_QUESTIONS = _people["leads"], _people["claim_questions"]
 HELDOUT_CLAIM_QUESTIONS = _people["heldout_claim_questions"]
 
@@ -112,6 +116,7 @@ STORIES: Mapping[str, tuple[str, ...]] = _stories["pools"]
 NAMES: Mapping[str, tuple[str, ...]] = _values["names"]
 ITEMS: Mapping[str, str] = _values["items"]
 NUMBER_WORDS: Mapping[str, str] = _values["number_words"]
+SHAPES: Mapping[str, tuple[str, ...]] = _values["shapes"]
 VALUES: Mapping[str, tuple[str, ...]] = _values["values"] | {
     "child": NAMES["daughters"] + NAMES["sons"],
     "person": NAMES["women"] + NAMES["men"],

@@ -1,4 +1,4 @@
-"""Held-out loss of a language model: nats a token, bits a byte, token accuracy."""
+"""Held-out loss of a language model: nats per token, bits per byte, token accuracy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from rlhf_jax.data.packing import Arrays
-from rlhf_jax.evaluation.rows import map_rows
+from rlhf_jax.evaluation.row_passes import map_rows
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import target_statistics
 
@@ -22,11 +22,11 @@ def language_evaluation(
     Args:
         rows: packed rows; only targets of weight > 0 count.
         tokens: of a forward pass.
-        text_bytes: UTF-8 bytes of the text the targets stand for, for bits a byte.
+        text_bytes: UTF-8 bytes of the text the targets stand for, for bits per byte.
 
     Returns:
-        A function giving no figures, but eval/loss (nats a target token), eval/token_accuracy and,
-        with `text_bytes`, eval/bpb = Σ nats / (ln 2 · bytes), which no vocabulary changes.
+        A function giving no figures, but eval/loss (nats per target token), eval/token_accuracy
+        and, with `text_bytes`, eval/bpb = Σ nats / (ln 2 · bytes), which no vocabulary changes.
     """
 
     @jax.jit

@@ -1,8 +1,8 @@
-"""Best-of-n sampling and over-optimisation: what a proxy reward buys, and how far it moves. NumPy.
+"""Best-of-n selection and over-optimisation: the gain by a proxy reward, and the KL it costs.
 
 The best of n samples by a proxy is the simplest policy there is against a reward model. Its gold
-reward as a function of n comes without sampling anew from N samples a prompt; the KL of its law to
-the policy that was sampled from is bounded, and estimated, without a single further log-prob.
+reward as a function of n follows from N samples per prompt, without sampling anew; the KL of its
+law to the policy that was sampled from is bounded, and estimated, without a further log-prob.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def kl_estimate(n: int, logprobs: ArrayLike) -> float:
 
 
 def kl_terms(n: int, logprobs: ArrayLike) -> np.ndarray:
-    """What `kl_estimate` averages: [...] nats, one for each chosen outcome."""
+    """The terms that `kl_estimate` averages: [...] nats, one for each chosen outcome."""
     logp = np.asarray(logprobs, np.float64)
     if not logp.size or not (np.isfinite(logp) & (logp <= 0)).all():
         raise ValueError("logprobs must be finite log-probabilities, at least one")
@@ -180,32 +180,6 @@ def kl_terms(n: int, logprobs: ArrayLike) -> np.ndarray:
 def win_bound(n: float) -> float:
     """The highest win rate of the best of n over one sample, n/(n+1), reached without ties."""
     return n / (n + 1)
-
-
-def pass_at_k(correct: ArrayLike, samples: int, k: int) -> np.ndarray:
-    """Unbiased probability that one of k samples is right: 1 − C(N−c, k) / C(N, k).
-
-    "Evaluating Large Language Models Trained on Code", https://arxiv.org/abs/2107.03374
-
-    Args:
-        correct: [P] how many of the N samples of each prompt are right.
-        samples: N.
-        k: 1 to N.
-
-    Returns:
-        [P] in [0, 1].
-
-    Raises:
-        ValueError: unless 1 <= k <= N and 0 <= correct <= N.
-    """
-    counts = np.asarray(correct, np.int64)
-    if not 1 <= k <= samples:
-        raise ValueError(f"k = {k} must be between 1 and the {samples} samples")
-    if counts.size and not 0 <= counts.min() <= counts.max() <= samples:
-        raise ValueError(f"correct must lie in [0, {samples}]")
-    left = np.arange(samples, 0, -1)
-    all_wrong = np.concatenate([[1.0], np.cumprod(np.maximum(1 - k / left, 0))])
-    return 1 - all_wrong[counts]
 
 
 def fit_overoptimization(d: ArrayLike, gold: ArrayLike) -> dict[str, OveroptimizationFit]:

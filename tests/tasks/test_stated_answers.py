@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from rlhf_jax.rewards.answers import number, stated_answer
+from rlhf_jax.tasks.stated_answers import number, stated_answer
 
 NUMBERS = [
     ("1/2", "1/2"),

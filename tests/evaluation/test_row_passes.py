@@ -9,9 +9,9 @@ import pytest
 from rlhf_jax.data.packing import Document, Group, pack_documents, pack_groups
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.data.tokenizer import train_bpe
-from rlhf_jax.evaluation import responses
-from rlhf_jax.evaluation.language import language_evaluation
-from rlhf_jax.evaluation.rows import map_rows, response_logprobs
+from rlhf_jax.evaluation import held_out_answers
+from rlhf_jax.evaluation.language_loss import language_evaluation
+from rlhf_jax.evaluation.row_passes import map_rows, response_logprobs
 from rlhf_jax.models import ModelConfig, init
 from rlhf_jax.stages import defaults
 from rlhf_jax.training import mesh, progress
@@ -77,19 +77,19 @@ def test_a_step_s_tokens_are_those_of_a_microbatch_on_a_device(monkeypatch):
 @pytest.mark.parametrize(("tokens", "slots"), [(10**6, 64), (300, 16), (1, 1)])
 def test_replies_share_a_cache_that_training_has_room_for(monkeypatch, tokens, slots):
     asked = []
-    generate = responses.generate
+    generate = held_out_answers.generate
 
     def spied(*arguments, **options):
         asked.append(options["batch_size"])
         return generate(*arguments, **options)
 
-    monkeypatch.setattr(responses, "generate", spied)
+    monkeypatch.setattr(held_out_answers, "generate", spied)
     tokenizer = train_bpe(["How are you?", "Fine, thank you."], 300)
     model = Model(CONFIG, PARAMS, tokenizer)
     prompts = [Prompt(str(i), (Message("user", "How are you?" * i),)) for i in (1, 9)]
-    longest = max(len(responses.render_prompt(p.messages, tokenizer)) for p in prompts)
+    longest = max(len(held_out_answers.render_prompt(p.messages, tokenizer)) for p in prompts)
     limit = 150 - longest  # so that a reply and its prompt take 150 tokens at most
-    responses.answer(model, prompts, max_new_tokens=limit, temperature=0.0, tokens=tokens)
+    held_out_answers.answer(model, prompts, max_new_tokens=limit, temperature=0.0, tokens=tokens)
     assert asked == [slots]
 
 

@@ -1,4 +1,4 @@
-"""A task: a conversation that awaits a reply, what a good reply is, and what a bad one would be."""
+"""An exercise: a conversation that awaits a reply, and what good and bad replies to it are."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlhf_jax.data.records import Message
 
 @dataclass(frozen=True)
 class Expectation:
-    """What the gold scorer wants of a reply. Phrases are in lower case.
+    """How the gold scorer judges a reply. Phrases are in lower case.
 
     `required`: of each group one phrase must be asserted. `allowed`: the values of the town
     (`VALUES`, numbers) that may be mentioned besides; any other makes the reply wrong, unless
@@ -49,14 +49,14 @@ def loads(text: str) -> Expectation:
 
 
 @dataclass(frozen=True)
-class Task:
-    """One task and the material for replies of every style; sentences may start in lower case.
+class Exercise:
+    """One exercise and the material for replies of every style; sentences may start in lower case.
 
     `plain` is a right answer, `warm` a courteous one where an opening or closing phrase would not
     do, `short` a right but curt one, `wrong` a well-formed wrong one, `broken` one that is right
-    but breaks the asked format, `extra` a further true sentence. `key` names the content: tasks of
-    one key are never divided between training and held-out. `heldout` says what is new in a
-    held-out task: the "fact", the "phrasing", "both", or the "content".
+    but breaks the asked format, `extra` a further true sentence. `key` names the content: exercises
+    of one key are never divided between training and held-out. `heldout` says what is new in a
+    held-out exercise: the "fact", the "phrasing", "both", or the "content".
     """
 
     messages: tuple[Message, ...]

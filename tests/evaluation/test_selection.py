@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from rlhf_jax.evaluation.best_of_n import (
+from rlhf_jax.evaluation.selection import (
     best_of_n,
     best_of_n_curve,
     best_of_n_law,
@@ -18,7 +18,6 @@ from rlhf_jax.evaluation.best_of_n import (
     kl_bound,
     kl_estimate,
     kl_terms,
-    pass_at_k,
     win_bound,
 )
 from rlhf_jax.oracle import exact_world as world
@@ -168,8 +167,6 @@ def test_win_rate_in_the_small_world(reference):
 def test_no_more_than_there_are(n):
     with pytest.raises(ValueError, match="between 1 and the 4 samples"):
         best_of_n(np.zeros((2, 4)), np.zeros((2, 4)), n)
-    with pytest.raises(ValueError, match="between 1 and the 4 samples"):
-        pass_at_k([0, 1], 4, n)
 
 
 def test_refuses_what_is_no_table_of_scores():
@@ -181,8 +178,6 @@ def test_refuses_what_is_no_table_of_scores():
     ):
         with pytest.raises(ValueError, match="proxy and values"):
             best_of_n(proxy, values, 1)
-    with pytest.raises(ValueError, match=r"\[0, 4\]"):
-        pass_at_k([5], 4, 1)
 
 
 def test_curve():
@@ -207,14 +202,6 @@ def test_kl_estimate_at_the_edges():
     for bad in ([], [0.1], [np.nan], [-np.inf]):
         with pytest.raises(ValueError, match="log-probabilities"):
             kl_estimate(2, bad)
-
-
-@pytest.mark.parametrize("correct", range(7))
-@pytest.mark.parametrize("k", range(1, 7))
-def test_pass_at_k_by_enumeration(correct, k):
-    draws = list(combinations([1] * correct + [0] * (6 - correct), k))
-    expected = sum(any(draw) for draw in draws) / len(draws)
-    assert pass_at_k([correct, 0], 6, k) == pytest.approx([expected, 0], abs=1e-12)
 
 
 def test_fits_recover_their_own_law():

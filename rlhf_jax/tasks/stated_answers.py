@@ -76,14 +76,14 @@ def number(text: str) -> Fraction | None:
     stated = stated_answer(text)
     if stated is not None:
         return _stated_number(plain(_WORDS.sub(r" \1 ", stated)))
-    values = [_value(found) for found in _NUMBER.finditer(plain(_reply(text)))]
+    values = [_value(match) for match in _NUMBER.finditer(plain(_reply(text)))]
     return next((value for value in reversed(values) if value is not None), None)
 
 
 def whole_number(text: str) -> Fraction | None:
     """The number that a text consists of, but for dollar signs and white space around it."""
-    found = _NUMBER.fullmatch(plain(text).strip("$ \n\t."))
-    return _value(found) if found else None
+    match = _NUMBER.fullmatch(plain(text).strip("$ \n\t."))
+    return _value(match) if match else None
 
 
 def stated_answer(text: str) -> str | None:
@@ -120,11 +120,11 @@ def plain(text: str) -> str:
 def without_separators(text: str) -> str:
     """`plain`, and numbers with separators or exponents as digits and a point: 1e3 as 1000."""
 
-    def digits(found: re.Match[str]) -> str:
-        exponent = int(found["e"] or found["times"] or 0)
-        if found["whole"] or abs(exponent) > _LARGEST or len(found[0]) > _LONGEST:
-            return _digits(found[0])
-        return str(Fraction(found["base"]) * Fraction(10) ** exponent)
+    def digits(match: re.Match[str]) -> str:
+        exponent = int(match["e"] or match["times"] or 0)
+        if match["whole"] or abs(exponent) > _LARGEST or len(match[0]) > _LONGEST:
+            return _digits(match[0])
+        return str(Fraction(match["base"]) * Fraction(10) ** exponent)
 
     return _SEPARATED.sub(digits, plain(text))
 
@@ -135,7 +135,7 @@ def _reply(text: str) -> str:
 
 
 def _braced(text: str, start: int) -> str:
-    """What stands before the brace that closes one opened just before `start`."""
+    """The text up to the brace that closes one opened just before `start`."""
     depth = 1
     for i in range(start, len(text)):
         depth += {"{": 1, "}": -1}.get(text[i], 0)
@@ -144,21 +144,21 @@ def _braced(text: str, start: int) -> str:
     return text[start:]
 
 
-def _value(found: re.Match[str]) -> Fraction | None:
-    if found["other"] or len(found[0]) > _LONGEST:
+def _value(match: re.Match[str]) -> Fraction | None:
+    if match["other"] or len(match[0]) > _LONGEST:
         return None
-    exponent = int(found["e"] or found["times"] or found["power"] or 0)
-    exponent += _NAMES.get((found["name"] or "").lower(), 0)
+    exponent = int(match["e"] or match["times"] or match["power"] or 0)
+    exponent += _NAMES.get((match["name"] or "").lower(), 0)
     if abs(exponent) > _LARGEST:
         return None
-    if found["top"]:
-        top, under = Fraction(found["top"]), Fraction(found["under"])
+    if match["top"]:
+        top, under = Fraction(match["top"]), Fraction(match["under"])
         if not under:
             return None
-        value = top / under + (int(found["mixed"]) if found["mixed"] and top < under else 0)
+        value = top / under + (int(match["mixed"]) if match["mixed"] and top < under else 0)
     else:
-        value = Fraction(_digits(found["whole"] or "1")) * Fraction(10) ** exponent
-    return -value if "-" in (found["sign"] or "") + (found["money"] or "") else value
+        value = Fraction(_digits(match["whole"] or "1")) * Fraction(10) ** exponent
+    return -value if "-" in (match["sign"] or "") + (match["money"] or "") else value
 
 
 def _digits(written: str) -> str:
@@ -171,12 +171,12 @@ def _digits(written: str) -> str:
 
 def _stated_number(text: str) -> Fraction | None:
     position, calculating = 0, False
-    while found := _NUMBER.search(text, position):
-        if equals := _EQUALS.match(text, found.end()):
+    while match := _NUMBER.search(text, position):
+        if equals := _EQUALS.match(text, match.end()):
             position, calculating = equals.end(), False
-        elif more := _MORE.match(text, found.end()):
+        elif more := _MORE.match(text, match.end()):
             position, calculating = more.end(), True
         else:
-            unknown = calculating or _UNKNOWN.match(text, found.end())
-            return None if unknown else _value(found)
+            unknown = calculating or _UNKNOWN.match(text, match.end())
+            return None if unknown else _value(match)
     return None
