@@ -195,9 +195,7 @@ class HubTokenizer:
             replies.append(self._until_end(self._continue(prompt, whole[len(prompt) :])))
         return self._lay(prompt, prompts)[0], replies
 
-    def conversation(
-        self, messages: Sequence[Message], *, last_turn_only: bool = False
-    ) -> tuple[list[int], dict[int, range]]:
+    def conversation(self, messages: Sequence[Message]) -> tuple[list[int], dict[int, range]]:
         """Tokens of a whole conversation and where turns stand in them: see `render_turns`.
 
         Raises:
@@ -205,15 +203,14 @@ class HubTokenizer:
                 of the prompt, or it never ends the last turn.
         """
         replies = [i for i, message in enumerate(messages) if message.role == "assistant"]
-        shown = replies[-1:] if last_turn_only else replies
-        prompts, texts = self._renderings(messages, [(range(i + 1), False) for i in shown])
-        whole, alone = texts[-1], dict(zip(shown, texts, strict=True))
+        prompts, texts = self._renderings(messages, [(range(i + 1), False) for i in replies])
+        whole, alone = texts[-1], dict(zip(replies, texts, strict=True))
         tokens, begins = self._lay(whole, prompts)
         last = len(messages) - 1
         if last not in begins:
             raise self._broken(prompts[last], whole)
         turns = {}
-        for i in shown:
+        for i in replies:
             end = self._find_end(alone[i], len(prompts[i]), self.ends)
             # Templates drop the thoughts of earlier replies, or end the last one only.
             if i == last or (i in begins and end and whole.startswith(alone[i][: end[1]])):
