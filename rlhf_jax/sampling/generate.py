@@ -28,7 +28,7 @@ _ROWS = 8  # prompts prefilled, or slots filled, by one call; fewer only if ther
 
 @dataclass(frozen=True)
 class Completion:
-    """What a prompt was completed with.
+    """The completion of a prompt.
 
     Attributes:
       tokens: up to and including the stop token, or the one that completes a stop string.
