@@ -29,6 +29,7 @@ from rlhf_jax.rl.options import (
     RewardOptions,
     RolloutOptions,
 )
+from rlhf_jax.training.loop import Train
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 SAMPLING = ("policy", "online_preference", "best_of_n")  # which sample and score answers
@@ -175,22 +176,6 @@ class Batch:
     rows: int = option(32, least=1)  # packed rows per update, over all devices
     # Parts the rows go through one after the other, to save memory.
     microbatches: int = option(1, least=1)
-
-
-@dataclass(frozen=True)
-class Train:
-    """The training loop."""
-
-    steps: int = option(100, least=1)  # updates, or iterations of a stage that samples
-    log_every: int = option(10, least=1)  # steps
-    eval_every: int = option(0, least=0)  # steps; 0: only at the end
-    # Written in the background; a step waits while its state is copied to the host.
-    checkpoint_every: int = option(200, least=1)  # steps
-    # Since the one before; 0: by steps alone.
-    checkpoint_minutes: float = option(5.0, within="[0, inf)")
-    max_skipped: int = option(5, least=1)  # updates in a row that are not finite before it stops
-    tensorboard: bool = True  # also write metrics for TensorBoard
-    wandb: str = ""  # project, to follow the run on Weights & Biases too
 
 
 @dataclass(frozen=True)

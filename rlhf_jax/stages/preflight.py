@@ -21,7 +21,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.statistics import auc, wilson_interval
 from rlhf_jax.report.tables import format_percent, make_printable, print_table
 from rlhf_jax.stages.chain import PARENTLESS, default_workdir, prepare
-from rlhf_jax.stages.pairs import label_of, read_preferences
+from rlhf_jax.stages.preference_rows import label_of, read_preferences
 from rlhf_jax.stages.start import with_chat_template
 from rlhf_jax.tasks.sources import check_unrendered, parse_sources, read_records
 from rlhf_jax.training.saved_model import load_tokenizer

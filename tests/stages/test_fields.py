@@ -24,7 +24,7 @@ from rlhf_jax.rl.rollouts import sample_answers, text_rollout
 from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.stages import best_of_n, chain, checks, defaults
 from rlhf_jax.stages.online_preference import pack_best_and_worst
-from rlhf_jax.stages.pairs import CHOSEN, REJECTED
+from rlhf_jax.stages.preference_rows import CHOSEN, REJECTED
 from rlhf_jax.stages.reward import loss as reward_loss
 from rlhf_jax.tasks import sources
 from rlhf_jax.tasks.prompts import PromptSet

@@ -11,7 +11,7 @@ from rlhf_jax.data.records import Conversation, Message, Pair, Prompt
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.evaluation.statistics import auc, wilson_interval
 from rlhf_jax.stages import defaults
-from rlhf_jax.stages.pairs import pack_preferences, read_preferences
+from rlhf_jax.stages.preference_rows import pack_preferences, read_preferences
 from rlhf_jax.stages.preflight import (
     choose_example,
     decode_stretches,

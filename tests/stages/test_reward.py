@@ -16,7 +16,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.pair_scores import label_metrics
 from rlhf_jax.evaluation.row_passes import in_record_order
 from rlhf_jax.stages import defaults
-from rlhf_jax.stages.pairs import pack_labelled
+from rlhf_jax.stages.preference_rows import pack_labelled
 from rlhf_jax.stages.reward import run as run_stage
 from rlhf_jax.training.checkpoint import load_params, save_params
 from rlhf_jax.training.saved_model import load_model
