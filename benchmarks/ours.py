@@ -27,11 +27,12 @@ from rlhf_jax.losses.reward import bradley_terry
 from rlhf_jax.malloc import give_back
 from rlhf_jax.models import ModelConfig, init
 from rlhf_jax.models.scoring import sequence_logprobs, sequence_scores, target_cross_entropy
+from rlhf_jax.rl.judge import Judge
 from rlhf_jax.rl.on_policy import make_iteration
+from rlhf_jax.rl.rollouts import text_task
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.stages import defaults
 from rlhf_jax.stages.policy import critic_params
-from rlhf_jax.stages.rollouts import Judge, text_task
 from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.training.optimizer import OptimizerConfig, make_optimizer
 from rlhf_jax.training.saved_model import Model, save_model

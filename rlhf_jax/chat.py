@@ -32,7 +32,7 @@ class Speaker:
     name: str
     model: Model
     system: str
-    options: dict[str, Any]  # for `sampling.generate`
+    options: dict[str, Any]  # of `Sampling`, and the seed
     messages: list[Message] = field(default_factory=list)
 
     def start_over(self) -> None:
@@ -47,6 +47,7 @@ class Speaker:
         """
         from rlhf_jax.data.conversation import render_prompt
         from rlhf_jax.data.records import Message
+        from rlhf_jax.sampling.arguments import Sampling
         from rlhf_jax.sampling.generate import generate
 
         model = self.model
@@ -70,17 +71,17 @@ class Speaker:
                 show(sofar[len(shown) :])
                 shown = sofar
 
-        options = self.options | {"max_new_tokens": min(self.options["max_new_tokens"], room)}
+        options = {name: value for name, value in self.options.items() if name != "seed"}
+        options["max_new_tokens"] = min(options["max_new_tokens"], room)
         (completion,) = generate(
             model.config,
             model.params,
             [prompt],
-            **options,
-            stop_ids=model.tokenizer.ends,
+            Sampling(**options, stop_ids=model.tokenizer.ends, batch_size=1),
+            seed=self.options["seed"],
             prompt_ids=[number],
             on_tokens=on_tokens,
             chunk=4,
-            batch_size=1,
         )
         reply = model.tokenizer.decode_text(completion.tokens)
         show(reply[len(shown) :])

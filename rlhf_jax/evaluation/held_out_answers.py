@@ -13,6 +13,7 @@ from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.evaluation.row_passes import in_record_order, response_logprobs, rows_of
 from rlhf_jax.evaluation.statistics import bootstrap_interval
+from rlhf_jax.sampling.arguments import Sampling
 from rlhf_jax.sampling.generate import Completion, generate
 from rlhf_jax.training.saved_model import Model
 
@@ -30,12 +31,10 @@ class Answer:
 
 
 def sample(
-    model: Model, prompts: Sequence[Sequence[int]], **options: Any
+    model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling, **streams: Any
 ) -> tuple[list[Completion], list[str]]:
-    """Completions of prompts' tokens by the engine, and their texts; see `generate` for options."""
-    completions = generate(
-        model.config, model.params, prompts, stop_ids=model.tokenizer.ends, **options
-    )
+    """Completions of prompts' tokens by the engine, and their texts; see `generate`."""
+    completions = generate(model.config, model.params, prompts, sampling, **streams)
     return completions, [model.tokenizer.decode_text(c.tokens) for c in completions]
 
 
@@ -58,10 +57,13 @@ def answer(
     completions, texts = sample(
         model,
         rendered,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
+        Sampling(
+            max_new_tokens,
+            temperature,
+            stop_ids=model.tokenizer.ends,
+            batch_size=min(SLOTS, rows_of(CACHED * tokens, longest)),
+        ),
         seed=seed,
-        batch_size=min(SLOTS, rows_of(CACHED * tokens, longest)),
     )
     pairs = zip(completions, texts, strict=True)
     return [Answer(text, tuple(reply.tokens), reply.finished) for reply, text in pairs]

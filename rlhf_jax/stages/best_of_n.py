@@ -9,14 +9,14 @@ the winners ("Llama 2", https://arxiv.org/abs/2307.09288).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from rlhf_jax import console
+from rlhf_jax.config import Config
 from rlhf_jax.data.batches import random_bits
 from rlhf_jax.data.packing import Arrays, Document, pack_documents
 from rlhf_jax.errors import UserError
@@ -34,9 +34,12 @@ from rlhf_jax.evaluation.selection import (
     win_bound,
 )
 from rlhf_jax.models.scoring import target_cross_entropy
+from rlhf_jax.rewards.scorers import Scores
+from rlhf_jax.rl.judge import Judge
+from rlhf_jax.rl.layout import Rollout
+from rlhf_jax.rl.rollouts import read_prompts, sample_answers, with_rows
 from rlhf_jax.stages.fit import batches_of, fit
-from rlhf_jax.stages.policy import held_out_set
-from rlhf_jax.stages.rollouts import Judge, Samples, pack_samples, read_prompts, sample_answers
+from rlhf_jax.stages.sampled import held_out_set
 from rlhf_jax.stages.start import load_start
 from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.tasks.sources import parse_sources
@@ -48,7 +51,7 @@ Figure = dict[str, Any]
 BLOCK = 32  # prompts whose answers are held at a time
 
 
-def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
+def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Measures best-of-n of `init.policy`, trains it on winners; the metrics of summary.json."""
     policy = load_start(config, parents["policy"])
     options = config.best_of_n
@@ -75,7 +78,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
 
 
 def measure(
-    config: ConfigDict,
+    config: Config,
     policy: Model,
     prompts: PromptSet,
     judge: Judge,
@@ -89,10 +92,10 @@ def measure(
     bound of KL to the policy.
     """
     found: dict[str, list[np.ndarray]] = {}
-    for _, answers, scores in _blocks(config, policy, prompts, judge, samples, seed, 1.0):
+    for answers, scores in _blocks(config, policy, prompts, judge, samples, seed, 1.0):
         columns = {
             "proxy": scores.total,
-            "logprob": np.array([c.logprobs.sum() for c in answers.completions]),
+            "logprob": answers.behaviour_logprobs.sum(-1),
         }
         if verdicts := verdicts_of(answers.prompts.records, answers.texts):
             columns["gold"] = np.array([verdict.total for verdict in verdicts])
@@ -112,7 +115,7 @@ def measure(
 
 
 def curves(
-    config: ConfigDict, name: str, measured: Mapping[str, np.ndarray]
+    config: Config, name: str, measured: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Metrics, and what the report shows, of the best of n = 1, 2, 4, … samples.
 
@@ -204,7 +207,7 @@ def say_curve(metrics: Mapping[str, float], samples: int) -> None:
 
 
 def winners(
-    config: ConfigDict, policy: Model, prompts: PromptSet, judge: Judge
+    config: Config, policy: Model, prompts: PromptSet, judge: Judge
 ) -> tuple[Arrays, Arrays]:
     """Packed rows of the best of `best_of_n.n` answers to each training prompt: (train, held out).
 
@@ -214,11 +217,11 @@ def winners(
     documents: list[Document] = []
     n = config.best_of_n.n
     seed = int(random_bits([1], config.seed)[0] >> np.uint64(33))  # not the one measured with
-    for block, answers, scores in _blocks(config, policy, prompts, judge, n, seed):
-        finished = np.array([c.finished for c in answers.completions]).reshape(-1, n)
+    for answers, scores in _blocks(config, policy, prompts, judge, n, seed):
+        finished = answers.finished.reshape(-1, n)
         usable = finished & scores.valid.reshape(-1, n)
         totals = np.where(usable, scores.total.reshape(-1, n), -np.inf)
-        for i, prompt in enumerate(block.tokens):
+        for i, prompt in enumerate(answers.prompts.tokens):
             if usable[i].any():
                 reply = answers.completions[i * n + int(totals[i].argmax())].tokens
                 documents.append(Document([*prompt, *reply], [0] * len(prompt) + [1] * len(reply)))
@@ -236,21 +239,21 @@ def winners(
 
 
 def _blocks(
-    config, policy, prompts: PromptSet, judge: Judge, samples: int, seed: int, temperature=None
-):
-    """(prompts, answers, scores) of one block of prompts after the other; see `sample_answers`."""
-    count = len(prompts.records)
-    for start in range(0, count, BLOCK):
-        ids: Sequence[int] = range(start, min(start + BLOCK, count))
-        block = prompts.take(ids)
-        answers: Samples = sample_answers(
-            config, policy, block, samples=samples, seed=seed, temperature=temperature, ids=ids
-        )
-        rows = pack_samples(
-            answers,
-            row_length=config.data.row_length,
-            max_prompt=config.rollout.max_prompt_tokens,
-            max_new=config.rollout.max_new_tokens,
-            multiple=rows_of(step_tokens(config), config.data.row_length),
-        )
-        yield block, answers, judge.score(answers, rows)
+    config: Config,
+    policy: Model,
+    prompts: PromptSet,
+    judge: Judge,
+    samples: int,
+    seed: int,
+    temperature: float | None = None,
+) -> Iterator[tuple[Rollout, Scores]]:
+    """(answers, scores) of one block of prompts after the other; see `sample_answers`."""
+    multiple = rows_of(step_tokens(config), config.data.row_length)
+    for start in range(0, len(prompts.records), BLOCK):
+        ids = range(start, min(start + BLOCK, len(prompts.records)))
+        answers = sample_answers(
+            config, policy, prompts.take(ids),
+            samples=samples, seed=seed, temperature=temperature, ids=ids,
+        )  # fmt: skip
+        answers = with_rows(config, answers, multiple)
+        yield answers, judge.score(answers)

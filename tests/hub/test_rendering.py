@@ -20,7 +20,8 @@ from rlhf_jax.hub.chat_formats import TEMPLATES
 from rlhf_jax.hub.hub_tokenizer import HubTokenizer
 from rlhf_jax.hub.tokenizer_settings import TokenizerSettings
 from rlhf_jax.models import PRESETS
-from rlhf_jax.stages import defaults, pairs, preflight, rollouts, sft, start
+from rlhf_jax.rl import rollouts
+from rlhf_jax.stages import defaults, pairs, preflight, sft, start
 from rlhf_jax.tasks import sources
 from rlhf_jax.training.saved_model import Model
 from tests.hub.test_hub_tokenizer import TEXT, tokenizers

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from rlhf_jax.stages.rollouts import Samples
 
 from rlhf_jax.rewards.scorers import Scores
 from rlhf_jax.rl.objectives import Sampled, advantages
+from rlhf_jax.rl.rollouts import text_rollout
 from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.stages import defaults, rollouts
-from rlhf_jax.stages.rollouts import Samples, text_rollout
 from rlhf_jax.tasks.prompts import PromptSet
 
 LIMIT = 6

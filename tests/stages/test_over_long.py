@@ -12,7 +12,8 @@ from rlhf_jax.data.encode import length_of_share
 from rlhf_jax.data.records import Text
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.errors import UserError
-from rlhf_jax.stages import defaults, pairs, rollouts, sft
+from rlhf_jax.rl import rollouts
+from rlhf_jax.stages import defaults, pairs, sft
 from rlhf_jax.stages.fit import pack_texts
 
 WORDS = "one two three four five six seven eight nine ten"

@@ -10,14 +10,15 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from rlhf_jax.stages.rollouts import Samples, pack_samples
 
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.errors import UserError
+from rlhf_jax.rl.judge import Judge
 from rlhf_jax.rl.on_policy import Rollouts
-from rlhf_jax.sampling import Completion
+from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.stages import policy
 from rlhf_jax.stages.online_preference import pack_best_and_worst
-from rlhf_jax.stages.rollouts import Judge, Samples, pack_samples
 from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.training.checkpoint import load_params
 from rlhf_jax.training.rundir import RunDirectory
