@@ -80,7 +80,7 @@ def test_replies_share_a_cache_that_training_has_room_for(monkeypatch, tokens, s
     generate = held_out_answers.generate
 
     def spied(*arguments, **options):
-        asked.append(options["batch_size"])
+        asked.append(arguments[3].batch_size)
         return generate(*arguments, **options)
 
     monkeypatch.setattr(held_out_answers, "generate", spied)
