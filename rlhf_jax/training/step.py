@@ -87,10 +87,8 @@ def make_step(
         g = Σ ∇total / Σ weight,   g ← g · min(1, max_grad_norm / ‖g‖)
 
     A metric that `metrics.meaning` takes for a largest, a least or a count, which comes as
-    (value, 1), is that of all microbatches. A loss that is no such sum returns a `Coupled`.
-
-    If `loss_fn` returns a third thing, a tree of arrays [rows, …], the step returns it too, for all
-    rows of the batch.
+    (value, 1), is that of all microbatches. A loss that is no such sum returns a `Coupled`. A third
+    thing, a tree of arrays [rows, …], is returned by the step too, for all rows of the batch.
 
     Args:
       loss_fn: sees the rows of one microbatch. `rng` is fold_in(seed, step), the same for every
@@ -105,7 +103,6 @@ def make_step(
       frozen: parameters that the state lacks and `loss_fn` sees beside its own, as `lora.split`
         gives them; on a mesh already where they belong.
       schedule: learning rate by number of applied updates, only to report it.
-      seed: of `rng`.
     """
 
     def step(state: TrainState, batch, frozen=None):
@@ -113,28 +110,19 @@ def make_step(
         places = None if mesh is None else shardings(mesh, state, rules)
         batch = _constrain(batch, mesh and batch_sharding(mesh))
         _check_rows(batch, microbatches, batch_shards(mesh))
-
-        def objective(params, rows):
-            whole = combine(params, frozen) if frozen else params
-            loss, metrics, *extra = loss_fn(whole, rows, rng)
-            sums = _float32(tuple(loss))
-            aux = (loss if isinstance(loss, Coupled) else sums), _float32(metrics), extra
-            return sums[0], aux
-
+        objective = _make_objective(loss_fn, frozen, rng)
         if microbatches == 1:
             gradient, aux = jax.grad(objective, has_aux=True)(state.params, batch)
         else:
             gradient, aux = _accumulate(objective, state.params, batch, microbatches, mesh)
-        loss, sums, extra = aux
-        loss = _float32(tuple(loss))
+        (total, weight), sums, extra = aux
+        loss = _float32((total, weight))
         gradient = _constrain(gradient, places and places.params)
         new, norms = _update(optimizer, state, gradient, loss, max_grad_norm, ema_decay)
-        new = _constrain(new, places)
-        means, weights = _divide({"loss": loss} | sums)
-        metrics = means | norms
         if schedule is not None:
-            metrics["train/learning_rate"] = schedule(state.step - state.skipped)
-        return new, Metrics.of(metrics, weights), *extra
+            norms["train/learning_rate"] = schedule(state.step - state.skipped)
+        means, weights = _divide({"loss": loss} | sums)
+        return _constrain(new, places), Metrics.of(means | norms, weights), *extra
 
     compiled = jax.jit(step, donate_argnums=0, compiler_options=overlapping(mesh) or None)
     return partial(compiled, frozen=frozen) if frozen else compiled
@@ -152,6 +140,18 @@ def _check_rows(batch, microbatches: int, shards: int) -> None:
             f"a batch of {rows} rows does not split into {microbatches} microbatches over {shards} "
             f"devices; make it a multiple of {microbatches * shards}"
         )
+
+
+def _make_objective(loss_fn: Callable, frozen: Any, rng: jax.Array) -> Callable:
+    """(params, rows) → (total, (loss, sums of metrics, extra arrays)), for `jax.grad`."""
+
+    def objective(params, rows):
+        whole = combine(params, frozen) if frozen else params
+        loss, metrics, *extra = loss_fn(whole, rows, rng)
+        sums = _float32(tuple(loss))
+        return sums[0], (loss if isinstance(loss, Coupled) else sums, _float32(metrics), extra)
+
+    return objective
 
 
 def with_constants(loss_fn: Callable, patterns: Sequence[str]) -> Callable:
