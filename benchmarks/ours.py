@@ -28,8 +28,9 @@ from rlhf_jax.malloc import give_back
 from rlhf_jax.models import ModelConfig, init
 from rlhf_jax.models.scoring import sequence_logprobs, sequence_scores, target_cross_entropy
 from rlhf_jax.rl.judge import Judge
-from rlhf_jax.rl.on_policy import make_iteration
+from rlhf_jax.rl.on_policy import first_state, iterate, make_trainer
 from rlhf_jax.rl.rollouts import text_task
+from rlhf_jax.sampling.arguments import Sampling
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.stages import defaults
 from rlhf_jax.stages.policy import critic_params
@@ -192,17 +193,10 @@ def generation(shape: work.Shape, *, batch: int = 1, **changes) -> Round:
     config = model_config(shape, **changes)
     params = init(config, jax.random.key(0))
     prompts = work.full_rows(batch, shape)[:, : work.PROMPT].tolist()
-    seeds = itertools.count()
+    seeds, sampling = itertools.count(), Sampling(work.GENERATED, batch_size=batch)
 
     def round_() -> float:
-        found = generate(
-            config,
-            params,
-            prompts,
-            max_new_tokens=work.GENERATED,
-            seed=next(seeds),
-            batch_size=batch,
-        )
+        found = generate(config, params, prompts, sampling, seed=next(seeds))
         return float(sum(len(completion.tokens) for completion in found))
 
     return round_
@@ -224,13 +218,13 @@ def on_policy(shape: work.Shape, config: ConfigDict, policy: Model, judge: Judge
     words = [policy.tokenizer.decode(row) for row in rows]
     records = [Prompt(str(i), (Message("user", text),)) for i, text in enumerate(words)]
     task = text_task(config, policy, PromptSet(records, rows.tolist()), judge, None)
-    iteration = make_iteration(config, task, policy.params, critic_params(config, policy, judge))
-    state = iteration.init()
+    trainer = make_trainer(config, task, policy.params, critic_params(config, policy, judge))
+    state = first_state(trainer)
     order = itertools.cycle(np.arange(len(rows), dtype=np.int32).reshape(-1, each))
 
     def round_() -> float:
         nonlocal state
-        state, metrics = iteration.step(state, {"row_ids": next(order)})
+        state, metrics, _ = iterate(trainer, state, {"row_ids": next(order)})
         assert metrics["rollout/tokens"] == each * config.rollout.samples * work.ANSWER
         return 1.0
 

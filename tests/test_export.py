@@ -21,6 +21,7 @@ from rlhf_jax.export import main
 from rlhf_jax.hub.hf_weights import write_weights
 from rlhf_jax.models import PRESETS, apply, init, logits, scores
 from rlhf_jax.models.lora import AdapterConfig
+from rlhf_jax.sampling.arguments import Sampling
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.training.saved_model import Model, as_trainable, load_model, save_model
 from tests.hub.test_hub_tokenizer import CONVERSATION, TEXT, write
@@ -68,8 +69,8 @@ def test_a_language_model_is_the_same_there(tmp_path, preset):
     np.testing.assert_allclose(logits(config, params, hidden)[0], wanted, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         greedy = theirs.generate(torch.tensor([tokens[:5]]), max_new_tokens=16, do_sample=False)
-    options = {"max_new_tokens": 16, "temperature": 0.0, "stop_ids": (), "seed": 0}
-    (ours,) = generate(config, params, [tokens[:5]], **options)
+    sampling = Sampling(16, temperature=0.0)
+    (ours,) = generate(config, params, [tokens[:5]], sampling, seed=0)
     assert tokens[:5] + list(ours.tokens) == greedy[0].tolist()
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,10 +30,18 @@ class Answer:
 
 
 def sample(
-    model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling, **streams: Any
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    seed: int,
+    prompt_ids: Sequence[int] | None = None,
 ) -> tuple[list[Completion], list[str]]:
-    """Completions of prompts' tokens by the engine, and their texts; see `generate`."""
-    completions = generate(model.config, model.params, prompts, sampling, **streams)
+    """Completions of prompts' tokens, which end as the tokenizer says, and their texts."""
+    sampling = replace(sampling, stop_ids=model.tokenizer.ends)
+    completions = generate(
+        model.config, model.params, prompts, sampling, seed=seed, prompt_ids=prompt_ids
+    )
     return completions, [model.tokenizer.decode_text(c.tokens) for c in completions]
 
 
@@ -60,7 +67,6 @@ def answer(
         Sampling(
             max_new_tokens,
             temperature,
-            stop_ids=model.tokenizer.ends,
             batch_size=min(SLOTS, rows_of(CACHED * tokens, longest)),
         ),
         seed=seed,

@@ -34,16 +34,13 @@ def training_prompts(config: Config, policy: Model) -> tuple[PromptSet, Any]:
     sources = parse_sources(config.data.train)
     sets = [read_prompts(config, policy.tokenizer, source, "train") for source in sources]
     drawn = config.rollout.prompts * (1 + config.rollout.resample)
-    rows = [_one_row_per_prompt(len(each.records)) for each in sets]
+    rows: list[Arrays] = []  # one row per prompt
+    for each in sets:
+        ids = np.arange(len(each.records), dtype=np.int32)
+        rows.append({"tokens": np.zeros((len(ids), 1), np.int32), "row_ids": ids})
     weights = [*sources.values()] if len(sets) > 1 else None
     batches = make_iterator(make_dataset(rows, drawn, seed=config.seed, weights=weights))
     return PromptSet.joined(sets), batches
-
-
-def _one_row_per_prompt(count: int) -> Arrays:
-    """A data set for `make_dataset` whose row_ids are the prompts."""
-    tokens = np.zeros((count, 1), np.int32)
-    return {"tokens": tokens, "row_ids": np.arange(count, dtype=np.int32)}
 
 
 def sampled_tokens(batch: Any, metrics: Mapping[str, Any]) -> int:

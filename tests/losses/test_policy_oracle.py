@@ -15,7 +15,15 @@ import pytest
 
 from rlhf_jax.evaluation.selection import best_of_n_law
 from rlhf_jax.losses.advantages import gae, group_advantages, remax, reward_to_go
-from rlhf_jax.losses.policy import OBJECTIVES, aggregate, importance_weights, kl_loss, policy_loss
+from rlhf_jax.losses.policy import (
+    OBJECTIVES,
+    Ppo,
+    aggregate,
+    importance_weights,
+    kl_loss,
+    make_objective,
+    policy_loss,
+)
 from rlhf_jax.losses.shaping import kl_estimate, token_rewards
 from rlhf_jax.oracle import exact_world as world
 from tests.losses.exact_gradients import GENERIC, gradient, objective
@@ -100,7 +108,7 @@ class Population:
         def loss(table):
             logprobs = token_logprobs(table)
             (total, _), _ = policy_loss(
-                objective,
+                make_objective(objective, {}),
                 logprobs,
                 self.old,
                 advantages,
@@ -371,7 +379,7 @@ def sampled_gradients(batches, *, samples=512, group=4, **advantages):
 
         def loss(table):
             (total, _), _ = policy_loss(
-                "ppo",
+                Ppo(),
                 scored(table),
                 old,
                 jnp.broadcast_to(factors, real.shape),
@@ -431,7 +439,7 @@ def bandit_gradient(law, *, estimator=None):
         coefficient = 0.0 if estimator else BETA
         advantages = token_rewards(jnp.asarray(ARM_REWARDS), mask, kl, coefficient=coefficient)
         (total, _), _ = policy_loss(
-            "ppo", logprobs, old, advantages, mask, sequence_weights=jnp.asarray(law)
+            Ppo(), logprobs, old, advantages, mask, sequence_weights=jnp.asarray(law)
         )
         if estimator:
             values = kl_loss(logprobs, reference[:, None], mask, estimator=estimator)

@@ -62,7 +62,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rlhf_jax.stages.rollouts import Samples, pack_samples
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -74,10 +73,10 @@ from rlhf_jax.losses.cross_entropy import TokenStatistics, token_cross_entropy
 from rlhf_jax.losses.policy import value_loss
 from rlhf_jax.losses.reductions import mean
 from rlhf_jax.losses.reward import bradley_terry
-from rlhf_jax.losses.shaping import kl_estimate, missing_eos, token_rewards, with_next_slot
+from rlhf_jax.losses.shaping import kl_estimate, missing_eos, token_rewards
 from rlhf_jax.models import scoring
-from rlhf_jax.rl.layout import select
-from rlhf_jax.rl.objectives import Sampled, advantages, policy_objective
+from rlhf_jax.rl.layout import Rollout, pack_rows, select
+from rlhf_jax.rl.objectives import advantages, policy_objective
 from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.stages import defaults, preference
 from rlhf_jax.tasks.prompts import PromptSet
@@ -514,11 +513,10 @@ def rollout(policy):
         for a, f in zip(ANSWERS, FINISHED, strict=True)
     ]
     prompts = PROMPTS[: len(ANSWERS) // EACH]
-    rows = pack_samples(
-        Samples(PromptSet(prompts, prompts), completions, [""] * len(ANSWERS)),
+    rows = pack_rows(
+        Rollout.of(PromptSet(prompts, prompts), completions, [""] * len(ANSWERS), NEW),
         row_length=ROW,
         max_prompt=max(map(len, prompts)),
-        max_new=NEW,
         multiple=2,
         shortest=8,
     )
@@ -560,14 +558,15 @@ def policy_settings(algorithm, **sections):
 
 def our_advantages(settings, rollout, rewards):
     weights = np.array([r is not None for r in rewards], np.float32)
-    sampled = Sampled(
+    sampled = Rollout(
         scores=np.array([0.0 if r is None else r for r in rewards], np.float32),
         weights=weights,
         finished=FINISHED,
         mask=rollout.mask,
-        logprobs=rollout.logprobs,
+        behaviour_logprobs=rollout.logprobs,
+        old_logprobs=rollout.logprobs,
         ref_logprobs=rollout.ref_logprobs,
-        values=np.zeros_like(rollout.mask),
+        old_values=np.zeros_like(rollout.mask),
         last_values=np.zeros_like(weights),
         greedy_scores=np.zeros(len(weights) // EACH, np.float32),
     )
@@ -591,7 +590,7 @@ def our_policy_objective(settings, policy, rollout, weights=None, **arrays):
 
     def objective(params):
         statistics = statistics_of(policy.ours.config, params, rollout.rows)
-        return policy_objective(settings, statistics, batch)[0]
+        return policy_objective(settings, settings.loss.objective, statistics, batch)[0]
 
     return objective
 
@@ -821,6 +820,11 @@ def queries():
     return width, inputs | {"position_ids": mask.cumsum(1) - mask}
 
 
+def with_next_slot(mask):
+    """The mask [N, T] with the slot behind each row's last token added, where there is one."""
+    return jnp.where(jnp.arange(NEW) == mask.sum(1, keepdims=True), 1, mask)
+
+
 def our_values(config, params, rows):
     """Before every token, and on the slot behind the last the value after it."""
     before, after = target_values(config, params, rows)
@@ -851,9 +855,12 @@ def test_ppo(policy, scorer, rollout, queries, tmp_path, estimator, whiten_rewar
     )
     shaped = missing_eos(jnp.asarray(scores), jnp.asarray(FINISHED), mode="subtract", penalty=1.5)
     kl = kl_estimate(jnp.asarray(rollout.logprobs), jnp.asarray(rollout.ref_logprobs), estimator)
-    rewards = token_rewards(shaped, mask, kl, coefficient=0.05, position="after")
+    rewards = token_rewards(jnp.zeros_like(shaped), mask, kl, coefficient=0.05)
+    behind_or_last = jnp.minimum(mask.sum(1, keepdims=True), NEW - 1)
+    rewards += jnp.where(jnp.arange(NEW) == behind_or_last, shaped[:, None], 0)
     if whiten_rewards:
-        rewards = whiten(rewards, with_next, shift_mean=False)
+        average = jnp.sum(rewards * with_next) / jnp.sum(with_next)
+        rewards = jnp.where(with_next > 0, whiten(rewards, with_next) + average, 0)
     found, returns = gae(rewards, jnp.asarray(values), with_next, gamma=0.9, lam=0.8)
     found = whiten(found, mask)
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)

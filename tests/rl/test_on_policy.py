@@ -18,7 +18,15 @@ from rlhf_jax.oracle.oracle_tasks import enumerate_logprobs, letters_model, lett
 from rlhf_jax.oracle.row_training import train_policy
 from rlhf_jax.oracle.verdicts import judge
 from rlhf_jax.rl import objectives
-from rlhf_jax.rl.on_policy import make_iteration, minibatches, over_updates
+from rlhf_jax.rl.on_policy import (
+    advantages,
+    first_state,
+    iterate,
+    make_trainer,
+    minibatches,
+    over_updates,
+    score,
+)
 from rlhf_jax.stages import defaults
 from rlhf_jax.stages.chain import load_config
 from rlhf_jax.stages.checks import check_objective
@@ -54,26 +62,37 @@ def letters(algorithm="rloo", **sections):
     return config, letters_task(config, shape), transformer.init(shape, jax.random.key(1)), shape
 
 
-def steps(config, task, start, count, **options):
+def trainer_of(config, task, start, **options):
     value = None
     if task.values is not None:
         value = {"table": jnp.zeros((world.PROMPTS, len(world.PREFIXES)))}
-    iteration = make_iteration(config, task, start, value, **options)
-    state, metrics = iteration.init(), {}
+    return make_trainer(config, task, start, value, **options)
+
+
+def steps(config, task, start, count, **options):
+    """(state, metrics, rollout) after the last of `count` iterations."""
+    trainer = trainer_of(config, task, start, **options)
+    state, metrics, rollout = first_state(trainer), {}, None
     for _ in range(count):
-        state, metrics = iteration.step(state, {})
-    return state, metrics, iteration
+        state, metrics, rollout = iterate(trainer, state, {})
+    return state, metrics, rollout
+
+
+def two_steps(config, task, start):
+    """(the metrics of the first iteration, those of the second)."""
+    trainer = trainer_of(config, task, start)
+    state, first, _ = iterate(trainer, first_state(trainer), {})
+    return first, iterate(trainer, state, {})[1]
 
 
 def test_metrics_of_the_first_iteration():
-    _, metrics, iteration = steps(*table(), 1)
+    _, metrics, rollout = steps(*table(), 1)
     assert metrics["objective/kl"] == 0
     assert metrics["policy/ratio_deviation"] < 1e-6
     assert metrics["rollout/logprob_difference"] < 1e-5
-    rollouts = iteration.last["rollouts"]
-    np.testing.assert_allclose(metrics["objective/scores"], rollouts.scores.mean(), rtol=1e-5)
-    np.testing.assert_allclose(metrics["completions/mean_length"], rollouts.mask.sum(-1).mean())
-    np.testing.assert_allclose(metrics["completions/eos_rate"], rollouts.finished.mean())
+    np.testing.assert_allclose(metrics["objective/scores"], rollout.scores.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["completions/mean_length"], rollout.mask.sum(-1).mean())
+    np.testing.assert_allclose(metrics["completions/eos_rate"], rollout.finished.mean())
     entropy = -(np.exp(world.log_softmax(world.REFERENCE)) * world.log_softmax(world.REFERENCE))
     assert 0 < metrics["policy/entropy"] <= entropy.sum(-1).max()
 
@@ -171,21 +190,26 @@ def test_a_single_update_scores_its_own_samples(split):
     moved = jax.tree.map(lambda x: x * 1.05, start)
     calls = []
     options = {"reference": start, "from_reference": False, "mesh": mesh}
-    _, metrics, iteration = steps(config, counting(task, calls), moved, 1, **options)
+    trainer = trainer_of(config, counting(task, calls), moved, **options)
+    _, metrics, found = iterate(trainer, first_state(trainer), {})
     # The reference's, and what trains, whose shapes are asked first if it is split.
     traced = 3 if split == "microbatches" else 2
     assert len(calls) == traced
-    found = iteration.last["arrays"]
-    arrays, expected = iteration.assess(iteration.init(), iteration.last["rollouts"])
+    state = first_state(trainer)
+    names = ("old_logprobs", "ref_logprobs", "entropy", "advantages", "returns")
+    unknown = dataclasses.replace(found, **dict.fromkeys(names))
+    scored = score(trainer, state, unknown)
+    scored, of_advantages = advantages(trainer, scored, state.kl_coefficient)
+    expected = trainer.sample_metrics(scored, state.kl_coefficient) | of_advantages
     assert len(calls) == traced + 2  # now the policy's too
-    assert np.abs(arrays["old_logprobs"] - arrays["ref_logprobs"]).max() > 1e-3
-    assert arrays.keys() == found.keys()
-    for name in arrays:
-        np.testing.assert_allclose(found[name], arrays[name], atol=1e-5, err_msg=name)
+    assert np.abs(scored.old_logprobs - scored.ref_logprobs).max() > 1e-3
+    for name in (*names, "behaviour_logprobs"):
+        a, b = getattr(found, name), getattr(scored, name)
+        np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
     for name in expected:
         np.testing.assert_allclose(metrics[name], expected[name], atol=1e-5, err_msg=name)
     assert metrics["policy/ratio_deviation"] == 0
-    entropy = (arrays["entropy"] * iteration.last["rollouts"].mask).sum() / len(found["entropy"])
+    entropy = (scored.entropy * found.mask).sum() / len(found.entropy)
     np.testing.assert_allclose(metrics["objective/entropy"], entropy, rtol=1e-5)
 
 
@@ -206,15 +230,12 @@ def test_a_single_update_is_that_of_a_policy_scored_before():
 def test_a_policy_must_start_as_its_reference():
     config, task, start = table()
     moved = {"table": start["table"].at[0, 0, 1].add(0.1)}
-    iteration = make_iteration(config, task, moved, reference=start)
     with pytest.raises(UserError, match="KL would not start at 0"):
-        iteration.step(iteration.init(), {})
+        steps(config, task, moved, 1, reference=start)
     config.kl.update(placement="loss", estimator="k3")  # known after the update only
-    iteration = make_iteration(config, task, moved, reference=start)
     with pytest.raises(UserError, match="KL would not start at 0"):
-        iteration.step(iteration.init(), {})
-    free = make_iteration(config, task, moved, reference=start, from_reference=False)
-    _, metrics = free.step(free.init(), {})
+        steps(config, task, moved, 1, reference=start)
+    _, metrics, _ = steps(config, task, moved, 1, reference=start, from_reference=False)
     assert metrics["objective/kl"] != 0
 
 
@@ -258,10 +279,9 @@ def test_a_critic_without_a_counted_value_has_no_means():
         found = task.rollout(params, batch, number)
         return dataclasses.replace(found, weights=found.weights * number)
 
-    state, first, iteration = steps(config, dataclasses.replace(task, rollout=rollout), start, 1)
+    first, second = two_steps(config, dataclasses.replace(task, rollout=rollout), start)
     assert not {"val/mean", "loss/value_avg", "val/explained_variance"} & set(first)
     assert first["val/consecutive_skipped"] == first["train/consecutive_skipped"] == 1
-    _, second = iteration.step(state, {})
     assert {"val/mean", "loss/value_avg", "val/explained_variance"} <= set(second)
     means = Means()
     for metrics in (first, second):
@@ -280,8 +300,7 @@ def test_a_mean_of_answers_of_which_there_are_none_is_left_out():
         finished = np.full_like(found.finished, number)
         return dataclasses.replace(found, finished=finished, weights=found.weights * number)
 
-    state, first, iteration = steps(config, dataclasses.replace(task, rollout=rollout), start, 1)
-    _, second = iteration.step(state, {})
+    first, second = two_steps(config, dataclasses.replace(task, rollout=rollout), start)
     means = Means()
     for metrics in (first, second):
         means.add(*fetch(metrics))
@@ -322,10 +341,11 @@ def test_microbatches_and_devices_do_not_change_an_iteration():
 def test_an_adapter_shares_its_base_with_the_reference_and_agrees_over_devices():
     config, task, start, _ = letters("grpo", rollout={"samples": 4})
     start = lora.attach(start, lora.AdapterConfig(rank=2), jax.random.key(3))
-    state, metrics, iteration = steps(config, task, start, 2)
+    state, metrics, _ = steps(config, task, start, 2)
     trained = named_leaves(state.policy.params)
     assert trained and all("/lora/" in name for name in trained)
-    base, after = (named_leaves(lora.without_adapter(p)) for p in (start, iteration.params(state)))
+    whole = trainer_of(config, task, start).policy.params(state.policy)
+    base, after = (named_leaves(lora.without_adapter(p)) for p in (start, whole))
     assert all(after[name] is base[name] for name in base)
     assert metrics["objective/kl"] != 0
     mesh = make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:4])
@@ -340,23 +360,11 @@ def test_the_transformer_task_scores_what_it_samples():
     rollouts = task.rollout(start, {}, 0)
     exact = enumerate_logprobs(shape, start)
     np.testing.assert_allclose(np.exp(exact).sum(1), 1, rtol=1e-5)
-    sequence = (rollouts.logprobs * rollouts.mask).sum(-1)
+    sequence = (rollouts.behaviour_logprobs * rollouts.mask).sum(-1)
     prompt = np.repeat(np.arange(16) % 4, 4)
-    for n, score in enumerate(rollouts.scores):
-        (outcome,) = np.flatnonzero(np.isclose(world.REWARDS[prompt[n]], score, atol=1e-9))
+    for n, reward in enumerate(rollouts.scores):
+        (outcome,) = np.flatnonzero(np.isclose(world.REWARDS[prompt[n]], reward, atol=1e-9))
         np.testing.assert_allclose(sequence[n], exact[prompt[n], outcome], atol=1e-4)
-
-
-def test_stale_samples_are_refused():
-    config, task, start = table(rollout={"samples": 4, "max_staleness": 1})
-
-    def rollout(params, batch, number):
-        return dataclasses.replace(task.rollout(params, batch, number), version=0)
-
-    stale = dataclasses.replace(task, rollout=rollout)
-    steps(config, stale, start, 2)
-    with pytest.raises(UserError, match="samples of iteration 1 are 2 updates old"):
-        steps(config, stale, start, 3)
 
 
 def test_the_controller_moves_towards_its_target():
@@ -372,7 +380,6 @@ def test_the_controller_moves_towards_its_target():
         ("rollout", {"top_p": 0.9}, "rollout.top_p = 0.9: what is trained is the whole"),
         ("rollout", {"top_k": 5}, "rollout.top_k = 5"),
         ("rollout", {"samples": 1}, "a baseline over the samples of a prompt needs two"),
-        ("rollout", {"max_staleness": 1}, "would use samples up to 3 updates old"),
         ("kl", {"placement": "loss", "estimator": "k1"}, "would regularise nothing"),
         ("kl", {"placement": "rewards"}, "kl.placement must be one of"),
         ("loss", {"name": "pppo"}, "unknown .* 'pppo'"),

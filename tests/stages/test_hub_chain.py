@@ -13,6 +13,7 @@ import pytest
 
 from rlhf_jax.data.conversation import render_prompt
 from rlhf_jax.data.records import Message
+from rlhf_jax.sampling.arguments import Sampling
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.training.saved_model import load_model
 from tests.hub.test_hub_tokenizer import write
@@ -54,8 +55,8 @@ def readme_commands():
 
 
 def greedy(model, prompts):
-    options = {"max_new_tokens": 64, "temperature": 0.0, "stop_ids": (), "seed": 0}
-    found = generate(model.config, model.params, prompts, **options)
+    sampling = Sampling(64, temperature=0.0)
+    found = generate(model.config, model.params, prompts, sampling, seed=0)
     return [list(completion.tokens) for completion in found]
 
 

@@ -177,9 +177,10 @@ def policy_losses():
             kl={"placement": "loss", "estimator": "k3", "level": "token"},
         )
         task = Task(None, statistics, extra_loss=texts if mixed else None)
+        objective = config.loss.objective
         if not scored:
             batch = {name: x for name, x in batch.items() if name != "old_logprobs"}
-        return on_policy._policy_loss(config, task, params, batch, rng)
+        return on_policy.policy_loss(config, task, objective, params, batch, rng)
 
     def losses():
         for name, mode in zip(OBJECTIVES, itertools.cycle(AGGREGATIONS), strict=False):
@@ -196,7 +197,7 @@ def value_losses():
     def loss(clip, params, batch, rng):
         config = defaults.on_policy("ppo")
         config.critic.value_clip = clip
-        return on_policy._value_loss(config, Task(None, None, values), params, batch, rng)
+        return on_policy.value_loss(config, Task(None, None, values), params, batch, rng)
 
     return {f"clip {clip}": functools.partial(loss, clip) for clip in (0.0, 0.2)}
 
