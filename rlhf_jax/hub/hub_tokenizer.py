@@ -95,7 +95,7 @@ class HubTokenizer:
         return self.settings.special_ids(self.vocabulary, self.ends)
 
     def with_template(self, template: str) -> HubTokenizer:
-        """The same tokenizer under another chat template.
+        """Returns this tokenizer under another chat template.
 
         Raises:
             UserError: the template does not fit the vocabulary.
