@@ -95,7 +95,7 @@ class HubTokenizer:
         return self.settings.special_ids(self.vocabulary, self.ends)
 
     def with_template(self, template: str) -> HubTokenizer:
-        """The same tokenizer under another chat template.
+        """Returns this tokenizer under another chat template.
 
         Raises:
             UserError: the template does not fit the vocabulary.
@@ -195,9 +195,7 @@ class HubTokenizer:
             replies.append(self._cut_at_end(self._continue(prompt, whole[len(prompt) :])))
         return self._lay(prompt, prompts)[0], replies
 
-    def conversation(
-        self, messages: Sequence[Message], *, last_turn_only: bool = False
-    ) -> tuple[list[int], dict[int, range]]:
+    def conversation(self, messages: Sequence[Message]) -> tuple[list[int], dict[int, range]]:
         """Tokens of a whole conversation and where turns stand in them: see `render_turns`.
 
         Raises:
@@ -205,7 +203,6 @@ class HubTokenizer:
                 of the prompt, or it never ends the last turn.
         """
         replies = [i for i, message in enumerate(messages) if message.role == "assistant"]
-        replies = replies[-1:] if last_turn_only else replies
         prompts, texts = self._render_parts(messages, [(range(i + 1), False) for i in replies])
         whole, alone = texts[-1], dict(zip(replies, texts, strict=True))
         tokens, begins = self._lay(whole, prompts)

@@ -37,21 +37,21 @@ SAMPLING = ("policy", "online_preference", "best_of_n")  # which sample and scor
 
 @dataclass(frozen=True)
 class Init:
-    """What the model starts from: "experiments/sft.py[:variant]", or a finished run's directory."""
+    """The start of the model: "experiments/sft.py[:variant]", or a finished run's directory."""
 
     policy: str = ""  # the model that is trained; nowhere: one of the user's, named by a flag
 
 
 @dataclass(frozen=True)
 class JudgedInit(Init):
-    """The same, and what it is compared with."""
+    """The start of the model, and the model it is compared with."""
 
     reward: str = ""  # a model of the same pairs, whose accuracy is shown beside
 
 
 @dataclass(frozen=True)
 class RewardedInit(Init):
-    """The same, and the reward models of the scorer "model"."""
+    """The start of the model, and the reward models of the scorer "model"."""
 
     reward: str = ""  # the first
     # Further ones, of an ensemble: reward_1, reward_2, …
@@ -60,7 +60,7 @@ class RewardedInit(Init):
 
 @dataclass(frozen=True)
 class Data:
-    """What is read. Several sources are mixed by weight: "town=3,notes.jsonl=1".
+    """The data. Several sources are mixed by weight: "town=3,notes.jsonl=1".
 
     A source is a data set ("town", "hh_rlhf/helpful", "gsm8k@test", "town[:50%]"), a JSONL file
     ("notes.jsonl[:1000]"), or one that the package datasets loads ("hf:owner/name").
@@ -213,7 +213,7 @@ class MeshAxes:
 
 @dataclass(frozen=True)
 class NoEvaluation:
-    """Of a stage that has nothing to choose there."""
+    """The evaluation of a stage that has nothing to choose there."""
 
 
 @dataclass(frozen=True)
@@ -229,14 +229,14 @@ class ChatEvaluation:
 
 @dataclass(frozen=True)
 class SampledEvaluation(ChatEvaluation):
-    """The same, and on the way."""
+    """The evaluation at the end, and on the way."""
 
     during: int = option(128, least=0)  # prompts sampled at train.eval_every
 
 
 @dataclass(frozen=True)
 class OnPolicyEvaluation(ChatEvaluation):
-    """The same of stages whose result it is."""
+    """The evaluation at the end and on the way, of stages whose result it is."""
 
     during: int = option(128, least=1)  # prompts sampled at train.eval_every
 
@@ -254,7 +254,7 @@ class BestOfN:
 class OracleOptions:
     """The oracle's rows."""
 
-    rows: str = ""  # names of oracle/rows.py, separated by commas; none: all
+    rows: str = ""  # names of oracle/oracle_rows.py, separated by commas; none: all
     table_steps: int = option(350, least=1)  # of a row whose policy is a table
     transformer_steps: int = option(60, least=1)  # of one whose policy is a transformer
     preference_steps: int = option(600, least=1)  # of a loss on pairs

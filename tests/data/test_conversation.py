@@ -75,14 +75,6 @@ def test_tool_calls_are_text_of_the_turn_that_makes_them():
     assert rendered == TOKENIZER.decode(tokens, control=True)
 
 
-def test_last_turn_only():
-    turns = messages("u:hello", "a:hi", "u:you", "a:12")
-    _, every = render_conversation(turns, TOKENIZER)
-    _, last = render_conversation(turns, TOKENIZER, last_turn_only=True)
-    assert sum(every) == sum(len(reply_tokens(t)) for t in ("hi", "12"))
-    assert sum(last) == len(reply_tokens("12")) == sum(last[-sum(last) :])
-
-
 def test_random_conversations():
     rng = np.random.default_rng(1)
     for _ in range(200):
