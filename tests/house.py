@@ -260,7 +260,7 @@ def walks() -> dict[str, Walk]:
     from rlhf_jax.training.saved_model import load_tokenizer
 
     with experiments() as run:
-        (token,) = load_tokenizer(Path("runs/experiment-pretrain")).encode_batch([f" {TOLD}"])[0]
+        (token,) = load_tokenizer(Path("runs/experiment-pretrain")).encode_texts([TOLD])[0]
         beta = walk_of_number(0.1003, lambda: run("preference", "--config.loss.beta=0.1003"))
         clip = walk_of_number(0.2003, lambda: run("ppo", "--config.loss.clip_low=0.2003"))
         prompt = walk_of_prompts(token, lambda: run("ppo", "--workdir=runs/again"))
