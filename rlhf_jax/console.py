@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
+from rlhf_jax.config import Config
 
 FEW = 30  # records; a metric of fewer comes with a warning
 
@@ -20,12 +20,13 @@ def say(subject: str, counts: Mapping[str, Any]) -> None:
 
 
 def say_encoded(
-    config: ConfigDict, what: str, counts: Mapping[str, int], further: Mapping[str, Any]
+    config: Config, what: str, counts: Mapping[str, int], further: Mapping[str, Any]
 ) -> None:
     """`say`, and as a warning how many records did not fit; counts are those of `data.encode`."""
     shown = {name: count for name, count in counts.items() if name != "keeps_95"}
     say(what, shown | dict(further))
-    policy = config.data.get("over_long", "split")  # of raw text beside prompts, which loses none
+    # Raw text beside prompts is split, which loses none.
+    policy = getattr(config.data, "over_long", "split")
     for fate in ("dropped", "truncated"):
         warn_over_long(
             what, counts[fate], counts["records"], counts.get("keeps_95", 0),

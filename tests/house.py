@@ -269,9 +269,10 @@ def walks() -> dict[str, Walk]:
 
 def counts() -> dict[str, int]:
     """Returns every count of the house that tests/test_house.py bounds, by name."""
+    from rlhf_jax.config import leaves
     from rlhf_jax.losses.policy import OBJECTIVES
     from rlhf_jax.rl.objectives import ADVANTAGES
-    from rlhf_jax.stages.defaults import STAGES, fields_of, leaves
+    from rlhf_jax.stages.defaults import STAGES, fields_of
 
     every, sizes = list(functions()), lines()
     fields = {stage: set(leaves(fields_of(stage))) for stage in STAGES}

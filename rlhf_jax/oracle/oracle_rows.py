@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from rlhf_jax.config import Config
 from rlhf_jax.oracle import exact_world as world
 from rlhf_jax.stages import defaults
 
@@ -158,7 +159,7 @@ ROWS |= _split("dpo")
 BEST_OF = "best_of_8"  # a further row, which trains nothing
 
 
-def make_row_config(row: Row, config: ConfigDict, seed: int = 0) -> ConfigDict:
+def make_row_config(row: Row, config: Config, seed: int = 0) -> ConfigDict:
     """Returns the ordinary config of the policy stage for a row that samples."""
     each = row.changes.get("rollout", {}).get("samples", 1)
     table = row.policy == "table"
@@ -172,7 +173,7 @@ def make_row_config(row: Row, config: ConfigDict, seed: int = 0) -> ConfigDict:
         },
         "data": {"row_length": 64},
         "batch": {"rows": 8, "microbatches": row.microbatches},
-        "kl": {"coefficient": BETA, "exact_rows": 0},
+        "kl": {"coefficient": BETA},
         "optimizer": dict(TABLE_OPTIMIZER),
         "train": {"steps": steps},
     }
@@ -181,7 +182,8 @@ def make_row_config(row: Row, config: ConfigDict, seed: int = 0) -> ConfigDict:
     for name, values in row.changes.items():
         sections[name] = sections.get(name, {}) | dict(values)
     if row.algorithm == "ppo":
-        sections["critic"] = dict(sections["optimizer"])
+        own = ("learning_rate", "schedule")
+        sections["critic"] = {name: sections["optimizer"][name] for name in own}
     row_config = defaults.on_policy(row.algorithm, **sections)
     row_config.seed = seed
     return row_config

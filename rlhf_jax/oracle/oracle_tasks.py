@@ -1,4 +1,4 @@
-"""The world enum-121 as a task: sampled and scored from a table of logits, or by a transformer."""
+"""The oracle's tasks: its world sampled and scored from a table of logits, or by a transformer."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
+from rlhf_jax.config import Config
 from rlhf_jax.data.batches import random_bits
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.losses.cross_entropy import TokenStatistics
@@ -27,11 +27,12 @@ from rlhf_jax.tasks.prompts import PromptSet
 # The vocabulary of the transformer: actions 0 … 3 of the world are EOS, a, b, c.
 PAD, BOS, EOS = 0, 1, 2
 ALLOWED = np.array([False, False, True, True, True, True])
+BIAS = np.where(ALLOWED, 0, -1e9).astype(np.float32)  # added to logits
 PROMPTS = ((BOS, 3), (BOS, 4, 5), (BOS, 5, 3, 4), (BOS, 3, 3, 4, 5))
 
 
-def table_task(config: ConfigDict) -> Task:
-    """Sampling from, and scoring by, a table of logits [4 prompts, 40 prefixes, 4 actions]."""
+def table_task(config: Config) -> Task:
+    """Returns a task whose policy is a table of logits [4 prompts, 40 prefixes, 4 actions]."""
     groups, each = config.rollout.prompts, config.rollout.samples
     prompts = np.repeat(np.arange(groups) % world.PROMPTS, each).astype(np.int32)
     count = len(prompts)
@@ -41,8 +42,8 @@ def table_task(config: ConfigDict) -> Task:
         drawn = jax.device_get(draw(params["table"], prompts, key))
         greedy = np.zeros(groups)
         if config.advantage.name == "remax":
-            found = jax.device_get(draw(params["table"], prompts[::each], None))
-            greedy = lookup(prompts[::each], found["actions"], found["mask"])
+            best = jax.device_get(draw(params["table"], prompts[::each], None))
+            greedy = lookup(prompts[::each], best["actions"], best["mask"])
         rows = {
             "prompts": prompts,
             "nodes": drawn["nodes"],
@@ -53,27 +54,26 @@ def table_task(config: ConfigDict) -> Task:
             "mask": drawn["mask"][:, None],
         }
         scores = lookup(prompts, drawn["actions"], drawn["mask"])
-        ended = (drawn["mask"] * (drawn["actions"] == 0)).any(-1)
         return Rollout(
             mask=drawn["mask"],
             behaviour_logprobs=drawn["logprobs"],
-            finished=ended,
+            finished=(drawn["mask"] * (drawn["actions"] == 0)).any(-1),
             scores=scores,
-            weights=_kept(config, scores),
+            weights=_weigh(config, scores),
             greedy_scores=greedy,
             rows=rows,
         )
 
     return Task(
         rollout=rollout,
-        statistics=_table_statistics,
-        values=_table_values if config.advantage.name == "gae" else None,
+        statistics=_compute_statistics,
+        values=_look_up_values if config.advantage.name == "gae" else None,
     )
 
 
 @jax.jit
 def draw(table: jax.Array, prompts: jax.Array, key: jax.Array | None) -> dict[str, jax.Array]:
-    """A response to each prompt: actions, nodes, mask and logprobs [N, 4]; greedy without a key."""
+    """Draws responses to prompts: actions, nodes, mask, logprobs [N, 4]; greedy without a key."""
     count = len(prompts)
 
     def step(carry, t):
@@ -85,7 +85,7 @@ def draw(table: jax.Array, prompts: jax.Array, key: jax.Array | None) -> dict[st
             action = jax.random.categorical(jax.random.fold_in(key, t), logits)
         logprob = jax.nn.log_softmax(logits)[jnp.arange(count), action]
         out = {"actions": action, "nodes": node, "mask": alive, "logprobs": logprob * alive}
-        following = jnp.asarray(_FOLLOWING)[node, action]
+        following = jnp.asarray(_FOLLOWERS)[node, action]
         return (following, alive & (action != 0)), out
 
     start = jnp.zeros(count, jnp.int32), jnp.ones(count, bool)
@@ -96,8 +96,8 @@ def draw(table: jax.Array, prompts: jax.Array, key: jax.Array | None) -> dict[st
     return out | {"mask": mask, "actions": actions}
 
 
-def _following() -> np.ndarray:
-    """[40, 4] the node after an action at a node; 0 where there is none."""
+def _list_followers() -> np.ndarray:
+    """Returns [40, 4] the node after an action at a node; 0 where there is none."""
     index = {prefix: i for i, prefix in enumerate(world.PREFIXES)}
     return np.array(
         [[index.get((*prefix, a), 0) if a else 0 for a in range(4)] for prefix in world.PREFIXES],
@@ -105,34 +105,34 @@ def _following() -> np.ndarray:
     )
 
 
-_FOLLOWING = _following()
+_FOLLOWERS = _list_followers()
 _OUTCOME = {world.code(response): i for i, response in enumerate(world.RESPONSES)}
 
 
 def lookup(prompts: np.ndarray, actions: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """[N] true rewards of responses: actions [N, 4]."""
+    """Returns [N] the true rewards of responses with actions [N, 4]."""
     return world.REWARDS[prompts, outcomes(actions, mask)]
 
 
 def outcomes(actions: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """[N] which of the 121 responses each is: actions [N, 4]."""
+    """Returns [N] which of the 121 responses each is, with actions [N, 4]."""
     codes = np.ones(len(actions), np.int64)
     for t in range(actions.shape[1]):
         codes = np.where(mask[:, t] > 0, 4 * codes + actions[:, t], codes)
     return np.array([_OUTCOME[code] for code in codes.tolist()])
 
 
-def _kept(config: ConfigDict, scores: np.ndarray) -> np.ndarray:
-    """[N] weights: 0 with `rollout.filter_zero_std` where all samples of a prompt score the same.
+def _weigh(config: Config, scores: np.ndarray) -> np.ndarray:
+    """Returns [N] weights: 0 where `rollout.filter_zero_std` leaves out samples that score alike.
 
-    Nothing takes their place: prompts are four, and all of them are in the batch already.
+    Nothing takes their place: there are four prompts, and all are in the batch already.
     """
     groups = scores.reshape(-1, config.rollout.samples)
     dull = config.rollout.filter_zero_std & (np.ptp(groups, axis=1) == 0)
     return np.repeat(1 - dull.astype(np.float32), config.rollout.samples)
 
 
-def _table_statistics(params: Any, rows: Mapping[str, jax.Array]) -> TokenStatistics:
+def _compute_statistics(params: Any, rows: Mapping[str, jax.Array]) -> TokenStatistics:
     logits = jnp.asarray(params["table"])[jnp.asarray(rows["prompts"])[:, None], rows["nodes"]]
     logsumexp = jax.nn.logsumexp(logits, -1)
     every = logits - logsumexp[..., None]
@@ -146,13 +146,13 @@ def _table_statistics(params: Any, rows: Mapping[str, jax.Array]) -> TokenStatis
     )
 
 
-def _table_values(params: Any, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def _look_up_values(params: Any, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     values = params["table"][rows["prompts"][:, None], rows["nodes"]]
     return values, jnp.zeros(rows["members"].shape)
 
 
 def letters_model() -> ModelConfig:
-    """A transformer of two layers and width 32 over PAD, BOS, EOS, a, b, c."""
+    """Returns a shape of two layers and width 32 over PAD, BOS, EOS, a, b, c."""
     return ModelConfig(
         vocab_size=6,
         layers=2,
@@ -167,13 +167,12 @@ def letters_model() -> ModelConfig:
     ).validate()
 
 
-def letters_task(config: ConfigDict, shape: ModelConfig) -> Task:
-    """The same for a transformer: the engine samples, packed rows train, PAD and BOS are banned."""
+def letters_task(config: Config, shape: ModelConfig) -> Task:
+    """Returns a task for a transformer: the engine samples; PAD and BOS are never drawn."""
     each = config.rollout.samples
     which = np.arange(config.rollout.prompts) % world.PROMPTS
     records = [Prompt(str(p), (Message("user", str(p)),)) for p in which]
     prompts = PromptSet(records, [PROMPTS[p] for p in which])
-    bias = jnp.where(jnp.asarray(ALLOWED), 0.0, -1e9)
     sampling = Sampling(
         max_new_tokens=world.MAX_TOKENS,
         stop_ids=(EOS,),
@@ -184,7 +183,7 @@ def letters_task(config: ConfigDict, shape: ModelConfig) -> Task:
     )
 
     def statistics(params: Any, rows: Mapping[str, jax.Array]) -> TokenStatistics:
-        return target_statistics(shape, params, rows, bias=bias)
+        return target_statistics(shape, params, rows, bias=jnp.asarray(BIAS))
 
     def rollout(params: Any, batch: Mapping[str, Any], number: int) -> Rollout:
         seed = int(random_bits([number], config.seed)[0] >> np.uint64(33))
@@ -204,7 +203,7 @@ def letters_task(config: ConfigDict, shape: ModelConfig) -> Task:
         return dataclasses.replace(
             drawn,
             scores=scores,
-            weights=_kept(config, scores),
+            weights=_weigh(config, scores),
             greedy_scores=np.zeros(len(which)),
             rows=rows,
         )
@@ -221,7 +220,7 @@ _statistics = jax.jit(target_statistics, static_argnums=0)
 
 
 def enumerate_logprobs(shape: ModelConfig, params: Any) -> np.ndarray:
-    """log π(response|prompt) [4, 121] of a transformer, all responses scored."""
+    """Scores all responses with a transformer: log π(response|prompt) [4, 121]."""
     longest = max(map(len, PROMPTS)) + world.MAX_TOKENS
     tokens = np.zeros((world.PROMPTS, len(world.RESPONSES), longest), np.int32)
     sources = np.zeros((*tokens.shape[:2], world.MAX_TOKENS), np.int32)
@@ -236,7 +235,6 @@ def enumerate_logprobs(shape: ModelConfig, params: Any) -> np.ndarray:
         "sources": sources.reshape(-1, world.MAX_TOKENS),
         "targets": np.tile(world.TOKENS + EOS, (world.PROMPTS, 1)),
     }
-    bias = jnp.where(jnp.asarray(ALLOWED), 0.0, -1e9)
-    logprobs = _statistics(shape, params, rows, bias=bias).logprobs
+    logprobs = _statistics(shape, params, rows, bias=jnp.asarray(BIAS)).logprobs
     summed = (np.float64(logprobs) * np.tile(world.MASK, (world.PROMPTS, 1))).sum(-1)
     return summed.reshape(world.PROMPTS, -1)

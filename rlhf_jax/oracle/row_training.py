@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 
+from rlhf_jax.config import Config
 from rlhf_jax.devices import training_devices
 from rlhf_jax.evaluation.selection import best_of_n_law, kl_bound, kl_terms
-from rlhf_jax.losses.preference import preference_loss
+from rlhf_jax.losses.preference import LOSSES, preference_loss
 from rlhf_jax.models import transformer
 from rlhf_jax.oracle import exact_world as world
 from rlhf_jax.oracle.oracle_rows import TABLE_OPTIMIZER, Row, make_row_config
@@ -36,6 +36,7 @@ from rlhf_jax.rl.on_policy import (
     make_trainer,
     score,
 )
+from rlhf_jax.stages.defaults import resolve
 from rlhf_jax.stopping import stop_point
 from rlhf_jax.training.mesh import make_mesh, placed, shard_batch
 from rlhf_jax.training.optimizer import make_optimizer
@@ -45,25 +46,25 @@ from rlhf_jax.training.step import make_step
 RULES = ((r".*", P()),)
 
 
-def train_policy(row: Row, config: ConfigDict, seed: int = 0) -> Outcome:
+def train_policy(row: Row, config: Config, seed: int = 0) -> Outcome:
     """Trains a row's policy on its samples and computes where it ended."""
-    made = make_row_config(row, config, seed)
-    valued = made.advantage.name == "gae"
+    options = resolve(make_row_config(row, config, seed))
+    valued = options.advantage.name == "gae"
     critic: Any = None
     if row.policy == "table":
         start: Any = {"table": jnp.asarray(world.REFERENCE, jnp.float32)}
         critic = {"table": jnp.zeros((world.PROMPTS, len(world.PREFIXES)))} if valued else None
-        task, exact = table_task(made), _table_logprobs
+        task, exact = table_task(options), _compute_logprobs
     else:
         shape = letters_model()
         start = transformer.init(shape, jax.random.key(seed + 1))
         if valued:
             scalar = dataclasses.replace(shape, head="scalar")
             critic = transformer.init(scalar, jax.random.key(seed + 2))
-        task, exact = letters_task(made, shape), partial(enumerate_logprobs, shape)
-    trainer = make_trainer(made, task, start, critic, mesh=_make_row_mesh(row), rules=RULES)
+        task, exact = letters_task(options, shape), partial(enumerate_logprobs, shape)
+    trainer = make_trainer(options, task, start, critic, mesh=_make_row_mesh(row), rules=RULES)
     state = first_state(trainer)
-    for _ in range(made.train.steps):
+    for _ in range(options.train.steps):
         stop_point()
         state, *_ = iterate(trainer, state, {})
     logp, reference = exact(state.policy.params), exact(start)
@@ -83,7 +84,7 @@ def _measure(
     are log π/π_ref [4, 121]; a response is known by its reward, since no two are equal.
     """
     means: list[Any] = []
-    every: list[Any] = []
+    values: list[Any] = []
     for number in range(count):
         stop_point()
         drawn = trainer.task.rollout(state.policy.params, {}, 10**6 + number)
@@ -94,20 +95,20 @@ def _measure(
         each = trainer.config.rollout.samples
         prompts = np.arange(len(rollout.scores)) // each % world.PROMPTS
         chosen = np.abs(world.REWARDS[prompts] - rollout.scores[:, None]).argmin(1)
-        every.append([rollout.scores, ratios[prompts, chosen]])
-    values = np.concatenate(every, axis=1)
+        values.append([rollout.scores, ratios[prompts, chosen]])
+    samples = np.concatenate(values, axis=1)
     reward, kl = np.array(means, np.float64).mean(0).tolist()
-    covariance = np.cov(values, ddof=1) / values.shape[1]
-    return Measured(reward, kl, covariance, float(values[1].mean()))
+    covariance = np.cov(samples, ddof=1) / samples.shape[1]
+    return Measured(reward, kl, covariance, float(samples[1].mean()))
 
 
-def train_on_pairs(row: Row, config: ConfigDict) -> Outcome:
+def train_on_pairs(row: Row, config: Config) -> Outcome:
     """Minimises a preference loss over all pairs at once, weighted by their exact law.
 
     Each row of the batch is a prompt with all its pairs.
     """
     reference = world.logprobs(world.REFERENCE)
-    mesh = _make_row_mesh(row)
+    mesh, loss = _make_row_mesh(row), LOSSES[row.algorithm](**row.changes["loss"])
     batch = {
         "prompts": np.arange(world.PROMPTS),
         "reference": reference.astype(np.float32),
@@ -125,13 +126,12 @@ def train_on_pairs(row: Row, config: ConfigDict) -> Outcome:
         lengths = jnp.broadcast_to(jnp.asarray(world.LENGTHS, jnp.float32), logp.shape)
         chosen_lengths, rejected_lengths = pair(lengths)
         return preference_loss(
-            row.algorithm,
+            loss,
             *pair(logp),
             *pair(batch["reference"]),
             chosen_lengths=chosen_lengths,
             rejected_lengths=rejected_lengths,
             weights=batch["law"].ravel(),
-            **row.changes["loss"],
         )
 
     steps = config.oracle.preference_steps
@@ -143,11 +143,11 @@ def train_on_pairs(row: Row, config: ConfigDict) -> Outcome:
         stop_point()
         # Steps of several CPU devices that are under way together may wait for each other for ever.
         state, metrics = jax.block_until_ready(step(state, batch))
-    outcome = locate(_table_logprobs(state.params), reference)
+    outcome = locate(_compute_logprobs(state.params), reference)
     return dataclasses.replace(outcome, loss=float(metrics["train/loss"]))
 
 
-def estimate_best_of(config: ConfigDict, n: int = 8, samples: int = 20_000) -> Result:
+def estimate_best_of(config: Config, n: int = 8, samples: int = 20_000) -> Result:
     """Takes the best of n reference samples, many times, and holds it to its exact law.
 
     The outcome has the estimates of E r and KL, and the regret of the exact law.
@@ -172,5 +172,5 @@ def _make_row_mesh(row: Row) -> Mesh | None:
     return make_mesh({"data": row.devices}, training_devices()[: row.devices])
 
 
-def _table_logprobs(params: Any) -> np.ndarray:
+def _compute_logprobs(params: Any) -> np.ndarray:
     return world.logprobs(np.asarray(params["table"], np.float64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -10,8 +11,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
+from rlhf_jax.config import Config
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.row_passes import map_rows
 from rlhf_jax.files import write_json
@@ -49,7 +50,7 @@ class Judge:
 
     def __init__(
         self,
-        config: ConfigDict,
+        config: Config,
         parents: Mapping[str, Path],
         policy: Model,
         run: Path | None = None,
@@ -132,10 +133,13 @@ def _scores_by_row(shape, members, rows) -> jax.Array:
     return member_scores(shape, members, rows).swapaxes(0, 1)
 
 
-def _reward_models(config: ConfigDict, parents: Mapping[str, Path], policy: Model) -> list[Model]:
+def _reward_models(config: Config, parents: Mapping[str, Path], policy: Model) -> list[Model]:
     """The models of init.reward…, which must fit the policy and one another."""
     paths = [path for role, path in parents.items() if role.startswith("reward")]
-    models = [load_model(path, mesh=mesh_of(config), **config.compute) for path in paths]
+    models = [
+        load_model(path, mesh=mesh_of(config), **dataclasses.asdict(config.compute))
+        for path in paths
+    ]
     for path, model in zip(paths, models, strict=True):
         if model.config.head != "scalar":
             raise UserError(f"init.reward: {path} is not a reward model but a language model")

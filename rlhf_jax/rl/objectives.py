@@ -1,20 +1,18 @@
 """From scores to advantages, and from advantages to a loss: the losses put together by a config.
 
 Arrays are [N, T]: N sampled sequences, the samples of a prompt together, T response slots. What a
-field of the config means stands in `stages/defaults.py`, its equation in `losses/`.
+field of the config means stands in `rl/options.py`, its equation in `losses/`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.config import Config
 from rlhf_jax.losses.advantages import (
     gae,
     group_advantages,
@@ -30,7 +28,6 @@ from rlhf_jax.losses.policy import (
     aggregate,
     importance_weights,
     kl_loss,
-    make_objective,
     policy_loss,
     value_loss,
 )
@@ -48,33 +45,7 @@ from rlhf_jax.training.metrics import Metrics
 PLACEMENTS = ("reward", "loss", "none")
 
 
-def parse_options(spec: str) -> dict[str, Any]:
-    """ "gamma=1.6,divergence=js" → {"gamma": 1.6, "divergence": "js"}.
-
-    Raises:
-      UserError: a part is not name=value, or a number is negative or not finite.
-    """
-    options: dict[str, Any] = {}
-    for part in filter(None, spec.split(",")):
-        name, equals, value = (x.strip() for x in part.partition("="))
-        if not equals:
-            raise UserError(f"loss.options: {part!r} is not name=value")
-        try:
-            options[name] = float(value)
-        except ValueError:
-            options[name] = value
-            continue
-        if not 0 <= options[name] < math.inf:
-            raise UserError(f"loss.options: {part!r} is not a finite number of 0 or more")
-    return options
-
-
-def objective_of(config: ConfigDict) -> Objective:
-    """The policy objective that `config.loss` names, with its options."""
-    return make_objective(config.loss.name, parse_options(config.loss.options))
-
-
-def shape_scores(config: ConfigDict, rollout: Rollout) -> jax.Array:
+def shape_scores(config: Config, rollout: Rollout) -> jax.Array:
     """[N] scores after what is taken off for answers that did not end or grew too long."""
     options = config.rollout
     scores = missing_eos(
@@ -90,19 +61,19 @@ def shape_scores(config: ConfigDict, rollout: Rollout) -> jax.Array:
     return scores
 
 
-def _gae(config: ConfigDict, rollout: Rollout, rewards: jax.Array, mask: jax.Array):
+def _gae(config: Config, rollout: Rollout, rewards: jax.Array, mask: jax.Array):
     options = config.advantage
     bootstrap = jnp.where(rollout.finished, 0, rollout.last_values) if options.bootstrap else None
     values = rollout.old_values
     return gae(rewards, values, mask, gamma=options.gamma, lam=options.lam, bootstrap=bootstrap)
 
 
-def _reward_to_go(config: ConfigDict, rollout: Rollout, rewards: jax.Array, mask: jax.Array):
+def _reward_to_go(config: Config, rollout: Rollout, rewards: jax.Array, mask: jax.Array):
     returns = reward_to_go(rewards, mask, gamma=config.advantage.gamma)
     return returns, returns
 
 
-def _group(config: ConfigDict, rollout: Rollout, rewards: jax.Array, mask: jax.Array):
+def _group(config: Config, rollout: Rollout, rewards: jax.Array, mask: jax.Array):
     options = config.advantage
     groups = _totals(config, rollout, rewards)
     per_sequence = group_advantages(
@@ -110,19 +81,17 @@ def _group(config: ConfigDict, rollout: Rollout, rewards: jax.Array, mask: jax.A
         mask=rollout.weights.reshape(groups.shape),
         baseline=options.baseline,
         scale=options.scale,
-        ddof=options.ddof,
-        eps=options.eps,
     )
     return per_sequence.reshape(-1, 1) * mask, reward_to_go(rewards, mask, gamma=options.gamma)
 
 
-def _remax(config: ConfigDict, rollout: Rollout, rewards: jax.Array, mask: jax.Array):
+def _remax(config: Config, rollout: Rollout, rewards: jax.Array, mask: jax.Array):
     per_sequence = remax(_totals(config, rollout, rewards), rollout.greedy_scores)
     returns = reward_to_go(rewards, mask, gamma=config.advantage.gamma)
     return per_sequence.reshape(-1, 1) * mask, returns
 
 
-def _totals(config: ConfigDict, rollout: Rollout, rewards: jax.Array) -> jax.Array:
+def _totals(config: Config, rollout: Rollout, rewards: jax.Array) -> jax.Array:
     """[P, G] reward of each answer that counts, 0 for the others."""
     totals = jnp.where(rollout.weights > 0, rewards.sum(-1), 0)
     return totals.reshape(-1, config.rollout.samples)
@@ -139,7 +108,7 @@ ADVANTAGES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
 
 
 def advantages(
-    config: ConfigDict, rollout: Rollout, coefficient: jax.Array
+    config: Config, rollout: Rollout, coefficient: jax.Array
 ) -> tuple[dict[str, jax.Array], Metrics]:
     """Advantages and returns [N, T] of a rollout; metrics are scalars with their weights.
 
@@ -163,13 +132,13 @@ def advantages(
     if options.name == "gae":
         metrics["val/explained_variance"] = _explained(rollout.old_values, returns, mask)
     if options.whiten:
-        result = whiten(result, mask, ddof=int(options.ddof))
+        result = whiten(result, mask)
     made = {"advantages": result, "returns": returns}
     return made, Metrics.of(metrics, dict.fromkeys(metrics, mask.sum()))
 
 
 def policy_objective(
-    config: ConfigDict,
+    config: Config,
     objective: Objective,
     statistics: TokenStatistics,
     batch: Mapping[str, jax.Array],
@@ -177,7 +146,7 @@ def policy_objective(
     """((total, weight), metrics) of a minibatch: the policy loss, KL term and entropy bonus.
 
     Args:
-      objective: of `objective_of`.
+      objective: `config.loss.objective`.
       statistics: of the policy being trained, fields [N, T].
       batch: [N, T] mask, old_logprobs, ref_logprobs, behaviour_logprobs, advantages; [N]
         sequence_weights; [rows] kl_coefficient, one number repeated.
@@ -238,7 +207,7 @@ def policy_objective(
     return (total, weight), metrics | {"loss": (total, weight)}
 
 
-def value_objective(config: ConfigDict, values: jax.Array, batch: Mapping[str, jax.Array]):
+def value_objective(config: Config, values: jax.Array, batch: Mapping[str, jax.Array]):
     """((total, weight), metrics) of the critic's values [N, T] against the returns."""
     (total, weight), metrics = value_loss(
         values,
@@ -258,7 +227,7 @@ def value_objective(config: ConfigDict, values: jax.Array, batch: Mapping[str, j
     return (total, weight), renamed
 
 
-def sample_metrics(config: ConfigDict, rollout: Rollout, coefficient: jax.Array) -> Metrics:
+def sample_metrics(config: Config, rollout: Rollout, coefficient: jax.Array) -> Metrics:
     """Standard names of what one looks at while a policy is trained, with what they are means of.
 
     Those of the completions are of everything that was sampled, the others of what counts.

@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
+from rlhf_jax.config import Config
 from rlhf_jax.data.batches import random_bits
 from rlhf_jax.data.packing import Arrays
 from rlhf_jax.errors import UserError
@@ -107,7 +107,7 @@ class Trainer:
       advantages, sample_metrics: compiled functions of `objectives` under the config.
     """
 
-    config: ConfigDict
+    config: Config
     task: Task
     mesh: Mesh | None
     policy: Learner
@@ -127,7 +127,7 @@ class Trainer:
 
 
 def make_trainer(
-    config: ConfigDict,
+    config: Config,
     task: Task,
     start: Any,
     critic: Any = None,
@@ -137,7 +137,7 @@ def make_trainer(
     rules: Rules = TRANSFORMER_RULES,
     from_reference: bool = True,
 ) -> Trainer:
-    """The trainer that a config describes; see `stages/defaults.py` for its fields.
+    """The trainer that a config describes; see `rl/options.py` for its fields.
 
     Args:
       start: params of the policy as it starts; under an adapter only that is trained.
@@ -149,10 +149,10 @@ def make_trainer(
     start, critic, reference = placed(mesh, (start, critic, reference), rules)
     updates = config.train.steps * updates_per_iteration(config)
     learn = functools.partial(make_learner, config, updates=updates, mesh=mesh, rules=rules)
-    objective, valued = objectives.objective_of(config), None
+    objective, valued = config.loss.objective, None
     if task.values is not None:
-        section = {name: value for name, value in config.critic.items() if name != "value_clip"}
-        valued = learn(section, critic, functools.partial(value_loss, config, task))
+        optimizer = config.critic.optimizer(config.optimizer)
+        valued = learn(optimizer, critic, functools.partial(value_loss, config, task))
     return Trainer(
         config,
         task,
@@ -169,7 +169,7 @@ def make_trainer(
     )
 
 
-def updates_per_iteration(config: ConfigDict) -> int:
+def updates_per_iteration(config: Config) -> int:
     """Updates of the policy on one rollout."""
     return config.train.epochs * config.train.minibatches
 
@@ -311,7 +311,7 @@ def trainable_rows(rollout: Rollout, coefficient: float) -> Arrays:
     return rows
 
 
-def minibatches(config: ConfigDict, real: Any, number: int) -> Iterator[np.ndarray]:
+def minibatches(config: Config, real: Any, number: int) -> Iterator[np.ndarray]:
     """Row indices of every minibatch of every epoch: a function of (seed, iteration, epoch).
 
     `real` [R] tells rows from padding: the real ones are dealt out evenly.
@@ -330,7 +330,7 @@ def _sequences(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return flat | {"kl_coefficient": batch["kl_coefficient"]}
 
 
-def policy_loss(config: ConfigDict, task: Task, objective: Objective, params, batch, rng):
+def policy_loss(config: Config, task: Task, objective: Objective, params, batch, rng):
     """The policy's loss on a minibatch, as `make_step` takes it.
 
     Also returns the policy's own scores [R, S, T], if the batch comes without.
@@ -352,14 +352,14 @@ def policy_loss(config: ConfigDict, task: Task, objective: Objective, params, ba
     return Coupled(sums, parts, finish), metrics | of_extra | loss, *own
 
 
-def _mixed(config: ConfigDict, parts: Any, batch: Any):
+def _mixed(config: Config, parts: Any, batch: Any):
     """The policy's loss and, in the coefficient's share, the mean of the extra one."""
     (total, weight), extra = jax.tree.map(jnp.sum, parts)
     mixed = total + config.loss.ptx_coefficient * mean(extra) * weight, weight
     return mixed, {"loss": mixed}
 
 
-def value_loss(config: ConfigDict, task: Task, params, batch, rng):
+def value_loss(config: Config, task: Task, params, batch, rng):
     """The critic's loss on a minibatch, as `make_step` takes it."""
     assert task.values is not None
     values, _ = task.values(params, batch)
@@ -407,16 +407,16 @@ def _check_start(rollout: Rollout, dtype: str) -> None:
 
 
 def _exact_kl(trainer: Trainer, params: Any, rollout: Rollout, number: int) -> Pairs:
-    """The full-vocabulary KL per sequence on `kl.exact_rows` rows, and the sequences they hold.
+    """The full-vocabulary KL per sequence on one row, and the sequences it holds.
 
-    The rows are chosen by chance: packing has put the longest first.
+    The row is chosen by chance: packing has put the longest first.
     """
     if trainer.exact_kl is None:
         return {}
     config, rows = trainer.config, rollout.rows
     real = np.flatnonzero((rows["members"] >= 0).any(1))
     bits = random_bits(range(len(real)), config.seed, number, config.train.epochs)
-    chosen = real[np.argsort(bits, kind="stable")][: config.kl.exact_rows]
+    chosen = real[np.argsort(bits, kind="stable")][:1]
     some = {name: array[chosen] for name, array in rows.items()}
     divergence = trainer.exact_kl(params, trainer.reference, some)
     total = (np.asarray(divergence) * (some["weights"] > 0)).sum()

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
+from rlhf_jax.config import Config
 from rlhf_jax.data.batches import random_bits
 from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.data.packing import Arrays
@@ -44,7 +44,7 @@ from rlhf_jax.training.metrics import Metrics
 from rlhf_jax.training.saved_model import Model
 
 
-def read_prompts(config: ConfigDict, tokenizer: Tokenizer, source: str, split: str) -> PromptSet:
+def read_prompts(config: Config, tokenizer: Tokenizer, source: str, split: str) -> PromptSet:
     """The prompts of a source that leave room for an answer; the others are counted."""
     limit = config.rollout.max_prompt_tokens
     records = read_records(config, source, "prompt", split)
@@ -58,14 +58,15 @@ def read_prompts(config: ConfigDict, tokenizer: Tokenizer, source: str, split: s
     return prompts
 
 
-def truncation(config: ConfigDict) -> dict[str, Any]:
+def truncation(config: Config) -> dict[str, Any]:
     """Those of rollout.top_k, top_p and min_p that leave tokens out."""
-    everything = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    return {k: config.rollout[k] for k, value in everything.items() if config.rollout[k] != value}
+    everything = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # which the policy stage always draws
+    stated = {name: getattr(config.rollout, name, value) for name, value in everything.items()}
+    return {name: value for name, value in stated.items() if value != everything[name]}
 
 
 def sample_answers(
-    config: ConfigDict,
+    config: Config,
     model: Model,
     prompts: PromptSet,
     *,
@@ -83,6 +84,7 @@ def sample_answers(
     drawn = truncation(config) | {"temperature": rollout.temperature}
     sampling = Sampling(
         max_new_tokens=rollout.max_new_tokens,
+        stop_ids=model.tokenizer.ends,
         samples_per_prompt=samples,
         batch_size=rollout.slots,
         cache_length=rollout.max_prompt_tokens + rollout.max_new_tokens,
@@ -92,14 +94,14 @@ def sample_answers(
     return Rollout.of(prompts, completions, texts, rollout.max_new_tokens)
 
 
-def with_rows(config: ConfigDict, rollout: Rollout, multiple: int) -> Rollout:
+def with_rows(config: Config, rollout: Rollout, multiple: int) -> Rollout:
     """The rollout with its rows, in number a `multiple`, as config.data and config.rollout say."""
     limits = {"row_length": config.data.row_length, "max_prompt": config.rollout.max_prompt_tokens}
     return dataclasses.replace(rollout, rows=pack_rows(rollout, multiple=multiple, **limits))
 
 
 def text_rollout(
-    config: ConfigDict,
+    config: Config,
     model: Model,
     prompts: PromptSet,
     chosen: np.ndarray,
@@ -161,7 +163,7 @@ def text_rollout(
 
 
 def _sample_block(
-    config: ConfigDict,
+    config: Config,
     model: Model,
     prompts: PromptSet,
     judge: Judge,
@@ -182,7 +184,7 @@ def _sample_block(
     check_choice("rollout.truncated", config.rollout.truncated, ("keep", "mask"))
     if config.rollout.truncated == "mask":
         counted &= block.finished
-    if config.get("advantage", {}).get("name") == "remax":  # whose baseline is the greedy answer
+    if getattr(config.advantage, "name", "") == "remax":  # whose baseline is the greedy answer
         answers = sample_answers(config, model, prompts, samples=1, seed=0, temperature=0.0)
         of_greedy = judge.score(with_rows(config, answers, multiple))
         greedy, failed = np.nan_to_num(of_greedy.total), sum(of_greedy.failures.values())
@@ -209,7 +211,7 @@ def _metrics_of_scores(scored: Sequence[Scores]) -> dict[str, tuple[float, float
     return metrics
 
 
-def row_multiple(config: ConfigDict, mesh: Mesh | None) -> int:
+def row_multiple(config: Config, mesh: Mesh | None) -> int:
     """The number that an iteration's rows are a multiple of, so that few shapes are compiled."""
     part = config.batch.rows
     if part % (config.batch.microbatches * batch_shards(mesh)):
@@ -221,7 +223,7 @@ def row_multiple(config: ConfigDict, mesh: Mesh | None) -> int:
 
 
 def text_task(
-    config: ConfigDict,
+    config: Config,
     policy: Model,
     prompts: PromptSet,
     judge: Judge,
@@ -247,9 +249,7 @@ def text_task(
         rollout=rollout,
         statistics=statistics,
         values=partial(target_values, value_shape) if config.advantage.name == "gae" else None,
-        exact_kl=partial(target_kl, shape, temperature=temperature)
-        if config.kl.exact_rows
-        else None,
+        exact_kl=partial(target_kl, shape, temperature=temperature),
         dtype=shape.compute_dtype,
         extra_rows=None if texts is None else partial(_text_rows, texts),
         extra_loss=None if texts is None else partial(_text_loss, shape),

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from rlhf_jax import console
+from rlhf_jax.config import Config
 from rlhf_jax.data.batches import random_bits
 from rlhf_jax.data.packing import Arrays, Document, pack_documents
 from rlhf_jax.errors import UserError
@@ -51,7 +51,7 @@ Figure = dict[str, Any]
 BLOCK = 32  # prompts whose answers are held at a time
 
 
-def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
+def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Measures best-of-n of `init.policy`, trains it on winners; the metrics of summary.json."""
     policy = load_start(config, parents["policy"])
     options = config.best_of_n
@@ -78,7 +78,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
 
 
 def measure(
-    config: ConfigDict,
+    config: Config,
     policy: Model,
     prompts: PromptSet,
     judge: Judge,
@@ -115,7 +115,7 @@ def measure(
 
 
 def curves(
-    config: ConfigDict, name: str, measured: Mapping[str, np.ndarray]
+    config: Config, name: str, measured: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Metrics, and what the report shows, of the best of n = 1, 2, 4, … samples.
 
@@ -207,7 +207,7 @@ def say_curve(metrics: Mapping[str, float], samples: int) -> None:
 
 
 def winners(
-    config: ConfigDict, policy: Model, prompts: PromptSet, judge: Judge
+    config: Config, policy: Model, prompts: PromptSet, judge: Judge
 ) -> tuple[Arrays, Arrays]:
     """Packed rows of the best of `best_of_n.n` answers to each training prompt: (train, held out).
 
@@ -239,7 +239,7 @@ def winners(
 
 
 def _blocks(
-    config: ConfigDict,
+    config: Config,
     policy: Model,
     prompts: PromptSet,
     judge: Judge,

@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from rlhf_jax import console
+from rlhf_jax.config import Config
 from rlhf_jax.data.batches import make_dataset, make_iterator
 from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.data.encode import encode_texts
@@ -28,7 +27,7 @@ Evaluated = tuple[dict[str, float], list[Figure]]
 
 
 def pack_texts(
-    config: ConfigDict, what: str, records: Sequence[Text], tokenizer: Tokenizer, over_long: str
+    config: Config, what: str, records: Sequence[Text], tokenizer: Tokenizer, over_long: str
 ) -> Arrays:
     """Raw text as packed rows in which every token is a target; says what became of the records."""
     documents, counts = encode_texts(
@@ -39,7 +38,7 @@ def pack_texts(
     return rows
 
 
-def batches_of(config: ConfigDict, model: Model, rows: Sequence[Arrays], weights: Sequence[float]):
+def batches_of(config: Config, model: Model, rows: Sequence[Arrays], weights: Sequence[float]):
     """An endless iterator of batches over the packed rows of each source, mixed by weight."""
     for arrays in rows:
         check_ids(arrays, model.config.vocab_size)
@@ -48,7 +47,7 @@ def batches_of(config: ConfigDict, model: Model, rows: Sequence[Arrays], weights
 
 
 def fit(
-    config: ConfigDict,
+    config: Config,
     run: RunDirectory,
     model: Model,
     loss_fn: Callable,

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
+from rlhf_jax.config import Config
 from rlhf_jax.data.batches import pad_rows
 from rlhf_jax.data.encode import is_identical
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
@@ -49,7 +49,7 @@ from rlhf_jax.training.saved_model import Model, save_model
 from rlhf_jax.training.state import TrainState
 
 
-def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
+def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Optimises `init.policy` on pairs of its own answers; returns the metrics of summary.json."""
     reference = load_start(config, parents["policy"])
     mesh = mesh_of(config)
@@ -88,7 +88,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
 
 
 def iterate(
-    config: ConfigDict,
+    config: Config,
     reference: Model,
     prompts: PromptSet,
     judge: Judge,
@@ -127,7 +127,7 @@ def iterate(
     return state, joined(over_updates(taken), of_rollout, weighted(rollout.metrics))
 
 
-def pack_best_and_worst(config: ConfigDict, rollout: Rollout, multiple: int) -> tuple[Arrays, int]:
+def pack_best_and_worst(config: Config, rollout: Rollout, multiple: int) -> tuple[Arrays, int]:
     """Rows of pairs, a prompt's best answer before its worst, and how many prompts had none.
 
     Best and worst are by the shaped scores: an answer that never ended pays for it first. A prompt

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Sequence
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from rlhf_jax import console
+from rlhf_jax.config import Config
 from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.data.encode import (
     BESIDE,
@@ -28,7 +28,7 @@ _LABELS = {"true": 1.0, "false": 0.0}
 
 
 def pack_preferences(
-    config: ConfigDict, source: str, split: str, tokenizer: Tokenizer, *, mismatched: bool
+    config: Config, source: str, split: str, tokenizer: Tokenizer, *, mismatched: bool
 ) -> Arrays:
     """Rows of pairs, or of the replies of a file that labels each by itself, which hold `labels`.
 
@@ -43,9 +43,7 @@ def pack_preferences(
     return _labelled_rows(config, f"{source} ({split})", single, tokenizer, mismatched)
 
 
-def read_preferences(
-    config: ConfigDict, source: str, split: str
-) -> list[Pair] | list[Conversation]:
+def read_preferences(config: Config, source: str, split: str) -> list[Pair] | list[Conversation]:
     """The pairs of a source, or the conversations of a file that labels each by itself.
 
     Raises:
@@ -63,7 +61,7 @@ def read_preferences(
     return records
 
 
-def pack_pairs(config: ConfigDict, source: str, split: str, tokenizer: Tokenizer) -> Arrays:
+def pack_pairs(config: Config, source: str, split: str, tokenizer: Tokenizer) -> Arrays:
     """Rows of groups: a prompt with its chosen and its rejected response.
 
     Pairs whose replies are the same tokens are left out of the split "train"; in another,
@@ -76,14 +74,14 @@ def pack_pairs(config: ConfigDict, source: str, split: str, tokenizer: Tokenizer
     return _pair_rows(config, source, split, records, tokenizer, False)
 
 
-def pack_labelled(config: ConfigDict, source: str, split: str, tokenizer: Tokenizer) -> Arrays:
+def pack_labelled(config: Config, source: str, split: str, tokenizer: Tokenizer) -> Arrays:
     """Rows of groups of one reply, and beside them `labels` [B, P, 1] in [0, 1]."""
     records = read_records(config, source, "conversation", split)
     return _labelled_rows(config, f"{source} ({split})", records, tokenizer, False)
 
 
 def _pair_rows(
-    config: ConfigDict,
+    config: Config,
     source: str,
     split: str,
     records: Sequence[Pair],
@@ -122,7 +120,7 @@ def _warn_identical(what: str, identical: int, pairs: int, trained: bool) -> Non
 
 
 def _labelled_rows(
-    config: ConfigDict,
+    config: Config,
     what: str,
     records: Sequence[Conversation],
     tokenizer: Tokenizer,

@@ -14,14 +14,19 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
+from rlhf_jax.config import Config
 from rlhf_jax.data.batches import make_dataset
 from rlhf_jax.files import write_json, write_jsonl
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.rl.judge import Judge
 from rlhf_jax.rl.layout import Rollout
-from rlhf_jax.rl.on_policy import OnPolicyState, first_state, iterate, make_trainer
+from rlhf_jax.rl.on_policy import (
+    OnPolicyState,
+    first_state,
+    iterate,
+    make_trainer,
+)
 from rlhf_jax.rl.rollouts import text_task
 from rlhf_jax.stages.fit import pack_texts
 from rlhf_jax.stages.reward import with_score_head
@@ -44,7 +49,7 @@ from rlhf_jax.training.saved_model import Model, as_trainable, save_model
 VIEWS = 6  # samples a report shows token by token
 
 
-def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
+def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Optimises `init.policy` for `reward.scorers`; returns the metrics of summary.json."""
     policy = load_start(config, parents["policy"])
     mesh = mesh_of(config)
@@ -91,7 +96,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     return finish(config, run.path, model, parents["policy"], before) | rates
 
 
-def critic_params(config: ConfigDict, policy: Model, judge: Judge) -> Any:
+def critic_params(config: Config, policy: Model, judge: Judge) -> Any:
     """Where the critic starts: from the reward model if there is one, else from the policy's body.
 
     A reward model's score of a prefix already is a guess of its value; a fresh head starts at 0.

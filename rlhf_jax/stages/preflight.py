@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from rlhf_jax import console
+from rlhf_jax.config import Config
 from rlhf_jax.data.conversation import Tokenizer, mark, render_prompt, render_replies
 from rlhf_jax.data.encode import add_mismatched, naming, split_turns
 from rlhf_jax.data.packing import Group
@@ -89,7 +89,7 @@ class Measured:
     length: Mapping[str, float]
 
 
-def preflight(config: ConfigDict, source: str, workdir: str | None) -> None:
+def preflight(config: Config, source: str, workdir: str | None) -> None:
     """Prints what the config's stage would read from each source of `data.train`; runs nothing.
 
     Raises:
@@ -112,7 +112,7 @@ def preflight(config: ConfigDict, source: str, workdir: str | None) -> None:
         chosen = np.random.default_rng(config.seed).permutation(len(records))[:SAMPLE]
         sample = [records[i] for i in sorted(chosen)]
         judged = isinstance(records[0], Pair) or config.stage in ("reward", "preference")
-        expand = config.data.get("stripped_turns") == "expand"
+        expand = getattr(config.data, "stripped_turns", "") == "expand"
         encoded = [
             part
             for record in sample
@@ -129,7 +129,7 @@ def preflight(config: ConfigDict, source: str, workdir: str | None) -> None:
         show_example(_typical(encoded, limit), tokenizer)
 
 
-def _read(config: ConfigDict, source: str) -> Sequence[ChatRecord]:
+def _read(config: Config, source: str) -> Sequence[ChatRecord]:
     """The records of a training source as its stage reads them."""
     match config.stage:
         case "preference":

@@ -17,9 +17,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from rlhf_jax import console
+from rlhf_jax.config import Config
 from rlhf_jax.data.conversation import render_prompt
 from rlhf_jax.data.packing import Group, pack_groups
 from rlhf_jax.errors import UserError
@@ -43,7 +43,7 @@ from rlhf_jax.training.summary import write_evaluation
 LOSSES = ("bradley_terry", "pointwise")
 
 
-def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
+def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Trains a reward model on the body of `init.policy`; returns the metrics of summary.json."""
     _check_loss(config)
     policy = load_start(config, parents["policy"])
@@ -74,7 +74,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     return metrics
 
 
-def _check_loss(config: ConfigDict) -> None:
+def _check_loss(config: Config) -> None:
     name = config.loss.name
     if name not in LOSSES:
         raise UserError(f"config.loss.name = {name!r}: choose one of {', '.join(LOSSES)}")
@@ -91,7 +91,7 @@ def with_score_head(model: Model, seed: int) -> Model:
     return dataclasses.replace(model, config=shape, params=params, normalization=None)
 
 
-def loss(config: ConfigDict, shape: ModelConfig, params: Any, batch, rng):
+def loss(config: Config, shape: ModelConfig, params: Any, batch, rng):
     """The configured loss over a batch of pairs or labelled replies: ((total, weight), metrics)."""
     _check_loss(config)
     scores = sequence_scores(shape, params, batch)
@@ -105,7 +105,7 @@ def loss(config: ConfigDict, shape: ModelConfig, params: Any, batch, rng):
 
 
 def reference_scores(
-    config: ConfigDict, model: Model, policy: Model, sources: Sequence[str]
+    config: Config, model: Model, policy: Model, sources: Sequence[str]
 ) -> tuple[float, float]:
     """Mean and population std of the model's scores of the policy's own answers.
 

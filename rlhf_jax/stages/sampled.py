@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from rlhf_jax.config import Config
 from rlhf_jax.data.batches import make_dataset, make_iterator
 from rlhf_jax.data.packing import Arrays
 from rlhf_jax.evaluation.chat_evaluation import evaluate_chat
@@ -29,7 +29,7 @@ from rlhf_jax.training.saved_model import Model
 TIMELINE = 4  # prompts whose answers a report shows over time
 
 
-def training_prompts(config: ConfigDict, policy: Model) -> tuple[PromptSet, Any]:
+def training_prompts(config: Config, policy: Model) -> tuple[PromptSet, Any]:
     """The prompts to sample from, and an endless iterator of batches whose row_ids choose some."""
     sources = parse_sources(config.data.train)
     sets = [read_prompts(config, policy.tokenizer, source, "train") for source in sources]
@@ -48,14 +48,14 @@ def sampled_tokens(batch: Any, metrics: Mapping[str, Any]) -> int:
     return int(metrics["rollout/tokens"])
 
 
-def held_out_set(config: ConfigDict, policy: Model) -> PromptSet:
+def held_out_set(config: Config, policy: Model) -> PromptSet:
     """The first `eval.during` held-out prompts."""
     held_out = read_prompts(config, policy.tokenizer, config.eval.source, "validation")
     return held_out.take(range(min(config.eval.during, len(held_out.records))))
 
 
 def finish(
-    config: ConfigDict, run: Path, model: Model, start: Path, before: dict[str, float]
+    config: Config, run: Path, model: Model, start: Path, before: dict[str, float]
 ) -> dict[str, float]:
     """The metrics of a run's last evaluation and of its greedy answers; writes what is reported.
 
@@ -73,7 +73,7 @@ def finish(
 
 
 def first_evaluation(
-    config: ConfigDict, run: RunDirectory, policy: Model, held_out: PromptSet, judge: Judge
+    config: Config, run: RunDirectory, policy: Model, held_out: PromptSet, judge: Judge
 ) -> dict[str, float]:
     """That of the model a run starts from; a resumed run whose evaluation is the same reads it."""
     path = run.path / "before.json"
@@ -89,7 +89,7 @@ def first_evaluation(
 
 
 def evaluate(
-    config: ConfigDict,
+    config: Config,
     run: Path,
     model: Model,
     reference: Model,
@@ -104,9 +104,10 @@ def evaluate(
     answers = sample_answers(config, model, held_out, samples=1, seed=config.seed, temperature=1.0)
     answers = with_rows(config, answers, config.batch.rows)
     scores = judge.score(answers)
+    ratios = log_ratios(model, reference, answers.rows, step_tokens(config))
     metrics = {
         "eval/reward_failures": float(np.sum(~scores.valid)),
-        **kl_metrics(log_ratios(model, reference, answers.rows, step_tokens(config)), config.seed),
+        **kl_metrics(ratios, config.seed),
         **ending_metrics(answers.completions),
     }
     if scores.valid.any():

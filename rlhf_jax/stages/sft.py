@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
 from rlhf_jax import console
+from rlhf_jax.config import Config
 from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.data.encode import check_trained_share, encode_conversations
 from rlhf_jax.data.packing import Arrays, pack_documents
@@ -27,7 +26,7 @@ from rlhf_jax.training.rundir import RunDirectory
 from rlhf_jax.training.saved_model import save_model
 
 
-def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
+def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Fine-tunes `init.policy` and returns the metrics of summary.json."""
     base = load_start(config, parents["policy"])
     sources = parse_sources(config.data.train)
@@ -60,7 +59,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     )
 
 
-def _pack(config: ConfigDict, source: str, split: str, tokenizer: Tokenizer) -> Arrays:
+def _pack(config: Config, source: str, split: str, tokenizer: Tokenizer) -> Arrays:
     what, records = f"{source} ({split})", read_records(config, source, "conversation", split)
     check_unrendered(what, records, tokenizer)
     length, stripped = config.data.row_length, config.data.stripped_turns

@@ -5,27 +5,25 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
+from rlhf_jax.config import Config
 from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.hub.chat_formats import chat_template
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.fused_attention import check_attention
-from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.training.mesh import mesh_of
 from rlhf_jax.training.saved_model import Model, as_trainable, load_model
 
 
-def load_start(config: ConfigDict, directory: Path) -> Model:
+def load_start(config: Config, directory: Path) -> Model:
     """The model a stage starts from, with the adapter it is to train if there is one."""
-    model = load_model(directory, mesh=mesh_of(config), **config.compute)
+    model = load_model(directory, mesh=mesh_of(config), **dataclasses.asdict(config.compute))
     tokenizer = with_chat_template(model.tokenizer, config.data.chat_template)
     model = dataclasses.replace(model, tokenizer=tokenizer)
     check_kernel(config, model.config)
-    return as_trainable(model, AdapterConfig(**config.adapter), config.seed)
+    return as_trainable(model, config.adapter, config.seed)
 
 
-def check_kernel(config: ConfigDict, shape: ModelConfig) -> None:
+def check_kernel(config: Config, shape: ModelConfig) -> None:
     """Compares a fused attention kernel with the reference on rows as the run has them.
 
     Raises:

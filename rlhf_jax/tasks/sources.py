@@ -78,7 +78,7 @@ def _read_source(config: ConfigDict, source: str, kind: str, split: str) -> list
     if parsed.is_file or parsed.is_hub:
         rows = load_rows(name, own_split or split) if parsed.is_hub else None
         bad = config.data.max_bad_fraction
-        columns = parse_columns(config.data.get("columns", ""))
+        columns = parse_columns(config.data.columns)
         records = read_jsonl(name, kind, max_bad_fraction=bad, rows=rows, columns=columns)
         return take_slice(records, part, name) if part else records
     kind = "pair" if kind == "preference" else kind  # no data set has unpaired records

@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
+from rlhf_jax.config import Config
 from rlhf_jax.models.lora import combine, split
 from rlhf_jax.training.mesh import TRANSFORMER_RULES, Rules, placed
-from rlhf_jax.training.optimizer import make_optimizer, optimizer_config
+from rlhf_jax.training.optimizer import OptimizerConfig, make_optimizer
 from rlhf_jax.training.state import TrainState, init_state
 from rlhf_jax.training.step import make_step, with_constants
 
@@ -34,8 +34,8 @@ class Learner:
 
 
 def make_learner(
-    config: ConfigDict,
-    section: Any,
+    config: Config,
+    section: OptimizerConfig,
     params: Any,
     loss_fn: Callable,
     *,
@@ -50,16 +50,15 @@ def make_learner(
       section: of the config, an optimizer's; config gives batch.microbatches and the seed.
       loss_fn: see `make_step`.
     """
-    options = optimizer_config(section)
-    optimizer, schedule = make_optimizer(options, updates)
+    optimizer, schedule = make_optimizer(section, updates)
     trained, frozen = split(placed(mesh, params, rules))
     step = make_step(
-        with_constants(loss_fn, options.freeze) if options.freeze else loss_fn,
+        with_constants(loss_fn, section.freeze) if section.freeze else loss_fn,
         optimizer,
         mesh=mesh,
         rules=rules,
         microbatches=config.batch.microbatches,
-        max_grad_norm=options.max_grad_norm,
+        max_grad_norm=section.max_grad_norm,
         ema_decay=ema_decay or None,
         frozen=frozen,
         schedule=schedule,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import re
@@ -10,8 +11,8 @@ from collections.abc import Mapping, Sequence
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 
+from rlhf_jax.config import Config
 from rlhf_jax.devices import training_devices
 from rlhf_jax.errors import UserError
 from rlhf_jax.trees import named_leaves
@@ -162,14 +163,14 @@ def shard_batch(mesh: Mesh | None, batch):
     return jax.device_put(batch, None if mesh is None else batch_sharding(mesh))
 
 
-def mesh_of(config: ConfigDict) -> Mesh | None:
+def mesh_of(config: Config) -> Mesh | None:
     """The mesh the config describes, which must fit the devices; None on one device."""
     devices = training_devices()
-    mesh = make_mesh(config.mesh, devices)
+    mesh = make_mesh({"data": -1, **dataclasses.asdict(config.mesh)}, devices)
     return mesh if len(devices) > 1 else None
 
 
-def step_tokens(config: ConfigDict) -> int:
+def step_tokens(config: Config) -> int:
     """Tokens that a training step works on at a time on one device.
 
     A pass without a backward one over as many takes less memory; it has its rows on every device.

@@ -62,7 +62,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -77,7 +76,7 @@ from rlhf_jax.losses.reward import bradley_terry
 from rlhf_jax.losses.shaping import kl_estimate, missing_eos, token_rewards
 from rlhf_jax.models import scoring
 from rlhf_jax.rl.layout import Rollout, pack_rows, select
-from rlhf_jax.rl.objectives import advantages, objective_of, policy_objective
+from rlhf_jax.rl.objectives import advantages, policy_objective
 from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.stages import defaults, preference
 from rlhf_jax.tasks.prompts import PromptSet
@@ -318,34 +317,34 @@ def pairs(policy):
 def preference_objective(monkeypatch, policy, batch, **fields):
     """The stage's own loss as a function of params."""
     monkeypatch.setattr(preference, "sequence_logprobs", sequence_logprobs)
-    config = ConfigDict({"loss": {"options": "", "sft_coefficient": 0.0, **fields}})
+    config = defaults.resolve(defaults.base("preference", loss=fields))
     return lambda params: preference.loss(config, policy.ours.config, params, batch, None)[0]
 
 
 SMOOTHED = {"label_smoothing": 0.2}
 ALPHA = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3}
 DPO = {
-    "sigmoid": ("sigmoid", {}, ""),
-    "hinge": ("hinge", {}, ""),
-    "ipo": ("ipo", {}, "ipo_reduction=mean"),
-    "exo_pair": ("exo_pair", SMOOTHED, "label_smoothing=0.2"),
-    "nca_pair": ("nca_pair", {}, ""),
-    "robust": ("robust", SMOOTHED, "label_smoothing=0.2"),
-    "bco_pair": ("bco_pair", {}, ""),
-    "sppo_hard": ("sppo_hard", {}, ""),
-    "aot": ("aot", {}, ""),
-    "aot_unpaired": ("aot_unpaired", {}, ""),
-    "apo_zero": ("apo_zero", {}, ""),
-    "apo_down": ("apo_down", {}, ""),
-    "discopop": ("discopop", {"args.discopop_tau": 0.1}, "temperature=0.1"),
-    "sigmoid_norm": ("sigmoid_norm", {}, ""),
-    "forward_kl": ("sigmoid", {"f_divergence_type": "forward_kl"}, "divergence=forward_kl"),
-    "js": ("sigmoid", {"f_divergence_type": "js_divergence"}, "divergence=js"),
-    "alpha": ("sigmoid", ALPHA, "divergence=alpha,alpha=0.7"),
+    "sigmoid": ("sigmoid", {}, {}),
+    "hinge": ("hinge", {}, {}),
+    "ipo": ("ipo", {}, {"ipo_reduction": "mean"}),
+    "exo_pair": ("exo_pair", SMOOTHED, {"label_smoothing": 0.2}),
+    "nca_pair": ("nca_pair", {}, {}),
+    "robust": ("robust", SMOOTHED, {"label_smoothing": 0.2}),
+    "bco_pair": ("bco_pair", {}, {}),
+    "sppo_hard": ("sppo_hard", {}, {}),
+    "aot": ("aot", {}, {}),
+    "aot_unpaired": ("aot_unpaired", {}, {}),
+    "apo_zero": ("apo_zero", {}, {}),
+    "apo_down": ("apo_down", {}, {}),
+    "discopop": ("discopop", {"args.discopop_tau": 0.1}, {"temperature": 0.1}),
+    "sigmoid_norm": ("sigmoid_norm", {}, {}),
+    "forward_kl": ("sigmoid", {"f_divergence_type": "forward_kl"}, {"divergence": "forward_kl"}),
+    "js": ("sigmoid", {"f_divergence_type": "js_divergence"}, {"divergence": "js"}),
+    "alpha": ("sigmoid", ALPHA, {"divergence": "alpha", "alpha": 0.7}),
     "robust-alpha": (
         "robust",
         {**ALPHA, **SMOOTHED},
-        "divergence=alpha,alpha=0.7,label_smoothing=0.2",
+        {"divergence": "alpha", "alpha": 0.7, "label_smoothing": 0.2},
     ),
 }
 
@@ -360,7 +359,7 @@ def set_fields(monkeypatch, trainer, fields):
 def test_dpo(policy, dpo, pairs, monkeypatch, tmp_path, case):
     name, fields, options = DPO[case]
     set_fields(monkeypatch, dpo, {"loss_types": [name], "beta": 0.3} | fields)
-    ours = preference_objective(monkeypatch, policy, pairs, name=name, beta=0.3, options=options)
+    ours = preference_objective(monkeypatch, policy, pairs, name=name, beta=0.3, **options)
     loss = dpo.compute_loss(dpo.model, collated(dpo))
     compare(tmp_path, policy.ours, ours, dpo.model, loss)
 
@@ -403,11 +402,11 @@ def orpo(logprobs, lengths, *, beta):
 REFERENCE_FREE = {
     "cpo": (
         lambda *logprobs: cpo(*logprobs, loss_type="sigmoid", beta=0.3),
-        {"options": "sft_coefficient=0"},
+        {"sft_weight": 0.0},
     ),
     "simpo": (
         lambda *logprobs: cpo(*logprobs, loss_type="simpo", beta=0.3, simpo_gamma=0.7),
-        {"options": "gamma=0.7"},
+        {"gamma": 0.7},
     ),
     "orpo": (lambda *logprobs: orpo(*logprobs, beta=0.3), {}),
 }
@@ -459,7 +458,8 @@ def test_kto(policy, tokenizer, monkeypatch, tmp_path):
         batch | {"reference_logprobs": np.asarray(logprobs)},
         name="kto",
         beta=0.3,
-        options="desirable_weight=1.5,undesirable_weight=0.7",
+        desirable_weight=1.5,
+        undesirable_weight=0.7,
     )
     assert trainer._metrics["train"]["kl"] > [0]
     compare(tmp_path, policy.ours, ours, trainer.model, 2 * loss)
@@ -553,7 +553,7 @@ def statistics_of(config, params, rows):
 
 def policy_settings(algorithm, **sections):
     rollout = {"samples": EACH, "max_new_tokens": NEW, "temperature": TEMPERATURE}
-    return defaults.on_policy(algorithm, rollout=rollout, **sections)
+    return defaults.resolve(defaults.on_policy(algorithm, rollout=rollout, **sections))
 
 
 def our_advantages(settings, rollout, rewards):
@@ -590,7 +590,7 @@ def our_policy_objective(settings, policy, rollout, weights=None, **arrays):
 
     def objective(params):
         statistics = statistics_of(policy.ours.config, params, rollout.rows)
-        return policy_objective(settings, objective_of(settings), statistics, batch)[0]
+        return policy_objective(settings, settings.loss.objective, statistics, batch)[0]
 
     return objective
 
@@ -606,14 +606,13 @@ def test_grpo_advantages(policy, grpo, rollout, monkeypatch, scale):
 
 
 def clipping(low, high, **options):
-    named = {"clip_low": low, "clip_high": high} | options
-    return ",".join(f"{name}={value}" for name, value in named.items())
+    return {"clip_low": low, "clip_high": high} | options
 
 
 CLIP = {"epsilon_low": 0.1, "epsilon_high": 0.2}
 NARROW = {"epsilon_low": 0.02, "epsilon_high": 0.05}
-PPO = {"name": "ppo", "options": clipping(0.1, 0.2)}
-GSPO = {"name": "gspo", "options": clipping(0.02, 0.05)}
+PPO = {"name": "ppo", **clipping(0.1, 0.2)}
+GSPO = {"name": "gspo", **clipping(0.02, 0.05)}
 NO_KL = {"kl": {"placement": "none"}}
 KL = {"kl": {"coefficient": 0.1}}
 OBJECTIVES = {
@@ -626,7 +625,7 @@ OBJECTIVES = {
     "grpo-delta": (
         {"loss_type": "grpo", "args.delta": 1.3, "beta": 0.0, **CLIP},
         "grpo",
-        {"loss": {"name": "ppo", "options": clipping(0.1, 0.2, delta=1.3)}, **NO_KL},
+        {"loss": {"name": "ppo", **clipping(0.1, 0.2, delta=1.3)}, **NO_KL},
     ),
     "bnpo": (
         {"loss_type": "bnpo", **CLIP},
@@ -667,7 +666,7 @@ OBJECTIVES = {
         {
             "loss": {
                 "name": "cispo",
-                "options": "clip_high=1.1",
+                "clip_high": 1.1,
                 "aggregation": "token_mean",
             },
             **KL,
@@ -676,12 +675,12 @@ OBJECTIVES = {
     "sapo": (
         {"loss_type": "sapo", "args.sapo_temperature_pos": 1.2, "args.sapo_temperature_neg": 1.6},
         "grpo",
-        {"loss": {"name": "sapo", "options": "tau_positive=1.2,tau_negative=1.6"}, **KL},
+        {"loss": {"name": "sapo", "tau_positive": 1.2, "tau_negative": 1.6}, **KL},
     ),
     "gmpo": (
         CLIP,
         "grpo",
-        {"loss": {"name": "gmpo", "options": clipping(0.1, 0.2)}, **KL},
+        {"loss": {"name": "gmpo", **clipping(0.1, 0.2)}, **KL},
     ),
 }
 
@@ -759,7 +758,7 @@ def test_rloo(policy, tokenizer, rollout, tmp_path):
     settings = policy_settings(
         "rloo",
         kl={"coefficient": 0.2},
-        loss={"name": "ppo_sequence", "options": clipping(0.1, 0.3)},
+        loss={"name": "ppo_sequence", **clipping(0.1, 0.3)},
     )
     found = our_advantages(settings, rollout, REWARDS)
     wanted = batch["advantages"].numpy()[:, None] * rollout.mask

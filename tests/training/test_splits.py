@@ -25,7 +25,6 @@ from rlhf_jax.losses.reward import plackett_luce
 from rlhf_jax.models import transformer
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.rl import on_policy
-from rlhf_jax.rl.objectives import objective_of
 from rlhf_jax.rl.on_policy import Task
 from rlhf_jax.stages import defaults, preference, reward
 from rlhf_jax.training.mesh import make_mesh, shard_batch
@@ -174,11 +173,12 @@ def policy_losses():
     def loss(changes, mixed, scored, params, batch, rng):
         config = defaults.on_policy(
             "grpo",
-            loss={"entropy_coefficient": 0.1, "ptx_coefficient": 0.5, "options": ""} | changes,
+            loss={"entropy_coefficient": 0.1, "ptx_coefficient": 0.5} | changes,
             kl={"placement": "loss", "estimator": "k3", "level": "token"},
         )
+        config = defaults.resolve(config)
         task = Task(None, statistics, extra_loss=texts if mixed else None)
-        objective = objective_of(config)
+        objective = config.loss.objective
         if not scored:
             batch = {name: x for name, x in batch.items() if name != "old_logprobs"}
         return on_policy.policy_loss(config, task, objective, params, batch, rng)
@@ -198,6 +198,7 @@ def value_losses():
     def loss(clip, params, batch, rng):
         config = defaults.on_policy("ppo")
         config.critic.value_clip = clip
+        config = defaults.resolve(config)
         return on_policy.value_loss(config, Task(None, None, values), params, batch, rng)
 
     return {f"clip {clip}": functools.partial(loss, clip) for clip in (0.0, 0.2)}
@@ -295,9 +296,8 @@ def test_texts_are_mixed_in_by_their_mean_over_the_whole_batch(microbatches):
         sums, metrics = mix(parts, batch)
         return Coupled(sums, parts, mix), metrics
 
-    mix = functools.partial(
-        on_policy._mixed, defaults.on_policy("ppo", loss={"ptx_coefficient": 0.5})
-    )
+    config = defaults.on_policy("ppo", loss={"ptx_coefficient": 0.5})
+    mix = functools.partial(on_policy._mixed, defaults.resolve(config))
     batch = {"x": [2, 9, 6, 9], "w": [1, 0, 3, 0], "text": [1, 9, 9, 7], "words": [5, 0, 0, 1]}
     optimizer = optax.sgd(1.0)
     step = make_step(loss, optimizer, microbatches=microbatches)
