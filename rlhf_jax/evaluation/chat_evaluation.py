@@ -12,9 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from rlhf_jax import console
+from rlhf_jax.config import Config
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.gold_reward import (
@@ -44,7 +43,7 @@ from rlhf_jax.training.summary import ancestry, write_evaluation
 
 
 def evaluate_chat(
-    config: ConfigDict,
+    config: Config,
     run: Path,
     model: Model,
     start: Path,
@@ -82,7 +81,7 @@ def evaluate_chat(
 
 
 def sampled_metrics(
-    config: ConfigDict, model: Model, reference: Model, prompts: Sequence[Prompt]
+    config: Config, model: Model, reference: Model, prompts: Sequence[Prompt]
 ) -> dict[str, float]:
     """eval/kl and, where there is a verifier, eval/gold_reward of answers at temperature 1.
 
@@ -94,7 +93,7 @@ def sampled_metrics(
     return metrics
 
 
-def held_out_prompts(config: ConfigDict, model: Model) -> PromptSet:
+def held_out_prompts(config: Config, model: Model) -> PromptSet:
     """Prompts of the evaluation's records that leave room for an answer; the others are counted."""
     records = read_records(config, config.eval.source, "prompt", "validation")
     room = model.config.max_length - config.eval.max_new_tokens
@@ -108,7 +107,7 @@ def held_out_prompts(config: ConfigDict, model: Model) -> PromptSet:
     return prompts
 
 
-def _ancestors(config: ConfigDict, start: Path, model: Model) -> dict[str, Model]:
+def _ancestors(config: Config, start: Path, model: Model) -> dict[str, Model]:
     """The models that `model` comes from, by the names of their runs, oldest first.
 
     One without a chat template that works answers under the template of `model`.
@@ -124,7 +123,7 @@ def _ancestors(config: ConfigDict, start: Path, model: Model) -> dict[str, Model
 
 
 def _sampled_kl(
-    config: ConfigDict, model: Model, reference: Model, prompts: Sequence[Prompt]
+    config: Config, model: Model, reference: Model, prompts: Sequence[Prompt]
 ) -> tuple[dict[str, float], list[Answer]]:
     """The KL's metrics, and the answers at temperature 1 that it is estimated from."""
     sampled = _answer(config, model, prompts, temperature=1.0)
@@ -134,7 +133,7 @@ def _sampled_kl(
 
 
 def _answer(
-    config: ConfigDict, model: Model, prompts: Sequence[Prompt], temperature: float | None = None
+    config: Config, model: Model, prompts: Sequence[Prompt], temperature: float | None = None
 ) -> list[Answer]:
     return answer(
         model,

@@ -379,13 +379,13 @@ def test_the_controller_moves_towards_its_target():
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
-        ("rollout", {"top_p": 0.9}, "rollout.top_p"),
-        ("rollout", {"top_k": 5}, "rollout.top_k"),
+        ("rollout", {"top_p": 0.9}, "no rollout.top_p; .*: what is trained is the whole"),
+        ("rollout", {"top_k": 5}, "the policy stage has no rollout.top_k"),
         ("rollout", {"samples": 1}, "a baseline over the samples of a prompt needs two"),
         ("kl", {"placement": "loss", "estimator": "k1"}, "would regularise nothing"),
         ("kl", {"placement": "rewards"}, "kl.placement must be one of"),
-        ("loss", {"name": "pppo"}, "'pppo'"),
-        ("loss", {"clip_hihg": 1.0}, "clip_hihg"),
+        ("loss", {"name": "pppo"}, "'pppo' is unknown"),
+        ("loss", {"clip_hihg": 1}, "no loss.clip_hihg; did you mean loss.clip_high"),
         ("loss", {"aggregation": "mean"}, "loss.aggregation must be one of token_mean"),
         ("advantage", {"name": "gea"}, "advantage.name must be one of gae"),
     ],
@@ -395,8 +395,7 @@ def test_mistakes_are_found_before_anything_runs(section, values, message):
         "grpo", rollout={"samples": 8}, train={"epochs": 2, "minibatches": 2}
     )
     check_objective(resolve(config))
-    with config.unlocked():
-        config[section].update(values)
+    config[section].update(values)
     with pytest.raises(UserError, match=message):
         check_objective(resolve(config))
 
