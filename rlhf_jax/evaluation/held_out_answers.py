@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -37,8 +37,7 @@ def sample(
     seed: int,
     prompt_ids: Sequence[int] | None = None,
 ) -> tuple[list[Completion], list[str]]:
-    """Completions of prompts' tokens, which end as the tokenizer says, and their texts."""
-    sampling = replace(sampling, stop_ids=model.tokenizer.ends)
+    """Completions of prompts' tokens by the engine, and their texts; see `generate`."""
     completions = generate(
         model.config, model.params, prompts, sampling, seed=seed, prompt_ids=prompt_ids
     )
@@ -67,6 +66,7 @@ def answer(
         Sampling(
             max_new_tokens,
             temperature,
+            stop_ids=model.tokenizer.ends,
             batch_size=min(SLOTS, rows_of(CACHED * tokens, longest)),
         ),
         seed=seed,

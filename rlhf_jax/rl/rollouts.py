@@ -84,6 +84,7 @@ def sample_answers(
     drawn = truncation(config) | {"temperature": rollout.temperature}
     sampling = Sampling(
         max_new_tokens=rollout.max_new_tokens,
+        stop_ids=model.tokenizer.ends,
         samples_per_prompt=samples,
         batch_size=rollout.slots,
         cache_length=rollout.max_prompt_tokens + rollout.max_new_tokens,

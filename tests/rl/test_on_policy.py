@@ -30,6 +30,7 @@ from rlhf_jax.rl.on_policy import (
 from rlhf_jax.stages import defaults
 from rlhf_jax.stages.chain import load_config
 from rlhf_jax.stages.checks import check_objective
+from rlhf_jax.stages.defaults import resolve
 from rlhf_jax.training.mesh import make_mesh
 from rlhf_jax.training.metrics import Means, Metrics, fetch
 from rlhf_jax.trees import named_leaves
@@ -49,7 +50,7 @@ def table(algorithm="rloo", **sections):
     config.rollout.prompts = 16
     config.train.steps = 10
     start = {"table": jnp.asarray(world.REFERENCE, jnp.float32)}
-    return config, table_task(config), start
+    return config, table_task(resolve(config)), start
 
 
 def letters(algorithm="rloo", **sections):
@@ -59,14 +60,15 @@ def letters(algorithm="rloo", **sections):
     config.rollout.slots = 32
     config.train.steps = 10
     shape = letters_model()
-    return config, letters_task(config, shape), transformer.init(shape, jax.random.key(1)), shape
+    task = letters_task(resolve(config), shape)
+    return config, task, transformer.init(shape, jax.random.key(1)), shape
 
 
 def trainer_of(config, task, start, **options):
     value = None
     if task.values is not None:
         value = {"table": jnp.zeros((world.PROMPTS, len(world.PREFIXES)))}
-    return make_trainer(defaults.resolve(config), task, start, value, **options)
+    return make_trainer(resolve(config), task, start, value, **options)
 
 
 def steps(config, task, start, count, **options):
@@ -392,10 +394,10 @@ def test_mistakes_are_found_before_anything_runs(section, values, message):
     config = defaults.on_policy(
         "grpo", rollout={"samples": 8}, train={"epochs": 2, "minibatches": 2}
     )
-    check_objective(defaults.resolve(config))
+    check_objective(resolve(config))
     config[section].update(values)
     with pytest.raises(UserError, match=message):
-        check_objective(defaults.resolve(config))
+        check_objective(resolve(config))
 
 
 @pytest.mark.parametrize("algorithm", sorted(defaults.ALGORITHMS))
@@ -405,7 +407,7 @@ def test_every_algorithm_is_a_valid_config_and_lowers_regret(algorithm):
     row = Row(algorithm, {"rollout": {"samples": each}, "kl": in_reward}, regret=0.2)
     config = load_config(ORACLE)
     config.oracle.table_steps = 40
-    check_objective(defaults.resolve(make_row_config(row, config)))
+    check_objective(resolve(make_row_config(row, config)))
     outcome = train_policy(row, config)
     assert outcome.regret < 0.2  # 0.370 before
     assert "measured" not in judge(row, outcome)
@@ -480,12 +482,13 @@ def test_prompts_whose_answers_score_the_same_are_left_out():
     assert 0 < same.sum() < 16
     np.testing.assert_array_equal(rollouts.weights.reshape(-1, 4), ~same[:, None] * np.ones(4))
     config.rollout.filter_zero_std = False
-    assert task.rollout(greedier, {}, 0).weights.all()
+    assert table_task(resolve(config)).rollout(greedier, {}, 0).weights.all()
 
 
 def test_a_transformer_samples_with_any_seed():
-    config, task, start, _ = letters()
+    config, _, start, shape = letters()
     config.seed = 2**31 - 1
+    task = letters_task(resolve(config), shape)
     scores = [task.rollout(start, {}, number).scores for number in (0, 0, 1)]
     np.testing.assert_array_equal(scores[0], scores[1])
     assert not np.array_equal(scores[0], scores[2])

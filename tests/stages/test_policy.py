@@ -396,7 +396,7 @@ def pairs_of(answers, scores):
     weights = np.ones(len(scores), np.float32)
     scored = dataclasses.replace(answers, scores=np.array(scores), weights=weights)
     config = defaults.online_preference(data={"row_length": 32})
-    return pack_best_and_worst(config, scored, 2)
+    return pack_best_and_worst(defaults.resolve(config), scored, 2)
 
 
 def test_the_best_and_the_worst_answer_make_a_pair():
