@@ -245,7 +245,6 @@ def grpo(size: Size, found: dict[str, float]) -> Iterator[Line]:
     """Sampling, scoring and one update of groups, β = 0.04; answers do not stop early."""
     import jax
     import numpy as np
-    from rlhf_jax.stages.rollouts import Samples, pack_samples, padded
 
     from rlhf_jax.data.records import Message, Prompt
     from rlhf_jax.models import init
