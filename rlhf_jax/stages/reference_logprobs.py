@@ -67,7 +67,7 @@ def cache_key(reference: Model, directory: Path, arrays: Arrays, tokens: int) ->
         "code": code_digest(__name__),
         "weights": fingerprint(directory),
         "adapter": reference.adapter and dataclasses.asdict(reference.adapter),
-        "base": reference.base and (reference.base.fingerprint, reference.base.kept),
+        "base": reference.base and (reference.base.fingerprint, reference.base.form),
         "config": dataclasses.asdict(reference.config),
         "tokenizer": reference.tokenizer.hash,
         "data": packing.fingerprint(arrays),

@@ -83,7 +83,7 @@ def _check_loss(config: Config) -> None:
 
 
 def with_score_head(model: Model, seed: int) -> Model:
-    """The same body under a fresh scalar head."""
+    """Returns the model with a fresh scalar head on its body."""
     shape = dataclasses.replace(model.config, head="scalar")
     head = jax.jit(lambda key: transformer.init(shape, key)["score_head"])(jax.random.key(seed))
     body = {name: value for name, value in model.params.items() if name != "lm_head"}

@@ -155,7 +155,7 @@ def _make_objective(loss_fn: Callable, frozen: Any, rng: jax.Array) -> Callable:
 
 
 def with_constants(loss_fn: Callable, patterns: Sequence[str]) -> Callable:
-    """The same loss, to which parameters of matching names are constants.
+    """Returns the loss with parameters of matching names as constants.
 
     They have no backward pass and no share in the gradient's norm.
 

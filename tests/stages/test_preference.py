@@ -19,8 +19,7 @@ from tests.stages.conftest import run_main
 
 
 def _config(**settings):
-    settings = {"beta": 0.1, "options": "", "sft_coefficient": 0.0} | settings
-    return defaults.base("preference", loss=settings)
+    return defaults.resolve(defaults.base("preference", loss=settings))
 
 
 def _loss(monkeypatch, logprobs, batch, **settings):
@@ -41,7 +40,7 @@ def test_the_sft_term_makes_sigmoid_rpo(monkeypatch, coefficient):
     (total, weight), metrics = _loss(
         monkeypatch, logprobs, batch, name="sigmoid", sft_coefficient=coefficient
     )
-    twin = {"name": "rpo", "options": f"sft_coefficient={coefficient}"}
+    twin = {"name": "rpo", "sft_weight": coefficient}
     (expected, pairs), _ = _loss(monkeypatch, logprobs, batch, **twin)
     np.testing.assert_allclose([total, weight], [expected, pairs], rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], (total, weight), rtol=1e-5)
