@@ -102,7 +102,7 @@ def packed(rows, example):
 
 
 def settings(**more):
-    data = {"row_length": 2048, "over_long": "error", "max_bad_fraction": 0.0}
+    data = {"row_length": 2048, "over_long": "error", "max_bad_fraction": 0.0, "columns": ""}
     return ConfigDict({"data": data, "loss": {"name": "kto"}} | more)
 
 
@@ -380,7 +380,7 @@ def test_the_preflight_says_what_is_left_and_refuses_rendered_files(bare, tmp_pa
     assert "3 of 6 replies are left untrained" in look()
     shown = look(stripped_turns="expand")
     assert "left untrained" not in shown and "3 of 3 records" in shown
-    with pytest.raises(UserError, match="stripped_turns = 'cut'"):
+    with pytest.raises(UserError, match="stripped_turns must be one of leave, expand, got 'cut'"):
         look(stripped_turns="cut")
     line = json.dumps({"prompt": RENDERED, "completion": "Hello<|im_end|>"})
     path.write_text(f"{line}\n" * 3)
