@@ -91,7 +91,7 @@ def test_a_child_that_nobody_holds_is_ended(file):
 
 def test_the_process_of_a_template_dies_with_its_parent_while_it_renders():
     code = """
-from rlhf_jax.data.template import Template
+from rlhf_jax.hub.template import Template
 loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 template = Template("{% if messages %}" + loop + "{% endif %}", {})
 template.render([])

@@ -76,7 +76,7 @@ class Tokenizer(Protocol):
         """Tokens of a conversation and where replies stand in them; see `render_turns`."""
 
     def with_template(self, template: str) -> Tokenizer:
-        """The same tokenizer under another chat template, which must fit the vocabulary."""
+        """Returns this tokenizer under another chat template, which must fit the vocabulary."""
 
     def save(self, run: Path) -> None:
         """Writes the tokenizer into a run directory, where `load_tokenizer` finds it."""

@@ -9,7 +9,6 @@ import pytest
 
 from rlhf_jax.data.conversation import render_prompt, render_replies
 from rlhf_jax.data.records import Message
-from rlhf_jax.data.template import Template
 from rlhf_jax.data.tokenizer import (
     ASSISTANT,
     BOS,
@@ -21,6 +20,7 @@ from rlhf_jax.data.tokenizer import (
     train_chars,
 )
 from rlhf_jax.errors import UserError
+from rlhf_jax.hub.template import Template
 from tests.rendered import render_conversation
 
 TOKENIZER = train_bpe(["hello there, how are you 12"], 270)

@@ -8,13 +8,13 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
-from rlhf_jax.data import template
 from rlhf_jax.data.conversation import render_prompt, render_replies
 from rlhf_jax.data.records import Message
-from rlhf_jax.data.template import Template
 from rlhf_jax.errors import UserError
+from rlhf_jax.hub import template
 from rlhf_jax.hub.chat_formats import TEMPLATES, chat_template
 from rlhf_jax.hub.hub_tokenizer import HubTokenizer
+from rlhf_jax.hub.template import Template
 from tests.rendered import render_conversation
 
 TEXT = [

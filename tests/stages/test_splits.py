@@ -49,6 +49,8 @@ def test_no_split_changes_what_a_stage_logs(name, experiments, runs, monkeypatch
         assert [line.keys() for line in said] == [line.keys() for line in whole]
         for i, (line, expected) in enumerate(zip(said, whole, strict=True)):
             for key in expected:
+                if i == 0 and key == "rewards/accuracies":
+                    continue  # the policy is its reference still: the sign of a margin is rounding
                 np.testing.assert_allclose(
                     line[key], expected[key], 1e-4, 1e-4, err_msg=f"{split} {i} {key}"
                 )
