@@ -119,9 +119,7 @@ def encode_conversations(
     before it (a turn cut in two is no target any more), and is an error where the reply alone does
     not fit.
     """
-    if stripped_turns not in STRIPPED_POLICIES:
-        known = ", ".join(STRIPPED_POLICIES)
-        raise UserError(f"data.stripped_turns = {stripped_turns!r}: choose one of {known}")
+    check_stripped_turns(stripped_turns)
     documents, fit = [], _Fit(records, row_length, over_long, CHAT_POLICIES)
     stats = fit.stats
     stats |= {"turns": 0, "stripped": 0}
@@ -271,6 +269,13 @@ def _next_of_another_prompt(
         if lends[here]:
             after, beyond = here, following[here]
     return following
+
+
+def check_stripped_turns(policy: str) -> None:
+    """Raises UserError unless the policy is one of `STRIPPED_POLICIES`."""
+    if policy not in STRIPPED_POLICIES:
+        known = ", ".join(STRIPPED_POLICIES)
+        raise UserError(f"data.stripped_turns = {policy!r}: choose one of {known}")
 
 
 def check_trained_share(documents: Sequence[Document]) -> float:

@@ -382,7 +382,7 @@ def test_the_preflight_says_what_is_left_and_refuses_rendered_files(bare, tmp_pa
     assert "3 of 6 replies are left untrained" in look()
     shown = look(stripped_turns="expand")
     assert "left untrained" not in shown and "3 of 3 records" in shown
-    with pytest.raises(UserError, match="stripped_turns must be one of leave, expand, got 'cut'"):
+    with pytest.raises(UserError, match="stripped_turns = 'cut'"):
         look(stripped_turns="cut")
     line = json.dumps({"prompt": RENDERED, "completion": "Hello<|im_end|>"})
     path.write_text(f"{line}\n" * 3)
