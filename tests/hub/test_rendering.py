@@ -102,8 +102,7 @@ def packed(rows, example):
 
 
 def settings(**more):
-    data = {"row_length": 2048, "over_long": "error", "max_bad_fraction": 0.0}
-    data["columns"] = ""
+    data = {"row_length": 2048, "over_long": "error", "max_bad_fraction": 0.0, "columns": ""}
     return ConfigDict({"data": data, "loss": {"name": "kto"}} | more)
 
 
@@ -125,8 +124,8 @@ def test_a_prompt_and_its_reply_are_the_conversation_everywhere(rendering, tmp_p
     groups, _ = encode_pairs(records, ours, 2048)
     for group, record, (prompt, reply) in zip(groups, records, wanted, strict=True):
         assert (group.prompt, group.branches[0]) == (prompt, reply)
-        shown = preflight.encode(record, ours, judged=True)
-        assert [shown.parts["prompt"], shown.parts["chosen"]] == [prompt, reply]
+        (shown,) = preflight.encode_judged([record], ours, 2048, "error")
+        assert [shown["prompt"].tokens, shown["chosen"].tokens] == [prompt, reply]
 
     lines = [
         {"messages": [m.to_json() for m in (*p, said(reply))], "label": True} for p, reply in asked
@@ -225,9 +224,10 @@ def test_a_turn_is_trained_as_it_is_generated(bare, capsys, name, whole, trained
     with pytest.raises(UserError, match="stripped_turns = 'cut': choose one of leave, expand"):
         encode_conversations(records, ours, 256, stripped_turns="cut")
 
-    shown = preflight.encode_all(records[0], ours, judged=False, expand=True)
-    assert [e.tokens for e in shown] == [d.tokens for d in documents[:2]]
-    assert [e.is_target for e in shown] == [d.is_target for d in documents[:2]]
+    shown, _ = preflight.encode_whole(records[:1], ours, "expand")
+    for parts, document in zip(shown, documents[:2], strict=True):
+        assert [t for part in parts.values() for t in part.tokens] == document.tokens
+        assert [on for part in parts.values() for on in part.is_target] == document.is_target
 
 
 def test_no_turn_is_trained_twice(bare):

@@ -134,7 +134,7 @@ def test_data_sets_of_the_package_datasets(datasets, capsys):
     config = settle_sources(config_of("hf:me/mine/big=2,hf:tiny@test"))
     assert config.data.train == "hf:me/mine/big@train[:95%]=2,hf:tiny@test[:95%]"
     assert config.data.validation == "hf:me/mine/big@train[95%:],hf:tiny@test[95%:]"
-    check(config)
+    check(defaults.resolve(config))
     records = read_records(config, config.data.validation, "conversation", "validation")
     assert [r.id for r in records] == ["big:29", "big:30", "hf:tiny:29", "hf:tiny:30"]
     assert records[0].messages[0].content == "28?" and records[0].meta == {}
@@ -147,7 +147,7 @@ def test_data_sets_of_the_package_datasets(datasets, capsys):
 @pytest.mark.parametrize("name", ["hf:", "hf:a/b/c/d", "hf:/no/folder"])
 def test_names_of_the_hub(name, datasets):
     with pytest.raises(UserError, match="names look like"):
-        check(config_of(name, "town", "town"))
+        check(defaults.resolve(config_of(name, "town", "town")))
 
 
 def test_without_the_package_it_is_named(monkeypatch):
