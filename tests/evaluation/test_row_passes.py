@@ -68,10 +68,10 @@ def test_results_do_not_depend_on_the_tokens_of_a_pass():
 def test_a_step_s_tokens_are_those_of_a_microbatch_on_a_device(monkeypatch):
     config = defaults.base("sft", data={"row_length": 768}, batch={"rows": 16, "microbatches": 2})
     monkeypatch.setattr(mesh, "training_devices", lambda: jax.devices()[:1])
-    assert mesh.step_tokens(config) == 8 * 768
+    assert mesh.step_tokens(defaults.resolve(config)) == 8 * 768
     config.mesh.fsdp = 2
     monkeypatch.setattr(mesh, "training_devices", lambda: jax.devices()[:4])
-    assert mesh.step_tokens(config) == 2 * 768
+    assert mesh.step_tokens(defaults.resolve(config)) == 2 * 768
 
 
 @pytest.mark.parametrize(("tokens", "slots"), [(10**6, 64), (300, 16), (1, 1)])
