@@ -303,7 +303,7 @@ def grpo(size: Size, found: dict[str, float]) -> Iterator[Line]:
         return target_statistics(model, params, rows)
 
     task = Task(rollout=rollout, statistics=statistics, dtype="bfloat16")
-    trainer = make_trainer(config, task, init(model, jax.random.key(0)))
+    trainer = make_trainer(defaults.resolve(config), task, init(model, jax.random.key(0)))
     state = first_state(trainer)
     times = []
     for number in range(size.repeats + 1):

@@ -22,7 +22,7 @@ from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.devices import split_cores
 from rlhf_jax.hub.hub_tokenizer import HubTokenizer
 from rlhf_jax.hub.tokenizer_settings import TokenizerSettings
-from rlhf_jax.losses.preference import preference_loss
+from rlhf_jax.losses.preference import Sigmoid, preference_loss
 from rlhf_jax.losses.reward import bradley_terry
 from rlhf_jax.malloc import give_back
 from rlhf_jax.models import ModelConfig, init
@@ -151,7 +151,7 @@ def dpo_loss(config: ModelConfig, beta: float) -> Callable:
         theirs = batch["reference"].reshape(-1, 2)
         lengths = batch["lengths"].reshape(-1, 2)
         return preference_loss(
-            "sigmoid",
+            Sigmoid(beta),
             policy[:, 0],
             policy[:, 1],
             theirs[:, 0],
@@ -159,7 +159,6 @@ def dpo_loss(config: ModelConfig, beta: float) -> Callable:
             chosen_lengths=lengths[:, 0],
             rejected_lengths=lengths[:, 1],
             weights=batch["valid"].reshape(-1),
-            beta=beta,
         )
 
     return loss_fn
@@ -250,8 +249,8 @@ def grpo(shape: work.Shape, **changes) -> Round:
         kl={"coefficient": 0.04},
         optimizer={"learning_rate": 1e-6, "schedule": "constant"},
     )
-    policy = start_of(shape, **changes)
-    return on_policy(shape, config, policy, Judge(config, {}, policy))
+    options, policy = defaults.resolve(config), start_of(shape, **changes)
+    return on_policy(shape, options, policy, Judge(options, {}, policy))
 
 
 def ppo(shape: work.Shape, **changes) -> Round:
@@ -271,7 +270,8 @@ def ppo(shape: work.Shape, **changes) -> Round:
     scorer = model_config(shape, head="scalar", **changes)
     folder = Path(tempfile.mkdtemp())
     save_model(folder, Model(scorer, init(scorer, jax.random.key(1)), policy.tokenizer))
-    return on_policy(shape, config, policy, Judge(config, {"reward": folder}, policy))
+    options = defaults.resolve(config)
+    return on_policy(shape, options, policy, Judge(options, {"reward": folder}, policy))
 
 
 WORKS: dict[str, Callable[..., Round]] = {

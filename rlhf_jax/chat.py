@@ -61,7 +61,7 @@ class Speaker:
                 f"{model.config.max_length}; start over with /new"
             )
         tokens: list[int] = []
-        shown = ""
+        shown = ""  # so far
 
         def on_tokens(_prompt: int, _sample: int, new: list[int]) -> None:
             nonlocal shown

@@ -1,7 +1,7 @@
 """A function in a Python process of its own, where it may raise, hang, crash, print or fill memory.
 
 `Child` starts this file as a program and talks with it in JSON, one object per line. The first line
-says what to load, each other one holds the arguments of one call, and all are answered:
+says what to load, and each later one holds the arguments of one call. Each line is answered by
 
     {"value": …} or {"fault": [reason, detail, name of the exception's class]}
 
@@ -67,16 +67,14 @@ class Child:
     blame: str = ""  # path of the file whose last line in an exception's traceback is named
     memory: int | None = None  # bytes of address space that the process may have
     isolated: bool = False  # Python ignores the environment and the working directory (-I)
-    while_waiting: Callable[[], None] = lambda: (
-        None
-    )  # is called often; raising, it ends the process
+    while_waiting: Callable[[], None] | None = None  # called often; what it raises ends the process
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     _printed: bytes = field(default=b"", init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     @property
     def pid(self) -> int | None:
-        """The process, None where there is none at the moment."""
+        """The process's id, None while there is none."""
         return None if self._process is None else self._process.pid
 
     def start(self) -> None:
@@ -109,7 +107,7 @@ class Child:
             raise
 
     def call(self, arguments: Mapping[str, Any], seconds: float) -> Any:
-        """What the function returns for these keyword arguments, as JSON gives it back.
+        """Returns what the function makes of these keyword arguments, after a way through JSON.
 
         Raises:
             ChildFault: it could not be loaded, raised an exception, took longer than `seconds` or
@@ -171,7 +169,8 @@ class Child:
             ready.register(stdout, selectors.EVENT_READ)
             ready.register(stderr, selectors.EVENT_READ)
             while not received.endswith(b"\n"):
-                self.while_waiting()
+                if self.while_waiting is not None:
+                    self.while_waiting()
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise TimeoutError

@@ -22,7 +22,7 @@ def say(subject: str, counts: Mapping[str, Any]) -> None:
 def say_encoded(
     config: Config, what: str, counts: Mapping[str, int], further: Mapping[str, Any]
 ) -> None:
-    """`say`, and as a warning how many records did not fit; counts are those of `data.encode`."""
+    """Says the counts of `data.encode`, and warns if records did not fit."""
     shown = {name: count for name, count in counts.items() if name != "keeps_95"}
     say(what, shown | dict(further))
     # Raw text beside prompts is split, which loses none.
@@ -36,7 +36,7 @@ def say_encoded(
 
 
 def warn_over_long(what: str, lost: int, records: int, keeps_95: int, why: str) -> None:
-    """A warning of its own about records that do not fit; nothing where all do."""
+    """Warns of records that do not fit, if any do not."""
     if lost:
         logging.warning(
             "%s: %s of %s records (%.1f %%) are %s; %s would keep 95 %%",
@@ -57,7 +57,7 @@ def say_stripped(what: str, stripped: int, turns: int) -> None:
 
 
 def few_records(what: str, count: int) -> list[dict[str, Any]]:
-    """The report's table, also said as a warning, where a metric is of fewer than FEW records."""
+    """Warns of a metric of fewer than FEW records; returns the report's table of it, if any."""
     if count >= FEW:
         return []
     note = f"Measured on {count} {what}, fewer than {FEW}: the numbers may be chance."

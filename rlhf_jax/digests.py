@@ -1,4 +1,4 @@
-"""What made a result: digests of files and of this package's modules, and the package's commit."""
+"""Digests of what made a result: files, this package's modules, and the package's commit."""
 
 from __future__ import annotations
 

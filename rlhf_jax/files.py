@@ -19,7 +19,7 @@ from rlhf_jax.errors import NoRoom, UserError, lack_of_room
 
 Parsed = TypeVar("Parsed")
 
-# What summary.json says of a finished run, see `check_fields`.
+# The fields of a finished run's summary.json, for `check_fields`.
 SUMMARY_FIELDS = MappingProxyType(
     {
         "stage": str,

@@ -248,7 +248,7 @@ def experiments() -> Iterator[Callable[..., None]]:
 
 
 # A walk of a number leaves out who only keeps or shows the whole configuration.
-NOT_ON_THE_WAY = ("training/rundir.py", "report/")
+NOT_ON_THE_WAY = ("training/rundir.py", "training/origin.py", "report/")
 
 
 def _on_the_way(walk: Walk) -> Walk:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from rlhf_jax.child import Child, ChildFault
+from tests.processes import is_gone
 
 CODE = """
 
@@ -35,19 +36,6 @@ def file(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(CODE)
     return str(path)
-
-
-def is_gone(pid: int) -> bool:
-    """Whether a process has ended within five seconds; one that waits for init counts."""
-    for _ in range(50):
-        try:
-            with open(f"/proc/{pid}/stat") as stat:
-                if stat.read().rpartition(")")[2].split()[0] == "Z":
-                    return True
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def test_faults_have_a_reason_and_the_class_and_leave_the_process(file):
@@ -103,7 +91,7 @@ def test_a_child_that_nobody_holds_is_ended(file):
 
 def test_the_process_of_a_template_dies_with_its_parent_while_it_renders():
     code = """
-from rlhf_jax.data.template import Template
+from rlhf_jax.hub.template import Template
 loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 template = Template("{% if messages %}" + loop + "{% endif %}", {})
 template.render([])

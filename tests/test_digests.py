@@ -24,7 +24,7 @@ def test_code_is_what_a_stage_imports():
     assert "losses/preference.py" in preference - sft
     assert "losses/policy.py" in policy - sft
     # These run in processes of their own.
-    assert {"rewards/worker.py", "rewards/regex.py", "data/template_worker.py"} <= policy
+    assert {"rewards/worker.py", "rewards/regex.py", "hub/template_worker.py"} <= policy
 
 
 def test_files_can_be_left_out_with_what_only_they_import():

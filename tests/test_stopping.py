@@ -85,7 +85,7 @@ def test_a_second_signal_ends_a_process_that_nobody_listens_to():
 def test_ctrl_c_leaves_the_process_of_a_template_alone():
     code = """
 import os, signal, time
-from rlhf_jax.data.template import Template
+from rlhf_jax.hub.template import Template
 from rlhf_jax.stopping import listen, stop_asked
 listen()
 template = Template("{{ messages[0].content }}", {})

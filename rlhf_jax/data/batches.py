@@ -109,7 +109,7 @@ def eval_batches(arrays: Arrays, batch_size: int) -> Iterator[Arrays]:
 
 
 def pad_rows(arrays: Arrays, *, rows: int, slots: int, groups: int) -> Arrays:
-    """The same with rows, target slots and group places padded to multiples, as compiling likes."""
+    """Pads rows, target slots and group places to multiples, so that few shapes are compiled."""
     padded = {}
     for name, array in arrays.items():
         if name in _SLOT_AXES + _GROUP_AXES:

@@ -72,13 +72,11 @@ class Tokenizer(Protocol):
     ) -> tuple[list[int], list[list[int]]]:
         """Tokens of a prompt and of replies to it; see `render_replies`."""
 
-    def conversation(
-        self, messages: Sequence[Message], *, last_turn_only: bool = False
-    ) -> tuple[list[int], dict[int, range]]:
+    def conversation(self, messages: Sequence[Message]) -> tuple[list[int], dict[int, range]]:
         """Tokens of a conversation and where replies stand in them; see `render_turns`."""
 
     def with_template(self, template: str) -> Tokenizer:
-        """The same tokenizer under another chat template, which must fit the vocabulary."""
+        """Returns this tokenizer under another chat template, which must fit the vocabulary."""
 
     def save(self, run: Path) -> None:
         """Writes the tokenizer into a run directory, where `load_tokenizer` finds it."""
@@ -115,17 +113,16 @@ def check_messages(messages: Sequence[Message], *, reply_last: bool) -> None:
 
 
 def render_turns(
-    messages: Sequence[Message], tokenizer: Tokenizer, *, last_turn_only: bool = False
+    messages: Sequence[Message], tokenizer: Tokenizer
 ) -> tuple[list[int], dict[int, range]]:
     """Tokens of a whole conversation, and where in them those replies stand that can be trained.
 
     Returns `(tokens, {index of the message: its places})`. A reply's places are its content and the
     `<|end|>`. It can be trained if it stands there as it would be generated: the last one always
     does, an earlier one not where the template strips its thoughts, say, or ends the last one only.
-    With `last_turn_only` earlier ones are not looked for.
     """
     check_messages(messages, reply_last=True)
-    return tokenizer.conversation(messages, last_turn_only=last_turn_only)
+    return tokenizer.conversation(messages)
 
 
 def mark(tokens: Sequence[int], places: Iterable[range]) -> list[int]:

@@ -52,9 +52,9 @@ class _Fit:
         return True
 
     def settle(self, beside: str = "") -> Stats:
-        """The counts, the over-long records among the dropped.
+        """Returns the counts, with the over-long records among the dropped.
 
-        `beside` says what else than a record's own tokens counts.
+        `beside` says in the error what counts besides a record's own tokens.
 
         Raises:
             UserError: there are over-long records and their policy is "error", or none is left.
@@ -145,21 +145,19 @@ def encode_conversations(
 
 
 def split_turns(
-    messages: Sequence[Message], tokenizer: Tokenizer, expand: bool, *, last_turn_only: bool = False
+    messages: Sequence[Message], tokenizer: Tokenizer, expand: bool
 ) -> tuple[list[tuple[list[int], list[range]]], int]:
-    """The documents of a conversation: tokens and where their trained turns stand, the last last.
+    """The documents of a conversation: tokens, and the places of their trained turns in order.
 
-    With `expand` a turn that is not trained in the whole conversation is the last one of a document
-    of its own, the beginning of the conversation. No turn is trained in two documents. The second
-    value counts the turns that were to be trained.
+    With `expand`, each turn that is not trained in the whole conversation ends a document of its
+    own, which is the conversation's beginning. No turn is trained in two documents. The second
+    value counts the assistant's turns.
     """
     untrained = {i for i, message in enumerate(messages) if message.role == "assistant"}
-    if last_turn_only:
-        untrained = {len(messages) - 1}
     parts: list[tuple[list[int], list[range]]] = []
     count, end = len(untrained), len(messages)
     while end and (expand or not parts):
-        tokens, turns = render_turns(messages[:end], tokenizer, last_turn_only=last_turn_only)
+        tokens, turns = render_turns(messages[:end], tokenizer)
         parts.append((tokens, [places for i, places in turns.items() if i in untrained]))
         untrained -= turns.keys()
         end = max(untrained, default=-1) + 1
@@ -260,7 +258,7 @@ def add_mismatched(
 def _next_of_another_prompt(
     prompts: Sequence[Sequence[int]], lends: Sequence[bool]
 ) -> list[int | None]:
-    """For each index that of the next one, cyclically, that lends and has another prompt."""
+    """For each index the next one, cyclically, that lends and has another prompt."""
     following: list[int | None] = [None] * len(prompts)
     after: int | None = None  # the next one that lends
     beyond: int | None = None  # the next one after it that has another prompt than it
@@ -274,7 +272,7 @@ def _next_of_another_prompt(
 
 
 def check_stripped_turns(policy: str) -> None:
-    """Raises UserError unless it is one of `STRIPPED_POLICIES`."""
+    """Raises UserError unless the policy is one of `STRIPPED_POLICIES`."""
     if policy not in STRIPPED_POLICIES:
         known = ", ".join(STRIPPED_POLICIES)
         raise UserError(f"data.stripped_turns = {policy!r}: choose one of {known}")

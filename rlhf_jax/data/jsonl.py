@@ -109,15 +109,15 @@ def read_lines(
         raise UserError(f"max_bad_fraction must be in [0, 1), got {max_bad_fraction}")
     numbered: Iterable[tuple[int, Any]]
     if rows is None:
-        numbered = _numbered(path)
+        numbered = _read_numbered(path)
     else:
-        numbered = ((i, _without_nulls(dict(row))) for i, row in enumerate(rows, 1))
+        numbered = ((i, _drop_nulls(dict(row))) for i, row in enumerate(rows, 1))
     reasons: Counter[str] = Counter()
     records, first_error = [], ""
     for number, raw in numbered:
         stop_point()
         try:
-            fields = raw if isinstance(raw, dict) else _parse(raw)
+            fields = raw if isinstance(raw, dict) else _parse_object(raw)
             records.append(convert(fields, f"{Path(path).name}:{number}"))
         except BadLine as error:
             reasons[error.reason] += 1
@@ -144,7 +144,7 @@ def read_lines(
 
 def count_rows(path: str | os.PathLike) -> int:
     """The lines of a file that are not blank, a table's rows or an array's objects."""
-    return sum(1 for _ in _numbered(path))
+    return sum(1 for _ in _read_numbered(path))
 
 
 def take_slice(records: Sequence[Record], part: str, name: str) -> list[Record]:
@@ -154,11 +154,11 @@ def take_slice(records: Sequence[Record], part: str, name: str) -> list[Record]:
 
     Raises UserError for another grammar, a bound beyond the records, or a slice without any.
     """
-    found, count = _SLICE.fullmatch(part), len(records)
-    if found is None:
+    match, count = _SLICE.fullmatch(part), len(records)
+    if match is None:
         raise UserError(f"data: {name}{part}: a slice looks like [:95%], [95%:] or [100:200]")
     bounds: list[int | None] = []
-    for number, percent in (found.group(1, 2), found.group(3, 4)):
+    for number, percent in (match.group(1, 2), match.group(3, 4)):
         bound = None if number is None else int(number)
         if bound is not None and percent:
             bound = round(bound * count / 100)
@@ -182,34 +182,34 @@ def open_bytes(path: str | os.PathLike) -> BufferedIOBase:
     return open(path, "rb")
 
 
-def _numbered(path: str | os.PathLike) -> Iterator[tuple[int, bytes | str | Fields]]:
+def _read_numbered(path: str | os.PathLike) -> Iterator[tuple[int, bytes | str | Fields]]:
     """(1-based number, content) of each line, object of an array or row of a table."""
     if Path(path).suffix == ".parquet":
-        return _rows(path)
+        return _read_rows(path)
     if ".jsonl" not in Path(path).suffixes:
-        first = next(iter(_raw_lines(path)), (0, b""))[1]
+        first = next(iter(_read_raw_lines(path)), (0, b""))[1]
         if first.removeprefix(_BOM).lstrip().startswith(b"["):
-            return _array(path)
-    return _raw_lines(path)
+            return _read_array(path)
+    return _read_raw_lines(path)
 
 
-def _array(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
+def _read_array(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
     """The members of a JSON array, which is read whole; a broken one ends the reading."""
     try:
         with open_bytes(path) as file:
             text = file.read().removeprefix(_BOM).decode("utf-8")
     except (*_BROKEN, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read: {error}") from error
-    number, position = 0, _after_space(text, text.index("[") + 1)
+    number, position = 0, _skip_space(text, text.index("[") + 1)
     try:
         while text[position : position + 1] != "]" or number:
             number += 1
             _, end = json.JSONDecoder().raw_decode(text, position)
             yield number, text[position:end]
-            position = _after_space(text, end)
+            position = _skip_space(text, end)
             if text[position : position + 1] != ",":
                 break
-            position = _after_space(text, position + 1)
+            position = _skip_space(text, position + 1)
         if text[position : position + 1] != "]" or text[position + 1 :].strip():
             raise json.JSONDecodeError("expected , or the array's end", text, position)
     except json.JSONDecodeError as error:
@@ -219,16 +219,16 @@ def _array(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
         raise UserError(f"{path}: invalid JSON array: {str(error)[:EXCERPT]}") from error
 
 
-def _after_space(text: str, position: int) -> int:
+def _skip_space(text: str, position: int) -> int:
     match = _SPACE.match(text, position)
     assert match is not None
     return match.end()
 
 
-def _raw_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
+def _read_raw_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
     """(1-based number, content) of each line that is not blank, in bounded memory.
 
-    Of a line above the limit only the first bytes come back, one more than the limit.
+    A line above the limit is cut after as many bytes as the limit and one more.
     """
     number = 0
     try:
@@ -245,7 +245,7 @@ def _raw_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
         raise UserError(f"{where}: cannot read: {error}") from error
 
 
-def _rows(path: str | os.PathLike) -> Iterator[tuple[int, Fields]]:
+def _read_rows(path: str | os.PathLike) -> Iterator[tuple[int, Fields]]:
     """(1-based number, object) of each row of a Parquet file, a few at a time."""
     import pyarrow
     from pyarrow import parquet
@@ -256,19 +256,19 @@ def _rows(path: str | os.PathLike) -> Iterator[tuple[int, Fields]]:
             for batch in file.iter_batches(1024):
                 for fields in batch.to_pylist():
                     number += 1
-                    yield number, _without_nulls(fields)
+                    yield number, _drop_nulls(fields)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: cannot read row {number + 1}: {str(error)[:200]}") from error
 
 
-def _without_nulls(value: Any) -> Any:
+def _drop_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+        return {k: _drop_nulls(v) for k, v in value.items() if v is not None}
+    return [_drop_nulls(v) for v in value] if isinstance(value, list) else value
 
 
-def _parse(raw: bytes | str) -> Fields:
-    """The object of a line or of an array's member; BadLine if it is none."""
+def _parse_object(raw: bytes | str) -> Fields:
+    """The object that a line or an array's member holds; BadLine if it holds none."""
     if isinstance(raw, bytes):
         if len(raw) > MAX_LINE_BYTES:
             raise BadLine("line too long", f"over {MAX_LINE_BYTES >> 20} MiB")

@@ -22,9 +22,9 @@ ROLES = ("system", "user", "assistant", "tool")
 class Message:
     """One turn of a conversation; `role` is one of `ROLES`.
 
-    `more` is JSON of what else a chat template is given of the turn: an assistant's `tool_calls`, a
-    tool's `name` and `tool_call_id`, and with a conversation's first message its `tools`, the
-    schemas of what may be called; "" if nothing.
+    `more` is JSON of the turn's other entries for a chat template: an assistant's `tool_calls`, a
+    tool's `name` and `tool_call_id`, and on a conversation's first message its `tools`, the schemas
+    of what may be called. It is "" if there are none.
     """
 
     role: str
@@ -32,7 +32,7 @@ class Message:
     more: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """{"role", "content"} and what else there is."""
+        """{"role", "content"} and the entries of `more`."""
         return {"role": self.role, "content": self.content} | json.loads(self.more or "{}")
 
 
@@ -58,7 +58,7 @@ class Conversation:
 class Pair:
     """Two assistant replies to one prompt, the first preferred.
 
-    `margin` is by how much (≥ 0, in the labeler's own units), None where nobody said.
+    `margin` says by how much it is preferred (≥ 0, in the labeler's own units), None if nobody did.
     """
 
     id: str
@@ -88,7 +88,7 @@ KINDS: dict[str, type] = {
 
 
 def convert(record: Record, kind: str) -> Record:
-    """The record as one of `kind`, where that loses nothing but what the kind has no place for.
+    """Makes a record of another kind, if that loses only what the kind has no place for.
 
     A pair's chosen side makes a conversation; a conversation without its last turn a prompt; and
     either a text in which each turn starts with its role, for pre-training.

@@ -148,34 +148,34 @@ def _no_constant(name: str) -> None:
 
 def _make(fields: Fields, kind: str, default_id: str, keys: frozenset[str]) -> Record:
     """The record of an object that has these keys, one of the kind's shapes."""
-    name, used = _id(fields, default_id), keys - {"label"} | {"tools"}
+    name, used = _read_id(fields, default_id), keys - {"label"} | {"tools"}
     if "text" in keys:
         text = string(fields, "text")
         if not text:
             raise BadLine("empty text", "field 'text'")
-        return Text(name, text, _meta(fields, keys))
+        return Text(name, text, _read_meta(fields, keys))
     if "label" in keys and fields["label"] not in (True, False):
         raise BadLine("bad label", f"field 'label' must be true or false, not {fields['label']!r}")
     if kind == "hh":
-        sides = [_dialogue(fields, side) for side in ("chosen", "rejected")]
+        sides = [_read_dialogue(fields, side) for side in ("chosen", "rejected")]
     else:
-        sides = _sides(fields, keys)
+        sides = _read_sides(fields, keys)
     messages = sides[0]
     if "chosen" in keys:
         _check_pair(*sides)
-        messages, margin = messages[:-1], _margin(fields)
+        messages, margin = messages[:-1], _read_margin(fields)
         if kind != "prompt":
             chosen, rejected = (side[-1].content for side in sides)
-            prompt, meta = _with_tools(messages, fields), _meta(fields, used | {"margin"})
+            prompt, meta = _add_tools(messages, fields), _read_meta(fields, used | {"margin"})
             return Pair(name, prompt, chosen, rejected, margin, meta)
     if kind == "prompt":
         if messages and messages[-1].role == "assistant":
             _check(messages, reply_last=True)
             messages = messages[:-1]
         _check(messages, reply_last=False)
-        return Prompt(name, _with_tools(messages, fields), _meta(fields, used))
+        return Prompt(name, _add_tools(messages, fields), _read_meta(fields, used))
     _check(messages, reply_last=True)
-    conversation = Conversation(name, _with_tools(messages, fields), _meta(fields, used))
+    conversation = Conversation(name, _add_tools(messages, fields), _read_meta(fields, used))
     return convert(conversation, "text") if kind == "text" else conversation
 
 
@@ -188,29 +188,29 @@ def _check_pair(chosen: Messages, rejected: Messages) -> None:
         raise BadLine("tool call", "a pair's replies are text; one that calls a tool is for sft")
 
 
-def _sides(fields: Fields, keys: frozenset[str]) -> list[Messages]:
+def _read_sides(fields: Fields, keys: frozenset[str]) -> list[Messages]:
     """The whole conversations that the keys' fields hold: a pair's two, else one."""
     if "messages" in keys:
-        return [_messages(fields, "messages")]
+        return [_read_messages(fields, "messages")]
     replies = [key for key in ("response", "completion", "chosen", "rejected") if key in keys]
     if "prompt" in keys:
         prompt: Messages
         if isinstance(fields["prompt"], list):
-            prompt = _messages(fields, "prompt")
+            prompt = _read_messages(fields, "prompt")
         else:
             prompt = (Message("user", string(fields, "prompt")),)
-        return [_side(fields, name, prompt) for name in replies] or [prompt]
+        return [_read_side(fields, name, prompt) for name in replies] or [prompt]
     if not all(isinstance(fields[name], str) for name in replies):
-        return [_side(fields, name, None) for name in replies]
+        return [_read_side(fields, name, None) for name in replies]
     if string(fields, "chosen").startswith("\n\nHuman:"):
-        return [_dialogue(fields, name) for name in replies]
-    return _part_texts(*(string(fields, name) for name in replies))
+        return [_read_dialogue(fields, name) for name in replies]
+    return _split_texts(*(string(fields, name) for name in replies))
 
 
-def _side(fields: Fields, name: str, prompt: Messages | None) -> Messages:
+def _read_side(fields: Fields, name: str, prompt: Messages | None) -> Messages:
     """The whole conversation that ends with the reply or the messages of a field."""
     if isinstance(fields[name], list):
-        messages = _messages(fields, name)
+        messages = _read_messages(fields, name)
         if prompt is None or messages[: len(prompt)] == prompt:
             return messages
         return (*prompt, *messages)
@@ -222,7 +222,7 @@ def _side(fields: Fields, name: str, prompt: Messages | None) -> Messages:
     return (*prompt, Message("assistant", string(fields, name)))
 
 
-def _part_texts(*texts: str) -> list[Messages]:
+def _split_texts(*texts: str) -> list[Messages]:
     """The prompt is what the texts begin with, up to its last white space: no word is cut."""
     same = itertools.takewhile(lambda both: both[0] == both[1], zip(*texts, strict=False))
     before = re.match(r"(?s).*(?=\s)", texts[0][: sum(1 for _ in same)])
@@ -235,7 +235,7 @@ def _part_texts(*texts: str) -> list[Messages]:
     return [(prompt, Message("assistant", text[shared:])) for text in texts]
 
 
-def _dialogue(fields: Fields, name: str) -> Messages:
+def _read_dialogue(fields: Fields, name: str) -> Messages:
     """Turns of a Human/Assistant dialogue, without the white space around each."""
     before, *parts = _TURN.split(string(fields, name))
     if before.strip() or not parts:
@@ -244,13 +244,13 @@ def _dialogue(fields: Fields, name: str) -> Messages:
     return tuple(Message(_SPEAKERS[speaker], content.strip()) for speaker, content in turns)
 
 
-def _messages(fields: Fields, name: str) -> Messages:
+def _read_messages(fields: Fields, name: str) -> Messages:
     if not isinstance(fields[name], list):
         raise BadLine("wrong type", f"field {name!r} must be a list, not {type_name(fields[name])}")
-    return tuple(_message(turn, f"{name}[{i}]") for i, turn in enumerate(fields[name]))
+    return tuple(_read_message(turn, f"{name}[{i}]") for i, turn in enumerate(fields[name]))
 
 
-def _message(turn: Any, where: str) -> Message:
+def _read_message(turn: Any, where: str) -> Message:
     if not isinstance(turn, dict):
         raise BadLine("bad message", f"{where} must have exactly 'role' and 'content'")
     turn = {k: v for k, v in turn.items() if v or k not in _OPTIONAL}
@@ -268,11 +268,11 @@ def _message(turn: Any, where: str) -> Message:
         calls, where = turn["tool_calls"], f"{where}.tool_calls"
         if not isinstance(calls, list):
             raise BadLine("bad tool call", f"{where} must be a list")
-        more["tool_calls"] = [_tool_call(call, f"{where}[{i}]") for i, call in enumerate(calls)]
+        more["tool_calls"] = [_read_call(call, f"{where}[{i}]") for i, call in enumerate(calls)]
     return Message(string(turn, "role"), string(turn, "content"), _to_json(more))
 
 
-def _tool_call(call: Any, where: str) -> Fields:
+def _read_call(call: Any, where: str) -> Fields:
     """A call as templates expect it, its arguments an object."""
     function = call.get("function") if isinstance(call, dict) else None
     if (
@@ -295,7 +295,7 @@ def _tool_call(call: Any, where: str) -> Fields:
     return begin | {"type": "function", "function": called}
 
 
-def _with_tools(messages: Messages, fields: Fields) -> Messages:
+def _add_tools(messages: Messages, fields: Fields) -> Messages:
     """The messages, the first one with the record's tools."""
     tools = fields.get("tools")
     if isinstance(tools, str):
@@ -338,12 +338,12 @@ def string(fields: Fields, name: str) -> str:
     return value
 
 
-def _id(fields: Fields, default: str) -> str:
+def _read_id(fields: Fields, default: str) -> str:
     value = fields.get("id", default)
     return str(value) if type(value) is int else string({"id": value}, "id")
 
 
-def _margin(fields: Fields) -> float | None:
+def _read_margin(fields: Fields) -> float | None:
     value = fields.get("margin")
     if value is None:
         return None
@@ -352,7 +352,7 @@ def _margin(fields: Fields) -> float | None:
     return float(value)
 
 
-def _meta(fields: Fields, used: frozenset[str]) -> dict[str, str]:
+def _read_meta(fields: Fields, used: frozenset[str]) -> dict[str, str]:
     """The keys no shape uses, as text: strings as they are, anything else as JSON."""
     stated = fields.get("meta", {})
     if not isinstance(stated, dict):
@@ -366,17 +366,18 @@ def _meta(fields: Fields, used: frozenset[str]) -> dict[str, str]:
 
 
 def _translate_share_gpt(fields: Fields) -> Fields:
-    turns = enumerate(fields.pop("conversations"))
-    messages = _system(fields) + [_share_gpt_turn(turn, f"conversations[{i}]") for i, turn in turns]
+    messages = _take_system(fields)
+    for i, turn in enumerate(fields.pop("conversations")):
+        messages.append(_translate_turn(turn, f"conversations[{i}]"))
     if not {"chosen", "rejected"} <= fields.keys():
         return fields | {"messages": messages}
     for name in ("chosen", "rejected"):
         if isinstance(fields[name], dict):
-            fields[name] = [_share_gpt_turn(fields[name], name)]
+            fields[name] = [_translate_turn(fields[name], name)]
     return fields | {"prompt": messages}
 
 
-def _share_gpt_turn(turn: Any, where: str) -> Fields:
+def _translate_turn(turn: Any, where: str) -> Fields:
     """A turn as ours; its call or calls, which are JSON of {"name", "arguments"}, as `tool_calls`.
 
     One with a role and a content is ours already: many sets have such under the same name.
@@ -407,7 +408,7 @@ def _share_gpt_turn(turn: Any, where: str) -> Fields:
 
 
 def _translate_alpaca(fields: Fields) -> Fields:
-    turns = _system(fields)
+    turns = _take_system(fields)
     history = fields.pop("history", None) or []
     if not isinstance(history, list) or any(
         not isinstance(pair, list) or len(pair) != 2 for pair in history
@@ -429,7 +430,7 @@ def _translate_alpaca(fields: Fields) -> Fields:
     return fields
 
 
-def _system(fields: Fields) -> list[Fields]:
+def _take_system(fields: Fields) -> list[Fields]:
     """The system's turn, if there is one, which is taken out of the fields."""
     system = fields.pop("system", None)
     return [_turn("system", system)] if system else []

@@ -117,9 +117,7 @@ class OwnTokenizer:
         """The tokens of `prompt`, and of each text as a reply to it."""
         return self.prompt(messages), self._turns(texts)
 
-    def conversation(
-        self, messages: Sequence[Message], *, last_turn_only: bool = False
-    ) -> tuple[list[int], dict[int, range]]:
+    def conversation(self, messages: Sequence[Message]) -> tuple[list[int], dict[int, range]]:
         """Tokens of messages, and where the assistant's stand in them, by index."""
         if not self.control:
             raise UserError(
@@ -130,7 +128,7 @@ class OwnTokenizer:
         texts = ["\n".join(filter(None, (message.content, message.more))) for message in messages]
         for i, (message, ids) in enumerate(zip(messages, self._turns(texts), strict=True)):
             tokens.append(ROLE_IDS[message.role])
-            if message.role == "assistant" and not (last_turn_only and i + 1 < len(messages)):
+            if message.role == "assistant":
                 turns[i] = range(len(tokens), len(tokens) + len(ids))
             tokens += ids
         return tokens, turns

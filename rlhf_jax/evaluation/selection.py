@@ -53,7 +53,9 @@ def best_of_n(proxy: ArrayLike, values: ArrayLike, n: int) -> np.ndarray:
     """
     chosen_by, valued = _tables(proxy, values)
     by_rank = _rank_weights(chosen_by.shape[1], n)
-    return np.array([_shared(row, by_rank) @ v for row, v in zip(chosen_by, valued, strict=True)])
+    return np.array(
+        [_share_weights(row, by_rank) @ v for row, v in zip(chosen_by, valued, strict=True)]
+    )
 
 
 def best_of_n_win_rate(proxy: ArrayLike, values: ArrayLike, n: int) -> np.ndarray:
@@ -85,7 +87,7 @@ def best_of_n_win_rate(proxy: ArrayLike, values: ArrayLike, n: int) -> np.ndarra
     for row, value in zip(chosen_by, valued, strict=True):
         ours, theirs = value[None, :], value[:, None]
         beats = (ours > theirs) + 0.5 * (ours == theirs)
-        rates.append(np.sum(_shared_without(row, by_rank) * beats) / samples)
+        rates.append(np.sum(_share_weights_without(row, by_rank) * beats) / samples)
     return np.array(rates)
 
 
@@ -244,15 +246,15 @@ def _rank_weights(samples: int, n: int) -> np.ndarray:
     return weights
 
 
-def _shared(proxy: np.ndarray, by_rank: np.ndarray) -> np.ndarray:
+def _share_weights(proxy: np.ndarray, by_rank: np.ndarray) -> np.ndarray:
     """[N] weights of the samples themselves; those of one proxy get the mean of their ranks'."""
     _, level, counts = np.unique(proxy, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     return (np.add.reduceat(by_rank, ends - counts) / counts)[level]
 
 
-def _shared_without(proxy: np.ndarray, by_rank: np.ndarray) -> np.ndarray:
-    """[N, N] whose row i is `_shared` of the samples but i, with 0 for i itself.
+def _share_weights_without(proxy: np.ndarray, by_rank: np.ndarray) -> np.ndarray:
+    """[N, N] whose row i is `_share_weights` of the samples but i, with 0 for i itself.
 
     Leaving i out moves the ranks of all levels above it, and the end of its own, down by one.
     """

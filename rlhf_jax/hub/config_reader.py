@@ -88,7 +88,7 @@ class ConfigReader:
         return self._tables[key]
 
     def changed(self, **values: Any) -> ConfigReader:
-        """The same with other values; what is asked of it is asked of this one."""
+        """A reader of the same with other values; what it is asked counts as asked of this one."""
         other = ConfigReader(self._path, {**self._document, **values}, self._quiet)
         other._asked = self._asked
         return other

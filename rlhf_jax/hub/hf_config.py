@@ -14,7 +14,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.files import read_object
 from rlhf_jax.hub.config_reader import ConfigReader, Json
 from rlhf_jax.hub.families import FAMILIES, Family
-from rlhf_jax.hub.hf_files import headers, same_numbers
+from rlhf_jax.hub.hf_files import are_equal, read_headers
 from rlhf_jax.models.config import ModelConfig
 
 # Fields with which a config does not compute, or only while it trains.
@@ -47,7 +47,7 @@ def read_config(directory: Path) -> tuple[str, ModelConfig]:
             raise UserError(f"{path}: the model {why} ({key})")
     family = FAMILIES[kind]
     reader = ConfigReader(path, family.completed(document))
-    fields = family.read(reader) | {"head": _head(path, document)}
+    fields = family.read(reader) | {"head": _read_head(path, document)}
     reader.finish(family.only)
     try:
         config = ModelConfig(**fields).validate()
@@ -63,13 +63,13 @@ def read_config(directory: Path) -> tuple[str, ModelConfig]:
 def _has_own_head(family: Family, directory: Path) -> bool:
     if not any(directory.glob("*.safetensors")):
         return False  # `read_weights` names what is there instead
-    held, head = headers(directory), family.tensor("lm_head")
+    held, head = read_headers(directory), family.tensor("lm_head")
     names = (base + family.tensor("embed") for base in family.bases)
     embedding = next((name for name in names if name in held), None)
-    return embedding is not None and head in held and not same_numbers(held, embedding, head)
+    return embedding is not None and head in held and not are_equal(held, embedding, head)
 
 
-def _head(path: Path, document: Json) -> str:
+def _read_head(path: Path, document: Json) -> str:
     """ "scalar" for a model with one score, "lm" for a language model."""
     named = document.get("architectures")
     classifier = "ForSequenceClassification"

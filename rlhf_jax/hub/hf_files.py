@@ -1,4 +1,4 @@
-"""What the *.safetensors of a directory hold."""
+"""The *.safetensors of a directory: their headers, and whether two tensors are equal."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _ROWS = 1024  # compared at a time
 
 
 class Header(NamedTuple):
-    """Where a tensor is and what its file says of it."""
+    """The place, shape and type of a tensor, as its file states them."""
 
     path: Path
     shape: tuple[int, ...]
     dtype: str
 
 
-def headers(directory: Path) -> dict[str, Header]:
-    """What the directory's files say of every tensor."""
+def read_headers(directory: Path) -> dict[str, Header]:
+    """The headers of all tensors in the directory's files, by name."""
     paths = sorted(directory.glob("*.safetensors"))
     if not paths:
         pickled = sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in directory.glob(s))
@@ -36,7 +36,7 @@ def headers(directory: Path) -> dict[str, Header]:
             )
         raise UserError(f"{directory} holds no *.safetensors")
     if (index := directory / INDEX).exists():
-        names = sorted(set(_index(index).values()))
+        names = sorted(set(_read_index(index).values()))
         absent = [name for name in names if not (directory / name).is_file()]
         if absent:
             raise UserError(f"{index} names {absent[0]}, which is not there")
@@ -59,7 +59,7 @@ def headers(directory: Path) -> dict[str, Header]:
     return held
 
 
-def _index(path: Path) -> dict[str, str]:
+def _read_index(path: Path) -> dict[str, str]:
     try:
         table = parse_object(path.read_text("utf-8"))["weight_map"]
         if not all(isinstance(v, str) for v in table.values()):
@@ -92,7 +92,7 @@ def _check_unique(path: Path) -> None:
         raise UserError(f"{path} is no safetensors file: its header {str(error)[:200]}") from error
 
 
-def same_numbers(held: Mapping[str, Header], one: str, other: str) -> bool:
+def are_equal(held: Mapping[str, Header], one: str, other: str) -> bool:
     """Whether two tensors are equal as float32; NaN equals nothing."""
     shape = held[one].shape
     if shape != held[other].shape:

@@ -1,4 +1,4 @@
-"""What one key of a config.json cannot say: a table's key, RoPE, and which layers have a window."""
+"""Parts of a config.json in both directions: a key, RoPE, and which layers have a window."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Key:
       reads: the keys that are read, the first that is not null counts; None: the one that is
         written. `absent` is for the last of them.
       above_zero: whether theirs must be.
-      to_ours, to_theirs: what makes one of the other, where the numbers differ.
+      to_ours, to_theirs: functions from one to the other, where the numbers differ.
     """
 
     ours: str
@@ -74,7 +74,7 @@ def read_keys(keys: Sequence[Key], reader: ConfigReader, fields: Json) -> Json:
 
 
 def write_keys(keys: Sequence[Key], config: ModelConfig) -> Json:
-    """What the keys say of a config; KeyError where they cannot."""
+    """A config in the words of the keys; KeyError where they have none."""
     return {key.theirs: key.write(config) for key in keys if key.theirs}
 
 
@@ -195,15 +195,15 @@ class GemmaRope(Rope):
         # Only the length beside the factor counts here.
         length = {_LENGTH: flat.get(_LENGTH, fields["max_length"])}
         changed = reader.changed(rope_parameters=flat, rope_scaling=None, **length)
-        made = super().read(changed, fields)
-        if _scaling_kind(local) != "default":
+        whole_fields = super().read(changed, fields)
+        if _read_kind(local) != "default":
             raise local.refused("layers with a window must be of type default")
         reader.get("rope_local_base_freq")
         key = "rope_theta" if "rope_theta" in local else "rope_local_base_freq"
         theta = (local if key == "rope_theta" else reader).typed(key, float)
         local.finish()
         ropes.finish()
-        return made | {"rope_local_theta": theta}
+        return whole_fields | {"rope_local_theta": theta}
 
     def write(self, config: ModelConfig) -> Json:
         """Both layouts."""
@@ -214,7 +214,7 @@ class GemmaRope(Rope):
         return document | {"rope_parameters": ropes, "rope_local_base_freq": theta}
 
 
-def _scaling_kind(table: ConfigReader) -> str:
+def _read_kind(table: ConfigReader) -> str:
     """The kind that `rope_type`, or `type` of old, names."""
     names = [key for key in ("rope_type", "type") if key in table]
     kinds = {table.typed(name, _KINDS) for name in names}
@@ -225,16 +225,16 @@ def _scaling_kind(table: ConfigReader) -> str:
 
 def _read_scaling(reader: ConfigReader, table: ConfigReader, fields: Json) -> Json:
     """The fields that say how frequencies are divided; none where they are not."""
-    kind = _scaling_kind(table)
+    kind = _read_kind(table)
     if kind == "default":
         return {}
     if kind == "dynamic":  # NTK by length begins only beyond the trained one
         table.typed("factor", float)
         reader.say(f"dynamic RoPE: exact up to {fields['max_length']} tokens")
         return {}
-    made = {"rope_scaling": kind} | read_keys(_SCALINGS[kind], table, {})
+    scaled = {"rope_scaling": kind} | read_keys(_SCALINGS[kind], table, {})
     if kind == "linear":
-        return made
+        return scaled
     holder = next((each for each in (reader, table) if _LENGTH in each), None)
     stated = fields["max_length"] if holder is None else holder.typed(_LENGTH, int)
     table.get(_LENGTH)
@@ -243,10 +243,10 @@ def _read_scaling(reader: ConfigReader, table: ConfigReader, fields: Json) -> Js
             raise table.refused("YaRN's truncate = false is not supported")
         scales = [Key("", name, float, null=None) for name in ("mscale", "mscale_all_dim")]
         one, all_dims = (key.read(table, {}) for key in scales)
-        if made["rope_attention_factor"] is None and one and all_dims:
-            growth = 0.1 * math.log(max(made["rope_factor"], 1))
-            made["rope_attention_factor"] = (one * growth + 1) / (all_dims * growth + 1)
-    return made | {"rope_original_length": stated}
+        if scaled["rope_attention_factor"] is None and one and all_dims:
+            growth = 0.1 * math.log(max(scaled["rope_factor"], 1))
+            scaled["rope_attention_factor"] = (one * growth + 1) / (all_dims * growth + 1)
+    return scaled | {"rope_original_length": stated}
 
 
 def _write_scaling(config: ModelConfig) -> Json:
@@ -294,11 +294,11 @@ class Windows:
         if types is None:
             pattern = "w" * (every - 1) + "g" if every else "w"
         else:
-            pattern = _period(_letters(reader, types, fields["layers"]))
+            pattern = _find_period(_read_letters(reader, types, fields["layers"]))
         return {"sliding_window": reader.typed("sliding_window", int), "window_pattern": pattern}
 
     def write(self, config: ModelConfig) -> Json:
-        """The keys that say so."""
+        """The keys that say it."""
         windowed = config.windowed
         document: Json = {"use_sliding_window": any(windowed)} if self.flag else {}
         if not self.types:
@@ -311,7 +311,7 @@ class Windows:
         return document
 
 
-def _letters(reader: ConfigReader, types: Any, layers: int) -> str:
+def _read_letters(reader: ConfigReader, types: Any, layers: int) -> str:
     letters = {"sliding_attention": "w", "full_attention": "g"}
     known = isinstance(types, list) and all(isinstance(t, str) and t in letters for t in types)
     if not known or len(types) != layers:
@@ -321,7 +321,7 @@ def _letters(reader: ConfigReader, types: Any, layers: int) -> str:
     return "".join(letters[each] for each in types)
 
 
-def _period(letters: str) -> str:
+def _find_period(letters: str) -> str:
     """The shortest beginning that, repeated, gives the letters."""
     for size in range(1, len(letters) + 1):
         unit = letters[:size]

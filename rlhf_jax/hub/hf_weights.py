@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 from rlhf_jax.errors import UserError
 from rlhf_jax.hub.families import FAMILIES, Family
 from rlhf_jax.hub.hf_config import to_document
-from rlhf_jax.hub.hf_files import INDEX, SINGLE, Header, headers, open_tensors
+from rlhf_jax.hub.hf_files import INDEX, SINGLE, Header, open_tensors, read_headers
 from rlhf_jax.models import transformer
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.trees import named_leaves
@@ -88,10 +88,10 @@ class Rule:
         return (last, *rest[::-1]) if self.transposed else (*rest, last)
 
 
-def rules(family: Family, config: ModelConfig) -> list[Rule]:
+def make_rules(family: Family, config: ModelConfig) -> list[Rule]:
     """Rules of all tensors that a model of this family and config has."""
-    shapes = _shapes(config)
-    made = []
+    shapes = _find_shapes(config)
+    rules = []
     for theirs, modules in family.modules.items():
         modules = (modules,) if isinstance(modules, str) else modules
         for name, leaf in _LEAVES:
@@ -99,20 +99,20 @@ def rules(family: Family, config: ModelConfig) -> list[Rule]:
             if ours[0] in shapes:
                 transposed = leaf == "kernel" and not (family.inputs_first and "{i}" in theirs)
                 per_head, based = family.per_head and len(ours) > 1, modules[0] not in _HEADS
-                made.append(Rule(f"{theirs}.{name}", ours, based, transposed, per_head))
-    covered = {name for rule in made for name in rule.ours}
+                rules.append(Rule(f"{theirs}.{name}", ours, based, transposed, per_head))
+    covered = {name for rule in rules for name in rule.ours}
     assert covered == set(shapes), f"{family.class_name}: {covered ^ set(shapes)}"
-    return made
+    return rules
 
 
 _LEAVES = (("weight", "kernel"), ("weight", "scale"), ("weight", "embedding"), ("bias", "bias"))
 _HEADS = ("lm_head", "score_head")  # whose names have no base
 
 
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _find_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of our parameters by "/"-joined name."""
-    made = jax.eval_shape(partial(transformer.init, config), jax.random.key(0))
-    return {name: leaf.shape for name, leaf in named_leaves(made).items()}
+    params = jax.eval_shape(partial(transformer.init, config), jax.random.key(0))
+    return {name: leaf.shape for name, leaf in named_leaves(params).items()}
 
 
 def read_weights(
@@ -131,24 +131,24 @@ def read_weights(
         UserError: a file is missing, damaged or not of safetensors; a tensor is missing, unknown,
             in two files, of another shape or not of float32, bfloat16 or float16.
     """
-    held = headers(directory)
+    held = read_headers(directory)
     _check_size(config, held, directory)
-    shapes = _shapes(config)
-    places = _places(kind, config, shapes, held, directory)
+    shapes = _find_shapes(config)
+    places = _place_tensors(kind, config, shapes, held, directory)
     params: dict[str, jax.Array] = {}
     for name, (rule, place) in places.items():
         for ours in rule.ours:
             if ours not in params:
                 where = None if sharding is None else sharding(ours, shapes[ours])
                 params[ours] = jnp.zeros(shapes[ours], jnp.float32, device=where)
-        for start, piece in _pieces(held[name], name, rule, config.head_dim):
+        for start, piece in _read_pieces(held[name], name, rule, config.head_dim):
             parts = rule.unpack(piece, config.head_dim)
             for ours, part in zip(rule.ours, parts, strict=True):
                 value = np.ascontiguousarray(part, np.float32)
                 at = np.zeros(value.ndim, np.int32)
                 at[-1 if rule.transposed else 0] = start
                 params[ours] = _put(params[ours], value, np.array([*place, *at], np.int32))
-    return _nested(params)
+    return _nest(params)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -157,7 +157,7 @@ def _put(whole: jax.Array, value: jax.Array, at: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice(whole, value, list(at))
 
 
-def _pieces(
+def _read_pieces(
     header: Header, name: str, rule: Rule, head_dim: int
 ) -> Iterator[tuple[int, np.ndarray]]:
     """A tensor in pieces of a few rows, and where each belongs on the axis of ours they lie on."""
@@ -192,7 +192,7 @@ def _check_size(config: ModelConfig, held: Mapping[str, Header], directory: Path
             )
 
 
-def _places(
+def _place_tensors(
     kind: str,
     config: ModelConfig,
     shapes: Mapping[str, tuple[int, ...]],
@@ -205,7 +205,7 @@ def _places(
     base = bases[0] if bases else family.bases[-1]
     places = {
         name: (rule, place)
-        for rule in rules(family, config)
+        for rule in make_rules(family, config)
         for name, place in rule.places(config, base)
     }
     if missing := [name for name in places if name not in held]:
@@ -237,7 +237,7 @@ def _places(
     return places
 
 
-def _nested(flat: Mapping[str, jax.Array]) -> dict[str, Any]:
+def _nest(flat: Mapping[str, jax.Array]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name, leaf in flat.items():
         *path, last = name.split("/")
@@ -255,7 +255,7 @@ def stored_dtype(directory: Path) -> str:
         UserError: as `read_weights` does.
     """
     ignored = tuple(end for family in FAMILIES.values() for end in family.buffers)
-    kinds = {h.dtype for name, h in headers(directory).items() if not name.endswith(ignored)}
+    kinds = {h.dtype for name, h in read_headers(directory).items() if not name.endswith(ignored)}
     return _FLOATS.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
 
 
@@ -295,7 +295,8 @@ def write_weights(
     temporary: list[Path] = []
     shard_of: dict[str, int] = {}
     size = 0
-    for shard in _shards(_tensors(FAMILIES[kind], config, params, numpy_type), shard_bytes):
+    tensors = _name_tensors(FAMILIES[kind], config, params, numpy_type)
+    for shard in _split_shards(tensors, shard_bytes):
         path = directory / f"shard-{len(temporary)}.tmp"
         save_tensors(shard, path)
         shard_of |= dict.fromkeys(shard, len(temporary))
@@ -315,7 +316,7 @@ def write_weights(
     (directory / "config.json").write_text(json.dumps(document, indent=2) + "\n")
 
 
-def _shards(
+def _split_shards(
     tensors: Iterator[tuple[str, np.ndarray]], most: int
 ) -> Iterator[dict[str, np.ndarray]]:
     """The tensors in files of at most so many bytes, or of one tensor."""
@@ -330,12 +331,12 @@ def _shards(
     yield shard
 
 
-def _tensors(
+def _name_tensors(
     family: Family, config: ModelConfig, params: Mapping[str, Any], dtype: Any
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the model by its Hugging Face name."""
     flat = named_leaves(params)
-    for rule in rules(family, config):
+    for rule in make_rules(family, config):
         for name, place in rule.places(config, family.bases[0]):
             packed = rule.pack([np.asarray(flat[n][place]) for n in rule.ours], config.heads)
             yield name, np.ascontiguousarray(packed).astype(dtype)

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.data.records import Message
-from rlhf_jax.data.template import Template
 from rlhf_jax.errors import UserError
 from rlhf_jax.hub.rendered_text import ANOTHER, Part, find_parting, looks_like_markup, render
+from rlhf_jax.hub.template import Template
 from rlhf_jax.hub.tokenizer_settings import CONFIG, FILE, TokenizerSettings, read_settings
 from rlhf_jax.hub.vocabulary import CLOSE, OPEN, Spelling, Vocabulary
 
@@ -95,15 +95,15 @@ class HubTokenizer:
         return self.settings.special_ids(self.vocabulary, self.ends)
 
     def with_template(self, template: str) -> HubTokenizer:
-        """The same tokenizer under another chat template.
+        """Returns this tokenizer under another chat template.
 
         Raises:
             UserError: the template does not fit the vocabulary.
         """
         settings = dataclasses.replace(self.settings, template=template)
-        made = HubTokenizer(json.dumps(self.vocabulary.content), settings)
-        made._template_end()
-        return made
+        tokenizer = HubTokenizer(json.dumps(self.vocabulary.content), settings)
+        tokenizer._template_end()
+        return tokenizer
 
     @property
     def has_template(self) -> bool:
@@ -173,7 +173,7 @@ class HubTokenizer:
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of a conversation that awaits a reply."""
-        prompts, (text,) = self._renderings(messages, [(range(len(messages)), True)])
+        prompts, (text,) = self._render_parts(messages, [(range(len(messages)), True)])
         return self._lay(text, prompts)[0]
 
     def replies(
@@ -187,17 +187,15 @@ class HubTokenizer:
         size = len(messages)
         answers = [([*range(size), size + i], False) for i in range(len(texts))]
         pool = [*messages, *(Message("assistant", text) for text in texts)]
-        prompts, (prompt, *wholes) = self._renderings(pool, [(range(size), True), *answers], size)
+        prompts, (prompt, *wholes) = self._render_parts(pool, [(range(size), True), *answers], size)
         replies = []
         for whole in wholes:
             if not whole.startswith(prompt):
-                raise self._broken(prompt, whole)
-            replies.append(self._until_end(self._continue(prompt, whole[len(prompt) :])))
+                raise self._explain_break(prompt, whole)
+            replies.append(self._cut_at_end(self._continue(prompt, whole[len(prompt) :])))
         return self._lay(prompt, prompts)[0], replies
 
-    def conversation(
-        self, messages: Sequence[Message], *, last_turn_only: bool = False
-    ) -> tuple[list[int], dict[int, range]]:
+    def conversation(self, messages: Sequence[Message]) -> tuple[list[int], dict[int, range]]:
         """Tokens of a whole conversation and where turns stand in them: see `render_turns`.
 
         Raises:
@@ -205,26 +203,25 @@ class HubTokenizer:
                 of the prompt, or it never ends the last turn.
         """
         replies = [i for i, message in enumerate(messages) if message.role == "assistant"]
-        shown = replies[-1:] if last_turn_only else replies
-        prompts, texts = self._renderings(messages, [(range(i + 1), False) for i in shown])
-        whole, alone = texts[-1], dict(zip(shown, texts, strict=True))
+        prompts, texts = self._render_parts(messages, [(range(i + 1), False) for i in replies])
+        whole, alone = texts[-1], dict(zip(replies, texts, strict=True))
         tokens, begins = self._lay(whole, prompts)
         last = len(messages) - 1
         if last not in begins:
-            raise self._broken(prompts[last], whole)
+            raise self._explain_break(prompts[last], whole)
         turns = {}
-        for i in shown:
+        for i in replies:
             end = self._find_end(alone[i], len(prompts[i]), self.ends)
             # Templates drop the thoughts of earlier replies, or end the last one only.
             if i == last or (i in begins and end and whole.startswith(alone[i][: end[1]])):
-                turns[i] = range(begins[i], begins[i] + len(self._until_end(tokens[begins[i] :])))
+                turns[i] = range(begins[i], begins[i] + len(self._cut_at_end(tokens[begins[i] :])))
         return tokens[: turns[last].stop], turns
 
     def _render(self, messages: Sequence[Message], parts: Sequence[Part] = ()) -> list[str]:
         parts = parts or [(range(len(messages)), False)]
         return render(self._template, self.spelling, messages, parts)
 
-    def _renderings(
+    def _render_parts(
         self, messages: Sequence[Message], parts: Sequence[Part], size: int | None = None
     ) -> tuple[dict[int, str], list[str]]:
         """Prompts of the replies among the first `size` messages, by their indices; the parts."""
@@ -243,7 +240,7 @@ class HubTokenizer:
             if text.startswith(prompt) and len(prompt) >= max(places.values(), default=0):
                 places[i] = len(prompt)
         bounds = [*places.values(), len(text)]
-        tokens = self._with_bos(self.spelling.encode(text[: bounds[0]]))
+        tokens = self._add_bos(self.spelling.encode(text[: bounds[0]]))
         begins = {}
         for (i, begin), end in zip(places.items(), bounds[1:], strict=True):
             begins[i] = len(tokens)
@@ -260,7 +257,7 @@ class HubTokenizer:
             return both[len(before) :]
         return self.spelling.encode(text, first=False)
 
-    def _until_end(self, ids: list[int]) -> list[int]:
+    def _cut_at_end(self, ids: list[int]) -> list[int]:
         """The first of `ids` up to a reply's end."""
         control = {self.vocabulary.added[text] for text in self.spelling.control}
         ends = control.intersection(self.ends)
@@ -290,7 +287,7 @@ class HubTokenizer:
             raise UserError(_NO_END)
         return end[0]
 
-    def _with_bos(self, ids: list[int]) -> list[int]:
+    def _add_bos(self, ids: list[int]) -> list[int]:
         if self.bos is None:
             return ids
         if self._adds_bos and ids[:1] != [self.bos]:
@@ -299,7 +296,7 @@ class HubTokenizer:
             raise UserError("the chat template writes the token that begins a text twice")
         return ids
 
-    def _broken(self, prompt: str, whole: str) -> UserError:
+    def _explain_break(self, prompt: str, whole: str) -> UserError:
         """An error saying where a prompt and its reply are not what the template makes of both."""
         ours, theirs = self.spelling.encode(prompt), self.spelling.encode(whole)
         pairs = enumerate(zip(ours, theirs, strict=False))

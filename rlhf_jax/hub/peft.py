@@ -12,7 +12,7 @@ import numpy as np
 from rlhf_jax.errors import UserError
 from rlhf_jax.hub.families import FAMILIES
 from rlhf_jax.hub.hf_config import to_document
-from rlhf_jax.hub.hf_weights import rules, save_tensors, weights_dtype
+from rlhf_jax.hub.hf_weights import make_rules, save_tensors, weights_dtype
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.lora import AdapterConfig, own
 from rlhf_jax.trees import named_leaves
@@ -66,7 +66,9 @@ def _adapter_tensors(
     """The adapter's tensors by PEFT's names, and the names of the modules that have one."""
     family, prefix = FAMILIES[kind], "base_model.model."
     modules = {
-        rule.ours[0].removesuffix("/kernel"): rule for rule in rules(family, config) if rule.based
+        rule.ours[0].removesuffix("/kernel"): rule
+        for rule in make_rules(family, config)
+        if rule.based
     }
     tensors: dict[str, np.ndarray] = {}
     targets: set[str] = set()

@@ -9,9 +9,9 @@ from functools import partial
 from typing import Any
 
 from rlhf_jax.data.records import Message
-from rlhf_jax.data.template import Template
 from rlhf_jax.errors import UserError
 from rlhf_jax.hub.chat_formats import WITH_TOOLS
+from rlhf_jax.hub.template import Template
 from rlhf_jax.hub.vocabulary import CLOSE, ESCAPED, OPEN, Spelling
 
 ANOTHER = "to use another: --config.data.chat_template=chatml, or a *.jinja file"
@@ -52,7 +52,7 @@ def render(
         longest = max(range(len(parts)), key=lambda k: len(parts[k][0]))
         places, opened = parts[longest]
         again = partial(template.render, add_generation_prompt=opened)
-        for what, fewer, fewer_tools in _without_each([turns[i] for i in places], tools):
+        for what, fewer, fewer_tools in _remove_each([turns[i] for i in places], tools):
             try:
                 ignored = again(fewer, tools=fewer_tools) == texts[longest]
             except UserError:  # it asks for what was taken out
@@ -67,7 +67,7 @@ def render(
     return texts
 
 
-def _without_each(
+def _remove_each(
     turns: Sequence[Mapping[str, Any]], tools: Any
 ) -> Iterator[tuple[str, list[Mapping[str, Any]], Any]]:
     """(what it is, turns and tools without it) of all that concerns tools in a conversation."""
@@ -91,11 +91,11 @@ def looks_like_markup(text: str) -> bool:
 
 
 def find_parting(texts: Iterable[str], control: Collection[str], template: Template) -> set[str]:
-    """Those of `texts`, added tokens beside the `control` tokens, that part a template's turns.
+    """Finds the added tokens, beside the `control` ones, that part a template's turns.
 
-    They are all that it names or writes, without what opens and closes a block in a turn, such as
-    <think> and </think>; with these too where nothing else stands between a question and its
-    answer. All, where the template refuses the conversation that would show it.
+    They are all of `texts` that it names or writes, without what opens and closes a block in a
+    turn, such as <think> and </think>; with these too where nothing else stands between a question
+    and its answer. All, where the template refuses the conversation that would show it.
     """
     marks = {text for text in texts if looks_like_markup(text)}
     if not marks:

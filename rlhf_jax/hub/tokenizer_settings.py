@@ -28,7 +28,7 @@ _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """What a tokenizer's files say beside its vocabulary, and what is written of it again.
+    """The contents of the files beside a vocabulary, of which most is written again.
 
     Attributes:
       eos, bos: the tokens that end and begin a text, or their ids; None where none is named.
@@ -57,7 +57,7 @@ class TokenizerSettings:
             pad = vocabulary.whole.token_to_id(text)
         return {
             "bos_token_id": self.config.get("bos_token_id", bos),
-            "eos_token_id": _in_form(self.config.get("eos_token_id"), ends),
+            "eos_token_id": _keep_form(self.config.get("eos_token_id"), ends),
             "pad_token_id": pad,
         }
 
@@ -84,7 +84,7 @@ class TokenizerSettings:
             (directory / TEMPLATE).write_text(self.template, "utf-8")
         (directory / SETTINGS).write_text(json.dumps(settings, indent=2), "utf-8")
         generation = dict(self.generation) or self.special_ids(vocabulary, ends)
-        generation["eos_token_id"] = _in_form(generation.get("eos_token_id"), ends)
+        generation["eos_token_id"] = _keep_form(generation.get("eos_token_id"), ends)
         (directory / GENERATION).write_text(json.dumps(generation, indent=2), "utf-8")
 
     def _pad(self, vocabulary: Vocabulary) -> str | None:
@@ -104,23 +104,23 @@ def read_settings(directory: Path) -> TokenizerSettings:
     Raises:
         UserError: a file is damaged.
     """
-    settings = _json_object(directory / SETTINGS)
-    config, generation = (_json_object(directory / name) for name in (CONFIG, GENERATION))
+    settings = _read_object(directory / SETTINGS)
+    config, generation = (_read_object(directory / name) for name in (CONFIG, GENERATION))
     ids = config | generation
-    ends = _ids(directory, ids, "eos_token_id")
+    ends = _read_ids(directory, ids, "eos_token_id")
     names = settings
     if "added_tokens_decoder" not in settings:  # with it, transformers reads no other file
-        names = settings | _json_object(directory / SPECIAL_MAP)
-    bos: str | int | None = _token(names, "bos_token")
-    eos: str | int | None = _token(names, "eos_token")
+        names = settings | _read_object(directory / SPECIAL_MAP)
+    bos: str | int | None = _read_token(names, "bos_token")
+    eos: str | int | None = _read_token(names, "eos_token")
     eos = next(iter(ends), None) if eos is None else eos
     kind = str(settings.get("tokenizer_class") or config.get("model_type")).lower()
     if "bos_token" not in names and kind.startswith(_BOS_BY_CLASS):
-        bos = next(iter(_ids(directory, ids, "bos_token_id")), None)
+        bos = next(iter(_read_ids(directory, ids, "bos_token_id")), None)
     return TokenizerSettings(
         eos,
         bos,
-        _token(names, "pad_token"),
+        _read_token(names, "pad_token"),
         template=_read_template(directory, settings),
         ends=tuple(ends),
         stated=names,
@@ -129,14 +129,14 @@ def read_settings(directory: Path) -> TokenizerSettings:
     )
 
 
-def _in_form(given: Any, ends: tuple[int, ...]) -> Any:
+def _keep_form(given: Any, ends: tuple[int, ...]) -> Any:
     """`ends` as an eos_token_id: in the form that was given if it has them all."""
     listed = given if isinstance(given, list) else [given]
     same = all(isinstance(each, int) for each in listed) and set(listed) == set(ends)
     return given if same else list(ends)
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
     """A JSON file's object; empty where there is no file."""
     if not path.exists():
         return {}
@@ -149,7 +149,7 @@ def _json_object(path: Path) -> dict[str, Any]:
     return document
 
 
-def _ids(directory: Path, settings: Mapping[str, Any], name: str) -> list[int]:
+def _read_ids(directory: Path, settings: Mapping[str, Any], name: str) -> list[int]:
     """The ids that a model's configuration gives: one, several or none."""
     value = settings.get(name)
     listed = value if isinstance(value, list) else [] if value is None else [value]
@@ -158,7 +158,7 @@ def _ids(directory: Path, settings: Mapping[str, Any], name: str) -> list[int]:
     return listed
 
 
-def _token(settings: Mapping[str, Any], name: str) -> str | None:
+def _read_token(settings: Mapping[str, Any], name: str) -> str | None:
     value = settings.get(name)
     if isinstance(value, dict):
         value = value.get("content")

@@ -1,4 +1,4 @@
-"""A tokenizer.json: its ids, and how text is encoded in which no message spells a control token."""
+"""The tokens of a tokenizer.json, and text in which no message can spell a control token."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class Vocabulary:
         Raises:
             UserError: it is no tokenizer, bos or eos no token of it, or there is no eos.
         """
-        self.content = _parsed(text)
-        self.whole = _built(self.content)
+        self.content = _parse(text)
+        self.whole = _build(self.content)
         self.ids = frozenset(self.whole.get_vocab().values())
         self.size = 1 + max(self.ids, default=-1)
         if eos is None:
             raise UserError(_NO_EOS)
-        self.bos = None if bos is None else self._named(bos, "bos_token_id")
-        self.eos = self._named(eos, "eos_token_id")
+        self.bos = None if bos is None else self._find_token(bos, "bos_token_id")
+        self.eos = self._find_token(eos, "eos_token_id")
         entries = self.content.get("added_tokens") or []
         named = {text: self.id_of(text) for text in (self.bos, self.eos) if text is not None}
         held = {entry["content"] for entry in entries}
@@ -60,7 +60,7 @@ class Vocabulary:
         if more:
             entries = [*entries, *more]
             self.content = self.content | {"added_tokens": entries}
-            self.whole = _built(self.content)
+            self.whole = _build(self.content)
         self.added = {entry["content"]: self.id_of(entry["content"]) for entry in entries}
         self.special = {self.added[e["content"]] for e in entries if e.get("special")}
 
@@ -71,7 +71,7 @@ class Vocabulary:
             raise UserError(f"the token {text!r} is not in the vocabulary")
         return int(number)
 
-    def _named(self, token: str | int, field: str) -> str:
+    def _find_token(self, token: str | int, field: str) -> str:
         text = self.whole.id_to_token(token) if isinstance(token, int) and token >= 0 else token
         if not isinstance(text, str):
             raise UserError(f"{field} {token} is no id of the tokenizer")
@@ -97,8 +97,11 @@ class Spelling:
         marks = {OPEN: vocabulary.size, CLOSE: vocabulary.size + 1}
         self._number = vocabulary.added | marks
         self._text = {number: text for text, number in self._number.items()}
-        self._names = any_of(self.control)
-        self._hidden = {False: any_of([*self.control, *marks]), True: any_of([*markup, *marks])}
+        self._names = _match_any(self.control)
+        self._hidden = {
+            False: _match_any([*self.control, *marks]),
+            True: _match_any([*markup, *marks]),
+        }
         self._markup = {vocabulary.added[text] for text in markup}
         # What stands for letters that the vocabulary lacks may come of any text.
         model = vocabulary.content["model"]
@@ -131,22 +134,24 @@ class Spelling:
 
         first: whether the text stands at the beginning, where some tokenizers add a space.
         """
-        encoding = _encoding(self._rendered_encoders[first], text)
+        encoding = _encode(self._rendered_encoders[first], text)
         all_ids, places = encoding.ids, encoding.offsets
         ids: list[int] = []
         at = done = 0  # how far: in `all_ids`, in `text`
         for i, (token, (start, stop)) in enumerate(zip(all_ids, places, strict=True)):
             if token in self._markup and self._text[token].strip() == text[start:stop].strip():
-                ids += self._between(all_ids[at:i], text[done:start], first=first and not done)
+                ids += self._encode_between(
+                    all_ids[at:i], text[done:start], first=first and not done
+                )
                 ids.append(token)
                 at, done = i + 1, stop
-        return ids + self._between(all_ids[at:], text[done:], first=first and not done)
+        return ids + self._encode_between(all_ids[at:], text[done:], first=first and not done)
 
-    def _between(self, ids: list[int], text: str, *, first: bool) -> list[int]:
+    def _encode_between(self, ids: list[int], text: str, *, first: bool) -> list[int]:
         """Ids of text between tokens of markup: `ids`, unless it spells one, if only nearly."""
         if OPEN in text or not self._forbidden.isdisjoint(ids):
             text = _SPELLED.sub(lambda match: self._text[int(match[1])], text)
-            ids = _encoding(self._text_encoders[first], text).ids
+            ids = _encode(self._text_encoders[first], text).ids
             if not self._forbidden.isdisjoint(ids):
                 raise UserError(f"the text {text[:60]!a} would be encoded as a control token")
         return ids
@@ -154,30 +159,30 @@ class Spelling:
     @cached_property
     def _rendered_encoders(self) -> dict[bool, tokenizers.Tokenizer]:
         """Encoders of rendered text, at the beginning (True) and later."""
-        return _both(self.vocabulary.content, self.vocabulary.whole)
+        return _build_both(self.vocabulary.content, self.vocabulary.whole)
 
     @cached_property
     def _text_encoders(self) -> dict[bool, tokenizers.Tokenizer]:
-        """The same for text that has no markup, whatever it spells."""
+        """Encoders of text that has no markup, whatever it spells, by the same keys."""
         content = self.vocabulary.content
         added = [
             entry | {"special": self.vocabulary.added[entry["content"]] in self._markup}
             for entry in content.get("added_tokens") or []
         ]
         content = content | {"added_tokens": added, "post_processor": None}
-        encoders = _both(content, _built(content))
+        encoders = _build_both(content, _build(content))
         for encoder in encoders.values():
             encoder.encode_special_tokens = True  # as text
         return encoders
 
 
-def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+def _match_any(texts: Iterable[str]) -> re.Pattern[str]:
     """Matches any of `texts`, the longest first."""
     longest = sorted(texts, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest)) or r"(?!)")
 
 
-def _parsed(text: str) -> dict[str, Any]:
+def _parse(text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -187,31 +192,31 @@ def _parsed(text: str) -> dict[str, Any]:
     return content
 
 
-def _built(content: Mapping[str, Any]) -> tokenizers.Tokenizer:
+def _build(content: Mapping[str, Any]) -> tokenizers.Tokenizer:
     try:
-        made = tokenizers.Tokenizer.from_str(json.dumps(content))
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"not a tokenizer.json: {str(error)[:200]}") from error
-    made.no_truncation()
-    made.no_padding()
-    return made
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
-def _encoding(encoder: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+def _encode(encoder: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
     try:
         return encoder.encode(text, add_special_tokens=False)
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"the tokenizer cannot encode {text[:60]!a}: {error}") from error
 
 
-def _both(
+def _build_both(
     content: Mapping[str, Any], first: tokenizers.Tokenizer
 ) -> dict[bool, tokenizers.Tokenizer]:
     """`first`, and for later pieces the same without a prefix that is for a text's first alone."""
     changed = copy.deepcopy({k: v for k, v in content.items() if k != "model"})
     if not _drop_first_prefix(changed):
         return {True: first, False: first}
-    return {True: first, False: _built(changed | {"model": content["model"]})}
+    return {True: first, False: _build(changed | {"model": content["model"]})}
 
 
 def _drop_first_prefix(node: Any) -> bool:

@@ -26,7 +26,7 @@ MAX_LOG_RATIO = 20.0
 
 
 class Tokens(NamedTuple):
-    """What objectives see, all fields [N, T] and 0 where the mask is; the mask is 0 or 1."""
+    """The input of objectives: all fields [N, T], and 0 where the mask is; the mask is 0 or 1."""
 
     logprobs: jax.Array
     old_logprobs: jax.Array
@@ -50,7 +50,7 @@ class Tokens(NamedTuple):
 
 
 class Objected(NamedTuple):
-    """What an objective makes of tokens.
+    """The result of an objective for each token.
 
     Attributes:
       values: [N, T], the tokens' losses.

@@ -52,7 +52,7 @@ class Pairs(NamedTuple):
         return chosen - rejected
 
     def per_token(self) -> Pairs:
-        """The same pairs with every log-prob divided by its response's length."""
+        """Returns the pairs with every log-prob divided by its response's length."""
         chosen, rejected = self.chosen_lengths, self.rejected_lengths
         return self._replace(
             chosen=self.chosen / chosen,

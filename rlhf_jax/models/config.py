@@ -163,7 +163,7 @@ class ModelConfig:
         return self
 
     def _check_attention(self) -> None:
-        """What the kernels of models/fused_attention.py can't do."""
+        """Refuses shapes that the kernels of models/fused_attention.py can't do."""
         stated = f"model.attention = {self.attention!r}"
         if self.attention in ("xla", "cudnn") and self.attention_softcap is not None:
             raise UserError(f"{stated} has no attention_softcap: choose 'reference'")
@@ -189,7 +189,7 @@ class ModelConfig:
 
     @property
     def windowed(self) -> tuple[bool, ...]:
-        """Of each layer, whether it sees only `sliding_window` tokens back."""
+        """For each layer, whether it sees only `sliding_window` tokens back."""
         pattern = self.window_pattern if self.sliding_window is not None else "g"
         return tuple(pattern[i % len(pattern)] == "w" for i in range(self.layers))
 
@@ -283,7 +283,7 @@ class Shape:
     attention: str | None = None  # the kernel: models/fused_attention.py
 
     def settled(self) -> Shape:
-        """The same shape with the preset's values where none are given."""
+        """Returns the shape with the preset's values where none are given."""
         if self.preset not in PRESETS:
             known = ", ".join(PRESETS)
             raise UserError(f"config: model.preset = {self.preset!r}: choose one of {known}")

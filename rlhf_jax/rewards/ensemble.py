@@ -118,7 +118,7 @@ def stack_members(members: Sequence[Any]) -> Members:
 
 
 def _leaves(params: Any) -> dict[str, str]:
-    """What each leaf of a tree is, by its path: {"layers/norm/scale": "float32[2, 16]"}."""
+    """Describes each leaf of a tree by its path: {"layers/norm/scale": "float32[2, 16]"}."""
     return {name: f"{leaf.dtype}{[*leaf.shape]}" for name, leaf in named_leaves(params).items()}
 
 

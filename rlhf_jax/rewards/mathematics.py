@@ -49,19 +49,19 @@ def _equal(reference: str, response: str) -> bool:
     gold = (
         f"${expected}$"
         if expected is not None and "%" not in reference
-        else _shown(reference, reference=True)
+        else _delimit(reference, reference=True)
     )
     try:  # both without their own time-outs, whose signals know the main thread only
         return verify(
             parse(gold, parsing_timeout=None),
-            parse(_shown(response), parsing_timeout=None),
+            parse(_delimit(response), parsing_timeout=None),
             timeout_seconds=None,
         )
     except Exception:  # of sympy, for any odd text; MemoryError is one too
         return False
 
 
-def _shown(text: str, *, reference: bool = False) -> str:
+def _delimit(text: str, *, reference: bool = False) -> str:
     """The stated answer, or else the text, as math-verify finds an expression in it."""
     stated = stated_answer(text)
     shown = without_separators(text if stated is None else stated)

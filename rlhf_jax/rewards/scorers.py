@@ -220,7 +220,7 @@ class TextScorers:
         valid, failures, total = np.ones(count, bool), Counter[str](), np.zeros(count)
         for name in self._weights if count else ():
             if name in given:
-                values, faults = _given(given[name], count)
+                values, faults = _check_values(given[name], count)
             elif name == "length":
                 values, faults = np.array(lengths, np.float64), {}
             elif name == "math":
@@ -274,7 +274,7 @@ class TextScorers:
         if name == "regex":
             request = {"prompts": [], "columns": {"pattern": self._pattern}}
         else:
-            request = _described(prompts)
+            request = _make_request(prompts)
         try:
             values, wrong = self._workers[name].call(
                 request | {"responses": [*responses]}, self._seconds
@@ -307,7 +307,7 @@ class TextScorers:
         return values
 
 
-def _described(prompts: Sequence[Prompt]) -> dict[str, Any]:
+def _make_request(prompts: Sequence[Prompt]) -> dict[str, Any]:
     """The arguments of a user's function that describe the prompts."""
     shared = set.intersection(*(set(prompt.meta) for prompt in prompts)).difference(_RESERVED)
     columns = {key: [prompt.meta[key] for prompt in prompts] for key in sorted(shared)}
@@ -346,7 +346,7 @@ def _out_of_range(values: np.ndarray, largest: float) -> dict[int, _Fault]:
     return faults
 
 
-def _given(values: np.ndarray, count: int) -> _Values:
+def _check_values(values: np.ndarray, count: int) -> _Values:
     array = np.asarray(values)
     if array.shape != (count,):
         return _all_wrong(count, "wrong length", f"has shape {array.shape} for {count} responses")

@@ -8,9 +8,9 @@ from rlhf_jax.console import FEW
 
 
 class Ties:
-    """Warns, once, where all that a reward has judged so far are ties.
+    """Warns, once, that a reward has judged nothing but ties so far.
 
-    That is once FEW have been judged, or at `close` if they stay fewer.
+    It does so once FEW answers have been judged, or at `close` if there were fewer.
     """
 
     def __init__(self) -> None:
@@ -19,14 +19,14 @@ class Ties:
         self._said = False
 
     def add(self, what: str, count: int, apart: bool) -> None:
-        """`count` more were judged; `what` says of them that they tie, unless some are `apart`."""
+        """Counts answers that were judged, which `what` calls ties, unless some are `apart`."""
         self._counts[what] = self._counts.get(what, 0) + count
         if apart:
             self._apart.add(what)
         self._say(FEW)
 
     def close(self) -> None:
-        """There will be no more."""
+        """Warns of the ties so far, since there will be no more answers."""
         self._say(2)
 
     def _say(self, least: int) -> None:

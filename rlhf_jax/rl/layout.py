@@ -97,7 +97,7 @@ class Rollout:
     def of(
         prompts: PromptSet, completions: Sequence[Completion], texts: Sequence[str], limit: int
     ) -> Rollout:
-        """What the engine has sampled, T = `limit` tokens at most."""
+        """Makes a rollout of the engine's samples, T = `limit` tokens at most."""
         mask, logprobs = np.zeros((2, len(completions), limit), np.float32)
         for n, completion in enumerate(completions):
             mask[n, : len(completion.tokens)] = 1

@@ -47,7 +47,7 @@ class Truncation:
 
 @dataclass(frozen=True)
 class RolloutOptions(SamplingOptions):
-    """What the policy stage samples in an iteration."""
+    """The samples of an iteration of the policy stage."""
 
     prompts: int = option(64, least=1)  # per iteration
     samples: int = option(1, least=1)  # per prompt
@@ -80,7 +80,7 @@ class RolloutOptions(SamplingOptions):
 
 @dataclass(frozen=True)
 class OnlineRolloutOptions(Truncation, RolloutOptions):
-    """What the online_preference stage samples in an iteration."""
+    """The samples of an iteration of the online_preference stage."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class BestOfNOptions(Truncation, SamplingOptions):
 
 @dataclass(frozen=True)
 class RewardOptions:
-    """What judges answers."""
+    """The judge of answers."""
 
     scorers: str = "model=1"  # see rewards/scorers.py
     # Scores of reward models, by the mean and deviation of their scores of the reference's answers.
@@ -107,7 +107,7 @@ class RewardOptions:
 
 @dataclass(frozen=True)
 class KlOptions:
-    """What distance from the reference costs."""
+    """The cost of distance from the reference."""
 
     # Per nat; where the placement is "none", the KL is measured only.
     coefficient: float = option(0.05, within="[0, inf)")
@@ -153,7 +153,7 @@ class AdvantageOptions:
 
 @dataclass(frozen=True)
 class PolicyOptions:
-    """What is minimised: an objective of losses/policy.py, and terms beside it."""
+    """The loss: an objective of losses/policy.py, and terms beside it."""
 
     name: str = "ppo"  # one of `OBJECTIVES`
     objective: Any = field(default=None, metadata=variants(OBJECTIVES))

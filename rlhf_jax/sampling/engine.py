@@ -41,7 +41,7 @@ class Drawing(NamedTuple):
 
     @staticmethod
     def of(sampling: Sampling, allowed: np.ndarray | None, stop: np.ndarray) -> Drawing:
-        """What of a `Sampling` the compiled code reads, with its masks."""
+        """Returns the part of a `Sampling` that compiled code reads, with its masks."""
         return Drawing(
             float(sampling.temperature) or None,
             *(sampling.top_k, sampling.top_p, sampling.min_p, sampling.repetition_penalty),

@@ -28,7 +28,7 @@ _ROWS = 8  # prompts prefilled, or slots filled, by one call; fewer only if ther
 
 @dataclass(frozen=True)
 class Completion:
-    """What a prompt was completed with.
+    """The completion of a prompt.
 
     Attributes:
       tokens: up to and including the stop token, or the one that completes a stop string.
@@ -146,7 +146,7 @@ class _Decoder:
 
     def run(self, key: jax.Array, prompt_ids: Sequence[int]) -> list[Completion]:
         """All completions, in the order of the requests."""
-        waiting = self._prefilled()
+        waiting = self._prefill()
         completions: dict[_Request, Completion] = {}
         requests = unstarted = len(self.prompts) * self.sampling.samples_per_prompt
         while len(completions) < requests:
@@ -163,7 +163,7 @@ class _Decoder:
             completions.update(self._harvest())
         return [completions[request] for request in sorted(completions)]
 
-    def _prefilled(self) -> Iterator[_Waiting]:
+    def _prefill(self) -> Iterator[_Waiting]:
         """All requests, those of a prompt together; their prompts are prefilled as they are taken.
 
         A batch has one number of rows, and one length, the next power of two to those of its

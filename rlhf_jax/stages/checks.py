@@ -1,4 +1,4 @@
-"""What can be seen to be wrong with a config before hours are spent on the parents.
+"""Finds mistakes in a config before hours are spent on the parents.
 
 A section's own fields are checked as it is made; here stands what several sections or the world
 outside must agree on.

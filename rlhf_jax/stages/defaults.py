@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import config as options
 from rlhf_jax.config import Config, option, others, variants
-from rlhf_jax.data.encode import STRIPPED_POLICIES
+from rlhf_jax.data.encode import check_stripped_turns
 from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.losses.preference import LOSSES
 from rlhf_jax.models.config import Shape
@@ -29,6 +29,7 @@ from rlhf_jax.rl.options import (
     RewardOptions,
     RolloutOptions,
 )
+from rlhf_jax.training.loop import Train
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 SAMPLING = ("policy", "online_preference", "best_of_n")  # which sample and score answers
@@ -36,21 +37,21 @@ SAMPLING = ("policy", "online_preference", "best_of_n")  # which sample and scor
 
 @dataclass(frozen=True)
 class Init:
-    """What the model starts from: "experiments/sft.py[:variant]", or a finished run's directory."""
+    """The start of the model: "experiments/sft.py[:variant]", or a finished run's directory."""
 
     policy: str = ""  # the model that is trained; nowhere: one of the user's, named by a flag
 
 
 @dataclass(frozen=True)
 class JudgedInit(Init):
-    """The same, and what it is compared with."""
+    """The start of the model, and the model it is compared with."""
 
     reward: str = ""  # a model of the same pairs, whose accuracy is shown beside
 
 
 @dataclass(frozen=True)
 class RewardedInit(Init):
-    """The same, and the reward models of the scorer "model"."""
+    """The start of the model, and the reward models of the scorer "model"."""
 
     reward: str = ""  # the first
     # Further ones, of an ensemble: reward_1, reward_2, …
@@ -59,7 +60,7 @@ class RewardedInit(Init):
 
 @dataclass(frozen=True)
 class Data:
-    """What is read. Several sources are mixed by weight: "town=3,notes.jsonl=1".
+    """The data. Several sources are mixed by weight: "town=3,notes.jsonl=1".
 
     A source is a data set ("town", "hh_rlhf/helpful", "gsm8k@test", "town[:50%]"), a JSONL file
     ("notes.jsonl[:1000]"), or one that the package datasets loads ("hf:owner/name").
@@ -103,7 +104,11 @@ class SftData(LabelledData):
     replay: str = ""  # raw text to mix in, its weights beside those of `train`
     # Earlier replies that the chat template strips of their thoughts, or doesn't end: "leave" them
     # untrained, or "expand": each is the last reply of a record of its own.
-    stripped_turns: str = option("leave", choices=STRIPPED_POLICIES)
+    stripped_turns: str = "leave"
+
+    def validate(self) -> None:
+        """Raises UserError for a way to treat such replies that there is not."""
+        check_stripped_turns(self.stripped_turns)
 
 
 @dataclass(frozen=True)
@@ -174,22 +179,6 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Train:
-    """The training loop."""
-
-    steps: int = option(100, least=1)  # updates, or iterations of a stage that samples
-    log_every: int = option(10, least=1)  # steps
-    eval_every: int = option(0, least=0)  # steps; 0: only at the end
-    # Written in the background; a step waits while its state is copied to the host.
-    checkpoint_every: int = option(200, least=1)  # steps
-    # Since the one before; 0: by steps alone.
-    checkpoint_minutes: float = option(5.0, within="[0, inf)")
-    max_skipped: int = option(5, least=1)  # updates in a row that are not finite before it stops
-    tensorboard: bool = True  # also write metrics for TensorBoard
-    wandb: str = ""  # project, to follow the run on Weights & Biases too
-
-
-@dataclass(frozen=True)
 class AveragedTrain(Train):
     """The training loop of a stage that may keep an average."""
 
@@ -224,7 +213,7 @@ class MeshAxes:
 
 @dataclass(frozen=True)
 class NoEvaluation:
-    """Of a stage that has nothing to choose there."""
+    """The evaluation of a stage that has nothing to choose there."""
 
 
 @dataclass(frozen=True)
@@ -240,14 +229,14 @@ class ChatEvaluation:
 
 @dataclass(frozen=True)
 class SampledEvaluation(ChatEvaluation):
-    """The same, and on the way."""
+    """The evaluation at the end, and on the way."""
 
     during: int = option(128, least=0)  # prompts sampled at train.eval_every
 
 
 @dataclass(frozen=True)
 class OnPolicyEvaluation(ChatEvaluation):
-    """The same of stages whose result it is."""
+    """The evaluation at the end and on the way, of stages whose result it is."""
 
     during: int = option(128, least=1)  # prompts sampled at train.eval_every
 
@@ -265,7 +254,7 @@ class BestOfN:
 class OracleOptions:
     """The oracle's rows."""
 
-    rows: str = ""  # names of oracle/rows.py, separated by commas; none: all
+    rows: str = ""  # names of oracle/oracle_rows.py, separated by commas; none: all
     table_steps: int = option(350, least=1)  # of a row whose policy is a table
     transformer_steps: int = option(60, least=1)  # of one whose policy is a transformer
     preference_steps: int = option(600, least=1)  # of a loss on pairs
@@ -302,6 +291,11 @@ STAGES: dict[str, dict[str, type]] = {
     "best_of_n": _SAMPLED | {"data": ChatData, "rollout": BestOfNOptions, "best_of_n": BestOfN},
     "oracle": {"oracle": OracleOptions},
 }
+TRUNCATION = ("rollout.top_k", "rollout.top_p", "rollout.min_p")
+WHOLE = (
+    ": what is trained is the whole distribution, not its truncation, so ratios would not start at "
+    "1; sample with rollout.temperature alone"
+)
 # Fields that were, and what is in their place.
 GONE = {
     "loss.options": "each option is a field now, as --config.loss.clip_low=0.1",
@@ -333,69 +327,58 @@ def _lay(config: ConfigDict, sections: Mapping[str, Mapping[str, Any]]) -> Confi
     return config
 
 
-# What an on-policy algorithm is, as changes to the sections' defaults.
+_TO_GROUP = {"name": "group", "baseline": "mean", "scale": "group"}
+_PER_RESPONSE = {"name": "policy_gradient", "aggregation": "sequence_mean"}
+_IN_LOSS = {"placement": "loss", "estimator": "k3", "level": "token"}
+_NO_KL = {"placement": "none"}
+# What an on-policy algorithm is, as changes to the sections' defaults (KL in the reward).
 ALGORITHMS: dict[str, dict[str, dict[str, Any]]] = {
     # https://arxiv.org/abs/1707.06347, as in https://arxiv.org/abs/1909.08593
-    "ppo": {
-        "advantage": {"name": "gae", "whiten": True},
-        "loss": {"name": "ppo", "aggregation": "token_mean"},
-        "kl": {"placement": "reward", "estimator": "k1"},
-    },
+    "ppo": {"advantage": {"name": "gae", "whiten": True}, "loss": {"name": "ppo"}},
     # https://arxiv.org/abs/2402.03300
     "grpo": {
-        "advantage": {"name": "group", "baseline": "mean", "scale": "group"},
+        "advantage": _TO_GROUP,
         "loss": {"name": "ppo", "aggregation": "sequence_mean_token_mean"},
-        "kl": {"placement": "loss", "estimator": "k3", "level": "token"},
+        "kl": _IN_LOSS,
     },
     # https://arxiv.org/abs/2503.20783
     "dr_grpo": {
         "advantage": {"name": "group", "baseline": "mean", "scale": "none"},
         "loss": {"name": "ppo", "aggregation": "constant"},
-        "kl": {"placement": "loss", "estimator": "k3", "level": "token"},
+        "kl": _IN_LOSS,
     },
     # https://arxiv.org/abs/2503.14476
     "dapo": {
-        "advantage": {"name": "group", "baseline": "mean", "scale": "group"},
-        "loss": {"name": "ppo", "clip_low": 0.2, "clip_high": 0.28, "aggregation": "token_mean"},
-        "kl": {"placement": "none"},
+        "advantage": _TO_GROUP,
+        "loss": {"name": "ppo", "clip_low": 0.2, "clip_high": 0.28},
+        "kl": _NO_KL,
         "rollout": {"filter_zero_std": True, "resample": 2},
     },
     # https://arxiv.org/abs/2402.14740
     "rloo": {
         "advantage": {"name": "group", "baseline": "leave_one_out", "scale": "none"},
-        "loss": {"name": "policy_gradient", "aggregation": "sequence_mean"},
-        "kl": {"placement": "reward", "estimator": "k1"},
+        "loss": _PER_RESPONSE,
     },
     # https://doi.org/10.1007/BF00992696
     "reinforce": {
         "advantage": {"name": "group", "baseline": "none", "scale": "none"},
-        "loss": {"name": "policy_gradient", "aggregation": "sequence_mean"},
-        "kl": {"placement": "reward", "estimator": "k1"},
+        "loss": _PER_RESPONSE,
     },
     # https://arxiv.org/abs/2501.03262
     "reinforce_pp": {
         "advantage": {"name": "reward_to_go", "whiten": True},
-        "loss": {"name": "ppo", "aggregation": "token_mean"},
-        "kl": {"placement": "reward", "estimator": "k1"},
+        "loss": {"name": "ppo"},
     },
     # https://arxiv.org/abs/2310.10505
-    "remax": {
-        "advantage": {"name": "remax"},
-        "loss": {"name": "policy_gradient", "aggregation": "sequence_mean"},
-        "kl": {"placement": "reward", "estimator": "k1"},
-    },
+    "remax": {"advantage": {"name": "remax"}, "loss": _PER_RESPONSE},
     # https://arxiv.org/abs/2507.18071
     "gspo": {
-        "advantage": {"name": "group", "baseline": "mean", "scale": "group"},
+        "advantage": _TO_GROUP,
         "loss": {"name": "gspo", "aggregation": "sequence_mean_token_mean"},
-        "kl": {"placement": "none"},
+        "kl": _NO_KL,
     },
     # https://arxiv.org/abs/2506.13585
-    "cispo": {
-        "advantage": {"name": "group", "baseline": "mean", "scale": "group"},
-        "loss": {"name": "cispo", "aggregation": "token_mean"},
-        "kl": {"placement": "none"},
-    },
+    "cispo": {"advantage": _TO_GROUP, "loss": {"name": "cispo"}, "kl": _NO_KL},
 }
 
 
@@ -486,7 +469,8 @@ def unknown_field(stage: str, name: str) -> str | None:
     if name in GONE:
         return f"there is no {name} any more: {GONE[name]}"
     if readers:
-        return f"the {stage} stage has no {name}; it is read by {', '.join(readers)}"
+        why = WHOLE if stage == "policy" and name in TRUNCATION else ""
+        return f"the {stage} stage has no {name}; it is read by {', '.join(readers)}{why}"
     known = ["seed"]
     for section, kind in STAGES[stage].items():
         known += [f"{section}.{field}" for field in sorted(options.field_names(kind))]

@@ -1,4 +1,4 @@
-"""What a run is made from, beside its config: the contents of its inputs, its parents, its code.
+"""Identifies a run by all it is made from: its config, the contents of its inputs, parents, code.
 
 `made_from.json` of a run directory holds
 
@@ -46,7 +46,7 @@ _SPLITS = {
 
 
 def made_from(config: Config, parents: Mapping[str, Path]) -> dict[str, Any]:
-    """What made_from.json holds for a prepared config and the directories of its parents."""
+    """Returns the contents of made_from.json for a prepared config and the parents' directories."""
     return {
         "version": __version__,
         "commit": commit(),
@@ -74,7 +74,7 @@ def _contents(config: Config) -> dict[str, str]:
 
 
 def _source_digest(source: str, split: str) -> str:
-    """Of what a source holds, whatever part of it is read; "" of one that is made up by code."""
+    """Returns a digest of a whole source, whatever part of it is read; "" if code makes it up."""
     parsed = parse_source(source)
     if parsed.is_file:
         return file_digest(Path(parsed.name))

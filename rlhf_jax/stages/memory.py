@@ -1,4 +1,4 @@
-"""What a run says that memory, the host's or a device's, is not enough for."""
+"""Says what to do where the host's or a device's memory is not enough for a run."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _fields(config: ConfigDict) -> Iterator[str]:
 
 
 def _state(workdir: Path) -> str:
-    """What is kept of the run, and what goes on from it."""
+    """Says which checkpoints of the run are kept, and how to go on from them."""
     steps = [p.name for p in workdir.glob("checkpoints/*") if p.name.isdecimal()]
     if not steps:
         return f"{workdir} has no checkpoint yet: the run begins anew"

@@ -27,8 +27,8 @@ from rlhf_jax.rl.layout import SHORTEST, Rollout
 from rlhf_jax.rl.objectives import shape_scores
 from rlhf_jax.rl.on_policy import minibatches, over_updates, updates_per_iteration
 from rlhf_jax.rl.rollouts import row_multiple, text_rollout
-from rlhf_jax.stages.pairs import CHOSEN, REJECTED
 from rlhf_jax.stages.preference import loss
+from rlhf_jax.stages.preference_rows import CHOSEN, REJECTED
 from rlhf_jax.stages.sampled import (
     evaluate,
     finish,

@@ -34,7 +34,7 @@ from rlhf_jax.losses.reductions import weighted_sum
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import sequence_logprobs
 from rlhf_jax.stages.fit import Evaluated, batches_of, fit
-from rlhf_jax.stages.pairs import CHOSEN, MISMATCHED, REJECTED, pack_preferences
+from rlhf_jax.stages.preference_rows import CHOSEN, MISMATCHED, REJECTED, pack_preferences
 from rlhf_jax.stages.reference_logprobs import reference_logprobs
 from rlhf_jax.stages.start import load_start
 from rlhf_jax.tasks.sources import parse_sources

@@ -1,7 +1,7 @@
 """The reference's log-probs of packed preferences, computed once and kept on disk.
 
-They depend on the model and the data only, so a restart, or a run with another β, finds them. What
-is found is used only if it is whole and of exactly this model, tokenizer, template and data.
+They depend on the model and the data only, so a restart, or a run with another β, finds them. A
+file is used only if it is whole and of exactly this model, tokenizer, template and data.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def reference_logprobs(
 
     Args:
       directory: where `reference` was loaded from.
-      tokens: of a forward pass.
+      tokens: per forward pass.
     """
     key = cache_key(reference, directory, arrays, tokens)
     path = cache_dir() / "reference_logprobs" / f"{key}.npz"
-    found = _read(path, key, arrays["last"].shape)
-    if found is not None:
-        return found
+    cached = _read(path, key, arrays["last"].shape)
+    if cached is not None:
+        return cached
     logprobs = response_logprobs(
         reference.config, reference.params, arrays, tokens, name="reference"
     )
@@ -67,7 +67,7 @@ def cache_key(reference: Model, directory: Path, arrays: Arrays, tokens: int) ->
         "code": code_digest(__name__),
         "weights": fingerprint(directory),
         "adapter": reference.adapter and dataclasses.asdict(reference.adapter),
-        "base": reference.base and (reference.base.fingerprint, reference.base.kept),
+        "base": reference.base and (reference.base.fingerprint, reference.base.form),
         "config": dataclasses.asdict(reference.config),
         "tokenizer": reference.tokenizer.hash,
         "data": packing.fingerprint(arrays),
@@ -77,7 +77,7 @@ def cache_key(reference: Model, directory: Path, arrays: Arrays, tokens: int) ->
 
 
 def _read(path: Path, key: str, shape: tuple[int, ...]) -> np.ndarray | None:
-    """What `_write` wrote, or None."""
+    """Reads what `_write` wrote; None where that is not whole."""
     if not path.exists():
         return None
     try:
@@ -101,7 +101,7 @@ def _write(path: Path, key: str, logprobs: np.ndarray) -> None:
 
 
 def _checksum(key: str, logprobs: np.ndarray) -> str:
-    """Of the numbers, their type and what they are of."""
+    """A digest of the numbers, their type, their shape and the key they are kept under."""
     content = np.ascontiguousarray(logprobs)
     return hashlib.sha256(
         f"{key} {content.dtype.str} {content.shape}\n".encode() + content.tobytes()

@@ -32,7 +32,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import sequence_scores
 from rlhf_jax.rewards.ensemble import normalization_of
 from rlhf_jax.stages.fit import Evaluated, batches_of, fit
-from rlhf_jax.stages.pairs import CHOSEN, REJECTED, pack_labelled, pack_pairs
+from rlhf_jax.stages.preference_rows import CHOSEN, REJECTED, pack_labelled, pack_pairs
 from rlhf_jax.stages.start import load_start
 from rlhf_jax.tasks.sources import parse_sources, read_records
 from rlhf_jax.training.mesh import step_tokens
@@ -83,7 +83,7 @@ def _check_loss(config: Config) -> None:
 
 
 def with_score_head(model: Model, seed: int) -> Model:
-    """The same body under a fresh scalar head."""
+    """Returns the model with a fresh scalar head on its body."""
     shape = dataclasses.replace(model.config, head="scalar")
     head = jax.jit(lambda key: transformer.init(shape, key)["score_head"])(jax.random.key(seed))
     body = {name: value for name, value in model.params.items() if name != "lm_head"}
@@ -145,10 +145,10 @@ def reference_scores(
     rows, _ = pack_groups(groups, -(-longest // 64) * 64, branches=1)
     score = jax.jit(partial(sequence_scores, model.config))
     scores = map_rows(score, model.params, rows, step_tokens(config))
-    found = normalization_of(in_record_order(scores, rows))
+    reference = normalization_of(in_record_order(scores, rows))
     print(
         f"normalization: scores of {len(prompts)} answers of the policy have mean "
-        f"{found.mean:.3f}, std {found.std:.3f}",
+        f"{reference.mean:.3f}, std {reference.std:.3f}",
         flush=True,
     )
-    return found.mean, found.std
+    return reference.mean, reference.std

@@ -44,7 +44,7 @@ def training_prompts(config: Config, policy: Model) -> tuple[PromptSet, Any]:
 
 
 def sampled_tokens(batch: Any, metrics: Mapping[str, Any]) -> int:
-    """What a step of on-policy training counts for its rate."""
+    """Counts the tokens of a step of on-policy training, for its rate."""
     return int(metrics["rollout/tokens"])
 
 
@@ -75,7 +75,7 @@ def finish(
 def first_evaluation(
     config: Config, run: RunDirectory, policy: Model, held_out: PromptSet, judge: Judge
 ) -> dict[str, float]:
-    """That of the model a run starts from; a resumed run whose evaluation is the same reads it."""
+    """Evaluates the model a run starts from; a resumed run with the same evaluation reads it."""
     path = run.path / "before.json"
     kept: dict[str, Any] = {}
     if path.exists():
@@ -155,7 +155,7 @@ def _view(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def report_of(run: Path, evaluations: list[dict[str, float]]) -> dict[str, Any]:
-    """What evaluation.json holds beside tables and plots: frontier, samples over time, tokens."""
+    """Returns the entries of evaluation.json: frontier, samples over time, tokens, plots."""
     lines = [line for _, line in read_lines(run / "timeline.jsonl", _at_step)]
     views = [view for _, view in read_lines(run / "views.jsonl", _view)]
     frontier: dict[str, Any] = {"bound": False}

@@ -93,7 +93,7 @@ def read_records(builder: RecordBuilder, split: str) -> list[Record]:
         tfds.disable_progress_bar()
         files.parent.mkdir(parents=True, exist_ok=True)
         with open(files.parent / ".lock", "w") as lock:
-            while not _locked(lock):
+            while not _try_lock(lock):
                 stop_point()
                 time.sleep(0.1)
             if not files.is_dir():
@@ -110,7 +110,7 @@ def read_records(builder: RecordBuilder, split: str) -> list[Record]:
     return [from_json(kind, example["record"].decode()) for example in examples]
 
 
-def _locked(file: IO) -> bool:
+def _try_lock(file: IO) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

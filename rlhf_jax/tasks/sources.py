@@ -65,8 +65,8 @@ def parse_source(source: str) -> Source:
 def read_records(config: ConfigDict, source: str, kind: str, split: str) -> list[Any]:
     """The records of a source, as records of `kind` (see `records.convert`).
 
-    A source is a JSON, JSONL or Parquet file, with a slice if wanted, or a data set with, as far as
-    wanted, a config, a split of its own in place of `split`, and a slice: "mine.jsonl[:95%]",
+    A source is a JSON, JSONL or Parquet file, which may be sliced, or a data set, which may state a
+    config, a split of its own in place of `split`, and a slice: "mine.jsonl[:95%]",
     "town", "hh_rlhf/helpful", "gsm8k@test", "town[:50%]", "hf:owner/name@train". Several,
     "a.jsonl,b.jsonl", are read one after the other.
     """
@@ -103,13 +103,13 @@ def settle_sources(config: ConfigDict) -> ConfigDict:
     if not config.data.train:
         raise UserError("config: data.train is empty; set --config.data.train=mine.jsonl")
     if not config.data.validation:
-        kept, held_out = [], []
+        trained, held_out = [], []
         for source in config.data.train.split(","):
             name, equals, weight = source.strip().partition("=")
             begin, rest = _hold_out(name)
-            kept.append(begin + equals + weight)
+            trained.append(begin + equals + weight)
             held_out.append(rest)
-        config.data.train, config.data.validation = ",".join(kept), ",".join(held_out)
+        config.data.train, config.data.validation = ",".join(trained), ",".join(held_out)
     if config.eval.get("source") == "":
         config.eval.source = config.data.validation
     return config
@@ -149,21 +149,21 @@ def check_unrendered(
     spelled, rendered = [], 0
     for record in records:
         texts = [text.strip() for text in _texts(record)]
-        found = next((mark for mark in marks if any(mark in text for text in texts)), None)
-        if found is not None:
-            spelled.append((record.id, found))
+        spelt = next((mark for mark in marks if any(mark in text for text in texts)), None)
+        if spelt is not None:
+            spelled.append((record.id, spelt))
             rendered += any(text.startswith(marks) or text.endswith(marks) for text in texts)
     if not spelled:
         return
     name, mark = spelled[0]
-    said = f"{what}: {len(spelled):,} of {len(records):,} records spell what marks turns in a chat "
-    said += f"(first {name!r}: {mark!r})"
+    line = f"{what}: {len(spelled):,} of {len(records):,} records spell what marks turns in a chat "
+    line += f"(first {name!r}: {mark!r})"
     if 2 * rendered > len(records):
         raise UserError(
-            f"{said}: they are rendered already, and would be rendered once more; give the "
+            f"{line}: they are rendered already, and would be rendered once more; give the "
             "messages alone, without the chat template's text"
         )
-    print(f"warning: {said}, which is read and trained as ordinary text", flush=True)
+    print(f"warning: {line}, which is read and trained as ordinary text", flush=True)
 
 
 def _texts(record: Conversation | Pair | Prompt) -> list[str]:

@@ -94,7 +94,7 @@ def stated_answer(text: str) -> str | None:
     text = _reply(text)
     for marker in reversed([*_MARKER.finditer(text)]):
         if marker[0].endswith("{"):
-            return _braced(text, marker.end())
+            return _read_braces(text, marker.end())
         if marker[0].lower() == "<answer>":
             return re.split("</answer>", text[marker.end() :], flags=re.IGNORECASE)[0].strip()
         clause = _CLAUSE.match(text, marker.end())
@@ -134,7 +134,7 @@ def _reply(text: str) -> str:
     return reply if reply.strip() else before
 
 
-def _braced(text: str, start: int) -> str:
+def _read_braces(text: str, start: int) -> str:
     """The text up to the brace that closes one opened just before `start`."""
     depth = 1
     for i in range(start, len(text)):

@@ -1,1 +1,1 @@
-"""What all stages share: mesh, state, step, optimizer, loop, checkpoints, metrics."""
+"""Training, for all stages: mesh, state, step, optimizer, loop, checkpoints, metrics."""

@@ -342,7 +342,7 @@ def seal(path: Path) -> None:
 
 
 def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file, or None.
+    """Says what is wrong with a checkpoint, naming the file; None if nothing is.
 
     Raises:
       UserError: it was written by a newer format of this package.
@@ -423,13 +423,13 @@ def _load(orbax, path: Path, target):
     """Loads the arrays into the tree, onto the devices, of `target`."""
     import orbax.checkpoint as ocp
 
-    wanted = {name: (str(np.dtype(x.dtype)), x.shape) for name, x in named_leaves(target).items()}
+    expected = {name: (str(np.dtype(x.dtype)), x.shape) for name, x in named_leaves(target).items()}
     stored = {n: (d, tuple(s)) for n, (d, s) in _documents(path)[1]["arrays"].items()}
-    for name in {**wanted, **stored}:
-        if wanted.get(name) != stored.get(name):
+    for name in {**expected, **stored}:
+        if expected.get(name) != stored.get(name):
             raise UserError(
                 f"{path} does not fit: {name} is {stored.get(name, 'absent')} there, "
-                f"{wanted.get(name, 'absent')} here"
+                f"{expected.get(name, 'absent')} here"
             )
     here = SingleDeviceSharding(jax.local_devices()[0])
     abstract = {
@@ -451,7 +451,7 @@ def _files(path: Path) -> list[str]:
 
 
 def _bytes(arrays: Mapping[str, Any]) -> int:
-    """What a checkpoint of the arrays takes, about."""
+    """The bytes that a checkpoint of the arrays takes, about."""
     return SMALL_FILES + sum(DESCRIBED + x.nbytes for x in arrays.values())
 
 
@@ -480,7 +480,7 @@ def _unused(path: Path, suffix: str) -> Path:
 
 
 def _environment() -> dict[str, Any]:
-    """What must be the same for a resumed run to be the same bit for bit."""
+    """Whatever must be the same for a resumed run to be the same bit for bit."""
     return {
         "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
         "versions": {name: _version(name) for name in LIBRARIES},

@@ -19,7 +19,7 @@ from rlhf_jax.training.step import make_step, with_constants
 
 @dataclass(frozen=True)
 class Learner:
-    """What trains one model.
+    """A step and a state that train one model.
 
     Attributes:
       step: of `make_step`.
@@ -44,10 +44,11 @@ def make_learner(
     rules: Rules = TRANSFORMER_RULES,
     ema_decay: float = 0.0,
 ) -> Learner:
-    """What trains `params`, under an adapter only that, for so many `updates`.
+    """Returns a learner of `params`, under an adapter of that alone, for so many `updates`.
 
     Args:
-      section: of the config, an optimizer's; config gives batch.microbatches and the seed.
+      config: gives batch.microbatches and the seed.
+      section: the config's section of an optimizer.
       loss_fn: see `make_step`.
     """
     optimizer, schedule = make_optimizer(section, updates)

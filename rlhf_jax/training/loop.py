@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from rlhf_jax.config import option
 from rlhf_jax.errors import NoRoom, Preempted, UserError
 from rlhf_jax.malloc import give_back
 from rlhf_jax.stopping import stop_asked, stop_point
@@ -30,33 +31,22 @@ LARGEST_ADVANTAGE = 1e16
 
 
 @dataclass(frozen=True)
-class LoopOptions:
-    """The fields of a config's section `train` that the loop reads.
+class Train:
+    """The training loop: the section `train` of a config."""
 
-    Attributes:
-      steps: total, counted from the very first.
-      log_every: steps per line of metrics.jsonl.
-      eval_every: steps per evaluation; 0: only the last step is evaluated.
-      checkpoint_every: steps per checkpoint.
-      checkpoint_minutes: minutes per checkpoint; 0: by steps alone.
-      keep_last: how many checkpoints are kept.
-      max_skipped: consecutive skipped updates that end the run.
-      tensorboard: whether TensorBoard files are written too.
-      wandb: W&B project to log to as well, "" for none.
-    """
-
-    steps: int
-    log_every: int = 10
-    eval_every: int = 0
-    checkpoint_every: int = 500
-    checkpoint_minutes: float = 0.0
-    keep_last: int = 2
-    max_skipped: int = 10
-    tensorboard: bool = True
-    wandb: str = ""
+    steps: int = option(100, least=1)  # updates, or iterations of a stage that samples
+    log_every: int = option(10, least=1)  # steps
+    eval_every: int = option(0, least=0)  # steps; 0: only at the end
+    # Written in the background; a step waits while its state is copied to the host.
+    checkpoint_every: int = option(200, least=1)  # steps
+    # Since the one before; 0: by steps alone.
+    checkpoint_minutes: float = option(5.0, within="[0, inf)")
+    max_skipped: int = option(5, least=1)  # updates in a row that are not finite before it stops
+    tensorboard: bool = True  # also write metrics for TensorBoard
+    wandb: str = ""  # project, to follow the run on Weights & Biases too
 
 
-def is_evaluated(options: LoopOptions, step: int) -> bool:
+def is_evaluated(options: Train, step: int) -> bool:
     """Whether the loop evaluates the state after that step."""
     return step == options.steps or (options.eval_every > 0 and step % options.eval_every == 0)
 
@@ -79,7 +69,7 @@ class Loop:
     interrupted is done again.
 
     Attributes:
-      options: `LoopOptions`, or a config's section with these fields.
+      options: of the training loop.
       run: the held run directory.
       step: from `make_step`, or another that returns (state, metrics). A step that is several
         updates says how many as train/updates; val/… are its critic's metrics.
@@ -90,7 +80,7 @@ class Loop:
       tokenizer_hash: kept in the checkpoints and compared on resume.
     """
 
-    options: LoopOptions
+    options: Train
     run: RunDirectory
     step: Callable
     batches: Any
@@ -116,9 +106,8 @@ class Loop:
             or model.
         """
         options, path = self.options, self.run.path
-        self._compiled = _watched(self.step)
-        checkpoints = Checkpoints(path / "checkpoints", keep_last=options.keep_last)
-        with closing(checkpoints) as self._checkpoints:
+        self._guard = _Guard(self.step)
+        with closing(Checkpoints(path / "checkpoints")) as self._checkpoints:
             self._state, done, means, unwritten = self._resume(state)
             writer = MetricsWriter(
                 path,
@@ -150,7 +139,9 @@ class Loop:
                 batch = next(self.batches, None)
             if batch is None:
                 raise UserError(f"the data ended after {number - 1} of {options.steps} steps")
-            self._state, metrics = self._compiled(self._state, shard_batch(self.mesh, batch))
+            rows = shard_batch(self.mesh, batch)
+            with self._guard.around(rows):
+                self._state, metrics = self.step(self._state, rows)
         if first:
             give_back()  # what compiling took
         fault_point("step", number)
@@ -210,7 +201,7 @@ class Loop:
         self._log.write(number, evaluated)
 
     def _meta(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the state, for `_resume`."""
+        """The document that a checkpoint keeps beside the state, for `_resume`."""
         return {
             "means": self._log.means.state(),
             "unwritten": list(self._log.writer.unwritten),
@@ -340,25 +331,29 @@ def _cause(values: Mapping[str, float], model: str, moved: float, rows: Mapping[
     return f"{text}. {look}"
 
 
-def _watched(step: Any) -> Callable:
-    """The same step, if it is one compiled function: it may move nothing between host and device.
+class _Guard:
+    """Sees to it that a step, if it is one compiled function, moves nothing and compiles once.
 
-    State and batch are there already, so an implicit transfer is a mistake, and an error. A second
-    compilation for a batch of the same shapes prints a warning.
+    State and batch are on the device already, so an implicit transfer is a mistake, and an error. A
+    second compilation for a batch of the same shapes prints a warning.
     """
-    compiled = getattr(step, "func", step)  # under a partial
-    if not hasattr(compiled, "_cache_size"):  # not one function, but a Python one of several
-        return step
-    seen: set[tuple] = set()
 
-    def watched(state, batch):
-        before = compiled._cache_size()
+    def __init__(self, step: Any):
+        compiled = getattr(step, "func", step)  # under a partial
+        # None: the step is not one function, but a Python one of several.
+        self._cache_size: Callable[[], int] | None = getattr(compiled, "_cache_size", None)
+        self._seen: set[tuple] = set()
+
+    @contextmanager
+    def around(self, batch: Mapping[str, jax.Array]) -> Iterator[None]:
+        """Guards a step on that batch, which is taken inside."""
+        if self._cache_size is None:
+            yield
+            return
+        before = self._cache_size()
         with jax.transfer_guard("disallow"):
-            result = step(state, batch)
+            yield
         shapes = tuple((name, x.shape, str(x.dtype)) for name, x in sorted(batch.items()))
-        if shapes in seen and compiled._cache_size() > before:
+        if shapes in self._seen and self._cache_size() > before:
             print(f"warning: the step was compiled again for batch shapes {shapes}", flush=True)
-        seen.add(shapes)
-        return result
-
-    return watched
+        self._seen.add(shapes)

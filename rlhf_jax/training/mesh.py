@@ -80,7 +80,7 @@ def shardings(mesh: Mesh, tree, rules: Rules = TRANSFORMER_RULES):
 def sharding(
     mesh: Mesh, name: str, shape: tuple[int, ...], rules: Rules = TRANSFORMER_RULES
 ) -> NamedSharding:
-    """That of one array by its "/"-joined name; see `shardings`."""
+    """The sharding of one array by its "/"-joined name; see `shardings`."""
     return NamedSharding(mesh, _spec(mesh, name, shape, rules))
 
 

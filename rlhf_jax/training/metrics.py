@@ -43,23 +43,23 @@ class Metrics(dict[str, Any]):
 
     @classmethod
     def of(cls, values: Mapping[str, Any], weights: Mapping[str, Any]) -> Metrics:
-        """With their weights, by the same names."""
+        """Metrics of a step on the device, from values and weights by name."""
         rows = [[*values.values()], [weights.get(name, 1) for name in values]]
         return cls(values, jnp.array(rows, jnp.float32))
 
     @classmethod
     def of_pairs(cls, pairs: Mapping[str, tuple[float, float]]) -> Metrics:
-        """Of (value, weight) by name, on the host."""
+        """Metrics on the host, from (value, weight) by name."""
         packed = np.array([*pairs.values()], np.float32).reshape(-1, 2).T
         return cls(dict(zip(pairs, packed[0], strict=True)), packed)
 
     def tree_flatten(self) -> tuple[tuple[list[Any], Any], tuple[str, ...]]:
-        """(children, names) for JAX."""
+        """Takes apart for JAX: (children, names)."""
         return ([*self.values()], self.packed), tuple(self)
 
     @classmethod
     def tree_unflatten(cls, names: tuple[str, ...], children: Any) -> Metrics:
-        """For JAX."""
+        """Puts together for JAX what `tree_flatten` took apart."""
         values, packed = children
         return cls(dict(zip(names, values, strict=True)), packed)
 

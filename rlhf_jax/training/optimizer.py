@@ -27,7 +27,7 @@ MUON_RMS = 0.2  # root mean square of Muon's updates before the learning rate; A
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """What an optimizer is made from.
+    """The options of an optimizer.
 
     It is "adamw", "adafactor" (no parameter scaling, so learning rates mean what they mean for
     Adam), "lion", or "muon" (for the kernels under layers/, Adam for the rest). Weight decay is

@@ -1,4 +1,4 @@
-"""What a run is made from, compared: its config, and the rest that decides its result."""
+"""Comparing what two runs are made from: their configs, and the rest that decides a result."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def config_hash(config: Mapping[str, Any], made_from: Mapping[str, Any]) -> str:
 
 
 def tell_changes(changed: Mapping[str, tuple[Any, Any]], limit: int = 5) -> str:
-    """What differs, in one line: a config's fields with their values, then files by name."""
+    """Says in one line what differs: a config's fields with their values, then files by name."""
     texts: dict[str, list[str]] = {"": [], "contents": [], "parents": [], "code": []}
     follows = []  # from another difference, unless the older run recorded nothing
     for name, (before, after) in changed.items():

@@ -46,14 +46,14 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside is not training."""
+        """Takes the time spent inside out of the training time."""
         start = time.monotonic()
         yield
         self._paused += time.monotonic() - start
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """What happens inside is waiting for data."""
+        """Counts the time spent inside as waiting for data."""
         start = time.monotonic()
         yield
         self._waited += time.monotonic() - start

@@ -49,12 +49,12 @@ _READ = (".json", ".jinja", ".safetensors")  # suffixes of a Hugging Face direct
 class Base:
     """The weights of a directory, which are never changed; models under adapters may share them.
 
-    `kept` is the form in which they are held: see `AdapterConfig.base`.
+    `form` says how they are held: see `AdapterConfig.base`.
     """
 
     directory: Path
     fingerprint: str
-    kept: str
+    form: str
     mesh: Mesh | None
     params: Any
 
@@ -205,27 +205,27 @@ def as_trainable(model: Model, adapter: AdapterConfig, seed: int) -> Model:
     return dataclasses.replace(model, params=merge(model.params), adapter=None, base=None)
 
 
-def _share_base(directory: Path, kept: str, mesh: Mesh | None, load: Callable[[], Any]) -> Base:
+def _share_base(directory: Path, form: str, mesh: Mesh | None, load: Callable[[], Any]) -> Base:
     """The weights that `load` reads of a directory, once while any model of them is alive."""
-    now, key = fingerprint(directory), (str(directory), kept, mesh)
+    now, key = fingerprint(directory), (str(directory), form, mesh)
     base = _bases.get(key)
     if base is None or base.fingerprint != now or base.released:
-        base = Base(directory, now, kept, mesh, load())
+        base = Base(directory, now, form, mesh, load())
         _bases[key] = base
     return base
 
 
-def _load_base(directory: Path, kept: str, mesh: Mesh | None) -> Base:
-    """The weights of a directory, its layers' kernels in the form that `kept` names."""
-    if kept == "float32":
+def _load_base(directory: Path, form: str, mesh: Mesh | None) -> Base:
+    """The weights of a directory, its layers' kernels in the form that `form` names."""
+    if form == "float32":
         base = load_model(directory, mesh=mesh).base
         assert base is not None
         return base
 
     def load() -> Any:
-        return placed(mesh, quantize(load_model(directory, mesh=mesh).params, kept))
+        return placed(mesh, quantize(load_model(directory, mesh=mesh).params, form))
 
-    return _share_base(directory, kept, mesh, load)
+    return _share_base(directory, form, mesh, load)
 
 
 def is_hub_directory(path: str | os.PathLike[str]) -> bool:

@@ -87,10 +87,8 @@ def make_step(
         g = Σ ∇total / Σ weight,   g ← g · min(1, max_grad_norm / ‖g‖)
 
     A metric that `metrics.meaning` takes for a largest, a least or a count, which comes as
-    (value, 1), is that of all microbatches. A loss that is no such sum returns a `Coupled`.
-
-    If `loss_fn` returns a third thing, a tree of arrays [rows, …], the step returns it too, for all
-    rows of the batch.
+    (value, 1), is that of all microbatches. A loss that is no such sum returns a `Coupled`. A third
+    thing, a tree of arrays [rows, …], is returned by the step too, for all rows of the batch.
 
     Args:
       loss_fn: sees the rows of one microbatch. `rng` is fold_in(seed, step), the same for every
@@ -105,25 +103,26 @@ def make_step(
       frozen: parameters that the state lacks and `loss_fn` sees beside its own, as `lora.split`
         gives them; on a mesh already where they belong.
       schedule: learning rate by number of applied updates, only to report it.
-      seed: of `rng`.
     """
 
     def step(state: TrainState, batch, frozen=None):
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         places = None if mesh is None else shardings(mesh, state, rules)
         batch = _constrain(batch, mesh and batch_sharding(mesh))
-        evaluate = partial(_evaluate, loss_fn, frozen, rng)
-        gradient, (loss, sums), extra = _accumulate(
-            evaluate, state.params, batch, microbatches, mesh
-        )
+        _check_rows(batch, microbatches, batch_shards(mesh))
+        objective = _make_objective(loss_fn, frozen, rng)
+        if microbatches == 1:
+            gradient, aux = jax.grad(objective, has_aux=True)(state.params, batch)
+        else:
+            gradient, aux = _accumulate(objective, state.params, batch, microbatches, mesh)
+        (total, weight), sums, extra = aux
+        loss = _float32((total, weight))
         gradient = _constrain(gradient, places and places.params)
         new, norms = _update(optimizer, state, gradient, loss, max_grad_norm, ema_decay)
-        new = _constrain(new, places)
-        means, weights = _divide(sums)
-        metrics = means | norms
         if schedule is not None:
-            metrics["train/learning_rate"] = schedule(state.step - state.skipped)
-        return new, Metrics.of(metrics, weights), *extra
+            norms["train/learning_rate"] = schedule(state.step - state.skipped)
+        means, weights = _divide({"loss": loss} | sums)
+        return _constrain(new, places), Metrics.of(means | norms, weights), *extra
 
     compiled = jax.jit(step, donate_argnums=0, compiler_options=overlapping(mesh) or None)
     return partial(compiled, frozen=frozen) if frozen else compiled
@@ -134,14 +133,29 @@ def _constrain(tree, places):
     return tree if places is None else jax.lax.with_sharding_constraint(tree, places)
 
 
-def _evaluate(loss_fn: Callable, frozen: Any, rng: jax.Array, params: Any, batch: Any) -> tuple:
-    """(the loss, its metrics, extra arrays) of some rows."""
-    loss, metrics, *extra = loss_fn(combine(params, frozen) if frozen else params, batch, rng)
-    return loss if isinstance(loss, Coupled) else _float32(loss), _float32(metrics), extra
+def _check_rows(batch, microbatches: int, shards: int) -> None:
+    rows = len(jax.tree.leaves(batch)[0])
+    if rows % (microbatches * shards):
+        raise UserError(
+            f"a batch of {rows} rows does not split into {microbatches} microbatches over {shards} "
+            f"devices; make it a multiple of {microbatches * shards}"
+        )
+
+
+def _make_objective(loss_fn: Callable, frozen: Any, rng: jax.Array) -> Callable:
+    """(params, rows) → (total, (loss, sums of metrics, extra arrays)), for `jax.grad`."""
+
+    def objective(params, rows):
+        whole = combine(params, frozen) if frozen else params
+        loss, metrics, *extra = loss_fn(whole, rows, rng)
+        sums = _float32(tuple(loss))
+        return sums[0], (loss if isinstance(loss, Coupled) else sums, _float32(metrics), extra)
+
+    return objective
 
 
 def with_constants(loss_fn: Callable, patterns: Sequence[str]) -> Callable:
-    """The same loss, to which parameters of matching names are constants.
+    """Returns the loss with parameters of matching names as constants.
 
     They have no backward pass and no share in the gradient's norm.
 
@@ -213,51 +227,33 @@ def _update(
     return TrainState(state.step + 1, params, opt_state, average, skipped, consecutive), metrics
 
 
-def _accumulate(evaluate, params, batch, microbatches: int, mesh: Mesh | None):
-    """(∇total, ((total, weight), sums of metrics), extra arrays of every row) of the batch.
+def _accumulate(objective: Callable, params, batch, microbatches: int, mesh: Mesh | None):
+    """(∇total, ((total, weight), sums of metrics, extra arrays)) of one part after the other.
 
-    `evaluate(params, part)` is the loss of a part, its metrics and its extra arrays.
+    `objective(params, part)` is the total of a part and, beside it, the same three things.
     """
-    rows, shards = len(jax.tree.leaves(batch)[0]), batch_shards(mesh)
-    if rows % (microbatches * shards):
-        raise UserError(
-            f"a batch of {rows} rows does not split into {microbatches} microbatches over {shards} "
-            f"devices; make it a multiple of {microbatches * shards}"
-        )
-    if microbatches > 1:
-        return _accumulate_parts(evaluate, params, batch, microbatches, mesh)
-
-    def objective(params):
-        loss, metrics, extra = evaluate(params, batch)
-        sums = _float32(tuple(loss))
-        return sums[0], ((sums, _named(sums, metrics)), extra)
-
-    gradient, (sums, extra) = jax.grad(objective, has_aux=True)(params)
-    return gradient, sums, extra
-
-
-def _accumulate_parts(evaluate, params, batch, microbatches: int, mesh: Mesh | None):
-    """`_accumulate` of one part after the other."""
     place = mesh and NamedSharding(mesh, P(None, BATCH_AXES))
     parts = _constrain(_split(batch, microbatches), place)
     first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts)
-    loss, metrics, _ = jax.eval_shape(evaluate, params, first)
+    _, (loss, metrics, _) = jax.eval_shape(objective, params, first)
     finish = loss.finish if isinstance(loss, Coupled) else None
     pulls = None  # of coupled values: ∂total/∂value, which each part's values are pulled by
     if finish is not None:
-        _, values = jax.lax.scan(lambda _, x: (None, evaluate(params, x)[0].values), None, parts)
+        values = jax.lax.map(lambda part: objective(params, part)[1][0].values, parts)
         pull = jax.grad(lambda values: finish(values, batch)[0][0])(_join(values))
         pulls = _split(pull, microbatches)
 
-    def add(carry, part):
-        def objective(params):
-            loss, metrics, extra = evaluate(params, part[0])
+    def add(carry, part_and_pull):
+        part, pull = part_and_pull
+
+        def contribution(params):
+            total, (loss, metrics, extra) = objective(params, part)
             if finish is None:
-                return loss[0], (loss, metrics, (None, extra))
-            shares = jax.tree.map(lambda x, pull: jnp.sum(x * pull), loss.values, part[1])
+                return total, (loss, metrics, (None, extra))
+            shares = jax.tree.map(lambda x, pull: jnp.sum(x * pull), loss.values, pull)
             return sum(jax.tree.leaves(shares)), (None, metrics, (loss.values, extra))
 
-        gradient, (loss, metrics, extra) = jax.grad(objective, has_aux=True)(params)
+        gradient, (loss, metrics, extra) = jax.grad(contribution, has_aux=True)(params)
         gradients, sums, before = carry
         gradients, sums = jax.tree.map(jnp.add, (gradients, sums), (gradient, loss))
         return (gradients, sums, {k: merged(k, before[k], x) for k, x in metrics.items()}), extra
@@ -269,7 +265,7 @@ def _accumulate_parts(evaluate, params, batch, microbatches: int, mesh: Mesh | N
     if finish is not None:
         sums, more = _float32(finish(values, batch))
         metrics |= more
-    return gradient, (sums, _named(sums, metrics)), extra
+    return gradient, (sums, metrics, extra)
 
 
 def _split(tree, parts: int):
@@ -284,18 +280,14 @@ def _join(tree):
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
-def _named(loss, metrics):
-    """The loss and the metrics by name, in an order that is always the same."""
-    return dict(sorted(({"loss": loss} | metrics).items()))
-
-
 def _float32(sums):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), sums)
 
 
 def _divide(sums: dict[str, tuple[jax.Array, jax.Array]]) -> tuple[dict[str, jax.Array], ...]:
-    """(total / weight of each, 0 where the weight is 0; the weights)."""
-    named = {name if "/" in name else f"train/{name}": pair for name, pair in sums.items()}
+    """(total / weight of each, 0 where the weight is 0; the weights), always in the same order."""
+    pairs = sorted(sums.items())
+    named = {name if "/" in name else f"train/{name}": pair for name, pair in pairs}
     means = {
         name: jnp.where(weight == 0, 0.0, total / jnp.where(weight == 0, 1.0, weight))
         for name, (total, weight) in named.items()

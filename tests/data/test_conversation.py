@@ -9,7 +9,6 @@ import pytest
 
 from rlhf_jax.data.conversation import render_prompt, render_replies
 from rlhf_jax.data.records import Message
-from rlhf_jax.data.template import Template
 from rlhf_jax.data.tokenizer import (
     ASSISTANT,
     BOS,
@@ -21,6 +20,7 @@ from rlhf_jax.data.tokenizer import (
     train_chars,
 )
 from rlhf_jax.errors import UserError
+from rlhf_jax.hub.template import Template
 from tests.rendered import render_conversation
 
 TOKENIZER = train_bpe(["hello there, how are you 12"], 270)
@@ -73,14 +73,6 @@ def test_tool_calls_are_text_of_the_turn_that_makes_them():
         [m.to_json() | {"tools": None} for m in CALLING], tools=TOOLS
     )
     assert rendered == TOKENIZER.decode(tokens, control=True)
-
-
-def test_last_turn_only():
-    turns = messages("u:hello", "a:hi", "u:you", "a:12")
-    _, every = render_conversation(turns, TOKENIZER)
-    _, last = render_conversation(turns, TOKENIZER, last_turn_only=True)
-    assert sum(every) == sum(len(reply_tokens(t)) for t in ("hi", "12"))
-    assert sum(last) == len(reply_tokens("12")) == sum(last[-sum(last) :])
 
 
 def test_random_conversations():

@@ -448,6 +448,12 @@ def test_errors_name_the_forms_and_the_knob(tmp_path):
     for kind in ("conversation", "pair", "preference", "prompt"):
         with pytest.raises(UserError, match=r"ShareGPT.*Alpaca.*data\.columns.*max_bad_fraction"):
             read_jsonl(write(tmp_path, {"nothing": "known"}), kind)
+    for history in (True, [["hi"]]):
+        with pytest.raises(UserError, match=r"bad format: 'history' must be a list"):
+            fields = {"instruction": "hi", "output": "yo", "history": history}
+            read_jsonl(write(tmp_path, fields), "conversation")
+    with pytest.raises(UserError, match=r"missing key: .*; found \{'conversations', 'system'\}"):
+        read_jsonl(write(tmp_path, share_gpt(("human", "hi"), system="be")), "pair")
     with pytest.raises(UserError, match=r"bad format: conversations\[0\] must have 'from'"):
         read_jsonl(write(tmp_path, {"conversations": [{"value": "x"}]}), "conversation")
     asked, reply = {"from": "human", "value": "hi", "weight": 0}, {"from": "gpt", "value": "yo"}

@@ -21,7 +21,7 @@ from rlhf_jax.hub.hub_tokenizer import HubTokenizer
 from rlhf_jax.hub.tokenizer_settings import TokenizerSettings
 from rlhf_jax.models import PRESETS
 from rlhf_jax.rl import rollouts
-from rlhf_jax.stages import defaults, pairs, preflight, sft, start
+from rlhf_jax.stages import defaults, preference_rows, preflight, sft, start
 from rlhf_jax.tasks import sources
 from rlhf_jax.training.saved_model import Model
 from tests.hub.test_hub_tokenizer import TEXT, tokenizers
@@ -103,6 +103,7 @@ def packed(rows, example):
 
 def settings(**more):
     data = {"row_length": 2048, "over_long": "error", "max_bad_fraction": 0.0}
+    data["columns"] = ""
     return ConfigDict({"data": data, "loss": {"name": "kto"}} | more)
 
 
@@ -134,7 +135,9 @@ def test_a_prompt_and_its_reply_are_the_conversation_everywhere(rendering, tmp_p
     path.write_text("\n".join(map(json.dumps, lines)))
     # Most replies here spell what marks turns, but begin and end otherwise.
     for mismatched in (False, True):
-        rows = pairs.pack_preferences(settings(), str(path), "train", ours, mismatched=mismatched)
+        rows = preference_rows.pack_preferences(
+            settings(), str(path), "train", ours, mismatched=mismatched
+        )
         for i, (prompt, reply) in enumerate(wanted):
             found, replies = packed(rows, i)
             assert (found, replies[0]) == (prompt, reply)
@@ -152,7 +155,7 @@ def test_kto_of_pairs_renders_the_other_reply_after_this_prompt(bare, tmp_path):
     ]
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
-    rows = pairs.pack_preferences(settings(), str(path), "train", ours, mismatched=True)
+    rows = preference_rows.pack_preferences(settings(), str(path), "train", ours, mismatched=True)
     _, replies = packed(rows, 0)
     assert [spelled(ours, reply) for reply in replies] == [
         "<think>\n0\n</think>\n\n0<|im_end|>",
@@ -339,8 +342,8 @@ def test_rendered_records_are_counted_or_refused(bare, capsys):
     "read",
     [
         lambda path, ours: sft._pack(settings(), path, "train", ours),
-        lambda path, ours: pairs.pack_pairs(settings(), path, "train", ours),
-        lambda path, ours: pairs.pack_labelled(settings(), path, "train", ours),
+        lambda path, ours: preference_rows.pack_pairs(settings(), path, "train", ours),
+        lambda path, ours: preference_rows.pack_labelled(settings(), path, "train", ours),
         lambda path, ours: rollouts.read_prompts(
             settings(rollout={"max_prompt_tokens": 9}), ours, path, "train"
         ),

@@ -9,9 +9,9 @@ import pytest
 
 from rlhf_jax.data.conversation import render_prompt
 from rlhf_jax.data.records import Message
-from rlhf_jax.data.template import Template
 from rlhf_jax.errors import UserError
 from rlhf_jax.hub.chat_formats import TEMPLATES, WITH_TOOLS
+from rlhf_jax.hub.template import Template
 from tests.hub.test_hub_tokenizer import calling, write
 from tests.rendered import render_conversation
 

@@ -12,8 +12,8 @@ import shutil
 import jax
 import pytest
 
-from rlhf_jax.data import template
 from rlhf_jax.errors import UserError
+from rlhf_jax.hub import template
 from rlhf_jax.hub.hf_weights import write_weights
 from rlhf_jax.models import PRESETS, init
 from rlhf_jax.training.saved_model import load_model

@@ -18,6 +18,7 @@ from rlhf_jax.errors import Preempted, UserError
 from rlhf_jax.rewards.scorers import TextScorers
 from rlhf_jax.rewards.worker import Worker
 from rlhf_jax.stopping import listening
+from tests.processes import is_gone
 
 PROMPTS = [
     Prompt("first", (Message("system", "Be kind."), Message("user", "Hi?")), {"answer": "2"}),
@@ -152,19 +153,6 @@ def file(tmp_path_factory):
 
 def run(scorers):
     return scorers.score(PROMPTS, RESPONSES, lengths=[2, 2])
-
-
-def is_gone(pid: int) -> bool:
-    """Whether a process has ended; a killed grandchild waits for init, which may not reap it."""
-    for _ in range(50):
-        try:
-            with open(f"/proc/{pid}/stat") as stat:
-                if stat.read().rpartition(")")[2].split()[0] == "Z":
-                    return True
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        time.sleep(0.1)
-    return False
 
 
 @pytest.mark.parametrize(

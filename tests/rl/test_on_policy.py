@@ -66,7 +66,7 @@ def trainer_of(config, task, start, **options):
     value = None
     if task.values is not None:
         value = {"table": jnp.zeros((world.PROMPTS, len(world.PREFIXES)))}
-    return make_trainer(config, task, start, value, **options)
+    return make_trainer(defaults.resolve(config), task, start, value, **options)
 
 
 def steps(config, task, start, count, **options):
@@ -377,13 +377,13 @@ def test_the_controller_moves_towards_its_target():
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
-        ("rollout", {"top_p": 0.9}, "rollout.top_p = 0.9: what is trained is the whole"),
-        ("rollout", {"top_k": 5}, "rollout.top_k = 5"),
+        ("rollout", {"top_p": 0.9}, "no rollout.top_p; .*: what is trained is the whole"),
+        ("rollout", {"top_k": 5}, "the policy stage has no rollout.top_k"),
         ("rollout", {"samples": 1}, "a baseline over the samples of a prompt needs two"),
         ("kl", {"placement": "loss", "estimator": "k1"}, "would regularise nothing"),
         ("kl", {"placement": "rewards"}, "kl.placement must be one of"),
-        ("loss", {"name": "pppo"}, "unknown .* 'pppo'"),
-        ("loss", {"options": "clip_hihg=1"}, "clip_hihg"),
+        ("loss", {"name": "pppo"}, "'pppo' is unknown"),
+        ("loss", {"clip_hihg": 1}, "no loss.clip_hihg; did you mean loss.clip_high"),
         ("loss", {"aggregation": "mean"}, "loss.aggregation must be one of token_mean"),
         ("advantage", {"name": "gea"}, "advantage.name must be one of gae"),
     ],
@@ -392,10 +392,10 @@ def test_mistakes_are_found_before_anything_runs(section, values, message):
     config = defaults.on_policy(
         "grpo", rollout={"samples": 8}, train={"epochs": 2, "minibatches": 2}
     )
-    check_objective(config)
+    check_objective(defaults.resolve(config))
     config[section].update(values)
     with pytest.raises(UserError, match=message):
-        check_objective(config)
+        check_objective(defaults.resolve(config))
 
 
 @pytest.mark.parametrize("algorithm", sorted(defaults.ALGORITHMS))
@@ -405,7 +405,7 @@ def test_every_algorithm_is_a_valid_config_and_lowers_regret(algorithm):
     row = Row(algorithm, {"rollout": {"samples": each}, "kl": in_reward}, regret=0.2)
     config = load_config(ORACLE)
     config.oracle.table_steps = 40
-    check_objective(make_row_config(row, config))
+    check_objective(defaults.resolve(make_row_config(row, config)))
     outcome = train_policy(row, config)
     assert outcome.regret < 0.2  # 0.370 before
     assert "measured" not in judge(row, outcome)

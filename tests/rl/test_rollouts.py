@@ -46,8 +46,10 @@ def rolled_out(monkeypatch, groups, *, greedy=None, algorithm="dapo", prompts=1,
     monkeypatch.setattr(rollouts, "sample_answers", sample)
     options = {"max_prompt_tokens": 8, "max_new_tokens": LIMIT, "samples": len(groups[0])}
     options |= {"prompts": prompts, "filter_zero_std": True, "resample": len(groups) // prompts - 1}
-    config = defaults.on_policy(
-        algorithm, data={"row_length": 64}, batch={"rows": 1}, rollout=options | rollout
+    config = defaults.resolve(
+        defaults.on_policy(
+            algorithm, data={"row_length": 64}, batch={"rows": 1}, rollout=options | rollout
+        )
     )
     prompts = PromptSet([None] * len(groups), [[1, 3, n] for n in range(len(groups))])
     found = text_rollout(config, None, prompts, np.arange(len(groups)), Judge(), None, 0)

@@ -24,7 +24,7 @@ from rlhf_jax.rl.rollouts import sample_answers, text_rollout
 from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.stages import best_of_n, chain, checks, defaults
 from rlhf_jax.stages.online_preference import pack_best_and_worst
-from rlhf_jax.stages.pairs import CHOSEN, REJECTED
+from rlhf_jax.stages.preference_rows import CHOSEN, REJECTED
 from rlhf_jax.stages.reward import loss as reward_loss
 from rlhf_jax.tasks import sources
 from rlhf_jax.tasks.prompts import PromptSet
@@ -45,8 +45,9 @@ RUNS = {
     "online_preference": ["online"],
     "best_of_n": ["best_of_n"],
 }
-# Read before a stage runs: by `chain`, and by `settle_sources` where eval.source is empty.
-BEFORE = {"stage", "init.policy", "init.reward", "data.validation"}
+# Read before a stage runs: by `chain`; by `resolve`, which chooses the loss; by `settle_sources`
+# where eval.source is empty.
+BEFORE = {"stage", "loss.name", "init.policy", "init.reward", "data.validation"}
 
 
 @pytest.fixture
@@ -182,8 +183,8 @@ def every_section():
 
 def test_fields_are_few():
     fields = {stage: set(leaves(defaults.fields_of(stage))) for stage in defaults.STAGES}
-    assert len(set().union(*fields.values())) <= 121
-    assert len(fields["policy"]) <= 79
+    assert len(set().union(*fields.values())) <= 120
+    assert len(fields["policy"]) <= 78
 
 
 @pytest.mark.parametrize("kind", sorted(every_section(), key=lambda kind: kind.__name__))

@@ -360,7 +360,7 @@ def test_a_truncated_distribution_is_refused_before_the_parents_run(experiments,
         "--config.rollout.top_p=0.9",
     )
     assert result.returncode == 2
-    assert "rollout.top_p = 0.9" in result.stderr
+    assert "the policy stage has no rollout.top_p" in result.stderr
     assert not (tmp_path / "runs/sft").exists()
 
 

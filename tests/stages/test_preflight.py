@@ -11,15 +11,16 @@ from rlhf_jax.data.records import Conversation, Message, Pair, Prompt
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.evaluation.statistics import auc, wilson_interval
 from rlhf_jax.stages import defaults
-from rlhf_jax.stages.pairs import pack_preferences, read_preferences
+from rlhf_jax.stages.preference_rows import pack_preferences, read_preferences
 from rlhf_jax.stages.preflight import (
-    _typical,
-    decoded_runs,
-    encode,
+    choose_example,
+    decode_stretches,
+    encode_judged,
+    encode_prompts,
+    encode_whole,
     measure,
     show,
     show_example,
-    with_mismatched,
 )
 from tests.stages.conftest import run_main
 
@@ -31,9 +32,12 @@ def user(text):
 
 
 def measured(records, limit, judged, *, mismatched=False):
-    encoded = [encode(record, TOKENIZER, judged=judged) for record in records]
-    if mismatched:
-        encoded = with_mismatched(records, encoded, TOKENIZER, limit, "error")
+    if judged:
+        encoded = encode_judged(records, TOKENIZER, limit, "error", mismatched=mismatched)
+    elif isinstance(records[0], Prompt):
+        encoded = encode_prompts(records, TOKENIZER)
+    else:
+        encoded, _ = encode_whole(records, TOKENIZER)
     return measure(records, records, encoded, limit, judged=judged)
 
 
@@ -95,7 +99,7 @@ def test_what_is_printed(monkeypatch):
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     out = io.StringIO()
     show("mine.jsonl", measured(PAIRS, 20, True), "over data.row_length = 20: dropped", file=out)
-    show_example(encode(PAIRS[0], TOKENIZER, judged=True), TOKENIZER, file=out)
+    show_example(encode_judged(PAIRS[:1], TOKENIZER, 64, "error")[0], TOKENIZER, file=out)
     text = " ".join(out.getvalue().replace("\u00a0", " ").split())
     for expected in (
         "mine.jsonl: 5 of 5 records",
@@ -118,25 +122,29 @@ def test_what_is_shown_of_kto_is_what_is_packed(tmp_path, paired):
     config = defaults.base("preference", data=data, loss={"name": "kto"})
     rows = pack_preferences(config, str(path), "train", TOKENIZER, mismatched=True)
     records = read_preferences(config, str(path), "train")
-    encoded = [encode(record, TOKENIZER, judged=True) for record in records]
-    for i, each in enumerate(with_mismatched(records, encoded, TOKENIZER, 64, "drop")):
+    encoded = encode_judged(records, TOKENIZER, 64, "drop", mismatched=True)
+    for i, each in enumerate(encoded):
         (row,), (place,) = (rows["example_ids"] == i).nonzero()
-        assert each.tokens == rows["tokens"][row][rows["segment_ids"][row] == place + 1].tolist()
-        assert sum(each.is_target) == rows["lengths"][row, place, :-1].sum()
-        assert len(each.is_target) == len(each.tokens)
+        tokens = [token for part in each.values() for token in part.tokens]
+        assert tokens == rows["tokens"][row][rows["segment_ids"][row] == place + 1].tolist()
+        targets = [target for part in each.values() for target in part.is_target]
+        assert sum(targets) == rows["lengths"][row, place, :-1].sum()
+        assert len(targets) == len(tokens)
 
 
 def test_the_example_is_one_that_is_read():
-    encoded = [encode(record, TOKENIZER, judged=True) for record in PAIRS[2:]]
+    encoded = encode_judged(PAIRS[2:], TOKENIZER, 64, "error")
     # Of 17, 21 and 16 tokens; the second one is left out.
-    assert _typical(encoded, 64) is encoded[0] and _typical(encoded[1:], 64) is encoded[2]
-    assert _typical(encoded, 16) is encoded[2] and _typical(encoded[1:2], 64) is encoded[1]
+    assert choose_example(encoded, 64) is encoded[0]
+    assert choose_example(encoded[1:], 64) is encoded[2]
+    assert choose_example(encoded, 16) is encoded[2]
+    assert choose_example(encoded[1:2], 64) is encoded[1]
 
 
 def test_every_stretch_is_marked():
     turns = (*user("a"), Message("assistant", "b"), *user("c"), Message("assistant", "d"))
-    runs = decoded_runs(encode(Conversation("0", turns), TOKENIZER, judged=False), TOKENIZER)
-    assert runs == [
+    (encoded,), _ = encode_whole([Conversation("0", turns)], TOKENIZER)
+    assert decode_stretches(encoded, TOKENIZER) == [
         ("<|bos|><|user|> a<|end|><|assistant|>", False),
         (" b<|end|>", True),
         ("<|user|> c<|end|><|assistant|>", False),

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from rlhf_jax.config import document
 from rlhf_jax.data.packing import Group, pack_groups
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.evaluation.row_passes import response_logprobs
@@ -206,10 +207,11 @@ def dpo(tmp_path, parent, name, beta, *, rank=0, **train):
         batch={"rows": 8},
         adapter={"rank": rank},
         train={"steps": 2, "log_every": 1, "tensorboard": False} | train,
-        loss={"name": "sigmoid", "beta": beta, "options": "", "sft_coefficient": 0.0},
+        loss={"name": "sigmoid", "beta": beta, "sft_coefficient": 0.0},
         eval=defaults.chat_evaluation(source=str(prompts), count=2, max_new_tokens=4),
     )
-    with RunDirectory(tmp_path / name, config) as run:
+    config = defaults.resolve(config)
+    with RunDirectory(tmp_path / name, document(config)) as run:
         return preference.run(config, run, {"policy": parent})
 
 

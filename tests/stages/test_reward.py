@@ -16,7 +16,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.pair_scores import label_metrics
 from rlhf_jax.evaluation.row_passes import in_record_order
 from rlhf_jax.stages import defaults
-from rlhf_jax.stages.pairs import pack_labelled
+from rlhf_jax.stages.preference_rows import pack_labelled
 from rlhf_jax.stages.reward import run as run_stage
 from rlhf_jax.training.checkpoint import load_params, save_params
 from rlhf_jax.training.saved_model import load_model
@@ -106,6 +106,7 @@ def tokenizer():
 
 def settings(row_length=64, over_long="error"):
     data = {"row_length": row_length, "over_long": over_long, "max_bad_fraction": 0.0}
+    data["columns"] = ""
     return ConfigDict({"data": data})
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from rlhf_jax.errors import EXIT_RESUMABLE, EXIT_USER, Preempted, UserError
 from rlhf_jax.training.checkpoint import save_params
-from rlhf_jax.training.loop import Loop, LoopOptions
+from rlhf_jax.training.loop import Loop, Train
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.rundir import RunDirectory
 from rlhf_jax.training.state import init_state
@@ -83,9 +83,7 @@ def main(workdir: str, *changes: str) -> None:
             (total, weight), _ = evaluate(state.ema_params)
             return {"eval/loss": float(total / weight)}
 
-        options = LoopOptions(
-            **config["train"], eval_every=5, tensorboard="TENSORBOARD" in os.environ
-        )
+        options = Train(**config["train"], eval_every=5, tensorboard="TENSORBOARD" in os.environ)
         batches = model.Batches(alter)
         loop = Loop(options, run, step, batches, evaluation, tokenizer_hash="town")
         state, _ = loop.train(state)

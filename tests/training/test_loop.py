@@ -42,9 +42,8 @@ def start(run, state, step, batches, evaluation=lambda state: {}, **options):
     """`Loop.train` of options that are all named alike."""
     own = ("mesh", "clock", "tokenizer_hash")
     others = {name: options.pop(name) for name in own if name in options}
-    return loop.Loop(loop.LoopOptions(**options), run, step, batches, evaluation, **others).train(
-        state
-    )
+    section = loop.Train(**{"checkpoint_minutes": 0.0} | options)
+    return loop.Loop(section, run, step, batches, evaluation, **others).train(state)
 
 
 def test_lines_hold_means_since_the_line_before_and_evaluations(tmp_path):
@@ -332,12 +331,20 @@ def test_another_tokenizer_is_a_user_error(tmp_path):
 
 
 def test_a_recompilation_for_known_shapes_is_reported(capsys):
-    step = loop._watched(jax.jit(lambda state, batch: (state, batch["x"].sum())))
+    step = jax.jit(lambda state, batch: (state, batch["x"].sum()))
+    guard = loop._Guard(step)
+
+    def take(state, batch):
+        batch = jax.device_put(batch)
+        with guard.around(batch):
+            step(state, batch)
+
     narrow, wide = {"x": np.zeros(3, np.float32)}, {"x": np.zeros(4, np.float32)}
+    short, long = jnp.zeros(2), jnp.zeros(3)
     for batch in (narrow, wide, narrow, wide):
-        step(jnp.zeros(2), jax.device_put(batch))
+        take(short, batch)
     assert capsys.readouterr().out == ""
-    step(jnp.zeros(3), jax.device_put(narrow))
+    take(long, narrow)
     assert "compiled again for batch shapes (('x', (3,), 'float32'),)" in capsys.readouterr().out
 
 

@@ -73,8 +73,9 @@ def all_logits_loss(params, batch, rng):
 
 
 def dpo_config(**settings):
-    loss = {"name": "sigmoid", "beta": 0.1, "options": "", "sft_coefficient": 0.5}
-    return defaults.base("preference", loss=loss, batch={"microbatches": 1}, **settings)
+    loss = {"name": "sigmoid", "beta": 0.1, "sft_coefficient": 0.5}
+    config = defaults.base("preference", loss=loss, batch={"microbatches": 1}, **settings)
+    return defaults.resolve(config)
 
 
 def language_step(loss_fn):
@@ -103,7 +104,8 @@ def policy_step():
         exact_kl=None,
         dtype="float32",
     )
-    config = defaults.on_policy("grpo", train={"steps": 10, "epochs": 1, "minibatches": 1})
+    train = {"steps": 10, "epochs": 1, "minibatches": 1}
+    config = defaults.resolve(defaults.on_policy("grpo", train=train))
     start = init(SHAPE, jax.random.key(0))
     learner = on_policy.make_trainer(config, task, start).policy
     by_token = jnp.zeros((ROWS, SHARE, ANSWER))

@@ -94,8 +94,8 @@ def linear(shape, params, batch):
 
 def preference_losses(names):
     def loss(name, params, batch, rng):
-        options = {"name": name, "beta": 0.5, "options": "", "sft_coefficient": 0.3}
-        config = defaults.base("preference", loss=options)
+        options = {"name": name, "beta": 0.5, "sft_coefficient": 0.3}
+        config = defaults.resolve(defaults.base("preference", loss=options))
         return preference.loss(config, None, params, batch, rng)
 
     return {name: functools.partial(loss, name) for name in names}
@@ -104,7 +104,8 @@ def preference_losses(names):
 def reward_losses():
     def loss(name, params, batch, rng):
         centering = 0.1 if name == "bradley_terry" else 0.0
-        config = defaults.base("reward", loss={"name": name, "centering": centering})
+        loss = {"name": name, "centering": centering}
+        config = defaults.resolve(defaults.base("reward", loss=loss))
         return reward.loss(config, None, params, batch, rng)
 
     def ranking(params, batch, rng):
@@ -173,10 +174,11 @@ def policy_losses():
     def loss(changes, mixed, scored, params, batch, rng):
         config = defaults.on_policy(
             "grpo",
-            loss={"entropy_coefficient": 0.1, "ptx_coefficient": 0.5, "options": ""} | changes,
+            loss={"entropy_coefficient": 0.1, "ptx_coefficient": 0.5} | changes,
             kl={"placement": "loss", "estimator": "k3", "level": "token"},
         )
         task = Task(None, statistics, extra_loss=texts if mixed else None)
+        config = defaults.resolve(config)
         objective = config.loss.objective
         if not scored:
             batch = {name: x for name, x in batch.items() if name != "old_logprobs"}
@@ -197,6 +199,7 @@ def value_losses():
     def loss(clip, params, batch, rng):
         config = defaults.on_policy("ppo")
         config.critic.value_clip = clip
+        config = defaults.resolve(config)
         return on_policy.value_loss(config, Task(None, None, values), params, batch, rng)
 
     return {f"clip {clip}": functools.partial(loss, clip) for clip in (0.0, 0.2)}
@@ -273,8 +276,8 @@ def test_ktos_reference_point_is_that_of_the_whole_batch(microbatches, replies):
     by_hand = (1 / (1 + np.exp(-gains))).sum(0).mean()
     np.testing.assert_allclose([point, by_hand], [9.459253, 0.978184], atol=1e-5)
 
-    options = {"name": "kto", "beta": 0.1, "options": "", "sft_coefficient": 0.0}
-    config = defaults.base("preference", loss=options)
+    options = {"name": "kto", "beta": 0.1, "sft_coefficient": 0.0}
+    config = defaults.resolve(defaults.base("preference", loss=options))
     optimizer = optax.sgd(1.0)
     loss = functools.partial(preference.loss, config, SHAPE)
     step = make_step(loss, optimizer, microbatches=microbatches)
@@ -294,9 +297,8 @@ def test_texts_are_mixed_in_by_their_mean_over_the_whole_batch(microbatches):
         sums, metrics = mix(parts, batch)
         return Coupled(sums, parts, mix), metrics
 
-    mix = functools.partial(
-        on_policy._mixed, defaults.on_policy("ppo", loss={"ptx_coefficient": 0.5})
-    )
+    config = defaults.resolve(defaults.on_policy("ppo", loss={"ptx_coefficient": 0.5}))
+    mix = functools.partial(on_policy._mixed, config)
     batch = {"x": [2, 9, 6, 9], "w": [1, 0, 3, 0], "text": [1, 9, 9, 7], "words": [5, 0, 0, 1]}
     optimizer = optax.sgd(1.0)
     step = make_step(loss, optimizer, microbatches=microbatches)

@@ -220,7 +220,7 @@ def _correct(reply: _Reply, expected: Expectation) -> float:
         return 0.0
     if not expected.open and not _permitted(expected).issuperset(mentions):
         return 0.0
-    return float(all(_asserted(reply, group, expected) for group in expected.required))
+    return float(all(_asserts(reply, group, expected) for group in expected.required))
 
 
 @lru_cache(maxsize=65536)
@@ -231,7 +231,7 @@ def _permitted(expected: Expectation) -> frozenset[str]:
     return frozenset(expected.allowed).union(*inside)
 
 
-def _asserted(reply: _Reply, group: Sequence[str], expected: Expectation) -> bool:
+def _asserts(reply: _Reply, group: Sequence[str], expected: Expectation) -> bool:
     """Whether one of the phrases is said, and never with a doubt or as a question."""
     saying = [sentence for sentence in reply.sentences if _holds(sentence, group)]
     doubtful = any(not DOUBT.isdisjoint(sentence.split()) for sentence in saying)

@@ -126,7 +126,7 @@ class Subject:
 
     @cached_property
     def pronoun_slots(self) -> dict[str, str]:
-        """The same of a person, for a sentence after one that names the person."""
+        """The slots for a sentence after one that names the person."""
         return self.slots | {"who": self.slots["she"], "whose": self.slots["her"]}
 
 

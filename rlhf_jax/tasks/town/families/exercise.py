@@ -35,7 +35,7 @@ class Expectation:
     max_words: int = 14
 
     def dumps(self) -> str:
-        """As a JSON string, to travel in a record's `meta`; `loads` is the inverse."""
+        """Returns a JSON string, to travel in a record's `meta`; `loads` is the inverse."""
         return json.dumps(vars(self), sort_keys=True)
 
 

@@ -147,11 +147,11 @@ def _labelled_rows(
                 f"record {record.id!r} has {group.size} tokens{beside}, more than a row of "
                 f'{length}; raise data.row_length or set data.over_long to "drop"'
             )
-    kept = [group for group in groups if group.size <= length]
-    dropped = len(groups) - len(kept)
-    if not kept:
+    fitting = [group for group in groups if group.size <= length]
+    dropped = len(groups) - len(fitting)
+    if not fitting:
         raise UserError(f"no examples of {what} are left: {dropped} were over-long")
-    rows, packing = pack_groups(kept, length, branches=2 if mismatched else 1)
+    rows, packing = pack_groups(fitting, length, branches=2 if mismatched else 1)
     labels = np.where(rows["valid"] > 0, by_record[rows["example_ids"]], 0)
     counts = {"records": len(records), "dropped": dropped, "truncated": 0}
     counts["keeps_95"] = length_of_share([group.size for group in groups])
