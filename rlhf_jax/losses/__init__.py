@@ -35,8 +35,8 @@ from rlhf_jax.losses.preference import (
     preference_loss,
     unpaired_kto,
 )
-from rlhf_jax.losses.reductions import Reduction, add, mean, segment_logprobs, weighted_sum
-from rlhf_jax.losses.reward import bradley_terry, plackett_luce, pointwise_logistic
+from rlhf_jax.losses.reductions import Reduction, mean, segment_logprobs, weighted_sum
+from rlhf_jax.losses.reward import bradley_terry, pointwise_logistic
 from rlhf_jax.losses.shaping import (
     ESTIMATORS,
     adaptive_coefficient,
@@ -59,7 +59,6 @@ __all__ = [
     "TokenStatistics",
     "Tokens",
     "adaptive_coefficient",
-    "add",
     "aggregate",
     "bradley_terry",
     "check_policy_options",
@@ -75,7 +74,6 @@ __all__ = [
     "mean",
     "missing_eos",
     "overlong_penalty",
-    "plackett_luce",
     "pointwise_logistic",
     "policy_loss",
     "policy_options",

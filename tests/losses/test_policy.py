@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 from rlhf_jax.losses import (
     AGGREGATIONS,
     OBJECTIVES,
-    add,
     aggregate,
     check_policy_options,
     importance_weights,
@@ -242,7 +241,7 @@ def test_parts_add_up(reference_results, transformation):
         split = [jitted_everything(*(x[i] for x in parts)) for i in range(4)]
         outputs = {name: split[0][name][0] for name in OBJECTIVES}
         for part in split[1:]:
-            outputs = add(outputs, {name: part[name][0] for name in OBJECTIVES})
+            outputs = jax.tree.map(jnp.add, outputs, {name: part[name][0] for name in OBJECTIVES})
         gradients = {
             name: jnp.concatenate([part[name][1] for part in split]) for name in OBJECTIVES
         }
@@ -419,7 +418,7 @@ def test_value_loss_of_parts_adds_up():
             )
 
         whole = run(slice(None))
-        parts = add(run(slice(0, 4)), run(slice(4, 8)))
+        parts = jax.tree.map(jnp.add, run(slice(0, 4)), run(slice(4, 8)))
         for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5)
 

@@ -17,7 +17,7 @@ import pytest
 
 from rlhf_jax.data.packing import Group, pack_groups
 from rlhf_jax.evaluation.rows import response_logprobs
-from rlhf_jax.losses import AGGREGATIONS, LOSSES, OBJECTIVES, plackett_luce, weighted_sum
+from rlhf_jax.losses import AGGREGATIONS, LOSSES, OBJECTIVES, weighted_sum
 from rlhf_jax.losses.cross_entropy import TokenStatistics, cross_entropy
 from rlhf_jax.models import transformer
 from rlhf_jax.models.config import ModelConfig
@@ -104,12 +104,7 @@ def reward_losses():
         config = defaults.base("reward", loss={"name": name, "centering": centering})
         return reward.loss(config, None, params, batch, rng)
 
-    def ranking(params, batch, rng):
-        scores = linear(None, params, batch).reshape(-1, 3)
-        return plackett_luce(scores, batch["valid"].reshape(-1))
-
-    losses = {name: functools.partial(loss, name) for name in reward.LOSSES}
-    return losses | {"plackett_luce": ranking}
+    return {name: functools.partial(loss, name) for name in reward.LOSSES}
 
 
 # Language-model, policy and value losses, of logits that are linear in hidden states.
