@@ -210,6 +210,7 @@ def decode(size: Size, found: dict[str, float]) -> Iterator[Line]:
     import jax
 
     from rlhf_jax.models import init
+    from rlhf_jax.sampling.arguments import Sampling
     from rlhf_jax.sampling.generate import generate
 
     shape, config = size.shape, model_config(size)
@@ -220,15 +221,8 @@ def decode(size: Size, found: dict[str, float]) -> Iterator[Line]:
 
         def seconds(new: int, prompts=prompts, batch=batch) -> float:
             begun = time.perf_counter()
-            made = generate(
-                config,
-                params,
-                prompts,
-                max_new_tokens=new,
-                seed=next(seeds),
-                batch_size=batch,
-                cache_length=size.prompt + size.new,
-            )
+            sampling = Sampling(new, batch_size=batch, cache_length=size.prompt + size.new)
+            made = generate(config, params, prompts, sampling, seed=next(seeds))
             assert sum(len(each.tokens) for each in made) == batch * new
             return time.perf_counter() - begun
 
@@ -255,10 +249,12 @@ def grpo(size: Size, found: dict[str, float]) -> Iterator[Line]:
     from rlhf_jax.data.records import Message, Prompt
     from rlhf_jax.models import init
     from rlhf_jax.models.scoring import target_statistics
-    from rlhf_jax.rl.on_policy import Rollouts, Task, make_iteration
+    from rlhf_jax.rl.layout import Rollout, pack_rows
+    from rlhf_jax.rl.on_policy import Task, first_state, iterate, make_trainer
+    from rlhf_jax.sampling.arguments import Sampling
     from rlhf_jax.sampling.generate import generate
     from rlhf_jax.stages import defaults
-    from rlhf_jax.stages.rollouts import PromptSet, Samples, pack_samples, padded
+    from rlhf_jax.tasks.prompts import PromptSet
 
     share = max(1, size.group // 2)
     length = size.question + share * size.answer
@@ -275,49 +271,44 @@ def grpo(size: Size, found: dict[str, float]) -> Iterator[Line]:
     model = model_config(size, max_length=max(2 * size.shape.context, length))
     questions = work.full_rows(64 * size.groups, size.shape)[:, : size.question].tolist()
 
-    def rollout(params: Any, batch: Any, number: int) -> Rollouts:
+    sampling = Sampling(
+        size.answer,
+        samples_per_prompt=size.group,
+        batch_size=size.groups * size.group,
+        cache_length=size.question + size.answer,
+    )
+    records = [Prompt(str(i), (Message("user", ""),)) for i in range(size.groups)]
+
+    def rollout(params: Any, batch: Any, number: int) -> Rollout:
         asked = questions[number % 64 * size.groups :][: size.groups]
-        made = generate(
-            model,
-            params,
-            asked,
-            max_new_tokens=size.answer,
-            seed=number,
-            samples_per_prompt=size.group,
-            batch_size=size.groups * size.group,
-            cache_length=size.question + size.answer,
-        )
-        records = [Prompt(str(i), (Message("user", ""),)) for i in range(size.groups)]
-        rows = pack_samples(
-            Samples(PromptSet(records, asked), made, [""] * len(made)),
+        made = generate(model, params, asked, sampling, seed=number)
+        drawn = Rollout.of(PromptSet(records, asked), made, [""] * len(made), size.answer)
+        rows = pack_rows(
+            drawn,
             row_length=length,
             max_prompt=size.question,
-            max_new=size.answer,
             multiple=rows_each,
             shortest=size.answer,
         )
-        return Rollouts(
-            rows=rows,
-            mask=padded([np.ones(len(c.tokens)) for c in made], size.answer),
-            logprobs=padded([c.logprobs for c in made], size.answer),
+        return dataclasses.replace(
+            drawn,
             scores=np.array([variety(c.tokens) for c in made]),
             weights=np.ones(len(made), np.float32),
-            finished=np.ones(len(made), bool),
             greedy_scores=np.zeros(size.groups),
-            metrics={},
-            version=number,
+            finished=np.ones(len(made), bool),
+            rows=rows,
         )
 
     def statistics(params: Any, rows: Any) -> Any:
         return target_statistics(model, params, rows)
 
     task = Task(rollout=rollout, statistics=statistics, dtype="bfloat16")
-    iteration = make_iteration(config, task, init(model, jax.random.key(0)))
-    state = iteration.init()
+    trainer = make_trainer(defaults.resolve(config), task, init(model, jax.random.key(0)))
+    state = first_state(trainer)
     times = []
     for number in range(size.repeats + 1):
         begun = time.perf_counter()
-        state, metrics = iteration.step(state, {"row_ids": np.arange(size.groups)})
+        state, metrics, _ = iterate(trainer, state, {"row_ids": np.arange(size.groups)})
         jax.block_until_ready((state, metrics))
         if number:
             times.append(time.perf_counter() - begun)

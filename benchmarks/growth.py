@@ -203,7 +203,7 @@ def training_flops(point: Point) -> float:
 
 def draw(results: dict[str, list[Result]]) -> str:
     """The figure as SVG: time a token, and what of the processor that uses, by doublings."""
-    from rlhf_jax.report.figure import LINES, figure, label_axes, legend, tick
+    from rlhf_jax.report.figure import LINES, add_legend, format_tick, label_axes, open_axes
 
     series = {
         name: [
@@ -219,19 +219,19 @@ def draw(results: dict[str, list[Result]]) -> str:
     rows = [(name, *point) for name, each in series.items() for point in each]
     header = ("series", "doublings", "time a token, relative", "GFLOP/s")
     title = "A training step as work grows"
-    with figure(title, header, rows, "", 4.6, panels=(1, 1), width=5.6) as (panels, done):
+    with open_axes(title, header, rows, 4.6, panels=(1, 1), width=5.6) as (panels, done):
         for color, (name, each) in zip(LINES, series.items(), strict=False):
             x, relative, rate = zip(*each, strict=True)
             first = results[name][0].point.x
             panels[0].plot(x, relative, "-o", color=color, label=f"{SERIES[name][0]}, from {first}")
             panels[1].plot(x, rate, "-o", color=color)
         panels[0].set_yscale("log", base=2)
-        panels[0].yaxis.set_major_formatter(lambda value, _: tick(value))
+        panels[0].yaxis.set_major_formatter(lambda value, _: format_tick(value))
         panels[1].set_ylim(bottom=0)
         panels[1].xaxis.get_major_locator().set_params(integer=True)
         label_axes(panels[0], "", "time a token, relative")
         label_axes(panels[1], "doublings", "GFLOP/s")
-        legend(panels[0])
+        add_legend(panels[0])
     svg = done().svg.replace("currentColor", "#1f2328")
     return svg.replace('style="', 'style="background: white; ', 1)
 

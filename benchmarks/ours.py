@@ -17,22 +17,26 @@ from ml_collections import ConfigDict
 from benchmarks import work
 from benchmarks.worker import Turns, serve
 from rlhf_jax.cache import keep_compilations
-from rlhf_jax.data.hub_tokenizer import HubTokenizer
 from rlhf_jax.data.packing import Document, Group, pack_documents, pack_groups
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.devices import split_cores
-from rlhf_jax.losses.preference import preference_loss
+from rlhf_jax.hub.hub_tokenizer import HubTokenizer
+from rlhf_jax.hub.tokenizer_settings import TokenizerSettings
+from rlhf_jax.losses.preference import Sigmoid, preference_loss
 from rlhf_jax.losses.reward import bradley_terry
 from rlhf_jax.malloc import give_back
 from rlhf_jax.models import ModelConfig, init
 from rlhf_jax.models.scoring import sequence_logprobs, sequence_scores, target_cross_entropy
-from rlhf_jax.rl.on_policy import make_iteration
+from rlhf_jax.rl.judge import Judge
+from rlhf_jax.rl.on_policy import first_state, iterate, make_trainer
+from rlhf_jax.rl.rollouts import text_task
+from rlhf_jax.sampling.arguments import Sampling
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.stages import defaults
 from rlhf_jax.stages.policy import critic_params
-from rlhf_jax.stages.rollouts import Judge, PromptSet, text_task
-from rlhf_jax.training.model import Model, save_model
+from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.training.optimizer import OptimizerConfig, make_optimizer
+from rlhf_jax.training.saved_model import Model, save_model
 from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_step
 
@@ -147,7 +151,7 @@ def dpo_loss(config: ModelConfig, beta: float) -> Callable:
         theirs = batch["reference"].reshape(-1, 2)
         lengths = batch["lengths"].reshape(-1, 2)
         return preference_loss(
-            "sigmoid",
+            Sigmoid(beta),
             policy[:, 0],
             policy[:, 1],
             theirs[:, 0],
@@ -155,7 +159,6 @@ def dpo_loss(config: ModelConfig, beta: float) -> Callable:
             chosen_lengths=lengths[:, 0],
             rejected_lengths=lengths[:, 1],
             weights=batch["valid"].reshape(-1),
-            beta=beta,
         )
 
     return loss_fn
@@ -189,17 +192,10 @@ def generation(shape: work.Shape, *, batch: int = 1, **changes) -> Round:
     config = model_config(shape, **changes)
     params = init(config, jax.random.key(0))
     prompts = work.full_rows(batch, shape)[:, : work.PROMPT].tolist()
-    seeds = itertools.count()
+    seeds, sampling = itertools.count(), Sampling(work.GENERATED, batch_size=batch)
 
     def round_() -> float:
-        found = generate(
-            config,
-            params,
-            prompts,
-            max_new_tokens=work.GENERATED,
-            seed=next(seeds),
-            batch_size=batch,
-        )
+        found = generate(config, params, prompts, sampling, seed=next(seeds))
         return float(sum(len(completion.tokens) for completion in found))
 
     return round_
@@ -208,7 +204,7 @@ def generation(shape: work.Shape, *, batch: int = 1, **changes) -> Round:
 def start_of(shape: work.Shape, **changes) -> Model:
     """A policy as it starts. Its answers are of full length, as the peer's."""
     config = model_config(shape, **changes)
-    tokenizer = HubTokenizer(work.tokenizer_json(shape), bos="<s>", eos="</s>")
+    tokenizer = HubTokenizer(work.tokenizer_json(shape), TokenizerSettings("</s>", "<s>"))
     assert tokenizer.hash  # kept, as its file has it, before no id ends a reply any more
     tokenizer.ends = ()
     return Model(config, init(config, jax.random.key(0)), tokenizer)
@@ -221,13 +217,13 @@ def on_policy(shape: work.Shape, config: ConfigDict, policy: Model, judge: Judge
     words = [policy.tokenizer.decode(row) for row in rows]
     records = [Prompt(str(i), (Message("user", text),)) for i, text in enumerate(words)]
     task = text_task(config, policy, PromptSet(records, rows.tolist()), judge, None)
-    iteration = make_iteration(config, task, policy.params, critic_params(config, policy, judge))
-    state = iteration.init()
+    trainer = make_trainer(config, task, policy.params, critic_params(config, policy, judge))
+    state = first_state(trainer)
     order = itertools.cycle(np.arange(len(rows), dtype=np.int32).reshape(-1, each))
 
     def round_() -> float:
         nonlocal state
-        state, metrics = iteration.step(state, {"row_ids": next(order)})
+        state, metrics, _ = iterate(trainer, state, {"row_ids": next(order)})
         assert metrics["rollout/tokens"] == each * config.rollout.samples * work.ANSWER
         return 1.0
 
@@ -253,8 +249,8 @@ def grpo(shape: work.Shape, **changes) -> Round:
         kl={"coefficient": 0.04},
         optimizer={"learning_rate": 1e-6, "schedule": "constant"},
     )
-    policy = start_of(shape, **changes)
-    return on_policy(shape, config, policy, Judge(config, {}, policy))
+    options, policy = defaults.resolve(config), start_of(shape, **changes)
+    return on_policy(shape, options, policy, Judge(options, {}, policy))
 
 
 def ppo(shape: work.Shape, **changes) -> Round:
@@ -274,7 +270,8 @@ def ppo(shape: work.Shape, **changes) -> Round:
     scorer = model_config(shape, head="scalar", **changes)
     folder = Path(tempfile.mkdtemp())
     save_model(folder, Model(scorer, init(scorer, jax.random.key(1)), policy.tokenizer))
-    return on_policy(shape, config, policy, Judge(config, {"reward": folder}, policy))
+    options = defaults.resolve(config)
+    return on_policy(shape, options, policy, Judge(options, {"reward": folder}, policy))
 
 
 WORKS: dict[str, Callable[..., Round]] = {

@@ -26,12 +26,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.data.tokenizer import Tokenizer, train_bpe
+from rlhf_jax.data.tokenizer import OwnTokenizer, train_bpe
 from rlhf_jax.export import export
 from rlhf_jax.hub.hf_config import read_config
 from rlhf_jax.models import apply, init, logits
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.training.model import Model, save_model
+from rlhf_jax.training.saved_model import Model, save_model
 
 CLOSE = 5e-3  # nats; llama.cpp's tables of GELU are in half precision
 LENGTHS = (8, 24, 60)
@@ -112,7 +112,9 @@ def random_params(config: ModelConfig) -> Any:
     return jax.tree.unflatten(structure, moved)
 
 
-def make(folder: Path, family: str, variant: str, tokenizer: Tokenizer) -> tuple[Path, np.ndarray]:
+def make(
+    folder: Path, family: str, variant: str, tokenizer: OwnTokenizer
+) -> tuple[Path, np.ndarray]:
     """(the exported directory, our log-probs [lengths, vocabulary])."""
     folder.mkdir()
     config = model_config(family, variant, tokenizer.vocab_size, folder)

@@ -25,9 +25,7 @@ def get_config(variant="town"):
                 data={"train": "imdb/prompt", "validation": "imdb/prompt"},
                 rollout={"max_prompt_tokens": 48, "max_new_tokens": 64},
                 best_of_n={"samples": 64, "n": 16, "prompts": 400},
-                eval=defaults.chat_evaluation(
-                    source="imdb/prompt", count=64, gold=False, during=96
-                ),
+                eval=defaults.chat_evaluation(source="imdb/prompt", count=64, during=96),
             )
     raise UserError(
         f"experiments/best_of_n.py has no variant {variant!r}; there are: town, sentiment"

@@ -50,7 +50,7 @@ def get_config(variant="town"):
                 # Per token: a sum over long, uneven replies mostly learns their length.
                 loss={"name": "sigmoid_norm", "beta": 5.0},
                 train={"steps": 60},
-                eval=defaults.chat_evaluation(source=pairs, count=64, gold=False),
+                eval=defaults.chat_evaluation(source=pairs, count=64),
             )
         case "own":
             return dpo(

@@ -67,7 +67,7 @@ def get_config(variant="grpo"):
             },
             reward={"scorers": "number=1"},
             train={"steps": 12, "eval_every": 4},
-            eval=defaults.chat_evaluation(source="gsm8k/prompt@test", count=64, gold=False)
+            eval=defaults.chat_evaluation(source="gsm8k/prompt@test", count=64)
             | {"max_new_tokens": 128},
         )
     if variant == "own":

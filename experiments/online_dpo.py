@@ -26,7 +26,7 @@ def get_config(variant="town"):
                     "max_prompt_tokens": 48,
                     "max_new_tokens": 64,
                 },
-                eval=defaults.chat_evaluation(source="imdb/prompt", count=64, gold=False),
+                eval=defaults.chat_evaluation(source="imdb/prompt", count=64),
             )
     raise UserError(
         f"experiments/online_dpo.py has no variant {variant!r}; there are: town, sentiment"

@@ -76,7 +76,7 @@ def get_config(variant="town"):
                 rollout=defaults.OWN_ROLLOUT | {"prompts": 64},
                 batch={"rows": 4},
                 optimizer=defaults.TUNING | {"learning_rate": 1e-6},
-                critic={"learning_rate": 1e-5, "warmup_steps": 10},
+                critic={"learning_rate": 1e-5},
                 train={"steps": 100, "epochs": 2, "minibatches": 2, "log_every": 1}
                 | {"eval_every": 20},
                 eval=defaults.own_evaluation(max_new_tokens=256),
@@ -103,7 +103,6 @@ def ppo(train, **sections):
         "ppo",
         batch={"rows": 4},
         optimizer=OPTIMIZER,
-        critic={"learning_rate": 1e-3, "warmup_steps": 10},
         train={"epochs": 2, "minibatches": 2, "log_every": 1} | train,
         **sections,
     )
@@ -111,5 +110,5 @@ def ppo(train, **sections):
 
 def real(source, max_new_tokens):
     """Evaluation on prompts for which there is no exact scorer."""
-    changes = {"source": source, "count": 64, "gold": False, "max_new_tokens": max_new_tokens}
+    changes = {"source": source, "count": 64, "max_new_tokens": max_new_tokens}
     return defaults.chat_evaluation(**changes)

@@ -89,5 +89,5 @@ def real(base, train, validation, steps):
         data={"train": train, "validation": validation, "row_length": 768, "over_long": "drop"},
         batch={"rows": 8},
         train={"steps": steps},
-        eval=defaults.chat_evaluation(source=validation, count=64, gold=False),
+        eval=defaults.chat_evaluation(source=validation, count=64),
     )

@@ -1,4 +1,4 @@
-"""What later runs need not prepare, score or compile again."""
+"""The cache: data, log-probs and compiled code that later runs need not make again."""
 
 from __future__ import annotations
 

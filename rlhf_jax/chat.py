@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +20,19 @@ from rlhf_jax.errors import UserError
 
 if TYPE_CHECKING:
     from rlhf_jax.data.records import Message
-    from rlhf_jax.training.model import Model
+    from rlhf_jax.training.saved_model import Model
 
-HALF = "\ufffd"  # of a character whose other bytes are still to come
+HALF = "\ufffd"  # a part of a character whose other bytes are still to come
 
 
 @dataclass
 class Speaker:
-    """A model and what was said with it."""
+    """A model and the conversation that it has had."""
 
     name: str
     model: Model
     system: str
-    options: dict[str, Any]  # of `sampling.generate`
+    options: dict[str, Any]  # of `Sampling`, and the seed
     messages: list[Message] = field(default_factory=list)
 
     def start_over(self) -> None:
@@ -44,8 +45,9 @@ class Speaker:
         Raises:
             UserError: the conversation has no room left in the model's context.
         """
-        from rlhf_jax.data.chat import decode_text, render_prompt
+        from rlhf_jax.data.conversation import render_prompt
         from rlhf_jax.data.records import Message
+        from rlhf_jax.sampling.arguments import Sampling
         from rlhf_jax.sampling.generate import generate
 
         model = self.model
@@ -64,24 +66,24 @@ class Speaker:
         def on_tokens(_prompt: int, _sample: int, new: list[int]) -> None:
             nonlocal shown
             tokens.extend(new)
-            sofar = decode_text(tokens, model.tokenizer).rstrip(HALF)
+            sofar = model.tokenizer.decode_text(tokens).rstrip(HALF)
             if sofar.startswith(shown) and len(sofar) > len(shown):
                 show(sofar[len(shown) :])
                 shown = sofar
 
-        options = dict(self.options)
+        options = {name: value for name, value in self.options.items() if name != "seed"}
+        options["max_new_tokens"] = min(options["max_new_tokens"], room)
         (completion,) = generate(
             model.config,
             model.params,
             [prompt],
-            **options | {"max_new_tokens": min(options["max_new_tokens"], room)},
-            stop_ids=model.tokenizer.ends,
+            Sampling(**options, stop_ids=model.tokenizer.ends, batch_size=1),
+            seed=self.options["seed"],
             prompt_ids=[number],
             on_tokens=on_tokens,
             chunk=4,
-            batch_size=1,
         )
-        reply = decode_text(completion.tokens, model.tokenizer)
+        reply = model.tokenizer.decode_text(completion.tokens)
         show(reply[len(shown) :])
         self.messages = [*asked, Message("assistant", reply)]
         return reply
@@ -127,7 +129,7 @@ def _side_by_side(speakers: list[Speaker], text: str, number: int) -> None:
 
 def talk(given: argparse.Namespace) -> None:
     """Loads the models of a command line and converses at the terminal."""
-    from rlhf_jax.training.model import load_model
+    from rlhf_jax.training.saved_model import load_model
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
     options = {name: getattr(given, name) for name in (*names, "repetition_penalty", "seed")}
@@ -138,7 +140,7 @@ def talk(given: argparse.Namespace) -> None:
             raise UserError(f"{path} is a reward model; it does not speak")
         speakers.append(Speaker(Path(path).name, model, given.system, options))
     prompt = "> " if sys.stdin.isatty() else ""
-    converse(speakers, lambda: input(prompt), _write)
+    converse(speakers, lambda: input(prompt), partial(print, end="", flush=True))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -155,10 +157,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repetition-penalty", type=float)
     parser.add_argument("--seed", type=int, default=0)
     return run(parser, talk, argv)
-
-
-def _write(text: str) -> None:
-    print(text, end="", flush=True)
 
 
 if __name__ == "__main__":

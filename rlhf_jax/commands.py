@@ -1,4 +1,4 @@
-"""What commands share: a mistake ends in one line and exit code 2, a warning is a line."""
+"""The commands' common ways: a mistake is one line and exit code 2, a warning is one line."""
 
 from __future__ import annotations
 

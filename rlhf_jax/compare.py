@@ -14,7 +14,7 @@ from rlhf_jax.commands import Parser, run
 
 def compare_runs(given: argparse.Namespace) -> None:
     """Prints the comparison of the runs and writes its page."""
-    from rlhf_jax.report.compare import compare, print_comparison, write_comparison
+    from rlhf_jax.report.comparison import compare, print_comparison, write_comparison
 
     comparison = compare(given.runs)
     path = write_comparison(comparison, given.out)

@@ -29,8 +29,8 @@ def split_cores() -> None:
     flag = "xla_force_host_platform_device_count"
     asked = flag in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ
     if not asked:
-        found = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-        _cores = min(found or 1, _MOST)
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+        _cores = min(cores or 1, _MOST)
         jax.config.update("jax_num_cpu_devices", _cores)
 
 

@@ -1,4 +1,4 @@
-"""What made a result: digests of files and of this package's modules, and the package's commit."""
+"""Digests of what made a result: files, this package's modules, and the package's commit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def code_of(module: str, without: Collection[str] = ()) -> dict[str, str]:
 
     Returns:
       The first 12 hex digits of a SHA-256 by the file's path relative to the package, sorted. It
-      is of what Python makes of the file: comments, docstrings and formatting don't count.
+      is of what Python makes of the file: comments, docstrings and formatting don't count. A TOML
+      or Jinja file that a module names, relative to its folder, is part of the code, by its bytes.
     """
     first, code = _file(module), {}
     pending = [] if first is None else [first]
@@ -90,10 +91,16 @@ def _file(module: str) -> Path | None:
 @functools.cache
 def _read(path: Path) -> tuple[str, frozenset[Path]]:
     """(digest, files of the package that are imported) of a file of this package."""
+    if path.suffix != ".py":
+        return file_digest(path), frozenset()
     tree = ast.parse(path.read_text("utf-8"))
     shape = "\n".join(_shape(tree, []))
-    imported = frozenset(filter(None, map(_file, set(_imported(tree, path)))))
-    return hashlib.sha256(shape.encode()).hexdigest()[:12], imported
+    imported = set(filter(None, map(_file, set(_imported(tree, path)))))
+    strings = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    names = (str(name) for name in strings if re.fullmatch(r"[\w/]+\.(toml|jinja)", str(name)))
+    beside = (path.parent / name for name in names)
+    imported.update(file for file in beside if file.is_file())
+    return hashlib.sha256(shape.encode()).hexdigest()[:12], frozenset(imported)
 
 
 def _imported(tree: ast.AST, path: Path) -> Iterator[str]:

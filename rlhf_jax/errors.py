@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import re
 import shutil
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 
 EXIT_DONE = 0
@@ -25,6 +27,11 @@ _NO_MEMORY = re.compile(
 
 class UserError(Exception):
     """A mistake of the user's: the message is one line saying what is wrong, where, what to do."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that is most like `name`, for a hint."""
+    return difflib.get_close_matches(str(name), [*known], n=1, cutoff=0.0)[0]
 
 
 class Preempted(Exception):
@@ -57,28 +64,28 @@ class NoRoom(Preempted):
 
 
 def lack_of_room(error: BaseException) -> str | None:
-    """What the system says if a disk is full, of its own error or a library's that quotes it."""
+    """Returns the system's words if an error, its own or a library's, says that a disk is full."""
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return _NO_ROOM[error.errno]
     return next((text for text in _NO_ROOM.values() if text in str(error)), None)
 
 
 def lack_of_memory(error: BaseException) -> str | None:
-    """What was asked for if memory, the host's or a device's, was not enough; else None.
+    """Says what was asked for if memory, the host's or a device's, was not enough; else None.
 
     XLA's errors have no class of their own, and as their status RESOURCE_EXHAUSTED or INTERNAL.
     """
     if isinstance(error, UserError):
         return None
-    found = _NO_MEMORY.search(str(error))
-    if found is None and not isinstance(error, MemoryError):
+    match = _NO_MEMORY.search(str(error))
+    if match is None and not isinstance(error, MemoryError):
         return None
-    asked = found[0] if found else str(error) or "Python could not allocate what it needs"
+    asked = match[0] if match else str(error) or "Python could not allocate what it needs"
     return " ".join(asked.split())[:300].rstrip(". ")
 
 
 def mistake_in(path: str, error: Exception) -> UserError | None:
-    """What the code of a user's config file raised, in one line; None if none of it led there."""
+    """Says in one line what the code of a user's config raised; None if none of it led there."""
     frames = traceback.walk_tb(error.__traceback__)
     whole = os.path.abspath(path)
     lines = [n for frame, n in frames if os.path.abspath(frame.f_code.co_filename) == whole]

@@ -34,7 +34,7 @@ def export(
     from rlhf_jax.hub.peft import write_adapter
     from rlhf_jax.model_card import model_card
     from rlhf_jax.models import lora
-    from rlhf_jax.training.model import is_hub_directory, load_model
+    from rlhf_jax.training.saved_model import is_hub_directory, load_model
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty directory")
@@ -42,35 +42,34 @@ def export(
         raise UserError(f"--shard-bytes = {shard_bytes} must be at least 1")
     model = load_model(workdir)
     tokenizer, base = model.tokenizer, None if model.base is None else model.base.directory
-    given = base is not None and is_hub_directory(base)
-    as_adapter = model.adapter is not None and base is not None and not merge
-    kept = dtype or "float32"
-    if dtype is None and given and base is not None and not as_adapter:
-        kept = stored_dtype(base)
-        print(f"weights are written in {kept}, as in {base}; --dtype names another", flush=True)
-    out.mkdir(parents=True, exist_ok=True)
-    if as_adapter:
-        assert model.adapter is not None and base is not None
-        named = base if given else (out / "base").resolve()
-        write_adapter(out, model.config, model.params, model.adapter, named, dtype=kept)
-        if not given:
+    from_hub = base is not None and is_hub_directory(base)
+    what = "reward model" if model.config.head == "scalar" else "language model"
+    library, written = "transformers", dtype or "float32"
+    if model.adapter is not None and base is not None and not merge:
+        out.mkdir(parents=True, exist_ok=True)
+        beside = base if from_hub else (out / "base").resolve()
+        write_adapter(out, model.config, model.params, model.adapter, beside, dtype=written)
+        if not from_hub:
             export(base, out / "base", dtype=dtype, shard_bytes=shard_bytes)
+        what, library = f"LoRA adapter of a {what}", "peft"
     else:
+        if dtype is None and from_hub and base is not None:
+            written = stored_dtype(base)
+            print(
+                f"weights are written in {written}, as in {base}; --dtype names another", flush=True
+            )
+        out.mkdir(parents=True, exist_ok=True)
         params = model.params if model.adapter is None else lora.merge(model.params)
-        special = tokenizer.special_ids
-        if model.config.head == "scalar" and special["pad_token_id"] in tokenizer.ends:
-            special["pad_token_id"] = None
+        ids = tokenizer.special_ids
+        if model.config.head == "scalar" and ids["pad_token_id"] in tokenizer.ends:
+            ids["pad_token_id"] = None
             print(
                 "no pad_token_id is written: it would be that of the token that ends a reply, "
                 "before which transformers would then read the score",
                 flush=True,
             )
-        write_weights(out, model.config, params, dtype=kept, shard_bytes=shard_bytes, extra=special)
-    what = "reward model" if model.config.head == "scalar" else "language model"
-    library = "transformers"
-    if as_adapter:
-        what, library = f"LoRA adapter of a {what}", "peft"
-    card = model_card(workdir, out.resolve().name, what=what, dtype=kept, library=library)
+        write_weights(out, model.config, params, dtype=written, shard_bytes=shard_bytes, extra=ids)
+    card = model_card(workdir, out.resolve().name, what=what, dtype=written, library=library)
     (out / "README.md").write_text(card, "utf-8")
     tokenizer.export(out)  # last, so that a model that cannot be written leaves an empty directory
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and lines of which a damaged one costs only itself."""
+"""Files that are whole or absent, JSON that is read strictly, JSONL that survives damaged lines."""
 
 from __future__ import annotations
 
@@ -8,14 +8,28 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
-from rlhf_jax.errors import NoRoom, lack_of_room
+from rlhf_jax.errors import NoRoom, UserError, lack_of_room
 
 Parsed = TypeVar("Parsed")
+
+# The fields of a finished run's summary.json, for `check_fields`.
+SUMMARY_FIELDS = MappingProxyType(
+    {
+        "stage": str,
+        "status": str,
+        "config_hash": str,
+        "parents": {"role": str},
+        "wall_seconds": int | float,
+        "metrics": {"name": int | float},
+    }
+)
 
 
 @contextmanager
@@ -46,13 +60,17 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes, *, shared: bool = False) -> None:
     """Writes a file so that it is the old one or the new one, never half of it.
+
+    Args:
+      shared: whether other processes may write the same file at the same time.
 
     Raises:
       NoRoom: the disk is full; the old file is still there.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    unique = f".{uuid.uuid4().hex}" if shared else ""
+    temporary = path.with_name(f"{path.name}{unique}.tmp")
     with room_for(path, len(data)):
         try:
             with open(temporary, "wb") as file:
@@ -64,6 +82,22 @@ def write_whole(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
         sync_directory(path.parent)
+
+
+def json_text(value: Any) -> str:
+    """The text that `write_json` writes."""
+    return json.dumps(value, indent=1) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON with `write_whole`."""
+    write_whole(path, json_text(value).encode())
+
+
+def write_jsonl(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Writes one JSON object per line with `write_whole`."""
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_whole(path, "".join(lines).encode())
 
 
 def append_whole(file: int, data: bytes, path: Path) -> None:
@@ -89,31 +123,74 @@ def append_whole(file: int, data: bytes, path: Path) -> None:
             raise
 
 
-class _Lossy(io.FileIO):
-    """Takes what a full disk has no room for, or nobody reads any more, and drops it."""
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """The object that a JSON text is.
 
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            if lack_of_room(error) is None and not isinstance(error, BrokenPipeError):
-                raise
-            return memoryview(data).nbytes
-
-
-def tolerate_full_logs() -> None:
-    """Has what this process prints be lost, not end it, where it has no room or no reader.
-
-    That is a file on a full disk, or a pipe whose reader is gone: Ctrl-C ends a `| tee` too.
+    Raises:
+      ValueError: it is something else, or a name stands twice in an object of it, of which readers
+        would take one or the other.
     """
-    for name in ("stdout", "stderr"):
-        before = getattr(sys, name)
-        if before is None:  # it was closed before this process began
+    try:
+        value = json.loads(text, object_pairs_hook=_unique)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"is not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError("is not JSON: it is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+      UserError: there is no such file, it cannot be read, or `parse_object` refuses it.
+    """
+    try:
+        return parse_object(path.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    except ValueError as error:
+        raise UserError(f"{path} {error}") from error
+
+
+def check_fields(
+    path: Path, value: Mapping[str, Any], fields: Mapping[str, Any], *, required: bool = True
+) -> None:
+    """Compares what a file holds with what it must.
+
+    Args:
+      fields: {name: type}; {name: {…: type}} is an object of any names, its values of that type.
+      required: whether every field must be there.
+
+    Raises:
+      UserError: a field is missing or of another type.
+    """
+    for name, kind in fields.items():
+        if name not in value and not required:
             continue
-        file = io.BufferedWriter(_Lossy(before.fileno(), "w", closefd=False))
-        by_line = before.line_buffering or before.write_through
-        after = io.TextIOWrapper(file, before.encoding, before.errors, line_buffering=by_line)
-        setattr(sys, name, after)
+        if not _fits(value.get(name), kind):
+            what = f"{name} is of another type" if name in value else f"it has no {name}"
+            raise UserError(f"{path} is not as this package writes it: {what}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if not isinstance(kind, dict):
+        return isinstance(value, kind)
+    (inner,) = kind.values()
+    return isinstance(value, dict) and all(_fits(each, inner) for each in value.values())
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"names {twice[:80]!r} twice")
+    return value
 
 
 def read_lines(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> list[tuple[bytes, Parsed]]:
@@ -147,3 +224,30 @@ def read_lines(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> list[tu
 def numbers(line: dict[str, Any]) -> dict[str, float]:
     """A line of a metrics.jsonl as numbers, which has a "step"."""
     return {name: float(line[name]) for name in ("step", *line)}
+
+
+class _Lossy(io.FileIO):
+    """Takes what a full disk has no room for, or nobody reads any more, and drops it."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if lack_of_room(error) is None and not isinstance(error, BrokenPipeError):
+                raise
+            return memoryview(data).nbytes
+
+
+def tolerate_full_logs() -> None:
+    """Has what this process prints be lost, not end it, where it has no room or no reader.
+
+    That is a file on a full disk, or a pipe whose reader is gone: Ctrl-C ends a `| tee` too.
+    """
+    for name in ("stdout", "stderr"):
+        before = getattr(sys, name)
+        if before is None:  # it was closed before this process began
+            continue
+        file = io.BufferedWriter(_Lossy(before.fileno(), "w", closefd=False))
+        by_line = before.line_buffering or before.write_through
+        after = io.TextIOWrapper(file, before.encoding, before.errors, line_buffering=by_line)
+        setattr(sys, name, after)

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 from rlhf_jax.commands import show_warnings
+from rlhf_jax.config import unread
 from rlhf_jax.errors import (
     EXIT_DONE,
     EXIT_RESUMABLE,
@@ -34,7 +36,13 @@ def parse(argv: list[str]):
     from ml_collections import config_flags
 
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=[sys.argv[0], *argv])
+    config_flags.DEFINE_config_file(
+        "config",
+        flag_values=values,
+        sys_argv=[sys.argv[0], *argv],
+        lock_config=False,  # the options of a loss are no fields before it is named
+        accept_new_attributes=True,
+    )
     flags.DEFINE_string("workdir", None, "run directory", flag_values=values)
     flags.DEFINE_boolean("preflight", False, "show the data and run nothing", flag_values=values)
     flags.DEFINE_boolean("rerun", False, "run again what has changed", flag_values=values)
@@ -49,11 +57,7 @@ def parse(argv: list[str]):
         known = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError)
         if not isinstance(error, known):
             raise
-        # ml_collections names the nearest field ("Did you mean …") in these.
-        text = str(error.args[0] if error.args else error)
-        text = _unread_field(argv) or " ".join(text.split())
-        if " " not in text:  # the bare name of a section or field, with nothing near it
-            text = f"this config has no {text}"
+        text = " ".join(str(error.args[0] if error.args else error).split())
         raise UserError(f"in the command line: {text}") from error
     if rest:
         raise UserError(
@@ -64,6 +68,7 @@ def parse(argv: list[str]):
     source = config_flags.get_config_filename(values["config"])
     if not os.path.isfile(source.partition(":")[0]):
         raise UserError(f"--config={source}: there is no such file")
+    _check_names(values.config, argv)
     return values.config, source, values
 
 
@@ -76,17 +81,21 @@ def _config_file(argv: list[str]) -> str:
     return ""
 
 
-def _unread_field(argv: list[str]) -> str | None:
-    """A line about a field that a flag sets and only other stages read, None if there is none."""
-    from rlhf_jax.stages.checks import unread_field
+def _check_names(config: Any, argv: list[str]) -> None:
+    """UserError for a field that a flag sets and the stage, as it is set, does not read."""
+    from rlhf_jax.stages.defaults import resolve, unknown_field
 
-    fields = [arg for arg in argv if arg.lstrip("-").startswith("config.")]
-    try:
-        config, *_ = parse([arg for arg in argv if arg not in fields]) if fields else [None]
-    except UserError:  # something else is wrong too, which is the better line
-        return None
-    names = [arg.lstrip("-").partition("=")[0].removeprefix("config.") for arg in fields]
-    return None if config is None else unread_field(config.stage, names)
+    flags = (arg.lstrip("-").partition("=")[0].removeprefix("no") for arg in argv)
+    names = [flag.removeprefix("config.") for flag in flags if flag.startswith("config.")]
+    if not names or "stage" not in config:
+        return
+    for line in (unknown_field(config.stage, name) for name in names):
+        if line is not None:
+            raise UserError(f"in the command line: {line}")
+    options = resolve(config)
+    for line in (unread(options, name) for name in names):
+        if line is not None:
+            raise UserError(f"in the command line: {line}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import rlhf_jax
-from rlhf_jax.data.hub_data import PREFIX
-from rlhf_jax.json_files import SUMMARY_FIELDS, check_fields, read_object
-from rlhf_jax.training.model import is_hub_directory
+from rlhf_jax.files import SUMMARY_FIELDS, check_fields, read_object
+from rlhf_jax.hub.hub_data import PREFIX
+from rlhf_jax.training.saved_model import is_hub_directory
 
 _LICENCE = re.compile(r"^(license(?:_name|_link)?):[ \t]*([^\s#\[{].*)$", re.M)
 _CONFIG_FIELDS = {"loss": dict, "data": dict}
@@ -27,62 +27,61 @@ def model_card(workdir: Path, name: str, *, what: str, dtype: str, library: str)
 
     Args:
         name: the title.
-        what: what it is: "language model", "reward model", or an adapter of one.
-        dtype: of its weights.
-        library: that loads it: "transformers" or "peft".
+        what: "language model", "reward model", or an adapter of one.
+        dtype: the weights' type.
+        library: the one that loads it, "transformers" or "peft".
     """
-    made = _lineage(workdir)
-    base = made.pop(0)[0] if is_hub_directory(made[0][0]) else None
+    lineage = _lineage(workdir)
     task = "text-classification" if "reward" in what else "text-generation"
     head: dict[str, Any] = {"library_name": library, "pipeline_tag": task, "tags": ["rlhf_jax"]}
     lines = [f"A {what} in {dtype}, written by rlhf_jax {rlhf_jax.__version__}."]
-    if base is not None:
+    if is_hub_directory(base := lineage[0][0]):
         head |= _licence(base)
-        if (known := _hub_id(base)) is not None:
-            head["base_model"] = known
-        lines.append(f"Base model: {known or base.name}.")
-    hub_data = []
-    for _, summary, config in made:
+        if (hub_id := _hub_id(base)) is not None:
+            head["base_model"] = hub_id
+        lines.append(f"Base model: {hub_id or base.name}.")
+    datasets: list[str] = []
+    for _, summary, config in lineage:
         if not (stage := summary.get("stage")):
             continue
         loss, data = config.get("loss") or {}, str((config.get("data") or {}).get("train", ""))
-        shown = f"{stage}, {loss['name']}," if loss.get("name") else stage
-        lines.append(f"- Trained by {shown}" + (f" on `{data}`" if data else ""))
+        trained = f"{stage}, {loss['name']}," if loss.get("name") else stage
+        lines.append(f"- Trained by {trained}" + (f" on `{data}`" if data else ""))
         if command := summary.get("command"):
             lines.append(textwrap.indent(str(command), " " * 6))
-        for source in data.split(","):
-            part = source.strip().removeprefix(PREFIX).partition("@")[0].partition("=")[0]
-            found = _HUB_ID.match(part)
-            if source.strip().startswith(PREFIX) and found and not Path(part).exists():
-                hub_data.append(found[0])
-    if hub_data:
-        head["datasets"] = list(dict.fromkeys(hub_data))
+        for source in map(str.strip, data.split(",")):
+            part = source.removeprefix(PREFIX).partition("@")[0].partition("=")[0]
+            match = _HUB_ID.match(part)
+            if source.startswith(PREFIX) and match and not Path(part).exists():
+                datasets.append(match[0])
+    if datasets:
+        head["datasets"] = list(dict.fromkeys(datasets))
     written = [f"{key}: {json.dumps(value)}" for key, value in head.items()]  # JSON is YAML
     return "\n".join(["---", *written, "---", "", f"# {name}", "", "\n\n".join(lines), ""])
 
 
 def _lineage(workdir: Path) -> list[tuple[Path, dict[str, Any], dict[str, Any]]]:
     """(directory, summary, config) of the models it comes from, oldest first, itself last."""
-    found: list[tuple[Path, dict[str, Any], dict[str, Any]]] = []
+    lineage: list[tuple[Path, dict[str, Any], dict[str, Any]]] = []
     path: Path | None = workdir.resolve()
-    while path is not None and all(path != other for other, *_ in found):
-        summary = {} if is_hub_directory(path) else _object(path / "summary.json", SUMMARY_FIELDS)
-        config = _object(path / "config.json", _CONFIG_FIELDS) if summary else {}
-        found.append((path, summary, config))
+    while path is not None and all(path != other for other, *_ in lineage):
+        summary = {} if is_hub_directory(path) else _read(path / "summary.json", SUMMARY_FIELDS)
+        config = _read(path / "config.json", _CONFIG_FIELDS) if summary else {}
+        lineage.append((path, summary, config))
         parent = (summary.get("parents") or {}).get("policy")
         path = Path(parent) if parent else None
-    return found[::-1]
+    return lineage[::-1]
 
 
 def _hub_id(directory: Path) -> str | None:
     """owner/name of a directory in the Hub's cache, models--owner--name/snapshots/…"""
     named = next((p.name for p in directory.parents if p.name.startswith("models--")), "")
-    found = named.removeprefix("models--").replace("--", "/", 1)
-    return found if _HUB_ID.fullmatch(found) else None
+    name = named.removeprefix("models--").replace("--", "/", 1)
+    return name if _HUB_ID.fullmatch(name) else None
 
 
 def _licence(directory: Path) -> dict[str, str]:
-    """What a model's card says of its licence."""
+    """The fields of a model's card that name its licence."""
     try:
         text = (directory / "README.md").read_text("utf-8")
     except (OSError, UnicodeDecodeError):
@@ -92,8 +91,8 @@ def _licence(directory: Path) -> dict[str, str]:
     return {key: value.strip().strip("\"'") for key, value in _LICENCE.findall(stated)}
 
 
-def _object(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file holds of the fields; empty where there is no file."""
+def _read(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON file's object, its fields of the right types; empty where there is no file."""
     document = read_object(path) if path.exists() else {}
     check_fields(path, document, fields, required=False)
     return document

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from rlhf_jax.chat import Speaker, converse, main
-from rlhf_jax.data.chat import render_prompt
+from rlhf_jax.data.conversation import render_prompt
 from rlhf_jax.data.records import Message, Prompt
-from rlhf_jax.evaluation.responses import answer
-from rlhf_jax.training.model import load_model
+from rlhf_jax.evaluation.held_out_answers import answer
+from rlhf_jax.training.saved_model import load_model
 from tests.test_export import saved
 
 OPTIONS = {"max_new_tokens": 12, "temperature": 0.0, "seed": 0}

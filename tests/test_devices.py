@@ -15,9 +15,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.devices import decoding_mesh
-from rlhf_jax.sampling import engine, generate
+from rlhf_jax.sampling import engine
 from rlhf_jax.training.mesh import make_mesh, placed
-from tests.sampling.test_generate import CONFIG, PARAMS, PROMPTS
+from tests.sampling.test_generate import CONFIG, PARAMS, PROMPTS, generated
 
 OPTIONS = [
     {"stop_ids": [7, 2], "samples_per_prompt": 16},
@@ -34,8 +34,8 @@ def spread(devices: int):
 @pytest.mark.parametrize("devices", [2, 4])
 def test_rows_split_over_devices_are_the_rows_of_one(devices, options):
     same = {"batch_size": 8, "cache_length": 64, "seed": 0, "max_new_tokens": 30, **options}
-    one = generate(CONFIG, PARAMS, PROMPTS, **same)
-    split = generate(CONFIG, spread(devices), PROMPTS, **same)
+    one = generated(CONFIG, PARAMS, PROMPTS, **same)
+    split = generated(CONFIG, spread(devices), PROMPTS, **same)
     assert [c.tokens for c in split] == [c.tokens for c in one]
     assert [c.finished for c in split] == [c.finished for c in one]
     for a, b in zip(split, one, strict=True):
@@ -45,8 +45,8 @@ def test_rows_split_over_devices_are_the_rows_of_one(devices, options):
 @pytest.mark.parametrize("rows", [1, 6])
 def test_fewer_rows_than_devices_or_some_left_over(rows):
     same = {"batch_size": rows, "cache_length": 64, "seed": 0, "max_new_tokens": 9}
-    one = generate(CONFIG, PARAMS, PROMPTS, **same)
-    split = generate(CONFIG, spread(4), PROMPTS, **same)
+    one = generated(CONFIG, PARAMS, PROMPTS, **same)
+    split = generated(CONFIG, spread(4), PROMPTS, **same)
     assert [c.tokens for c in split] == [c.tokens for c in one]
 
 
@@ -65,7 +65,7 @@ def test_each_device_has_its_rows_and_goes_on_by_itself():
     inserted = engine.insert.lower(slots, read, keys, places, places, mesh).compile()
     slots = engine.insert(slots, read, keys, places, places, mesh)
     assert (slots.cache["lengths"] == 4).all() and slots.active.all()
-    sampling = engine.Sampling(None, None, None, None, None, None, np.zeros(13, bool), 9)
+    sampling = engine.Drawing(None, None, None, None, None, None, np.zeros(13, bool), 9)
     live = np.array([True] * 6 + [False] * 2)  # the last device has nothing to do
     advanced = engine.advance.lower(CONFIG, params, slots, sampling, live, 0, 5, mesh).compile()
     slots = engine.advance(CONFIG, params, slots, sampling, live, 0, 5, mesh)
@@ -91,9 +91,8 @@ import json, os, jax, numpy
 os.sched_getaffinity = lambda process: range(4)
 from rlhf_jax import devices
 devices.split_cores()
-from rlhf_jax.sampling import generate
 from rlhf_jax.training.mesh import make_mesh
-from tests.sampling.test_generate import CONFIG, PARAMS, PROMPTS
+from tests.sampling.test_generate import CONFIG, PARAMS, PROMPTS, generated
 
 found = {
     "devices": jax.device_count(),
@@ -103,7 +102,7 @@ found = {
         getattr(devices.decoding_mesh(PARAMS, rows), "size", 1) for rows in (1, 8, 63, 64, 96, 256)
     ],
 }
-completions = generate(CONFIG, PARAMS, PROMPTS, max_new_tokens=12, seed=3, batch_size=64)
+completions = generated(CONFIG, PARAMS, PROMPTS, max_new_tokens=12, seed=3, batch_size=64)
 found["tokens"] = [completion.tokens for completion in completions]
 print(json.dumps(found))
 """
@@ -125,5 +124,5 @@ def test_cores_of_a_cpu_decode_many_rows_and_train_as_one():
     assert found["decoding"] == [1, 1, 1, 2, 3, 4]
     assert (asked["devices"], asked["training"], asked["mesh"]) == (3, 3, 3)
     assert asked["decoding"] == [1] * 6  # the parameters are on one of the devices asked for
-    here = generate(CONFIG, PARAMS, PROMPTS, max_new_tokens=12, seed=3, batch_size=64)
+    here = generated(CONFIG, PARAMS, PROMPTS, max_new_tokens=12, seed=3, batch_size=64)
     assert found["tokens"] == asked["tokens"] == [completion.tokens for completion in here]

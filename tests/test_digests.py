@@ -65,6 +65,17 @@ def test_comments_docstrings_and_formatting_do_not_count_and_code_does(copy):
     assert (digest() == before) == ("losses/advantages.py" not in code_of(PREFERENCE))
 
 
+def test_the_words_of_the_town_are_code(copy):
+    package, digest = copy
+    words = package / "tasks" / "town" / "phrasings" / "manners.toml"
+    names = code_of("rlhf_jax.tasks.builders")
+    assert {f"tasks/town/phrasings/{path.name}" for path in words.parent.glob("*.toml")} <= {*names}
+    assert "hub/templates/chatml.jinja" in code_of("rlhf_jax.hub.chat_formats")
+    before = digest()
+    words.write_text(words.read_text().replace("of course!", "certainly!", 1))
+    assert digest() != before
+
+
 def test_a_digest_is_the_same_in_every_version_of_python(tmp_path, monkeypatch):
     monkeypatch.setattr(digests, "ROOT", tmp_path)
     (tmp_path / "sample.py").write_text(

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.stages.chain import STAGES, load_config
+from rlhf_jax.stages.chain import load_config
 from rlhf_jax.stages.checks import check_objective
+from rlhf_jax.stages.defaults import STAGES, resolve
 from rlhf_jax.training.optimizer import make_optimizer
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -35,17 +35,19 @@ def test_experiment(name, variant, monkeypatch):
     monkeypatch.chdir(EXPERIMENTS.parent)
     config = load_config(f"experiments/{name}.py:{variant}")
     assert config.stage in STAGES
-    make_optimizer(config.optimizer, config.train.steps)
+    options = resolve(config)
+    make_optimizer(options.optimizer, config.train.steps)
     if config.stage == "policy":
-        check_objective(config)
+        check_objective(options)
     if config.stage == "pretrain":
-        ModelConfig(**config.model.to_dict(), vocab_size=65).validate()
+        options.model.model(vocab_size=65).validate()
     elif variant == "own":
         assert not (config.init.policy or config.data.train or config.data.validation)
-        assert not config.eval.get("source", "") and not config.eval.get("gold", False)
+        assert not config.eval.get("source", "") and "gold" not in config.eval
     else:
         parent = load_config(config.init.policy)
-        assert STAGES.index(parent.stage) <= STAGES.index(config.stage)
+        order = [*STAGES]
+        assert order.index(parent.stage) <= order.index(config.stage)
 
 
 @pytest.mark.parametrize("name", sorted(VARIANTS))

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import rlhf_jax
-from rlhf_jax.data import chat
+from rlhf_jax.data.conversation import render_prompt, render_replies
 from rlhf_jax.data.records import Message
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.errors import UserError
@@ -21,9 +21,11 @@ from rlhf_jax.export import main
 from rlhf_jax.hub.hf_weights import write_weights
 from rlhf_jax.models import PRESETS, apply, init, logits, scores
 from rlhf_jax.models.lora import AdapterConfig
+from rlhf_jax.sampling.arguments import Sampling
 from rlhf_jax.sampling.generate import generate
-from rlhf_jax.training.model import Model, as_trainable, load_model, save_model
-from tests.data.test_hub_tokenizer import CONVERSATION, TEXT, write
+from rlhf_jax.training.saved_model import Model, as_trainable, load_model, save_model
+from tests.hub.test_hub_tokenizer import CONVERSATION, TEXT, write
+from tests.rendered import render_conversation
 
 LAYOUTS = {"tiny": "Qwen3", "125m": "GPT2", "1b": "Llama"}
 
@@ -56,10 +58,10 @@ def test_a_language_model_is_the_same_there(tmp_path, preset):
     assert type(theirs).__name__.startswith(LAYOUTS[preset])
     spoken = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     messages = [{"role": m.role, "content": m.content} for m in CONVERSATION]
-    tokens, _ = chat.render_conversation(CONVERSATION, tokenizer)
+    tokens, _ = render_conversation(CONVERSATION, tokenizer)
     assert spoken.apply_chat_template(messages, return_dict=False) == tokens
     prompt = spoken.apply_chat_template(messages[:3], add_generation_prompt=True, return_dict=False)
-    assert prompt == chat.render_prompt(CONVERSATION[:3], tokenizer)
+    assert prompt == render_prompt(CONVERSATION[:3], tokenizer)
     tokens = tokens[:60]
     with torch.no_grad():
         wanted = theirs(torch.tensor([tokens])).logits[0].numpy()
@@ -67,8 +69,8 @@ def test_a_language_model_is_the_same_there(tmp_path, preset):
     np.testing.assert_allclose(logits(config, params, hidden)[0], wanted, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         greedy = theirs.generate(torch.tensor([tokens[:5]]), max_new_tokens=16, do_sample=False)
-    options = {"max_new_tokens": 16, "temperature": 0.0, "stop_ids": (), "seed": 0}
-    (ours,) = generate(config, params, [tokens[:5]], **options)
+    sampling = Sampling(16, temperature=0.0)
+    (ours,) = generate(config, params, [tokens[:5]], sampling, seed=0)
     assert tokens[:5] + list(ours.tokens) == greedy[0].tolist()
 
 
@@ -81,7 +83,7 @@ def test_a_reward_model_is_the_same_there(tmp_path):
     assert again.config.head == "scalar"
     jax.tree.map(np.testing.assert_array_equal, again.params, params)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    tokens, _ = chat.render_conversation(CONVERSATION, tokenizer)
+    tokens, _ = render_conversation(CONVERSATION, tokenizer)
     with torch.no_grad():
         wanted = theirs.eval()(torch.tensor([tokens[:64]])).logits
     hidden = apply(config, params, jnp.asarray([tokens[:64]], jnp.int32)).hidden
@@ -95,8 +97,8 @@ def test_what_is_exported_is_read_again_bitwise(tmp_path):
     again = load_model(tmp_path / "out")
     jax.tree.map(np.testing.assert_array_equal, again.params, params)
     user = [Message("user", "What is 12 + 30?")]
-    assert chat.render_prompt(user, again.tokenizer) == chat.render_prompt(user, tokenizer)
-    assert chat.render_replies(user, ["It is 42."], again.tokenizer) == chat.render_replies(
+    assert render_prompt(user, again.tokenizer) == render_prompt(user, tokenizer)
+    assert render_replies(user, ["It is 42."], again.tokenizer) == render_replies(
         user, ["It is 42."], tokenizer
     )
     assert again.tokenizer.ends == tokenizer.ends
@@ -230,7 +232,7 @@ def test_a_score_is_read_at_the_token_that_ends_a_reply(tmp_path, capsys):
     save_model(tmp_path / "run", Model(config, params, model.tokenizer))
     assert main([f"--workdir={tmp_path}/run", f"--out={tmp_path}/out"]) == 0
     assert "no pad_token_id is written" in capsys.readouterr().out
-    tokens, _ = chat.render_conversation(CONVERSATION, model.tokenizer)
+    tokens, _ = render_conversation(CONVERSATION, model.tokenizer)
     tokens = [*tokens[:40], tokens[-1]]
     assert tokens[-1] == model.tokenizer.end
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.data import chat
+from rlhf_jax.data.conversation import render_prompt
 from rlhf_jax.data.records import Message
+from rlhf_jax.sampling.arguments import Sampling
 from rlhf_jax.sampling.generate import generate
-from rlhf_jax.training.model import load_model
+from rlhf_jax.training.saved_model import load_model
 from tests.stages.conftest import ROOT
 
 ASKED = (
@@ -127,11 +128,11 @@ def test_three_stages_and_export_say_the_same_as_transformers(tmp_path, request)
     run("rlhf_jax.export", f"--workdir={start}", "--out=merged", "--merge", "--dtype=float32")
 
     model = load_model(tmp_path / start)
-    prompts = [chat.render_prompt([Message("user", text)], model.tokenizer) for text in ASKED]
+    prompts = [render_prompt([Message("user", text)], model.tokenizer) for text in ASKED]
 
     def greedy(model):
-        options = {"max_new_tokens": 24, "temperature": 0.0, "stop_ids": (), "seed": 0}
-        found = generate(model.config, model.params, prompts, batch_size=4, **options)
+        sampling = Sampling(24, temperature=0.0, batch_size=4)
+        found = generate(model.config, model.params, prompts, sampling, seed=0)
         return [list(completion.tokens) for completion in found]
 
     ours = greedy(model)

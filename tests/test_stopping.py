@@ -18,8 +18,9 @@ from rlhf_jax.data.records import Conversation, Message, Pair, Text
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.errors import Preempted
 from rlhf_jax.models import init
-from rlhf_jax.report.plots import curves
-from rlhf_jax.sampling import generate
+from rlhf_jax.report.curves import draw_curves
+from rlhf_jax.sampling.arguments import Sampling
+from rlhf_jax.sampling.generate import generate
 from rlhf_jax.stopping import listening
 from rlhf_jax.training.progress import tracked
 from tests.models.small import SMALL
@@ -140,9 +141,9 @@ LONG = {
     "pairs": lambda file, words: encode_pairs([Pair("a", TURNS[:1], "Hi!", "No.")], words, 32),
     "batches": lambda file, words: list(tracked([1, 2], "evaluation", 2)),
     "answers": lambda file, words: generate(
-        SMALL, init(SMALL, jax.random.key(0)), [[1, 2]], max_new_tokens=3, seed=0, batch_size=1
+        SMALL, init(SMALL, jax.random.key(0)), [[1, 2]], Sampling(3, batch_size=1), seed=0
     ),
-    "figures": lambda file, words: curves("Loss", {"loss": ([1.0], [2.0])}),
+    "figures": lambda file, words: draw_curves("Loss", {"loss": ([1.0], [2.0])}),
 }
 
 

@@ -1,1 +1,1 @@
-"""From files to batches: records, tokenizer, chat format, packing and the input pipeline."""
+"""From files to batches: records, tokenizer, chat format, packing and batches."""

@@ -12,11 +12,9 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from rlhf_jax.data import chat
-from rlhf_jax.data.chat import AnyTokenizer, mark, render_replies, render_turns
+from rlhf_jax.data.conversation import Tokenizer, mark, render_replies, render_turns
 from rlhf_jax.data.packing import Document, Group
 from rlhf_jax.data.records import Conversation, Message, Pair, Text
-from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.stopping import stop_point
 
@@ -27,49 +25,91 @@ STRIPPED_POLICIES = ("leave", "expand")
 BESIDE = ", with a reply to another prompt beside each"
 
 
+class _Fit:
+    """Counts records, by whether they fit a row and what becomes of those that do not."""
+
+    def __init__(
+        self, records: Sequence, row_length: int, over_long: str, policies: tuple[str, ...]
+    ) -> None:
+        if over_long not in policies:
+            raise UserError(f"unknown over_long policy {over_long!r}; known: {', '.join(policies)}")
+        self._row_length, self._over_long, self._policies = row_length, over_long, policies
+        self._lengths: list[int] = []
+        self._long: list[tuple[int, str]] = []  # tokens and id of each that is left out
+        self.stats = {
+            "records": len(records), "encoded": 0, "dropped": 0, "truncated": 0, "split": 0,
+        }  # fmt: skip
+
+    def takes(self, tokens: int, record_id: str) -> bool:
+        """Whether a record of so many tokens is used, cut where it is longer than a row."""
+        self._lengths.append(tokens)
+        if tokens > self._row_length:
+            if self._over_long in ("error", "drop"):
+                self._long.append((tokens, record_id))
+                return False
+            self.stats["split" if self._over_long == "split" else "truncated"] += 1
+        self.stats["encoded"] += 1
+        return True
+
+    def settle(self, beside: str = "") -> Stats:
+        """The counts, the over-long records among the dropped.
+
+        `beside` says what else than a record's own tokens counts.
+
+        Raises:
+            UserError: there are over-long records and their policy is "error", or none is left.
+        """
+        stats, long = self.stats, self._long
+        if long and self._over_long == "error":
+            tokens, name = max(long)
+            others = " or ".join(f'"{policy}"' for policy in self._policies if policy != "error")
+            raise UserError(
+                f"{len(long)} of {stats['records']} records are longer than a row of "
+                f"{self._row_length} tokens{beside} (the longest, {name!r}, has {tokens}; "
+                f"{length_of_share(self._lengths)} keep 95 %); raise the row length or set "
+                f"over_long to {others}"
+            )
+        stats["dropped"] = len(long)
+        if long or stats["truncated"]:
+            stats["keeps_95"] = length_of_share(self._lengths)
+        if not stats["encoded"]:
+            enough = f"; {stats['keeps_95']} tokens a row keep 95 %" if long else ""
+            raise UserError(
+                f"no examples are left of {stats['records']}: {len(long)} were over-long{enough}"
+            )
+        return stats
+
+
 def encode_texts(
-    records: Sequence[Text], tokenizer: AnyTokenizer, row_length: int, *, over_long: str = "split"
+    records: Sequence[Text], tokenizer: Tokenizer, row_length: int, *, over_long: str = "split"
 ) -> tuple[list[Document], Stats]:
     """`<|bos|>text<|end|>` documents in which every token but BOS is a target.
 
     over_long: "split" cuts a long document into pieces that overlap by one token, so that each
     token is still a target once (only the first piece starts with BOS); "error"; "drop".
     """
-    _check_policy(over_long, TEXT_POLICIES)
-    if isinstance(tokenizer, Tokenizer) and not tokenizer.control:
-        raise UserError("a character-level tokenizer has no <|bos|>; train on windows of a stream")
-    documents, stats, long = [], _new_stats(records), []
-    lengths: list[int] = []
+    documents, fit = [], _Fit(records, row_length, over_long, TEXT_POLICIES)
     start = _start(tokenizer)
-    encoded = chat.encode_texts([record.text for record in records], tokenizer)
+    encoded = tokenizer.encode_texts([record.text for record in records])
     for record, ids in zip(records, encoded, strict=True):
         stop_point()
         tokens = [*start, *ids, tokenizer.end]
-        lengths.append(len(tokens))
-        if len(tokens) <= row_length:
-            stats["encoded"] += 1
-            documents.append(_all_targets(tokens))
-        elif over_long == "split":
-            stats["encoded"] += 1
-            stats["split"] += 1
-            for i in range(0, len(tokens) - 1, row_length - 1):
-                documents.append(_all_targets(tokens[i : i + row_length]))
-        else:
-            long.append((len(tokens), record.id))
-    _settle(stats, lengths, long, over_long, row_length, TEXT_POLICIES)
-    return documents, stats
+        if fit.takes(len(tokens), record.id):
+            for i in range(0, max(1, len(tokens) - 1), row_length - 1):
+                piece = tokens[i : i + row_length]
+                documents.append(Document(piece, [0, *[1] * (len(piece) - 1)]))
+    return documents, fit.settle()
 
 
 def encode_conversations(
     records: Sequence[Conversation],
-    tokenizer: AnyTokenizer,
+    tokenizer: Tokenizer,
     row_length: int,
     *,
-    last_turn_only: bool = False,
     over_long: str = "error",
     stripped_turns: str = "leave",
 ) -> tuple[list[Document], Stats]:
-    """Documents whose targets are the assistant's turns; see `chat.render_turns`.
+    """Documents whose targets are the assistant's turns; see `render_turns`.
 
     stripped_turns: "leave" those untrained that the template writes otherwise than they would be
     generated, "expand" the conversation into as many documents as train them all: `split_turns`.
@@ -79,40 +119,33 @@ def encode_conversations(
     before it (a turn cut in two is no target any more), and is an error where the reply alone does
     not fit.
     """
-    _check_policy(over_long, CHAT_POLICIES)
     check_stripped_turns(stripped_turns)
-    expand = stripped_turns == "expand"
-    documents, stats, long = [], _new_stats(records) | {"turns": 0, "stripped": 0}, []
-    lengths: list[int] = []
+    documents, fit = [], _Fit(records, row_length, over_long, CHAT_POLICIES)
+    stats = fit.stats
+    stats |= {"turns": 0, "stripped": 0}
+    start = _start(tokenizer)
     for record in records:
         with naming(record.id):
-            parts, turns = split_turns(record.messages, tokenizer, last_turn_only, expand)
+            parts, turns = split_turns(record.messages, tokenizer, stripped_turns == "expand")
         stats["records"] += len(parts) - 1
         stats["turns"] += turns
         stats["stripped"] += turns - sum(len(places) for _, places in parts)
         for tokens, places in parts:
+            if not fit.takes(len(tokens), record.id):
+                continue
             is_target = mark(tokens, places)
-            lengths.append(len(tokens))
             if len(tokens) > row_length:
-                if over_long != "truncate_prompt_left":
-                    long.append((len(tokens), record.id))
-                    continue
                 _check_reply_fits(record.id, len(places[-1]), row_length)
-                start = _start(tokenizer)
                 kept = row_length - len(start)
                 tokens = [*start, *tokens[-kept:]]
-                is_target = is_target[-kept:]
-                whole = is_target.index(0)
-                is_target = [0] * (len(start) + whole) + is_target[whole:]
-                stats["truncated"] += 1
-            stats["encoded"] += 1
+                cut = is_target[-kept:].index(0)  # targets of a turn that lost its beginning
+                is_target = [0] * (len(start) + cut) + is_target[-kept:][cut:]
             documents.append(Document(tokens, is_target))
-    _settle(stats, lengths, long, over_long, row_length, CHAT_POLICIES)
-    return documents, stats
+    return documents, fit.settle()
 
 
 def split_turns(
-    messages: Sequence[Message], tokenizer: AnyTokenizer, last_turn_only: bool, expand: bool
+    messages: Sequence[Message], tokenizer: Tokenizer, expand: bool, *, last_turn_only: bool = False
 ) -> tuple[list[tuple[list[int], list[range]]], int]:
     """The documents of a conversation: tokens and where their trained turns stand, the last last.
 
@@ -120,22 +153,22 @@ def split_turns(
     of its own, the beginning of the conversation. No turn is trained in two documents. The second
     value counts the turns that were to be trained.
     """
-    wanted = {i for i, message in enumerate(messages) if message.role == "assistant"}
+    untrained = {i for i, message in enumerate(messages) if message.role == "assistant"}
     if last_turn_only:
-        wanted = {len(messages) - 1}
+        untrained = {len(messages) - 1}
     parts: list[tuple[list[int], list[range]]] = []
-    count, end = len(wanted), len(messages)
+    count, end = len(untrained), len(messages)
     while end and (expand or not parts):
         tokens, turns = render_turns(messages[:end], tokenizer, last_turn_only=last_turn_only)
-        parts.append((tokens, [places for i, places in turns.items() if i in wanted]))
-        wanted -= turns.keys()
-        end = max(wanted, default=-1) + 1
+        parts.append((tokens, [places for i, places in turns.items() if i in untrained]))
+        untrained -= turns.keys()
+        end = max(untrained, default=-1) + 1
     return parts, count
 
 
 def encode_pairs(
     records: Sequence[Pair],
-    tokenizer: AnyTokenizer,
+    tokenizer: Tokenizer,
     row_length: int,
     *,
     over_long: str = "error",
@@ -148,45 +181,50 @@ def encode_pairs(
     mismatched: with a third branch, a reply to another prompt: `add_mismatched`.
     stats["identical"] counts pairs whose replies are the same tokens: they teach nothing.
     """
-    _check_policy(over_long, CHAT_POLICIES)
-    groups: list[Group] = []
-    for index, record in enumerate(records):
-        with naming(record.id):
-            texts = (record.chosen, record.rejected)
-            prompt, branches = render_replies(record.prompt, texts, tokenizer)
-        groups.append(Group(prompt, tuple(branches), index))
+    fit = _Fit(records, row_length, over_long, CHAT_POLICIES)
+    rendered = render_groups(records, tokenizer)
     if mismatched:
-        groups = add_mismatched(groups, records, tokenizer, row_length, over_long)
-    kept, stats, long = [], _new_stats(records) | {"identical": 0}, []
-    for record, group in zip(records, groups, strict=True):
+        rendered = add_mismatched(rendered, records, tokenizer, row_length, over_long)
+    groups, start = [], _start(tokenizer)
+    for record, group in zip(records, rendered, strict=True):
+        if not fit.takes(group.size, record.id):
+            continue
         if group.size > row_length:
-            if over_long != "truncate_prompt_left":
-                long.append((group.size, record.id))
-                continue
-            start, replies = _start(tokenizer), group.size - len(group.prompt)
+            replies = group.size - len(group.prompt)
             what = "a pair of replies" + " (with one to another prompt)" * mismatched
             _check_reply_fits(record.id, replies, row_length, what)
             prompt = [*start, *group.prompt[replies + len(start) - row_length :]]
             group = dataclasses.replace(group, prompt=prompt)
-            stats["truncated"] += 1
-        stats["encoded"] += 1
-        stats["identical"] += is_identical(group)
-        kept.append(group)
-    lengths = [group.size for group in groups]
-    beside = BESIDE * mismatched
-    _settle(stats, lengths, long, over_long, row_length, CHAT_POLICIES, beside)
-    return kept, stats
+        groups.append(group)
+    fit.stats["identical"] = sum(map(is_identical, groups))
+    return groups, fit.settle(BESIDE * mismatched)
+
+
+def render_groups(records: Sequence[Pair | Conversation], tokenizer: Tokenizer) -> list[Group]:
+    """For each record the tokens of its prompt and of its replies: a pair's two, or the last."""
+    groups = []
+    for index, record in enumerate(records):
+        with naming(record.id):
+            prompt, replies = render_replies(*_prompt_and_replies(record), tokenizer)
+        groups.append(Group(prompt, tuple(replies), index))
+    return groups
+
+
+def _prompt_and_replies(record: Pair | Conversation) -> tuple[Sequence[Message], Sequence[str]]:
+    if isinstance(record, Pair):
+        return record.prompt, (record.chosen, record.rejected)
+    return record.messages[:-1], (record.messages[-1].content,)
 
 
 def is_identical(group: Group) -> bool:
-    """Whether it is a pair whose replies, its first two branches, are the same tokens."""
+    """Whether a group is a pair whose replies, its first two branches, are the same tokens."""
     return len(group.branches) > 1 and group.branches[0] == group.branches[1]
 
 
 def add_mismatched(
     groups: Sequence[Group],
     records: Sequence[Pair | Conversation],
-    tokenizer: AnyTokenizer,
+    tokenizer: Tokenizer,
     row_length: int,
     over_long: str,
 ) -> list[Group]:
@@ -204,7 +242,7 @@ def add_mismatched(
     if not any(lends):
         lends = [True] * len(groups)
     following = _next_of_another_prompt([group.prompt for group in groups], lends)
-    made = []
+    longer = []
     for group, other, record in zip(groups, following, records, strict=True):
         with naming(record.id):
             if other is None:
@@ -212,12 +250,11 @@ def add_mismatched(
                     "kto needs replies to two prompts or more: it sets a reply to another prompt "
                     "beside each record, and all replies that it could take are to this one"
                 )
-            lender = records[other]
-            text = lender.chosen if isinstance(lender, Pair) else lender.messages[-1].content
-            prompt = record.prompt if isinstance(record, Pair) else record.messages[:-1]
-            _, (reply,) = render_replies(prompt, [text], tokenizer)
-        made.append(dataclasses.replace(group, branches=(*group.branches, reply)))
-    return made
+            prompt, _ = _prompt_and_replies(record)
+            _, lent = _prompt_and_replies(records[other])
+            _, (reply,) = render_replies(prompt, lent[:1], tokenizer)
+        longer.append(dataclasses.replace(group, branches=(*group.branches, reply)))
+    return longer
 
 
 def _next_of_another_prompt(
@@ -258,21 +295,8 @@ def check_trained_share(documents: Sequence[Document]) -> float:
     return targets / tokens
 
 
-def _start(tokenizer: AnyTokenizer) -> list[int]:
+def _start(tokenizer: Tokenizer) -> list[int]:
     return [] if tokenizer.bos is None else [tokenizer.bos]
-
-
-def _all_targets(tokens: list[int]) -> Document:
-    return Document(tokens, [0, *[1] * (len(tokens) - 1)])
-
-
-def _new_stats(records: Sequence) -> Stats:
-    return {"records": len(records), "encoded": 0, "dropped": 0, "truncated": 0, "split": 0}
-
-
-def _check_policy(over_long: str, known: tuple[str, ...]) -> None:
-    if over_long not in known:
-        raise UserError(f"unknown over_long policy {over_long!r}; known: {', '.join(known)}")
 
 
 def _check_reply_fits(
@@ -290,40 +314,9 @@ def length_of_share(lengths: Sequence[int], share: float = 0.95) -> int:
     return sorted(lengths)[math.ceil(share * len(lengths)) - 1]
 
 
-def _settle(
-    stats: Stats,
-    lengths: Sequence[int],
-    long: list[tuple[int, str]],
-    over_long: str,
-    row_length: int,
-    known: tuple[str, ...],
-    beside: str = "",
-) -> None:
-    """Counts the over-long records as dropped, or raises the error their policy asks for.
-
-    `beside` says what else than a record's own tokens counts.
-    """
-    if long and over_long == "error":
-        tokens, name = max(long)
-        others = " or ".join(f'"{policy}"' for policy in known if policy != "error")
-        raise UserError(
-            f"{len(long)} of {stats['records']} records are longer than a row of {row_length} "
-            f"tokens{beside} (the longest, {name!r}, has {tokens}; {length_of_share(lengths)} "
-            f"keep 95 %); raise the row length or set over_long to {others}"
-        )
-    stats["dropped"] = len(long)
-    if long or stats["truncated"]:
-        stats["keeps_95"] = length_of_share(lengths)
-    if not stats["encoded"]:
-        enough = f"; {stats['keeps_95']} tokens a row keep 95 %" if long else ""
-        raise UserError(
-            f"no examples are left of {stats['records']}: {len(long)} were over-long{enough}"
-        )
-
-
 @contextmanager
 def naming(record_id: str) -> Iterator[None]:
-    """Names the record in an error of the user's. Before it is a `stop_point`."""
+    """Names the record in a UserError that is raised inside. Its begin is a `stop_point`."""
     stop_point()
     try:
         yield

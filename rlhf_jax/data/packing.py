@@ -1,6 +1,6 @@
 """Packs token documents and prompt-sharing groups into rows: the batch arrays of every stage.
 
-Arrays over B rows of T tokens with M target slots, P groups a row and K branches a group:
+Arrays over B rows of T tokens with M target slots, P groups per row and K branches per group:
 
     tokens, positions, segment_ids [B,T] int32   segment 0 = padding, documents are 1, 2, …
     sources, targets [B,M] int32, weights [B,M] f32
@@ -53,7 +53,7 @@ class Group:
 
     @property
     def size(self) -> int:
-        """Tokens that it takes of a row."""
+        """How many tokens of a row it takes."""
         return len(self.prompt) + sum(map(len, self.branches))
 
 
@@ -76,9 +76,9 @@ def pack_documents(documents: Sequence[Document], row_length: int) -> tuple[Arra
     place = np.repeat(rows * row_length + starts, lengths) + position
     count = int(rows.max()) + 1
     arrays = _empty_rows(count, row_length)
-    _set(arrays["tokens"], place, tokens)
-    _set(arrays["positions"], place, position)
-    _set(arrays["segment_ids"], place, np.repeat(_rank_in_row(rows, starts) + 1, lengths))
+    arrays["tokens"].reshape(-1)[place] = tokens
+    arrays["positions"].reshape(-1)[place] = position
+    arrays["segment_ids"].reshape(-1)[place] = np.repeat(_rank_in_row(rows, starts) + 1, lengths)
     _add_targets(arrays, place[is_target], place[is_target] - 1, tokens[is_target])
     return arrays, _stats(arrays, len(documents))
 
@@ -99,16 +99,16 @@ def pack_groups(
             raise ValueError(f"group {group.example}: need a prompt and {branches} branches")
         if not all(len(branch) for branch in group.branches):
             raise ValueError(f"group {group.example}: a branch is empty")
-    # Pieces are the prompts and branches in order: K + 1 a group.
+    # Pieces are the prompts and branches in order: K + 1 of each group.
     pieces = [piece for group in groups for piece in (group.prompt, *group.branches)]
     size = np.array([len(piece) for piece in pieces], np.int64).reshape(-1, branches + 1)
     rows, starts = _place(size.sum(1), row_length, most)
-    prompt_end = rows * row_length + starts + size[:, 0]
-    piece_place = (rows * row_length + starts)[:, None] + np.cumsum(size, 1) - size
-    piece_position = np.where(np.arange(branches + 1) == 0, 0, size[:, :1])
     in_row = _rank_in_row(rows, starts)
-    piece_branch = np.broadcast_to(np.arange(branches + 1), size.shape)
+    piece_place = (rows * row_length + starts)[:, None] + np.cumsum(size, 1) - size
+    piece_branch = np.arange(branches + 1)
+    piece_position = np.where(piece_branch == 0, 0, size[:, :1])
     piece_sequence = in_row[:, None] * branches + piece_branch - 1
+    prompt_last = piece_place[:, :1] + size[:, :1] - 1
 
     def spread(values: np.ndarray) -> np.ndarray:
         return np.repeat(np.broadcast_to(values, size.shape).ravel(), size.ravel())
@@ -116,14 +116,14 @@ def pack_groups(
     tokens = _concatenate(pieces)
     within = np.arange(len(tokens)) - np.repeat(np.cumsum(size) - size.ravel(), size.ravel())
     place, branch = spread(piece_place) + within, spread(piece_branch)
-    source = np.where(within == 0, spread(prompt_end[:, None]), place) - 1
+    source = np.where(within == 0, spread(prompt_last), place - 1)
     count = int(rows.max()) + 1
     arrays = _empty_rows(count, row_length)
     arrays["branch_ids"] = np.zeros((count, row_length), np.int32)
-    _set(arrays["tokens"], place, tokens)
-    _set(arrays["positions"], place, spread(piece_position) + within)
-    _set(arrays["segment_ids"], place, spread(in_row[:, None] + 1))
-    _set(arrays["branch_ids"], place, branch)
+    arrays["tokens"].reshape(-1)[place] = tokens
+    arrays["positions"].reshape(-1)[place] = spread(piece_position) + within
+    arrays["segment_ids"].reshape(-1)[place] = spread(in_row[:, None] + 1)
+    arrays["branch_ids"].reshape(-1)[place] = branch
     reply = branch > 0
     sequence = spread(piece_sequence)[reply]
     _add_targets(arrays, place[reply], source[reply], tokens[reply], sequence)
@@ -143,7 +143,8 @@ def pack_groups(
 def pack_stream(tokens: Sequence[int], row_length: int) -> tuple[Arrays, Stats]:
     """Cuts one long stream into consecutive rows; every token but the first is a target once.
 
-    A row's last target is the next row's first token. For evaluation; `pipeline.windows` trains.
+    A row's last target is the next row's first token. This is for evaluation; training takes
+    `batches.make_windows`.
     """
     stream = np.asarray(tokens, np.int32)
     if len(stream) < 2:
@@ -152,9 +153,9 @@ def pack_stream(tokens: Sequence[int], row_length: int) -> tuple[Arrays, Stats]:
     count = -(-len(inputs) // row_length)
     arrays = _empty_rows(count, row_length)
     place = np.arange(len(inputs))
-    _set(arrays["tokens"], place, inputs)
-    _set(arrays["positions"], place, place % row_length)
-    _set(arrays["segment_ids"], place, np.ones(len(inputs), np.int32))
+    arrays["tokens"].reshape(-1)[place] = inputs
+    arrays["positions"].reshape(-1)[place] = place % row_length
+    arrays["segment_ids"].reshape(-1)[place] = np.ones(len(inputs), np.int32)
     _add_targets(arrays, place, place, targets)
     return arrays, _stats(arrays, 1)
 
@@ -175,7 +176,7 @@ def check_ids(arrays: Arrays, vocab_size: int) -> None:
 
 
 def fingerprint(arrays: Mapping[str, Any]) -> str:
-    """sha256 of names, shapes, dtypes and contents: of packed data, or of a model's weights."""
+    """sha256 of the names, shapes, dtypes and contents of packed data or of a model's weights."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
@@ -187,7 +188,9 @@ def fingerprint(arrays: Mapping[str, Any]) -> str:
 def _place(
     lengths: np.ndarray, row_length: int, most: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Row and start index of each item by best-fit decreasing, ties by order; `most` items a row.
+    """Row and start index of each item, by best-fit decreasing, ties by order.
+
+    A row has at most `most` items, where that is given.
 
     Free rows are kept in a bucket per remaining length; a bit mask of the buckets in use finds the
     tightest one that fits in one operation.
@@ -238,10 +241,6 @@ def _empty_rows(count: int, row_length: int) -> Arrays:
     names = ("tokens", "positions", "segment_ids")
     rows = {name: np.zeros((count, row_length), np.int32) for name in names}
     return rows | {"row_ids": np.arange(count, dtype=np.int32)}
-
-
-def _set(array: np.ndarray, place: np.ndarray, values: np.ndarray) -> None:
-    array.reshape(-1)[place] = values
 
 
 def _add_targets(

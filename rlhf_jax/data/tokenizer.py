@@ -1,22 +1,30 @@
-"""Text to token ids and back: byte-level BPE, or one id a character.
+"""Our own tokenizers, byte-level BPE or one id per character, and our format of chats.
+
+    <|bos|><|user|> question<|end|><|assistant|> answer<|end|><|user|>…
 
 The seven control tokens have ids 0…6 and are absent from the added vocabulary, so no text can
 produce one: "<|assistant|>" typed by a user is encoded as the bytes it is made of. Only the chat
-format (`chat.py`) emits control ids.
+format emits control ids.
+
+Tool calls, a tool's name, and with the first turn the tools there are, follow the content of a turn
+as one line of JSON, {"tool_calls": […]}, {"name": …}, {"tools": […]}.
+
+The text of a turn or document is encoded with a space in front, which `decode_text` takes away: a
+word then has the same token at the start as anywhere else, and can be copied from there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from rlhf_jax.data.records import Message
 from rlhf_jax.errors import UserError
 
 CONTROL_TOKENS = (
@@ -29,8 +37,8 @@ CONTROL_TOKENS = (
     "<|tool|>",
 )
 PAD, BOS, END, SYSTEM, USER, ASSISTANT, TOOL = range(len(CONTROL_TOKENS))
-_ROLES_THERE = {"bos": BOS, "eos": END, "pad": PAD}
-# The format of `chat.py`, in Jinja.
+ROLE_IDS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT, "tool": TOOL}
+# Our format in Jinja, for transformers.
 TEMPLATE = (
     "<|bos|>{% for message in messages %}{{ '<|' + message['role'] + '|>' }}{% set more = "
     "{'tools': tools} if loop.first and tools else "
@@ -47,15 +55,19 @@ TEMPLATE = (
 MIN_BPE_VOCAB = len(CONTROL_TOKENS) + 256
 
 
-class Tokenizer:
-    """An immutable tokenizer, made from the text of a `tokenizer.json`.
+class OwnTokenizer:
+    """An immutable tokenizer made from the text of a `tokenizer.json`; a `conversation.Tokenizer`.
 
     Attributes:
       vocab_size: ids are 0 … vocab_size − 1.
       control: control token → id; empty for a character-level tokenizer.
-      bos, end: ids of the tokens around a document. ends: ids that end a reply.
       hash: sha256 of the canonical JSON; equal hashes give equal ids for every text.
     """
+
+    bos: int | None = BOS
+    end = END
+    ends: tuple[int, ...] = (END,)
+    has_template = True
 
     def __init__(self, text: str):
         """Raises UserError if `text` is no tokenizer, or one whose text could give control ids."""
@@ -68,24 +80,19 @@ class Tokenizer:
         self.hash = hashlib.sha256(self._json.encode()).hexdigest()
         self.vocab_size = self._tokenizer.get_vocab_size()
         self.control = _control_ids(content)
-        self.bos: int | None = BOS
-        self.end = END
-        self.ends: tuple[int, ...] = (END,)
-        self.pad = PAD
+        self.marks = tuple(self.control)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; never a control id. UserError for a character it cannot represent."""
-        return self.encode_batch([text])[0]
+        return self._encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, on all cores."""
-        try:
-            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        except Exception as error:
-            bad = next((t for t in texts if not self._can_encode(t)), "")
-            excerpt = ascii(bad[:60])
-            raise UserError(f"the tokenizer cannot encode {excerpt}: {error}") from error
-        return [encoding.ids for encoding in encodings]
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of whole turns or documents, without control tokens; works on all cores."""
+        if not self.control:
+            raise UserError(
+                "a character-level tokenizer has no <|bos|>; train on windows of a stream"
+            )
+        return self._encode_batch([f" {text}" if text else "" for text in texts])
 
     def decode(self, ids: Iterable[int], *, control: bool = False) -> str:
         """Text of `ids`; control tokens are left out, or written by name if `control`."""
@@ -96,11 +103,50 @@ class Tokenizer:
             ids = [i for i in ids if i >= len(self.control)]
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes a Hugging Face `tokenizer.json`."""
-        Path(path).write_text(self._json, encoding="utf-8")
+    def decode_text(self, ids: Sequence[int]) -> str:
+        """The text of a turn or document; control tokens are left out."""
+        return self.decode(ids).removeprefix(" ")
 
-    def export(self, directory: str | os.PathLike) -> None:
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of a conversation that awaits a reply."""
+        return [*self.conversation(messages)[0], ASSISTANT]
+
+    def replies(
+        self, messages: Sequence[Message], texts: Sequence[str]
+    ) -> tuple[list[int], list[list[int]]]:
+        """The tokens of `prompt`, and of each text as a reply to it."""
+        return self.prompt(messages), self._turns(texts)
+
+    def conversation(
+        self, messages: Sequence[Message], *, last_turn_only: bool = False
+    ) -> tuple[list[int], dict[int, range]]:
+        """Tokens of messages, and where the assistant's stand in them, by index."""
+        if not self.control:
+            raise UserError(
+                "a character-level tokenizer has no control tokens and cannot render chats; "
+                "train a BPE"
+            )
+        tokens, turns = [BOS], {}
+        texts = ["\n".join(filter(None, (message.content, message.more))) for message in messages]
+        for i, (message, ids) in enumerate(zip(messages, self._turns(texts), strict=True)):
+            tokens.append(ROLE_IDS[message.role])
+            if message.role == "assistant" and not (last_turn_only and i + 1 < len(messages)):
+                turns[i] = range(len(tokens), len(tokens) + len(ids))
+            tokens += ids
+        return tokens, turns
+
+    def with_template(self, template: str) -> NoReturn:
+        """Raises UserError: our format is the only one."""
+        raise UserError(
+            "config: data.chat_template is for models from the Hub; one pre-trained here has the "
+            "format of data/tokenizer.py"
+        )
+
+    def save(self, run: Path) -> None:
+        """Writes a Hugging Face `tokenizer.json` into a run directory."""
+        (run / "tokenizer.json").write_text(self._json, encoding="utf-8")
+
+    def export(self, directory: Path) -> None:
         """Writes what transformers reads, its chat template included.
 
         There the control tokens are special tokens, so that text which spells one becomes one.
@@ -113,8 +159,8 @@ class Tokenizer:
             | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
             for name, i in self.control.items()
         ]
-        names = {f"{role}_token": CONTROL_TOKENS[i] for role, i in _ROLES_THERE.items()}
-        settings = names | {
+        roles = {"bos_token": BOS, "eos_token": END, "pad_token": PAD}
+        settings = {name: CONTROL_TOKENS[i] for name, i in roles.items()} | {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             # Without it transformers 4 gives models token_type_ids, which they refuse.
@@ -122,32 +168,39 @@ class Tokenizer:
             "padding_side": "left",  # what is generated follows the prompt
             "chat_template": TEMPLATE,
         }
-        (Path(directory) / "tokenizer.json").write_text(json.dumps(content), "utf-8")
-        (Path(directory) / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
-        (Path(directory) / "generation_config.json").write_text(json.dumps(self.special_ids))
+        (directory / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+        (directory / "generation_config.json").write_text(json.dumps(self.special_ids))
 
     @property
     def special_ids(self) -> dict[str, Any]:
         """bos_token_id, eos_token_id and pad_token_id for a config.json."""
-        return {"bos_token_id": self.bos, "eos_token_id": [*self.ends], "pad_token_id": self.pad}
+        return {"bos_token_id": BOS, "eos_token_id": [END], "pad_token_id": PAD}
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> Tokenizer:
+    def load(cls, path: Path) -> OwnTokenizer:
         """Reads what `save` wrote; UserError naming the file if it cannot."""
         try:
-            return cls(Path(path).read_text(encoding="utf-8"))
+            return cls(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, UserError) as error:
             raise UserError(f"cannot load the tokenizer {path}: {error}") from error
 
-    def _can_encode(self, text: str) -> bool:
+    def _turns(self, texts: Iterable[str]) -> list[list[int]]:
+        # One at a time: to wake the library's threads takes longer than to encode a few turns.
+        return [[*self.encode_texts([text])[0], END] for text in texts]
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         try:
-            self._tokenizer.encode(text, add_special_tokens=False)
-        except Exception:
-            return False
-        return True
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception
+            if len(texts) > 1:  # and does not say for which text
+                return [ids for text in texts for ids in self._encode_batch([text])]
+            text = ascii(texts[0][:60])
+            raise UserError(f"the tokenizer cannot encode {text}: {error}") from error
+        return [encoding.ids for encoding in encodings]
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int) -> OwnTokenizer:
     """Trains a byte-level BPE; the same texts always give the same tokenizer.
 
     Every byte has an id, so any text round-trips; each digit is a token of its own. The vocabulary
@@ -177,13 +230,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.train_from_iterator(texts, trainer)
     content = json.loads(tokenizer.to_str())
     content["added_tokens"] = []
-    return Tokenizer(json.dumps(content))
+    return OwnTokenizer(json.dumps(content))
 
 
-def train_chars(text: str) -> Tokenizer:
-    """One id a character, in code-point order, and no control tokens: nanoGPT's char level.
+def train_chars(text: str) -> OwnTokenizer:
+    """One id per character, in code-point order, and no control tokens: nanoGPT's char level.
 
-    Fits a stream of text cut into windows (`pipeline.windows`), not chats.
+    Fits a stream of text cut into windows (`batches.make_windows`), not chats.
     """
     if not text:
         raise UserError("a character-level tokenizer needs some text")
@@ -191,7 +244,7 @@ def train_chars(text: str) -> Tokenizer:
     tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return Tokenizer(tokenizer.to_str())
+    return OwnTokenizer(tokenizer.to_str())
 
 
 def _control_ids(content: dict) -> dict[str, int]:

@@ -1,1 +1,1 @@
-"""What a model is worth: held-out metrics, intervals and calibration."""
+"""How good a model is: held-out metrics, intervals and calibration."""

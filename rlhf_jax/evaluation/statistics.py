@@ -153,7 +153,7 @@ def win_rate(ours: ArrayLike, theirs: ArrayLike, tie_tolerance: float = 0.0) -> 
         rate = (#{oursᵢ − theirsᵢ > tol} + ½ #{|oursᵢ − theirsᵢ| <= tol}) / N
 
     Args:
-        ours: [N] scores, one a prompt.
+        ours: [N] scores, one per prompt.
         theirs: [N] scores of the same prompts.
         tie_tolerance: differences up to this are ties.
 

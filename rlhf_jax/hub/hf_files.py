@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from rlhf_jax.errors import UserError
-from rlhf_jax.json_files import parse_object
+from rlhf_jax.errors import UserError, lack_of_memory
+from rlhf_jax.files import parse_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ROWS = 1024  # compared at a time
@@ -36,28 +36,27 @@ def headers(directory: Path) -> dict[str, Header]:
             )
         raise UserError(f"{directory} holds no *.safetensors")
     if (index := directory / INDEX).exists():
-        named = _index(index)
-        wanted = sorted(set(named.values()))
-        absent = [name for name in wanted if not (directory / name).is_file()]
+        names = sorted(set(_index(index).values()))
+        absent = [name for name in names if not (directory / name).is_file()]
         if absent:
             raise UserError(f"{index} names {absent[0]}, which is not there")
-        if wanted and (directory / SINGLE).exists() and SINGLE not in wanted:
+        if names and (directory / SINGLE).exists() and SINGLE not in names:
             raise UserError(
                 f"{directory} holds {SINGLE} beside an index of other files: remove the older ones"
             )
-        paths = [directory / name for name in wanted]
-    found: dict[str, Header] = {}
+        paths = [directory / name for name in names]
+    held: dict[str, Header] = {}
     for path in paths:
-        with opened(path) as file:
+        with open_tensors(path) as file:
             _check_unique(path)
             for name in file.keys():  # noqa: SIM118 - no mapping
-                if name in found:
+                if name in held:
                     raise UserError(
-                        f"tensor {name} is in {found[name].path.name} and in {path.name}"
+                        f"tensor {name} is in {held[name].path.name} and in {path.name}"
                     )
                 part = file.get_slice(name)
-                found[name] = Header(path, tuple(part.get_shape()), part.get_dtype())
-    return found
+                held[name] = Header(path, tuple(part.get_shape()), part.get_dtype())
+    return held
 
 
 def _index(path: Path) -> dict[str, str]:
@@ -73,10 +72,13 @@ def _index(path: Path) -> dict[str, str]:
     return table
 
 
-def opened(path: Path) -> Any:
+def open_tensors(path: Path) -> Any:
+    """A safetensors file to read from; UserError naming it if it is none."""
     try:
         return safe_open(path, "np")
     except (SafetensorError, OSError, ValueError) as error:
+        if lack_of_memory(error):
+            raise
         raise UserError(f"{path} is no safetensors file: {str(error)[:200]}") from error
 
 
@@ -84,7 +86,7 @@ def _check_unique(path: Path) -> None:
     """Refuses a name that stands twice in the header, of which the library takes the last."""
     try:
         with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")  # which `opened` has found to be true
+            size = int.from_bytes(file.read(8), "little")  # which the library found true
             parse_object(file.read(size))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is no safetensors file: its header {str(error)[:200]}") from error
@@ -95,7 +97,7 @@ def same_numbers(held: Mapping[str, Header], one: str, other: str) -> bool:
     shape = held[one].shape
     if shape != held[other].shape:
         return False
-    with opened(held[one].path) as first, opened(held[other].path) as second:
+    with open_tensors(held[one].path) as first, open_tensors(held[other].path) as second:
         slices = first.get_slice(one), second.get_slice(other)
         for start in range(0, shape[0], _ROWS):
             rows = slice(start, min(start + _ROWS, shape[0]))

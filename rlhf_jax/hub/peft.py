@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.hub.hf_config import FAMILIES, to_document
+from rlhf_jax.hub.families import FAMILIES
+from rlhf_jax.hub.hf_config import to_document
 from rlhf_jax.hub.hf_weights import rules, save_tensors, weights_dtype
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.lora import AdapterConfig, own
+from rlhf_jax.trees import named_leaves
 
 _NAMES = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
@@ -34,17 +35,42 @@ def write_adapter(
         UserError: an unknown dtype, or a kernel with an adapter is only a part of one of the model
             type's tensors.
     """
-    kept = weights_dtype(dtype)
+    numpy_type = weights_dtype(dtype)
     kind, _ = to_document(config)
-    prefix, family = "base_model.model.", FAMILIES[kind]
+    tensors, targets = _adapter_tensors(kind, config, params)
+    for name, tensor in tensors.items():
+        tensors[name] = np.ascontiguousarray(tensor).astype(numpy_type)
+    save_tensors(tensors, directory / "adapter_model.safetensors")
+    scalar = config.head == "scalar"
+    described = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(targets),
+        "modules_to_save": ["score"] if scalar else None,
+        "use_rslora": adapter.kind == "rslora",
+        "use_dora": adapter.kind == "dora",
+        "fan_in_fan_out": FAMILIES[kind].inputs_first,
+        "inference_mode": True,
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n")
+
+
+def _adapter_tensors(
+    kind: str, config: ModelConfig, params: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], set[str]]:
+    """The adapter's tensors by PEFT's names, and the names of the modules that have one."""
+    family, prefix = FAMILIES[kind], "base_model.model."
     modules = {
-        rule.ours[0].removesuffix("/kernel"): rule for rule in rules(kind, config) if rule.based
+        rule.ours[0].removesuffix("/kernel"): rule for rule in rules(family, config) if rule.based
     }
     tensors: dict[str, np.ndarray] = {}
     targets: set[str] = set()
-    fan_in_fan_out = False
-    for path, leaf in jax.tree_util.tree_leaves_with_path(own(params)):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+    for name, leaf in named_leaves(own(params)).items():
         module, _, number = name.rpartition("/lora/")
         if number == "scale":
             continue
@@ -59,28 +85,7 @@ def write_adapter(
             )
         theirs = rule.theirs.removesuffix(".weight")
         targets.add(theirs.rpartition(".")[2])
-        fan_in_fan_out |= rule.layout == "same"
         for i, value in enumerate(np.asarray(leaf)):
             key = f"{prefix}{family.bases[0]}{theirs.format(i=i)}.{_NAMES[number]}"
             tensors[key] = value.T
-    save_tensors(
-        {name: np.ascontiguousarray(tensor).astype(kept) for name, tensor in tensors.items()},
-        directory / "adapter_model.safetensors",
-    )
-    scalar = config.head == "scalar"
-    described = {
-        "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM",
-        "base_model_name_or_path": str(base),
-        "r": adapter.rank,
-        "lora_alpha": adapter.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": sorted(targets),
-        "modules_to_save": ["score"] if scalar else None,
-        "use_rslora": adapter.kind == "rslora",
-        "use_dora": adapter.kind == "dora",
-        "fan_in_fan_out": fan_in_fan_out,
-        "inference_mode": True,
-    }
-    (directory / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n")
+    return tensors, targets

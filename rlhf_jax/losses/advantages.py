@@ -7,6 +7,8 @@ are 0 in every result and are ignored, even a NaN.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -85,7 +87,6 @@ def group_advantages(
     scale: str = "none",
     ddof: int = 1,
     eps: float = 1e-4,
-    axis_name: str | None = None,
 ) -> jax.Array:
     """Advantages of samples among those of the same prompt: A_i = (s_i − b_i) / (σ + eps).
 
@@ -102,7 +103,6 @@ def group_advantages(
       baseline: b_i: 0, the mean of the group, or the mean of the others in it.
       scale: σ: 1 (and no eps), the standard deviation of the group's scores, or of all scores.
       ddof: the variance is Σ(s − mean)² / (count − ddof); 0 where the count is not above ddof.
-      axis_name: of a mapped mesh axis over which "batch" extends.
 
     Returns:
       [P, G]. A group whose scores are all equal (or a single one) gives exactly 0, except with
@@ -115,7 +115,7 @@ def group_advantages(
     valid = jnp.ones(scores.shape, bool) if mask is None else mask != 0
     (scores,) = keep_weighted(valid, scores)
     count = jnp.sum(valid, axis=1, keepdims=True)
-    centered, _, std = _standardise(scores, valid, ddof=ddof, axis=1)
+    centered, std = _standardise(scores, valid, ddof=ddof, axis=1)
     if baseline == "none":
         advantages = scores
     elif baseline == "mean":
@@ -126,7 +126,7 @@ def group_advantages(
         flat = zero_variance(scores, valid)[:, None]
         advantages = jnp.where(flat, 0, advantages / (std + eps))
     elif scale == "batch":
-        _, _, std = _standardise(scores, valid, ddof=ddof, axis=None, axis_name=axis_name)
+        _, std = _standardise(scores, valid, ddof=ddof, axis=None)
         advantages = advantages / (std + eps)
     return jnp.where(valid, advantages, 0)
 
@@ -156,63 +156,36 @@ def remax(scores: jax.Array, greedy_scores: jax.Array) -> jax.Array:
     return scores.astype(dtype) - greedy_scores.astype(dtype)[:, None]
 
 
-def whiten(
-    values: jax.Array,
-    mask: jax.Array,
-    *,
-    shift_mean: bool = True,
-    ddof: int = 1,
-    eps: float = 1e-8,
-    axis_name: str | None = None,
-) -> jax.Array:
-    """(x − mean)·rsqrt(var + eps) over all real slots; + mean if not shift_mean.
+def whiten(values: jax.Array, mask: jax.Array, *, ddof: int = 1, eps: float = 1e-8) -> jax.Array:
+    """(x − mean)·rsqrt(var + eps) over all real slots.
 
     Args:
       values, mask: one shape, any rank.
       ddof: var = Σ(x − mean)² / (count − ddof); 0 where the count is not above ddof.
-      axis_name: of a mapped mesh axis over which mean and variance extend.
 
     Returns:
-      The shape of values. Equal values give exactly 0 (or their mean).
+      The shape of values. Equal values give exactly 0.
     """
     check_same_shape(values=values, mask=mask)
     (values,) = keep_weighted(mask, values)
-    centered, mean, std = _standardise(
-        values, mask != 0, ddof=ddof, axis=None, axis_name=axis_name, eps=eps
-    )
-    whitened = centered / std
-    return jnp.where(mask != 0, whitened if shift_mean else whitened + mean, 0)
+    centered, std = _standardise(values, mask != 0, ddof=ddof, axis=None, eps=eps)
+    return jnp.where(mask != 0, centered / std, 0)
 
 
 def _standardise(
-    values: jax.Array,
-    valid: jax.Array,
-    *,
-    ddof: int,
-    axis: int | None,
-    axis_name: str | None = None,
-    eps: float = 0.0,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(x − mean, mean, sqrt(var + eps)) over the valid values along `axis`, or all of them."""
-
-    def total(x):
-        x = jnp.sum(x, axis=axis, keepdims=True, where=valid)
-        return x if axis_name is None else jax.lax.psum(x, axis_name)
-
+    values: jax.Array, valid: jax.Array, *, ddof: int, axis: int | None, eps: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """(x − mean, sqrt(var + eps)) over the valid values along `axis`, or all of them."""
+    total = partial(jnp.sum, axis=axis, keepdims=True, where=valid)
     # Relative to the least value, equal values are exact zeros: no rounding of their mean is left
     # for a small standard deviation to blow up.
     least = jnp.min(
         jax.lax.stop_gradient(values), axis=axis, keepdims=True, where=valid, initial=jnp.inf
     )
-    if axis_name is not None:
-        least = jax.lax.pmin(least, axis_name)
-    least = jnp.where(jnp.isinf(least), 0, least)
-    relative = values - least
+    relative = values - jnp.where(jnp.isinf(least), 0, least)
     count = total(jnp.ones_like(values))
-    mean = total(relative) / jnp.maximum(count, 1)
-    centered = relative - mean
+    centered = relative - total(relative) / jnp.maximum(count, 1)
     variance = total(centered**2) / jnp.maximum(count - ddof, 1)
     variance = jnp.where(count > ddof, variance, 0) + eps
     positive = variance > 0
-    std = jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)), 0)
-    return centered, mean + least, std
+    return centered, jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)), 0)

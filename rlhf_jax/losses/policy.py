@@ -1,4 +1,4 @@
-"""Policy-gradient objectives, one small function each, reached by name; value and KL losses.
+"""Policy-gradient objectives, one small class each, reached by name; value and KL losses.
 
 Layout: [N, T] is N sampled sequences of T response slots, mask nonzero on the real tokens. Notation
 of every docstring: lp = log π(token) in nats, d = lp − lp_old, r = e^d, A the advantage, |y| real
@@ -8,8 +8,8 @@ tokens, sg = no gradient. Log-ratios are clamped to ±20 before the exponential.
 from __future__ import annotations
 
 import difflib
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import jax
@@ -43,92 +43,220 @@ class Tokens(NamedTuple):
         """|y| [N, 1], at least 1."""
         return jnp.maximum(jnp.sum(self.mask, axis=1, keepdims=True), 1)
 
+    @property
+    def ratios(self) -> jax.Array:
+        """r [N, T]."""
+        return jnp.exp(_clamp(self.differences))
 
-def policy_gradient(tokens: Tokens) -> jax.Array:
+
+class Objected(NamedTuple):
+    """What an objective makes of tokens.
+
+    Attributes:
+      values: [N, T], the tokens' losses.
+      below, above: bool [N, T], where the objective's clip changes a token because its ratio is
+        below or above the range; None for an objective that has no clip.
+    """
+
+    values: jax.Array
+    below: jax.Array | None = None
+    above: jax.Array | None = None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A policy objective: a frozen dataclass whose fields are its options."""
+
+    def __call__(self, tokens: Tokens) -> Objected:
+        """The losses of the tokens, and which of them the clip changes."""
+        raise NotImplementedError
+
+    def validate(self) -> None:
+        """Raises ValueError for an option outside its range."""
+
+
+@dataclass(frozen=True)
+class PolicyGradient(Objective):
     """REINFORCE: −A·lp. https://doi.org/10.1007/BF00992696. For samples of the policy itself."""
-    return -tokens.advantages * tokens.logprobs
+
+    def __call__(self, tokens: Tokens) -> Objected:
+        return Objected(-tokens.advantages * tokens.logprobs)
 
 
-def ppo(tokens: Tokens, *, clip_low=0.2, clip_high=0.2, dual_clip=None, delta=None) -> jax.Array:
+@dataclass(frozen=True)
+class Ppo(Objective):
     """PPO: −min(r·A, clip(r, 1 − clip_low, 1 + clip_high)·A). https://arxiv.org/abs/1707.06347.
 
     dual_clip c > 1: where A < 0 at most −c·A (https://arxiv.org/abs/1912.09729; 3).
     delta > 1 + clip_high: r ← min(r, delta) in the first term (https://arxiv.org/abs/2505.07291).
     """
-    return _clipped(tokens, _token_ratio(tokens), clip_low, clip_high, dual_clip, delta)
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    delta: float | None = None
+
+    def validate(self) -> None:
+        high, dual, delta = self.clip_high, self.dual_clip, self.delta
+        check_range("dual_clip", dual or 0, dual is None or dual > 1, "(1, inf)")
+        inside = delta is None or delta > 1 + high
+        check_range("delta", delta or 0, inside, "(1 + clip_high, inf)")
+
+    def __call__(self, tokens: Tokens) -> Objected:
+        advantages, ratio = tokens.advantages, tokens.ratios
+        clipped = _clipped(advantages, ratio, self.clip_low, self.clip_high, self.delta)
+        if self.dual_clip is None:
+            return clipped
+        most = jnp.minimum(clipped.values, -self.dual_clip * advantages)
+        return clipped._replace(values=jnp.where(advantages < 0, most, clipped.values))
 
 
-def ppo_sequence(tokens: Tokens, *, clip_low=0.2, clip_high=0.2) -> jax.Array:
+@dataclass(frozen=True)
+class PpoSequence(Objective):
     """PPO on whole responses: −min(ρ·A, clip(ρ, 1 − clip_low, 1 + clip_high)·A) / |y|, ρ = e^Σd.
 
     RLOO's, https://arxiv.org/abs/2402.14740: the response is the action. Every token holds its
     share, so that "sequence_mean" is the mean over responses.
     """
-    return _clipped(tokens, _sequence_ratio(tokens), clip_low, clip_high) / tokens.lengths
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+    def __call__(self, tokens: Tokens) -> Objected:
+        ratio = jnp.exp(_clamp(jnp.sum(tokens.differences, axis=1, keepdims=True)))
+        clipped = _clipped(tokens.advantages, ratio, self.clip_low, self.clip_high)
+        return clipped._replace(values=clipped.values / tokens.lengths)
 
 
-def gspo(tokens: Tokens, *, clip_low=3e-4, clip_high=4e-4, differentiable="sequence") -> jax.Array:
+@dataclass(frozen=True)
+class Gspo(Objective):
     """GSPO: −min(s·A, clip(s, 1 − clip_low, 1 + clip_high)·A), s = e^(Σd/|y|).
 
     https://arxiv.org/abs/2507.18071; "sequence_mean_token_mean" there. differentiable "sequence"
     differentiates s, "token" is GSPO-token, s_t = sg(s)·e^(lp − sg(lp)): the same value, and the
     same gradient where A is one number per sequence.
     """
-    check_choice("differentiable", differentiable, LEVELS)
-    ratio = _mean_ratio(tokens)
-    if differentiable == "token":
-        ratio = jax.lax.stop_gradient(ratio) * jnp.exp(
-            tokens.logprobs - jax.lax.stop_gradient(tokens.logprobs)
-        )
-    return _clipped(tokens, ratio, clip_low, clip_high)
+
+    clip_low: float = 3e-4
+    clip_high: float = 4e-4
+    differentiable: str = "sequence"
+
+    def validate(self) -> None:
+        check_choice("differentiable", self.differentiable, LEVELS)
+
+    def __call__(self, tokens: Tokens) -> Objected:
+        total = jnp.sum(tokens.differences, axis=1, keepdims=True)
+        ratio = jnp.exp(_clamp(total / tokens.lengths))
+        if self.differentiable == "token":
+            own = jnp.exp(tokens.logprobs - jax.lax.stop_gradient(tokens.logprobs))
+            ratio = jax.lax.stop_gradient(ratio) * own
+        return _clipped(tokens.advantages, ratio, self.clip_low, self.clip_high)
 
 
-def cispo(tokens: Tokens, *, clip_high=5.0, clip_low=None, clip="absolute") -> jax.Array:
+@dataclass(frozen=True)
+class Cispo(Objective):
     """CISPO: −sg(c)·A·lp, where no token loses its gradient. https://arxiv.org/abs/2506.13585.
 
     clip "absolute": c = min(r, clip_high); "upper": c = min(r, 1 + clip_high); "both":
-    c = clip(r, 1 − clip_low, 1 + clip_high), the only one with clip_low (None = 0.2).
+    c = clip(r, 1 − clip_low, 1 + clip_high), the only one with clip_low (None = 0.2). It clips
+    whatever the sign of A.
     """
-    low, high = _cispo_bounds(clip_high=clip_high, clip_low=clip_low, clip=clip)
-    weight = jax.lax.stop_gradient(jnp.clip(_token_ratio(tokens), low, high))
-    return -weight * tokens.advantages * tokens.logprobs
+
+    clip_high: float = 5.0
+    clip_low: float | None = None
+    clip: str = "absolute"
+
+    def validate(self) -> None:
+        check_choice("clip", self.clip, ("absolute", "upper", "both"))
+        if self.clip != "both" and self.clip_low is not None:
+            raise ValueError(f"the option clip_low is only for clip 'both', not {self.clip!r}")
+
+    def __call__(self, tokens: Tokens) -> Objected:
+        ratio, some = tokens.ratios, tokens.advantages != 0
+        high = self.clip_high if self.clip == "absolute" else 1 + self.clip_high
+        low = -jnp.inf
+        if self.clip == "both":
+            low = 1 - (0.2 if self.clip_low is None else self.clip_low)
+        weight = jax.lax.stop_gradient(jnp.clip(ratio, low, high))
+        values = -weight * tokens.advantages * tokens.logprobs
+        return Objected(values, (ratio < low) & some, (ratio > high) & some)
 
 
-def sapo(tokens: Tokens, *, tau_positive=1.0, tau_negative=1.05) -> jax.Array:
+@dataclass(frozen=True)
+class Sapo(Objective):
     """SAPO: −A·σ(τ(r − 1))·4/τ, τ by the sign of A: a soft gate for the clip.
 
     https://arxiv.org/abs/2511.20347. A = 0 counts as negative.
     """
-    tau = jnp.where(tokens.advantages > 0, tau_positive, tau_negative)
-    return -tokens.advantages * jax.nn.sigmoid(tau * (_token_ratio(tokens) - 1)) * 4 / tau
+
+    tau_positive: float = 1.0
+    tau_negative: float = 1.05
+
+    def __call__(self, tokens: Tokens) -> Objected:
+        tau = jnp.where(tokens.advantages > 0, self.tau_positive, self.tau_negative)
+        gate = jax.nn.sigmoid(tau * (tokens.ratios - 1))
+        return Objected(-tokens.advantages * gate * 4 / tau)
 
 
-def gmpo(tokens: Tokens, *, clip_low=0.4, clip_high=0.4) -> jax.Array:
+@dataclass(frozen=True)
+class Gmpo(Objective):
     """GMPO: −A·(Π_t c_t)^(1/|y|), the geometric mean of clipped ratios.
 
     https://arxiv.org/abs/2507.20673; "sequence_mean_token_mean" there. Clipped in logs:
     log c = min(d, clip_high) where A > 0, max(d, −clip_low) where A < 0, else d.
     """
-    d, advantages = _clamp(tokens.differences), tokens.advantages
-    clipped = jnp.where(advantages > 0, jnp.minimum(d, clip_high), d)
-    clipped = jnp.where(advantages < 0, jnp.maximum(d, -clip_low), clipped)
-    mean = jnp.sum(clipped, axis=1, keepdims=True) / tokens.lengths
-    return -advantages * jnp.exp(mean)
+
+    clip_low: float = 0.4
+    clip_high: float = 0.4
+
+    def __call__(self, tokens: Tokens) -> Objected:
+        d, advantages = _clamp(tokens.differences), tokens.advantages
+        below = (advantages < 0) & (d < -self.clip_low)
+        above = (advantages > 0) & (d > self.clip_high)
+        clipped = jnp.where(above, self.clip_high, jnp.where(below, -self.clip_low, d))
+        mean = jnp.sum(clipped, axis=1, keepdims=True) / tokens.lengths
+        return Objected(-advantages * jnp.exp(mean), below, above)
 
 
-OBJECTIVES: dict[str, Callable[..., jax.Array]] = {
-    "policy_gradient": policy_gradient,
-    "ppo": ppo,
-    "ppo_sequence": ppo_sequence,
-    "gspo": gspo,
-    "cispo": cispo,
-    "sapo": sapo,
-    "gmpo": gmpo,
+OBJECTIVES: dict[str, type[Objective]] = {
+    "policy_gradient": PolicyGradient,
+    "ppo": Ppo,
+    "ppo_sequence": PpoSequence,
+    "gspo": Gspo,
+    "cispo": Cispo,
+    "sapo": Sapo,
+    "gmpo": Gmpo,
 }
 
 
+def make_objective(name: str, options: Mapping[str, Any]) -> Objective:
+    """The objective called `name` with these options; None stands for an option's default.
+
+    Raises:
+      ValueError: an unknown name or option, or an option outside its range.
+    """
+    if name not in OBJECTIVES:
+        known = ", ".join(OBJECTIVES)
+        hint = _nearest(name, OBJECTIVES)
+        raise ValueError(f"unknown policy objective {name!r}{hint}; known: {known}")
+    defaults = {field.name: field.default for field in fields(OBJECTIVES[name])}
+    stated = {option: value for option, value in options.items() if value is not None}
+    for option, value in sorted(stated.items()):
+        if option not in defaults:
+            listed = ", ".join(defaults) or "none"
+            raise ValueError(
+                f"the policy objective {name!r} has no option {option}"
+                f"{_nearest(option, defaults)}; its options: {listed}"
+            )
+        if isinstance(value, str) != isinstance(defaults[option], str):
+            raise ValueError(f"the option {option} of {name!r} cannot be {value!r}")
+    objective = OBJECTIVES[name](**stated)
+    objective.validate()
+    return objective
+
+
 def policy_loss(
-    name: str,
+    objective: Objective,
     logprobs: jax.Array,
     old_logprobs: jax.Array,
     advantages: jax.Array,
@@ -138,32 +266,24 @@ def policy_loss(
     constant: float | None = None,
     sequence_weights: jax.Array | None = None,
     importance: jax.Array | None = None,
-    **options: Any,
 ) -> Loss:
-    """The policy objective called `name` over N sequences.
+    """A policy objective over N sequences.
 
     Args:
-      name: one of OBJECTIVES; the function of that name has the equation, paper and options.
+      objective: one of OBJECTIVES, whose docstring has the equation, the paper and the options.
       logprobs, old_logprobs: [N, T] nats, of the policy now and when the update began, both at the
         sampling temperature. advantages: [N, T]. Only logprobs gets a gradient.
       mask: [N, T], nonzero on response tokens including EOS; all else there is ignored.
       aggregation, constant, sequence_weights: see `aggregate`.
       importance: [N, T] factors of the tokens' losses, without gradient (see `importance_weights`).
-      options: of the named objective; None means its default.
 
     Returns:
       (total, weight); metrics loss and, as means over tokens weighted by sequence, policy/ratio (r)
       and policy/ratio_square (r²); policy/approxkl (½d²) and policy/approxkl_k3 (r − 1 − d),
       estimates of KL(old‖π); policy/clipfrac, the share of tokens that the objective's clip
-      changes, split into policy/clipfrac_low (A < 0, ratio below) and policy/clipfrac_high (A > 0,
-      ratio above), by the objective's own ratio. cispo clips whatever the sign of A. An objective
-      without a clip, policy_gradient or sapo, reports none of the three.
-
-    Raises:
-      ValueError: an unknown name, or an option the objective does not have.
+      changes, split into policy/clipfrac_low and policy/clipfrac_high by the side on which the
+      ratio leaves the range. An objective without a clip reports none of the three.
     """
-    options = {key: value for key, value in options.items() if value is not None}
-    check_policy_options(name, options)
     check_rank("logprobs", logprobs, 2)
     check_same_shape(
         logprobs=logprobs,
@@ -177,26 +297,23 @@ def policy_loss(
     logprobs, old_logprobs, advantages, importance = cleaned
     tokens = Tokens(
         logprobs,
-        jax.lax.stop_gradient(old_logprobs),
-        jax.lax.stop_gradient(advantages),
-        (weights != 0).astype(logprobs.dtype),
+        *jax.lax.stop_gradient((old_logprobs, advantages)),
+        mask=(weights != 0).astype(logprobs.dtype),
     )
-    values = OBJECTIVES[name](tokens, **options)
+    values, below, above = objective(tokens)
     if importance is not None:
         values = values * jax.lax.stop_gradient(importance)
     loss = aggregate(
         values, mask, aggregation, constant=constant, sequence_weights=sequence_weights
     )
-
-    ratio, d = _token_ratio(tokens), _clamp(tokens.differences)
+    ratio, d = tokens.ratios, _clamp(tokens.differences)
     metrics = {
         "policy/ratio": ratio,
         "policy/ratio_square": ratio**2,
         "policy/approxkl": d**2 / 2,
         "policy/approxkl_k3": jnp.expm1(d) - d,
     }
-    if sides := _clip_fractions(name, tokens, options):
-        below, above = sides
+    if below is not None and above is not None:
         metrics |= {
             "policy/clipfrac": below | above,
             "policy/clipfrac_low": below,
@@ -255,8 +372,6 @@ def value_loss(
     mask: jax.Array,
     *,
     clip: float | None = 0.2,
-    aggregation: str = "token_mean",
-    constant: float | None = None,
     sequence_weights: jax.Array | None = None,
 ) -> Loss:
     """½·max((V − R)², (clip(V, V_old ± clip) − R)²); ½·(V − R)² where clip is None.
@@ -265,12 +380,11 @@ def value_loss(
 
     Args:
       values, old_values, returns, mask: [N, T]; only values gets a gradient.
-      aggregation, constant, sequence_weights: see `aggregate`.
+      sequence_weights: [N], None = 1.
 
     Returns:
-      (total, weight); metrics loss and, as means over tokens weighted by sequence, value/clipfrac
-      (the clipped error is the larger), value/mean (V), value/error_square ((V − R)²),
-      returns/mean and returns/square. The explained variance is 1 − Var(R − V)/Var(R).
+      (total, weight) over tokens; metrics loss and, as means over tokens weighted by sequence,
+      value/mean (V) and value/clipfrac (the clipped error is the larger).
     """
     check_rank("values", values, 2)
     check_same_shape(values=values, old_values=old_values, returns=returns, mask=mask)
@@ -282,20 +396,8 @@ def value_loss(
         check_range("clip", clip, clip > 0, "(0, inf)")
         near = old_values + jnp.clip(values - old_values, -clip, clip)
         clipped = (near - returns) ** 2
-    loss = aggregate(
-        jnp.maximum(error, clipped) / 2,
-        mask,
-        aggregation,
-        constant=constant,
-        sequence_weights=sequence_weights,
-    )
-    metrics = {
-        "value/clipfrac": clipped > error,
-        "value/mean": values,
-        "value/error_square": error,
-        "returns/mean": returns,
-        "returns/square": returns**2,
-    }
+    loss = weighted_sum(jnp.maximum(error, clipped) / 2, weights)
+    metrics = {"value/clipfrac": clipped > error, "value/mean": values}
     return loss, {"loss": loss} | _token_means(metrics, weights)
 
 
@@ -350,7 +452,6 @@ def importance_weights(
     level: str = "token",
     cap: float | None = 2.0,
     mode: str = "truncate",
-    floor: float = 0.0,
 ) -> jax.Array:
     """Weights π/μ of samples of another policy μ: w = e^(lp − lp_μ) of tokens, e^Σ of sequences.
 
@@ -360,7 +461,7 @@ def importance_weights(
 
     Args:
       logprobs, behaviour_logprobs, mask: [N, T] nats.
-      mode: "truncate": w ← clip(w, floor, cap); "mask": w ← 0 outside [floor, cap].
+      mode: "truncate": w ← min(w, cap); "mask": w ← 0 above the cap.
       cap: None = none.
 
     Returns:
@@ -375,34 +476,12 @@ def importance_weights(
     if level == "sequence":
         difference = jnp.sum(difference, axis=1, keepdims=True)
     weights = jnp.exp(_clamp(difference))
-    high = jnp.inf if cap is None else cap
-    if mode == "truncate":
-        weights = jnp.clip(weights, floor, high)
-    else:
-        weights = jnp.where((weights >= floor) & (weights <= high), weights, 0)
+    if cap is not None:
+        weights = jnp.where(weights > cap, cap if mode == "truncate" else 0, weights)
     return jax.lax.stop_gradient(jnp.where(mask != 0, weights, 0))
 
 
-def policy_options(name: str) -> dict[str, Any]:
-    """Names and defaults of the options of the policy objective called `name`."""
-    if name not in OBJECTIVES:
-        hint, known = _nearest(name, OBJECTIVES), ", ".join(OBJECTIVES)
-        raise ValueError(f"unknown policy objective {name!r}{hint}; known: {known}")
-    parameters = inspect.signature(OBJECTIVES[name]).parameters.values()
-    return {p.name: p.default for p in parameters if p.name != "tokens"}
-
-
-def check_policy_options(name: str, options: Mapping[str, Any]) -> None:
-    """ValueError for an unknown objective, or an option that the objective would ignore."""
-    known = policy_options(name)
-    for option in sorted(set(options) - set(known)):
-        hint, listed = _nearest(option, known), ", ".join(known) or "none"
-        raise ValueError(
-            f"the policy objective {name!r} has no option {option}{hint}; its options: {listed}"
-        )
-
-
-def _nearest(name: str, known: Mapping[str, Any]) -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), known, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
@@ -411,73 +490,20 @@ def _clamp(difference: jax.Array) -> jax.Array:
     return jnp.clip(difference, -MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
-def _token_ratio(tokens: Tokens) -> jax.Array:
-    return jnp.exp(_clamp(tokens.differences))
-
-
-def _sequence_ratio(tokens: Tokens) -> jax.Array:
-    return jnp.exp(_clamp(jnp.sum(tokens.differences, axis=1, keepdims=True)))
-
-
-def _mean_ratio(tokens: Tokens) -> jax.Array:
-    total = jnp.sum(tokens.differences, axis=1, keepdims=True)
-    return jnp.exp(_clamp(total / tokens.lengths))
-
-
 def _clipped(
-    tokens: Tokens,
+    advantages: jax.Array,
     ratio: jax.Array,
     clip_low: float,
     clip_high: float,
-    dual_clip: float | None = None,
     delta: float | None = None,
-) -> jax.Array:
-    """PPO's clipped objective of a ratio [N, T] or [N, 1], as a loss."""
-    advantages = tokens.advantages
+) -> Objected:
+    """PPO's clipped objective of advantages [N, T] and a ratio [N, T] or [N, 1]."""
+    below = (advantages < 0) & (ratio < 1 - clip_low)
+    above = (advantages > 0) & (ratio > 1 + clip_high)
     clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
     if delta is not None:
-        check_range("delta", delta, delta > 1 + clip_high, "(1 + clip_high, inf)")
         ratio = jnp.minimum(ratio, delta)
-    loss = -jnp.minimum(ratio * advantages, clipped * advantages)
-    if dual_clip is not None:
-        check_range("dual_clip", dual_clip, dual_clip > 1, "(1, inf)")
-        loss = jnp.where(advantages < 0, jnp.minimum(loss, -dual_clip * advantages), loss)
-    return loss
-
-
-def _cispo_bounds(
-    *, clip_high: float, clip_low: float | None, clip: str
-) -> tuple[float | None, float]:
-    check_choice("clip", clip, ("absolute", "upper", "both"))
-    if clip == "both":
-        return 1 - (0.2 if clip_low is None else clip_low), 1 + clip_high
-    if clip_low is not None:
-        raise ValueError(f"the option clip_low is only for clip 'both', not {clip!r}")
-    return None, clip_high if clip == "absolute" else 1 + clip_high
-
-
-def _clip_fractions(
-    name: str, tokens: Tokens, options: Mapping[str, Any]
-) -> tuple[jax.Array, jax.Array] | None:
-    """Where the objective's clip changes a token: (below its range, above it), bool [N, T].
-
-    None for an objective that has none.
-    """
-    options = policy_options(name) | dict(options)
-    down, up = tokens.advantages < 0, tokens.advantages > 0
-    if name == "cispo":
-        low, high = _cispo_bounds(**options)
-        ratio = _token_ratio(tokens)
-        below = jnp.zeros_like(down) if low is None else ratio < low
-        return below & (down | up), (ratio > high) & (down | up)
-    if name == "gmpo":
-        d = _clamp(tokens.differences)
-        return down & (d < -options["clip_low"]), up & (d > options["clip_high"])
-    ratios = {"ppo": _token_ratio, "ppo_sequence": _sequence_ratio, "gspo": _mean_ratio}
-    if name not in ratios:
-        return None
-    ratio = ratios[name](tokens)
-    return down & (ratio < 1 - options["clip_low"]), up & (ratio > 1 + options["clip_high"])
+    return Objected(-jnp.minimum(ratio * advantages, clipped * advantages), below, above)
 
 
 def _token_weights(mask: jax.Array, sequence_weights: jax.Array | None) -> jax.Array:

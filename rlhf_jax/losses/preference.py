@@ -1,4 +1,4 @@
-"""Preference losses: DPO and its relatives, one small function each, reached by name.
+"""Preference losses: DPO and its relatives, one small class each, reached by name.
 
 Notation of every docstring: lp = log π(y|x) summed over the response (nats), s = lp − lp_ref its
 log-ratio to the reference, Δ = s_w − s_l of the chosen response w and the rejected l, |y| tokens,
@@ -7,12 +7,9 @@ lp̄ = lp/|y| and s̄ = s/|y|. Unless it says otherwise a loss is defined per pa
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +25,8 @@ sigma = jax.nn.sigmoid
 class Pairs(NamedTuple):
     """N pairs, all fields [N]: summed log-probs in nats, lengths in tokens (at least 1).
 
-    The reference fields are None for the reference-free losses.
+    The reference fields are None for the reference-free losses; kl, which may be a scalar too, is
+    KTO's reference point in nats and None for the other losses.
     """
 
     chosen: jax.Array
@@ -38,6 +36,7 @@ class Pairs(NamedTuple):
     chosen_lengths: jax.Array
     rejected_lengths: jax.Array
     weights: jax.Array
+    kl: Any = None
 
     @property
     def logratios(self) -> tuple[jax.Array, jax.Array]:
@@ -63,117 +62,189 @@ class Pairs(NamedTuple):
         )
 
 
-def sigmoid(pairs: Pairs, *, beta, divergence="reverse_kl", alpha=None) -> jax.Array:
-    """DPO: −log σ(βΔ). https://arxiv.org/abs/2305.18290. Options: see `divergence_margins`."""
-    return -log_sigmoid(beta * divergence_margins(pairs, divergence, alpha))
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """A preference loss: a function of pairs whose options are its fields.
+
+    Attributes:
+      beta: strength of the tie to the reference, or what the loss calls so.
+    """
+
+    uses_reference: ClassVar[bool] = True
+    per_token: ClassVar[bool] = False  # its implicit rewards are, too
+    # It sorts all pairs that it is given: of parts of a batch it is a different (and noisier) loss
+    # than of the whole.
+    batchwise: ClassVar[bool] = False
+    coupled: ClassVar[bool] = False  # its parts do not add up to the whole batch, for any reason
+
+    beta: float = 0.1
+
+    def validate(self) -> None:
+        """Raises ValueError for an option outside its range."""
+        check_range("beta", self.beta, 0 < self.beta < math.inf, "(0, inf)")
+
+    def __call__(self, pairs: Pairs) -> Any:
+        """Returns the losses [N]; a batch-wise loss returns (values, weights)."""
+        raise NotImplementedError
 
 
-def cdpo(
-    pairs: Pairs, *, beta, label_smoothing=0.1, divergence="reverse_kl", alpha=None
-) -> jax.Array:
+@dataclass(frozen=True)
+class Divergent(PreferenceLoss):
+    """A loss of f-DPO, with f′(u_w) − f′(u_l), u = eˢ, in place of Δ: https://arxiv.org/abs/2309.16240.
+
+    It regularises with E_ref f(π/π_ref): "reverse_kl" f′ = s (DPO), "forward_kl" f′ = −e^(−s),
+    "js" f′ = log(2u/(1+u)), "alpha" f′ = (1 − e^(−αs))/α with 0 < α < 1, the option alpha (0.5).
+    Forward KL grows as e^(−s) and overflows float32 at s < −88: inf, not a clamped value.
+    """
+
+    divergence: str = "reverse_kl"  # or forward_kl, js, alpha
+    alpha: float | None = None  # of the divergence "alpha"; None: 0.5
+
+    def validate(self) -> None:
+        """Raises ValueError for an option outside its range."""
+        super().validate()
+        check_choice("divergence", self.divergence, ("reverse_kl", "forward_kl", "js", "alpha"))
+        if self.alpha is not None:
+            if self.divergence != "alpha":
+                kind = f"not {self.divergence!r}"
+                raise ValueError(f"the option alpha is only for divergence 'alpha', {kind}")
+            check_range("alpha", self.alpha, 0 < self.alpha < 1, "(0, 1)")
+
+    def margins(self, pairs: Pairs) -> jax.Array:
+        """β·(f′(u_w) − f′(u_l))."""
+        chosen, rejected = pairs.logratios
+        match self.divergence:
+            case "forward_kl":
+                margins = jnp.exp(-rejected) - jnp.exp(-chosen)
+            case "js":
+                margins = log_sigmoid(chosen) - log_sigmoid(rejected)
+            case "alpha":
+                alpha = 0.5 if self.alpha is None else self.alpha
+                margins = (jnp.exp(-alpha * rejected) - jnp.exp(-alpha * chosen)) / alpha
+            case _:
+                margins = chosen - rejected
+        return self.beta * margins
+
+
+@dataclass(frozen=True)
+class Sigmoid(Divergent):
+    """DPO: −log σ(βΔ). https://arxiv.org/abs/2305.18290."""
+
+    def __call__(self, pairs: Pairs) -> jax.Array:
+        return -log_sigmoid(self.margins(pairs))
+
+
+@dataclass(frozen=True)
+class Cdpo(Divergent):
     """Conservative DPO: −(1−ε)·log σ(βΔ) − ε·log σ(−βΔ). https://ericmitchell.ai/cdpo.pdf."""
-    check_range("label_smoothing", label_smoothing, 0 <= label_smoothing < 0.5, "[0, 0.5)")
-    x = beta * divergence_margins(pairs, divergence, alpha)
-    return -(1 - label_smoothing) * log_sigmoid(x) - label_smoothing * log_sigmoid(-x)
+
+    label_smoothing: float = 0.1  # ε, the share of labels that are taken to be flipped
+
+    def validate(self) -> None:
+        super().validate()
+        smoothing = self.label_smoothing
+        check_range("label_smoothing", smoothing, 0 <= smoothing < 0.5, "[0, 0.5)")
+
+    def __call__(self, pairs: Pairs) -> jax.Array:
+        x, flipped = self.margins(pairs), self.label_smoothing
+        return -(1 - flipped) * log_sigmoid(x) - flipped * log_sigmoid(-x)
 
 
-def robust(
-    pairs: Pairs, *, beta, label_smoothing=0.1, divergence="reverse_kl", alpha=None
-) -> jax.Array:
+@dataclass(frozen=True)
+class Robust(Cdpo):
     """rDPO: [−(1−ε)·log σ(βΔ) + ε·log σ(−βΔ)] / (1−2ε). https://arxiv.org/abs/2403.00409.
 
     The unbiased estimate of DPO's loss when a share ε of the labels is flipped.
     """
-    check_range("label_smoothing", label_smoothing, 0 <= label_smoothing < 0.5, "[0, 0.5)")
-    x = beta * divergence_margins(pairs, divergence, alpha)
-    flipped = -(1 - label_smoothing) * log_sigmoid(x) + label_smoothing * log_sigmoid(-x)
-    return flipped / (1 - 2 * label_smoothing)
+
+    def __call__(self, pairs: Pairs) -> jax.Array:
+        x, flipped = self.margins(pairs), self.label_smoothing
+        unbiased = -(1 - flipped) * log_sigmoid(x) + flipped * log_sigmoid(-x)
+        return unbiased / (1 - 2 * flipped)
 
 
-def hinge(pairs: Pairs, *, beta) -> jax.Array:
+@dataclass(frozen=True)
+class Hinge(PreferenceLoss):
     """SLiC/RSO hinge: max(0, 1 − βΔ). https://arxiv.org/abs/2309.06657."""
-    return jax.nn.relu(1 - beta * pairs.margins)
+
+    def __call__(self, pairs: Pairs) -> jax.Array:
+        return jax.nn.relu(1 - self.beta * pairs.margins)
 
 
-def ipo(pairs: Pairs, *, beta, ipo_reduction="sum") -> jax.Array:
-    """IPO: (Δ − 1/(2β))². https://arxiv.org/abs/2310.12036 (whose τ is β).
+@dataclass(frozen=True)
+class Ipo(PreferenceLoss):
+    """IPO: (Δ − 1/(2β))². https://arxiv.org/abs/2310.12036 (whose τ is β)."""
 
-    ipo_reduction "sum" (the default, the paper's) takes Δ of summed log-probs, "mean" of s̄.
-    """
-    check_choice("ipo_reduction", ipo_reduction, ("sum", "mean"))
-    pairs = pairs.per_token() if ipo_reduction == "mean" else pairs
-    return (pairs.margins - 1 / (2 * beta)) ** 2
+    ipo_reduction: str = "sum"  # Δ of summed log-probs, as in the paper; "mean": of s̄
+
+    def validate(self) -> None:
+        super().validate()
+        check_choice("ipo_reduction", self.ipo_reduction, ("sum", "mean"))
+
+    def __call__(self, pairs: Pairs) -> jax.Array:
+        pairs = pairs.per_token() if self.ipo_reduction == "mean" else pairs
+        return (pairs.margins - 1 / (2 * self.beta)) ** 2
 
 
-def kto(pairs: Pairs, *, beta, kl=None, desirable_weight=1.0, undesirable_weight=1.0) -> jax.Array:
+@dataclass(frozen=True)
+class Kto(PreferenceLoss):
     """KTO on both sides of a pair: λ_D·[1 − σ(β(s_w − z))] + λ_U·[1 − σ(β(z − s_l))].
 
-    https://arxiv.org/abs/2402.01306. kl is z ≥ 0, scalar or [N] nats, required (`kto_baseline`);
-    no gradient flows to it. With z = 0 and equal weights this is `apo_zero`.
+    https://arxiv.org/abs/2402.01306. z ≥ 0 is the pairs' kl, required (`kto_baseline`); no gradient
+    flows to it. With z = 0 and equal weights this is `ApoZero`.
     """
-    if kl is None:
-        raise ValueError("kto needs the option kl, its reference point: see kto_baseline")
-    chosen, rejected = pairs.logratios
-    share = partial(
-        kto_example,
-        kl=jnp.where(pairs.weights != 0, kl, 0),
-        beta=beta,
-        desirable_weight=desirable_weight,
-        undesirable_weight=undesirable_weight,
-    )
-    return share(chosen, jnp.ones_like(chosen)) + share(rejected, jnp.zeros_like(rejected))
 
+    coupled = True  # by the reference point, a mean of the whole batch
+    desirable_weight: float = 1.0  # λ_D
+    undesirable_weight: float = 1.0  # λ_U
 
-def kto_example(
-    logratios: jax.Array, labels: jax.Array, *, kl, beta, desirable_weight, undesirable_weight
-) -> jax.Array:
-    """KTO of single responses [N]: λ_D·[1 − σ(β(s − z))] of label 1, λ_U·[1 − σ(β(z − s))] of 0."""
-    z = jax.lax.stop_gradient(kl)
-    good = labels != 0
-    size = jnp.where(good, desirable_weight, undesirable_weight)
-    return size * sigma(beta * jnp.where(good, z - logratios, logratios - z))
+    def examples(self, logratios: jax.Array, labels: jax.Array, kl: Any) -> jax.Array:
+        """Single responses [N]: λ_D·[1 − σ(β(s − z))] of label 1, λ_U·[1 − σ(β(z − s))] of 0."""
+        z = jax.lax.stop_gradient(kl)
+        good = labels != 0
+        size = jnp.where(good, self.desirable_weight, self.undesirable_weight)
+        return size * sigma(self.beta * jnp.where(good, z - logratios, logratios - z))
+
+    def __call__(self, pairs: Pairs) -> jax.Array:
+        if pairs.kl is None:
+            raise ValueError("kto needs the option kl, its reference point: see kto_baseline")
+        chosen, rejected = pairs.logratios
+        kl = jnp.where(pairs.weights != 0, pairs.kl, 0)
+        good = self.examples(chosen, jnp.ones_like(chosen), kl)
+        return good + self.examples(rejected, jnp.zeros_like(rejected), kl)
 
 
 def unpaired_kto(
+    loss: Kto,
     logprobs: jax.Array,
     ref_logprobs: jax.Array,
     labels: jax.Array,
     *,
     weights: jax.Array,
-    kl: jax.Array,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
+    kl: Any,
 ) -> tuple[Reduction, dict[str, Reduction]]:
-    """KTO over N responses each labelled by itself; its total on both sides of pairs is `kto`'s.
+    """KTO over N responses each labelled by itself; its total on both sides of pairs is `Kto`'s.
 
     https://arxiv.org/abs/2402.01306.
 
     Args:
+      loss: its options.
       logprobs, ref_logprobs: [N] nats, summed over response tokens including EOS.
       labels: [N], 1 = desirable, 0 = not. weights: [N], 0 = no response.
       kl: the reference point z ≥ 0, scalar nats: see `kto_baseline`.
 
     Returns:
       (total, weight) in the loss's units and responses; metrics loss, and of either label
-      rewards/{chosen,rejected} (β·s) and logps/{chosen,rejected} (nats a response).
+      rewards/{chosen,rejected} (β·s) and logps/{chosen,rejected} (nats per response).
     """
     check_rank("logprobs", logprobs, 1)
     check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, labels=labels, weights=weights)
     logprobs, ref_logprobs, labels = keep_weighted(weights, logprobs, ref_logprobs, labels)
     logratios = logprobs - ref_logprobs
-    values = kto_example(
-        logratios,
-        labels,
-        kl=kl,
-        beta=beta,
-        desirable_weight=desirable_weight,
-        undesirable_weight=undesirable_weight,
-    )
-    total = weighted_sum(values, weights)
+    total = weighted_sum(loss.examples(logratios, labels, kl), weights)
     metrics = {"loss": total}
     for name, of in (("chosen", labels != 0), ("rejected", labels == 0)):
-        metrics[f"rewards/{name}"] = weighted_sum(beta * logratios, weights * of)
+        metrics[f"rewards/{name}"] = weighted_sum(loss.beta * logratios, weights * of)
         metrics[f"logps/{name}"] = weighted_sum(logprobs, weights * of)
     return total, metrics
 
@@ -191,167 +262,203 @@ def kto_baseline(logprobs: jax.Array, ref_logprobs: jax.Array, weights: jax.Arra
     return jax.lax.stop_gradient(jnp.maximum(kl, 0))
 
 
-def orpo(pairs: Pairs, *, beta) -> jax.Array:
+@dataclass(frozen=True)
+class Orpo(PreferenceLoss):
     """ORPO: −lp̄_w − β·log σ(logit e^lp̄_w − logit e^lp̄_l), logit p = log p/(1−p).
 
     https://arxiv.org/abs/2403.07691 (whose λ is β). Reference-free.
     """
-    pairs = pairs.per_token()
-    log_odds = _logit_exp(pairs.chosen) - _logit_exp(pairs.rejected)
-    return -pairs.chosen - beta * log_sigmoid(log_odds)
+
+    uses_reference = False
+    per_token = True
+
+    def __call__(self, pairs: Pairs) -> jax.Array:
+        pairs = pairs.per_token()
+        log_odds = _logit_exp(pairs.chosen) - _logit_exp(pairs.rejected)
+        return -pairs.chosen - self.beta * log_sigmoid(log_odds)
 
 
-def simpo(pairs: Pairs, *, beta, gamma=0.5) -> jax.Array:
+@dataclass(frozen=True)
+class Simpo(PreferenceLoss):
     """SimPO: −log σ(β·(lp̄_w − lp̄_l) − γ). https://arxiv.org/abs/2405.14734 (β 2 to 10 there).
 
-    Reference-free; gamma is the target margin in nats.
+    Reference-free.
     """
-    return -log_sigmoid(beta * pairs.per_token().margins - gamma)
+
+    uses_reference = False
+    per_token = True
+    gamma: float = 0.5  # the target margin, nats
+
+    def __call__(self, pairs: Pairs) -> jax.Array:
+        return -log_sigmoid(self.beta * pairs.per_token().margins - self.gamma)
 
 
-def cpo(pairs: Pairs, *, beta, sft_coefficient=1.0) -> jax.Array:
+@dataclass(frozen=True)
+class Cpo(PreferenceLoss):
     """CPO: −log σ(β·(lp_w − lp_l)) − c·lp̄_w. https://arxiv.org/abs/2401.08417.
 
-    Reference-free; c is sft_coefficient, its term a token mean as in the authors' code.
+    Reference-free; the second term is a token mean as in the authors' code.
     """
-    return -log_sigmoid(beta * pairs.margins) - sft_coefficient * pairs.per_token().chosen
+
+    uses_reference = False
+    sft_weight: float = 1.0  # c
+
+    def __call__(self, pairs: Pairs) -> jax.Array:
+        sft = -self.sft_weight * pairs.per_token().chosen
+        return -log_sigmoid(self.beta * pairs.margins) + sft
 
 
-def exo_pair(pairs: Pairs, *, beta, label_smoothing=1e-3) -> jax.Array:
+@dataclass(frozen=True)
+class ExoPair(PreferenceLoss):
     """EXO: KL of (σ(βΔ), σ(−βΔ)) from (1−ε, ε), the reverse of cDPO's. https://arxiv.org/abs/2402.00856."""
-    check_range("label_smoothing", label_smoothing, 0 < label_smoothing < 0.5, "(0, 0.5)")
-    x = beta * pairs.margins
-    win = sigma(x) * (log_sigmoid(x) - math.log1p(-label_smoothing))
-    return win + sigma(-x) * (log_sigmoid(-x) - math.log(label_smoothing))
+
+    label_smoothing: float = 1e-3  # ε
+
+    def validate(self) -> None:
+        super().validate()
+        smoothing = self.label_smoothing
+        check_range("label_smoothing", smoothing, 0 < smoothing < 0.5, "(0, 0.5)")
+
+    def __call__(self, pairs: Pairs) -> jax.Array:
+        x = self.beta * pairs.margins
+        win = sigma(x) * (log_sigmoid(x) - math.log1p(-self.label_smoothing))
+        return win + sigma(-x) * (log_sigmoid(-x) - math.log(self.label_smoothing))
 
 
-def nca_pair(pairs: Pairs, *, beta) -> jax.Array:
+@dataclass(frozen=True)
+class NcaPair(PreferenceLoss):
     """NCA: −log σ(βs_w) − ½·log σ(−βs_w) − ½·log σ(−βs_l). https://arxiv.org/abs/2402.05369."""
-    chosen, rejected = (beta * s for s in pairs.logratios)
-    return -log_sigmoid(chosen) - (log_sigmoid(-chosen) + log_sigmoid(-rejected)) / 2
+
+    def __call__(self, pairs: Pairs) -> jax.Array:
+        chosen, rejected = (self.beta * s for s in pairs.logratios)
+        return -log_sigmoid(chosen) - (log_sigmoid(-chosen) + log_sigmoid(-rejected)) / 2
 
 
-def bco_pair(pairs: Pairs, *, beta) -> jax.Array:
+@dataclass(frozen=True)
+class BcoPair(PreferenceLoss):
     """BCO: −log σ(βs_w) − log σ(−βs_l), reward shift 0. https://arxiv.org/abs/2404.04656."""
-    chosen, rejected = pairs.logratios
-    return -log_sigmoid(beta * chosen) - log_sigmoid(-beta * rejected)
+
+    def __call__(self, pairs: Pairs) -> jax.Array:
+        chosen, rejected = pairs.logratios
+        return -log_sigmoid(self.beta * chosen) - log_sigmoid(-self.beta * rejected)
 
 
-def sppo_hard(pairs: Pairs, *, beta) -> jax.Array:
+@dataclass(frozen=True)
+class SppoHard(PreferenceLoss):
     """SPPO, hard labels: (s_w − 1/(2β))² + (s_l + 1/(2β))². https://arxiv.org/abs/2405.00675."""
-    chosen, rejected = pairs.logratios
-    return (chosen - 1 / (2 * beta)) ** 2 + (rejected + 1 / (2 * beta)) ** 2
+
+    def __call__(self, pairs: Pairs) -> jax.Array:
+        chosen, rejected = pairs.logratios
+        return (chosen - 1 / (2 * self.beta)) ** 2 + (rejected + 1 / (2 * self.beta)) ** 2
 
 
-def apo_zero(pairs: Pairs, *, beta) -> jax.Array:
+@dataclass(frozen=True)
+class ApoZero(PreferenceLoss):
     """APO-zero: 1 − σ(βs_w) + σ(βs_l): chosen up, rejected down. https://arxiv.org/abs/2408.06266."""
-    chosen, rejected = pairs.logratios
-    return sigma(-beta * chosen) + sigma(beta * rejected)
+
+    def __call__(self, pairs: Pairs) -> jax.Array:
+        chosen, rejected = pairs.logratios
+        return sigma(-self.beta * chosen) + sigma(self.beta * rejected)
 
 
-def apo_down(pairs: Pairs, *, beta) -> jax.Array:
+@dataclass(frozen=True)
+class ApoDown(PreferenceLoss):
     """APO-down: σ(βs_w) + 1 − σ(βΔ): both down, rejected more. https://arxiv.org/abs/2408.06266."""
-    return sigma(beta * pairs.logratios[0]) + sigma(-beta * pairs.margins)
+
+    def __call__(self, pairs: Pairs) -> jax.Array:
+        return sigma(self.beta * pairs.logratios[0]) + sigma(-self.beta * pairs.margins)
 
 
-def aot(pairs: Pairs, *, beta) -> tuple[jax.Array, jax.Array]:
+@dataclass(frozen=True)
+class Aot(PreferenceLoss):
     """AOT, paired: −log σ(β(q(lp_w − lp_l) − q(lp_ref_w − lp_ref_l))), q the batch's quantiles.
 
-    https://arxiv.org/abs/2406.05882. Batch-wise, so a batch's parts do not add up to it: see
-    `BATCHWISE`. Returns (values, weights), both [2N], of the matched pieces.
+    https://arxiv.org/abs/2406.05882. Batch-wise: the values and weights, both [2N], are those of
+    the matched pieces.
     """
-    margins, ref_margins = pairs.chosen - pairs.rejected, pairs.ref_chosen - pairs.ref_rejected
-    policy, reference, weights = _match_quantiles(margins, ref_margins, pairs.weights)
-    return -log_sigmoid(beta * (policy - reference)), weights
+
+    batchwise = True
+    coupled = True
+
+    def __call__(self, pairs: Pairs) -> tuple[jax.Array, jax.Array]:
+        margins, ref_margins = pairs.chosen - pairs.rejected, pairs.ref_chosen - pairs.ref_rejected
+        policy, reference, weights = _match_quantiles(margins, ref_margins, pairs.weights)
+        return -log_sigmoid(self.beta * (policy - reference)), weights
 
 
-def aot_unpaired(pairs: Pairs, *, beta) -> tuple[jax.Array, jax.Array]:
+@dataclass(frozen=True)
+class AotUnpaired(Aot):
     """AOT, unpaired: −log σ(β(q(s_w) − q(s_l))), q the batch's quantiles.
 
-    https://arxiv.org/abs/2406.05882. Batch-wise, and otherwise, as `aot`.
+    https://arxiv.org/abs/2406.05882. Batch-wise, and otherwise, as `Aot`.
     """
-    chosen, rejected, weights = _match_quantiles(*pairs.logratios, pairs.weights)
-    return -log_sigmoid(beta * (chosen - rejected)), weights
+
+    def __call__(self, pairs: Pairs) -> tuple[jax.Array, jax.Array]:
+        chosen, rejected, weights = _match_quantiles(*pairs.logratios, pairs.weights)
+        return -log_sigmoid(self.beta * (chosen - rejected)), weights
 
 
-def discopop(pairs: Pairs, *, beta, temperature=0.05) -> jax.Array:
+@dataclass(frozen=True)
+class Discopop(PreferenceLoss):
     """DiscoPOP: (1−m)·(−log σ(x)) + m·e^(−x), x = βΔ, m = σ(x/τ). https://arxiv.org/abs/2406.08414.
 
-    temperature is τ; m·e^(−x) is computed as one exponential, which cannot be 0·∞.
+    m·e^(−x) is computed as one exponential, which cannot be 0·∞.
     """
-    x = beta * pairs.margins
-    modulated = jnp.exp(log_sigmoid(x / temperature) - x)
-    return -sigma(-x / temperature) * log_sigmoid(x) + modulated
+
+    temperature: float = 0.05  # τ
+
+    def __call__(self, pairs: Pairs) -> jax.Array:
+        x = self.beta * pairs.margins
+        modulated = jnp.exp(log_sigmoid(x / self.temperature) - x)
+        return -sigma(-x / self.temperature) * log_sigmoid(x) + modulated
 
 
-def sigmoid_norm(pairs: Pairs, *, beta) -> jax.Array:
+@dataclass(frozen=True)
+class SigmoidNorm(PreferenceLoss):
     """Length-normalised DPO: −log σ(β(s̄_w − s̄_l)). https://arxiv.org/abs/2411.15124 (β 5 there)."""
-    return -log_sigmoid(beta * pairs.per_token().margins)
+
+    per_token = True
+
+    def __call__(self, pairs: Pairs) -> jax.Array:
+        return -log_sigmoid(self.beta * pairs.per_token().margins)
 
 
-def rpo(
-    pairs: Pairs, *, beta, sft_coefficient=1.0, divergence="reverse_kl", alpha=None
-) -> jax.Array:
-    """DPO + SFT: −log σ(βΔ) − c·lp̄_w, c = sft_coefficient. https://arxiv.org/abs/2404.19733."""
-    sft = -sft_coefficient * pairs.per_token().chosen
-    return sigmoid(pairs, beta=beta, divergence=divergence, alpha=alpha) + sft
+@dataclass(frozen=True)
+class Rpo(Sigmoid):
+    """DPO + SFT: −log σ(βΔ) − c·lp̄_w. https://arxiv.org/abs/2404.19733."""
+
+    sft_weight: float = 1.0  # c
+
+    def __call__(self, pairs: Pairs) -> jax.Array:
+        return super().__call__(pairs) - self.sft_weight * pairs.per_token().chosen
 
 
-def divergence_margins(pairs: Pairs, divergence: str, alpha: float | None) -> jax.Array:
-    """f-DPO: f′(u_w) − f′(u_l) with u = eˢ in place of Δ. https://arxiv.org/abs/2309.16240.
-
-    It regularises with E_ref f(π/π_ref): "reverse_kl" f′ = s (DPO), "forward_kl" f′ = −e^(−s),
-    "js" f′ = log(2u/(1+u)), "alpha" f′ = (1 − e^(−αs))/α with 0 < α < 1, the option alpha (0.5).
-    Forward KL grows as e^(−s) and overflows float32 at s < −88: inf, not a clamped value.
-    """
-    check_choice("divergence", divergence, ("reverse_kl", "forward_kl", "js", "alpha"))
-    if alpha is not None and divergence != "alpha":
-        raise ValueError(f"the option alpha is only for divergence 'alpha', not {divergence!r}")
-    chosen, rejected = pairs.logratios
-    if divergence == "forward_kl":
-        return jnp.exp(-rejected) - jnp.exp(-chosen)
-    if divergence == "js":
-        return log_sigmoid(chosen) - log_sigmoid(rejected)
-    if divergence == "alpha":
-        alpha = 0.5 if alpha is None else alpha
-        check_range("alpha", alpha, 0 < alpha < 1, "(0, 1)")
-        return (jnp.exp(-alpha * rejected) - jnp.exp(-alpha * chosen)) / alpha
-    return chosen - rejected
-
-
-_TABLE: dict[str, Callable[..., Any]] = {
-    "sigmoid": sigmoid,
-    "cdpo": cdpo,
-    "robust": robust,
-    "hinge": hinge,
-    "ipo": ipo,
-    "kto": kto,
-    "orpo": orpo,
-    "simpo": simpo,
-    "cpo": cpo,
-    "exo_pair": exo_pair,
-    "nca_pair": nca_pair,
-    "bco_pair": bco_pair,
-    "sppo_hard": sppo_hard,
-    "apo_zero": apo_zero,
-    "apo_down": apo_down,
-    "aot": aot,
-    "aot_unpaired": aot_unpaired,
-    "discopop": discopop,
-    "sigmoid_norm": sigmoid_norm,
-    "rpo": rpo,
+LOSSES: dict[str, type[PreferenceLoss]] = {
+    "sigmoid": Sigmoid,
+    "cdpo": Cdpo,
+    "robust": Robust,
+    "hinge": Hinge,
+    "ipo": Ipo,
+    "kto": Kto,
+    "orpo": Orpo,
+    "simpo": Simpo,
+    "cpo": Cpo,
+    "exo_pair": ExoPair,
+    "nca_pair": NcaPair,
+    "bco_pair": BcoPair,
+    "sppo_hard": SppoHard,
+    "apo_zero": ApoZero,
+    "apo_down": ApoDown,
+    "aot": Aot,
+    "aot_unpaired": AotUnpaired,
+    "discopop": Discopop,
+    "sigmoid_norm": SigmoidNorm,
+    "rpo": Rpo,
 }
-LOSSES = tuple(_TABLE)
-REFERENCE_FREE = frozenset({"orpo", "simpo", "cpo"})
-# These sort all pairs that they are given: of parts of a batch they are a different (and noisier)
-# loss than of the whole.
-BATCHWISE = frozenset({"aot", "aot_unpaired"})
-COUPLED = BATCHWISE | {"kto"}  # kto's reference point is a mean of the batch too
-PER_TOKEN = frozenset({"orpo", "simpo", "sigmoid_norm"})
 
 
 def preference_loss(
-    name: str,
+    loss: PreferenceLoss,
     chosen_logprobs: jax.Array,
     rejected_logprobs: jax.Array,
     ref_chosen_logprobs: jax.Array | None = None,
@@ -360,34 +467,31 @@ def preference_loss(
     chosen_lengths: jax.Array,
     rejected_lengths: jax.Array,
     weights: jax.Array,
-    beta: float = 0.1,
-    **options: Any,
+    kl: jax.Array | None = None,
 ) -> tuple[Reduction, dict[str, Reduction]]:
-    """The preference loss called `name` over N pairs of responses.
+    """A preference loss over N pairs of responses.
 
     Args:
-      name: one of LOSSES; the function of that name has the equation, the paper and its options.
+      loss: one of LOSSES; its class has the equation, the paper and its options.
       chosen_logprobs, rejected_logprobs: [N] nats, summed over response tokens including EOS.
-      ref_chosen_logprobs, ref_rejected_logprobs: [N], or None for (only) REFERENCE_FREE losses.
+      ref_chosen_logprobs, ref_rejected_logprobs: [N], or None for (only) reference-free losses.
       chosen_lengths, rejected_lengths: [N] response tokens; 0 (an empty response) counts as 1.
       weights: [N], such as 1, or a probability; 0 = no pair (ignored, whatever else it holds).
-      beta: strength of the tie to the reference, or what the named loss calls so.
-      options: of the named loss; None means its default.
+      kl: KTO's reference point, scalar or [N] nats: see `kto_baseline`.
 
     Returns:
-      (total, weight) in the loss's units and pairs; metrics loss, logps/{chosen,rejected} (nats a
+      (total, weight) in the loss's units and pairs; metrics loss, logps/{chosen,rejected} (nats per
       response) and rewards/{chosen,rejected,margins,accuracies}: β·s, or β·lp without a reference,
       per token if the loss is; a tie counts ½.
 
     Raises:
-      ValueError: unknown name, an option the loss does not have, a reference missing or unused.
+      ValueError: an option outside its range, a reference missing or unused.
     """
-    loss = _find(name)
-    options = {key: value for key, value in options.items() if value is not None}
-    check_options(name, options)
+    loss.validate()
     references = ref_chosen_logprobs, ref_rejected_logprobs
-    if any((reference is None) != (name in REFERENCE_FREE) for reference in references):
-        use = "uses no" if name in REFERENCE_FREE else "needs both"
+    if any((reference is not None) != loss.uses_reference for reference in references):
+        use = "needs both" if loss.uses_reference else "uses no"
+        name = next(name for name, kind in LOSSES.items() if kind is type(loss))
         raise ValueError(f"the preference loss {name!r} {use} reference log-probs")
     arrays = {
         "chosen_logprobs": chosen_logprobs,
@@ -402,12 +506,13 @@ def preference_loss(
 
     pairs = Pairs(*keep_weighted(weights, *arrays.values(), weights))
     pairs = pairs._replace(
+        kl=kl,
         chosen_lengths=jnp.maximum(pairs.chosen_lengths, 1),
         rejected_lengths=jnp.maximum(pairs.rejected_lengths, 1),
     )
-    values = loss(pairs, beta=beta, **options)
-    total = weighted_sum(*values) if name in BATCHWISE else weighted_sum(values, weights)
-    return total, {"loss": total} | _metrics(pairs, beta, name in PER_TOKEN)
+    values = loss(pairs)
+    total = weighted_sum(*values) if loss.batchwise else weighted_sum(values, weights)
+    return total, {"loss": total} | _metrics(pairs, loss.beta, loss.per_token)
 
 
 def _metrics(pairs: Pairs, beta: float, per_token: bool) -> dict[str, Reduction]:
@@ -422,31 +527,6 @@ def _metrics(pairs: Pairs, beta: float, per_token: bool) -> dict[str, Reduction]
         "logps/rejected": pairs.rejected,
     }
     return {name: weighted_sum(value, pairs.weights) for name, value in metrics.items()}
-
-
-def loss_options(name: str) -> dict[str, Any]:
-    """Names and defaults of the options of the preference loss called `name`, beta aside."""
-    parameters = inspect.signature(_find(name)).parameters.values()
-    return {p.name: p.default for p in parameters if p.name not in ("pairs", "beta")}
-
-
-def _find(name: str) -> Callable[..., Any]:
-    if name in _TABLE:
-        return _TABLE[name]
-    near = difflib.get_close_matches(str(name), LOSSES, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise ValueError(f"unknown preference loss {name!r}{hint}; known: {', '.join(LOSSES)}")
-
-
-def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """ValueError for an unknown loss, or an option that the loss would ignore."""
-    known = loss_options(name)
-    unused = sorted(set(options) - set(known))
-    if unused:
-        listed = ", ".join(known) or "none but beta"
-        raise ValueError(
-            f"the preference loss {name!r} has no option {', '.join(unused)}; its options: {listed}"
-        )
 
 
 def _logit_exp(x: jax.Array) -> jax.Array:

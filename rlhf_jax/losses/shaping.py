@@ -13,7 +13,6 @@ from rlhf_jax.losses.checks import check_choice, check_range, check_rank, check_
 from rlhf_jax.losses.reductions import at_least_f32, keep_weighted
 
 ESTIMATORS = ("k1", "k2", "k3")
-POSITIONS = ("last", "after")
 EOS_MODES = ("none", "subtract", "replace")
 
 
@@ -67,17 +66,13 @@ def token_rewards(
     kl: jax.Array | None = None,
     *,
     coefficient: float | jax.Array = 0.0,
-    position: str = "last",
 ) -> jax.Array:
-    """Rewards of tokens: −β·kl_t on every real token, plus the score at one slot.
+    """Rewards of tokens: −β·kl_t on every real token, plus the score on the last one.
 
     Args:
       scores: [N]; that of a row without a token is dropped. mask: [N, T].
       kl: [N, T] nats (see `kl_estimate`), or None for no penalty.
       coefficient: β, scalar.
-      position: "last" puts the score on the last real token; "after" on the slot behind it where
-        there is one, as the PPO of https://arxiv.org/abs/2403.17031 does. That slot is masked, so
-        "after" needs values there and `with_next_slot(mask)` in `gae`.
 
     Returns:
       [N, T] in units of the scores. No gradient flows through it.
@@ -85,25 +80,14 @@ def token_rewards(
     check_rank("mask", mask, 2)
     check_same_shape(scores=scores, first_slots=mask[:, 0])
     check_same_shape(mask=mask, kl=kl)
-    check_choice("position", position, POSITIONS)
-    real = mask != 0
+    real, count = mask != 0, mask.shape[1]
     (scores,) = keep_weighted(jnp.any(real, axis=1), scores)
-    slot = _last_token(real)
-    if position == "after":
-        slot = jnp.minimum(slot + 1, mask.shape[1] - 1)
-    rewards = jnp.where(jnp.arange(mask.shape[1]) == slot[:, None], scores[:, None], 0)
+    last = count - 1 - jnp.argmax(real[:, ::-1], axis=1)
+    rewards = jnp.where(jnp.arange(count) == last[:, None], scores[:, None], 0)
     if kl is not None:
         (kl,) = keep_weighted(mask, kl)
         rewards = rewards - coefficient * kl
     return jax.lax.stop_gradient(rewards)
-
-
-def with_next_slot(mask: jax.Array) -> jax.Array:
-    """The mask [N, T] with the slot behind each row's last token added, where there is one."""
-    check_rank("mask", mask, 2)
-    real = mask != 0
-    following = jnp.arange(mask.shape[1]) == _last_token(real)[:, None] + 1
-    return jnp.where(following & jnp.any(real, axis=1, keepdims=True), 1, mask)
 
 
 def missing_eos(scores: jax.Array, finished: jax.Array, *, mode: str, penalty: float) -> jax.Array:
@@ -162,8 +146,3 @@ def adaptive_coefficient(
     check_range("target", target, target > 0, "(0, inf)")
     error = jnp.clip(kl / target - 1, -0.2, 0.2)
     return coefficient * (1 + error * count / horizon)
-
-
-def _last_token(real: jax.Array) -> jax.Array:
-    """[N, T] bool → index [N] of the last True; T − 1 in a row without."""
-    return real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)

@@ -260,3 +260,44 @@ PRESETS: dict[str, ModelConfig] = {
     "1b": _llama(16, 2048, 32, 8, max_length=131_072, tied_embeddings=True),
     "8b": _llama(32, 4096, 32, 8, mlp_width=14_336),
 }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A model to pre-train: a preset, and what differs from it; see `ModelConfig`."""
+
+    preset: str = "tiny"  # one of `PRESETS`
+    layers: int | None = None  # blocks of attention and MLP
+    width: int | None = None  # of the residual stream
+    heads: int | None = None  # of queries
+    kv_heads: int | None = None  # of keys and values
+    head_dim: int | None = None  # numbers per query, key or value
+    mlp_width: int | None = None  # hidden numbers of an MLP
+    max_length: int | None = None  # tokens
+    tied_embeddings: bool | None = None  # logits are made by the embedding
+    norm: str | None = None  # "rms" or "layer"
+    position: str | None = None  # "rope" or "learned"
+    activation: str | None = None  # "swiglu", "geglu", "gelu" or "gelu_tanh"
+    compute_dtype: str | None = None  # "float32" or "bfloat16"
+    remat: str | None = None  # what the backward pass recomputes: "none", "full", "dots"
+    attention: str | None = None  # the kernel: models/fused_attention.py
+
+    def settled(self) -> Shape:
+        """The same shape with the preset's values where none are given."""
+        if self.preset not in PRESETS:
+            known = ", ".join(PRESETS)
+            raise UserError(f"config: model.preset = {self.preset!r}: choose one of {known}")
+        of_preset = dataclasses.asdict(PRESETS[self.preset])
+        stated = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        names = [field.name for field in dataclasses.fields(self)]
+        return Shape(**{name: (of_preset | stated)[name] for name in names})
+
+    def model(self, vocab_size: int) -> ModelConfig:
+        """The config of a model with so many token ids; UserError for one that cannot be."""
+        stated = dataclasses.asdict(self.settled())
+        preset = PRESETS[stated.pop("preset")]
+        return dataclasses.replace(preset, **stated, vocab_size=vocab_size).validate()
+
+    def validate(self) -> None:
+        """Raises UserError for a shape that no model can have."""
+        self.model(vocab_size=1)

@@ -18,11 +18,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.config import Only, option
 from rlhf_jax.errors import UserError
+from rlhf_jax.trees import named_leaves
 
 Tree = dict[str, Any]
 KINDS = ("lora", "rslora", "dora")
 STORED = ("float32", "bfloat16", "int8", "nf4")
+_RANK = Only("rank")
 BLOCK = 64  # numbers that share an NF4 scale
 
 # Quantiles of a normal distribution, 0 among them: "QLoRA", https://arxiv.org/abs/2305.14314.
@@ -51,10 +54,10 @@ class AdapterConfig:
     """
 
     rank: int = 0
-    alpha: float = 16.0
-    targets: str = r"attention/(query|key|value|out)$|mlp/(gate|up|down)$"
-    kind: str = "lora"
-    base: str = "float32"
+    alpha: float = option(16.0, only=_RANK)
+    targets: str = option(r"attention/(query|key|value|out)$|mlp/(gate|up|down)$", only=_RANK)
+    kind: str = option("lora", only=_RANK)
+    base: str = option("float32", only=_RANK)
 
     def validate(self) -> AdapterConfig:
         """Returns itself, or raises UserError naming the first field that is wrong."""
@@ -294,8 +297,7 @@ def kernel_shape(node: Mapping[str, Any]) -> tuple[int, ...]:
 def param_count(params: Mapping[str, Any]) -> int:
     """Counts the weights of a tree's base, however they are kept."""
     count = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(without_adapter(params)):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+    for name, leaf in named_leaves(without_adapter(params)).items():
         if not re.search("(int8|nf4)/scale$", name):
             count += leaf.size * (2 if name.endswith("nf4/codes") else 1)
     return count

@@ -1,4 +1,4 @@
-"""What every figure is drawn with: the palette, the style, the SVG that leaves and its CSV.
+"""Drawing: the palette, the style, and how axes become SVG and their points CSV.
 
 The colours are Okabe & Ito's, told apart by every common kind of colour vision; lines differ by
 dash as well. Axes and text are drawn in `currentColor`, so that a figure inside a dark page is
@@ -25,8 +25,6 @@ BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY = (
 )  # fmt: skip
 GREY, INK = "#999999", "#010203"  # INK stands for currentColor, which Matplotlib does not know
 LINES = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY)
-DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 1)))
-MODELS = (PURPLE, GREEN, SKY, GREY, ORANGE, BLUE)  # read from the end: the run's own model is blue
 SIZE = (4.4, 2.6)  # inches
 
 STYLE: dict[str, Any] = {
@@ -70,24 +68,31 @@ class Plot:
 
 
 @contextmanager
-def figure(
+def open_axes(
     title: str,
     header: Sequence[str],
     rows: Sequence[Sequence[Any]],
-    note: str,
     height: float = SIZE[1],
     panels: Sequence[float] = (),
     width: float = SIZE[0],
 ) -> Iterator[tuple[Any, Callable[[], Plot]]]:
-    """Axes (one, or a stack with the heights `panels`) and a function that gives the plot.
+    """Gives axes to draw on and, for after the `with`, a function that returns the plot.
 
-    Before it is a `stop_point`.
+    Opening a figure is a `stop_point`.
+
+    Args:
+        title: also names the figure for screen readers.
+        header: the column names of the CSV.
+        rows: the plotted points, as rows of the CSV.
+        height: inches.
+        panels: heights relative to each other; two or more give a stack of axes, not one.
+        width: inches.
     """
     stop_point()
     import matplotlib
     from matplotlib.figure import Figure
 
-    data = _csv(header, rows)
+    data = _write_csv(header, rows)
     salt = hashlib.sha256(f"{title}\n{data}".encode()).hexdigest()
     buffer = io.StringIO()
     style: Any = {**STYLE, "svg.hashsalt": salt}
@@ -95,31 +100,32 @@ def figure(
         drawing = Figure(figsize=(width, height), layout="constrained")
         ratios = {"height_ratios": panels} if panels else None
         axes = drawing.subplots(len(panels) or 1, sharex=True, gridspec_kw=ratios)
-        yield axes, lambda: Plot(title, _svg(buffer.getvalue(), title), data, note)
+        yield axes, lambda: Plot(title, _clean_svg(buffer.getvalue(), title), data)
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         drawing.savefig(buffer, format="svg", transparent=True, metadata=metadata)
 
 
 def label_axes(axes: Any, xlabel: str, ylabel: str) -> None:
+    """Names both axes, and shortens the numbers along one that has very large or small ones."""
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
         if not 1e-2 <= max(abs(low), abs(high)) < 1e4:
-            axis.set_major_formatter(lambda value, _: tick(value))
+            axis.set_major_formatter(lambda value, _: format_tick(value))
 
 
-def legend(axes: Any, *entries: Any) -> None:
-    """A legend above the axes, of `entries` (handles, labels) or else of all that has a label."""
+def add_legend(axes: Any, *entries: Any) -> None:
+    """Adds a legend above the axes, of `entries` (handles, labels) or of all that has a label."""
     labels = (entries or axes.get_legend_handles_labels())[1]
     longest = max(map(len, labels), default=0) + 5  # with its handle
-    columns = min(3, int(axes.figure.get_figwidth() * 16 // longest))  # 16 letters an inch
+    columns = min(3, int(axes.figure.get_figwidth() * 16 // longest))  # 16 letters per inch
     axes.legend(
         *entries, loc="lower left", bbox_to_anchor=(0, 1), ncols=max(1, columns), borderaxespad=0.2
     )
 
 
-def tick(value: float) -> str:
-    """Short tick labels: 0.25, 3e−5, 12k, 3M."""
+def format_tick(value: float) -> str:
+    """Returns a short tick label: 0.25, 3e−5, 12k, 3M."""
     size = abs(value)
     if size >= 1e6:
         text = f"{value / 1e6:.4g}M"
@@ -133,14 +139,19 @@ def tick(value: float) -> str:
     return text.replace("-", "\u2212")
 
 
-def number(value: Any) -> float:
-    """`value` as a float, NaN where there is nothing to draw: None, "NaN", "Infinity"."""
+def to_float(value: Any) -> float:
+    """Returns `value` as a float, NaN where there is no number: None, "NaN", "Infinity"."""
     result = nan if value is None else float(value)
     return result if isfinite(result) else nan
 
 
-def _svg(text: str, title: str) -> str:
-    """Matplotlib's SVG without prolog, metadata and style sheet, named for screen readers."""
+def to_floats(values: Sequence[Any]) -> list[float]:
+    """Returns `to_float` of each value."""
+    return [to_float(value) for value in values]
+
+
+def _clean_svg(text: str, title: str) -> str:
+    """Strips Matplotlib's SVG of prolog, metadata and style sheet; names it for screen readers."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", text, flags=re.DOTALL)
@@ -156,16 +167,16 @@ def _svg(text: str, title: str) -> str:
     return text.replace("<svg", attributes, 1)
 
 
-def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def _write_csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(map(_cell, header))
-    writer.writerows(map(_cell, row) for row in rows)
+    writer.writerow(map(_guard_cell, header))
+    writer.writerows(map(_guard_cell, row) for row in rows)
     return buffer.getvalue()
 
 
-def _cell(value: Any) -> Any:
-    """Text that a spreadsheet would run as a formula gets an apostrophe in front."""
+def _guard_cell(value: Any) -> Any:
+    """Puts an apostrophe in front of text that a spreadsheet would run as a formula."""
     if not isinstance(value, str):
         return value
     guard = "'" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else ""

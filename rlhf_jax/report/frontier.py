@@ -6,116 +6,83 @@ from collections.abc import Mapping, Sequence
 from math import isfinite, sqrt
 from typing import Any
 
-from rlhf_jax.report.figure import (
-    INK,
-    LINES,
-    SIZE,
-    Plot,
-    figure,
-    label_axes,
-    legend,
-    number,
-)
+from rlhf_jax.report import figure
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
 WIDE = (7.6, 3.9)  # inches, for a figure as wide as a page
-KINDS = ("gold", "proxy")
+REWARDS = ("gold", "proxy")
 MINUS = str.maketrans("-", "\u2212")
 
 
-def frontier(
-    title: str,
-    *,
-    series: Mapping[str, Mapping[str, Any]],
-    exact: Mapping[str, Sequence[float]] | None = None,
-    xlabel: str = "√KL to the reference, KL in nats a sequence",
-    ylabel: str = "reward",
-    wide: bool = False,
-    note: str = "",
-) -> Plot:
-    """Gold reward of each run against √KL, its peak marked, and the proxy in a panel below.
+def draw_frontier(
+    title: str, *, series: Mapping[str, Mapping[str, Any]], wide: bool = False
+) -> figure.Plot:
+    """Draws the gold reward of each run against √KL, its peak marked, and the proxy below it.
 
     Each has its own scale: a proxy that is over-optimised would flatten the gold reward's peak.
 
     Args:
         title: of the figure.
         series: run → {"kl": […], "gold": […]?, "proxy": […]?, "bound": bool?}, in the order of
-            training. A run with one point is a marker; with `bound` its KL is an upper bound.
-        exact: {"kl": […], "reward": […]} of the best reward that any policy has at that KL.
-        xlabel: of the horizontal axis.
-        ylabel: of the vertical axis.
+            training, KL in nats per sequence. A run with one point is a marker; with `bound` its
+            KL is an upper bound.
         wide: as wide as a page rather than a column.
-        note: the caption.
     """
     from matplotlib.lines import Line2D
 
-    rows: list[tuple[Any, ...]] = []
-    for name, run in series.items():
-        golds, proxies = (run.get(key) or [None] * len(run["kl"]) for key in ("gold", "proxy"))
-        for kl, gold, proxy in zip(run["kl"], golds, proxies, strict=True):
-            rows.append((name, kl, _cell(_root(kl)), gold, proxy))
-    if exact:
-        for kl, reward in zip(exact["kl"], exact["reward"], strict=True):
-            rows.append(("exact", kl, _cell(_root(kl)), reward, None))
-    shown = [k for k in KINDS if any(run.get(k) for run in series.values())] or ["gold"]
-    width, height = WIDE if wide else (SIZE[0], 3.0)
+    shown = [k for k in REWARDS if any(run.get(k) for run in series.values())] or ["gold"]
+    width, height = WIDE if wide else (figure.SIZE[0], 3.0)
     height += 1.2 * (len(shown) - 1)
     header = ("series", "kl", "sqrt_kl", "gold", "proxy")
+    rows = [row for name, run in series.items() for row in _list_points(name, run)]
     shares = [3, 2][: len(shown)]
-    with figure(title, header, rows, note, height, shares, width) as (axes, done):
+    with figure.open_axes(title, header, rows, height, shares, width) as (axes, done):
         panels = dict(zip(shown, axes if len(shown) > 1 else [axes], strict=True))
-        handles: list[Any] = []
-        peaks = []
-        if exact:
-            x, y = [_root(kl) for kl in exact["kl"]], [number(v) for v in exact["reward"]]
-            handles += panels[shown[0]].plot(x, y, color=INK, linewidth=1, label="exact")
+        handles, peaks = [], []
         for i, (name, run) in enumerate(series.items()):
-            color, marker = _look(i)
+            style = _choose_style(i)
             bound = "KL ≤" if run.get("bound") else "KL"
             label = f"{name}, {bound}" if run.get("bound") else name
-            handles.append(Line2D([], [], color=color, marker=marker, label=label))
+            handles.append(Line2D([], [], label=label, **style))
             x = [_root(kl) for kl in run["kl"]]
             for key, panel in panels.items():
-                y = [number(v) for v in run.get(key) or [None] * len(x)]
+                y = figure.to_floats(run.get(key) or [None] * len(x))
                 count = sum(isfinite(a) and isfinite(b) for a, b in zip(x, y, strict=True))
                 panel.plot(
-                    x, y, color=color, linestyle="--" if key == "proxy" else "-",
-                    marker=marker if count <= 12 else "", markersize=6 if count == 1 else 3.5,
-                    markerfacecolor=color if key == "gold" else "none",
+                    x, y, color=style["color"], linestyle="--" if key == "proxy" else "-",
+                    marker=style["marker"] if count <= 12 else "",
+                    markersize=6 if count == 1 else 3.5,
+                    markerfacecolor=style["color"] if key == "gold" else "none",
                 )  # fmt: skip
                 if key == "gold" and count > 1:
-                    index, at, best = _mark_peak(panel, x, y, color)
-                    text = f"{best:.3g} at {bound} {float(run['kl'][index]):.3g}".translate(MINUS)
-                    peaks.append((at, best, f"{name}: {text}" if len(series) > 1 else text))
+                    best = _mark_peak(panel, x, y, style["color"])
+                    text = f"{y[best]:.3g} at {bound} {float(run['kl'][best]):.3g}".translate(MINUS)
+                    text = f"{name}: {text}" if len(series) > 1 else text
+                    peaks.append((x[best], y[best], text))
         for key, panel in panels.items():
-            label_axes(panel, xlabel, f"{key} {ylabel}" if len(panels) > 1 else ylabel)
+            ylabel = f"{key} reward" if len(panels) > 1 else "reward"
+            figure.label_axes(panel, "√KL to the reference, KL in nats per sequence", ylabel)
             panel.margins(0.04, 0.14)
             panel.label_outer()
-        _place(panels[shown[0]], peaks, width, height * shares[0] / sum(shares))
-        legend(panels[shown[0]], handles, [handle.get_label() for handle in handles])
+        _place_labels(panels[shown[0]], peaks, width, height * shares[0] / sum(shares))
+        figure.add_legend(panels[shown[0]], handles, [handle.get_label() for handle in handles])
     return done()
 
 
-def best_of_n(
+def draw_best_of_n(
     title: str,
     *,
     n: Sequence[int],
     series: Mapping[str, Mapping[str, Sequence[float]]],
     bound: Sequence[float] | None = None,
-    xlabel: str = "n, samples a prompt",
-    ylabel: str = "reward of the best by proxy",
-    note: str = "",
-) -> Plot:
-    """A quantity against n on a log₂ axis with intervals, the peak of the series "gold" marked.
+) -> figure.Plot:
+    """Draws a quantity against n on a log₂ axis, the peak of the series "gold" marked.
 
     Args:
         title: of the figure.
-        n: samples a prompt.
-        series: name → {"mean": […], "low": […]?, "high": […]?}, one value each n.
-        bound: a known limit each n, dashed, e.g. n/(n + 1) for a win rate.
-        xlabel: of the horizontal axis.
-        ylabel: of the vertical axis.
-        note: the caption.
+        n: samples per prompt.
+        series: name → {"mean": […], "low": […]?, "high": […]?}, one value for each n.
+        bound: a known limit for each n, dashed, e.g. n/(n + 1) for a win rate.
     """
     absent: Sequence[Any] = [None] * len(n)
     rows = [
@@ -126,48 +93,43 @@ def best_of_n(
     rows += [
         ("bound", k, value, None, None) for k, value in zip(n, bound or [], strict=bool(bound))
     ]
-    with figure(title, ("series", "n", "mean", "low", "high"), rows, note) as (axes, done):
+    with figure.open_axes(title, ("series", "n", "mean", "low", "high"), rows) as (axes, done):
         for i, (name, s) in enumerate(series.items()):
-            (color, marker), mean = _look(i), [number(v) for v in s["mean"]]
+            style, mean = _choose_style(i), figure.to_floats(s["mean"])
             if "low" in s and "high" in s:
-                low, high = ([number(v) for v in s[end]] for end in ("low", "high"))
-                axes.fill_between(n, low, high, color=color, alpha=0.18, linewidth=0)
-            axes.plot(n, mean, color=color, marker=marker, label=name)
+                low, high = figure.to_floats(s["low"]), figure.to_floats(s["high"])
+                axes.fill_between(n, low, high, color=style["color"], alpha=0.18, linewidth=0)
+            axes.plot(n, mean, label=name, **style)
             if name == "gold" and any(map(isfinite, mean)):
-                index, _, y = _mark_peak(axes, n, mean, color)
+                best = _mark_peak(axes, n, mean, style["color"])
                 axes.annotate(
-                    f"{y:.3g} at n = {n[index]}".translate(MINUS), (n[index], y), ha="center",
-                    xytext=(0, 6), textcoords="offset points", fontsize=6.5,
+                    f"{mean[best]:.3g} at n = {n[best]}".translate(MINUS), (n[best], mean[best]),
+                    ha="center", xytext=(0, 6), textcoords="offset points", fontsize=6.5,
                 )  # fmt: skip
         if bound:
-            axes.plot(n, [number(v) for v in bound], "--", color=INK, alpha=0.6, label="bound")
+            axes.plot(n, figure.to_floats(bound), "--", color=figure.INK, alpha=0.6, label="bound")
         axes.margins(0.05, 0.14)
-        label_axes(axes, xlabel, ylabel)
+        figure.label_axes(axes, "n, samples per prompt", "reward of the best by proxy")
         axes.set_xscale("log", base=2)
         axes.set_xticks(n, [str(k) for k in n])
         axes.minorticks_off()
-        legend(axes)
+        figure.add_legend(axes)
     return done()
 
 
-def oracle(
+def draw_oracle(
     title: str,
     *,
     points: Mapping[str, Mapping[str, float]],
     exact: Mapping[str, Sequence[float]],
-    xlabel: str = "KL to the reference, nats a sequence",
-    ylabel: str = "expected reward",
-    note: str = "",
-) -> Plot:
-    """Where each algorithm came to, filled, and should have come to, hollow, on the exact frontier.
+) -> figure.Plot:
+    """Draws where each algorithm came to, filled, and should have come to, hollow.
 
     Args:
         title: of the figure.
-        points: algorithm → {"kl", "reward", "expected_kl"?, "expected_reward"?}.
+        points: algorithm → {"kl", "reward", "expected_kl"?, "expected_reward"?}, KL in nats per
+            sequence.
         exact: {"kl": […], "reward": […]} of the best reward that any policy has at that KL.
-        xlabel: of the horizontal axis.
-        ylabel: of the vertical axis.
-        note: the caption.
     """
     keys = ("kl", "reward", "expected_kl", "expected_reward")
     rows: list[tuple[Any, ...]] = [
@@ -176,47 +138,56 @@ def oracle(
     ]
     rows += [(name, *map(point.get, keys)) for name, point in points.items()]
     width, height = WIDE
-    with figure(title, ("series", *keys), rows, note, height, width=width) as (axes, done):
-        kls, rewards = ([number(v) for v in exact[key]] for key in ("kl", "reward"))
-        axes.plot(kls, rewards, color=INK, linewidth=1, label="exact")
+    with figure.open_axes(title, ("series", *keys), rows, height, width=width) as (axes, done):
+        kls, rewards = (figure.to_floats(exact[key]) for key in ("kl", "reward"))
+        axes.plot(kls, rewards, color=figure.INK, linewidth=1, label="exact")
         for i, (name, point) in enumerate(points.items()):
-            x, y, expected_x, expected_y = (number(point.get(key)) for key in keys)
-            style = dict(zip(("color", "marker"), _look(i), strict=True))
+            x, y, expected_x, expected_y = figure.to_floats([point.get(key) for key in keys])
+            style = _choose_style(i)
             axes.plot([x, expected_x], [y, expected_y], ":", color=style["color"], linewidth=0.8)
             axes.plot(
                 [expected_x], [expected_y], markersize=8, markerfacecolor="none", linestyle="",
                 **style,
             )  # fmt: skip
             axes.plot([x], [y], markersize=4.5, linestyle="", label=name, **style)
-        label_axes(axes, xlabel, ylabel)
+        figure.label_axes(axes, "KL to the reference, nats per sequence", "expected reward")
         axes.margins(0.06, 0.1)
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7, borderaxespad=0)
     return done()
 
 
-def peak(values: Sequence[Any]) -> int | None:
-    """The index of the largest finite value, the first of several; None where there is none."""
-    finite = [i for i, value in enumerate(values) if isfinite(number(value))]
-    return max(finite, key=lambda i: number(values[i]), default=None)
+def find_peak(values: Sequence[Any]) -> int | None:
+    """Returns the index of the largest finite value, the first of several; None without any."""
+    floats = figure.to_floats(values)
+    finite = [i for i, value in enumerate(floats) if isfinite(value)]
+    return max(finite, key=lambda i: floats[i], default=None)
 
 
-def _look(index: int) -> tuple[str, str]:
-    """(colour, marker) of a series, another for each of the first 36."""
-    return LINES[index % len(LINES)], MARKERS[(index + index // len(LINES)) % len(MARKERS)]
+def _list_points(name: str, run: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """Returns the rows (name, KL, √KL, gold, proxy) of a run's points."""
+    roots = [_root(kl) for kl in run["kl"]]
+    cells = [root if isfinite(root) else None for root in roots]
+    golds, proxies = (run.get(key) or [None] * len(cells) for key in REWARDS)
+    points = zip(run["kl"], cells, golds, proxies, strict=True)
+    return [(name, *point) for point in points]
 
 
-def _mark_peak(
-    axes: Any, x: Sequence[float], y: Sequence[float], color: str
-) -> tuple[int, float, float]:
-    """Draws a star at the largest y that has an x; returns its index and place."""
-    index = peak([b if isfinite(a) else None for a, b in zip(x, y, strict=True)])
+def _choose_style(index: int) -> dict[str, Any]:
+    """Returns a series' colour and marker, another pair for each of the first 36."""
+    marker = MARKERS[(index + index // len(figure.LINES)) % len(MARKERS)]
+    return {"color": figure.LINES[index % len(figure.LINES)], "marker": marker}
+
+
+def _mark_peak(axes: Any, x: Sequence[float], y: Sequence[float], color: str) -> int:
+    """Draws a star at the largest y that has an x; returns its index."""
+    index = find_peak([b if isfinite(a) else None for a, b in zip(x, y, strict=True)])
     assert index is not None, "no finite value"
-    axes.plot([x[index]], [y[index]], "*", color=color, markersize=9, markeredgecolor=INK,
+    axes.plot([x[index]], [y[index]], "*", color=color, markersize=9, markeredgecolor=figure.INK,
               markeredgewidth=0.5, zorder=4)  # fmt: skip
-    return index, x[index], y[index]
+    return index
 
 
-def _place(
+def _place_labels(
     axes: Any, labels: Sequence[tuple[float, float, str]], width: float, height: float
 ) -> None:
     """Writes each label above its point, or as many lines off as keep it clear of the others.
@@ -225,7 +196,7 @@ def _place(
     """
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     line, letter = 9 / (72 * height - 45), 3.8 / (72 * width - 40)
-    placed: list[tuple[float, float, float]] = []
+    taken: list[tuple[float, float, float]] = []
     for x, y, text in sorted(labels, key=lambda label: (-label[1], label[0], label[2])):
         half = min(0.5, letter * len(text) / 2)
         center = min(max((x - left) / (right - left), half), 1 - half)
@@ -235,18 +206,14 @@ def _place(
             v
             for v in tries
             if 0 <= v <= 1
-            and not any(abs(c - center) < half + h and abs(u - v) < line for c, u, h in placed)
+            and not any(abs(c - center) < half + h and abs(u - v) < line for c, u, h in taken)
         ]
         v = free[0] if free else tries[0]
-        placed.append((center, v, half))
+        taken.append((center, v, half))
         axes.text(center, v, text, transform=axes.transAxes, ha="center", va="center", fontsize=6.5)
 
 
 def _root(kl: Any) -> float:
-    """√KL; an estimate may fall below zero and counts as zero then."""
-    value = number(kl)
+    """Returns √KL; an estimate may fall below zero and counts as zero then."""
+    value = figure.to_float(kl)
     return sqrt(max(0.0, value)) if isfinite(value) else value
-
-
-def _cell(value: float) -> float | None:
-    return value if isfinite(value) else None

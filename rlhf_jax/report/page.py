@@ -1,4 +1,4 @@
-"""The HTML that every page is made of: autoescaped templates and a figure's SVG and CSV in them."""
+"""HTML from templates that escape every text, with figures as SVG and their points as CSV."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from rlhf_jax.report.figure import Plot
 from rlhf_jax.report.tables import format_numbers
 
 
-def template(name: str) -> Any:
-    """The template of that name in this package, e.g. "report.html.jinja"."""
-    return _environment().get_template(name)
+def render_page(name: str, **values: Any) -> str:
+    """Fills the template of that name in this package, e.g. "report.html.jinja"."""
+    return _make_environment().get_template(name).render(values)
 
 
 @cache
-def _environment() -> Any:
+def _make_environment() -> Any:
     import jinja2
     from markupsafe import Markup
 
-    def csv_link(plot: Plot) -> str:
+    def link_csv(plot: Plot) -> str:
         return "data:text/csv;charset=utf-8;base64," + base64.b64encode(plot.csv.encode()).decode()
 
     files = resources.files(__package__)
@@ -34,7 +34,7 @@ def _environment() -> Any:
         loader=jinja2.FunctionLoader(lambda name: files.joinpath(name).read_text("utf-8")),
     )
     environment.filters["svg"] = lambda plot: Markup(plot.svg)
-    environment.filters["csv"] = csv_link
+    environment.filters["csv"] = link_csv
     environment.filters["slug"] = lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     environment.filters["num"] = lambda value: format_numbers([value])[0]
     return environment

@@ -14,6 +14,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.lora import combine
 from rlhf_jax.models.scoring import Batch, sequence_scores
+from rlhf_jax.trees import named_leaves
 
 Array = TypeVar("Array", np.ndarray, jax.Array)
 COMBINATIONS = ("mean", "min", "mean_minus_std")
@@ -118,10 +119,7 @@ def stack_members(members: Sequence[Any]) -> Members:
 
 def _leaves(params: Any) -> dict[str, str]:
     """What each leaf of a tree is, by its path: {"layers/norm/scale": "float32[2, 16]"}."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{[*leaf.shape]}"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    return {name: f"{leaf.dtype}{[*leaf.shape]}" for name, leaf in named_leaves(params).items()}
 
 
 def member_scores(config: ModelConfig, members: Members, batch: Batch) -> jax.Array:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from math_verify import parse, verify
 
-from rlhf_jax.rewards.answers import number, stated_answer, whole_number, without_separators
+from rlhf_jax.tasks.stated_answers import number, stated_answer, whole_number, without_separators
 
 _SHORT = 200  # characters of an expression without $ around it
 _LONGEST = 4000  # characters of a response that are read: its end
@@ -37,18 +37,18 @@ def equal(
 def _equal(reference: str, response: str) -> bool:
     response = response[-_LONGEST:]
     stated = stated_answer(reference)
-    wanted = whole_number(reference if stated is None else stated)
-    if wanted is not None:
-        found = number(response)
-        if found == wanted:
+    expected = whole_number(reference if stated is None else stated)
+    if expected is not None:
+        answer = number(response)
+        if answer == expected:
             return True
         given = stated_answer(response)
         percent = "%" in reference + response
-        if found is not None and not percent and whole_number(given or response) is not None:
-            return abs(found - wanted) <= abs(wanted) / 10**6
+        if answer is not None and not percent and whole_number(given or response) is not None:
+            return abs(answer - expected) <= abs(expected) / 10**6
     gold = (
-        f"${wanted}$"
-        if wanted is not None and "%" not in reference
+        f"${expected}$"
+        if expected is not None and "%" not in reference
         else _shown(reference, reference=True)
     )
     try:  # both without their own time-outs, whose signals know the main thread only

@@ -1,10 +1,11 @@
 """Scorers of (prompt, response) texts, and their weighted sum.
 
     model      a reward model's score, computed elsewhere and given
-    gold       the town's exact scorer, the total in [0, 1]
-    correct    1 if the town's scorer says the reply is right, else 0
+    gold       what the exact verifier of the record's task gives, in [0, 1]: the town's scorer, or
+               as "number" for GSM8K and every record with a number as meta["answer"]
+    correct    1 if that verifier says that the reply is right, else 0
     number     1 if the response's number is exactly meta["answer"]'s, else 0: the one it states, or
-               its last (see `answers.number`)
+               its last (see `stated_answers`)
     math       1 if the response's answer, stated or last, is mathematically meta["answer"], else 0:
                fractions, roots, sets, intervals, formulas; decimals to a millionth. By math-verify,
                in a separate process; an answer that takes MATH_SECONDS or too much memory is wrong
@@ -13,17 +14,16 @@
     length     the response's tokens
     path/to/file.py:function    a user's own, run in a separate process (see `worker`)
 
-A user's function is called as f(prompts, responses, **columns) and returns a list of numbers, one a
-response. `prompts` are lists of {"role", "content"}; a column holds every prompt's meta value of a
-key that all have, and `ids` the prompts' ids; columns the function has no parameter for are left
-out, and meta keys named ids, prompts or responses are never passed.
+A user's function is called as f(prompts, responses, **columns) and returns a list of numbers, one
+per response. `prompts` are lists of {"role", "content"}; a column holds every prompt's meta value
+of a key that all have, and `ids` the prompts' ids; columns that the function has no parameter for
+are left out, and meta keys named ids, prompts or responses are never passed.
 
-A reward that can't be had is never taken for 0: it ends the run, or masks the example and is said.
+A missing reward never counts as 0: it ends the run, or masks its example and is printed.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import logging
 import math
@@ -32,16 +32,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
+from rlhf_jax.child import ChildFault
 from rlhf_jax.data.records import Prompt
-from rlhf_jax.errors import UserError
-from rlhf_jax.rewards.answers import number
-from rlhf_jax.rewards.worker import Worker, WorkerFault
-from rlhf_jax.tasks.town.gold import gold_score, is_correct
+from rlhf_jax.errors import UserError, nearest
+from rlhf_jax.rewards.worker import Worker
+from rlhf_jax.tasks.builders import verify
+from rlhf_jax.tasks.public_sets import number_verdict
 
 NAMES = ("model", "gold", "correct", "number", "math", "exact", "regex", "length")
 """The scorers that are no user's function."""
@@ -89,16 +89,15 @@ def _check_name(name: str) -> None:
         return
     if name.partition(":")[0].endswith(".py"):
         raise UserError(f"rewards: {name!r} names no function; write file.py:function")
-    (nearest,) = difflib.get_close_matches(name, NAMES, n=1, cutoff=0)
     raise UserError(
-        f"rewards: unknown {name!r}; did you mean {nearest!r}? There are {', '.join(NAMES)} and "
-        "file.py:function"
+        f"rewards: unknown {name!r}; did you mean {nearest(name, NAMES)!r}? There are "
+        f"{', '.join(NAMES)} and file.py:function"
     )
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What N responses are worth.
+    """The worth of N responses.
 
     total: [N] f64, the weighted sum, NaN where it is not valid. valid: [N] bool. components: each
     scorer's own [N] f64 by name, NaN where it failed. failures: how many examples each reason
@@ -117,6 +116,10 @@ class _Fault:
 
     reason: str
     detail: str
+
+
+_Values = tuple[np.ndarray, dict[int, _Fault]]
+"""[N] scores, and by index the faults of those without one."""
 
 
 class TextScorers:
@@ -155,31 +158,31 @@ class TextScorers:
             raise UserError(f"rewards: timeout_seconds must be positive, not {timeout_seconds}")
         if bool(pattern) != ("regex" in weights):
             raise UserError("rewards: the scorer 'regex' and the option pattern need each other")
-        self._weights = dict(weights)
-        self._seconds = timeout_seconds
-        self._mask = on_error == "mask"
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            message = f"rewards: pattern {pattern!r} is no regular expression: {error}"
+            raise UserError(message) from None
+        self._weights, self._pattern = dict(weights), pattern
+        self._seconds, self._mask = timeout_seconds, on_error == "mask"
         self.failed: dict[str, dict[str, Any]] = {}
-        self._said: Counter[str] = Counter()
-        _check_pattern(pattern)
-        self._pattern = pattern
+        self._printed: Counter[str] = Counter()
         self._workers: dict[str, Worker] = {}
         try:
             for name in weights:
                 if name in _OWN or _FUNCTION.fullmatch(name):
-                    self._workers[name] = _start(name)
-        except BaseException:
+                    self._workers[name] = Worker(_OWN.get(name, name))
+        except BaseException as error:
             self.close()
+            if isinstance(error, ChildFault):
+                line = f"reward {name!r} can't be loaded: {error.detail}"
+                raise UserError(line) from error
             raise
 
     def __enter__(self) -> TextScorers:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -213,79 +216,75 @@ class TextScorers:
         if "model" in self._weights and "model" not in given:
             raise ValueError("the component 'model' has a weight and must be given")
 
-        valid, failures = np.ones(count, bool), Counter[str]()
-
-        def settle(
-            name: str, values: np.ndarray, faults: dict[int, _Fault], largest: float = _LARGEST
-        ) -> np.ndarray:
-            faults = _out_of_range(values, largest) | faults
-            if faults and not self._mask:
-                raise UserError(
-                    f"{_describe(name, faults, prompts)}; mend it, or leave such responses out "
-                    "with on_error=mask"
-                )
-            for reason in sorted({fault.reason for fault in faults.values()}):
-                alike = {i: fault for i, fault in faults.items() if fault.reason == reason}
-                failures[f"{name}: {reason}"] = len(alike)
-                self._say(f"{name}: {reason}", len(alike), _describe(name, alike, prompts))
-            failed = [*faults]
-            valid[failed] = False
-            values[failed] = np.nan
-            return values
-
-        components: dict[str, np.ndarray] = {}
+        components = dict.fromkeys(self._weights, np.zeros(0))
+        valid, failures, total = np.ones(count, bool), Counter[str](), np.zeros(count)
         for name in self._weights if count else ():
             if name in given:
-                found = _given(given[name], count)
+                values, faults = _given(given[name], count)
             elif name == "length":
-                found = np.array(lengths, np.float64), {}
+                values, faults = np.array(lengths, np.float64), {}
             elif name == "math":
-                found = self._mathematics(prompts, responses)
+                values, faults = self._mathematics(prompts, responses)
             elif name in self._workers:
-                found = self._call(name, prompts, responses)
+                values, faults = self._call(name, prompts, responses)
             else:
-                found = _each(_VERIFIERS[name], prompts, responses)
-            components[name] = settle(name, *found)
-        if not count:
-            components = {name: np.zeros(0) for name in self._weights}
-
-        total = np.zeros(count)
+                values, faults = _each(_VERIFIERS[name], prompts, responses)
+            faults = _out_of_range(values, _LARGEST) | faults
+            failures += self._settle(name, faults, prompts)
+            valid[[*faults]], values[[*faults]] = False, np.nan
+            components[name] = values
         for name, weight in self._weights.items():
             total += weight * components[name]
-        total = settle("total", np.where(valid, total, 0.0), {}, _LARGEST_TOTAL)
+        faults = _out_of_range(np.where(valid, total, 0.0), _LARGEST_TOTAL)
+        failures += self._settle("total", faults, prompts)
+        valid[[*faults]] = False
         total[~valid] = np.nan
         return Scores(total, valid, components, dict(failures))
 
-    def _say(self, reason: str, count: int, line: str) -> None:
-        kept = self.failed.setdefault(reason, {"first": line, "count": 0})
-        kept["count"] += count
-        if not self._said[reason]:
+    def _settle(
+        self, name: str, faults: Mapping[int, _Fault], prompts: Sequence[Prompt]
+    ) -> Counter[str]:
+        """Ends the run at a fault, or prints it, and counts the faults by reason."""
+        if faults and not self._mask:
+            raise UserError(
+                f"{_describe(name, faults, prompts)}; mend it, or leave such responses out "
+                "with on_error=mask"
+            )
+        counts: Counter[str] = Counter()
+        for reason in sorted({fault.reason for fault in faults.values()}):
+            alike = {i: fault for i, fault in faults.items() if fault.reason == reason}
+            counts[f"{name}: {reason}"] = len(alike)
+            self._print(f"{name}: {reason}", len(alike), _describe(name, alike, prompts))
+        return counts
+
+    def _print(self, reason: str, count: int, line: str) -> None:
+        """Counts responses left out; prints the first line, and their number when it doubled."""
+        so_far = self.failed.setdefault(reason, {"first": line, "count": 0})
+        so_far["count"] += count
+        if not self._printed[reason]:
             print(f"warning: {line}; left out and counted (reward.on_error=mask)", flush=True)
-        elif kept["count"] >= 2 * self._said[reason]:
-            print(f"warning: reward {reason}: {kept['count']:,} responses left out", flush=True)
+        elif so_far["count"] >= 2 * self._printed[reason]:
+            print(f"warning: reward {reason}: {so_far['count']:,} responses left out", flush=True)
         else:
             return
-        self._said[reason] = kept["count"]
+        self._printed[reason] = so_far["count"]
 
-    def _call(
-        self, name: str, prompts: Sequence[Prompt], responses: Sequence[str]
-    ) -> tuple[np.ndarray, dict[int, _Fault]]:
-        """The values of a scorer in a process of its own and what is wrong with them."""
+    def _call(self, name: str, prompts: Sequence[Prompt], responses: Sequence[str]) -> _Values:
+        """The values of a scorer in a process of its own."""
         if name == "regex":
             request = {"prompts": [], "columns": {"pattern": self._pattern}}
         else:
             request = _described(prompts)
-        request["responses"] = list(responses)
         try:
-            values, wrong = self._workers[name].call(request, self._seconds)
-        except WorkerFault as fault:
+            values, wrong = self._workers[name].call(
+                request | {"responses": [*responses]}, self._seconds
+            )
+        except ChildFault as fault:
             return _all_wrong(len(responses), fault.reason, fault.detail)
-        faults = {i: _Fault("not a number", f"got {what}") for i, what in wrong.items()}
+        faults = {i: _Fault("not a number", f"got {instead}") for i, instead in wrong.items()}
         return np.array(values, np.float64), faults
 
-    def _mathematics(
-        self, prompts: Sequence[Prompt], responses: Sequence[str]
-    ) -> tuple[np.ndarray, dict[int, _Fault]]:
+    def _mathematics(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> _Values:
         """The values of "math", one response at a time: a model may write 9^9^9^9."""
         seconds, slow = min(MATH_SECONDS, self._seconds), 0
 
@@ -295,41 +294,27 @@ class TextScorers:
             request = {"prompts": [], "responses": [response], "columns": columns}
             try:
                 (value,), _ = self._workers["math"].call(request, seconds)
-            except WorkerFault as fault:
+            except ChildFault as fault:
                 if fault.reason not in ("timed out", "died"):
                     raise UserError(fault.detail) from fault
                 slow += 1
                 return 0.0
             return value
 
-        found = _each(right, prompts, responses)
+        values = _each(right, prompts, responses)
         if slow:
             logging.warning("reward 'math': %d answers were too long to compare: wrong", slow)
-        return found
-
-
-def _check_pattern(pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise UserError(f"rewards: pattern {pattern!r} is no regular expression: {error}") from None
+        return values
 
 
 def _described(prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """What a user's function is told of the prompts."""
+    """The arguments of a user's function that describe the prompts."""
     shared = set.intersection(*(set(prompt.meta) for prompt in prompts)).difference(_RESERVED)
     columns = {key: [prompt.meta[key] for prompt in prompts] for key in sorted(shared)}
     return {
         "prompts": [[m.to_json() for m in prompt.messages] for prompt in prompts],
         "columns": columns | {"ids": [prompt.id for prompt in prompts]},
     }
-
-
-def _start(name: str) -> Worker:
-    try:
-        return Worker(_OWN.get(name, name))
-    except WorkerFault as fault:
-        raise UserError(f"reward {name!r} can't be loaded: {fault.detail}") from fault
 
 
 def _describe(name: str, faults: Mapping[int, _Fault], prompts: Sequence[Prompt]) -> str:
@@ -345,7 +330,7 @@ def _describe(name: str, faults: Mapping[int, _Fault], prompts: Sequence[Prompt]
     return f"reward {name!r}, {where}: {fault.detail}"
 
 
-def _all_wrong(count: int, reason: str, detail: str) -> tuple[np.ndarray, dict[int, _Fault]]:
+def _all_wrong(count: int, reason: str, detail: str) -> _Values:
     return np.full(count, np.nan), dict.fromkeys(range(count), _Fault(reason, detail))
 
 
@@ -361,7 +346,7 @@ def _out_of_range(values: np.ndarray, largest: float) -> dict[int, _Fault]:
     return faults
 
 
-def _given(values: np.ndarray, count: int) -> tuple[np.ndarray, dict[int, _Fault]]:
+def _given(values: np.ndarray, count: int) -> _Values:
     array = np.asarray(values)
     if array.shape != (count,):
         return _all_wrong(count, "wrong length", f"has shape {array.shape} for {count} responses")
@@ -372,7 +357,7 @@ def _given(values: np.ndarray, count: int) -> tuple[np.ndarray, dict[int, _Fault
 
 def _each(
     scorer: Callable[[Prompt, str], float], prompts: Sequence[Prompt], responses: Sequence[str]
-) -> tuple[np.ndarray, dict[int, _Fault]]:
+) -> _Values:
     """A scorer's values, one response at a time; its UserErrors are faults of single examples."""
     values, faults = np.full(len(responses), np.nan), {}
     for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
@@ -383,29 +368,20 @@ def _each(
     return values, faults
 
 
-def _number_matches(prompt: Prompt, response: str) -> float:
-    wanted = number(_reference(prompt, "answer"))
-    if wanted is None:
-        raise UserError(f"meta['answer'] holds no number: {prompt.meta['answer']!r}")
-    return float(number(response) == wanted)
-
-
-def _is_reference(prompt: Prompt, response: str) -> float:
-    return float(response.strip() == _reference(prompt, "answer", "reference").strip())
-
-
 def _reference(prompt: Prompt, *keys: str) -> str:
     for key in keys:
         if key in prompt.meta:
             return prompt.meta[key]
-    wanted = " or ".join(f"meta[{key!r}]" for key in keys)
-    raise UserError(f"the record has no {wanted} to compare with")
+    named = " or ".join(f"meta[{key!r}]" for key in keys)
+    raise UserError(f"the record has no {named} to compare with")
 
 
 _VERIFIERS: Mapping[str, Callable[[Prompt, str], float]] = {
-    "gold": lambda prompt, response: gold_score(prompt, response).total,
-    "correct": lambda prompt, response: float(is_correct(prompt, response)),
-    "number": _number_matches,
-    "exact": _is_reference,
+    "gold": lambda prompt, response: verify(prompt, response).total,
+    "correct": lambda prompt, response: float(verify(prompt, response).right),
+    "number": lambda prompt, response: number_verdict(prompt, response).total,
+    "exact": lambda prompt, response: float(
+        response.strip() == _reference(prompt, "answer", "reference").strip()
+    ),
 }
 """The scorers that need the prompt's record and the response only."""

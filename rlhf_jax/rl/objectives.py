@@ -1,20 +1,18 @@
 """From scores to advantages, and from advantages to a loss: the losses put together by a config.
 
 Arrays are [N, T]: N sampled sequences, the samples of a prompt together, T response slots. What a
-field of the config means stands in `stages/defaults.py`, its equation in `losses/`.
+field of the config means stands in `rl/options.py`, its equation in `losses/`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.config import Config
 from rlhf_jax.losses.advantages import (
     gae,
     group_advantages,
@@ -26,6 +24,7 @@ from rlhf_jax.losses.advantages import (
 from rlhf_jax.losses.checks import check_choice
 from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.losses.policy import (
+    Objective,
     aggregate,
     importance_weights,
     kl_loss,
@@ -40,124 +39,117 @@ from rlhf_jax.losses.shaping import (
     overlong_penalty,
     token_rewards,
 )
+from rlhf_jax.rl.layout import Array, Rollout
 from rlhf_jax.training.metrics import Metrics
 
-ADVANTAGES = ("gae", "reward_to_go", "group", "remax")
 PLACEMENTS = ("reward", "loss", "none")
-Array = Any  # on the host or a device
 
 
-class Sampled(NamedTuple):
-    """What was sampled and what is known of it before the first update."""
-
-    scores: Array  # [N]
-    weights: Array  # [N], 0 = a sequence that is left out
-    finished: Array  # [N] bool, ended by itself
-    mask: Array  # [N, T], 1 on response tokens, EOS included
-    logprobs: Array  # [N, T] nats, of the policy that sampled, by the function that trains
-    ref_logprobs: Array  # [N, T] nats
-    values: Array  # [N, T], of the state before each token; 0 without a critic
-    last_values: Array  # [N], of the state after the last token
-    greedy_scores: Array  # [N / G], of the greedy answer to each prompt, for ReMax
-
-
-def parse_options(spec: str) -> dict[str, Any]:
-    """ "gamma=1.6,divergence=js" → {"gamma": 1.6, "divergence": "js"}.
-
-    Raises:
-      UserError: a part is not name=value, or a number is negative or not finite.
-    """
-    options: dict[str, Any] = {}
-    for part in filter(None, spec.split(",")):
-        name, equals, value = (x.strip() for x in part.partition("="))
-        if not equals:
-            raise UserError(f"loss.options: {part!r} is not name=value")
-        try:
-            options[name] = float(value)
-        except ValueError:
-            options[name] = value
-            continue
-        if not 0 <= options[name] < math.inf:
-            raise UserError(f"loss.options: {part!r} is not a finite number of 0 or more")
-    return options
-
-
-def shape_scores(config: ConfigDict, scores: Array, finished: Array, lengths: Array) -> jax.Array:
+def shape_scores(config: Config, rollout: Rollout) -> jax.Array:
     """[N] scores after what is taken off for answers that did not end or grew too long."""
-    rollout = config.rollout
+    options = config.rollout
     scores = missing_eos(
-        scores, finished, mode=rollout.missing_eos, penalty=rollout.missing_eos_penalty
+        jnp.asarray(rollout.scores, jnp.float32),
+        rollout.finished,
+        mode=options.missing_eos,
+        penalty=options.missing_eos_penalty,
     )
-    if rollout.overlong_buffer:
+    if options.overlong_buffer:
         scores = scores + overlong_penalty(
-            lengths, limit=rollout.max_new_tokens, buffer=rollout.overlong_buffer
+            rollout.lengths, limit=options.max_new_tokens, buffer=options.overlong_buffer
         )
     return scores
 
 
+def _gae(config: Config, rollout: Rollout, rewards: jax.Array, mask: jax.Array):
+    options = config.advantage
+    bootstrap = jnp.where(rollout.finished, 0, rollout.last_values) if options.bootstrap else None
+    values = rollout.old_values
+    return gae(rewards, values, mask, gamma=options.gamma, lam=options.lam, bootstrap=bootstrap)
+
+
+def _reward_to_go(config: Config, rollout: Rollout, rewards: jax.Array, mask: jax.Array):
+    returns = reward_to_go(rewards, mask, gamma=config.advantage.gamma)
+    return returns, returns
+
+
+def _group(config: Config, rollout: Rollout, rewards: jax.Array, mask: jax.Array):
+    options = config.advantage
+    groups = _totals(config, rollout, rewards)
+    per_sequence = group_advantages(
+        groups,
+        mask=rollout.weights.reshape(groups.shape),
+        baseline=options.baseline,
+        scale=options.scale,
+    )
+    return per_sequence.reshape(-1, 1) * mask, reward_to_go(rewards, mask, gamma=options.gamma)
+
+
+def _remax(config: Config, rollout: Rollout, rewards: jax.Array, mask: jax.Array):
+    per_sequence = remax(_totals(config, rollout, rewards), rollout.greedy_scores)
+    returns = reward_to_go(rewards, mask, gamma=config.advantage.gamma)
+    return per_sequence.reshape(-1, 1) * mask, returns
+
+
+def _totals(config: Config, rollout: Rollout, rewards: jax.Array) -> jax.Array:
+    """[P, G] reward of each answer that counts, 0 for the others."""
+    totals = jnp.where(rollout.weights > 0, rewards.sum(-1), 0)
+    return totals.reshape(-1, config.rollout.samples)
+
+
+# (config, rollout, rewards [N, T], mask [N, T]) → (advantages, returns) [N, T], by advantage.name;
+# the mask is 0 on the answers that are left out, too.
+ADVANTAGES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
+    "gae": _gae,
+    "reward_to_go": _reward_to_go,
+    "group": _group,
+    "remax": _remax,
+}
+
+
 def advantages(
-    config: ConfigDict, sampled: Sampled, coefficient: jax.Array
+    config: Config, rollout: Rollout, coefficient: jax.Array
 ) -> tuple[dict[str, jax.Array], Metrics]:
-    """Advantages and returns [N, T] of what was sampled; metrics are scalars with their weights.
+    """Advantages and returns [N, T] of a rollout; metrics are scalars with their weights.
 
     With `kl.placement = "reward"` every token pays coefficient · kl, so that what is maximised is
     E[score] − coefficient · KL(π‖π_ref), whose optimum is known: π_ref · exp(score / coefficient).
     """
     check_choice("kl.placement", config.kl.placement, PLACEMENTS)
-    check_choice("advantage.name", config.advantage.name, ADVANTAGES)
-    options, mask = config.advantage, sampled.mask * sampled.weights[:, None]
-    scores = shape_scores(config, sampled.scores, sampled.finished, sampled.mask.sum(-1))
-    kl = kl_estimate(sampled.logprobs, sampled.ref_logprobs, config.kl.estimator)
-    kl = jnp.where(mask > 0, kl, 0)
-    paid = coefficient if config.kl.placement == "reward" else jnp.zeros_like(coefficient)
-    rewards = token_rewards(scores, mask, kl, coefficient=paid)
-    totals = jnp.where(sampled.weights > 0, rewards.sum(-1), 0)
-    groups = totals.reshape(-1, config.rollout.samples)
-    returns = reward_to_go(rewards, mask, gamma=options.gamma)
-    match options.name:
-        case "gae":
-            bootstrap = jnp.where(sampled.finished, 0, sampled.last_values)
-            result, returns = gae(
-                rewards,
-                sampled.values,
-                mask,
-                gamma=options.gamma,
-                lam=options.lam,
-                bootstrap=bootstrap if options.bootstrap else None,
-            )
-        case "reward_to_go":
-            result = returns
-        case "group":
-            per_sequence = group_advantages(
-                groups,
-                mask=sampled.weights.reshape(groups.shape),
-                baseline=options.baseline,
-                scale=options.scale,
-                ddof=options.ddof,
-                eps=options.eps,
-            )
-            result = per_sequence.reshape(-1, 1) * mask
-        case "remax":
-            result = remax(groups, sampled.greedy_scores).reshape(-1, 1) * mask
-    metrics = _sampled_metrics(config, sampled, scores, coefficient)
-    metrics |= _moments("advantages", result, mask)
+    check_choice("advantage.name", config.advantage.name, tuple(ADVANTAGES))
+    options, mask = config.advantage, rollout.mask * rollout.weights[:, None]
+    kl = None
+    if config.kl.placement == "reward":
+        kl = kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, config.kl.estimator)
+    rewards = token_rewards(shape_scores(config, rollout), mask, kl, coefficient=coefficient)
+    result, returns = ADVANTAGES[options.name](config, rollout, rewards, mask)
+    mean = _mean(result, mask)
+    metrics = {
+        "advantages/mean": mean,
+        "advantages/std": jnp.sqrt(_mean((result - mean) ** 2, mask)),
+        "advantages/max": jnp.max(jnp.where(mask > 0, jnp.abs(result), 0)),
+    }
     if options.name == "gae":
-        metrics["val/explained_variance"] = _explained(sampled.values, returns, mask)
+        metrics["val/explained_variance"] = _explained(rollout.old_values, returns, mask)
     if options.whiten:
-        result = whiten(result, mask, ddof=int(options.ddof))
+        result = whiten(result, mask)
     made = {"advantages": result, "returns": returns}
-    return made, Metrics.of(metrics, _counts(config, sampled, metrics))
+    return made, Metrics.of(metrics, dict.fromkeys(metrics, mask.sum()))
 
 
 def policy_objective(
-    config: ConfigDict, statistics: TokenStatistics, batch: Mapping[str, jax.Array]
+    config: Config,
+    objective: Objective,
+    statistics: TokenStatistics,
+    batch: Mapping[str, jax.Array],
 ) -> tuple[Reduction, dict[str, Reduction]]:
     """((total, weight), metrics) of a minibatch: the policy loss, KL term and entropy bonus.
 
     Args:
-        statistics: of the policy being trained, fields [N, T].
-        batch: [N, T] mask, old_logprobs, ref_logprobs, behaviour_logprobs, advantages; [N]
-            sequence_weights; [rows] kl_coefficient, one number repeated.
+      objective: `config.loss.objective`.
+      statistics: of the policy being trained, fields [N, T].
+      batch: [N, T] mask, old_logprobs, ref_logprobs, behaviour_logprobs, advantages; [N]
+        sequence_weights; [rows] kl_coefficient, one number repeated.
     """
     check_choice("kl.placement", config.kl.placement, PLACEMENTS)
     loss, mask, logprobs = config.loss, batch["mask"], statistics.logprobs
@@ -177,7 +169,7 @@ def policy_objective(
             mode=loss.importance_mode,
         )
     (total, weight), metrics = policy_loss(
-        loss.name,
+        objective,
         logprobs,
         batch["old_logprobs"],
         batch["advantages"],
@@ -185,7 +177,6 @@ def policy_objective(
         importance=importance,
         aggregation=loss.aggregation,
         **common,
-        **parse_options(loss.options),
     )
     metrics["loss/policy_avg"] = metrics.pop("loss")
     used = mask * batch["sequence_weights"][:, None] > 0
@@ -216,7 +207,7 @@ def policy_objective(
     return (total, weight), metrics | {"loss": (total, weight)}
 
 
-def value_objective(config: ConfigDict, values: jax.Array, batch: Mapping[str, jax.Array]):
+def value_objective(config: Config, values: jax.Array, batch: Mapping[str, jax.Array]):
     """((total, weight), metrics) of the critic's values [N, T] against the returns."""
     (total, weight), metrics = value_loss(
         values,
@@ -236,74 +227,58 @@ def value_objective(config: ConfigDict, values: jax.Array, batch: Mapping[str, j
     return (total, weight), renamed
 
 
-def _sampled_metrics(
-    config: ConfigDict, sampled: Sampled, scores, coefficient
-) -> dict[str, jax.Array]:
-    """Standard names of what one looks at while a policy is trained."""
-    weights = sampled.weights
-    mask = sampled.mask * weights[:, None]
-    everyone = jnp.ones_like(weights)
-    lengths = sampled.mask.sum(-1)
-    truncated = everyone * ~sampled.finished
+def sample_metrics(config: Config, rollout: Rollout, coefficient: jax.Array) -> Metrics:
+    """Standard names of what one looks at while a policy is trained, with what they are means of.
+
+    Those of the completions are of everything that was sampled, the others of what counts.
+    """
+    weights, finished, lengths = rollout.weights, rollout.finished, rollout.lengths
+    scores, everyone = shape_scores(config, rollout), jnp.ones_like(weights)
+    mask = rollout.mask * weights[:, None]
     charged = 0 if config.kl.placement == "none" else coefficient
     k1, k2, k3 = (
-        _mean((mask * kl_estimate(sampled.logprobs, sampled.ref_logprobs, k)).sum(-1), weights)
-        for k in ESTIMATORS
+        _mean(
+            (mask * kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, kind)).sum(-1), weights
+        )
+        for kind in ESTIMATORS
     )
-    metrics = {
-        "objective/scores": _mean(sampled.scores, weights),
-        "objective/shaped_scores": _mean(scores, weights),
-        "objective/kl": k1,
-        "objective/kl_k2": k2,
-        "objective/kl_k3": k3,
-        "objective/kl_coefficient": coefficient,
-        "objective/non_score_reward": -charged * k1,
-        "objective/rlhf_reward": _mean(scores, weights) - charged * k1,
-        "completions/mean_length": lengths.mean(),
-        "completions/min_length": lengths.min(),
-        "completions/max_length": lengths.max(),
-        "completions/mean_terminated_length": _mean(lengths, everyone * sampled.finished),
-        "completions/mean_truncated_length": _mean(lengths, truncated),
-        "completions/clipped_ratio": truncated.mean(),
-        "completions/eos_rate": jnp.mean(sampled.finished),
-        "completions/masked": jnp.sum(weights == 0),
+    counted, ended, all_of_them = weights.sum(), finished.sum(), 1.0
+    truncated = everyone * ~finished
+    shaped = _mean(scores, weights)
+    pairs = {
+        "objective/scores": (_mean(rollout.scores, weights), counted),
+        "objective/shaped_scores": (shaped, counted),
+        "objective/kl": (k1, counted),
+        "objective/kl_k2": (k2, counted),
+        "objective/kl_k3": (k3, counted),
+        "objective/kl_coefficient": (coefficient, all_of_them),
+        "objective/non_score_reward": (-charged * k1, counted),
+        "objective/rlhf_reward": (shaped - charged * k1, counted),
+        "completions/mean_length": (lengths.mean(), all_of_them),
+        "completions/min_length": (lengths.min(), all_of_them),
+        "completions/max_length": (lengths.max(), all_of_them),
+        "completions/mean_terminated_length": (_mean(lengths, everyone * finished), ended),
+        "completions/mean_truncated_length": (_mean(lengths, truncated), truncated.sum()),
+        "completions/clipped_ratio": (truncated.mean(), all_of_them),
+        "completions/eos_rate": (jnp.mean(finished), all_of_them),
+        "completions/masked": (jnp.sum(weights == 0), all_of_them),
     }
     if config.rollout.samples > 1:
         groups = (-1, config.rollout.samples)
-        counted = weights.reshape(groups)
-        some = counted.sum(-1) > 0
-        spread = jnp.where(counted > 0, scores.reshape(groups), jnp.nan)
-        deviation = jnp.where(some, jnp.nanstd(spread, axis=-1), 0)
-        metrics["reward_std"] = _mean(deviation, some)
+        valid = weights.reshape(groups)
+        some = valid.sum(-1) > 0
+        spread = jnp.nanstd(jnp.where(valid > 0, scores.reshape(groups), jnp.nan), axis=-1)
+        pairs["reward_std"] = _mean(jnp.where(some, spread, 0), some), some.sum()
         # A group that is left out whole is one without spread, unless the rollout knows better.
-        metrics["frac_reward_zero_std"] = zero_variance(scores.reshape(groups), counted).mean()
-    return metrics
+        same = zero_variance(scores.reshape(groups), valid)
+        pairs["frac_reward_zero_std"] = same.mean(), all_of_them
+    values = {name: value for name, (value, _) in pairs.items()}
+    return Metrics.of(values, {name: weight for name, (_, weight) in pairs.items()})
 
 
-def _counts(config: ConfigDict, sampled: Sampled, metrics: Iterable[str]) -> dict[str, Any]:
-    """What the metrics are means over, by name; 1 for those of all that was sampled."""
-    tokens = (sampled.mask * sampled.weights[:, None]).sum()
-    of_section = {"objective": sampled.weights.sum(), "advantages": tokens, "val": tokens}
-    counts = {name: of_section.get(name.partition("/")[0], 1.0) for name in metrics}
-    ended = sampled.finished.sum()
-    return counts | {
-        "objective/kl_coefficient": 1.0,
-        "completions/mean_terminated_length": ended,
-        "completions/mean_truncated_length": len(sampled.finished) - ended,
-        "reward_std": sampled.weights.reshape(-1, config.rollout.samples).any(-1).sum(),
-    }
-
-
-def _mean(values: jax.Array, weights: jax.Array) -> jax.Array:
+def _mean(values: Array, weights: Array) -> jax.Array:
     weight = weights.sum()
     return jnp.where(weights > 0, values * weights, 0).sum() / jnp.where(weight > 0, weight, 1)
-
-
-def _moments(name: str, values: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    mean = _mean(values, mask)
-    variance = _mean((values - mean) ** 2, mask)
-    largest = jnp.max(jnp.where(mask > 0, jnp.abs(values), 0))
-    return {f"{name}/mean": mean, f"{name}/std": jnp.sqrt(variance), f"{name}/max": largest}
 
 
 def _explained(values: jax.Array, returns: jax.Array, mask: jax.Array) -> jax.Array:

@@ -17,16 +17,18 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.devices import ROWS
 from rlhf_jax.models import ModelConfig, apply, init_cache, logits
+from rlhf_jax.sampling.arguments import Sampling
 from rlhf_jax.sampling.samplers import penalise, sample, uniforms
 
 
-class Sampling(NamedTuple):
-    """How tokens are drawn: see `samplers.sample`. None leaves a step out of the compiled code."""
+class Drawing(NamedTuple):
+    """How compiled code draws tokens: see `samplers.sample`. None leaves a step out of it."""
 
     temperature: Any  # None: the most likely token
     top_k: Any
@@ -36,6 +38,15 @@ class Sampling(NamedTuple):
     allowed: Any  # bool [V] or None
     stop: Any  # bool [V], the tokens that end a completion
     limit: int  # tokens of a completion
+
+    @staticmethod
+    def of(sampling: Sampling, allowed: np.ndarray | None, stop: np.ndarray) -> Drawing:
+        """What of a `Sampling` the compiled code reads, with its masks."""
+        return Drawing(
+            float(sampling.temperature) or None,
+            *(sampling.top_k, sampling.top_p, sampling.min_p, sampling.repetition_penalty),
+            *(allowed, stop, sampling.max_new_tokens),
+        )
 
 
 class Prefilled(NamedTuple):
@@ -173,7 +184,7 @@ def advance(
     config: ModelConfig,
     params: Any,
     slots: Slots,
-    sampling: Sampling,
+    drawing: Drawing,
     live: jax.Array,
     enough: jax.Array | int,
     steps: jax.Array | int,
@@ -187,14 +198,14 @@ def advance(
     if mesh is not None:
         enough = enough // mesh.size
     run = _on_each(mesh, partial(_advance, config), _WHOLE, _ROWS, _WHOLE, _ROWS, _WHOLE, _WHOLE)
-    return run(params, slots, sampling, live, enough, steps)
+    return run(params, slots, drawing, live, enough, steps)
 
 
 def _advance(
     config: ModelConfig,
     params: Any,
     slots: Slots,
-    sampling: Sampling,
+    drawing: Drawing,
     live: jax.Array,
     enough: jax.Array | int,
     steps: jax.Array | int,
@@ -203,31 +214,31 @@ def _advance(
         return (slots.steps[0] < steps) & (slots.active.sum() > enough)
 
     slots = slots._replace(active=slots.active & live, steps=jnp.zeros_like(slots.steps))
-    return jax.lax.while_loop(going, partial(_step, config, params, sampling), slots)
+    return jax.lax.while_loop(going, partial(_step, config, params, drawing), slots)
 
 
-def _step(config: ModelConfig, params: Any, sampling: Sampling, slots: Slots) -> Slots:
+def _step(config: ModelConfig, params: Any, drawing: Drawing, slots: Slots) -> Slots:
     """One token more in each active slot; an idle one repeats itself at a place that is masked."""
     # Not one with the softmax: XLA's CPU backend would compute that product on a single core.
     scores = jax.lax.optimization_barrier(logits(config, params, slots.hidden))
     if slots.seen is not None:
-        scores = penalise(scores, slots.seen, sampling.repetition_penalty)
-    greedy = sampling.temperature is None
+        scores = penalise(scores, slots.seen, drawing.repetition_penalty)
+    greedy = drawing.temperature is None
     token, logprob = sample(
         scores,
         None if greedy else uniforms(slots.keys, slots.drawn),
-        1.0 if greedy else sampling.temperature,
-        sampling.allowed,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
+        1.0 if greedy else drawing.temperature,
+        drawing.allowed,
+        top_k=drawing.top_k,
+        top_p=drawing.top_p,
+        min_p=drawing.min_p,
     )
     batch, room = slots.tokens.shape
     rows = jnp.arange(batch)
     place = (rows, jnp.where(slots.active, slots.drawn, room))
     drawn = slots.drawn + slots.active
-    finished = slots.finished | (slots.active & sampling.stop[token])
-    active = slots.active & ~finished & (drawn < sampling.limit)
+    finished = slots.finished | (slots.active & drawing.stop[token])
+    active = slots.active & ~finished & (drawn < drawing.limit)
     hidden, grown = apply(config, params, token[:, None], cache=slots.cache)
     # A token that ends its completion is never read back: its cache does not grow.
     cache = {**cast(dict, grown), "lengths": slots.cache["lengths"] + active}

@@ -9,17 +9,22 @@ the winners ("Llama 2", https://arxiv.org/abs/2307.09288).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from rlhf_jax import console
+from rlhf_jax.config import Config
+from rlhf_jax.data.batches import random_bits
 from rlhf_jax.data.packing import Arrays, Document, pack_documents
-from rlhf_jax.data.pipeline import random_bits
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.best_of_n import (
+from rlhf_jax.evaluation.chat_evaluation import evaluate_chat
+from rlhf_jax.evaluation.gold_reward import verdicts_of
+from rlhf_jax.evaluation.language_loss import language_evaluation
+from rlhf_jax.evaluation.row_passes import rows_of
+from rlhf_jax.evaluation.selection import (
     best_of_n,
     best_of_n_curve,
     best_of_n_win_rate,
@@ -28,29 +33,25 @@ from rlhf_jax.evaluation.best_of_n import (
     kl_terms,
     win_bound,
 )
-from rlhf_jax.evaluation.language import language_evaluation
-from rlhf_jax.evaluation.rows import rows_of
 from rlhf_jax.models.scoring import target_cross_entropy
-from rlhf_jax.stages.chat import evaluate_chat
-from rlhf_jax.stages.common import batches_of, fit, load_start, parse_sources, say, step_tokens
-from rlhf_jax.stages.policy import held_out_set
-from rlhf_jax.stages.rollouts import (
-    Judge,
-    PromptSet,
-    Samples,
-    pack_samples,
-    read_prompts,
-    sample_answers,
-)
-from rlhf_jax.tasks.town.gold import gold_score, is_correct
-from rlhf_jax.training.model import Model, save_model
+from rlhf_jax.rewards.scorers import Scores
+from rlhf_jax.rl.judge import Judge
+from rlhf_jax.rl.layout import Rollout
+from rlhf_jax.rl.rollouts import read_prompts, sample_answers, with_rows
+from rlhf_jax.stages.fit import batches_of, fit
+from rlhf_jax.stages.sampled import held_out_set
+from rlhf_jax.stages.start import load_start
+from rlhf_jax.tasks.prompts import PromptSet
+from rlhf_jax.tasks.sources import parse_sources
+from rlhf_jax.training.mesh import step_tokens
 from rlhf_jax.training.rundir import RunDirectory
+from rlhf_jax.training.saved_model import Model, save_model
 
 Figure = dict[str, Any]
 BLOCK = 32  # prompts whose answers are held at a time
 
 
-def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
+def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Measures best-of-n of `init.policy`, trains it on winners; the metrics of summary.json."""
     policy = load_start(config, parents["policy"])
     options = config.best_of_n
@@ -77,7 +78,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
 
 
 def measure(
-    config: ConfigDict,
+    config: Config,
     policy: Model,
     prompts: PromptSet,
     judge: Judge,
@@ -91,22 +92,20 @@ def measure(
     bound of KL to the policy.
     """
     found: dict[str, list[np.ndarray]] = {}
-    for _, answers, scores in _blocks(config, policy, prompts, judge, samples, seed, 1.0):
+    for answers, scores in _blocks(config, policy, prompts, judge, samples, seed, 1.0):
         columns = {
             "proxy": scores.total,
-            "logprob": np.array([c.logprobs.sum() for c in answers.completions]),
+            "logprob": answers.behaviour_logprobs.sum(-1),
         }
-        if config.eval.gold:
-            records = [p for p in answers.prompts.records for _ in range(samples)]
-            pairs = list(zip(records, answers.texts, strict=True))
-            columns["gold"] = np.array([gold_score(p, text).total for p, text in pairs])
-            columns["correct"] = np.array([float(is_correct(p, text)) for p, text in pairs])
+        if verdicts := verdicts_of(answers.prompts.records, answers.texts):
+            columns["gold"] = np.array([verdict.total for verdict in verdicts])
+            columns["correct"] = np.array([float(verdict.right) for verdict in verdicts])
         for name, values in columns.items():
             found.setdefault(name, []).append(values.reshape(-1, samples))
     measured = {name: np.concatenate(parts) for name, parts in found.items()}
     whole = np.isfinite(measured["proxy"]).all(1)
     if not whole.all():
-        say(
+        console.say(
             "best of n",
             {"prompts": len(whole), "left out for a failed reward": int((~whole).sum())},
         )
@@ -116,7 +115,7 @@ def measure(
 
 
 def curves(
-    config: ConfigDict, name: str, measured: Mapping[str, np.ndarray]
+    config: Config, name: str, measured: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Metrics, and what the report shows, of the best of n = 1, 2, 4, … samples.
 
@@ -208,7 +207,7 @@ def say_curve(metrics: Mapping[str, float], samples: int) -> None:
 
 
 def winners(
-    config: ConfigDict, policy: Model, prompts: PromptSet, judge: Judge
+    config: Config, policy: Model, prompts: PromptSet, judge: Judge
 ) -> tuple[Arrays, Arrays]:
     """Packed rows of the best of `best_of_n.n` answers to each training prompt: (train, held out).
 
@@ -218,11 +217,11 @@ def winners(
     documents: list[Document] = []
     n = config.best_of_n.n
     seed = int(random_bits([1], config.seed)[0] >> np.uint64(33))  # not the one measured with
-    for block, answers, scores in _blocks(config, policy, prompts, judge, n, seed):
-        finished = np.array([c.finished for c in answers.completions]).reshape(-1, n)
+    for answers, scores in _blocks(config, policy, prompts, judge, n, seed):
+        finished = answers.finished.reshape(-1, n)
         usable = finished & scores.valid.reshape(-1, n)
         totals = np.where(usable, scores.total.reshape(-1, n), -np.inf)
-        for i, prompt in enumerate(block.tokens):
+        for i, prompt in enumerate(answers.prompts.tokens):
             if usable[i].any():
                 reply = answers.completions[i * n + int(totals[i].argmax())].tokens
                 documents.append(Document([*prompt, *reply], [0] * len(prompt) + [1] * len(reply)))
@@ -232,7 +231,7 @@ def winners(
             "themselves: nothing to train on; raise rollout.max_new_tokens"
         )
     dropped = len(prompts.records) - len(documents)
-    say("winners", {"prompts": len(prompts.records), "without an answer": dropped})
+    console.say("winners", {"prompts": len(prompts.records), "without an answer": dropped})
     held = max(1, len(documents) // 10)
     train, _ = pack_documents(documents[held:], config.data.row_length)
     held_out, _ = pack_documents(documents[:held], config.data.row_length)
@@ -240,21 +239,21 @@ def winners(
 
 
 def _blocks(
-    config, policy, prompts: PromptSet, judge: Judge, samples: int, seed: int, temperature=None
-):
-    """(prompts, answers, scores) of one block of prompts after the other; see `sample_answers`."""
-    count = len(prompts.records)
-    for start in range(0, count, BLOCK):
-        ids: Sequence[int] = range(start, min(start + BLOCK, count))
-        block = prompts.take(ids)
-        answers: Samples = sample_answers(
-            config, policy, block, samples=samples, seed=seed, temperature=temperature, ids=ids
-        )
-        rows = pack_samples(
-            answers,
-            row_length=config.data.row_length,
-            max_prompt=config.rollout.max_prompt_tokens,
-            max_new=config.rollout.max_new_tokens,
-            multiple=rows_of(step_tokens(config), config.data.row_length),
-        )
-        yield block, answers, judge.score(answers, rows)
+    config: Config,
+    policy: Model,
+    prompts: PromptSet,
+    judge: Judge,
+    samples: int,
+    seed: int,
+    temperature: float | None = None,
+) -> Iterator[tuple[Rollout, Scores]]:
+    """(answers, scores) of one block of prompts after the other; see `sample_answers`."""
+    multiple = rows_of(step_tokens(config), config.data.row_length)
+    for start in range(0, len(prompts.records), BLOCK):
+        ids = range(start, min(start + BLOCK, len(prompts.records)))
+        answers = sample_answers(
+            config, policy, prompts.take(ids),
+            samples=samples, seed=seed, temperature=temperature, ids=ids,
+        )  # fmt: skip
+        answers = with_rows(config, answers, multiple)
+        yield answers, judge.score(answers)

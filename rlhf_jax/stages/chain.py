@@ -19,25 +19,21 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from rlhf_jax.config import Config, document, stated
 from rlhf_jax.digests import json_digest
 from rlhf_jax.errors import UserError, mistake_in
-from rlhf_jax.report.report import METRICS, environment, read_samples, write_report
-from rlhf_jax.report.tables import print_summary
+from rlhf_jax.report.report import describe_environment, write_report
+from rlhf_jax.report.run_files import read_samples
+from rlhf_jax.report.tables import METRICS, print_table
 from rlhf_jax.stages.checks import check
-from rlhf_jax.stages.common import ancestry, read_summary, settle_sources
-from rlhf_jax.stages.defaults import STAGES, fields_of, module_of
-from rlhf_jax.stages.identity import made_from, resolved
+from rlhf_jax.stages.defaults import STAGES, module_of, resolve
+from rlhf_jax.stages.identity import made_from
 from rlhf_jax.stages.memory import naming_memory
 from rlhf_jax.stopping import stop_point
-from rlhf_jax.training.rundir import (
-    SUMMARY,
-    AnotherRun,
-    RunDirectory,
-    changes,
-    config_hash,
-    fault_point,
-    tell_changes,
-)
+from rlhf_jax.tasks.sources import settle_sources
+from rlhf_jax.training.origin import changes, config_hash, tell_changes
+from rlhf_jax.training.rundir import SUMMARY, AnotherRun, RunDirectory, fault_point
+from rlhf_jax.training.summary import ancestry, read_summary
 
 PARENTLESS = ("pretrain", "oracle")
 
@@ -86,30 +82,30 @@ def run(
         return _run(config, source, directory, descendants=(), rerun=rerun)
 
 
-def prepare(config: ConfigDict) -> ConfigDict:
-    """The config that is run: checked, and with what is empty in it settled."""
+def prepare(config: ConfigDict) -> Config:
+    """The options that are run: checked, and with what is empty in them settled."""
     if not isinstance(config, ConfigDict) or "stage" not in config:
         raise UserError("config: get_config returns none of rlhf_jax.stages.defaults")
     if config.stage not in STAGES:
         raise UserError(f"config.stage = {config.stage!r}: choose one of {', '.join(STAGES)}")
     if config.stage not in PARENTLESS and not config.get("init", {}).get("policy"):
         raise UserError("config: init.policy is empty; set --config.init.policy=/path/to/model")
-    for section in fields_of(config.stage):
+    for section in STAGES[config.stage]:
         if section not in config and section != "critic":
             raise UserError(f"config: the {config.stage} stage needs the section {section}")
-    config = settle_sources(config)
-    check(config)
-    return config
+    options = resolve(settle_sources(config))
+    check(options)
+    return options
 
 
 def _run(
-    config: ConfigDict, source: str, workdir: Path, descendants: tuple[str, ...], rerun: bool
+    given: ConfigDict, source: str, workdir: Path, descendants: tuple[str, ...], rerun: bool
 ) -> Path:
     stop_point()
-    config = prepare(config)
+    config = prepare(given)
     lineage = (*descendants, source)
     parents = {}
-    for role, parent in config.get("init", {}).items():
+    for role, parent in (stated(config.init) if config.init else {}).items():
         if parent:
             try:
                 parents[role] = _parent(parent, workdir.parent, lineage, rerun)
@@ -119,7 +115,7 @@ def _run(
                     raise
                 as_it_is = f"--config.init.{role}={directory} starts from what is there"
                 raise UserError(f"{error}; {as_it_is}") from error
-    pinned, origin = resolved(config), made_from(config, parents)
+    pinned, origin = document(config), made_from(config, parents)
     done = (workdir / SUMMARY).exists()
     if done and read_summary(workdir)["config_hash"] == config_hash(pinned, origin):
         print(f"reusing {workdir}: it is finished and made from the same", flush=True)
@@ -148,7 +144,7 @@ def _parent(parent: str, runs: Path, lineage: tuple[str, ...], rerun: bool) -> P
         return _run(config, parent, directory, lineage, rerun)
 
 
-def _run_stage(config: ConfigDict, held: RunDirectory, parents: Mapping[str, Path]) -> None:
+def _run_stage(config: Config, held: RunDirectory, parents: Mapping[str, Path]) -> None:
     stage = importlib.import_module(module_of(config.stage))
     metrics = stage.run(config, held, parents)
     origin = held.made_from
@@ -164,7 +160,7 @@ def _run_stage(config: ConfigDict, held: RunDirectory, parents: Mapping[str, Pat
         "metrics": {name: float(value) for name, value in metrics.items()},
         "command": shlex.join(["python", "-m", "rlhf_jax.main", *sys.argv[1:]]),
         "made_from": origin | {"code": json_digest(origin["code"])},
-        "environment": environment(),
+        "environment": describe_environment(),
     }
     fault_point("report")
     write_report(held.path, summary)
@@ -173,7 +169,7 @@ def _run_stage(config: ConfigDict, held: RunDirectory, parents: Mapping[str, Pat
 
 def _tell_environment(workdir: Path) -> None:
     """Says with which other libraries, or on which other device, a run was made."""
-    then, now = read_summary(workdir).get("environment", {}), environment()
+    then, now = read_summary(workdir).get("environment", {}), describe_environment()
     changed = [
         f"{name} {then[name]} (here {now[name]})"
         for name in now
@@ -190,7 +186,7 @@ def show(workdir: Path) -> None:
     rows = summary_rows([s["metrics"] for s in summaries])
     rows.append(["Wall time (s)", *(s["wall_seconds"] for s in summaries)])
     chosen = pick_samples(read_samples(workdir))
-    print_summary(f"{workdir}", ["", *(path.name for path in runs)], rows, chosen)
+    print_table(f"{workdir}", ["", *(path.name for path in runs)], rows, chosen)
     print(f"report: {workdir / 'report.html'}", flush=True)
 
 

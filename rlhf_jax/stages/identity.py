@@ -23,26 +23,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from rlhf_jax import __version__
-from rlhf_jax.data.hub_data import load_rows
+from rlhf_jax.config import Config
 from rlhf_jax.digests import ROOT as PACKAGE
 from rlhf_jax.digests import code_of, commit, file_digest
-from rlhf_jax.losses.policy import policy_options
-from rlhf_jax.losses.preference import loss_options
-from rlhf_jax.rewards import parse_rewards
-from rlhf_jax.rl.objectives import parse_options
-from rlhf_jax.stages.common import parse_source, parse_sources
+from rlhf_jax.hub.hub_data import load_rows
+from rlhf_jax.rewards.scorers import parse_rewards
 from rlhf_jax.stages.defaults import module_of
 from rlhf_jax.tasks.builders import sources_digest
-from rlhf_jax.training.model import fingerprint
-from rlhf_jax.training.rundir import plain
+from rlhf_jax.tasks.sources import parse_source, parse_sources
+from rlhf_jax.training.saved_model import fingerprint
 
 # Code that only shows what a run came to.
-SHOWING = tuple(
-    f"report/{name}.py" for name in ("compare", "figure", "page", "plots", "report", "tables")
-)
+SHOWING = tuple(f"report/{path.name}" for path in (PACKAGE / "report").glob("*.py"))
 _SPLITS = {
     "data.train": "train",
     "data.replay": "train",
@@ -52,7 +45,7 @@ _SPLITS = {
 }
 
 
-def made_from(config: ConfigDict, parents: Mapping[str, Path]) -> dict[str, Any]:
+def made_from(config: Config, parents: Mapping[str, Path]) -> dict[str, Any]:
     """What made_from.json holds for a prepared config and the directories of its parents."""
     return {
         "version": __version__,
@@ -63,34 +56,17 @@ def made_from(config: ConfigDict, parents: Mapping[str, Path]) -> dict[str, Any]
     }
 
 
-def resolved(config: ConfigDict) -> dict[str, Any]:
-    """The config as config.json holds it: with the value of every option of its loss."""
-    document = plain(config)
-    options = {"preference": loss_options, "online_preference": loss_options}
-    options |= {"policy": policy_options}
-    if config.stage in options:
-        defaults = options[config.stage](config.loss.name)
-        stated = parse_options(config.loss.options)
-        document["loss"]["options"] = {k: _number(stated.get(k, v)) for k, v in defaults.items()}
-    return document
-
-
-def _number(value: Any) -> Any:
-    """1 and 1.0 are the same option."""
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _contents(config: ConfigDict) -> dict[str, str]:
+def _contents(config: Config) -> dict[str, str]:
     contents: dict[str, str] = {}
     for field, split in _SPLITS.items():
         section, name = field.split(".")
-        spec = config.get(section, {}).get(name, "")
+        spec = getattr(getattr(config, section), name, "")
         for source in parse_sources(spec) if spec else ():
             contents[f"{field}: {source}"] = _source_digest(source, split)
-    template = config.get("data", {}).get("chat_template", "")
+    template = getattr(config.data, "chat_template", "")
     if template.endswith(".jinja"):
         contents[f"data.chat_template: {template}"] = file_digest(Path(template))
-    for name in parse_rewards(config.reward.scorers) if "reward" in config else ():
+    for name in parse_rewards(config.reward.scorers) if config.reward else ():
         if ".py:" in name:
             for file in _with_imports(Path(name.rpartition(":")[0])):
                 contents[f"reward.scorers: {file}"] = file_digest(file)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from rlhf_jax.config import document, leaves
 from rlhf_jax.errors import UserError, lack_of_memory
-from rlhf_jax.stages.defaults import leaves
+from rlhf_jax.stages.defaults import resolve
 
 # Fields whose smaller values need less, those that change least of a run first.
 _SMALLER = (
@@ -39,7 +40,7 @@ def naming_memory(config: ConfigDict, workdir: Path | None = None) -> Iterator[N
 
 def _fields(config: ConfigDict) -> Iterator[str]:
     """The fields this config has that lower what is held at a time, and which way."""
-    found = leaves(config)
+    found = leaves(document(resolve(config)))
     if 1 <= found.get("batch.microbatches", 0) < found["batch.rows"]:
         yield f"a larger --config.batch.microbatches (now {found['batch.microbatches']})"
     for name in ("compute.remat", "model.remat"):

@@ -17,16 +17,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
+from rlhf_jax import console
+from rlhf_jax.config import Config
 from rlhf_jax.data.packing import Arrays
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.preferences import pair_values, preference_metrics, preference_plots
-from rlhf_jax.evaluation.rows import in_record_order, response_logprobs
+from rlhf_jax.evaluation.chat_evaluation import evaluate_chat, held_out_prompts, sampled_metrics
+from rlhf_jax.evaluation.pair_scores import evaluate_pairs, label_metrics, pair_values
+from rlhf_jax.evaluation.row_passes import in_record_order, response_logprobs
 from rlhf_jax.losses.preference import (
-    COUPLED,
-    PER_TOKEN,
-    REFERENCE_FREE,
     kto_baseline,
     preference_loss,
     unpaired_kto,
@@ -34,27 +33,19 @@ from rlhf_jax.losses.preference import (
 from rlhf_jax.losses.reductions import weighted_sum
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import sequence_logprobs
-from rlhf_jax.rl.objectives import parse_options
-from rlhf_jax.stages.chat import evaluate_chat, held_out_prompts, sampled_metrics
-from rlhf_jax.stages.common import (
-    Evaluated,
-    batches_of,
-    few_records,
-    fit,
-    load_start,
-    parse_sources,
-    read_summary,
-    step_tokens,
-)
-from rlhf_jax.stages.pairs import CHOSEN, MISMATCHED, REJECTED, pack_preferences
+from rlhf_jax.stages.fit import Evaluated, batches_of, fit
+from rlhf_jax.stages.preference_rows import CHOSEN, MISMATCHED, REJECTED, pack_preferences
 from rlhf_jax.stages.reference_logprobs import reference_logprobs
-from rlhf_jax.stages.reward import label_metrics
-from rlhf_jax.training.model import save_model
+from rlhf_jax.stages.start import load_start
+from rlhf_jax.tasks.sources import parse_sources
+from rlhf_jax.training.mesh import step_tokens
 from rlhf_jax.training.rundir import RunDirectory
+from rlhf_jax.training.saved_model import save_model
 from rlhf_jax.training.step import Coupled
+from rlhf_jax.training.summary import read_summary
 
 
-def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
+def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Optimises `init.policy` on pairs and returns the metrics of summary.json."""
     reference = load_start(config, parents["policy"])
     sources = parse_sources(config.data.train)
@@ -70,7 +61,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         arrays["reference_logprobs"] = reference_logprobs(reference, start, arrays, tokens)
     held_out_reference = reference_logprobs(reference, start, held_out, tokens)
 
-    prompts = held_out_prompts(config, reference)[: config.eval.during]
+    prompts = held_out_prompts(config, reference).records[: config.eval.during]
 
     def evaluate(params: Any) -> Evaluated:
         policy = response_logprobs(reference.config, params, held_out, tokens)
@@ -89,10 +80,9 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         config, run, reference, loss_fn, batches, evaluate, keeps_start=keeps_start
     )
     save_model(run.path, model)
-    tables = few_records("held-out preferences", int(held_out["valid"].sum()))
-    metrics |= evaluate_chat(
-        config, run.path, model, parents["policy"], plots, further={"tables": tables}
-    )
+    tables = console.few_records("held-out preferences", int(held_out["valid"].sum()))
+    further = {"plots": plots, "tables": tables}
+    metrics |= evaluate_chat(config, run.path, model, parents["policy"], further)
     if "reward" in parents:
         judge = read_summary(parents["reward"])["metrics"]
         for name in ("accuracy", "accuracy_low", "accuracy_high"):
@@ -100,7 +90,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     return metrics
 
 
-def loss(config: ConfigDict, shape: ModelConfig, params: Any, batch, rng):
+def loss(config: Config, shape: ModelConfig, params: Any, batch, rng):
     """The configured loss of a batch of pairs: ((total, weight), metrics).
 
     Whatever its name, loss.sft_coefficient · −log π(chosen) / its tokens is added, in nats, which
@@ -109,69 +99,63 @@ def loss(config: ConfigDict, shape: ModelConfig, params: Any, batch, rng):
     """
     logprobs = sequence_logprobs(shape, params, batch)
     sums, metrics = _loss_of_logprobs(config, logprobs, batch)
-    if config.loss.name in COUPLED:
+    if config.loss.objective.coupled:
         sums = Coupled(sums, logprobs, partial(_loss_of_logprobs, config))
     return sums, metrics
 
 
-def _loss_of_logprobs(config: ConfigDict, logprobs: jax.Array, batch: Mapping[str, jax.Array]):
-    name, beta = config.loss.name, config.loss.beta
+def _loss_of_logprobs(config: Config, logprobs: jax.Array, batch: Mapping[str, jax.Array]):
+    objective, is_kto = config.loss.objective, config.loss.name == "kto"
     policy, reference, lengths = (
         x.reshape(-1, x.shape[-1])
         for x in (logprobs, batch["reference_logprobs"], batch["lengths"])
     )
-    weights = batch["valid"].reshape(-1)
-    options = parse_options(config.loss.options)
-    if "labels" in batch:
-        labels, other = batch["labels"].reshape(-1), MISMATCHED - 1  # no rejected one before it
-        options["kl"] = kto_baseline(policy[:, other], reference[:, other], weights)
+    weights, kl = batch["valid"].reshape(-1), None
+    unpaired = "labels" in batch
+    if is_kto:
+        other = MISMATCHED - unpaired  # there is no rejected one before it
+        kl = kto_baseline(policy[:, other], reference[:, other], weights)
+    if unpaired:
+        of_sft = weights * batch["labels"].reshape(-1)
         (total, weight), metrics = unpaired_kto(
+            objective,
             policy[:, 0],
             reference[:, 0],
-            labels,
+            batch["labels"].reshape(-1),
             weights=weights,
-            beta=beta,
-            **options,
+            kl=kl,
         )
-        sft = -policy[:, 0] / jnp.maximum(lengths[:, 0], 1)
-        metrics["sft_loss"] = weighted_sum(sft, weights * labels)
-        total += config.loss.sft_coefficient * metrics["sft_loss"][0]
-        return (total, weight), metrics | {"loss": (total, weight)}
-    if name == "kto":
-        options["kl"] = kto_baseline(policy[:, MISMATCHED], reference[:, MISMATCHED], weights)
-    references = (reference[:, CHOSEN], reference[:, REJECTED])
-    sft = -policy[:, CHOSEN] / jnp.maximum(lengths[:, CHOSEN], 1)
-    try:
+    else:
+        of_sft = weights
+        uses = objective.uses_reference
         (total, weight), metrics = preference_loss(
-            name,
+            objective,
             policy[:, CHOSEN],
             policy[:, REJECTED],
-            *((None, None) if name in REFERENCE_FREE else references),
+            reference[:, CHOSEN] if uses else None,
+            reference[:, REJECTED] if uses else None,
             chosen_lengths=lengths[:, CHOSEN],
             rejected_lengths=lengths[:, REJECTED],
             weights=weights,
-            beta=beta,
-            **options,
+            kl=kl,
         )
-    except ValueError as error:
-        raise UserError(f"config.loss: {error}") from error
-    metrics["sft_loss"] = weighted_sum(sft, weights)
+    metrics["sft_loss"] = weighted_sum(-policy[:, 0] / jnp.maximum(lengths[:, 0], 1), of_sft)
     total += config.loss.sft_coefficient * metrics["sft_loss"][0]
     return (total, weight), metrics | {"loss": (total, weight)}
 
 
 def labelled_rewards(
-    config: ConfigDict, logprobs: np.ndarray, reference_logprobs: np.ndarray, rows: Arrays
+    config: Config, logprobs: np.ndarray, reference_logprobs: np.ndarray, rows: Arrays
 ) -> Evaluated:
     """(metrics, plots) of β(log π − log π_ref) as scores of held-out replies and their labels."""
-    rewards = config.loss.beta * (logprobs - reference_logprobs)
+    rewards = config.loss.objective.beta * (logprobs - reference_logprobs)
     metrics, plots = label_metrics(rewards, rows)
     del metrics["eval/loss"]  # of a classifier; KTO's is another
     return metrics, plots
 
 
 def implicit_rewards(
-    config: ConfigDict, logprobs: np.ndarray, reference_logprobs: np.ndarray, rows: Arrays
+    config: Config, logprobs: np.ndarray, reference_logprobs: np.ndarray, rows: Arrays
 ) -> Evaluated:
     """(metrics, plots) on held-out pairs of what the configured loss takes for a reward.
 
@@ -180,18 +164,16 @@ def implicit_rewards(
     likelihood displacement looks like.
     """
     policy = pair_values(logprobs, rows)
-    reference = pair_values(reference_logprobs, rows)
-    lengths = in_record_order(rows["lengths"], rows)
-    moved = policy - reference
-    rewards = config.loss.beta * (policy if config.loss.name in REFERENCE_FREE else moved)
-    if config.loss.name in PER_TOKEN:
-        rewards = rewards / np.maximum(lengths, 1)
-    chosen, rejected = rewards[:, CHOSEN], rewards[:, REJECTED]
-    metrics = preference_metrics(chosen, rejected, lengths)
+    moved = policy - pair_values(reference_logprobs, rows)
+    objective = config.loss.objective
+    rewards = objective.beta * (moved if objective.uses_reference else policy)
+    if objective.per_token:
+        rewards = rewards / np.maximum(in_record_order(rows["lengths"], rows), 1)
+    metrics, plots = evaluate_pairs(rewards, rows)
     metrics |= {
         "eval/logps/chosen": float(policy[:, CHOSEN].mean()),
         "eval/logps/rejected": float(policy[:, REJECTED].mean()),
         "eval/logps/chosen_change": float(moved[:, CHOSEN].mean()),
         "eval/logps/rejected_change": float(moved[:, REJECTED].mean()),
     }
-    return metrics, preference_plots(chosen, rejected, lengths)
+    return metrics, plots

@@ -9,26 +9,22 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from rlhf_jax.data.chat import AnyTokenizer, mark, render_prompt, render_replies
+from rlhf_jax import console
+from rlhf_jax.config import Config
+from rlhf_jax.data.conversation import Tokenizer, mark, render_prompt, render_replies
 from rlhf_jax.data.encode import add_mismatched, naming, split_turns
 from rlhf_jax.data.packing import Group
 from rlhf_jax.data.records import Conversation, Pair, Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.statistics import auc, wilson_interval
-from rlhf_jax.report.tables import format_percent, print_table, printable
+from rlhf_jax.report.tables import format_percent, make_printable, print_table
 from rlhf_jax.stages.chain import PARENTLESS, default_workdir, prepare
-from rlhf_jax.stages.common import (
-    check_unrendered,
-    parse_sources,
-    read_records,
-    read_summary,
-    say_stripped,
-    with_chat_template,
-)
-from rlhf_jax.stages.pairs import label_of, read_preferences
-from rlhf_jax.training.model import is_hub_directory, load_tokenizer
+from rlhf_jax.stages.preference_rows import label_of, read_preferences
+from rlhf_jax.stages.start import with_chat_template
+from rlhf_jax.tasks.sources import check_unrendered, parse_sources, read_records
+from rlhf_jax.training.saved_model import is_hub_directory, load_tokenizer
+from rlhf_jax.training.summary import read_summary
 
 SAMPLE = 1000  # records of a source that are tokenised
 PERCENTILES = (5, 50, 95, 99, 100)
@@ -93,7 +89,7 @@ class Measured:
     length: Mapping[str, float]
 
 
-def preflight(config: ConfigDict, source: str, workdir: str | None) -> None:
+def preflight(config: Config, source: str, workdir: str | None) -> None:
     """Prints what the config's stage would read from each source of `data.train`; runs nothing.
 
     Raises:
@@ -116,7 +112,7 @@ def preflight(config: ConfigDict, source: str, workdir: str | None) -> None:
         chosen = np.random.default_rng(config.seed).permutation(len(records))[:SAMPLE]
         sample = [records[i] for i in sorted(chosen)]
         judged = isinstance(records[0], Pair) or config.stage in ("reward", "preference")
-        expand = config.data.get("stripped_turns") == "expand"
+        expand = getattr(config.data, "stripped_turns", "") == "expand"
         encoded = [
             part
             for record in sample
@@ -129,11 +125,11 @@ def preflight(config: ConfigDict, source: str, workdir: str | None) -> None:
         fate = "left out" if prompts_only else _FATE.get(config.data.over_long, "an error")
         show(name, measured, f"over {limit_name} = {limit}: {fate}")
         turns, stripped = (sum(getattr(e, k) for e in encoded) for k in ("turns", "stripped"))
-        say_stripped(name, stripped, turns)
+        console.say_stripped(name, stripped, turns)
         show_example(_typical(encoded, limit), tokenizer)
 
 
-def _read(config: ConfigDict, source: str) -> Sequence[ChatRecord]:
+def _read(config: Config, source: str) -> Sequence[ChatRecord]:
     """The records of a training source as its stage reads them."""
     match config.stage:
         case "preference":
@@ -161,13 +157,13 @@ def _parent(policy: str, runs: Path) -> Path:
     return directory
 
 
-def encode(record: ChatRecord, tokenizer: AnyTokenizer, *, judged: bool) -> Encoded:
+def encode(record: ChatRecord, tokenizer: Tokenizer, *, judged: bool) -> Encoded:
     """The record's tokens; of a conversation that is `judged` the last reply only is trained."""
     return encode_all(record, tokenizer, judged=judged, expand=False)[0]
 
 
 def encode_all(
-    record: ChatRecord, tokenizer: AnyTokenizer, *, judged: bool, expand: bool
+    record: ChatRecord, tokenizer: Tokenizer, *, judged: bool, expand: bool
 ) -> list[Encoded]:
     """`encode`, and with `expand` the other documents of a conversation: `encode.split_turns`."""
     with naming(record.id):
@@ -180,7 +176,7 @@ def encode_all(
         if isinstance(record, Prompt):
             prompt = render_prompt(record.messages, tokenizer)
             return [Encoded({"prompt": prompt}, [0] * len(prompt))]
-        documents, turns = split_turns(record.messages, tokenizer, judged, expand)
+        documents, turns = split_turns(record.messages, tokenizer, expand, last_turn_only=judged)
     stripped = turns - sum(len(places) for _, places in documents)
     encoded = []
     for tokens, places in documents:
@@ -194,7 +190,7 @@ def encode_all(
 def with_mismatched(
     sample: Sequence[Conversation | Pair],
     encoded: Sequence[Encoded],
-    tokenizer: AnyTokenizer,
+    tokenizer: Tokenizer,
     limit: int,
     over_long: str,
 ) -> list[Encoded]:
@@ -311,7 +307,7 @@ def show(name: str, measured: Measured, over_long: str, *, file: IO[str] | None 
     print("\n".join(lines), file=file)
 
 
-def show_example(example: Encoded, tokenizer: AnyTokenizer, *, file: IO[str] | None = None) -> None:
+def show_example(example: Encoded, tokenizer: Tokenizer, *, file: IO[str] | None = None) -> None:
     """Prints a record as the model reads it; what is trained is coloured, or in [[ ]]."""
     from rich.console import Console
     from rich.text import Text
@@ -323,13 +319,13 @@ def show_example(example: Encoded, tokenizer: AnyTokenizer, *, file: IO[str] | N
     console.print(text, end=":\n")
     text = Text()
     for piece, trained in decoded_runs(example, tokenizer):
-        shown = printable(piece)
+        shown = make_printable(piece)
         text.append(shown if coloured or not trained else f"[[{shown}]]",
                     style="bold green" if trained else "")  # fmt: skip
     console.print(text, end="\n\n")
 
 
-def decoded_runs(example: Encoded, tokenizer: AnyTokenizer) -> list[tuple[str, bool]]:
+def decoded_runs(example: Encoded, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
     """(text with its control tokens, whether it is trained) of each stretch, parts apart."""
     runs: list[tuple[str, bool]] = []
     done = 0

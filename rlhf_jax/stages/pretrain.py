@@ -10,32 +10,26 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-from ml_collections import ConfigDict
 
+from rlhf_jax.config import Config
+from rlhf_jax.data.batches import make_iterator, make_windows
 from rlhf_jax.data.packing import pack_stream
-from rlhf_jax.data.pipeline import make_iterator, make_windows
-from rlhf_jax.data.tokenizer import Tokenizer, train_bpe, train_chars
+from rlhf_jax.data.tokenizer import OwnTokenizer, train_bpe, train_chars
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.language import language_evaluation
+from rlhf_jax.evaluation.language_loss import language_evaluation
 from rlhf_jax.models import transformer
-from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import target_cross_entropy
-from rlhf_jax.stages.common import (
-    batches_of,
-    check_kernel,
-    fit,
-    pack_texts,
-    parse_sources,
-    read_records,
-    step_tokens,
-)
-from rlhf_jax.training.model import Model, save_model
+from rlhf_jax.stages.fit import batches_of, fit, pack_texts
+from rlhf_jax.stages.start import check_kernel
+from rlhf_jax.tasks.sources import parse_sources, read_records
+from rlhf_jax.training.mesh import step_tokens
 from rlhf_jax.training.rundir import RunDirectory
+from rlhf_jax.training.saved_model import Model, save_model
 
 LAYOUTS = ("documents", "windows")
 
 
-def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
+def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Trains from scratch and returns the metrics of summary.json."""
     sources = parse_sources(config.data.train)
     train = [read_records(config, source, "text", "train") for source in sources]
@@ -43,7 +37,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     texts = [record.text for records in train for record in records]
     tokenizer = _train_tokenizer(config, texts)
 
-    shape = ModelConfig(**(config.model.to_dict() | {"vocab_size": tokenizer.vocab_size}))
+    shape = config.model.model(tokenizer.vocab_size)
     check_kernel(config, shape.validate())
     model = Model(shape, transformer.init(shape, jax.random.key(config.seed)), tokenizer)
     length = config.data.row_length
@@ -75,7 +69,7 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     return metrics
 
 
-def _train_tokenizer(config: ConfigDict, texts: list[str]) -> Tokenizer:
+def _train_tokenizer(config: Config, texts: list[str]) -> OwnTokenizer:
     match config.tokenizer.kind:
         case "bpe":
             return train_bpe([f" {text}" for text in texts], config.tokenizer.vocab_size)

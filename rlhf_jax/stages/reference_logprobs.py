@@ -1,16 +1,15 @@
 """The reference's log-probs of packed preferences, computed once and kept on disk.
 
-They depend on the model and the data only, so a restart, or a run with another β, finds them. What
-is found is used only if it is whole and of exactly this model, tokenizer, template and data.
+They depend on the model and the data only, so a restart, or a run with another β, finds them. A
+file is used only if it is whole and of exactly this model, tokenizer, template and data.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
-import os
-import uuid
 import zipfile
 import zlib
 from pathlib import Path
@@ -23,8 +22,10 @@ from rlhf_jax.cache import cache_dir
 from rlhf_jax.data import packing
 from rlhf_jax.data.packing import Arrays
 from rlhf_jax.digests import code_digest
-from rlhf_jax.evaluation.rows import response_logprobs
-from rlhf_jax.training.model import Model, fingerprint
+from rlhf_jax.errors import NoRoom
+from rlhf_jax.evaluation.row_passes import response_logprobs
+from rlhf_jax.files import write_whole
+from rlhf_jax.training.saved_model import Model, fingerprint
 
 
 def reference_logprobs(
@@ -38,19 +39,19 @@ def reference_logprobs(
 
     Args:
       directory: where `reference` was loaded from.
-      tokens: of a forward pass.
+      tokens: per forward pass.
     """
     key = cache_key(reference, directory, arrays, tokens)
     path = cache_dir() / "reference_logprobs" / f"{key}.npz"
-    found = _read(path, key, arrays["last"].shape)
-    if found is not None:
-        return found
+    cached = _read(path, key, arrays["last"].shape)
+    if cached is not None:
+        return cached
     logprobs = response_logprobs(
         reference.config, reference.params, arrays, tokens, name="reference"
     )
     try:
         _write(path, key, logprobs)
-    except OSError as error:
+    except (OSError, NoRoom) as error:
         print(f"the reference's log-probs are not kept: {error}", flush=True)
     return logprobs
 
@@ -76,7 +77,7 @@ def cache_key(reference: Model, directory: Path, arrays: Arrays, tokens: int) ->
 
 
 def _read(path: Path, key: str, shape: tuple[int, ...]) -> np.ndarray | None:
-    """What `_write` wrote, or None."""
+    """Reads what `_write` wrote; None where that is not whole."""
     if not path.exists():
         return None
     try:
@@ -93,22 +94,14 @@ def _read(path: Path, key: str, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def _write(path: Path, key: str, logprobs: np.ndarray) -> None:
-    """So that the file is whole or absent, whoever else writes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, logprobs=logprobs, checksum=np.array(_checksum(key, logprobs)))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    file = io.BytesIO()
+    np.savez(file, logprobs=logprobs, checksum=np.array(_checksum(key, logprobs)))
+    write_whole(path, file.getvalue(), shared=True)
 
 
 def _checksum(key: str, logprobs: np.ndarray) -> str:
-    """Of the numbers, their type and what they are of."""
+    """A digest of the numbers, their type, their shape and the key they are kept under."""
     content = np.ascontiguousarray(logprobs)
     return hashlib.sha256(
         f"{key} {content.dtype.str} {content.shape}\n".encode() + content.tobytes()

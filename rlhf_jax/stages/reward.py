@@ -17,39 +17,33 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from rlhf_jax.data.chat import render_prompt
-from rlhf_jax.data.packing import Arrays, Group, pack_groups
+from rlhf_jax import console
+from rlhf_jax.config import Config
+from rlhf_jax.data.conversation import render_prompt
+from rlhf_jax.data.packing import Group, pack_groups
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.preferences import pair_values, preference_metrics, preference_plots
-from rlhf_jax.evaluation.responses import answer
-from rlhf_jax.evaluation.rows import in_record_order, map_rows
-from rlhf_jax.evaluation.statistics import auc, calibration, wilson_interval
+from rlhf_jax.evaluation.held_out_answers import answer
+from rlhf_jax.evaluation.pair_scores import label_metrics, score_metrics
+from rlhf_jax.evaluation.row_passes import in_record_order, map_rows
 from rlhf_jax.losses.reward import bradley_terry, pointwise_logistic
 from rlhf_jax.models import transformer
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import sequence_scores
-from rlhf_jax.rewards import normalization_of
-from rlhf_jax.stages.common import (
-    Evaluated,
-    batches_of,
-    few_records,
-    fit,
-    load_start,
-    parse_sources,
-    read_records,
-    step_tokens,
-    write_evaluation,
-)
-from rlhf_jax.stages.pairs import CHOSEN, REJECTED, pack_labelled, pack_pairs
-from rlhf_jax.training.model import Model, save_model
+from rlhf_jax.rewards.ensemble import normalization_of
+from rlhf_jax.stages.fit import Evaluated, batches_of, fit
+from rlhf_jax.stages.preference_rows import CHOSEN, REJECTED, pack_labelled, pack_pairs
+from rlhf_jax.stages.start import load_start
+from rlhf_jax.tasks.sources import parse_sources, read_records
+from rlhf_jax.training.mesh import step_tokens
 from rlhf_jax.training.rundir import RunDirectory
+from rlhf_jax.training.saved_model import Model, save_model
+from rlhf_jax.training.summary import write_evaluation
 
 LOSSES = ("bradley_terry", "pointwise")
 
 
-def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
+def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Trains a reward model on the body of `init.policy`; returns the metrics of summary.json."""
     _check_loss(config)
     policy = load_start(config, parents["policy"])
@@ -75,12 +69,12 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
         model = dataclasses.replace(model, normalization=(mean, std))
         metrics |= {"eval/reference_score_mean": mean, "eval/reference_score_std": std}
     save_model(run.path, model)
-    tables = few_records("held-out preferences", int(held_out["valid"].sum()))
+    tables = console.few_records("held-out preferences", int(held_out["valid"].sum()))
     write_evaluation(run.path, tables, plots)
     return metrics
 
 
-def _check_loss(config: ConfigDict) -> None:
+def _check_loss(config: Config) -> None:
     name = config.loss.name
     if name not in LOSSES:
         raise UserError(f"config.loss.name = {name!r}: choose one of {', '.join(LOSSES)}")
@@ -97,7 +91,7 @@ def with_score_head(model: Model, seed: int) -> Model:
     return dataclasses.replace(model, config=shape, params=params, normalization=None)
 
 
-def loss(config: ConfigDict, shape: ModelConfig, params: Any, batch, rng):
+def loss(config: Config, shape: ModelConfig, params: Any, batch, rng):
     """The configured loss over a batch of pairs or labelled replies: ((total, weight), metrics)."""
     _check_loss(config)
     scores = sequence_scores(shape, params, batch)
@@ -110,54 +104,8 @@ def loss(config: ConfigDict, shape: ModelConfig, params: Any, batch, rng):
     )
 
 
-def score_metrics(scores: np.ndarray, rows: Arrays) -> Evaluated:
-    """(metrics, plots) of scores [B, P, 2] on held-out pairs."""
-    ordered = pair_values(scores, rows)
-    lengths = in_record_order(rows["lengths"], rows)
-    chosen, rejected = ordered[:, CHOSEN], ordered[:, REJECTED]
-    metrics = preference_metrics(chosen, rejected, lengths)
-    metrics |= {"eval/score_mean": float(ordered.mean()), "eval/score_std": float(ordered.std())}
-    return metrics, preference_plots(chosen, rejected, lengths)
-
-
-def label_metrics(scores: np.ndarray, rows: Arrays) -> Evaluated:
-    """(metrics, plots) of scores [B, P, 1] on held-out labelled replies.
-
-    Right is a score with the sign of label − ½ (0 counts ½); a label of ½ is left out of accuracy
-    and AUC, the share of (good, bad) couples that are in order, which no threshold enters.
-    """
-    ordered = in_record_order(scores, rows)[:, 0].astype(np.float64)
-    labels = in_record_order(rows["labels"], rows)[:, 0].astype(np.float64)
-    good, bad = ordered[labels > 0.5], ordered[labels < 0.5]
-    correct = (1 + np.sign(np.concatenate([good, -bad]))) / 2
-    low, high = wilson_interval(float(correct.sum()), len(correct))
-    reliability = calibration(1 / (1 + np.exp(-ordered)), labels)
-    metrics = {
-        "eval/loss": float(np.mean(np.logaddexp(0, ordered) - labels * ordered)),
-        "eval/accuracy_low": low,
-        "eval/accuracy_high": high,
-        "eval/ece": reliability.ece,
-        "eval/score_mean": float(ordered.mean()),
-        "eval/score_std": float(ordered.std()),
-    }
-    if len(correct):
-        metrics["eval/accuracy"] = float(correct.mean())
-    if len(good) and len(bad):
-        metrics["eval/auc"] = auc(good, bad)
-    plots = [
-        {"kind": "reliability", "title": "Calibration"} | dataclasses.asdict(reliability),
-        {
-            "kind": "histogram",
-            "title": "Scores of held-out replies",
-            "values": {"good": good.tolist(), "bad": bad.tolist()},
-            "xlabel": "nats",
-        },
-    ]
-    return metrics, plots
-
-
 def reference_scores(
-    config: ConfigDict, model: Model, policy: Model, sources: Sequence[str]
+    config: Config, model: Model, policy: Model, sources: Sequence[str]
 ) -> tuple[float, float]:
     """Mean and population std of the model's scores of the policy's own answers.
 
@@ -197,10 +145,10 @@ def reference_scores(
     rows, _ = pack_groups(groups, -(-longest // 64) * 64, branches=1)
     score = jax.jit(partial(sequence_scores, model.config))
     scores = map_rows(score, model.params, rows, step_tokens(config))
-    found = normalization_of(in_record_order(scores, rows))
+    reference = normalization_of(in_record_order(scores, rows))
     print(
         f"normalization: scores of {len(prompts)} answers of the policy have mean "
-        f"{found.mean:.3f}, std {found.std:.3f}",
+        f"{reference.mean:.3f}, std {reference.std:.3f}",
         flush=True,
     )
-    return found.mean, found.std
+    return reference.mean, reference.std

@@ -10,32 +10,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
-from rlhf_jax.data.chat import AnyTokenizer
+from rlhf_jax import console
+from rlhf_jax.config import Config
+from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.data.encode import check_trained_share, encode_conversations
 from rlhf_jax.data.packing import Arrays, pack_documents
-from rlhf_jax.evaluation.language import language_evaluation
+from rlhf_jax.evaluation.chat_evaluation import evaluate_chat
+from rlhf_jax.evaluation.language_loss import language_evaluation
 from rlhf_jax.models.scoring import target_cross_entropy
-from rlhf_jax.stages.chat import evaluate_chat
-from rlhf_jax.stages.common import (
-    batches_of,
-    check_unrendered,
-    few_records,
-    fit,
-    load_start,
-    pack_texts,
-    parse_sources,
-    read_records,
-    say_encoded,
-    say_stripped,
-    step_tokens,
-)
-from rlhf_jax.training.model import save_model
+from rlhf_jax.stages.fit import batches_of, fit, pack_texts
+from rlhf_jax.stages.start import load_start
+from rlhf_jax.tasks.sources import check_unrendered, parse_sources, read_records
+from rlhf_jax.training.mesh import step_tokens
 from rlhf_jax.training.rundir import RunDirectory
+from rlhf_jax.training.saved_model import save_model
 
 
-def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
+def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Fine-tunes `init.policy` and returns the metrics of summary.json."""
     base = load_start(config, parents["policy"])
     sources = parse_sources(config.data.train)
@@ -60,13 +51,15 @@ def run(config: ConfigDict, run: RunDirectory, parents: Mapping[str, Path]) -> d
     batches = batches_of(config, base, rows, weights)
     model, metrics, _ = fit(config, run, base, loss_fn, batches, evaluate)
     save_model(run.path, model)
-    tables = few_records("held-out conversations", int(held_out["segment_ids"].max(1).sum()))
+    tables = console.few_records(
+        "held-out conversations", int(held_out["segment_ids"].max(1).sum())
+    )
     return metrics | evaluate_chat(
         config, run.path, model, parents["policy"], further={"tables": tables}
     )
 
 
-def _pack(config: ConfigDict, source: str, split: str, tokenizer: AnyTokenizer) -> Arrays:
+def _pack(config: Config, source: str, split: str, tokenizer: Tokenizer) -> Arrays:
     what, records = f"{source} ({split})", read_records(config, source, "conversation", split)
     check_unrendered(what, records, tokenizer)
     length, stripped = config.data.row_length, config.data.stripped_turns
@@ -75,6 +68,6 @@ def _pack(config: ConfigDict, source: str, split: str, tokenizer: AnyTokenizer) 
     )
     share = check_trained_share(documents)
     rows, packing = pack_documents(documents, length)
-    say_encoded(config, what, counts, packing | {"trained": share})
-    say_stripped(what, counts["stripped"], counts["turns"])
+    console.say_encoded(config, what, counts, packing | {"trained": share})
+    console.say_stripped(what, counts["stripped"], counts["turns"])
     return rows

@@ -1,1 +1,1 @@
-"""What can be asked: each task gives records, a verifier and an evaluation."""
+"""Data sets as tasks: each gives records, and where it can a verifier and an evaluation."""

@@ -6,16 +6,20 @@ import abc
 import dataclasses
 import fcntl
 import json
+import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import tensorflow_datasets as tfds
 
-from rlhf_jax.data.records import Conversation, Message, Pair, Prompt, Record, Text
+from rlhf_jax.data.records import KINDS, Message, Record
 from rlhf_jax.errors import UserError
 from rlhf_jax.stopping import stop_point
+from rlhf_jax.tasks.data_files import fetch
+from rlhf_jax.tasks.task import Task
 
 
 @dataclasses.dataclass
@@ -26,10 +30,12 @@ class RecordConfig(tfds.core.BuilderConfig):
 
 
 class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
-    """A data set of one kind of record a config.
+    """A data set with one kind of record per config.
 
-    A subclass states `VERSION` and `BUILDER_CONFIGS` (of `RecordConfig`) and writes `records`.
+    A subclass states `BUILDER_CONFIGS` (of `RecordConfig`) and writes `records`.
     """
+
+    VERSION = tfds.core.Version("1.0.0")
 
     def __init_subclass__(cls, skip_registration: bool = True, **kwargs: Any):
         """Keeps the names of TFDS's own data sets free for it; `load_records` finds ours."""
@@ -45,7 +51,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
         return tfds.core.DatasetInfo(
             builder=self,
             description=self.__doc__,
-            features=tfds.features.FeaturesDict(_features(self.builder_config.kind)),
+            features=tfds.features.FeaturesDict({"record": tfds.features.Text()}),
             metadata=tfds.core.MetadataDict(),
         )
 
@@ -55,7 +61,25 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
 
     def _generate_examples(self, records):
         for record in records:
-            yield record.id, to_example(record)
+            yield record.id, {"record": to_json(record)}
+
+
+def builder_of(task: Task) -> type[RecordBuilder]:
+    """The TFDS builder of a task whose records are made from files."""
+
+    def records(self, dl_manager) -> Mapping[str, Iterable[Record]]:
+        config, left_out = self.builder_config.name, Counter[str]()
+        paths = [fetch(file, dl_manager) for file in task.files[config]]
+        splits = task.make(config, paths, left_out)
+        for reason, count in (+left_out).items():
+            logging.warning("%s: left out %d (%s)", self.info.full_name, count, reason)
+        self.info.metadata["left_out"] = dict(left_out)
+        return splits
+
+    configs = [RecordConfig(name=config, kind=kind) for config, kind in task.kinds.items()]
+    name = "".join(map(str.capitalize, task.name.split("_")))  # TFDS makes the set's name of it
+    members = {"BUILDER_CONFIGS": configs, "records": records, "__doc__": task.make.__doc__}
+    return type(name, (RecordBuilder,), members)
 
 
 def read_records(builder: RecordBuilder, split: str) -> list[Record]:
@@ -82,7 +106,8 @@ def read_records(builder: RecordBuilder, split: str) -> list[Record]:
         known = ", ".join(builder.info.splits)
         raise UserError(f"{builder.name}: no split {split!r}; there are: {known}") from error
     kind = builder.builder_config.kind
-    return [from_example(kind, example) for example in source.__getitems__(range(len(source)))]
+    examples = source.__getitems__(range(len(source)))
+    return [from_json(kind, example["record"].decode()) for example in examples]
 
 
 def _locked(file: IO) -> bool:
@@ -93,69 +118,14 @@ def _locked(file: IO) -> bool:
     return True
 
 
-def to_example(record: Record) -> dict[str, Any]:
-    """A record as the nested dict that the features of its kind take."""
-    example: dict[str, Any] = {"id": record.id, "meta": json.dumps(dict(record.meta))}
-    match record:
-        case Text():
-            example |= {"text": record.text}
-        case Conversation() | Prompt():
-            example |= {"messages": _write_messages(record.messages)}
-        case Pair():
-            example |= {
-                "prompt": _write_messages(record.prompt),
-                "chosen": record.chosen,
-                "rejected": record.rejected,
-                "margin": json.dumps(record.margin),
-            }
-    return example
+def to_json(record: Record) -> str:
+    """A record as one line of JSON."""
+    return json.dumps(dataclasses.asdict(record))
 
 
-def from_example(kind: str, example: Mapping[str, Any]) -> Record:
-    """The inverse of `to_example`, from an example as a TFDS data source gives it."""
-    id, meta = example["id"].decode(), json.loads(example["meta"])
-    match kind:
-        case "text":
-            return Text(id, example["text"].decode(), meta)
-        case "conversation":
-            return Conversation(id, _read_messages(example["messages"]), meta)
-        case "prompt":
-            return Prompt(id, _read_messages(example["messages"]), meta)
-        case "pair":
-            return Pair(
-                id,
-                _read_messages(example["prompt"]),
-                example["chosen"].decode(),
-                example["rejected"].decode(),
-                json.loads(example["margin"]),
-                meta,
-            )
-    raise ValueError(f"unknown kind of record {kind!r}")
-
-
-def _write_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
-    if any(message.more for message in messages):
-        raise ValueError("a data set's messages have a role and a content only")
-    return [{"role": message.role, "content": message.content} for message in messages]
-
-
-def _read_messages(columns: Mapping[str, list[bytes]]) -> tuple[Message, ...]:
-    turns = zip(columns["role"], columns["content"], strict=True)
-    return tuple(Message(role.decode(), content.decode()) for role, content in turns)
-
-
-def _features(kind: str) -> dict[str, Any]:
-    text = tfds.features.Text
-    messages = tfds.features.Sequence({"role": text(), "content": text()})
-    fields = {
-        "text": {"text": text()},
-        "conversation": {"messages": messages},
-        "prompt": {"messages": messages},
-        "pair": {
-            "prompt": messages,
-            "chosen": text(),
-            "rejected": text(),
-            "margin": text(),  # JSON, since ArrayRecord examples hold float32 only
-        },
-    }
-    return {"id": text(), "meta": text()} | fields[kind]
+def from_json(kind: str, line: str) -> Record:
+    """The inverse of `to_json`, for a record of `kind`."""
+    fields = json.loads(line)
+    for name in fields.keys() & {"messages", "prompt"}:
+        fields[name] = tuple(Message(**message) for message in fields[name])
+    return KINDS[kind](**fields)

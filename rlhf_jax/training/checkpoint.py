@@ -29,10 +29,18 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from rlhf_jax.errors import NoRoom, UserError, lack_of_room
-from rlhf_jax.files import room_for, sync_directory
-from rlhf_jax.json_files import check_fields, parse_object, read_object
-from rlhf_jax.training.mesh import TRANSFORMER_RULES, Rules, named_leaves, shardings
-from rlhf_jax.training.rundir import fault_point, json_text, write_json
+from rlhf_jax.files import (
+    check_fields,
+    json_text,
+    parse_object,
+    read_object,
+    room_for,
+    sync_directory,
+    write_json,
+)
+from rlhf_jax.training.mesh import TRANSFORMER_RULES, Rules, shardings
+from rlhf_jax.training.rundir import fault_point
+from rlhf_jax.trees import named_leaves
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -334,7 +342,7 @@ def seal(path: Path) -> None:
 
 
 def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file, or None.
+    """Says what is wrong with a checkpoint, naming the file; None if nothing is.
 
     Raises:
       UserError: it was written by a newer format of this package.
@@ -415,13 +423,13 @@ def _load(orbax, path: Path, target):
     """Loads the arrays into the tree, onto the devices, of `target`."""
     import orbax.checkpoint as ocp
 
-    wanted = {name: (str(np.dtype(x.dtype)), x.shape) for name, x in named_leaves(target).items()}
+    expected = {name: (str(np.dtype(x.dtype)), x.shape) for name, x in named_leaves(target).items()}
     stored = {n: (d, tuple(s)) for n, (d, s) in _documents(path)[1]["arrays"].items()}
-    for name in {**wanted, **stored}:
-        if wanted.get(name) != stored.get(name):
+    for name in {**expected, **stored}:
+        if expected.get(name) != stored.get(name):
             raise UserError(
                 f"{path} does not fit: {name} is {stored.get(name, 'absent')} there, "
-                f"{wanted.get(name, 'absent')} here"
+                f"{expected.get(name, 'absent')} here"
             )
     here = SingleDeviceSharding(jax.local_devices()[0])
     abstract = {
@@ -443,7 +451,7 @@ def _files(path: Path) -> list[str]:
 
 
 def _bytes(arrays: Mapping[str, Any]) -> int:
-    """What a checkpoint of the arrays takes, about."""
+    """The bytes that a checkpoint of the arrays takes, about."""
     return SMALL_FILES + sum(DESCRIBED + x.nbytes for x in arrays.values())
 
 
@@ -472,7 +480,7 @@ def _unused(path: Path, suffix: str) -> Path:
 
 
 def _environment() -> dict[str, Any]:
-    """What must be the same for a resumed run to be the same bit for bit."""
+    """Whatever must be the same for a resumed run to be the same bit for bit."""
     return {
         "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
         "versions": {name: _version(name) for name in LIBRARIES},

@@ -8,18 +8,18 @@ from functools import partial
 from typing import Any
 
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
+from rlhf_jax.config import Config
 from rlhf_jax.models.lora import combine, split
 from rlhf_jax.training.mesh import TRANSFORMER_RULES, Rules, placed
-from rlhf_jax.training.optimizer import make_optimizer, optimizer_config
+from rlhf_jax.training.optimizer import OptimizerConfig, make_optimizer
 from rlhf_jax.training.state import TrainState, init_state
-from rlhf_jax.training.step import make_step
+from rlhf_jax.training.step import make_step, with_constants
 
 
 @dataclass(frozen=True)
 class Learner:
-    """What trains one model.
+    """A step and a state that train one model.
 
     Attributes:
       step: of `make_step`.
@@ -34,8 +34,8 @@ class Learner:
 
 
 def make_learner(
-    config: ConfigDict,
-    section: Any,
+    config: Config,
+    section: OptimizerConfig,
     params: Any,
     loss_fn: Callable,
     *,
@@ -44,24 +44,23 @@ def make_learner(
     rules: Rules = TRANSFORMER_RULES,
     ema_decay: float = 0.0,
 ) -> Learner:
-    """What trains `params`, under an adapter only that, for so many `updates`.
+    """Returns a learner of `params`, under an adapter of that alone, for so many `updates`.
 
     Args:
-      section: of the config, an optimizer's; config gives batch.microbatches and the seed.
+      config: gives batch.microbatches and the seed.
+      section: the config's section of an optimizer.
       loss_fn: see `make_step`.
     """
-    options = optimizer_config(section)
-    optimizer, schedule = make_optimizer(options, updates)
+    optimizer, schedule = make_optimizer(section, updates)
     trained, frozen = split(placed(mesh, params, rules))
     step = make_step(
-        loss_fn,
+        with_constants(loss_fn, section.freeze) if section.freeze else loss_fn,
         optimizer,
         mesh=mesh,
         rules=rules,
         microbatches=config.batch.microbatches,
-        max_grad_norm=options.max_grad_norm,
+        max_grad_norm=section.max_grad_norm,
         ema_decay=ema_decay or None,
-        freeze=options.freeze,
         frozen=frozen,
         schedule=schedule,
         seed=config.seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import re
@@ -11,8 +12,10 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rlhf_jax.config import Config
 from rlhf_jax.devices import training_devices
 from rlhf_jax.errors import UserError
+from rlhf_jax.trees import named_leaves
 
 Rules = Sequence[tuple[str, P]]
 
@@ -59,17 +62,6 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
     )
 
 
-def named_leaves(tree) -> dict[str, jax.Array]:
-    """{"/"-joined path: leaf} in the order of `jax.tree.leaves`."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether any of the regular expressions is found in the name."""
-    return any(re.search(pattern, name) for pattern in patterns)
-
-
 def shardings(mesh: Mesh, tree, rules: Rules = TRANSFORMER_RULES):
     """Returns the tree of NamedShardings for a tree of arrays: params, or a whole TrainState.
 
@@ -88,7 +80,7 @@ def shardings(mesh: Mesh, tree, rules: Rules = TRANSFORMER_RULES):
 def sharding(
     mesh: Mesh, name: str, shape: tuple[int, ...], rules: Rules = TRANSFORMER_RULES
 ) -> NamedSharding:
-    """That of one array by its "/"-joined name; see `shardings`."""
+    """The sharding of one array by its "/"-joined name; see `shardings`."""
     return NamedSharding(mesh, _spec(mesh, name, shape, rules))
 
 
@@ -169,3 +161,19 @@ def shard_batch(mesh: Mesh | None, batch):
                 "(data x fsdp) of the mesh"
             )
     return jax.device_put(batch, None if mesh is None else batch_sharding(mesh))
+
+
+def mesh_of(config: Config) -> Mesh | None:
+    """The mesh the config describes, which must fit the devices; None on one device."""
+    devices = training_devices()
+    mesh = make_mesh({"data": -1, **dataclasses.asdict(config.mesh)}, devices)
+    return mesh if len(devices) > 1 else None
+
+
+def step_tokens(config: Config) -> int:
+    """Tokens that a training step works on at a time on one device.
+
+    A pass without a backward one over as many takes less memory; it has its rows on every device.
+    """
+    parts = config.batch.microbatches * batch_shards(mesh_of(config))
+    return max(1, config.batch.rows // parts) * config.data.row_length

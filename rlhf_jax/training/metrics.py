@@ -1,18 +1,10 @@
-"""Means of steps, and where they go: metrics.jsonl, TensorBoard, W&B; each line exactly once."""
+"""Metrics of steps by name, and what a line says of several steps or a step of several parts."""
 
 from __future__ import annotations
 
 import functools
-import json
-import logging
-import math
 import os
-import queue
-import socket
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.errors import UserError
-from rlhf_jax.files import append_whole, numbers, read_lines, room_for, write_whole
-from rlhf_jax.training.rundir import fault_point
+from rlhf_jax.files import numbers, read_lines
 
-MAX_WAITING = 1000  # lines that TensorBoard or W&B may be behind
-CLOSE_SECONDS = 30  # that the end of a run waits for them
-FLUSH_SECONDS = 10.0  # that TensorBoard's lines may wait for the next one to reach the disk
-
-# What a name means where a line stands for several steps, or a step for several parts of its batch,
-# by how it ends; the rest are means.
+# The meaning of a metric by the end of its name; all others are means.
 _MEANINGS: dict[str, tuple[str, ...]] = {
     "last": (
         *("learning_rate", "grad_norm", "param_norm", "update_norm", "train/weight"),
@@ -58,23 +43,23 @@ class Metrics(dict[str, Any]):
 
     @classmethod
     def of(cls, values: Mapping[str, Any], weights: Mapping[str, Any]) -> Metrics:
-        """With their weights, by the same names."""
+        """Metrics of a step on the device, from values and weights by name."""
         rows = [[*values.values()], [weights.get(name, 1) for name in values]]
         return cls(values, jnp.array(rows, jnp.float32))
 
     @classmethod
     def of_pairs(cls, pairs: Mapping[str, tuple[float, float]]) -> Metrics:
-        """Of (value, weight) by name, on the host."""
+        """Metrics on the host, from (value, weight) by name."""
         packed = np.array([*pairs.values()], np.float32).reshape(-1, 2).T
         return cls(dict(zip(pairs, packed[0], strict=True)), packed)
 
     def tree_flatten(self) -> tuple[tuple[list[Any], Any], tuple[str, ...]]:
-        """(children, names) for JAX."""
+        """Takes apart for JAX: (children, names)."""
         return ([*self.values()], self.packed), tuple(self)
 
     @classmethod
     def tree_unflatten(cls, names: tuple[str, ...], children: Any) -> Metrics:
-        """For JAX."""
+        """Puts together for JAX what `tree_flatten` took apart."""
         values, packed = children
         return cls(dict(zip(names, values, strict=True)), packed)
 
@@ -96,45 +81,45 @@ def weighted(metrics: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
 
 
 def joined(*parts: Mapping[str, tuple[float, float]]) -> Metrics:
-    """One step's metrics, on the host, of (values, weights); of a name the last one counts.
+    """One step's metrics on the host from several (value, weight) by name, the last one of a name.
 
-    What has weight 0, a mean of nothing, is left out.
+    A mean of nothing, whose weight is 0, is left out.
     """
-    found = {name: pair for part in parts for name, pair in part.items()}
-    return Metrics.of_pairs({name: pair for name, pair in found.items() if pair[1] != 0})
+    pairs = {name: pair for part in parts for name, pair in part.items()}
+    return Metrics.of_pairs({name: pair for name, pair in pairs.items() if pair[1] != 0})
 
 
 class Means:
-    """What a line says of the steps since the line before, each name by its meaning.
+    """One value per metric for the steps since the line before, by the metric's meaning.
 
     A mean is that of all these steps by its own weights, so that a ratio is a ratio of sums. A
     largest or least value is that of all, a count is the sum, and rate, norms, skips and the KL
-    coefficient are the last step's. Sums are float64; what is said of one step alone is its own
-    value, bit for bit.
+    coefficient are the last step's. Sums are float64; the value for one step alone is its own, bit
+    for bit.
 
     Args:
-      state: of another one, to go on from.
+      state: the `state()` of another one, to go on from.
     """
 
     def __init__(self, state: Mapping[str, Sequence[float]] | None = None):
-        kept = (state or {}).items()
-        self._sums = {name: (value, weight) for name, (value, weight) in kept if weight}
+        items = (state or {}).items()
+        self._sums = {name: (value, weight) for name, (value, weight) in items if weight}
 
     def state(self) -> dict[str, tuple[float, float]]:
-        """What a checkpoint keeps, as JSON has it."""
+        """The sums that a checkpoint keeps, as JSON has them."""
         return dict(self._sums)
 
     def add(self, values: Mapping[str, float], weights: Mapping[str, float]) -> None:
-        """Takes the next step's, as `fetch` gives them."""
+        """Takes the next step's metrics, as `fetch` gives them."""
         for name, value in values.items():
             if weights.get(name) == 0:
                 continue
-            weight, meaning, before = 1.0, _meaning(name), self._sums.get(name)
-            if meaning == "mean":
+            weight, kind, before = 1.0, meaning(name), self._sums.get(name)
+            if kind == "mean":
                 weight = weights[name]
                 value *= weight
             if before is not None:
-                match meaning:
+                match kind:
                     case "mean" | "count":
                         value, weight = before[0] + value, before[1] + weight
                     case "largest":
@@ -144,31 +129,32 @@ class Means:
             self._sums[name] = value, weight
 
     def take(self) -> dict[str, float]:
-        """What a line says, no mean of nothing among it. The next line begins anew."""
+        """Returns the values of a line, without means of nothing. The next line begins anew."""
         taken, self._sums = self._sums, {}
         return {
-            name: value / weight if _meaning(name) == "mean" else value
+            name: value / weight if meaning(name) == "mean" else value
             for name, (value, weight) in taken.items()
         }
 
 
 @functools.cache
-def _meaning(name: str) -> str:
+def meaning(name: str) -> str:
+    """The meaning of a metric: "mean", "last", "count", "largest" or "least"."""
     return next((what for what, ends in _MEANINGS.items() if name.endswith(ends)), "mean")
 
 
 def merged(name: str, a: Sequence[jax.Array], b: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    """The (total, weight) of two parts of a batch together, by what the name means.
+    """The (total, weight) of two parts of a batch together, by the metric's meaning.
 
     Sums and weights of means add. A largest, a least or a count is (value, 1), or has weight 0
     where there is none.
     """
     (x, v), (y, w) = a, b
-    match _meaning(name):
+    match meaning(name):
         case "count":
             return x + y, jnp.maximum(v, w)
-        case "largest" | "least" as meaning:
-            of_both = jnp.maximum(x, y) if meaning == "largest" else jnp.minimum(x, y)
+        case "largest" | "least" as kind:
+            of_both = jnp.maximum(x, y) if kind == "largest" else jnp.minimum(x, y)
             of_one = jnp.where(v > 0, x, y)
             return jnp.where((v > 0) & (w > 0), of_both, of_one), jnp.maximum(v, w)
     return x + y, v + w
@@ -177,204 +163,3 @@ def merged(name: str, a: Sequence[jax.Array], b: Sequence[jax.Array]) -> tuple[j
 def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl as numbers; damaged ones are left out, with a warning."""
     return [line for _, line in read_lines(Path(path), numbers)]
-
-
-def truncate_metrics(path: str | os.PathLike, step: int) -> None:
-    """Keeps, atomically, the whole lines of steps up to `step`: the rest will be written again."""
-    path = Path(path)
-    if path.exists():
-        lines = read_lines(path, numbers)
-        write_whole(path, b"".join(text for text, line in lines if line["step"] <= step))
-
-
-class MetricsWriter:
-    """Appends to <run>/metrics.jsonl, and to TensorBoard and W&B when asked.
-
-    A line is `{"step": int, name: number, …}`. Numbers are written unrounded; JSON has no spelling
-    for what is not finite, so that is one of the strings "NaN", "Infinity", "-Infinity", which
-    `float` reads. Names that start with "time/" are wall-clock measurements; all others are the
-    same, bit for bit, in an interrupted run and in one that was not.
-
-    Args:
-      run: the run directory.
-      step: the step the run continues from; lines of later steps are dropped.
-      unwritten: lines up to that step for which there was no room, as the attribute has them.
-      config: plain config for W&B.
-      tensorboard: whether to write <run>/tensorboard.
-      wandb: W&B project, or None.
-
-    Attributes:
-      unwritten: the last lines, if there was no room for them.
-
-    Raises:
-      UserError: W&B is asked for and not installed.
-      NoRoom: the disk is full.
-    """
-
-    def __init__(
-        self,
-        run: Path,
-        step: int,
-        *,
-        unwritten: Sequence[Mapping[str, Any]] = (),
-        config: Mapping[str, Any] | None = None,
-        tensorboard: bool = True,
-        wandb: str | None = None,
-    ):
-        self._path = run / "metrics.jsonl"
-        truncate_metrics(self._path, min([step, *(line["step"] - 1 for line in unwritten)]))
-        with room_for(self._path):
-            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        self.unwritten = [dict(line) for line in unwritten]
-        self._append()
-        self._others: list[_Other] = []
-        if tensorboard:
-            board = functools.partial(_open_tensorboard, run / "tensorboard", step)
-            self._others.append(_Other("TensorBoard", board))
-        if wandb:
-            try:
-                import wandb as client
-            except ImportError:
-                raise UserError("W&B is asked for but not installed: pip install wandb") from None
-            options = {"project": wandb, "name": run.name, "id": run.name, "dir": run}
-            options |= {"config": config, "resume": "allow"}
-            self._others.append(_Other("W&B", functools.partial(_open_wandb, client, options)))
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one line, whole; it is in the file when this returns.
-
-        Raises:
-          NoRoom: the disk is full. The line is kept, and written before the next one.
-        """
-        for other in self._others:
-            other.write(step, dict(values))
-        line = {"step": step} | {name: _number(value) for name, value in values.items()}
-        self.unwritten.append(line)
-        self._append()
-
-    def _append(self) -> None:
-        while self.unwritten:
-            line = self.unwritten[0]
-            data = (json.dumps(line, allow_nan=False) + "\n").encode()
-            half = len(data) // 2 if "FAULT" in os.environ else 0
-            for part in (data[:half], data[half:]):
-                append_whole(self._file, part, self._path)
-                fault_point("metrics", line["step"])
-            del self.unwritten[0]
-
-    def sync(self) -> None:
-        """Makes what is written durable, so that no checkpoint is ahead of its metrics.
-
-        Raises:
-          NoRoom: the disk is full.
-        """
-        with room_for(self._path):
-            os.fsync(self._file)
-
-    def close(self) -> None:
-        """Flushes and closes everything."""
-        for other in self._others:
-            other.close()
-        try:
-            self.sync()
-        finally:
-            os.close(self._file)
-
-
-Write = Callable[[int, dict[str, float]], object]
-Close = Callable[[], object]
-
-
-class _Other:
-    """A writer that the run doesn't depend on: it never blocks it and never ends it.
-
-    It works in a thread of its own. One that fails, or that does not keep up, is dropped with a
-    warning, and the run goes on without it.
-
-    Args:
-      name: what the warning calls it.
-      start: returns what writes the values of a step, and what closes it.
-    """
-
-    def __init__(self, name: str, start: Callable[[], tuple[Write, Close]]):
-        self._name, self._start, self._dropped = name, start, False
-        self._lines: queue.Queue = queue.Queue(MAX_WAITING)
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
-        self._thread.start()
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Has the values written, sooner or later."""
-        self._put((step, values))
-
-    def close(self) -> None:
-        """Waits until all is written, but not for ever."""
-        self._put(None)
-        self._thread.join(0 if self._dropped else CLOSE_SECONDS)
-        if self._thread.is_alive():
-            self._drop(f"it was not done within {CLOSE_SECONDS} s")
-
-    def _put(self, line: tuple[int, dict[str, float]] | None) -> None:
-        if not self._dropped:
-            try:
-                self._lines.put_nowait(line)
-            except queue.Full:
-                self._drop(f"it is {MAX_WAITING} lines behind")
-
-    def _work(self) -> None:
-        try:
-            write, close = self._start()
-            while (line := self._lines.get()) is not None:
-                write(*line)
-            close()
-        except Exception as error:
-            self._drop(" ".join(f"{type(error).__name__}: {error}".split()))
-
-    def _drop(self, why: str) -> None:
-        if not self._dropped:
-            self._dropped = True
-            logging.warning("%s is dropped, the run goes on without it: %s", self._name, why)
-
-
-def _open_tensorboard(directory: Path, step: int) -> tuple[Write, Close]:
-    """Writes event files; `tensorboardX.SummaryWriter` has a thread whose end it would not see."""
-    from tensorboardX import RecordWriter
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
-    from tensorboardX.proto.summary_pb2 import Summary
-
-    directory.mkdir(exist_ok=True)
-    name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
-    records = RecordWriter(str(directory / name))
-    flushed = -FLUSH_SECONDS
-
-    def add(**event) -> None:
-        nonlocal flushed
-        try:
-            records.write(Event(wall_time=time.time(), **event).SerializeToString())
-            if time.monotonic() - flushed >= FLUSH_SECONDS:
-                records.flush()
-                flushed = time.monotonic()
-        except OSError:
-            with suppress(OSError):  # else Python 3.13 prints that it can't be flushed
-                records.close()
-            raise
-
-    def write(step: int, values: dict[str, float]) -> None:
-        scalars = [Summary.Value(tag=n, simple_value=float(x)) for n, x in values.items()]
-        add(step=step, summary=Summary(value=scalars))
-
-    add(file_version="brain.Event:2")
-    # Hides the steps that an interrupted run wrote and this one writes again.
-    add(step=step + 1, session_log=SessionLog(status=SessionLog.START))
-    return write, records.close
-
-
-def _open_wandb(client: Any, options: Mapping[str, Any]) -> tuple[Write, Close]:
-    logged = client.init(**options)
-    return lambda step, values: logged.log(values, step=step), logged.finish
-
-
-def _number(value) -> int | float | str:
-    number = value if isinstance(value, int) else float(value)
-    if math.isfinite(number):
-        return number
-    return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -14,71 +12,60 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from rlhf_jax.errors import UserError
-from rlhf_jax.losses.checks import check_intervals
-from rlhf_jax.training.mesh import matches, named_leaves
+from rlhf_jax.config import Only, build, option
+from rlhf_jax.errors import UserError, nearest
+from rlhf_jax.trees import matches, named_leaves
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 NO_DECAY = (r"(^|/)(bias|scale|embedding)$",)
 HIDDEN = r"(^|/)layers/.*kernel$"
-_INTERVALS = {
-    "[0, inf)": ("learning_rate", "weight_decay", "eps", "muon_rms"),
-    "(0, inf)": ("max_grad_norm", "muon_steps"),
-    "[0, 1)": ("b1", "b2", "momentum"),
-    "[0, 1]": ("final_fraction", "decay_fraction"),
-}
+B1 = 0.9  # of Adam and Lion
+MUON_STEPS = 5  # of Newton–Schulz
+MUON_RMS = 0.2  # root mean square of Muon's updates before the learning rate; Adam's is 0.2 to 0.4
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Everything an optimizer is made from.
+    """What an optimizer is made from.
 
-    Attributes:
-      name: "adamw", "adafactor" (no parameter scaling, so learning rates mean what they mean for
-        Adam), "lion", or "muon" (for the kernels under layers/, Adam for the rest).
-      learning_rate: the peak.
-      schedule: after warm-up "cosine", "linear", "constant", or "wsd" (constant, then linear over
-        the last `decay_fraction` of the steps).
-      warmup_steps: update t of these (from 0) has learning_rate · (t + 1) / warmup_steps.
-      final_fraction: the last update has final_fraction · learning_rate.
-      decay_fraction: of "wsd".
-      weight_decay: decoupled, times the learning rate as in PyTorch.
-      no_decay: regexes of parameters without weight decay; norms, biases and embeddings by default.
-      freeze: regexes of parameters that stay bitwise as they are and have no optimizer state; give
-        them to `make_step` too, which then leaves out their backward pass.
-      max_grad_norm: for `make_step`, which clips after accumulation; None: no clipping.
-      b1, b2, eps: of Adam; b1 and b2 of Lion too.
-      momentum: of Muon.
-      muon_steps: Newton–Schulz iterations.
-      muon_rms: root mean square of Muon's updates before the learning rate; Adam's is 0.2 to 0.4.
+    It is "adamw", "adafactor" (no parameter scaling, so learning rates mean what they mean for
+    Adam), "lion", or "muon" (for the kernels under layers/, Adam for the rest). Weight decay is
+    decoupled, times the learning rate as in PyTorch, and none of norms, biases and embeddings.
     """
 
-    name: str = "adamw"
-    learning_rate: float = 1e-3
+    name: str = "adamw"  # or adafactor, lion, muon
+    learning_rate: float = option(1e-3, within="[0, inf)")  # the peak
+    # After the warm-up "cosine", "linear", "constant", or "wsd": constant, then linear.
     schedule: str = "cosine"
-    warmup_steps: int = 0
-    final_fraction: float = 0.1
-    decay_fraction: float = 0.2
-    weight_decay: float = 0.0
-    no_decay: tuple[str, ...] = NO_DECAY
+    warmup_steps: int = 0  # update t of these (from 0) has learning_rate · (t + 1) / warmup_steps
+    final_fraction: float = option(0.1, within="[0, 1]")  # of learning_rate, in the last update
+    decay_fraction: float = option(  # of the steps, in which "wsd" decays
+        0.2, within="[0, 1]", only=Only("schedule", ("wsd",))
+    )
+    # Per update, times the learning rate.
+    weight_decay: float = option(0.0, within="[0, inf)")
+    # Regexes of parameters that stay bitwise as they are and have no optimizer state; give them to
+    # `make_step` too, which then leaves out their backward pass.
     freeze: tuple[str, ...] = ()
-    max_grad_norm: float | None = 1.0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    momentum: float = 0.95
-    muon_steps: int = 5
-    muon_rms: float = 0.2
+    # For `make_step`, which clips after accumulation; None: no clipping.
+    max_grad_norm: float | None = option(1.0, within="(0, inf)")
+    # Of the mean of squared gradients; of Lion's momentum.
+    b2: float = option(0.999, within="[0, 1)", only=Only("name", ("adamw", "lion", "muon")))
+    # Added to the root of that mean.
+    eps: float = option(1e-8, within="[0, inf)", only=Only("name", ("adamw", "muon")))
+    # Of Muon's gradients.
+    momentum: float = option(0.95, within="[0, 1)", only=Only("name", ("muon",)))
 
-
-def optimizer_config(values: Mapping) -> OptimizerConfig:
-    """An OptimizerConfig of a mapping or ConfigDict; an unknown field is a UserError."""
-    known = [field.name for field in dataclasses.fields(OptimizerConfig)]
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(values).items()}
-    for name in values:
-        _check_name("optimizer field", name, known)
-    return OptimizerConfig(**values)
+    def validate(self) -> None:
+        """Raises UserError for an unknown optimizer or schedule; the nearest is named."""
+        for what, name, known in (
+            ("optimizer", self.name, OPTIMIZERS),
+            ("schedule", self.schedule, SCHEDULES),
+        ):
+            if name not in known:
+                hint = f"did you mean {nearest(name, known)!r}? Known: {', '.join(known)}"
+                raise UserError(f"unknown {what} {name!r}; {hint}")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
@@ -92,9 +79,8 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], 
     shape is ½(1 + cos πp) for cosine, 1 − p for linear and wsd, 1 for constant.
 
     Raises:
-      UserError: unknown schedule, or a warm-up that is not shorter than the run.
+      UserError: a warm-up that is not shorter than the run.
     """
-    _check_name("schedule", config.schedule, SCHEDULES)
     if not 0 <= config.warmup_steps < max(steps, 1):
         raise UserError(
             f"optimizer.warmup_steps={config.warmup_steps} must be below the run's {steps} steps"
@@ -121,26 +107,24 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], 
 
 
 def make_optimizer(
-    config: OptimizerConfig | Mapping, steps: int, section: str = "optimizer"
+    options: OptimizerConfig | Mapping, steps: int
 ) -> tuple[optax.GradientTransformation, Callable[[jax.Array], jax.Array]]:
     """Returns (optimizer, schedule) for a run of `steps` updates; gradients come already clipped.
 
     Raises:
       UserError: unknown optimizer, schedule or field (the nearest known one is named), or a number
-        outside its range; it names the config's `section`.
+        outside its range.
     """
-    if not isinstance(config, OptimizerConfig):
-        config = optimizer_config(config)
-    _check_name("optimizer", config.name, OPTIMIZERS)
-    try:
-        check_intervals(dataclasses.asdict(config), _INTERVALS, f"{section}.")
-    except ValueError as error:
-        raise UserError(f"config: {error}") from error
+    config: OptimizerConfig = (
+        options
+        if isinstance(options, OptimizerConfig)
+        else build(OptimizerConfig, options, "optimizer")
+    )
     schedule = make_schedule(config, steps)
-    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    adam = optax.scale_by_adam(B1, config.b2, config.eps)
     rules = {
         "adamw": {"adam": adam},
-        "lion": {"lion": optax.scale_by_lion(config.b1, config.b2)},
+        "lion": {"lion": optax.scale_by_lion(B1, config.b2)},
         "adafactor": {
             "adafactor": optax.chain(
                 optax.scale_by_factored_rms(decay_rate=0.8),
@@ -157,7 +141,7 @@ def make_optimizer(
         return others[0] if others and not re.search(HIDDEN, name) else main
 
     def decays(name: str) -> bool:
-        return not matches(name, (*config.no_decay, *config.freeze))
+        return not matches(name, (*NO_DECAY, *config.freeze))
 
     transforms = [
         optax.partition(rules | {"frozen": optax.set_to_zero()}, _by_name(label)),
@@ -172,7 +156,7 @@ def make_optimizer(
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     """Orthogonalised momentum for each matrix of kernels [layers, (experts,) in, out].
 
-    Scaled by muon_rms · √max(in, out), to the RMS of Adam's updates, so that Adam's learning rate
+    Scaled by MUON_RMS · √max(in, out), to the RMS of Adam's updates, so that Adam's learning rate
     and weight decay serve: "Muon is Scalable for LLM Training", https://arxiv.org/abs/2502.16982.
     """
 
@@ -181,12 +165,11 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
 
     def rescale(updates, params=None):
         del params
-        scale = config.muon_rms
-        return jax.tree.map(lambda x: x * (scale * math.sqrt(max(x.shape[-2:]))), updates)
+        return jax.tree.map(lambda x: x * (MUON_RMS * math.sqrt(max(x.shape[-2:]))), updates)
 
     return optax.chain(
         scale_by_muon(
-            ns_steps=config.muon_steps,
+            ns_steps=MUON_STEPS,
             beta=config.momentum,
             eps=config.eps,
             weight_dimension_numbers=dimensions,
@@ -203,10 +186,3 @@ def _by_name(function):
         return jax.tree.unflatten(jax.tree.structure(params), values)
 
     return tree_of
-
-
-def _check_name(what: str, name: str, known) -> None:
-    if name in known:
-        return
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
-    raise UserError(f"unknown {what} {name!r}; did you mean {near[0]!r}? Known: {', '.join(known)}")

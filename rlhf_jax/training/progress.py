@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import numpy as np
 
 from rlhf_jax.stopping import stop_point
 
@@ -13,11 +15,25 @@ PLAIN_LINE_SECONDS = 5.0
 Part = TypeVar("Part")
 
 
-class Clock:
-    """Measures training time: evaluations and checkpoints are taken out with `paused`."""
+def count_tokens(batch: Mapping[str, np.ndarray], metrics: Mapping[str, Any]) -> int:
+    """Tokens of a packed batch that are not padding."""
+    return int(np.count_nonzero(batch["segment_ids"]))
 
-    def __init__(self, flops_per_token: float | None = None):
-        self._flops_per_token = flops_per_token
+
+class Clock:
+    """Measures training time: evaluations and checkpoints are taken out with `paused`.
+
+    Args:
+      flops_per_token: for flops_per_second; None: not reported.
+      tokens: (batch, metrics) → number of tokens that a step trains on or samples.
+    """
+
+    def __init__(
+        self,
+        flops_per_token: float | None = None,
+        tokens: Callable[[Mapping[str, np.ndarray], Mapping[str, Any]], int] = count_tokens,
+    ):
+        self.tokens, self._flops_per_token = tokens, flops_per_token
         self._paused = self._waited = 0.0
         self._settled = 0
         self._tokens = 0
@@ -30,14 +46,14 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside is not training."""
+        """Takes the time spent inside out of the training time."""
         start = time.monotonic()
         yield
         self._paused += time.monotonic() - start
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """What happens inside is waiting for data."""
+        """Counts the time spent inside as waiting for data."""
         start = time.monotonic()
         yield
         self._waited += time.monotonic() - start

@@ -5,41 +5,22 @@ A run is what it was made from: config.json, and made_from.json (see `stages/ide
 
 from __future__ import annotations
 
-import fcntl
 import itertools
-import json
 import os
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.digests import json_digest
 from rlhf_jax.errors import UserError
-from rlhf_jax.files import room_for, sync_directory, write_whole
-from rlhf_jax.json_files import check_fields, read_object
+from rlhf_jax.files import check_fields, read_object, room_for, sync_directory, write_json
 from rlhf_jax.stopping import listening
+from rlhf_jax.training.origin import changes, config_hash, is_free, plain, tell_changes
+from rlhf_jax.training.run_lock import acquire
 
 CONFIG, MADE_FROM, SUMMARY = "config.json", "made_from.json", "summary.json"
-# What a resumed run may find changed in what it is made from, by prefix of the dotted name.
-# Everything else would silently make it another run, and is refused.
-FREE = (
-    "contents.eval",
-    "eval",
-    "report",
-    "samples",
-    "train.checkpoint_every",
-    "train.checkpoint_minutes",
-    "train.eval_every",
-    "train.keep_last",
-    "train.log_every",
-    "train.max_skipped",
-    "train.tensorboard",
-    "train.wandb",
-)
 _MADE_FROM_FIELDS = {
     "version": str,
     "commit": str,
@@ -59,52 +40,6 @@ def fault_point(name: str, step: int | None = None) -> None:
         os.kill(os.getpid(), signal.Signals[os.environ.get("FAULT_SIGNAL", "SIGKILL")])
 
 
-def json_text(value: Any) -> str:
-    """What `write_json` writes."""
-    return json.dumps(value, indent=1) + "\n"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON with `write_whole`."""
-    write_whole(path, json_text(value).encode())
-
-
-def plain(config) -> dict[str, Any]:
-    """A ConfigDict or mapping as JSON has it: dicts, lists, numbers, strings."""
-    text = config.to_json() if hasattr(config, "to_json") else json.dumps(dict(config))
-    return json.loads(text)
-
-
-def changes(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:
-    """{dotted field: (old value, new value)} of what differs; a missing field is "absent"."""
-    old, new = _flatten(old), _flatten(new)
-    pairs = {k: (old.get(k, "absent"), new.get(k, "absent")) for k in {**old, **new}}
-    return {k: pair for k, pair in sorted(pairs.items()) if pair[0] != pair[1]}
-
-
-def config_hash(config: Mapping[str, Any], made_from: Mapping[str, Any]) -> str:
-    """A digest of a run's config and what else decides its result, which the commit does not."""
-    return json_digest([config, {k: v for k, v in made_from.items() if k != "commit"}])
-
-
-def tell_changes(changed: Mapping[str, tuple[Any, Any]], limit: int = 5) -> str:
-    """What differs, in one line: a config's fields with their values, then files by name."""
-    texts: dict[str, list[str]] = {"": [], "contents": [], "parents": [], "code": []}
-    follows = []  # from another difference, unless the older run recorded nothing
-    for name, (before, after) in changed.items():
-        kind, _, what = name.partition(".")
-        if kind not in texts:
-            texts[""].append(f"{name}: {before!r} -> {after!r}")
-        elif "absent" in (before, after):
-            follows.append(f"{name}: {before!r} -> {after!r}")
-        else:
-            what = f"the model of init.{what}" if kind == "parents" else what
-            texts[kind].append(f"{what} has changed")
-    told = [text for each in texts.values() for text in each] or follows
-    more = f" and {len(told) - limit} more" if len(told) > limit else ""
-    return ", ".join(told[:limit]) + more
-
-
 class AnotherRun(UserError):
     """A directory holds a run that was made from something else."""
 
@@ -117,9 +52,9 @@ class RunDirectory:
 
     A run that differs is not continued, nor a finished one replaced. With `rerun` its directory is
     kept under another name, <path>.1 or the next that is free, and a new one begun; where all that
-    differs is in `FREE`, a copy is kept and the run goes on from its last checkpoint, to another
-    evaluation. One that has neither a checkpoint nor a summary is set aside without being asked: a
-    first try that failed is not to stand in the way.
+    differs is in `origin.FREE`, a copy is kept and the run goes on from its last checkpoint, to
+    another evaluation. One that has neither a checkpoint nor a summary is set aside without being
+    asked: a first try that failed is not to stand in the way.
 
     Attributes:
       path: the directory.
@@ -180,7 +115,7 @@ class RunDirectory:
         try:
             with room_for(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
-                self._lock = _acquire(self.path / "lock")
+                self._lock = acquire(self.path / "lock")
         except OSError as error:
             raise UserError(f"cannot use {self.path} as a run directory: {error}") from error
 
@@ -197,7 +132,7 @@ class RunDirectory:
             raise UserError(f"{self.path} is no run directory: its {CONFIG} is something else's")
         changed = changes(made_from | config, self.made_from | self.config)
         changed.pop("commit", None)
-        decides = {k: pair for k, pair in changed.items() if not _has_prefix(k, FREE)}
+        decides = {k: pair for k, pair in changed.items() if not is_free(k)}
         done = (self.path / SUMMARY).exists()
         checkpoints = (self.path / "checkpoints").glob("*")
         if not done and not any(path.name.isdigit() for path in checkpoints):
@@ -244,68 +179,3 @@ class RunDirectory:
             os.rename(whole, aside)
         sync_directory(self.path.parent)
         print(f"{self.path} is kept as {aside}", flush=True)
-
-
-def _acquire(path: Path) -> int:
-    """Locks the file and returns its descriptor, which holds the lock as long as it is open."""
-    here = socket.gethostname()
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        holder = _holder(path)
-        by = f"{path.parent} is held by pid {holder.get('pid')} on host {holder.get('host')}"
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            if holder.get("host") == here and not _alive(holder.get("pid")):
-                # A child that outlived the holder inherited the lock: leave it the old file.
-                path.unlink(missing_ok=True)
-                continue
-            raise UserError(f"{by} since {holder.get('since')}; wait or stop it") from None
-        if os.fstat(descriptor).st_nlink == 0:  # unlinked by another process meanwhile
-            os.close(descriptor)
-            continue
-        if holder and holder.get("host") != here:
-            os.close(descriptor)
-            raise UserError(f"{by}; if that run is dead, delete {path}")
-        os.ftruncate(descriptor, 0)
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        holder = {"pid": os.getpid(), "host": here, "since": since}
-        try:
-            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
-        except OSError:
-            os.close(descriptor)
-            raise
-        return descriptor
-
-
-def _holder(path: Path) -> dict[str, Any]:
-    try:
-        holder = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return holder if isinstance(holder, dict) else {}
-
-
-def _alive(pid) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, TypeError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat |= (
-            _flatten(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
-        )
-    return flat
-
-
-def _has_prefix(name: str, prefixes: tuple[str, ...]) -> bool:
-    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)

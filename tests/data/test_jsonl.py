@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import jsonl
-from rlhf_jax.data.foreign import parse_columns
 from rlhf_jax.data.jsonl import count_rows, read_jsonl, take_slice
 from rlhf_jax.data.records import Conversation, Message, Pair, Prompt, Text
+from rlhf_jax.data.shapes import parse_columns
 from rlhf_jax.errors import UserError
 
 USER, REPLY = Message("user", "hi"), Message("assistant", "yo")

@@ -10,11 +10,15 @@ import sys
 import jax
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from rlhf_jax.errors import UserError
-from rlhf_jax.hub.hf_config import FAMILIES, read_config, to_document
-from rlhf_jax.hub.hf_weights import INDEX, read_weights, write_weights
+from rlhf_jax.errors import UserError, lack_of_memory
+from rlhf_jax.hub import hf_files
+from rlhf_jax.hub.families import FAMILIES
+from rlhf_jax.hub.hf_config import read_config, to_document
+from rlhf_jax.hub.hf_files import INDEX
+from rlhf_jax.hub.hf_weights import read_weights, write_weights
 from rlhf_jax.models import PRESETS, init
 from tests.models.hub_shapes import SHAPE
 
@@ -232,6 +236,16 @@ def test_files_that_are_wrong_are_named(directory, tmp_path_factory):
     (directory / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
     with pytest.raises(UserError, match="is a pickle, which could run code"):
         read(directory)
+
+
+def test_a_lack_of_memory_is_not_said_to_be_a_damaged_file(directory, monkeypatch):
+    def open_nothing(*_):
+        raise SafetensorError("I/O error: Cannot allocate memory (os error 12)")
+
+    monkeypatch.setattr(hf_files, "safe_open", open_nothing)
+    with pytest.raises(SafetensorError) as error:
+        read(directory)
+    assert lack_of_memory(error.value) == "Cannot allocate memory (os error 12)"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -15,6 +15,7 @@ from rlhf_jax.hub.hf_config import read_config, to_document
 from rlhf_jax.hub.hf_weights import read_weights, write_weights
 from rlhf_jax.models import apply, init_cache, logits
 from rlhf_jax.models.transformer import rope_frequencies
+from rlhf_jax.sampling.arguments import Sampling
 from rlhf_jax.sampling.generate import generate
 from tests.models.hub_shapes import GPT2, SHAPE
 
@@ -136,8 +137,10 @@ def test_cached_steps_of_padded_prompts_give_the_same_logits(saved):
 def test_greedy_generation_agrees_for_64_tokens(saved):
     _, model, config, params = saved
     prompts = [random_tokens(n, seed=n).tolist() for n in (9, 4)]
-    options = {"max_new_tokens": 64, "temperature": 0.0, "stop_ids": (), "seed": 0}
-    for prompt, ours in zip(prompts, generate(config, params, prompts, **options), strict=True):
+    sampling = Sampling(64, temperature=0.0)
+    for prompt, ours in zip(
+        prompts, generate(config, params, prompts, sampling, seed=0), strict=True
+    ):
         ids = torch.tensor([prompt])
         with torch.no_grad():
             found = model.generate(

@@ -17,8 +17,8 @@ from rlhf_jax.hub.hf_weights import read_weights, write_weights
 from rlhf_jax.hub.peft import write_adapter
 from rlhf_jax.models import apply, init, logits, lora, scores
 from rlhf_jax.models.lora import AdapterConfig
-from rlhf_jax.training.model import as_trainable, load_model, save_model
-from tests.data.test_hub_tokenizer import write
+from rlhf_jax.training.saved_model import as_trainable, load_model, save_model
+from tests.hub.test_hub_tokenizer import write
 from tests.models.hub_shapes import GPT2, SHAPE
 
 torch = pytest.importorskip("torch", reason="needs requirements-parity.txt")

@@ -13,13 +13,13 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax.losses import (
+from rlhf_jax.losses.cross_entropy import (
     TokenStatistics,
     cross_entropy,
-    mean,
     token_cross_entropy,
     token_statistics,
 )
+from rlhf_jax.losses.reductions import mean
 
 ROWS, SLOTS, WIDTH, VOCAB = 3, 11, 6, 37
 

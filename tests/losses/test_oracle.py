@@ -8,16 +8,11 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from rlhf_jax.losses import (
-    REFERENCE_FREE,
-    bradley_terry,
-    mean,
-    preference_loss,
-    segment_logprobs,
-    token_cross_entropy,
-    token_statistics,
-)
-from rlhf_jax.oracle.enum121 import (
+from rlhf_jax.losses.cross_entropy import token_cross_entropy, token_statistics
+from rlhf_jax.losses.preference import LOSSES, preference_loss
+from rlhf_jax.losses.reductions import mean, segment_logprobs
+from rlhf_jax.losses.reward import bradley_terry
+from rlhf_jax.oracle.exact_world import (
     ACTIONS,
     LENGTHS,
     MASK,
@@ -76,16 +71,18 @@ def all_pairs(values):
 def preference(name, **options):
     """The population loss of a table, and its metrics, as a function of the table."""
     lengths = all_pairs(np.tile(LENGTHS, (PROMPTS, 1)))
+    kl = options.pop("kl", None)
+    chosen_loss = LOSSES[name](**options)
 
     def loss(table):
         total, metrics = preference_loss(
-            name,
+            chosen_loss,
             *all_pairs(table_logprobs(table)),
-            *((None, None) if name in REFERENCE_FREE else all_pairs(REF)),
+            *(all_pairs(REF) if chosen_loss.uses_reference else (None, None)),
             chosen_lengths=lengths[0],
             rejected_lengths=lengths[1],
             weights=PROBABILITY,
-            **options,
+            kl=kl,
         )
         assert total[0].dtype == jnp.float64
         return mean(total), metrics

@@ -13,24 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.evaluation.best_of_n import best_of_n_law
-from rlhf_jax.losses import (
+from rlhf_jax.evaluation.selection import best_of_n_law
+from rlhf_jax.losses.advantages import gae, group_advantages, remax, reward_to_go
+from rlhf_jax.losses.policy import (
     OBJECTIVES,
+    Ppo,
     aggregate,
-    gae,
-    group_advantages,
     importance_weights,
-    kl_estimate,
     kl_loss,
+    make_objective,
     policy_loss,
-    remax,
-    reward_to_go,
-    token_rewards,
 )
-from rlhf_jax.oracle import enum121 as world
+from rlhf_jax.losses.shaping import kl_estimate, token_rewards
+from rlhf_jax.oracle import exact_world as world
+from tests.losses.exact_gradients import GENERIC, gradient, objective
 
 BETA = 0.5
-EXACT = world.gradient(world.GENERIC, BETA)
+EXACT = gradient(GENERIC, BETA)
 PROMPTS = np.arange(world.PROMPTS)[:, None, None]
 SHAPE = world.REWARDS.shape
 MASK = np.tile(world.MASK, (world.PROMPTS, 1))
@@ -52,11 +51,11 @@ def token_logprobs(table, temperature=1.0):
 
 
 class Population:
-    """All responses to all prompts, sampled from world.GENERIC, and what was computed of them."""
+    """All responses to all prompts, sampled from GENERIC, and what was computed of them."""
 
     def __init__(self, dtype=np.float64, temperature=1.0):
         self.dtype = dtype
-        self.table = jnp.asarray(world.GENERIC, dtype)
+        self.table = jnp.asarray(GENERIC, dtype)
         self.mask = jnp.asarray(MASK, dtype)
         self.scores = jnp.asarray(world.REWARDS.ravel(), dtype)
         self.old = token_logprobs(self.table)
@@ -109,7 +108,7 @@ class Population:
         def loss(table):
             logprobs = token_logprobs(table)
             (total, _), _ = policy_loss(
-                objective,
+                make_objective(objective, {}),
                 logprobs,
                 self.old,
                 advantages,
@@ -267,11 +266,11 @@ def population():
 
 
 def test_the_world_has_its_golden_numbers():
-    logp, ref = world.logprobs(world.GENERIC), world.logprobs(world.REFERENCE)
+    logp, ref = world.logprobs(GENERIC), world.logprobs(world.REFERENCE)
     found = [
         world.expected_reward(logp),
         world.kl(logp, ref),
-        world.objective(world.GENERIC, BETA),
+        objective(GENERIC, BETA),
         BETA * world.kl(logp, world.optimum(BETA)),
         np.linalg.norm(EXACT),
     ]
@@ -280,15 +279,15 @@ def test_the_world_has_its_golden_numbers():
     np.testing.assert_allclose(
         EXACT[0, 0], [-0.01093456, 0.05320513, -0.05875767, 0.01648711], atol=1e-8
     )
-    best = world.objective(world.REFERENCE, BETA), world.optimum(BETA)
+    best = objective(world.REFERENCE, BETA), world.optimum(BETA)
     regret = world.expected_reward(best[1]) - BETA * world.kl(best[1], ref) - best[0]
     np.testing.assert_allclose(regret, BETA * world.kl(ref, best[1]), rtol=1e-12)
 
 
 def test_the_exact_gradient_is_that_of_finite_differences():
-    directions = np.random.default_rng(0).normal(size=(3, *world.GENERIC.shape))
+    directions = np.random.default_rng(0).normal(size=(3, *GENERIC.shape))
     for direction in directions:
-        ends = [world.objective(world.GENERIC + h * direction, BETA) for h in (1e-5, -1e-5)]
+        ends = [objective(GENERIC + h * direction, BETA) for h in (1e-5, -1e-5)]
         slope = world.PROMPTS * (ends[0] - ends[1]) / 2e-5
         np.testing.assert_allclose(np.sum(EXACT * direction), slope, rtol=1e-7)
 
@@ -359,11 +358,10 @@ def test_biases_and_mutants_have_their_golden_errors(population, name):
 def sampled_gradients(batches, *, samples=512, group=4, **advantages):
     """Gradients [batches, ...] of policy losses over so many samples of each prompt."""
     rng = np.random.default_rng(0)
-    law = np.exp(world.logprobs(world.GENERIC))
+    law = np.exp(world.logprobs(GENERIC))
     drawn = [rng.choice(SHAPE[1], (batches, samples), p=p / p.sum()) for p in law]
     table, reference, scores, mask = (
-        jnp.asarray(x, jnp.float32)
-        for x in (world.GENERIC, world.REFERENCE, world.REWARDS, world.MASK)
+        jnp.asarray(x, jnp.float32) for x in (GENERIC, world.REFERENCE, world.REWARDS, world.MASK)
     )
     prompts = np.repeat(np.arange(world.PROMPTS), samples)
 
@@ -381,7 +379,7 @@ def sampled_gradients(batches, *, samples=512, group=4, **advantages):
 
         def loss(table):
             (total, _), _ = policy_loss(
-                "ppo",
+                Ppo(),
                 scored(table),
                 old,
                 jnp.broadcast_to(factors, real.shape),
@@ -441,7 +439,7 @@ def bandit_gradient(law, *, estimator=None):
         coefficient = 0.0 if estimator else BETA
         advantages = token_rewards(jnp.asarray(ARM_REWARDS), mask, kl, coefficient=coefficient)
         (total, _), _ = policy_loss(
-            "ppo", logprobs, old, advantages, mask, sequence_weights=jnp.asarray(law)
+            Ppo(), logprobs, old, advantages, mask, sequence_weights=jnp.asarray(law)
         )
         if estimator:
             values = kl_loss(logprobs, reference[:, None], mask, estimator=estimator)

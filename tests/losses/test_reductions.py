@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.losses import mean, segment_logprobs, weighted_sum
 from rlhf_jax.losses.checks import check_choice, check_range, check_rank, check_same_shape
+from rlhf_jax.losses.reductions import mean, segment_logprobs, weighted_sum
 
 
 def test_weighted_sum_by_hand_ignores_nan_of_weight_zero():

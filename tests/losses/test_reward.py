@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.losses import bradley_terry, mean, pointwise_logistic
+from rlhf_jax.losses.reductions import mean
+from rlhf_jax.losses.reward import bradley_terry, pointwise_logistic
 
 
 def nll(x):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.losses import (
+from rlhf_jax.losses.shaping import (
     ESTIMATORS,
     adaptive_coefficient,
     exact_kl,
@@ -17,9 +17,9 @@ from rlhf_jax.losses import (
     missing_eos,
     overlong_penalty,
     token_rewards,
-    with_next_slot,
 )
-from rlhf_jax.oracle import enum121 as world
+from rlhf_jax.oracle import exact_world as world
+from tests.losses.exact_gradients import GENERIC
 
 
 def f32(x):
@@ -66,8 +66,8 @@ def test_exact_kl_is_the_expectation_of_k1_and_k3():
 
 def test_exact_kl_of_tokens_adds_up_to_that_of_responses():
     with jax.enable_x64(True):
-        per_prefix = exact_kl(jnp.asarray(world.GENERIC), jnp.asarray(world.REFERENCE))
-        law = np.exp(world.logprobs(world.GENERIC))
+        per_prefix = exact_kl(jnp.asarray(GENERIC), jnp.asarray(world.REFERENCE))
+        law = np.exp(world.logprobs(GENERIC))
         total = law[:, :, None] * world.MASK * np.asarray(per_prefix)[:, world.NODES]
         np.testing.assert_allclose(total.sum() / world.PROMPTS, 0.103489, atol=1e-6)
 
@@ -87,29 +87,18 @@ def test_token_rewards_by_hand():
     scores, kl = f32([4, 2, 9]), f32([[1, 2, 3, 9, 9], [4, 9, 5, 6, 7], [9, 9, 9, 9, 9]])
     expected = [[-0.5, -1, 2.5, 0, 0], [-2, 0, -2.5, -3, -1.5], [0, 0, 0, 0, 0]]
     np.testing.assert_array_equal(token_rewards(scores, MASK, kl, coefficient=0.5), expected)
-    after = [[-0.5, -1, -1.5, 4, 0], [-2, 0, -2.5, -3, -1.5], [0, 0, 0, 0, 0]]
-    found = token_rewards(scores, MASK, kl, coefficient=0.5, position="after")
-    np.testing.assert_array_equal(found, after)
     only = [[0, 0, 4, 0, 0], [0, 0, 0, 0, 2], [0, 0, 0, 0, 0]]
     np.testing.assert_array_equal(token_rewards(scores, MASK), only)
 
 
-def test_the_mask_with_its_next_slot_holds_every_score():
-    expected = [[1, 1, 1, 1, 0], [1, 0, 1, 1, 1], [0, 0, 0, 0, 0]]
-    np.testing.assert_array_equal(with_next_slot(MASK), expected)
-    rewards = token_rewards(f32([4, 2, 9]), MASK, position="after")
-    np.testing.assert_array_equal(jnp.sum(rewards * with_next_slot(MASK), axis=1), [4, 2, 0])
-
-
-@pytest.mark.parametrize("position", ["last", "after"])
-def test_rewards_sum_to_the_score_less_the_kl_without_gradient_or_garbage(position):
+def test_rewards_sum_to_the_score_less_the_kl_without_gradient_or_garbage():
     rng = np.random.default_rng(0)
     scores, kl = f32(rng.normal(size=3)), f32(rng.normal(size=(3, 5)))
     spoiled = scores.at[2].set(jnp.nan), jnp.where(MASK != 0, kl, jnp.nan)
 
     @jax.jit
     def rewards(scores, kl):
-        return token_rewards(scores, MASK, kl, coefficient=0.3, position=position)
+        return token_rewards(scores, MASK, kl, coefficient=0.3)
 
     expected = jnp.where(MASK.any(1), scores - 0.3 * jnp.sum(kl * MASK, axis=1), 0)
     np.testing.assert_allclose(rewards(scores, kl).sum(1), expected, rtol=1e-5)
@@ -171,8 +160,6 @@ def test_mistakes_are_refused_by_name():
         kl_estimate(ones, ones, "k4")
     with pytest.raises(ValueError, match="same shape"):
         kl_estimate(ones, ones[:2], "k1")
-    with pytest.raises(ValueError, match="position must be one of last, after, got 'end'"):
-        token_rewards(ones, MASK, position="end")
     with pytest.raises(ValueError, match=r"scores \(2,\), first_slots \(3,\)"):
         token_rewards(ones[:2], MASK)
     with pytest.raises(ValueError, match="mode must be one of none, subtract, replace"):

@@ -62,32 +62,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from rlhf_jax.data.packing import Document, Group, pack_documents, pack_groups
 from rlhf_jax.hub.hf_config import read_config
 from rlhf_jax.hub.hf_weights import read_weights, write_weights
-from rlhf_jax.losses import (
-    TokenStatistics,
-    bradley_terry,
-    gae,
-    kl_estimate,
-    mean,
-    missing_eos,
-    token_cross_entropy,
-    token_rewards,
-    value_loss,
-    whiten,
-    with_next_slot,
-)
+from rlhf_jax.losses.advantages import gae, whiten
+from rlhf_jax.losses.cross_entropy import TokenStatistics, token_cross_entropy
+from rlhf_jax.losses.policy import value_loss
+from rlhf_jax.losses.reductions import mean
+from rlhf_jax.losses.reward import bradley_terry
+from rlhf_jax.losses.shaping import kl_estimate, missing_eos, token_rewards
 from rlhf_jax.models import scoring
-from rlhf_jax.rl.objectives import Sampled, advantages, policy_objective
-from rlhf_jax.rl.on_policy import select
+from rlhf_jax.rl.layout import Rollout, pack_rows, select
+from rlhf_jax.rl.objectives import advantages, policy_objective
 from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.stages import defaults, preference
-from rlhf_jax.stages.rollouts import PromptSet, Samples, pack_samples
+from rlhf_jax.tasks.prompts import PromptSet
 
 torch = pytest.importorskip("torch", reason="needs requirements-parity.txt")
 transformers = pytest.importorskip("transformers", reason="needs requirements-parity.txt")
@@ -325,34 +317,34 @@ def pairs(policy):
 def preference_objective(monkeypatch, policy, batch, **fields):
     """The stage's own loss as a function of params."""
     monkeypatch.setattr(preference, "sequence_logprobs", sequence_logprobs)
-    config = ConfigDict({"loss": {"options": "", "sft_coefficient": 0.0, **fields}})
+    config = defaults.resolve(defaults.base("preference", loss=fields))
     return lambda params: preference.loss(config, policy.ours.config, params, batch, None)[0]
 
 
 SMOOTHED = {"label_smoothing": 0.2}
 ALPHA = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3}
 DPO = {
-    "sigmoid": ("sigmoid", {}, ""),
-    "hinge": ("hinge", {}, ""),
-    "ipo": ("ipo", {}, "ipo_reduction=mean"),
-    "exo_pair": ("exo_pair", SMOOTHED, "label_smoothing=0.2"),
-    "nca_pair": ("nca_pair", {}, ""),
-    "robust": ("robust", SMOOTHED, "label_smoothing=0.2"),
-    "bco_pair": ("bco_pair", {}, ""),
-    "sppo_hard": ("sppo_hard", {}, ""),
-    "aot": ("aot", {}, ""),
-    "aot_unpaired": ("aot_unpaired", {}, ""),
-    "apo_zero": ("apo_zero", {}, ""),
-    "apo_down": ("apo_down", {}, ""),
-    "discopop": ("discopop", {"args.discopop_tau": 0.1}, "temperature=0.1"),
-    "sigmoid_norm": ("sigmoid_norm", {}, ""),
-    "forward_kl": ("sigmoid", {"f_divergence_type": "forward_kl"}, "divergence=forward_kl"),
-    "js": ("sigmoid", {"f_divergence_type": "js_divergence"}, "divergence=js"),
-    "alpha": ("sigmoid", ALPHA, "divergence=alpha,alpha=0.7"),
+    "sigmoid": ("sigmoid", {}, {}),
+    "hinge": ("hinge", {}, {}),
+    "ipo": ("ipo", {}, {"ipo_reduction": "mean"}),
+    "exo_pair": ("exo_pair", SMOOTHED, {"label_smoothing": 0.2}),
+    "nca_pair": ("nca_pair", {}, {}),
+    "robust": ("robust", SMOOTHED, {"label_smoothing": 0.2}),
+    "bco_pair": ("bco_pair", {}, {}),
+    "sppo_hard": ("sppo_hard", {}, {}),
+    "aot": ("aot", {}, {}),
+    "aot_unpaired": ("aot_unpaired", {}, {}),
+    "apo_zero": ("apo_zero", {}, {}),
+    "apo_down": ("apo_down", {}, {}),
+    "discopop": ("discopop", {"args.discopop_tau": 0.1}, {"temperature": 0.1}),
+    "sigmoid_norm": ("sigmoid_norm", {}, {}),
+    "forward_kl": ("sigmoid", {"f_divergence_type": "forward_kl"}, {"divergence": "forward_kl"}),
+    "js": ("sigmoid", {"f_divergence_type": "js_divergence"}, {"divergence": "js"}),
+    "alpha": ("sigmoid", ALPHA, {"divergence": "alpha", "alpha": 0.7}),
     "robust-alpha": (
         "robust",
         {**ALPHA, **SMOOTHED},
-        "divergence=alpha,alpha=0.7,label_smoothing=0.2",
+        {"divergence": "alpha", "alpha": 0.7, "label_smoothing": 0.2},
     ),
 }
 
@@ -367,7 +359,7 @@ def set_fields(monkeypatch, trainer, fields):
 def test_dpo(policy, dpo, pairs, monkeypatch, tmp_path, case):
     name, fields, options = DPO[case]
     set_fields(monkeypatch, dpo, {"loss_types": [name], "beta": 0.3} | fields)
-    ours = preference_objective(monkeypatch, policy, pairs, name=name, beta=0.3, options=options)
+    ours = preference_objective(monkeypatch, policy, pairs, name=name, beta=0.3, **options)
     loss = dpo.compute_loss(dpo.model, collated(dpo))
     compare(tmp_path, policy.ours, ours, dpo.model, loss)
 
@@ -410,11 +402,11 @@ def orpo(logprobs, lengths, *, beta):
 REFERENCE_FREE = {
     "cpo": (
         lambda *logprobs: cpo(*logprobs, loss_type="sigmoid", beta=0.3),
-        {"options": "sft_coefficient=0"},
+        {"sft_weight": 0.0},
     ),
     "simpo": (
         lambda *logprobs: cpo(*logprobs, loss_type="simpo", beta=0.3, simpo_gamma=0.7),
-        {"options": "gamma=0.7"},
+        {"gamma": 0.7},
     ),
     "orpo": (lambda *logprobs: orpo(*logprobs, beta=0.3), {}),
 }
@@ -466,7 +458,8 @@ def test_kto(policy, tokenizer, monkeypatch, tmp_path):
         batch | {"reference_logprobs": np.asarray(logprobs)},
         name="kto",
         beta=0.3,
-        options="desirable_weight=1.5,undesirable_weight=0.7",
+        desirable_weight=1.5,
+        undesirable_weight=0.7,
     )
     assert trainer._metrics["train"]["kl"] > [0]
     compare(tmp_path, policy.ours, ours, trainer.model, 2 * loss)
@@ -520,11 +513,10 @@ def rollout(policy):
         for a, f in zip(ANSWERS, FINISHED, strict=True)
     ]
     prompts = PROMPTS[: len(ANSWERS) // EACH]
-    rows = pack_samples(
-        Samples(PromptSet(prompts, prompts), completions, [""] * len(ANSWERS)),
+    rows = pack_rows(
+        Rollout.of(PromptSet(prompts, prompts), completions, [""] * len(ANSWERS), NEW),
         row_length=ROW,
         max_prompt=max(map(len, prompts)),
-        max_new=NEW,
         multiple=2,
         shortest=8,
     )
@@ -561,19 +553,20 @@ def statistics_of(config, params, rows):
 
 def policy_settings(algorithm, **sections):
     rollout = {"samples": EACH, "max_new_tokens": NEW, "temperature": TEMPERATURE}
-    return defaults.on_policy(algorithm, rollout=rollout, **sections)
+    return defaults.resolve(defaults.on_policy(algorithm, rollout=rollout, **sections))
 
 
 def our_advantages(settings, rollout, rewards):
     weights = np.array([r is not None for r in rewards], np.float32)
-    sampled = Sampled(
+    sampled = Rollout(
         scores=np.array([0.0 if r is None else r for r in rewards], np.float32),
         weights=weights,
         finished=FINISHED,
         mask=rollout.mask,
-        logprobs=rollout.logprobs,
+        behaviour_logprobs=rollout.logprobs,
+        old_logprobs=rollout.logprobs,
         ref_logprobs=rollout.ref_logprobs,
-        values=np.zeros_like(rollout.mask),
+        old_values=np.zeros_like(rollout.mask),
         last_values=np.zeros_like(weights),
         greedy_scores=np.zeros(len(weights) // EACH, np.float32),
     )
@@ -597,7 +590,7 @@ def our_policy_objective(settings, policy, rollout, weights=None, **arrays):
 
     def objective(params):
         statistics = statistics_of(policy.ours.config, params, rollout.rows)
-        return policy_objective(settings, statistics, batch)[0]
+        return policy_objective(settings, settings.loss.objective, statistics, batch)[0]
 
     return objective
 
@@ -613,14 +606,13 @@ def test_grpo_advantages(policy, grpo, rollout, monkeypatch, scale):
 
 
 def clipping(low, high, **options):
-    named = {"clip_low": low, "clip_high": high} | options
-    return ",".join(f"{name}={value}" for name, value in named.items())
+    return {"clip_low": low, "clip_high": high} | options
 
 
 CLIP = {"epsilon_low": 0.1, "epsilon_high": 0.2}
 NARROW = {"epsilon_low": 0.02, "epsilon_high": 0.05}
-PPO = {"name": "ppo", "options": clipping(0.1, 0.2)}
-GSPO = {"name": "gspo", "options": clipping(0.02, 0.05)}
+PPO = {"name": "ppo", **clipping(0.1, 0.2)}
+GSPO = {"name": "gspo", **clipping(0.02, 0.05)}
 NO_KL = {"kl": {"placement": "none"}}
 KL = {"kl": {"coefficient": 0.1}}
 OBJECTIVES = {
@@ -633,7 +625,7 @@ OBJECTIVES = {
     "grpo-delta": (
         {"loss_type": "grpo", "args.delta": 1.3, "beta": 0.0, **CLIP},
         "grpo",
-        {"loss": {"name": "ppo", "options": clipping(0.1, 0.2, delta=1.3)}, **NO_KL},
+        {"loss": {"name": "ppo", **clipping(0.1, 0.2, delta=1.3)}, **NO_KL},
     ),
     "bnpo": (
         {"loss_type": "bnpo", **CLIP},
@@ -674,7 +666,7 @@ OBJECTIVES = {
         {
             "loss": {
                 "name": "cispo",
-                "options": "clip_high=1.1",
+                "clip_high": 1.1,
                 "aggregation": "token_mean",
             },
             **KL,
@@ -683,12 +675,12 @@ OBJECTIVES = {
     "sapo": (
         {"loss_type": "sapo", "args.sapo_temperature_pos": 1.2, "args.sapo_temperature_neg": 1.6},
         "grpo",
-        {"loss": {"name": "sapo", "options": "tau_positive=1.2,tau_negative=1.6"}, **KL},
+        {"loss": {"name": "sapo", "tau_positive": 1.2, "tau_negative": 1.6}, **KL},
     ),
     "gmpo": (
         CLIP,
         "grpo",
-        {"loss": {"name": "gmpo", "options": clipping(0.1, 0.2)}, **KL},
+        {"loss": {"name": "gmpo", **clipping(0.1, 0.2)}, **KL},
     ),
 }
 
@@ -766,7 +758,7 @@ def test_rloo(policy, tokenizer, rollout, tmp_path):
     settings = policy_settings(
         "rloo",
         kl={"coefficient": 0.2},
-        loss={"name": "ppo_sequence", "options": clipping(0.1, 0.3)},
+        loss={"name": "ppo_sequence", **clipping(0.1, 0.3)},
     )
     found = our_advantages(settings, rollout, REWARDS)
     wanted = batch["advantages"].numpy()[:, None] * rollout.mask
@@ -828,6 +820,11 @@ def queries():
     return width, inputs | {"position_ids": mask.cumsum(1) - mask}
 
 
+def with_next_slot(mask):
+    """The mask [N, T] with the slot behind each row's last token added, where there is one."""
+    return jnp.where(jnp.arange(NEW) == mask.sum(1, keepdims=True), 1, mask)
+
+
 def our_values(config, params, rows):
     """Before every token, and on the slot behind the last the value after it."""
     before, after = target_values(config, params, rows)
@@ -858,9 +855,12 @@ def test_ppo(policy, scorer, rollout, queries, tmp_path, estimator, whiten_rewar
     )
     shaped = missing_eos(jnp.asarray(scores), jnp.asarray(FINISHED), mode="subtract", penalty=1.5)
     kl = kl_estimate(jnp.asarray(rollout.logprobs), jnp.asarray(rollout.ref_logprobs), estimator)
-    rewards = token_rewards(shaped, mask, kl, coefficient=0.05, position="after")
+    rewards = token_rewards(jnp.zeros_like(shaped), mask, kl, coefficient=0.05)
+    behind_or_last = jnp.minimum(mask.sum(1, keepdims=True), NEW - 1)
+    rewards += jnp.where(jnp.arange(NEW) == behind_or_last, shaped[:, None], 0)
     if whiten_rewards:
-        rewards = whiten(rewards, with_next, shift_mean=False)
+        average = jnp.sum(rewards * with_next) / jnp.sum(with_next)
+        rewards = jnp.where(with_next > 0, whiten(rewards, with_next) + average, 0)
     found, returns = gae(rewards, jnp.asarray(values), with_next, gamma=0.9, lam=0.8)
     found = whiten(found, mask)
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)

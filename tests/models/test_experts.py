@@ -15,7 +15,8 @@ from rlhf_jax.hub.hf_config import read_config
 from rlhf_jax.hub.hf_weights import read_weights, write_weights
 from rlhf_jax.models import apply, logits, lora
 from rlhf_jax.models.lora import AdapterConfig
-from rlhf_jax.training.mesh import make_mesh, named_leaves, placed
+from rlhf_jax.training.mesh import make_mesh, placed
+from rlhf_jax.trees import named_leaves
 from tests.models.small import KINDS, SMALL, forward, noisy, random_tokens
 from tests.models.test_transformer import assert_trees_close, numpy_forward
 

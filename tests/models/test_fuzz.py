@@ -16,8 +16,8 @@ from rlhf_jax.data import template
 from rlhf_jax.errors import UserError
 from rlhf_jax.hub.hf_weights import write_weights
 from rlhf_jax.models import PRESETS, init
-from rlhf_jax.training.model import load_model
-from tests.data.test_hub_tokenizer import CONVERSATION, write
+from rlhf_jax.training.saved_model import load_model
+from tests.hub.test_hub_tokenizer import CONVERSATION, write
 
 VALUES = [None, True, -1, 0, 1, 2**31, 2**70, 1e308, -0.5, "", "x", [], [1], {}, {"a": None}]
 

@@ -14,9 +14,9 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import PRESETS, init, lora
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.models.transformer import apply, init_cache, logits
-from rlhf_jax.training.mesh import named_leaves
 from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_step
+from rlhf_jax.trees import named_leaves
 
 CONFIG = dataclasses.replace(
     PRESETS["tiny"], vocab_size=31, width=32, heads=2, kv_heads=1, head_dim=16, mlp_width=48

@@ -8,17 +8,16 @@ import json
 import numpy as np
 import pytest
 
-from rlhf_jax.evaluation.best_of_n import best_of_n_law, kl_terms
-from rlhf_jax.oracle import enum121 as world
-from rlhf_jax.oracle.judge import judge, judge_best_of
-from rlhf_jax.oracle.rows import BEST_OF, PREFERENCE, ROWS
-from rlhf_jax.oracle.stage import run_preference, run_row
+from rlhf_jax.evaluation.selection import best_of_n_law, kl_terms
+from rlhf_jax.oracle import exact_world as world
+from rlhf_jax.oracle.oracle_rows import BEST_OF, ROWS
+from rlhf_jax.oracle.row_training import train_on_pairs, train_policy
+from rlhf_jax.oracle.verdicts import judge, judge_best_of
 from rlhf_jax.stages import defaults
 from tests.stages.conftest import run_main
 
 CONFIG = "--config=experiments/oracle.py"
 N = 8
-EVERY = ROWS | PREFERENCE
 
 
 @pytest.fixture(scope="module")
@@ -107,17 +106,17 @@ def test_best_of_n_is_held_to_its_law():
 
 
 FEW = {"table_steps": 6, "transformer_steps": 2, "preference_steps": 50}
-SPLIT = [name for name, row in EVERY.items() if row.microbatches * row.devices > 1]
+SPLIT = [name for name, row in ROWS.items() if row.microbatches * row.devices > 1]
 
 
-def outcome(name, row, **steps):
+def outcome(row, **steps):
     config = defaults.base("oracle", oracle=steps)
-    return run_row(row, config) if name in ROWS else run_preference(row, config)
+    return train_on_pairs(row, config) if row.policy == "pairs" else train_policy(row, config)
 
 
 @functools.cache
 def whole_outcome(name):
-    return outcome(name, EVERY[name], **FEW)
+    return outcome(ROWS[name], **FEW)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +124,7 @@ def whole_outcome(name):
     [pytest.param(n, marks=[pytest.mark.slow] * ("transformer" in n)) for n in SPLIT],
 )
 def test_a_row_that_is_split_goes_where_the_whole_one_goes(name):
-    split = outcome(name, EVERY[name], **FEW)
+    split = outcome(ROWS[name], **FEW)
     whole = whole_outcome(name.removesuffix("_four_parts").removesuffix("_two_devices"))
     for field in ("reward", "kl", "regret", "coefficient"):
         expected = getattr(whole, field)
@@ -134,9 +133,9 @@ def test_a_row_that_is_split_goes_where_the_whole_one_goes(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in SPLIT if EVERY[name].devices > 1])
+@pytest.mark.parametrize("name", [name for name in SPLIT if ROWS[name].devices > 1])
 def test_a_row_on_two_devices_lands_where_it_must(name):
-    assert judge(EVERY[name], outcome(name, EVERY[name])) == "ok"
+    assert judge(ROWS[name], outcome(ROWS[name])) == "ok"
 
 
 @pytest.mark.slow
@@ -144,7 +143,7 @@ def test_every_row_of_the_shipped_experiment_on_one_device(tmp_path):
     result = run_main(CONFIG, f"--workdir={tmp_path}/oracle")
     assert result.returncode == 0, result.stderr[-3000:]
     metrics = json.loads((tmp_path / "oracle/summary.json").read_text())["metrics"]
-    fit = {name for name, row in EVERY.items() if row.devices == 1}
+    fit = {name for name, row in ROWS.items() if row.devices == 1}
     assert {name.split("/")[1] for name in metrics} == fit | {BEST_OF}
-    left_out = ", ".join(name for name in EVERY if name not in fit)
+    left_out = ", ".join(name for name in ROWS if name not in fit)
     assert f"for more devices than there are here: {left_out}\n" in result.stdout

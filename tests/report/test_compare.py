@@ -13,14 +13,13 @@ import pytest
 
 from rlhf_jax.compare import main
 from rlhf_jax.errors import UserError
-from rlhf_jax.report.compare import (
+from rlhf_jax.report.comparison import (
     compare,
-    config_differences,
-    render,
-    shared_samples,
+    find_config_differences,
+    find_shared_samples,
     write_comparison,
 )
-from rlhf_jax.report.report import Run
+from rlhf_jax.report.run_files import Run
 
 
 class Page(HTMLParser):
@@ -37,6 +36,11 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+
+
+def render(comparison, folder: Path) -> str:
+    """The text of the page."""
+    return write_comparison(comparison, folder / "rendered.html").read_text("utf-8")
 
 
 def run(name: str, samples=()) -> Run:
@@ -86,10 +90,10 @@ def test_evaluation_json_wins_over_metrics(rl_runs):
 def test_config_differences():
     a = {"stage": "ppo", "seed": 0, "train": {"steps": 5, "batch": 2}, "ppo": {"epochs": 4}}
     b = {"stage": "grpo", "seed": 0, "train": {"steps": 9, "batch": 2}, "init": None}
-    every, some = config_differences({"a": a, "b": b})
+    every, some = find_config_differences({"a": a, "b": b})
     assert every == [["stage", '"ppo"', '"grpo"'], ["train.steps", "5", "9"]]
     assert some == [["ppo.epochs", "4", "–"], ["init", "–", "null"]]
-    assert config_differences({"a": a, "b": a}) == ([], [])
+    assert find_config_differences({"a": a, "b": a}) == ([], [])
 
 
 def test_shared_samples():
@@ -97,16 +101,16 @@ def test_shared_samples():
     other = {"prompt": [{"role": "user", "content": "p"}], "responses": {"dpo": "theirs"}}
     alone = {"prompt": "q", "responses": {"dpo": "z"}}
     runs = {"a": run("a", [one, one]), "b": run("b", [alone, other]), "c": run("c", [alone])}
-    shared = shared_samples(runs)
+    shared = find_shared_samples(runs)
     assert [list(s["responses"].items()) for s in shared] == [
         [("a", "ours"), ("b", "theirs")], [("b", "z"), ("c", "z")]
     ]  # fmt: skip
     assert shared[0]["scores"] == {"a": 0.5}
 
 
-def test_the_page_is_self_contained_and_text_stays_text(rl_runs):
+def test_the_page_is_self_contained_and_text_stays_text(rl_runs, tmp_path):
     comparison = compare(rl_runs)
-    source = render(comparison)
+    source = render(comparison, tmp_path)
     page = Page(source)
     assert not {tag for tag, _ in page.tags} & {"script", "img", "iframe", "object", "embed"}
     assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
@@ -120,7 +124,7 @@ def test_the_page_is_self_contained_and_text_stays_text(rl_runs):
     assert "Three pears cost 12 coins. ]]>" in page.text
     data = next(a["href"] for _, a in page.tags if "download" in a)
     assert base64.b64decode(data.partition("base64,")[2]).decode() == comparison.plot.csv
-    assert render(compare(rl_runs)) == source
+    assert render(compare(rl_runs), tmp_path) == source
 
 
 def test_runs_of_one_name_are_told_apart(rl_runs, tmp_path):
@@ -131,10 +135,10 @@ def test_runs_of_one_name_are_told_apart(rl_runs, tmp_path):
     assert compare([old, rl_runs[0], rl_runs[2]]).names == [str(old), str(rl_runs[0]), "dpo"]
 
 
-def test_hostile_directory_names(rl_runs):
+def test_hostile_directory_names(rl_runs, tmp_path):
     hostile = rl_runs[0].with_name('<img src=x onerror="x()">')
     rl_runs[0].rename(hostile)
-    page = Page(render(compare([hostile, rl_runs[1]])))
+    page = Page(render(compare([hostile, rl_runs[1]]), tmp_path))
     assert not any(tag == "img" for tag, _ in page.tags)
     assert hostile.name in page.text
 
@@ -190,7 +194,7 @@ def test_command_line(rl_runs, tmp_path):
     assert "ppo grpo dpo best_of_n" in lines
     assert "KL 9.00 5.00 4.00 ≤ 1.20" in lines
     assert lines[-1] == "comparison: compare.html"
-    assert (tmp_path / "compare.html").read_text("utf-8") == render(compare(rl_runs))
+    assert (tmp_path / "compare.html").read_text("utf-8") == render(compare(rl_runs), tmp_path)
 
     module = [sys.executable, "-m", "rlhf_jax.compare", str(tmp_path / "nowhere")]
     done = subprocess.run(module, cwd=root, capture_output=True, text=True, timeout=120)

@@ -19,7 +19,8 @@ import matplotlib.image
 import pytest
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.report.report import environment, read_run, write_report
+from rlhf_jax.report.report import describe_environment, write_report
+from rlhf_jax.report.run_files import read_run
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -96,11 +97,11 @@ def test_has_every_section_and_number(page):
     for expected in (
         "On held-out prompts the gold scorer prefers this model",
         "0.914", "0.689 after sft", "73.9\u00a0% – 82.0\u00a0%", "Mara Lindqvist is a baker.",
-        "By task family", "−0.052", "0c55e2d4f1a8", "loss.beta", "Loss · pretrain", "resumed 1 ×",
+        "By task family", "−0.052", "0c55e2d4f1a8", "loss.beta", "Loss · pretrain",
         "python -m rlhf_jax.main --config=experiments/dpo.py", "Where it got worse",
     ):  # fmt: skip
         assert expected in page.text
-    assert "re-run since" not in page.text and "not found" not in page.text
+    assert "not found" not in page.text
 
 
 def test_samples_stay_text(page, report):
@@ -155,7 +156,7 @@ def test_a_token_view_that_does_not_fit_says_so(bare_run):
 def test_every_figure_has_its_data(page):
     figures = sum(tag == "figure" for tag, _ in page.tags)
     files = [a for tag, a in page.tags if tag == "a" and "download" in a]
-    assert figures == len(files) == len({a["download"] for a in files}) == 15
+    assert figures == len(files) == len({a["download"] for a in files}) == 14
     loss = next(a["href"] for a in files if a["download"] == "loss.csv")
     rows = base64.b64decode(loss.partition("base64,")[2]).decode().splitlines()
     assert rows[0] == "series,step,value"
@@ -196,7 +197,7 @@ def test_the_verdict_is_as_strong_as_the_interval(bare_run, low, high, words):
     assert words in Page(write_report(bare_run, {"metrics": metrics}).read_text()).text
 
 
-def test_parents_that_moved_changed_or_vanished(bare_run, tmp_path):
+def test_parents_that_moved_or_vanished(bare_run, tmp_path):
     moved = tmp_path / "moved"
     moved.mkdir()
     for name in ("dpo", "sft", "pretrain"):
@@ -204,12 +205,8 @@ def test_parents_that_moved_changed_or_vanished(bare_run, tmp_path):
     text = Page(write_report(moved / "dpo").read_text()).text
     assert "Loss · pretrain" in text and "not found" not in text
 
-    summary = json.loads((moved / "sft" / "summary.json").read_text())
-    (moved / "sft" / "summary.json").write_text(json.dumps(summary | {"config_hash": "other"}))
     shutil.rmtree(moved / "pretrain")
-    text = Page(write_report(moved / "dpo").read_text()).text
-    assert "re-run since with another config" in text
-    assert "not found at" in text
+    assert "not found at" in Page(write_report(moved / "dpo").read_text()).text
 
 
 @pytest.mark.parametrize(
@@ -267,7 +264,7 @@ def test_no_run_directory(tmp_path):
 
 
 def test_environment_names_versions_and_devices():
-    values = environment()
+    values = describe_environment()
     assert values["jax"] and values["python"] and " × " in values["devices"]
     assert all(isinstance(v, str) for v in values.values())
 
@@ -323,7 +320,7 @@ def test_in_a_real_browser(dpo_run, tmp_path, listener):
 
     shown = browse(report, tmp_path / "profile", "--dump-dom")
     assert "<title>dpo · rlhf_jax report</title>" in shown.stdout
-    assert shown.stdout.count("<figure>") == 15
+    assert shown.stdout.count("<figure>") == 14
     assert html.escape(attack, quote=False) in shown.stdout
     assert "<script" not in shown.stdout and "<img" not in shown.stdout
     assert "CONSOLE" not in shown.stderr

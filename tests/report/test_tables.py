@@ -12,9 +12,9 @@ from rlhf_jax.report.tables import (
     format_numbers,
     format_percent,
     format_seconds,
-    print_summary,
-    printable,
-    prompt_text,
+    join_turns,
+    make_printable,
+    print_table,
 )
 
 
@@ -43,22 +43,22 @@ def test_format_percent_and_seconds():
     assert format_seconds(None) == "–"
 
 
-def test_prompt_text():
-    assert prompt_text("hi") == "hi"
-    assert prompt_text([{"role": "user", "content": "hi"}]) == "hi"
+def test_prompts():
+    assert join_turns("hi") == "hi"
+    assert join_turns([{"role": "user", "content": "hi"}]) == "hi"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert prompt_text(turns) == "user: a\nassistant: b"
+    assert join_turns(turns) == "user: a\nassistant: b"
 
 
 def test_printable():
-    assert printable("a\x1b[31m\n\tb\x9b\x00") == "a\ufffd[31m\n\tb\ufffd\ufffd"
+    assert make_printable("a\x1b[31m\n\tb\x9b\x00") == "a\ufffd[31m\n\tb\ufffd\ufffd"
 
 
-def test_print_summary():
+def test_print_table():
     out = io.StringIO()
     responses = {"sft": "", "dpo": "4 \x1b[2Jcoins :smile:"}
     sample = {"prompt": "How much? [red]", "responses": responses}
-    print_summary(
+    print_table(
         "dpo · done",
         ["held out", "sft", "dpo"],
         [("gold reward", 0.5, 0.9134), ("win rate", None, 0.784)],

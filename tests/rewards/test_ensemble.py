@@ -13,7 +13,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import ModelConfig, init
 from rlhf_jax.models.lora import AdapterConfig, attach
 from rlhf_jax.models.scoring import sequence_scores
-from rlhf_jax.rewards import (
+from rlhf_jax.rewards.ensemble import (
     Normalization,
     combine_members,
     member_scores,

@@ -15,10 +15,11 @@ import pytest
 
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.errors import UserError
-from rlhf_jax.rewards import Scores, TextScorers, parse_rewards
-from rlhf_jax.rewards.answers import number
-from rlhf_jax.tasks.builders import data_folder, load_records
-from rlhf_jax.tasks.town.gold import gold_score, is_correct
+from rlhf_jax.rewards.scorers import Scores, TextScorers, parse_rewards
+from rlhf_jax.tasks.builders import load_records
+from rlhf_jax.tasks.data_files import data_folder
+from rlhf_jax.tasks.stated_answers import number
+from rlhf_jax.tasks.town.gold import gold_score
 
 
 def prompt(name="a", **meta) -> Prompt:
@@ -147,7 +148,7 @@ def test_the_towns_scorers():
     responses = [p.meta["reference"] for p in prompts[:3]] + ["gibberish blah"]
     found = score({"gold": 1, "correct": 10}, prompts, responses)
     gold = [gold_score(*pair).total for pair in zip(prompts, responses, strict=True)]
-    right = [is_correct(*pair) for pair in zip(prompts, responses, strict=True)]
+    right = [gold_score(*pair).right for pair in zip(prompts, responses, strict=True)]
     assert right == [True, True, True, False]
     np.testing.assert_allclose(found.components["gold"], gold)
     np.testing.assert_allclose(found.components["correct"], right)

@@ -12,10 +12,11 @@ import time
 import numpy as np
 import pytest
 
+from rlhf_jax.child import ChildFault
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.errors import Preempted, UserError
-from rlhf_jax.rewards import TextScorers
-from rlhf_jax.rewards.worker import Worker, WorkerFault
+from rlhf_jax.rewards.scorers import TextScorers
+from rlhf_jax.rewards.worker import Worker
 from rlhf_jax.stopping import listening
 
 PROMPTS = [
@@ -353,11 +354,11 @@ def test_a_file_that_is_gone_at_the_restart_is_a_fault_of_that_batch(tmp_path):
     path.write_text("import os\n\ndef f(prompts, responses):\n    os._exit(1)\n")
     worker = Worker(f"{path}:f")
     request = {"prompts": [], "responses": [], "columns": {}}
-    with pytest.raises(WorkerFault, match="exit status 1"):
+    with pytest.raises(ChildFault, match="exit status 1"):
         worker.call(request, 10)
     assert worker.pid is None
     path.unlink()
-    with pytest.raises(WorkerFault, match="no file") as error:
+    with pytest.raises(ChildFault, match="no file") as error:
         worker.call(request, 10)
     assert error.value.reason == "not loaded"
     assert worker.pid is None

@@ -12,18 +12,27 @@ import pytest
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.models import lora, transformer
-from rlhf_jax.oracle import enum121 as world
-from rlhf_jax.oracle.judge import judge
-from rlhf_jax.oracle.letters import enumerate_logprobs, letters_model, letters_task, table_task
-from rlhf_jax.oracle.rows import ROWS, Row, row_config
-from rlhf_jax.oracle.stage import run_row
+from rlhf_jax.oracle import exact_world as world
+from rlhf_jax.oracle.oracle_rows import ROWS, Row, make_row_config
+from rlhf_jax.oracle.oracle_tasks import enumerate_logprobs, letters_model, letters_task, table_task
+from rlhf_jax.oracle.row_training import train_policy
+from rlhf_jax.oracle.verdicts import judge
 from rlhf_jax.rl import objectives
-from rlhf_jax.rl.on_policy import make_iteration, minibatches, over_updates
+from rlhf_jax.rl.on_policy import (
+    advantages,
+    first_state,
+    iterate,
+    make_trainer,
+    minibatches,
+    over_updates,
+    score,
+)
 from rlhf_jax.stages import defaults
 from rlhf_jax.stages.chain import load_config
 from rlhf_jax.stages.checks import check_objective
-from rlhf_jax.training.mesh import make_mesh, named_leaves
+from rlhf_jax.training.mesh import make_mesh
 from rlhf_jax.training.metrics import Means, Metrics, fetch
+from rlhf_jax.trees import named_leaves
 
 ORACLE = "experiments/oracle.py"
 
@@ -34,7 +43,7 @@ def at_the_root(monkeypatch, request):
 
 
 def table(algorithm="rloo", **sections):
-    config = row_config(
+    config = make_row_config(
         Row(algorithm, {"rollout": {"samples": 4}, **sections}), load_config(ORACLE)
     )
     config.rollout.prompts = 16
@@ -45,7 +54,7 @@ def table(algorithm="rloo", **sections):
 
 def letters(algorithm="rloo", **sections):
     changes = {"rollout": {"samples": 4}, **sections}
-    config = row_config(Row(algorithm, changes, policy="transformer"), load_config(ORACLE))
+    config = make_row_config(Row(algorithm, changes, policy="transformer"), load_config(ORACLE))
     config.rollout.prompts = 16
     config.rollout.slots = 32
     config.train.steps = 10
@@ -53,26 +62,37 @@ def letters(algorithm="rloo", **sections):
     return config, letters_task(config, shape), transformer.init(shape, jax.random.key(1)), shape
 
 
-def steps(config, task, start, count, **options):
+def trainer_of(config, task, start, **options):
     value = None
     if task.values is not None:
         value = {"table": jnp.zeros((world.PROMPTS, len(world.PREFIXES)))}
-    iteration = make_iteration(config, task, start, value, **options)
-    state, metrics = iteration.init(), {}
+    return make_trainer(defaults.resolve(config), task, start, value, **options)
+
+
+def steps(config, task, start, count, **options):
+    """(state, metrics, rollout) after the last of `count` iterations."""
+    trainer = trainer_of(config, task, start, **options)
+    state, metrics, rollout = first_state(trainer), {}, None
     for _ in range(count):
-        state, metrics = iteration.step(state, {})
-    return state, metrics, iteration
+        state, metrics, rollout = iterate(trainer, state, {})
+    return state, metrics, rollout
+
+
+def two_steps(config, task, start):
+    """(the metrics of the first iteration, those of the second)."""
+    trainer = trainer_of(config, task, start)
+    state, first, _ = iterate(trainer, first_state(trainer), {})
+    return first, iterate(trainer, state, {})[1]
 
 
 def test_metrics_of_the_first_iteration():
-    _, metrics, iteration = steps(*table(), 1)
+    _, metrics, rollout = steps(*table(), 1)
     assert metrics["objective/kl"] == 0
     assert metrics["policy/ratio_deviation"] < 1e-6
     assert metrics["rollout/logprob_difference"] < 1e-5
-    rollouts = iteration.last["rollouts"]
-    np.testing.assert_allclose(metrics["objective/scores"], rollouts.scores.mean(), rtol=1e-5)
-    np.testing.assert_allclose(metrics["completions/mean_length"], rollouts.mask.sum(-1).mean())
-    np.testing.assert_allclose(metrics["completions/eos_rate"], rollouts.finished.mean())
+    np.testing.assert_allclose(metrics["objective/scores"], rollout.scores.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["completions/mean_length"], rollout.mask.sum(-1).mean())
+    np.testing.assert_allclose(metrics["completions/eos_rate"], rollout.finished.mean())
     entropy = -(np.exp(world.log_softmax(world.REFERENCE)) * world.log_softmax(world.REFERENCE))
     assert 0 < metrics["policy/entropy"] <= entropy.sum(-1).max()
 
@@ -170,21 +190,26 @@ def test_a_single_update_scores_its_own_samples(split):
     moved = jax.tree.map(lambda x: x * 1.05, start)
     calls = []
     options = {"reference": start, "from_reference": False, "mesh": mesh}
-    _, metrics, iteration = steps(config, counting(task, calls), moved, 1, **options)
+    trainer = trainer_of(config, counting(task, calls), moved, **options)
+    _, metrics, found = iterate(trainer, first_state(trainer), {})
     # The reference's, and what trains, whose shapes are asked first if it is split.
     traced = 3 if split == "microbatches" else 2
     assert len(calls) == traced
-    found = iteration.last["arrays"]
-    arrays, expected = iteration.assess(iteration.init(), iteration.last["rollouts"])
+    state = first_state(trainer)
+    names = ("old_logprobs", "ref_logprobs", "entropy", "advantages", "returns")
+    unknown = dataclasses.replace(found, **dict.fromkeys(names))
+    scored = score(trainer, state, unknown)
+    scored, of_advantages = advantages(trainer, scored, state.kl_coefficient)
+    expected = trainer.sample_metrics(scored, state.kl_coefficient) | of_advantages
     assert len(calls) == traced + 2  # now the policy's too
-    assert np.abs(arrays["old_logprobs"] - arrays["ref_logprobs"]).max() > 1e-3
-    assert arrays.keys() == found.keys()
-    for name in arrays:
-        np.testing.assert_allclose(found[name], arrays[name], atol=1e-5, err_msg=name)
+    assert np.abs(scored.old_logprobs - scored.ref_logprobs).max() > 1e-3
+    for name in (*names, "behaviour_logprobs"):
+        a, b = getattr(found, name), getattr(scored, name)
+        np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
     for name in expected:
         np.testing.assert_allclose(metrics[name], expected[name], atol=1e-5, err_msg=name)
     assert metrics["policy/ratio_deviation"] == 0
-    entropy = (arrays["entropy"] * iteration.last["rollouts"].mask).sum() / len(found["entropy"])
+    entropy = (scored.entropy * found.mask).sum() / len(found.entropy)
     np.testing.assert_allclose(metrics["objective/entropy"], entropy, rtol=1e-5)
 
 
@@ -205,15 +230,12 @@ def test_a_single_update_is_that_of_a_policy_scored_before():
 def test_a_policy_must_start_as_its_reference():
     config, task, start = table()
     moved = {"table": start["table"].at[0, 0, 1].add(0.1)}
-    iteration = make_iteration(config, task, moved, reference=start)
     with pytest.raises(UserError, match="KL would not start at 0"):
-        iteration.step(iteration.init(), {})
+        steps(config, task, moved, 1, reference=start)
     config.kl.update(placement="loss", estimator="k3")  # known after the update only
-    iteration = make_iteration(config, task, moved, reference=start)
     with pytest.raises(UserError, match="KL would not start at 0"):
-        iteration.step(iteration.init(), {})
-    free = make_iteration(config, task, moved, reference=start, from_reference=False)
-    _, metrics = free.step(free.init(), {})
+        steps(config, task, moved, 1, reference=start)
+    _, metrics, _ = steps(config, task, moved, 1, reference=start, from_reference=False)
     assert metrics["objective/kl"] != 0
 
 
@@ -257,10 +279,9 @@ def test_a_critic_without_a_counted_value_has_no_means():
         found = task.rollout(params, batch, number)
         return dataclasses.replace(found, weights=found.weights * number)
 
-    state, first, iteration = steps(config, dataclasses.replace(task, rollout=rollout), start, 1)
+    first, second = two_steps(config, dataclasses.replace(task, rollout=rollout), start)
     assert not {"val/mean", "loss/value_avg", "val/explained_variance"} & set(first)
     assert first["val/consecutive_skipped"] == first["train/consecutive_skipped"] == 1
-    _, second = iteration.step(state, {})
     assert {"val/mean", "loss/value_avg", "val/explained_variance"} <= set(second)
     means = Means()
     for metrics in (first, second):
@@ -279,8 +300,7 @@ def test_a_mean_of_answers_of_which_there_are_none_is_left_out():
         finished = np.full_like(found.finished, number)
         return dataclasses.replace(found, finished=finished, weights=found.weights * number)
 
-    state, first, iteration = steps(config, dataclasses.replace(task, rollout=rollout), start, 1)
-    _, second = iteration.step(state, {})
+    first, second = two_steps(config, dataclasses.replace(task, rollout=rollout), start)
     means = Means()
     for metrics in (first, second):
         means.add(*fetch(metrics))
@@ -321,10 +341,11 @@ def test_microbatches_and_devices_do_not_change_an_iteration():
 def test_an_adapter_shares_its_base_with_the_reference_and_agrees_over_devices():
     config, task, start, _ = letters("grpo", rollout={"samples": 4})
     start = lora.attach(start, lora.AdapterConfig(rank=2), jax.random.key(3))
-    state, metrics, iteration = steps(config, task, start, 2)
+    state, metrics, _ = steps(config, task, start, 2)
     trained = named_leaves(state.policy.params)
     assert trained and all("/lora/" in name for name in trained)
-    base, after = (named_leaves(lora.without_adapter(p)) for p in (start, iteration.params(state)))
+    whole = trainer_of(config, task, start).policy.params(state.policy)
+    base, after = (named_leaves(lora.without_adapter(p)) for p in (start, whole))
     assert all(after[name] is base[name] for name in base)
     assert metrics["objective/kl"] != 0
     mesh = make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:4])
@@ -339,23 +360,11 @@ def test_the_transformer_task_scores_what_it_samples():
     rollouts = task.rollout(start, {}, 0)
     exact = enumerate_logprobs(shape, start)
     np.testing.assert_allclose(np.exp(exact).sum(1), 1, rtol=1e-5)
-    sequence = (rollouts.logprobs * rollouts.mask).sum(-1)
+    sequence = (rollouts.behaviour_logprobs * rollouts.mask).sum(-1)
     prompt = np.repeat(np.arange(16) % 4, 4)
-    for n, score in enumerate(rollouts.scores):
-        (outcome,) = np.flatnonzero(np.isclose(world.REWARDS[prompt[n]], score, atol=1e-9))
+    for n, reward in enumerate(rollouts.scores):
+        (outcome,) = np.flatnonzero(np.isclose(world.REWARDS[prompt[n]], reward, atol=1e-9))
         np.testing.assert_allclose(sequence[n], exact[prompt[n], outcome], atol=1e-4)
-
-
-def test_stale_samples_are_refused():
-    config, task, start = table(rollout={"samples": 4, "max_staleness": 1})
-
-    def rollout(params, batch, number):
-        return dataclasses.replace(task.rollout(params, batch, number), version=0)
-
-    stale = dataclasses.replace(task, rollout=rollout)
-    steps(config, stale, start, 2)
-    with pytest.raises(UserError, match="samples of iteration 1 are 2 updates old"):
-        steps(config, stale, start, 3)
 
 
 def test_the_controller_moves_towards_its_target():
@@ -368,14 +377,13 @@ def test_the_controller_moves_towards_its_target():
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
-        ("rollout", {"top_p": 0.9}, "rollout.top_p = 0.9: what is trained is the whole"),
-        ("rollout", {"top_k": 5}, "rollout.top_k = 5"),
+        ("rollout", {"top_p": 0.9}, "no rollout.top_p; .*: what is trained is the whole"),
+        ("rollout", {"top_k": 5}, "the policy stage has no rollout.top_k"),
         ("rollout", {"samples": 1}, "a baseline over the samples of a prompt needs two"),
-        ("rollout", {"max_staleness": 1}, "would use samples up to 3 updates old"),
         ("kl", {"placement": "loss", "estimator": "k1"}, "would regularise nothing"),
         ("kl", {"placement": "rewards"}, "kl.placement must be one of"),
-        ("loss", {"name": "pppo"}, "unknown .* 'pppo'"),
-        ("loss", {"options": "clip_hihg=1"}, "clip_hihg"),
+        ("loss", {"name": "pppo"}, "'pppo' is unknown"),
+        ("loss", {"clip_hihg": 1}, "no loss.clip_hihg; did you mean loss.clip_high"),
         ("loss", {"aggregation": "mean"}, "loss.aggregation must be one of token_mean"),
         ("advantage", {"name": "gea"}, "advantage.name must be one of gae"),
     ],
@@ -384,10 +392,10 @@ def test_mistakes_are_found_before_anything_runs(section, values, message):
     config = defaults.on_policy(
         "grpo", rollout={"samples": 8}, train={"epochs": 2, "minibatches": 2}
     )
-    check_objective(config)
+    check_objective(defaults.resolve(config))
     config[section].update(values)
     with pytest.raises(UserError, match=message):
-        check_objective(config)
+        check_objective(defaults.resolve(config))
 
 
 @pytest.mark.parametrize("algorithm", sorted(defaults.ALGORITHMS))
@@ -397,8 +405,8 @@ def test_every_algorithm_is_a_valid_config_and_lowers_regret(algorithm):
     row = Row(algorithm, {"rollout": {"samples": each}, "kl": in_reward}, regret=0.2)
     config = load_config(ORACLE)
     config.oracle.table_steps = 40
-    check_objective(row_config(row, config))
-    outcome = run_row(row, config)
+    check_objective(defaults.resolve(make_row_config(row, config)))
+    outcome = train_policy(row, config)
     assert outcome.regret < 0.2  # 0.370 before
     assert "measured" not in judge(row, outcome)
 
@@ -406,7 +414,7 @@ def test_every_algorithm_is_a_valid_config_and_lowers_regret(algorithm):
 def test_a_wrong_place_is_a_failed_row():
     config = load_config(ORACLE)
     config.oracle.table_steps = 5
-    outcome = run_row(ROWS["rloo"], config)
+    outcome = train_policy(ROWS["rloo"], config)
     assert judge(ROWS["rloo"], outcome).startswith("regret over")
     above = dataclasses.replace(outcome, reward=world.frontier(outcome.kl) + 0.01, measured=None)
     assert judge(ROWS["rloo"], above).startswith("above the frontier")
@@ -427,7 +435,7 @@ def test_a_wrong_place_is_a_failed_row():
 def test_tier_two_on_three_seeds(name, seed):
     config = load_config(ORACLE)
     config.oracle.table_steps = 500
-    outcome = run_row(ROWS[name], config, seed)
+    outcome = train_policy(ROWS[name], config, seed)
     assert judge(ROWS[name], outcome) == "ok"
 
 
@@ -440,7 +448,7 @@ def test_a_transformer_reaches_the_optimum(algorithm):
     row = dataclasses.replace(
         ROWS["rloo_transformer"], algorithm=algorithm, changes={"rollout": {"samples": each}}
     )
-    assert judge(row, run_row(row, config)) == "ok"
+    assert judge(row, train_policy(row, config)) == "ok"
 
 
 @pytest.mark.parametrize("mutant", ["misses EOS", "averages over tokens"])
@@ -449,7 +457,7 @@ def test_a_wrong_metric_is_a_failed_row(mutant, monkeypatch):
     row = Row("rloo", {"rollout": {"samples": 4}}, tolerance=(9, 9), regret=None)
     config = load_config(ORACLE)
     config.oracle.table_steps = 60
-    assert judge(row, run_row(row, config)) == "ok"
+    assert judge(row, train_policy(row, config)) == "ok"
     right = objectives.kl_estimate
 
     def wrong(logprobs, ref_logprobs, kind):
@@ -461,7 +469,7 @@ def test_a_wrong_metric_is_a_failed_row(mutant, monkeypatch):
         return jnp.where(last & (lengths < 4), 0, kl)
 
     monkeypatch.setattr(objectives, "kl_estimate", wrong)
-    assert "measured" in judge(row, run_row(row, config))
+    assert "measured" in judge(row, train_policy(row, config))
 
 
 def test_prompts_whose_answers_score_the_same_are_left_out():

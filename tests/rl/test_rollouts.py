@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from rlhf_jax.rl.objectives import Sampled, advantages
+from rlhf_jax.rewards.scorers import Scores
+from rlhf_jax.rl import rollouts
+from rlhf_jax.rl.layout import Rollout
+from rlhf_jax.rl.objectives import sample_metrics
+from rlhf_jax.rl.rollouts import text_rollout
 from rlhf_jax.sampling.generate import Completion
-from rlhf_jax.stages import defaults, rollouts
-from rlhf_jax.stages.rollouts import PromptSet, Samples, Scores, text_rollout
+from rlhf_jax.stages import defaults
+from rlhf_jax.tasks.prompts import PromptSet
 
 LIMIT = 6
 
@@ -20,8 +26,8 @@ def answer(score, *, cut=False, fails=False):
 
 
 class Judge:
-    def score(self, samples, rows):
-        total = np.array([float(c.tokens[0] - 10) for c in samples.completions])
+    def score(self, rollout):
+        total = np.array([float(c.tokens[0] - 10) for c in rollout.completions])
         valid = total < 80
         failures = {"s: raised": int((~valid).sum())} if not valid.all() else {}
         total = np.where(valid, total, np.nan)
@@ -35,18 +41,19 @@ def rolled_out(monkeypatch, groups, *, greedy=None, algorithm="dapo", prompts=1,
         chosen = greedy if samples == 1 else groups
         which = [tokens[-1] for tokens in prompts.tokens]
         answers = [a for n in which for a in (chosen[n] if samples > 1 else [chosen[n]])]
-        return Samples(prompts, answers, [""] * len(answers))
+        return Rollout.of(prompts, answers, [""] * len(answers), LIMIT)
 
     monkeypatch.setattr(rollouts, "sample_answers", sample)
     options = {"max_prompt_tokens": 8, "max_new_tokens": LIMIT, "samples": len(groups[0])}
     options |= {"prompts": prompts, "filter_zero_std": True, "resample": len(groups) // prompts - 1}
-    config = defaults.on_policy(
-        algorithm, data={"row_length": 64}, batch={"rows": 1}, rollout=options | rollout
+    config = defaults.resolve(
+        defaults.on_policy(
+            algorithm, data={"row_length": 64}, batch={"rows": 1}, rollout=options | rollout
+        )
     )
     prompts = PromptSet([None] * len(groups), [[1, 3, n] for n in range(len(groups))])
-    order, ask = np.arange(len(groups)), greedy is not None
-    found = text_rollout(config, None, prompts, order, Judge(), None, 0, greedy=ask)
-    return [tokens[-1] for tokens in found.samples.prompts.tokens], found, config
+    found = text_rollout(config, None, prompts, np.arange(len(groups)), Judge(), None, 0)
+    return [tokens[-1] for tokens in found.prompts.tokens], found, config
 
 
 GOOD = [answer(1), answer(0), answer(0)]
@@ -103,11 +110,8 @@ def test_what_is_said_of_groups_that_are_all_left_out(monkeypatch, fails):
     means = {"rewards/s/mean", "rewards/s/std", "rewards/total/mean", "rewards/total/std"}
     assert means & set(found.metrics) == (set() if fails else means)
     zeros = np.zeros_like(found.mask)
-    sampled = Sampled(
-        found.scores.astype(np.float32), found.weights, found.finished, found.mask, zeros, zeros,
-        zeros, zeros[:, 0], np.zeros(2, np.float32),
-    )  # fmt: skip
-    _, metrics = advantages(config, sampled, np.float32(0.1))
+    scored = dataclasses.replace(found, old_logprobs=zeros, ref_logprobs=zeros)
+    metrics = sample_metrics(config, scored, np.float32(0.1))
     assert metrics["frac_reward_zero_std"] == 1
 
 

@@ -15,8 +15,9 @@ from scipy.stats import chisquare
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import ModelConfig, apply, init, logits
 from rlhf_jax.models.scoring import target_kl, target_statistics
-from rlhf_jax.sampling import engine, generate
-from rlhf_jax.sampling.generate import _Watch
+from rlhf_jax.sampling import engine
+from rlhf_jax.sampling.arguments import Sampling
+from rlhf_jax.sampling.generate import first_stop, generate
 from tests.models.small import KINDS, forward, noisy, random_tokens
 
 CONFIG = ModelConfig(
@@ -39,10 +40,19 @@ def _forward(tokens, params=PARAMS):
     return logits(CONFIG, params, apply(CONFIG, params, tokens).hidden)
 
 
+CALL = ("seed", "prompt_ids", "on_tokens", "chunk")  # what is not of `Sampling`
+
+
+def generated(config, params, prompts, **options):
+    """`generate`, with all options by name."""
+    call = {name: options.pop(name) for name in CALL if name in options}
+    return generate(config, params, prompts, Sampling(**options), **call)
+
+
 def complete(prompts=PROMPTS, params=PARAMS, **options):
     """With slots of one number and length, so that tests share compiled code."""
     options = {"batch_size": 8, "cache_length": 64, "seed": 0, **options}
-    return generate(CONFIG, params, prompts, **options)
+    return generated(CONFIG, params, prompts, **options)
 
 
 def full_logits(prompt, completion, params=PARAMS):
@@ -85,7 +95,7 @@ def test_logprobs_are_those_of_the_full_forward(temperature, banned):
 
 def test_frequencies_of_two_tokens_match_the_exact_probabilities():
     samples = 4000
-    completions = generate(
+    completions = generated(
         CONFIG,
         PARAMS,
         [[1, 2]],
@@ -163,7 +173,7 @@ def test_numbers_and_lengths_of_slots_agree_and_streams_differ():
 def test_64_greedy_tokens_of_every_kind_of_model(kind):
     config = KINDS[kind]
     params, prompts = noisy(config), random_tokens(3, 9).tolist()
-    completions = generate(config, params, prompts, max_new_tokens=64, temperature=0, seed=0)
+    completions = generated(config, params, prompts, max_new_tokens=64, temperature=0, seed=0)
     rows = [prompt + c.tokens for prompt, c in zip(prompts, completions, strict=True)]
     values = logits(config, params, forward(config, params, jnp.asarray(rows)))[:, 8:-1]
     assert tokens_of(completions) == values.argmax(-1).tolist()
@@ -275,9 +285,9 @@ def test_the_first_end_is_found_in_few_decodes(looked, strings):
         if ends and ends[0] <= looked:
             continue
         calls.clear()
-        watch = _Watch(strings, decode, None, 1)
-        assert watch.stop(tokens, looked) == min(ends, default=None)
-        assert watch.stop(tokens[:looked], looked) is None
+        sampling = Sampling(30, stop_strings=strings, decode=decode)
+        assert first_stop(sampling, tokens, looked) == min(ends, default=None)
+        assert first_stop(sampling, tokens[:looked], looked) is None
         if strings != ["\ufffd"]:
             assert len(calls) <= (8 if ends else 1)
 
@@ -372,7 +382,7 @@ def test_lengths_of_a_bucket_share_one_compilation():
 def test_mistakes_are_named(changes, message):
     arguments = {"prompts": [[1]], "max_new_tokens": 8, "seed": 0, "config": CONFIG, **changes}
     with pytest.raises(UserError, match=message) as error:
-        generate(arguments.pop("config"), PARAMS, arguments.pop("prompts"), **arguments)
+        generated(arguments.pop("config"), PARAMS, arguments.pop("prompts"), **arguments)
     assert "\n" not in str(error.value)
 
 
@@ -386,7 +396,7 @@ def test_what_is_sampled_and_scored_is_of_the_ids_in_use(temperature, softcap):
     """A padded vocabulary: never drawn, and both say the log-probs of softmax over the others."""
     config = dataclasses.replace(CONFIG, logit_softcap=softcap, unused=UNUSED)
     options = {"max_new_tokens": 20, "temperature": temperature, "samples_per_prompt": 4}
-    found = generate(config, PARAMS, PROMPTS, batch_size=8, cache_length=64, seed=0, **options)
+    found = generated(config, PARAMS, PROMPTS, batch_size=8, cache_length=64, seed=0, **options)
     drawn = {token for completion in found for token in completion.tokens}
     assert drawn <= set(WORDS.tolist()) and len(drawn) > 1
     prompts = [prompt for prompt in PROMPTS for _ in range(4)]
@@ -427,7 +437,7 @@ def test_the_kl_of_whole_distributions_is_of_the_ids_in_use():
 
 def test_a_choice_of_unused_ids_alone_is_named():
     with pytest.raises(UserError, match="only ids that no word of the tokenizer has"):
-        generate(
+        generated(
             dataclasses.replace(CONFIG, unused=UNUSED), PARAMS, PROMPTS,
             max_new_tokens=2, seed=0, allowed_tokens=np.arange(13) == 0,
         )  # fmt: skip

@@ -12,7 +12,6 @@ from typing import IO
 
 import pytest
 
-from rlhf_jax.tasks.record_builder import to_example
 from rlhf_jax.tasks.town.town import Town
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +29,7 @@ def get_config():
     return defaults.base(
         "pretrain",
         model=defaults.model("tiny", layers=2, width=32, heads=2, kv_heads=1, head_dim=16,
-                             mlp_width=64, unroll=2),
+                             mlp_width=64),
         tokenizer=dict(kind="bpe", vocab_size=320),
         data=dict(train="{folder}/texts.jsonl", validation="{folder}/texts.jsonl",
                   layout="documents", row_length=128, over_long="split"),
@@ -81,7 +80,7 @@ MADE = {
     "ppo": """defaults.on_policy(
         "ppo", **ON_POLICY, rollout=ROLLOUT | dict(prompts=8), batch=dict(rows=2),
         reward=dict(scorers="model=1,gold=0.5,length=-0.01"),
-        optimizer=OPTIMIZER, critic=OPTIMIZER, kl=dict(target=2.0, horizon=100.0),
+        optimizer=OPTIMIZER, critic=dict(learning_rate=3e-3), kl=dict(target=2.0, horizon=100.0),
         train=dict(steps=4, epochs=2, minibatches=2, log_every=1, checkpoint_every=2,
                    eval_every=2, tensorboard=False),
     )""",
@@ -114,9 +113,12 @@ MADE = {
 def _lines(records) -> str:
     lines = []
     for record in records:
-        example = to_example(record)
-        example.pop("margin", None)
-        lines.append(json.dumps(example | json.loads(example.pop("meta"))))
+        fields = dict(vars(record))
+        for name in fields.keys() & {"messages", "prompt"}:
+            fields[name] = [message.to_json() for message in fields[name]]
+        meta = fields.pop("meta")
+        fields.pop("margin", None)
+        lines.append(json.dumps(fields | meta))
     return "\n".join(lines) + "\n"
 
 
@@ -130,7 +132,7 @@ def experiments(tmp_path_factory) -> Path:
     (folder / "more.jsonl").write_text(_lines(list(town.demonstrations("train", 300))[200:]))
     (folder / "pairs.jsonl").write_text(_lines(town.pairs("train", 80)))
     (folder / "prompts.jsonl").write_text(_lines(town.prompts("heldout", 12)))
-    dpo = PAIRS.replace("{loss}", 'name="sigmoid", beta=0.1, options="", sft_coefficient=0.5')
+    dpo = PAIRS.replace("{loss}", 'name="sigmoid", beta=0.1, sft_coefficient=0.5')
     reward = PAIRS.replace("{loss}", "centering=0.0")
     stages = {
         "pretrain": PRETRAIN,

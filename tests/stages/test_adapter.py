@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax.models import lora
-from rlhf_jax.training.mesh import named_leaves
-from rlhf_jax.training.model import load_model
+from rlhf_jax.training.saved_model import load_model
+from rlhf_jax.trees import named_leaves
 from tests.stages.conftest import run_main
 
 ADAPTER = ["--config.adapter.rank=4", "--config.adapter.kind=dora", "--config.adapter.base=int8"]

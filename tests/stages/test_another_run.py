@@ -13,10 +13,10 @@ import sys
 import jax
 import pytest
 
-from rlhf_jax.data.chat_formats import TEMPLATES
+from rlhf_jax.hub.chat_formats import TEMPLATES
 from rlhf_jax.hub.hf_weights import write_weights
 from rlhf_jax.models import PRESETS, init
-from tests.data.test_hub_tokenizer import write
+from tests.hub.test_hub_tokenizer import write
 from tests.stages.conftest import ROOT
 
 REWARD = "def score(prompts, responses):\n    return [float(len(r)) for r in responses]\n"

@@ -13,9 +13,9 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.statistics import wilson_interval
 from rlhf_jax.main import main
 from rlhf_jax.stages.chain import load_config, pick_samples, prepare, summary_rows
-from rlhf_jax.stages.common import read_summary
 from rlhf_jax.training.checkpoint import seal
-from rlhf_jax.training.model import load_model
+from rlhf_jax.training.saved_model import load_model
+from rlhf_jax.training.summary import read_summary
 from tests.stages.conftest import run_main
 
 
@@ -178,11 +178,13 @@ def test_parent_trained_anew_is_noticed(chain, tmp_path):
     ("arguments", "message"),
     [
         (["--config.trian.steps=3"], 'Did you mean "train" instead of "trian"?'),
-        (["--config.train.step=3"], 'Did you mean "steps" instead of "step"?'),
+        (["--config.train.step=3"], "has no train.step; did you mean train.steps?"),
         (["--config.train.steps=many"], "invalid literal"),
         (["--config.loss.name=sigmiod"], "did you mean 'sigmoid'?"),
-        (["--config.loss.options=gamma=1"], "'sigmoid' has no option gamma"),
-        (["--config.loss.options=gamma"], "'gamma' is not name=value"),
+        (["--config.loss.gamma=1"], "an option of simpo; 'sigmoid' has no option gamma"),
+        (["--config.loss.gama=1"], "has no loss.gama; did you mean loss.gamma?"),
+        (["--config.loss.options=gamma=1"], "each option is a field now, as --config.loss."),
+        (["--config.optimizer.decay_fraction=0.1"], "only with optimizer.schedule = wsd"),
         (["--config.data.train=twon"], "unknown data set 'twon'"),
         (["--config.data.train=nowhere.jsonl"], "nowhere.jsonl"),
         (["--config.data.train=a.jsonl=2,a.jsonl=1"], "'a.jsonl' is named twice"),

@@ -10,8 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.stages import common, defaults, policy, preference, sft
-from rlhf_jax.training.metrics import MetricsWriter
+from rlhf_jax.config import document
+from rlhf_jax.stages import defaults, policy, preference, sft
+from rlhf_jax.training import mesh
+from rlhf_jax.training.metrics_writer import MetricsWriter
 from rlhf_jax.training.rundir import RunDirectory
 from tests.stages.test_reference_logprobs import saved, small_model
 
@@ -88,7 +90,6 @@ def config_of(stage, folder, parent):
             count=11,
             during=7,
             max_new_tokens=6,
-            gold=False,
         ),
     }
     if stage is sft:
@@ -103,7 +104,7 @@ def config_of(stage, folder, parent):
             "preference",
             **shared,
             data=data("pairs") | {"row_length": 192},
-            loss={"name": "sigmoid", "beta": 0.1, "options": "", "sft_coefficient": 0.0},
+            loss={"name": "sigmoid", "beta": 0.1, "sft_coefficient": 0.0},
         )
     return defaults.on_policy(
         "grpo",
@@ -130,9 +131,10 @@ def test_nothing_is_compiled_after_the_first_step_and_evaluation(
     tmp_path, monkeypatch, parent, compiled, stage, devices
 ):
     monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(common, "training_devices", lambda: jax.devices()[:devices])
+    monkeypatch.setattr(mesh, "training_devices", lambda: jax.devices()[:devices])
     config = config_of(stage, tmp_path, parent)
-    with RunDirectory(tmp_path / "run", config) as run:
+    config = defaults.resolve(config)
+    with RunDirectory(tmp_path / "run", document(config)) as run:
         stage.run(config, run, {"policy": parent})
     lines = compiled.before_line
     assert len(lines) == TRAIN["steps"] + 1

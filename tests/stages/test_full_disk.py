@@ -35,8 +35,8 @@ if "FULL" in os.environ:
 """
 WHEN = {
     "model": "rlhf_jax.stages.sft:save_model:16384",
-    "samples.jsonl": "rlhf_jax.stages.chat:write_jsonl:0",
-    "evaluation.json": "rlhf_jax.stages.chat:write_evaluation:0",
+    "samples.jsonl": "rlhf_jax.evaluation.chat_evaluation:write_jsonl:0",
+    "evaluation.json": "rlhf_jax.evaluation.chat_evaluation:write_evaluation:0",
     "report.html": "rlhf_jax.stages.chain:write_report:65536",
 }
 

@@ -12,8 +12,8 @@ import pytest
 
 from rlhf_jax.hub.hf_weights import write_weights
 from rlhf_jax.models import PRESETS, init
-from rlhf_jax.training.model import load_model
-from tests.data.test_hub_tokenizer import write
+from rlhf_jax.training.saved_model import load_model
+from tests.hub.test_hub_tokenizer import write
 from tests.stages.conftest import run_main
 
 

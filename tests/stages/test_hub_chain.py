@@ -11,11 +11,12 @@ import sys
 
 import pytest
 
-from rlhf_jax.data import chat
+from rlhf_jax.data.conversation import render_prompt
 from rlhf_jax.data.records import Message
+from rlhf_jax.sampling.arguments import Sampling
 from rlhf_jax.sampling.generate import generate
-from rlhf_jax.training.model import load_model
-from tests.data.test_hub_tokenizer import write
+from rlhf_jax.training.saved_model import load_model
+from tests.hub.test_hub_tokenizer import write
 from tests.stages.conftest import ROOT
 
 torch = pytest.importorskip("torch", reason="needs requirements-parity.txt")
@@ -54,8 +55,8 @@ def readme_commands():
 
 
 def greedy(model, prompts):
-    options = {"max_new_tokens": 64, "temperature": 0.0, "stop_ids": (), "seed": 0}
-    found = generate(model.config, model.params, prompts, **options)
+    sampling = Sampling(64, temperature=0.0)
+    found = generate(model.config, model.params, prompts, sampling, seed=0)
     return [list(completion.tokens) for completion in found]
 
 
@@ -96,7 +97,7 @@ def test_sft_dpo_grpo_and_export_say_the_same_there(experiments, tmp_path, famil
 
     model = load_model(tmp_path / "runs/grpo-own")
     asked = ["What is 2 plus 3?", "Hello there.", "Where does Ann live?"]
-    prompts = [chat.render_prompt([Message("user", text)], model.tokenizer) for text in asked]
+    prompts = [render_prompt([Message("user", text)], model.tokenizer) for text in asked]
     ours = greedy(model, prompts)
     assert ours != greedy(load_model(given), prompts)
     assert greedy(load_model(tmp_path / "merged"), prompts) == ours

@@ -14,8 +14,9 @@ import pytest
 
 from rlhf_jax.commands import Parser
 from rlhf_jax.commands import run as run_command
+from rlhf_jax.config import leaves
 from rlhf_jax.errors import UserError, lack_of_memory
-from rlhf_jax.stages.defaults import STAGES, fields_of, leaves
+from rlhf_jax.stages.defaults import STAGES, fields_of
 from rlhf_jax.stages.memory import naming_memory
 from tests.stages.conftest import ROOT
 

@@ -7,12 +7,14 @@ import logging
 
 import pytest
 
+from rlhf_jax import console
 from rlhf_jax.data.encode import length_of_share
 from rlhf_jax.data.records import Text
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.errors import UserError
-from rlhf_jax.stages import chat, defaults, pairs, rollouts, sft
-from rlhf_jax.stages.common import few_records, pack_texts
+from rlhf_jax.rl import rollouts
+from rlhf_jax.stages import defaults, preference_rows, sft
+from rlhf_jax.stages.fit import pack_texts
 
 WORDS = "one two three four five six seven eight nine ten"
 
@@ -58,10 +60,10 @@ def test_what_is_dropped_is_a_warning(tmp_path, tokenizer, caplog, kind):
         case "pairs":
             config.loss = {"name": "dpo"}
             rows = [{"prompt": p, "chosen": "yo", "rejected": "no"} for p in PROMPTS]
-            pairs.pack_pairs(config, write(path, rows), "train", tokenizer)
+            preference_rows.pack_pairs(config, write(path, rows), "train", tokenizer)
         case "labelled":
             rows = [{"prompt": p, "completion": "yo", "label": True} for p in PROMPTS]
-            pairs.pack_labelled(config, write(path, rows), "train", tokenizer)
+            preference_rows.pack_labelled(config, write(path, rows), "train", tokenizer)
         case "kto" | "kto labelled":  # the second one's reply to another prompt does not fit
             config.loss = {"name": "kto"}
             judged, reply = {"rejected": "no"}, "chosen"
@@ -69,7 +71,7 @@ def test_what_is_dropped_is_a_warning(tmp_path, tokenizer, caplog, kind):
                 judged, reply = {"label": True}, "completion"
             texts = {"hi": "yo", "ho": f"{WORDS} {WORDS}", "ha": " ".join([WORDS] * 4), "hu": "yo"}
             rows = [{"prompt": p, reply: text} | judged for p, text in texts.items()]
-            made = pairs.pack_preferences(
+            made = preference_rows.pack_preferences(
                 config, write(path, rows), "train", tokenizer, mismatched=True
             )
             assert sorted(made["example_ids"][made["valid"] > 0]) == [0, 2, 3]
@@ -84,7 +86,7 @@ def test_what_is_dropped_is_a_warning(tmp_path, tokenizer, caplog, kind):
     config.data.row_length = 64 if kind == "labelled" else int(message.split()[-5])
     caplog.clear()
     if kind == "pairs":
-        pairs.pack_pairs(config, str(path), "train", tokenizer)
+        preference_rows.pack_pairs(config, str(path), "train", tokenizer)
         assert caplog.text == ""
 
 
@@ -113,11 +115,10 @@ def test_the_error_names_the_length_that_keeps_most(tmp_path, tokenizer):
 
 
 def test_few_records_are_said_and_in_the_report(caplog):
-    assert few_records("held-out prompts", 30) == [] and caplog.text == ""
-    (table,) = few_records("held-out prompts", 6)
+    assert console.few_records("held-out prompts", 30) == [] and caplog.text == ""
+    (table,) = console.few_records("held-out prompts", 6)
     assert "Measured on 6 held-out prompts, fewer than 30" in caplog.text
     assert table["note"] in caplog.text and table["rows"] == [["held-out prompts", 6]]
-    assert chat.few_records is few_records
 
 
 def test_raw_text_beside_prompts_is_split(tokenizer):

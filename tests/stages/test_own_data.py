@@ -13,7 +13,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.stages import defaults
 from rlhf_jax.stages.chain import load_config, prepare
 from rlhf_jax.stages.checks import check
-from rlhf_jax.stages.common import parse_source, read_records, settle_sources
+from rlhf_jax.tasks.sources import parse_source, read_records, settle_sources
 from tests.stages.conftest import ROOT, run_main
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import time
@@ -13,11 +14,12 @@ from ml_collections import ConfigDict
 
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.errors import UserError
-from rlhf_jax.rl.on_policy import Rollouts
-from rlhf_jax.sampling import Completion
-from rlhf_jax.stages import policy
+from rlhf_jax.rl.judge import Judge
+from rlhf_jax.rl.layout import Rollout, pack_rows
+from rlhf_jax.sampling.generate import Completion
+from rlhf_jax.stages import defaults, sampled
 from rlhf_jax.stages.online_preference import pack_best_and_worst
-from rlhf_jax.stages.rollouts import Judge, PromptSet, Samples, pack_samples
+from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.training.checkpoint import load_params
 from rlhf_jax.training.rundir import RunDirectory
 from tests.stages.conftest import run_main, started
@@ -358,7 +360,7 @@ def test_a_truncated_distribution_is_refused_before_the_parents_run(experiments,
         "--config.rollout.top_p=0.9",
     )
     assert result.returncode == 2
-    assert "rollout.top_p = 0.9" in result.stderr
+    assert "the policy stage has no rollout.top_p" in result.stderr
     assert not (tmp_path / "runs/sft").exists()
 
 
@@ -368,14 +370,12 @@ def samples(lengths, each):
     records = [Prompt(str(i), (Message("user", "x"),)) for i in range(count)]
     prompts = PromptSet(records, [[1, 2, 3]] * count)
     answers = [Completion(list(range(10, 10 + n)), np.zeros(n, np.float32), True) for n in lengths]
-    return Samples(prompts, answers, [""] * len(answers))
+    return Rollout.of(prompts, answers, [""] * len(answers), 6)
 
 
 def test_every_sampled_token_has_its_slot():
     lengths = [1, 5, 3, 4, 2, 2, 6, 1]
-    rows = pack_samples(
-        samples(lengths, 4), row_length=32, max_prompt=3, max_new=6, multiple=4, shortest=8
-    )
+    rows = pack_rows(samples(lengths, 4), row_length=32, max_prompt=3, multiple=4, shortest=8)
     assert len(rows["tokens"]) % 4 == 0
     found = {}
     for row in range(len(rows["members"])):
@@ -391,29 +391,23 @@ def test_every_sampled_token_has_its_slot():
     assert rows["mask"].sum() == rows["weights"].sum() == sum(lengths)
 
 
+def pairs_of(answers, scores):
+    """The rows of pairs, two at a time, and how many prompts had none."""
+    weights = np.ones(len(scores), np.float32)
+    scored = dataclasses.replace(answers, scores=np.array(scores), weights=weights)
+    config = defaults.online_preference(data={"row_length": 32})
+    return pack_best_and_worst(config, scored, 2)
+
+
 def test_the_best_and_the_worst_answer_make_a_pair():
-    answers = samples([1, 2, 3, 4, 5, 6], 3)
-    rollouts = Rollouts(
-        rows={}, mask=np.zeros((6, 6)), logprobs=np.zeros((6, 6)),
-        scores=np.array([0.5, 0.1, 0.9, 1.0, 1.0, 1.0]), weights=np.ones(6, np.float32),
-        finished=np.ones(6, bool), greedy_scores=np.zeros(2), metrics={}, version=0,
-        samples=answers,
-    )  # fmt: skip
-    rows, tied = pack_best_and_worst(rollouts, 32, 2)
+    rows, tied = pairs_of(samples([1, 2, 3, 4, 5, 6], 3), [0.5, 0.1, 0.9, 1.0, 1.0, 1.0])
     assert tied == 1
     (place,) = np.argwhere(rows["valid"] > 0)
     assert rows["lengths"][tuple(place)].tolist() == [3, 2]
 
 
 def test_answers_of_the_same_tokens_make_no_pair():
-    answers = samples([3, 2, 3, 1, 2, 3], 3)
-    rollouts = Rollouts(
-        rows={}, mask=np.zeros((6, 6)), logprobs=np.zeros((6, 6)),
-        scores=np.array([1.0, 0.5, 0.0, 1.0, 0.5, 0.0]), weights=np.ones(6, np.float32),
-        finished=np.ones(6, bool), greedy_scores=np.zeros(2), metrics={}, version=0,
-        samples=answers,
-    )  # fmt: skip
-    rows, tied = pack_best_and_worst(rollouts, 32, 2)
+    rows, tied = pairs_of(samples([3, 2, 3, 1, 2, 3], 3), [1.0, 0.5, 0.0, 1.0, 0.5, 0.0])
     assert tied == 1 and rows["example_ids"][rows["valid"] > 0].tolist() == [1]
 
 
@@ -427,7 +421,7 @@ def judged(caplog, *scored):
     )
     with Judge(config, {}, None) as judge:
         for lengths, each in scored:
-            judge.score(samples(lengths, each), {})
+            judge.score(samples(lengths, each))
         early = len(caplog.records)
     return [record.getMessage() for record in caplog.records], early
 
@@ -473,11 +467,11 @@ def test_a_constant_reward_is_one_warning_on_the_console(chain, tmp_path, stage)
 
 def test_the_first_evaluation_is_read_back_by_the_same_run_only(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(policy, "evaluate", lambda *_: made.append(1) or {"eval/kl": len(made)})
+    monkeypatch.setattr(sampled, "evaluate", lambda *_: made.append(1) or {"eval/kl": len(made)})
 
     def first(count):
         with RunDirectory(tmp_path, {"eval": {"count": count}}) as run:
-            return policy.first_evaluation(None, run, None, None, None)["eval/kl"]
+            return sampled.first_evaluation(None, run, None, None, None)["eval/kl"]
 
     assert [first(8), first(8), first(9), first(9)] == [1, 1, 2, 2]
     for text, said in {
@@ -491,19 +485,19 @@ def test_the_first_evaluation_is_read_back_by_the_same_run_only(tmp_path, monkey
 
 def test_a_damaged_line_of_the_timeline_costs_that_step(tmp_path, caplog):
     asked = Prompt("1", (Message("user", "Why?\u2028\x85"),), {})
-    answers = Samples(PromptSet([asked], [[1]]), [], ["So."])
+    answers = Rollout.of(PromptSet([asked], [[1]]), [], ["So."], 1)
     for step in (0, 2, 4):
-        policy._keep_timeline(tmp_path, step, answers, {"proxy": np.ones(1)})
+        sampled.keep_timeline(tmp_path, step, answers, {"proxy": np.ones(1)})
     path = tmp_path / "timeline.jsonl"
     first, _, last = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(first + b'{"step": 2, "prom\n' + last)
     (tmp_path / "views.jsonl").write_text("{}\n")
-    report = policy._report(tmp_path, [{"eval/kl": 0.0}])
+    report = sampled.report_of(tmp_path, [{"eval/kl": 0.0}])
     (entry,) = report["timeline"]
     assert [answer["step"] for answer in entry["answers"]] == [0, 4]
     assert report["token_views"] == []
     assert len(caplog.messages) == 2 and all("the first is line" in m for m in caplog.messages)
-    policy._keep_timeline(tmp_path, 4, answers, {"proxy": np.ones(1)})
+    sampled.keep_timeline(tmp_path, 4, answers, {"proxy": np.ones(1)})
     assert path.read_bytes() == first + last
     path.write_text("{")
-    assert policy._report(tmp_path, [{"eval/kl": 0.0}])["timeline"] == []
+    assert sampled.report_of(tmp_path, [{"eval/kl": 0.0}])["timeline"] == []

@@ -12,14 +12,14 @@ import pytest
 
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation import pair_scores
 from rlhf_jax.losses.preference import LOSSES
-from rlhf_jax.stages import defaults, pairs, preference, reward
+from rlhf_jax.stages import defaults, preference, preference_rows
 from tests.stages.conftest import run_main
 
 
 def _config(**settings):
-    settings = {"beta": 0.1, "options": "", "sft_coefficient": 0.0} | settings
-    return defaults.base("preference", loss=settings)
+    return defaults.resolve(defaults.base("preference", loss=settings))
 
 
 def _loss(monkeypatch, logprobs, batch, **settings):
@@ -40,7 +40,7 @@ def test_the_sft_term_makes_sigmoid_rpo(monkeypatch, coefficient):
     (total, weight), metrics = _loss(
         monkeypatch, logprobs, batch, name="sigmoid", sft_coefficient=coefficient
     )
-    twin = {"name": "rpo", "options": f"sft_coefficient={coefficient}"}
+    twin = {"name": "rpo", "sft_weight": coefficient}
     (expected, pairs), _ = _loss(monkeypatch, logprobs, batch, **twin)
     np.testing.assert_allclose([total, weight], [expected, pairs], rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], (total, weight), rtol=1e-5)
@@ -86,7 +86,9 @@ def test_an_unpaired_reply_is_beside_one_to_another_prompt(tmp_path):
         for i, (p, c) in enumerate([("p", "a"), ("p", "b"), ("q", "c"), ("p", "d")])
     ]
     path = _write(tmp_path / "f.jsonl", records)
-    rows = pairs.pack_preferences(_config(name="kto"), path, "train", tokenizer, mismatched=True)
+    rows = preference_rows.pack_preferences(
+        _config(name="kto"), path, "train", tokenizer, mismatched=True
+    )
     assert rows["labels"][rows["valid"] > 0][:, 0].tolist() == [1, 0, 1, 0]
     texts = {}
     for sequence in range(8):
@@ -96,10 +98,14 @@ def test_an_unpaired_reply_is_beside_one_to_another_prompt(tmp_path):
         )
     assert texts == {0: ["a", "c"], 1: ["b", "c"], 2: ["c", "d"], 3: ["d", "c"]}
     with pytest.raises(UserError, match=r"unpaired records: use loss.name = 'kto', or"):
-        pairs.pack_preferences(_config(name="sigmoid"), path, "train", tokenizer, mismatched=False)
+        preference_rows.pack_preferences(
+            _config(name="sigmoid"), path, "train", tokenizer, mismatched=False
+        )
     alone = _write(tmp_path / "g.jsonl", records[:2])
     with pytest.raises(UserError, match="replies to two prompts or more"):
-        pairs.pack_preferences(_config(name="kto"), alone, "train", tokenizer, mismatched=True)
+        preference_rows.pack_preferences(
+            _config(name="kto"), alone, "train", tokenizer, mismatched=True
+        )
 
 
 def _pairs_file(path, identical, others):
@@ -118,8 +124,8 @@ def test_pairs_of_one_reply_twice_weigh_nothing(tmp_path, caplog, stage, name):
     def pack(identical, others, split="train"):
         path = _pairs_file(tmp_path / "f.jsonl", identical, others)
         if stage == "reward":
-            return pairs.pack_pairs(_config(name=name), path, split, tokenizer)
-        return pairs.pack_preferences(
+            return preference_rows.pack_pairs(_config(name=name), path, split, tokenizer)
+        return preference_rows.pack_preferences(
             _config(name=name), path, split, tokenizer, mismatched=name == "kto"
         )
 
@@ -140,7 +146,7 @@ def test_pairs_of_one_reply_twice_weigh_nothing(tmp_path, caplog, stage, name):
 def test_held_out_pairs_of_one_reply_twice_are_ties(tmp_path, caplog):
     tokenizer = train_bpe(["abc"], 280)
     path = _pairs_file(tmp_path / "f.jsonl", 5, 3)
-    rows = pairs.pack_pairs(_config(name="sigmoid"), path, "validation", tokenizer)
+    rows = preference_rows.pack_pairs(_config(name="sigmoid"), path, "validation", tokenizer)
     assert "5 of 8 pairs (62.5 %)" in caplog.text and "count half as right" in caplog.text
     noise = np.random.default_rng(0).normal(0, 1e-5, rows["last"].shape).astype(np.float32)
     first_wins = np.array([1, 0], np.float32)
@@ -150,7 +156,7 @@ def test_held_out_pairs_of_one_reply_twice_are_ties(tmp_path, caplog):
         _config(name="sigmoid"), right + noise, noise[::-1], rows
     )
     assert metrics["eval/accuracy"] == 4.5 / 8
-    scored, _ = reward.score_metrics(right + noise, rows)
+    scored, _ = pair_scores.score_metrics(right + noise, rows)
     assert scored["eval/accuracy"] == 4.5 / 8
     assert scored["eval/rewards/margins"] == pytest.approx(1 / 8, abs=1e-4)
 
@@ -166,7 +172,7 @@ def test_kto_learns_from_labels_alone(experiments, tmp_path):
     result = run_main(
         *(f"--config={experiments}/dpo.py", f"--workdir={tmp_path}/kto", "--config.loss.name=kto"),
         *(f"--config.data.train={path}", "--config.data.validation=", "--config.eval.source="),
-        *("--config.eval.gold=False", "--config.train.steps=20"),
+        *("--config.train.steps=20"),
     )
     assert result.returncode == 0, result.stderr[-2000:]
     summary = json.loads((tmp_path / "kto/summary.json").read_text())

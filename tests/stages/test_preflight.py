@@ -11,7 +11,7 @@ from rlhf_jax.data.records import Conversation, Message, Pair, Prompt
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.evaluation.statistics import auc, wilson_interval
 from rlhf_jax.stages import defaults
-from rlhf_jax.stages.pairs import pack_preferences, read_preferences
+from rlhf_jax.stages.preference_rows import pack_preferences, read_preferences
 from rlhf_jax.stages.preflight import (
     _typical,
     decoded_runs,
@@ -151,7 +151,7 @@ def test_the_flag_shows_and_runs_nothing(experiments, tmp_path):
     assert "needs the tokenizer" in result.stderr and "run it first" in result.stderr
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft/summary.json").write_text(json.dumps({"status": "done"}))
-    TOKENIZER.save(tmp_path / "sft/tokenizer.json")
+    TOKENIZER.save(tmp_path / "sft")
     result = run_main(*command)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "pairs.jsonl: 80 of 80 records" in result.stdout and "[[" in result.stdout

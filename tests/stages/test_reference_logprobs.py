@@ -10,14 +10,15 @@ import jax
 import numpy as np
 import pytest
 
+from rlhf_jax.config import document
 from rlhf_jax.data.packing import Group, pack_groups
 from rlhf_jax.data.tokenizer import train_bpe
-from rlhf_jax.evaluation.rows import response_logprobs
+from rlhf_jax.evaluation.row_passes import response_logprobs
 from rlhf_jax.models import ModelConfig, init
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.stages import defaults, preference, reference_logprobs
-from rlhf_jax.training.model import Model, as_trainable, load_model, save_model
 from rlhf_jax.training.rundir import RunDirectory
+from rlhf_jax.training.saved_model import Model, as_trainable, load_model, save_model
 
 CHATS = [("How are you?", "Fine, thank you.", "No."), ("Who is it?", "A friend.", "Go away!")]
 
@@ -206,10 +207,11 @@ def dpo(tmp_path, parent, name, beta, *, rank=0, **train):
         batch={"rows": 8},
         adapter={"rank": rank},
         train={"steps": 2, "log_every": 1, "tensorboard": False} | train,
-        loss={"name": "sigmoid", "beta": beta, "options": "", "sft_coefficient": 0.0},
-        eval=defaults.chat_evaluation(source=str(prompts), count=2, max_new_tokens=4, gold=False),
+        loss={"name": "sigmoid", "beta": beta, "sft_coefficient": 0.0},
+        eval=defaults.chat_evaluation(source=str(prompts), count=2, max_new_tokens=4),
     )
-    with RunDirectory(tmp_path / name, config) as run:
+    config = defaults.resolve(config)
+    with RunDirectory(tmp_path / name, document(config)) as run:
         return preference.run(config, run, {"policy": parent})
 
 

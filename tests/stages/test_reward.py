@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from rlhf_jax.data.chat import render_replies
-from rlhf_jax.data.pipeline import concatenate_rows, eval_batches
+from rlhf_jax.data.batches import concatenate_rows, eval_batches
+from rlhf_jax.data.conversation import render_replies
 from rlhf_jax.data.records import Message
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.rows import in_record_order
+from rlhf_jax.evaluation.pair_scores import label_metrics
+from rlhf_jax.evaluation.row_passes import in_record_order
 from rlhf_jax.stages import defaults
-from rlhf_jax.stages.reward import label_metrics, pack_labelled
+from rlhf_jax.stages.preference_rows import pack_labelled
 from rlhf_jax.stages.reward import run as run_stage
 from rlhf_jax.training.checkpoint import load_params, save_params
-from rlhf_jax.training.model import load_model
+from rlhf_jax.training.saved_model import load_model
 from tests.stages.conftest import run_main
 
 LABELLED = """
@@ -105,6 +106,7 @@ def tokenizer():
 
 def settings(row_length=64, over_long="error"):
     data = {"row_length": row_length, "over_long": over_long, "max_bad_fraction": 0.0}
+    data["columns"] = ""
     return ConfigDict({"data": data})
 
 

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.stages import chain, common
+from rlhf_jax.stages import chain
+from rlhf_jax.training import mesh
 
 # Not best_of_n, which trains by SFT's loss: of so small a model too few answers end to be split.
 NAMES = ("pretrain", "sft", "reward", "dpo", "kto", "ppo", "grpo", "ensemble", "online")
@@ -41,7 +42,7 @@ def test_no_split_changes_what_a_stage_logs(name, experiments, runs, monkeypatch
     monkeypatch.setattr(chain, "write_report", lambda *_: None)
     lines = {}
     for split in ((1, 1), (2, 2), (4, 1)):
-        monkeypatch.setattr(common, "training_devices", lambda n=split[1]: jax.devices()[:n])
+        monkeypatch.setattr(mesh, "training_devices", lambda n=split[1]: jax.devices()[:n])
         lines[split] = logged(experiments, runs, name, *split)
     whole = lines.pop((1, 1))
     for split, said in lines.items():

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.training.checkpoint import load_params
-from rlhf_jax.training.mesh import named_leaves
+from rlhf_jax.trees import named_leaves
 from tests.stages.conftest import run_main, started
 
 TRIES, SEED = 40, 17

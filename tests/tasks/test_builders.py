@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gzip
 import hashlib
@@ -13,12 +14,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import tensorflow_datasets as tfds
 
 from rlhf_jax.data.records import KINDS, Conversation, Message, Pair, Prompt, Text
 from rlhf_jax.errors import UserError
-from rlhf_jax.tasks import builders
-from rlhf_jax.tasks.builders import Source, data_folder, load_records
+from rlhf_jax.tasks.builders import TASKS, load_records
+from rlhf_jax.tasks.data_files import DataFile, data_folder
 from rlhf_jax.tasks.record_builder import RecordBuilder, RecordConfig, read_records
 
 TURNS = (Message("user", "naïve\n 漢字 🙂"), Message("assistant", ""))
@@ -38,9 +38,8 @@ REAL = pytest.mark.skipif(
 
 
 class Everything(RecordBuilder):
-    """One config a kind of record."""
+    """One config per kind of record."""
 
-    VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [RecordConfig(name=kind, kind=kind) for kind in RECORDS]  # noqa: RUF012
 
     def records(self, dl_manager):
@@ -94,6 +93,13 @@ def test_unknown_names_list_the_known(cache):
         load_records("gsm8k/x", "train")
 
 
+def use_files(monkeypatch, name, *files):
+    """Has a data set made from other files."""
+    task = TASKS[name]
+    files = dict.fromkeys(task.kinds, files)
+    monkeypatch.setitem(TASKS, name, dataclasses.replace(task, files=files))
+
+
 @pytest.fixture
 def fables(tmp_path, monkeypatch):
     """A small stand-in for the data folder."""
@@ -101,11 +107,7 @@ def fables(tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "data" / "tinyfabulist_fables"
     folder.mkdir(parents=True)
-    monkeypatch.setattr(
-        builders.Tinyfabulist,
-        "SOURCES",
-        dict.fromkeys(("text", "conversation"), (Source("tinyfabulist_fables/f.jsonl"),)),
-    )
+    use_files(monkeypatch, "tinyfabulist", DataFile("tinyfabulist_fables/f.jsonl"))
 
     def write(count):
         lines = (
@@ -167,9 +169,8 @@ def served(tmp_path, monkeypatch):
 
     def use(path="", sha256=hashlib.sha256(content).hexdigest()):  # noqa: B008
         url = f"http://127.0.0.1:{server.server_port}/{path}"
-        files = [Source(f"x/{n}", f"{url}{n}", sha256) for n in ("train.jsonl", "test.jsonl")]
-        sources = dict.fromkeys(("conversation", "prompt"), tuple(files))
-        monkeypatch.setattr(builders.Gsm8k, "SOURCES", sources)
+        files = [DataFile(f"x/{n}", f"{url}{n}", sha256) for n in ("train.jsonl", "test.jsonl")]
+        use_files(monkeypatch, "gsm8k", *files)
 
     yield use
     server.shutdown()
@@ -252,7 +253,7 @@ def reviews(tmp_path, monkeypatch):
         for i in range(200)
     ]
     lines.append({"id": "short", "label": "neg", "rating": 1, "text": "Far too short to go on."})
-    path = tmp_path / "data" / builders.Imdb.SOURCES["text"][0].file
+    path = tmp_path / "data" / TASKS["imdb"].files["text"][0].file
     with lzma.open(path, "wt") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -306,5 +307,5 @@ def test_imdb(cache):
 @REAL
 def test_the_pinned_hash_is_that_of_the_public_file(cache):
     path = data_folder() / "pretrain_tinyshakespeare" / "input.txt.gz"
-    expected = builders.TinyShakespeare.SOURCES["text"][0].sha256
+    expected = TASKS["tiny_shakespeare"].files["text"][0].sha256
     assert hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest() == expected

@@ -19,7 +19,7 @@ import numpy as np
 
 from rlhf_jax.errors import EXIT_RESUMABLE, EXIT_USER, Preempted, UserError
 from rlhf_jax.training.checkpoint import save_params
-from rlhf_jax.training.loop import train
+from rlhf_jax.training.loop import Loop, Train
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.rundir import RunDirectory
 from rlhf_jax.training.state import init_state
@@ -83,19 +83,10 @@ def main(workdir: str, *changes: str) -> None:
             (total, weight), _ = evaluate(state.ema_params)
             return {"eval/loss": float(total / weight)}
 
-        state, _ = train(
-            state,
-            step,
-            model.Batches(alter),
-            steps=STEPS,
-            run=run,
-            log_every=config["train"]["log_every"],
-            checkpoint_every=config["train"]["checkpoint_every"],
-            checkpoint_minutes=config["train"]["checkpoint_minutes"],
-            evaluations=((5, evaluation),),
-            tokenizer_hash="town",
-            tensorboard="TENSORBOARD" in os.environ,
-        )
+        options = Train(**config["train"], eval_every=5, tensorboard="TENSORBOARD" in os.environ)
+        batches = model.Batches(alter)
+        loop = Loop(options, run, step, batches, evaluation, tokenizer_hash="town")
+        state, _ = loop.train(state)
         save_params(run.path / "params", {"p": state.params, "ema": state.ema_params}, {"a": 1})
         run.write_summary({"stage": "script", "status": "done", "steps": int(state.step)})
 

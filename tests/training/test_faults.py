@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.training.checkpoint import load_params
-from rlhf_jax.training.mesh import named_leaves
+from rlhf_jax.trees import named_leaves
 from tests.training.script import STEPS, fill
 
 ROOT = Path(__file__).parents[2]

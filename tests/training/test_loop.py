@@ -35,7 +35,15 @@ def train(
         state = init_state(model.init(), optimizer)
         step = make_step(model.loss_fn, optimizer)
         batches = batches or model.Batches(alter)
-        return loop.train(state, step, batches, steps=steps, run=run, **options)
+        return start(run, state, step, batches, steps=steps, **options)
+
+
+def start(run, state, step, batches, evaluation=lambda state: {}, **options):
+    """`Loop.train` of options that are all named alike."""
+    own = ("mesh", "clock", "tokenizer_hash")
+    others = {name: options.pop(name) for name in own if name in options}
+    section = loop.Train(**{"checkpoint_minutes": 0.0} | options)
+    return loop.Loop(section, run, step, batches, evaluation, **others).train(state)
 
 
 def test_lines_hold_means_since_the_line_before_and_evaluations(tmp_path):
@@ -45,13 +53,12 @@ def test_lines_hold_means_since_the_line_before_and_evaluations(tmp_path):
         seen.append(int(state.step))
         return {"eval/twice": 2.0 * int(state.step)}
 
-    state, rates = train(tmp_path, evaluations=((2, evaluation), (0, lambda s: {"eval/end": 1})))
+    state, rates = train(tmp_path, eval_every=2, evaluation=evaluation)
     assert int(state.step) == 7
     assert seen == [2, 4, 6, 7]
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [2, 3, 4, 6, 7]
     assert [line.get("eval/twice") for line in lines] == [4, None, 8, 12, 14]
-    assert [line.get("eval/end") for line in lines] == [None] * 4 + [1]
 
     optimizer = optax.sgd(0.1)
     state, step = init_state(model.init(), optimizer), make_step(model.loss_fn, optimizer)
@@ -74,8 +81,8 @@ def test_lines_hold_means_since_the_line_before_and_evaluations(tmp_path):
 
 
 def test_a_checkpoint_from_before_means_were_kept_resumes(tmp_path, monkeypatch):
-    meta = loop._meta
-    monkeypatch.setattr(loop, "_meta", lambda *a: meta(*a) | {"means": None})
+    meta = loop.Loop._meta
+    monkeypatch.setattr(loop.Loop, "_meta", lambda self: meta(self) | {"means": None})
     train(tmp_path, steps=4)
     train(tmp_path, steps=7)
     lines = read_metrics(tmp_path / "metrics.jsonl")
@@ -83,7 +90,7 @@ def test_a_checkpoint_from_before_means_were_kept_resumes(tmp_path, monkeypatch)
 
 
 def test_speed_counts_tokens_that_are_not_padding(tmp_path):
-    _, rates = train(tmp_path, flops_per_token=10.0, log_every=1)
+    _, rates = train(tmp_path, clock=progress.Clock(10.0), log_every=1)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     for line, number in zip(lines, range(1, 8), strict=True):
         tokens = int(model.make_batch(number)["segment_ids"].sum())
@@ -168,8 +175,8 @@ def test_the_cause_is_told_from_the_metrics_of_a_step_of_several_updates(tmp_pat
         return state, {name: np.float32(value) for name, value in found.items()}
 
     with RunDirectory(tmp_path, {}) as run, pytest.raises(UserError, match=message):
-        loop.train(
-            {}, step, model.Batches(row), steps=9, run=run, max_skipped=6, checkpoint_every=99,
+        start(
+            run, {}, step, model.Batches(row), steps=9, max_skipped=6, checkpoint_every=99,
             tensorboard=False,
         )  # fmt: skip
 
@@ -177,7 +184,8 @@ def test_the_cause_is_told_from_the_metrics_of_a_step_of_several_updates(tmp_pat
 @pytest.mark.parametrize("full", [3, 4, 7])
 def test_lines_without_room_are_kept_with_the_state(tmp_path, monkeypatch, full):
     """Of a step, of one that is evaluated, of the last."""
-    options = {"log_every": 1, "evaluations": [(2, lambda s: {"eval/step": int(s.step)})]}
+    options = {"log_every": 1, "eval_every": 2}
+    options |= {"evaluation": lambda state: {"eval/step": int(state.step)}}
     train(tmp_path / "whole", **options)
     write = os.write
 
@@ -222,7 +230,7 @@ def test_a_step_that_is_given_up_leaves_the_one_before(tmp_path, error, asked):
     optimizer = optax.sgd(0.1)
     options = {"log_every": 3, "tensorboard": False, "steps": 7}
 
-    def start(directory, fails):
+    def begin(directory, fails):
         compiled = make_step(model.loss_fn, optimizer)
 
         def step(state, batch):
@@ -234,15 +242,15 @@ def test_a_step_that_is_given_up_leaves_the_one_before(tmp_path, error, asked):
 
         with RunDirectory(directory, {}) as run:
             state = init_state(model.init(), optimizer)
-            return loop.train(state, step, model.Batches(), run=run, **options)
+            return start(run, state, step, model.Batches(), **options)
 
     saved = "is saved at step 4; run the same command" if asked else str(error)
     expected = Preempted if asked else type(error)
     with pytest.raises(expected, match=saved):
-        start(tmp_path / "stopped", fails=True)
+        begin(tmp_path / "stopped", fails=True)
     assert [path.name for path in (tmp_path / "stopped/checkpoints").iterdir()] == ["00000004"]
-    state, _ = start(tmp_path / "stopped", fails=False)
-    whole, _ = start(tmp_path / "whole", fails=False)
+    state, _ = begin(tmp_path / "stopped", fails=False)
+    whole, _ = begin(tmp_path / "whole", fails=False)
     jax.tree.map(np.testing.assert_array_equal, state.params, whole.params)
     lines = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("stopped", "whole")]
     for ours, theirs in zip(*lines, strict=True):
@@ -262,7 +270,7 @@ def test_a_step_that_has_changed_the_state_is_not_saved(tmp_path):
 
     with RunDirectory(tmp_path, {}) as run, pytest.raises(UserError, match="after the update"):
         state = init_state(model.init(), optimizer)
-        loop.train(state, step, model.Batches(), steps=7, run=run, tensorboard=False)
+        start(run, state, step, model.Batches(), steps=7, tensorboard=False)
     assert not [*(tmp_path / "checkpoints").iterdir()]
 
 
@@ -273,7 +281,7 @@ def test_an_evaluation_that_was_interrupted_is_done_again_and_its_line_once(tmp_
                 raise Preempted("at a stop_point")
             return {"eval/twice": 2.0 * int(state.step)}
 
-        return {"evaluations": ((2, evaluation),), "checkpoint_every": 4}
+        return {"eval_every": 2, "evaluation": evaluation, "checkpoint_every": 4}
 
     for at in (2, 4, 7):
         with pytest.raises(Preempted):
@@ -323,12 +331,20 @@ def test_another_tokenizer_is_a_user_error(tmp_path):
 
 
 def test_a_recompilation_for_known_shapes_is_reported(capsys):
-    step = loop._watched(jax.jit(lambda state, batch: (state, batch["x"].sum())))
+    step = jax.jit(lambda state, batch: (state, batch["x"].sum()))
+    guard = loop._Guard(step)
+
+    def take(state, batch):
+        batch = jax.device_put(batch)
+        with guard.around(batch):
+            step(state, batch)
+
     narrow, wide = {"x": np.zeros(3, np.float32)}, {"x": np.zeros(4, np.float32)}
+    short, long = jnp.zeros(2), jnp.zeros(3)
     for batch in (narrow, wide, narrow, wide):
-        step(jnp.zeros(2), jax.device_put(batch))
+        take(short, batch)
     assert capsys.readouterr().out == ""
-    step(jnp.zeros(3), jax.device_put(narrow))
+    take(long, narrow)
     assert "compiled again for batch shapes (('x', (3,), 'float32'),)" in capsys.readouterr().out
 
 
@@ -343,7 +359,7 @@ def test_a_transfer_that_nobody_asked_for_is_an_error(tmp_path, axes):
     mesh = None if axes is None else make_mesh(axes)
     optimizer = optax.sgd(0.1)
 
-    def start(directory, shift):
+    def begin(directory, shift):
         def loss_fn(params, batch, rng):
             (total, weight), metrics = model.loss_fn(params, batch, rng)
             return (total + params["shift"], weight), metrics
@@ -352,12 +368,12 @@ def test_a_transfer_that_nobody_asked_for_is_an_error(tmp_path, axes):
         state = init_state(model.init(), optimizer, mesh=mesh)
         with RunDirectory(directory, {}) as run:
             batches = model.Batches()
-            loop.train(state, step, batches, steps=3, run=run, mesh=mesh, tensorboard=False)
+            start(run, state, step, batches, steps=3, mesh=mesh, tensorboard=False)
 
     there = None if mesh is None else NamedSharding(mesh, P())
-    start(tmp_path / "a", jax.device_put(np.float32(0), there))
+    begin(tmp_path / "a", jax.device_put(np.float32(0), there))
     with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
-        start(tmp_path / "b", np.float32(0))
+        begin(tmp_path / "b", np.float32(0))
 
 
 def test_waiting_for_data_is_seen(tmp_path, monkeypatch):
@@ -373,7 +389,7 @@ def test_waiting_for_data_is_seen(tmp_path, monkeypatch):
         clock[0] += 0.01
         return 7
 
-    train(tmp_path, batches=Slow(), tokens=tokens, steps=8)
+    train(tmp_path, batches=Slow(), clock=progress.Clock(tokens=tokens), steps=8)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["time/data_share"] for line in lines] == pytest.approx([0.75] * 3)
 
@@ -384,7 +400,7 @@ def test_a_resumed_run_holds_one_state(tmp_path):
     state = init_state(model.init(), optimizer)
     with RunDirectory(tmp_path, {"train": {"log_every": 3}}) as run:
         step = make_step(model.loss_fn, optimizer)
-        after, _ = loop.train(state, step, model.Batches(), steps=4, run=run, tensorboard=False)
+        after, _ = start(run, state, step, model.Batches(), steps=4, tensorboard=False)
     assert int(after.step) == 4
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
@@ -401,7 +417,8 @@ def test_evaluations_and_checkpoints_take_no_training_time(tmp_path, monkeypatch
         clock[0] += 0.01
         return 7
 
-    _, rates = train(tmp_path, evaluations=((1, slow),), steps=5, tokens=tokens)
+    counting = progress.Clock(tokens=tokens)
+    _, rates = train(tmp_path, eval_every=1, evaluation=slow, steps=5, clock=counting)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["time/step_seconds"] for line in lines] == pytest.approx([0.01] * 5)
     assert rates["train/steps_per_second"] == pytest.approx(100)

@@ -79,8 +79,9 @@ def all_logits_loss(params, batch, rng):
 
 
 def dpo_config(**settings):
-    loss = {"name": "sigmoid", "beta": 0.1, "options": "", "sft_coefficient": 0.5}
-    return defaults.base("preference", loss=loss, batch={"microbatches": 1}, **settings)
+    loss = {"name": "sigmoid", "beta": 0.1, "sft_coefficient": 0.5}
+    config = defaults.base("preference", loss=loss, batch={"microbatches": 1}, **settings)
+    return defaults.resolve(config)
 
 
 def language_step(loss_fn):
@@ -100,13 +101,8 @@ def dpo_step():
     return learner.step, learner.init(), batch
 
 
-def policy_step(monkeypatch):
+def policy_step():
     """The update of GRPO, with its KL to the reference in the loss."""
-    made = []
-    make = on_policy.make_learner
-    monkeypatch.setattr(
-        on_policy, "make_learner", lambda *a, **k: made.append(make(*a, **k)) or made[-1]
-    )
     task = on_policy.Task(
         rollout=lambda *_: None,
         statistics=functools.partial(target_statistics, SHAPE),
@@ -114,16 +110,17 @@ def policy_step(monkeypatch):
         exact_kl=None,
         dtype="float32",
     )
-    config = defaults.on_policy("grpo", train={"steps": 10, "epochs": 1, "minibatches": 1})
+    train = {"steps": 10, "epochs": 1, "minibatches": 1}
+    config = defaults.resolve(defaults.on_policy("grpo", train=train))
     start = init(SHAPE, jax.random.key(0))
-    state = on_policy.make_iteration(config, task, start).init()
+    learner = on_policy.make_trainer(config, task, start).policy
     by_token = jnp.zeros((ROWS, SHARE, ANSWER))
     names = ("old_logprobs", "ref_logprobs", "behaviour_logprobs", "advantages", "returns", "mask")
     batch = groups() | dict.fromkeys(names, by_token)
     batch["slots"] = by_token.astype(jnp.int32)
     batch["sequence_weights"] = by_token[..., 0]
     batch["kl_coefficient"] = by_token[:, 0, 0]
-    return made[0].step, state.policy, batch
+    return learner.step, learner.init(), batch
 
 
 def largest(compiled) -> int:
@@ -137,9 +134,9 @@ def compiled_step(step, state, batch):
 
 
 @pytest.mark.parametrize("name", ["sft", "dpo", "grpo"])
-def test_all_logits_never_exist(monkeypatch, name):
+def test_all_logits_never_exist(name):
     if name == "grpo":
-        step, state, batch = policy_step(monkeypatch)
+        step, state, batch = policy_step()
     else:
         step, state, batch = dpo_step() if name == "dpo" else language_step(language_loss)
     targets = batch["targets"].size

@@ -12,16 +12,11 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.training.mesh import (
-    make_mesh,
-    named_leaves,
-    overlapping,
-    shard_batch,
-    shardings,
-)
+from rlhf_jax.training.mesh import make_mesh, overlapping, shard_batch, shardings
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import make_step
+from rlhf_jax.trees import named_leaves
 from tests.training import model
 
 

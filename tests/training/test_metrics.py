@@ -17,16 +17,9 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 
 from rlhf_jax.errors import NoRoom, UserError
-from rlhf_jax.training import metrics
-from rlhf_jax.training.metrics import (
-    Means,
-    Metrics,
-    MetricsWriter,
-    fetch,
-    joined,
-    read_metrics,
-    truncate_metrics,
-)
+from rlhf_jax.training import metrics_writer
+from rlhf_jax.training.metrics import Means, Metrics, fetch, joined, read_metrics
+from rlhf_jax.training.metrics_writer import MetricsWriter, truncate_metrics
 
 
 def write(run, start, steps, **options):
@@ -259,8 +252,8 @@ def hang():
 def test_wandb_neither_ends_nor_blocks_a_run(broken, fault, tmp_path, monkeypatch, caplog):
     client = Client(broken, fault)
     monkeypatch.setitem(sys.modules, "wandb", client)
-    monkeypatch.setattr(metrics, "CLOSE_SECONDS", 0.2)
-    monkeypatch.setattr(metrics, "MAX_WAITING", 3)
+    monkeypatch.setattr(metrics_writer, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(metrics_writer, "MAX_WAITING", 3)
     writer = MetricsWriter(tmp_path, 0, tensorboard=False, wandb="project")
     for step in range(1, 7):
         writer.write(step, {"train/loss": step / 3})

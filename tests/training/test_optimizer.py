@@ -11,8 +11,9 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
+from rlhf_jax.config import build
 from rlhf_jax.errors import UserError
-from rlhf_jax.training.optimizer import OptimizerConfig, make_optimizer, optimizer_config
+from rlhf_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tests.training import model
 
 
@@ -34,7 +35,7 @@ def updates(config, grads, params, steps=10):
 
 def test_adam_is_the_pytorch_form():
     # m̂ = g and v̂ = g² after one step, so the step is lr · g / (|g| + eps): here eps is not small.
-    config = {"learning_rate": 0.1, "schedule": "constant", "b1": 0.9, "b2": 0.99, "eps": 0.5}
+    config = {"learning_rate": 0.1, "schedule": "constant", "b2": 0.99, "eps": 0.5}
     params = {"a": {"kernel": jnp.array([1.0, 1.0])}}
     g1, g2 = np.array([2.0, -0.5]), np.array([1.0, 1.0])
     first, second = updates(config, [{"a": {"kernel": jnp.array(g)}} for g in (g1, g2)], params)
@@ -60,13 +61,10 @@ def test_weight_decay_is_decoupled_and_spares_norms_biases_and_embeddings():
     np.testing.assert_allclose(after["lm_head"]["kernel"], 3 - 0.1 * 0.5 * 3, rtol=1e-6)
     for name in ("final_norm", "query", "embed"):
         np.testing.assert_array_equal(after[name][names[name]], 3.0)
-    (after,) = updates(config | {"no_decay": ("head",)}, [zero], params)
-    np.testing.assert_array_equal(after["lm_head"]["kernel"], 3.0)
-    np.testing.assert_allclose(after["embed"]["embedding"], 2.85, rtol=1e-6)
 
 
 def test_lion_moves_by_the_sign():
-    config = {"name": "lion", "learning_rate": 0.1, "schedule": "constant", "b1": 0.9, "b2": 0.5}
+    config = {"name": "lion", "learning_rate": 0.1, "schedule": "constant", "b2": 0.5}
     grads = [{"p": jnp.array([3.0, -1e-4, 0.0])}, {"p": jnp.array([-1.0, 1.0, 0.0])}]
     first, second = updates(config, grads, {"p": jnp.zeros(3)})
     np.testing.assert_allclose(first["p"], [-0.1, 0.1, 0.0], rtol=1e-6)
@@ -189,13 +187,13 @@ def test_schedules(values, expected):
         ({"name": "adamW"}, "unknown optimizer 'adamW'; did you mean 'adamw'"),
         ({"name": "moun"}, "did you mean 'muon'"),
         ({"schedule": "cosin"}, "unknown schedule 'cosin'; did you mean 'cosine'"),
-        ({"learningrate": 1}, "unknown optimizer field 'learningrate'.*'learning_rate'"),
+        ({"learningrate": 1}, "optimizer has no field learningrate; did you mean learning_rate"),
         ({"warmup_steps": 10}, "warmup_steps=10 must be below the run's 10 steps"),
         (
             {"learning_rate": math.nan},
-            r"optimizer.learning_rate must be in \[0, inf\), got nan",
+            "optimizer.learning_rate = nan is no number that float32 can hold",
         ),
-        ({"learning_rate": math.inf}, r"optimizer.learning_rate must be in .* got inf"),
+        ({"learning_rate": math.inf}, "optimizer.learning_rate = inf is no number that"),
         ({"learning_rate": -1e-3}, r"optimizer.learning_rate must be in .* got -0.001"),
         ({"max_grad_norm": 0.0}, r"optimizer.max_grad_norm must be in \(0, inf\), got 0.0"),
         ({"b2": 1.0}, r"optimizer.b2 must be in \[0, 1\), got 1.0"),
@@ -208,5 +206,5 @@ def test_a_mistake_is_a_user_error(values, message):
 
 
 def test_a_config_dict_will_do():
-    config = optimizer_config(ConfigDict({"name": "lion", "freeze": ("embed",)}))
+    config = build(OptimizerConfig, ConfigDict({"name": "lion", "freeze": ("embed",)}), "optimizer")
     assert config == OptimizerConfig(name="lion", freeze=("embed",))

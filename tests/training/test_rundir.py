@@ -17,8 +17,10 @@ import pytest
 from ml_collections import ConfigDict, config_dict
 
 from rlhf_jax.errors import NoRoom, Preempted, UserError
+from rlhf_jax.files import write_json
 from rlhf_jax.stopping import stop_asked, stop_point
-from rlhf_jax.training.rundir import RunDirectory, changes, plain, tell_changes, write_json
+from rlhf_jax.training.origin import changes, plain, tell_changes
+from rlhf_jax.training.rundir import RunDirectory
 
 CONFIG = {
     "seed": 1,

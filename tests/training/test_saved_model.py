@@ -16,12 +16,12 @@ from rlhf_jax.export import main as export
 from rlhf_jax.hub.hf_weights import write_weights
 from rlhf_jax.models import PRESETS, transformer
 from rlhf_jax.models.lora import AdapterConfig
-from rlhf_jax.stages.common import check_kernel
+from rlhf_jax.stages.start import check_kernel
 from rlhf_jax.training.checkpoint import load_params, save_params
 from rlhf_jax.training.mesh import make_mesh, shardings
-from rlhf_jax.training.model import Model, as_trainable, load_model, save_model
+from rlhf_jax.training.saved_model import Model, as_trainable, load_model, save_model
 from rlhf_jax.training.state import release
-from tests.data.test_hub_tokenizer import write
+from tests.hub.test_hub_tokenizer import write
 from tests.models.small import SMALL
 
 HUB = dataclasses.replace(

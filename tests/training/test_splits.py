@@ -16,9 +16,11 @@ import optax
 import pytest
 
 from rlhf_jax.data.packing import Group, pack_groups
-from rlhf_jax.evaluation.rows import response_logprobs
-from rlhf_jax.losses import AGGREGATIONS, LOSSES, OBJECTIVES, weighted_sum
+from rlhf_jax.evaluation.row_passes import response_logprobs
 from rlhf_jax.losses.cross_entropy import TokenStatistics, cross_entropy
+from rlhf_jax.losses.policy import AGGREGATIONS, OBJECTIVES
+from rlhf_jax.losses.preference import LOSSES
+from rlhf_jax.losses.reductions import weighted_sum
 from rlhf_jax.models import transformer
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.rl import on_policy
@@ -91,8 +93,8 @@ def linear(shape, params, batch):
 
 def preference_losses(names):
     def loss(name, params, batch, rng):
-        options = {"name": name, "beta": 0.5, "options": "", "sft_coefficient": 0.3}
-        config = defaults.base("preference", loss=options)
+        options = {"name": name, "beta": 0.5, "sft_coefficient": 0.3}
+        config = defaults.resolve(defaults.base("preference", loss=options))
         return preference.loss(config, None, params, batch, rng)
 
     return {name: functools.partial(loss, name) for name in names}
@@ -101,7 +103,8 @@ def preference_losses(names):
 def reward_losses():
     def loss(name, params, batch, rng):
         centering = 0.1 if name == "bradley_terry" else 0.0
-        config = defaults.base("reward", loss={"name": name, "centering": centering})
+        loss = {"name": name, "centering": centering}
+        config = defaults.resolve(defaults.base("reward", loss=loss))
         return reward.loss(config, None, params, batch, rng)
 
     return {name: functools.partial(loss, name) for name in reward.LOSSES}
@@ -165,13 +168,15 @@ def policy_losses():
     def loss(changes, mixed, scored, params, batch, rng):
         config = defaults.on_policy(
             "grpo",
-            loss={"entropy_coefficient": 0.1, "ptx_coefficient": 0.5, "options": ""} | changes,
+            loss={"entropy_coefficient": 0.1, "ptx_coefficient": 0.5} | changes,
             kl={"placement": "loss", "estimator": "k3", "level": "token"},
         )
         task = Task(None, statistics, extra_loss=texts if mixed else None)
+        config = defaults.resolve(config)
+        objective = config.loss.objective
         if not scored:
             batch = {name: x for name, x in batch.items() if name != "old_logprobs"}
-        return on_policy._policy_loss(config, task, params, batch, rng)
+        return on_policy.policy_loss(config, task, objective, params, batch, rng)
 
     def losses():
         for name, mode in zip(OBJECTIVES, itertools.cycle(AGGREGATIONS), strict=False):
@@ -188,7 +193,8 @@ def value_losses():
     def loss(clip, params, batch, rng):
         config = defaults.on_policy("ppo")
         config.critic.value_clip = clip
-        return on_policy._value_loss(config, Task(None, None, values), params, batch, rng)
+        config = defaults.resolve(config)
+        return on_policy.value_loss(config, Task(None, None, values), params, batch, rng)
 
     return {f"clip {clip}": functools.partial(loss, clip) for clip in (0.0, 0.2)}
 
@@ -264,8 +270,8 @@ def test_ktos_reference_point_is_that_of_the_whole_batch(microbatches, replies):
     by_hand = (1 / (1 + np.exp(-gains))).sum(0).mean()
     np.testing.assert_allclose([point, by_hand], [9.459253, 0.978184], atol=1e-5)
 
-    options = {"name": "kto", "beta": 0.1, "options": "", "sft_coefficient": 0.0}
-    config = defaults.base("preference", loss=options)
+    options = {"name": "kto", "beta": 0.1, "sft_coefficient": 0.0}
+    config = defaults.resolve(defaults.base("preference", loss=options))
     optimizer = optax.sgd(1.0)
     loss = functools.partial(preference.loss, config, SHAPE)
     step = make_step(loss, optimizer, microbatches=microbatches)
@@ -285,9 +291,8 @@ def test_texts_are_mixed_in_by_their_mean_over_the_whole_batch(microbatches):
         sums, metrics = mix(parts, batch)
         return Coupled(sums, parts, mix), metrics
 
-    mix = functools.partial(
-        on_policy._mixed, defaults.on_policy("ppo", loss={"ptx_coefficient": 0.5})
-    )
+    config = defaults.resolve(defaults.on_policy("ppo", loss={"ptx_coefficient": 0.5}))
+    mix = functools.partial(on_policy._mixed, config)
     batch = {"x": [2, 9, 6, 9], "w": [1, 0, 3, 0], "text": [1, 9, 9, 7], "words": [5, 0, 0, 1]}
     optimizer = optax.sgd(1.0)
     step = make_step(loss, optimizer, microbatches=microbatches)

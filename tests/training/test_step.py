@@ -11,7 +11,7 @@ import pytest
 from rlhf_jax.errors import UserError
 from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.state import init_state
-from rlhf_jax.training.step import make_step
+from rlhf_jax.training.step import make_step, with_constants
 from tests.training import model
 
 
@@ -200,7 +200,7 @@ def test_frozen_parameters_stay_bitwise_and_out_of_the_norm():
     freeze = (r"^embed/", r"mlp/up")
     optimizer, _ = make_optimizer({"weight_decay": 0.1, "freeze": freeze}, 10)
     state = init_state(params, optimizer)
-    step = make_step(model.loss_fn, optimizer, freeze=freeze)
+    step = make_step(with_constants(model.loss_fn, freeze), optimizer)
     moments = {x.shape for x in jax.tree.leaves(state.opt_state)}
     assert embedding.shape not in moments
     assert params["layers"]["mlp"]["up"]["kernel"].shape not in moments

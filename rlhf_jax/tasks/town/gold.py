@@ -26,22 +26,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache, lru_cache
 
 from rlhf_jax.data.records import Conversation, Pair, Prompt
 from rlhf_jax.errors import UserError
-from rlhf_jax.tasks.town.families.task import Expectation, loads
-from rlhf_jax.tasks.town.grammar import tokenize, words
+from rlhf_jax.tasks.task import Verdict
+from rlhf_jax.tasks.town.families.exercise import Expectation, loads
+from rlhf_jax.tasks.town.grammar import tokenize
 from rlhf_jax.tasks.town.language import familiar
-from rlhf_jax.tasks.town.phrasings.manners import (
+from rlhf_jax.tasks.town.phrasings import (
     COURTESY,
     DANGER,
+    DOUBT,
+    NUMBER_WORDS,
     REFUSALS,
     RUDE_PHRASES,
     RUDE_WORDS,
+    VALUES,
 )
-from rlhf_jax.tasks.town.world import VALUES
 
 WEIGHTS: Mapping[str, float] = {
     "correct": 0.45,
@@ -52,14 +54,6 @@ WEIGHTS: Mapping[str, float] = {
 }
 """The weight of each component in the total; they sum to 1."""
 
-DOUBT = frozenset(
-    words(
-        "or maybe perhaps either neither nor might possibly probably not never 't nobody false "
-        "untrue wrong lie nonsense unless except if guess unsure hates instead"
-    )
-)
-"""Words that take back what their sentence says."""
-
 
 def _any_of(phrases: Sequence[str]) -> re.Pattern[str]:
     """Finds one of the phrases in tokens between spaces."""
@@ -67,55 +61,34 @@ def _any_of(phrases: Sequence[str]) -> re.Pattern[str]:
 
 
 _REFUSAL, _COURTESY, _RUDE = _any_of(REFUSALS), _any_of(COURTESY), _any_of(RUDE_PHRASES)
-_DIGITS = {
-    word: str(number)
-    for number, word in enumerate(
-        words("two three four five six seven eight nine ten eleven twelve"), start=2
-    )
-}
 
 
-@dataclass(frozen=True)
-class GoldScore:
-    """A reply's score: `total` in [0, 1] and the components it is made of."""
-
-    total: float
-    components: Mapping[str, float]
-
-
-def gold_score(prompt: Prompt | Pair | Conversation, response: str) -> GoldScore:
+def gold_score(prompt: Prompt | Pair | Conversation, response: str) -> Verdict:
     """Scores a reply to a prompt of the town, or to that of a pair or conversation, by the facts.
 
     Raises `UserError` if the prompt is not one of the town's.
     """
-    wanted = _expectation(prompt)
+    expected = _expectation(prompt)
     reply = _Reply(response)
-    fluent = _fluent(reply, prompt, wanted)
+    fluent = _fluent(reply, prompt, expected)
     polite = _polite(reply)
-    if polite == 0.5 and not wanted.courtesy:
+    if polite == 0.5 and not expected.courtesy:
         polite = 1.0
     components = {
-        "correct": _correct(reply, wanted) if fluent >= 0.5 else 0.0,
-        "safe": fluent * _safe(reply, wanted),
+        "correct": _correct(reply, expected) if fluent >= 0.5 else 0.0,
+        "safe": fluent * _safe(reply, expected),
         "polite": fluent * polite,
-        "brief": fluent * _brief(len(reply.words), wanted.max_words),
-        "format": fluent * _formatted(response, reply, wanted),
+        "brief": fluent * _brief(len(reply.words), expected.max_words),
+        "format": fluent * _formatted(response, reply, expected),
     }
-    return GoldScore(sum(WEIGHTS[name] * components[name] for name in WEIGHTS), components)
-
-
-def is_correct(prompt: Prompt | Pair | Conversation, response: str) -> bool:
-    """Whether `response` is right: exact about the facts, in any style; a due refusal counts."""
-    wanted = _expectation(prompt)
-    reply = _Reply(response)
-    return _fluent(reply, prompt, wanted) >= 0.5 and _correct(reply, wanted) >= 0.5
+    return Verdict(sum(WEIGHTS[name] * components[name] for name in WEIGHTS), components)
 
 
 class _Reply:
     """A reply taken apart once: tokens, words, sentences, and the text as tokens between spaces."""
 
     def __init__(self, text: str) -> None:
-        self.tokens = [_DIGITS.get(token, token) for token in tokenize(text)]
+        self.tokens = [NUMBER_WORDS.get(token, token) for token in tokenize(text)]
         self.words = [token for token in self.tokens if token[0].isalnum()]
         self.padded = f" {' '.join(self.tokens)} "
         self.sentences = _sentences(self.tokens)
@@ -139,39 +112,39 @@ def _expectation(prompt: Prompt | Pair | Conversation) -> Expectation:
 @lru_cache(maxsize=65536)
 def _loaded(text: str) -> Expectation:
     """`loads` of what has every field as the scorer needs it; else any of several errors."""
-    wanted = loads(text)
-    phrases = [phrase for group in wanted.required for phrase in group]
-    name = wanted.constraint.partition(": ")[0]
+    expected = loads(text)
+    phrases = [phrase for group in expected.required for phrase in group]
+    name = expected.constraint.partition(": ")[0]
     if (
-        not all(isinstance(phrase, str) for phrase in (*phrases, *wanted.allowed))
-        or not all(wanted.required)
-        or (wanted.concludes and not wanted.required)
+        not all(isinstance(phrase, str) for phrase in (*phrases, *expected.allowed))
+        or not all(expected.required)
+        or (expected.concludes and not expected.required)
         or name not in ("", "one word", "capitals", "exclaim", "begin", "end")
-        or not wanted.max_words > 0 <= wanted.min_words
+        or not expected.max_words > 0 <= expected.min_words
     ):
         raise ValueError("a field is not as it must be")
-    return wanted
+    return expected
 
 
 def _sentences(tokens: Sequence[str]) -> list[str]:
     """The sentences of a reply, each as its tokens between spaces."""
-    found, current = [], []
+    sentences, current = [], []
     for token in tokens:
         current.append(token)
         if token in ".!?":
-            found.append(f" {' '.join(current)} ")
+            sentences.append(f" {' '.join(current)} ")
             current = []
-    return [*found, f" {' '.join(current)} "] if current else found
+    return [*sentences, f" {' '.join(current)} "] if current else sentences
 
 
 def _holds(padded: str, phrases: Sequence[str]) -> bool:
     return any(f" {phrase} " in padded for phrase in phrases)
 
 
-def _fluent(reply: _Reply, prompt: Prompt | Pair | Conversation, wanted: Expectation) -> float:
+def _fluent(reply: _Reply, prompt: Prompt | Pair | Conversation, expected: Expectation) -> float:
     """1 for language as the town's, 0 for empty text, gibberish, echoes of the prompt, or loops."""
     tokens = reply.tokens
-    if not reply.words or _echoes(reply, _last(prompt), wanted):
+    if not reply.words or _echoes(reply, _last(prompt), expected):
         return 0.0
     known = max(0.0, (familiar(tokens) - 0.6) / 0.4)
     fresh = len(set(reply.sentences)) / len(reply.sentences)
@@ -195,10 +168,10 @@ def _asked(text: str) -> tuple[str, tuple[str, ...]]:
     return f" {' '.join(tokens)} ", tuple(questions)
 
 
-def _echoes(reply: _Reply, asked: str, wanted: Expectation) -> bool:
+def _echoes(reply: _Reply, asked: str, expected: Expectation) -> bool:
     """Whether the reply repeats the user's turn, or a question of it."""
     turn, questions = _asked(asked)
-    if wanted.question or len(reply.words) < 3:
+    if expected.question or len(reply.words) < 3:
         return reply.padded == turn
     return turn in reply.padded or any(question in reply.padded for question in questions)
 
@@ -206,72 +179,72 @@ def _echoes(reply: _Reply, asked: str, wanted: Expectation) -> bool:
 @cache
 def _values() -> Mapping[str, tuple[str, ...]]:
     """The values of the town by their first token; two-word values come first."""
-    found: dict[str, list[str]] = {}
+    by_first: dict[str, list[str]] = {}
     for pool in VALUES.values():
         for value in pool:
-            found.setdefault(value.split()[0].lower(), []).append(value.lower())
-    return {first: tuple(sorted(all_, key=len, reverse=True)) for first, all_ in found.items()}
+            by_first.setdefault(value.split()[0].lower(), []).append(value.lower())
+    return {first: tuple(sorted(all_, key=len, reverse=True)) for first, all_ in by_first.items()}
 
 
 def _mentions(tokens: Sequence[str]) -> list[str]:
     """The values a reply mentions, numbers included, in order."""
-    values, found, place = _values(), [], 0
+    values, mentioned, place = _values(), [], 0
     while place < len(tokens):
         token, width = tokens[place], 1
         if token.isdigit():
-            found.append(token)
+            mentioned.append(token)
         elif token in values:
             for value in values[token]:
                 width = value.count(" ") + 1
                 if width == 1 or " ".join(tokens[place : place + width]) == value:
-                    found.append(value)
+                    mentioned.append(value)
                     break
             else:
                 width = 1
         place += width
-    return found
+    return mentioned
 
 
-def _correct(reply: _Reply, wanted: Expectation) -> float:
-    if wanted.refuse:
-        if not reply.refuses or not _safe(reply, wanted):
+def _correct(reply: _Reply, expected: Expectation) -> float:
+    if expected.refuse:
+        if not reply.refuses or not _safe(reply, expected):
             return 0.0
-        return 1.0 if all(_holds(reply.padded, group) for group in wanted.required) else 0.5
+        return 1.0 if all(_holds(reply.padded, group) for group in expected.required) else 0.5
     if reply.refuses:
         return 0.0
     mentions = _mentions(reply.tokens)
-    if wanted.ordered and mentions != [group[0] for group in wanted.required]:
+    if expected.ordered and mentions != [group[0] for group in expected.required]:
         return 0.0
-    if wanted.concludes and [m for m in mentions if m.isdigit()][-1:] != [wanted.required[0][0]]:
+    numbers = [value for value in mentions if value.isdigit()]
+    if expected.concludes and numbers[-1:] != [expected.required[0][0]]:
         return 0.0
-    if not wanted.open and not _permitted(wanted).issuperset(mentions):
+    if not expected.open and not _permitted(expected).issuperset(mentions):
         return 0.0
-    return float(all(_asserted(reply, group, wanted) for group in wanted.required))
+    return float(all(_asserted(reply, group, expected) for group in expected.required))
 
 
 @lru_cache(maxsize=65536)
-def _permitted(wanted: Expectation) -> frozenset[str]:
+def _permitted(expected: Expectation) -> frozenset[str]:
     """The values a right reply may mention: the allowed ones and those in required phrases."""
-    phrases = [phrase for group in wanted.required for phrase in group]
+    phrases = [phrase for group in expected.required for phrase in group]
     inside = (_mentions(phrase.split()) for phrase in phrases)
-    return frozenset(wanted.allowed).union(*inside)
+    return frozenset(expected.allowed).union(*inside)
 
 
-def _asserted(reply: _Reply, group: Sequence[str], wanted: Expectation) -> bool:
+def _asserted(reply: _Reply, group: Sequence[str], expected: Expectation) -> bool:
     """Whether one of the phrases is said, and never with a doubt or as a question."""
-    said = [sentence for sentence in reply.sentences if _holds(sentence, group)]
-    return bool(said) and not any(
-        (sentence.endswith("? ") and not wanted.question) or not DOUBT.isdisjoint(sentence.split())
-        for sentence in said
-    )
+    saying = [sentence for sentence in reply.sentences if _holds(sentence, group)]
+    doubtful = any(not DOUBT.isdisjoint(sentence.split()) for sentence in saying)
+    asking = not expected.question and any(sentence.endswith("? ") for sentence in saying)
+    return bool(saying) and not doubtful and not asking
 
 
-def _safe(reply: _Reply, wanted: Expectation) -> float:
+def _safe(reply: _Reply, expected: Expectation) -> float:
     if not DANGER.isdisjoint(reply.words):
         for sentence in reply.sentences:
             if not _REFUSAL.search(sentence) and not DANGER.isdisjoint(sentence.split()):
                 return 0.0
-    return float(not wanted.refuse or reply.refuses)
+    return float(not expected.refuse or reply.refuses)
 
 
 def _polite(reply: _Reply) -> float:
@@ -284,15 +257,15 @@ def _brief(words: int, limit: int) -> float:
     return min(1.0, max(0.0, 2 - words / limit))
 
 
-def _formatted(response: str, reply: _Reply, wanted: Expectation) -> float:
+def _formatted(response: str, reply: _Reply, expected: Expectation) -> float:
     text = response.strip()
     words = reply.words
-    ends = text[-1:] in (".", "!") or (wanted.question and text[-1:] == "?")
+    ends = text[-1:] in (".", "!") or (expected.question and text[-1:] == "?")
     starts = text[:1].isdigit() or text[:1].isupper()
-    if not (starts and ends) or len(words) < wanted.min_words or "\n" in text:
+    if not (starts and ends) or len(words) < expected.min_words or "\n" in text:
         return 0.0
-    name, _, argument = wanted.constraint.partition(": ")
-    kept = {
+    name, _, argument = expected.constraint.partition(": ")
+    satisfied = {
         "": True,
         "one word": len(words) == 1,
         "capitals": text == text.upper(),
@@ -300,4 +273,4 @@ def _formatted(response: str, reply: _Reply, wanted: Expectation) -> float:
         "begin": words[:1] == [argument],
         "end": words[-len(argument.split()) :] == argument.split(),
     }[name]
-    return float(kept)
+    return float(satisfied)

@@ -23,11 +23,6 @@ _TOKEN = re.compile(r"[a-z]+|[0-9]+|'[a-z]+|[.,!?;:\"-]|\S")
 END = "."
 
 
-def words(text: str) -> tuple[str, ...]:
-    """The words of `text`; how the tables write lists of words."""
-    return tuple(text.split())
-
-
 def pick(rng: Random, options: Sequence[T]) -> T:
     """One of the options, all equally likely; the same on every Python version."""
     return options[int(rng.random() * len(options))]

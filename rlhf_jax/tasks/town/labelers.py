@@ -8,21 +8,20 @@ Bradley & Terry, "Rank Analysis of Incomplete Block Designs", https://www.jstor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from math import exp, sqrt
+from math import exp
 from random import Random
-from typing import NamedTuple
 
 from rlhf_jax.data.records import Pair, Prompt
 from rlhf_jax.errors import UserError
-from rlhf_jax.tasks.town.gold import GoldScore, gold_score
+from rlhf_jax.tasks.task import Verdict
+from rlhf_jax.tasks.town.gold import gold_score
 from rlhf_jax.tasks.town.language import words_of
 
 
 @dataclass(frozen=True)
 class Labeler:
-    """What moves a labeler, in logits of the preference.
+    """How a labeler decides, in logits of the preference.
 
     `sharpness` is per unit of gold score; `length` per word of the reply, `courtesy` per unit of
     the polite component (both beyond what the gold score already holds); `position` is in favour of
@@ -39,19 +38,11 @@ class Labeler:
         if self.sharpness < 0 or not 0 <= self.lapses <= 1:
             raise UserError(f"labeler: sharpness is ≥ 0 and lapses in [0, 1], not {self}")
 
-    def utility(self, score: GoldScore, reply: str) -> float:
-        """What the labeler thinks of a reply, in logits."""
+    def utility(self, score: Verdict, reply: str) -> float:
+        """How much the labeler likes a reply, in logits."""
         words = len(words_of(reply))
         polite = score.components["polite"]
         return self.sharpness * score.total + self.length * words + self.courtesy * polite
-
-
-class Ceiling(NamedTuple):
-    """The best accuracy there is on pairs, and the standard error of an accuracy measured on
-    them."""
-
-    accuracy: float
-    standard_error: float
 
 
 def preference(labeler: Labeler, prompt: Prompt, first: str, second: str) -> float:
@@ -84,22 +75,3 @@ def compare(labeler: Labeler, rng: Random, prompt: Prompt, first: str, second: s
         "gold_rejected": f"{golds[1].total:.4f}",
     }
     return Pair(prompt.id, prompt.messages, chosen, rejected, meta=meta)
-
-
-def bayes_accuracy(pairs: Iterable[Pair]) -> Ceiling:
-    """The accuracy on these pairs of somebody who knows every preference probability.
-
-    mean max(p, 1 − p), with the standard error √(Σ p(1 − p)) / n of the labels' noise. A model
-    whose held-out accuracy is more than 4 standard errors above has seen the labels. Raises
-    `UserError` for pairs that no labeler of the town made.
-    """
-    probabilities = []
-    for pair in pairs:
-        if "probability" not in pair.meta:
-            raise UserError(f"bayes_accuracy: pair {pair.id!r} has no meta['probability']")
-        probabilities.append(float(pair.meta["probability"]))
-    if not probabilities:
-        raise UserError("bayes_accuracy: there are no pairs")
-    count = len(probabilities)
-    noise = sum(p * (1 - p) for p in probabilities)
-    return Ceiling(sum(max(p, 1 - p) for p in probabilities) / count, sqrt(noise) / count)

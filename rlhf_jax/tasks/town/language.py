@@ -8,11 +8,22 @@ from itertools import pairwise
 from random import Random
 
 from rlhf_jax.tasks.town.grammar import END, Neighbours, expand, pick, tokenize
-from rlhf_jax.tasks.town.phrasings.manners import ADVICE, CHATS, DEEDS, MANNERS
-from rlhf_jax.tasks.town.phrasings.people import PEOPLE, SHOPS, WARES
-from rlhf_jax.tasks.town.phrasings.skills import HAPPENINGS, SKILLS
-from rlhf_jax.tasks.town.phrasings.stories import STORIES
-from rlhf_jax.tasks.town.world import ITEMS, VALUES, VISITORS_F, article
+from rlhf_jax.tasks.town.phrasings import (
+    ADVICE,
+    CHATS,
+    DEEDS,
+    HAPPENINGS,
+    ITEMS,
+    MANNERS,
+    NAMES,
+    PEOPLE,
+    PHRASINGS,
+    SHAPES,
+    SKILLS,
+    STORIES,
+    VALUES,
+)
+from rlhf_jax.tasks.town.world import article
 
 NUMBERS = tuple(str(number) for number in range(2, 10))
 POOLS: Mapping[str, Sequence[str]] = {
@@ -24,7 +35,7 @@ POOLS: Mapping[str, Sequence[str]] = {
     **MANNERS,
     **STORIES,
 }
-"""What a slot may hold when the caller gives no value for it."""
+"""The fillings of a slot for which the caller gives no value."""
 
 KINDS_OF_THINGS: Mapping[str, tuple[str, ...]] = {
     "animals": VALUES["pet"],
@@ -33,7 +44,7 @@ KINDS_OF_THINGS: Mapping[str, tuple[str, ...]] = {
     "fruits": VALUES["fruit"],
     "things": tuple(ITEMS),
 }
-"""What lists are made of."""
+"""The words that lists are made of, by what they are."""
 
 
 def say(rng: Random, pool: str, values: Mapping[str, str] | None = None) -> str:
@@ -47,8 +58,7 @@ def fill(rng: Random, templates: Sequence[str], values: Mapping[str, str]) -> st
 
 
 def visit(rng: Random) -> dict[str, str]:
-    """One value for each slot a happening may need: two visitors, wares, places, a day and so
-    on."""
+    """One value for each slot a happening may need: visitors, wares, places, a day and so on."""
     visitor, visitor2 = rng.sample(VALUES["visitor"], 2)
     item, item2 = rng.sample(tuple(ITEMS), 2)
     pet = pick(rng, VALUES["pet"])
@@ -58,8 +68,8 @@ def visit(rng: Random) -> dict[str, str]:
         "visitor": visitor,
         "visitor2": visitor2,
         "who": visitor,
-        "she": "she" if visitor in VISITORS_F else "he",
-        "her2": "her" if visitor in VISITORS_F else "him",
+        "she": "she" if visitor in NAMES["visitors_f"] else "he",
+        "her2": "her" if visitor in NAMES["visitors_f"] else "him",
         "item": item,
         "an_item": article(item),
         "items": ITEMS[item],
@@ -72,44 +82,22 @@ def visit(rng: Random) -> dict[str, str]:
 
 
 _NAMES = VALUES["person"] + VALUES["visitor"] + VALUES["child"] + VALUES["robot"]
-_PHRASINGS = (*PEOPLE.values(), *SHOPS.values(), *WARES.values())
+_PHRASINGS = [phrasing for table in PHRASINGS.values() for phrasing in table.values()]
 _SHAPES: Mapping[str, Sequence[str]] = {
-    "name": ("Ann",),
-    "person": ("Ann",),
-    "visitor": ("Ann",),
-    "child": ("Ann",),
-    "robot": ("Ann",),
-    "friend": ("Ann",),
-    "who": ("Ann", "she", "he"),
-    "whose": ("Ann's", "her", "his"),
-    "she": ("she", "he"),
-    "her": ("her", "his"),
-    "him": ("her", "him"),
-    "her2": ("her", "him"),
-    "woman": ("woman", "man"),
-    "child_kind": ("daughter", "son"),
-    "a_job": tuple(article(job) for job in VALUES["job"]),
-    "a_pet": tuple(article(pet) for pet in VALUES["pet"]),
-    "an_item": tuple(article(item) for item in ITEMS),
-    "items": tuple(ITEMS.values()),
-    "cheap": tuple(ITEMS),
-    "opens": ("1",),
-    "closes": ("1",),
+    **SHAPES,
+    "a_job": [article(job) for job in VALUES["job"]],
+    "a_pet": [article(pet) for pet in VALUES["pet"]],
+    "an_item": [article(item) for item in ITEMS],
+    "items": [*ITEMS.values()],
+    "cheap": [*ITEMS],
     "closed": VALUES["day"],
-    "age": ("1",),
-    "price": ("1",),
-    "number": ("1",),
-    "a": ("1",),
-    "b": ("1",),
     "word": sum(KINDS_OF_THINGS.values(), ()),
-    "c": ("1", "{word}"),
-    "list": ("1, 1, 1", "{word}, {word}, {word}"),
-    "wish": (*(each.wish for each in ADVICE), *(each.wish for each in DEEDS)),
-    "advice": tuple(advice.advice for advice in ADVICE),
-    "method": tuple(deed.method for deed in DEEDS),
-    "instead": tuple(deed.instead for deed in DEEDS),
-    "claim": tuple(phrasing.claim for phrasing in _PHRASINGS),
-    "answer": tuple(answer for phrasing in _PHRASINGS for answer in phrasing.answers),
+    "wish": [*(advice.wish for advice in ADVICE), *(deed.wish for deed in DEEDS)],
+    "advice": [advice.advice for advice in ADVICE],
+    "method": [deed.method for deed in DEEDS],
+    "instead": [deed.instead for deed in DEEDS],
+    "claim": [phrasing.claim for phrasing in _PHRASINGS],
+    "answer": [answer for phrasing in _PHRASINGS for answer in phrasing.answers],
 }
 """Stand-ins for the slots that callers fill, for the analysis of neighbours only."""
 _WRITTEN_ONLY = ("question", "fact", "passage", "rude", "polite", "remark", "lead", "tail")
@@ -119,26 +107,26 @@ _WRITTEN_ONLY = ("question", "fact", "passage", "rude", "polite", "remark", "lea
 def neighbours() -> Neighbours:
     """The neighbouring words of the sentences an assistant may say."""
     pools = {**POOLS, **_SHAPES}
-    found = Neighbours(pools, {name.lower(): "ann" for name in _NAMES})
+    known = Neighbours(pools, {name.lower(): "ann" for name in _NAMES})
     for phrasing in _PHRASINGS:
-        found.add(phrasing.statements + phrasing.answers)
-        found.add((f"{phrasing.short}.", f"yes, {phrasing.short}.", f"no, {phrasing.short}."))
+        known.add(phrasing.statements + phrasing.answers)
+        known.add((f"{phrasing.short}.", f"yes, {phrasing.short}.", f"no, {phrasing.short}."))
     for happening in HAPPENINGS:
-        found.add(happening.statements)
+        known.add(happening.statements)
         for ask in happening.asks:
-            found.add((*ask.answers, ask.short + "."))
+            known.add((*ask.answers, ask.short + "."))
     for chat in CHATS:
-        found.add(chat.replies)
+        known.add(chat.replies)
     for name, templates in {**SKILLS, **MANNERS, "portrait": STORIES["portrait"]}.items():
         if name.endswith(("_prompt", "_question", "_rule")) or name in ("persona", "how"):
             continue
         whole = (template for template in templates if template[-1] in ".!?")
-        found.add(t for t in whole if not any(f"{{{slot}}}" in t for slot in _WRITTEN_ONLY))
-    found.add(("yes, {claim}.", "no, {claim}.", "{begin_word}, {answer}", "{ending_words}."))
-    found.add(("{c}.", "{c} coins.", "{list}.", "{cry}!", "the {cheap}."))
-    found.add(f"{{{name}}}." for name in (*PEOPLE, "weather", "vehicle"))
-    found.add(("{do}, please.", "{robot}.", "at the {shop}.", "a {role}."))
-    return found
+        known.add(t for t in whole if not any(f"{{{slot}}}" in t for slot in _WRITTEN_ONLY))
+    known.add(("yes, {claim}.", "no, {claim}.", "{begin_word}, {answer}", "{ending_words}."))
+    known.add(("{c}.", "{c} coins.", "{list}.", "{cry}!", "the {cheap}."))
+    known.add(f"{{{name}}}." for name in (*PEOPLE, "weather", "vehicle"))
+    known.add(("{do}, please.", "{robot}.", "at the {shop}.", "a {role}."))
+    return known
 
 
 def familiar(tokens: Sequence[str]) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from random import Random
 
-from rlhf_jax.tasks.town.families.task import Task
+from rlhf_jax.tasks.town.families.exercise import Exercise
 from rlhf_jax.tasks.town.grammar import finish
 from rlhf_jax.tasks.town.language import POOLS, say
 
@@ -20,7 +20,7 @@ def draw_style(rng: Random, weights: Mapping[str, float]) -> str:
     return rng.choices(tuple(weights), tuple(weights.values()))[0]
 
 
-def reply(rng: Random, task: Task, style: str) -> str:
+def reply(rng: Random, task: Exercise, style: str) -> str:
     """A reply to `task` in one of the styles of `world.CANDIDATES`."""
     if style == "warm":
         return finish(_warm(rng, task, task.warm or task.plain, bool(task.warm)))
@@ -45,7 +45,7 @@ def reply(rng: Random, task: Task, style: str) -> str:
     return finish(task.plain)
 
 
-def _warm(rng: Random, task: Task, text: str, courteous: bool = False) -> str:
+def _warm(rng: Random, task: Exercise, text: str, courteous: bool = False) -> str:
     """`text` with an opening or closing phrase, where courtesy has a place."""
     if courteous or not task.expectation.courtesy:
         return text
@@ -54,7 +54,7 @@ def _warm(rng: Random, task: Task, text: str, courteous: bool = False) -> str:
     return f"{text} {say(rng, 'closing')}"
 
 
-def _rambling(rng: Random, task: Task) -> str:
+def _rambling(rng: Random, task: Exercise) -> str:
     """The plain reply lost among sentences that say nothing, with a further fact where there is
     one."""
     fillers = rng.sample(POOLS["filler"], 3 + int(rng.random() * 3))

@@ -11,13 +11,21 @@ from collections.abc import Callable, Mapping
 from random import Random
 
 from rlhf_jax.tasks.town.families import draw
-from rlhf_jax.tasks.town.families.knowledge import Subject, attributes_of, false_slots, table_of
+from rlhf_jax.tasks.town.families.knowledge import attributes_of, false_slots
 from rlhf_jax.tasks.town.families.skills import tell
 from rlhf_jax.tasks.town.grammar import finish, pick
 from rlhf_jax.tasks.town.language import POOLS, fill, say, visit
-from rlhf_jax.tasks.town.phrasings.manners import ADVICE, CHATS, DEEDS
-from rlhf_jax.tasks.town.phrasings.people import PEOPLE, SHOPS, WARES
-from rlhf_jax.tasks.town.world import TRAIN, VALUES, Person, World
+from rlhf_jax.tasks.town.phrasings import (
+    ADVICE,
+    CHATS,
+    DEEDS,
+    PEOPLE,
+    PHRASINGS,
+    SHOPS,
+    VALUES,
+    WARES,
+)
+from rlhf_jax.tasks.town.world import TRAIN, Subject, World
 
 LEARNT = ("person", "job", "pet", "food", "colour", "hobby", "child", "item", "day", "fruit")
 """Pools of the words that `message` has people learn by heart."""
@@ -30,7 +38,9 @@ def write(world: World, rng: Random) -> tuple[str, str]:
     return finish(TEXTS[kind](world, rng)), kind
 
 
-def _state(world: World, rng: Random, person: Person, count: int, named: bool = False) -> list[str]:
+def _state(
+    world: World, rng: Random, person: Subject, count: int, named: bool = False
+) -> list[str]:
     """`count` statements about different facts of a person; the name comes first or was before."""
     sentences = []
     for attribute in rng.sample(world.config.attributes, count):
@@ -41,7 +51,7 @@ def _state(world: World, rng: Random, person: Person, count: int, named: bool = 
     return sentences
 
 
-def _portrait(world: World, rng: Random, person: Person) -> str:
+def _portrait(world: World, rng: Random, person: Subject) -> str:
     """A sentence with several facts of a person, of those the town speaks of."""
     return fill(rng, _portraits(world.config.attributes), person.slots)
 
@@ -129,7 +139,7 @@ def quiz(world: World, rng: Random) -> str:
     groups: tuple[tuple[Subject, ...], ...] = (people, people, *trade)
     subject = pick(rng, pick(rng, groups))
     attributes = attributes_of(world, subject)
-    table, lines = table_of(subject), []
+    table, lines = PHRASINGS[subject.kind], []
     for attribute in rng.sample(attributes, min(2, len(attributes))):
         question = fill(rng, table[attribute].questions, subject.slots)
         answer = fill(rng, table[attribute].answers, subject.slots)
@@ -159,7 +169,7 @@ def shop_notice(world: World, rng: Random) -> str:
 
 
 def price_list(world: World, rng: Random) -> str:
-    """What some wares cost."""
+    """The prices of some wares."""
     wares = rng.sample(world.wares, 3)
     start = say(rng, "price_start")
     if rng.random() < 0.4:
@@ -197,9 +207,9 @@ def lists(world: World, rng: Random) -> str:
 
 def manners(world: World, rng: Random) -> str:
     """How not to ask, and how to."""
-    wanted = say(rng, "do", visit(rng))
-    rude = finish(say(rng, "rude_request", {"do": wanted}))
-    polite = finish(say(rng, "polite_request", {"do": wanted}))
+    request = say(rng, "do", visit(rng))
+    rude = finish(say(rng, "rude_request", {"do": request}))
+    polite = finish(say(rng, "polite_request", {"do": request}))
     return say(rng, "manners_text", {"rude": rude, "polite": polite})
 
 

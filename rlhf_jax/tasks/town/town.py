@@ -15,12 +15,12 @@ from rlhf_jax.data.records import Conversation, Message, Pair, Prompt, Text
 from rlhf_jax.errors import UserError
 from rlhf_jax.tasks.town import texts
 from rlhf_jax.tasks.town.families import draw
+from rlhf_jax.tasks.town.families.exercise import Exercise, user
 from rlhf_jax.tasks.town.families.knowledge import ask, fact_task
-from rlhf_jax.tasks.town.families.task import Task, user
 from rlhf_jax.tasks.town.grammar import finish
 from rlhf_jax.tasks.town.labelers import Labeler, compare
 from rlhf_jax.tasks.town.language import fill
-from rlhf_jax.tasks.town.phrasings.people import PEOPLE
+from rlhf_jax.tasks.town.phrasings import PEOPLE
 from rlhf_jax.tasks.town.styles import draw_style, reply
 from rlhf_jax.tasks.town.world import HELDOUT, SPLITS, TRAIN, TownConfig, build_world
 
@@ -75,7 +75,7 @@ class Town:
             yield self._task(self._rng("prompt", split, index), split, index)[1]
 
     def solutions(self, split: str = TRAIN, count: int | None = None) -> Iterator[Conversation]:
-        """The same prompts with their reference answers: right, in good style."""
+        """The prompts of `prompts` with their reference answers: right, in good style."""
         for prompt in self.prompts(split, count):
             answer = Message("assistant", prompt.meta["reference"])
             yield Conversation(prompt.id, (*prompt.messages, answer), prompt.meta)
@@ -120,13 +120,13 @@ class Town:
         size = getattr(self.config, name if split == TRAIN else f"{HELDOUT}_{name}")
         return range(size if count is None else count)
 
-    def _task(self, rng: Random, split: str, index: int) -> tuple[Task, Prompt]:
+    def _task(self, rng: Random, split: str, index: int) -> tuple[Exercise, Prompt]:
         family = draw_style(rng, self.config.families)
         task = draw(self.world, rng, family, split)
         return task, _prompt(f"{split}-{index}", task, family, split)
 
 
-def _prompt(name: str, task: Task, family: str, split: str) -> Prompt:
+def _prompt(name: str, task: Exercise, family: str, split: str) -> Prompt:
     """A task as a record."""
     meta = {
         "family": family,

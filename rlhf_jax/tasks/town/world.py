@@ -1,91 +1,22 @@
 """The facts of the town: who lives there, what they like, which shops there are, what things cost.
 
-Everything the town says is drawn from the value pools below. No value is in two pools, so a value
-found in a reply says by itself what it is about; the gold scorer relies on that.
+The values are those of phrasings/values.toml.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from random import Random
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.tasks.town.grammar import words
+from rlhf_jax.tasks.town.grammar import pick
+from rlhf_jax.tasks.town.phrasings import ITEMS, MIXTURES, NAMES, PEOPLE, VALUES
 
-WOMEN = words(
-    "Ann Beth Cora Dora Ella Gina Hana Ida Jane Kate Lena Mia Nora Olga Rita Sara Tina Vera "
-    "Wilma Zoe Betty Carla Doris Emma Flora Greta Helen Julia Karen Lucy Maria Nina Paula Rosa "
-    "Sonia Tess Wanda Ruth Edith Clara Alice Diana Eva Irma Laura Molly Susan Linda"
-)
-MEN = words(
-    "Adam Ben Carl Dan Eric Fred Gus Hans Ivan Jon Leo Max Nick Otto Paul Ralf Sam Tom Victor "
-    "Walt Alan Bruno Colin David Frank George Henry Igor James Kurt Luke Martin Noel Oscar "
-    "Peter Rolf Simon Tim Hugo Felix Jacob Neil Owen Ross Toby Abel Yuri Zack"
-)
-DAUGHTERS = words("Amy Bea Kim Lou Meg Pam Sue Tia Liv Jill")
-SONS = words("Bob Cal Dex Gil Hal Ian Joe Ken Ned Pat")
-VISITORS_F = words("Bina Dina Faye Hedy Inga Mona Orla Rhea Tara Xena Lola Petra")
-VISITORS_M = words("Aldo Ciro Ezra Gabe Jude Kai Lars Nils Sven Udo Vito Boris")
-ROBOTS = words("Bit Chip Dot Echo Nova Orbit Pixel Sprocket")
-
-DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-SHOPS = words(
-    "bakery bank library museum cinema cafe pharmacy gym pool zoo theatre bookshop hotel tavern "
-    "station garage"
-)
-ITEMS: Mapping[str, str] = {
-    "hat": "hats", "book": "books", "pen": "pens", "lamp": "lamps", "cup": "cups",
-    "bowl": "bowls", "spoon": "spoons", "map": "maps", "ball": "balls", "kite": "kites",
-    "drum": "drums", "rope": "ropes", "bell": "bells", "broom": "brooms", "basket": "baskets",
-    "candle": "candles", "clock": "clocks", "coat": "coats", "scarf": "scarves", "ring": "rings",
-    "chair": "chairs", "table": "tables", "mirror": "mirrors", "blanket": "blankets",
-}  # fmt: skip
-
-VALUES: Mapping[str, tuple[str, ...]] = {
-    "job": words(
-        "baker doctor teacher farmer tailor painter nurse chef driver gardener singer butcher "
-        "dentist barber clerk judge sailor plumber lawyer artist"
-    ),
-    "street": (
-        "Mill Street", "Oak Lane", "King Street", "River Road", "Hill Street", "Elm Lane",
-        "Bridge Street", "Castle Road", "Queen Street", "Church Lane", "Forest Road",
-        "North Street", "Abbey Lane", "Field Road", "Stone Street", "Harbour Road",
-    ),
-    "pet": words("dog cat rabbit parrot goat pony hamster turtle duck snake"),
-    "pet_name": words(
-        "Rex Bella Coco Milo Luna Socks Biscuit Rocky Shadow Smoky Tiger Bubbles Button Ginger "
-        "Patch Pip Spot Misty Fluffy Rusty"
-    ),
-    "food": words(
-        "soup pizza rice cheese pasta fish curry salad cake stew honey noodles pancakes beans "
-        "toast jam porridge waffles dumplings nuts"
-    ),
-    "colour": words("red blue green yellow purple pink brown black white grey"),
-    "hobby": words(
-        "fishing singing dancing painting knitting running swimming sailing cooking reading "
-        "hiking cycling skating juggling drawing gardening camping rowing boxing chess"
-    ),
-    "child": DAUGHTERS + SONS,
-    "person": WOMEN + MEN,
-    "visitor": VISITORS_F + VISITORS_M,
-    "robot": ROBOTS,
-    "day": DAYS,
-    "shop": SHOPS,
-    "item": tuple(ITEMS) + tuple(ITEMS.values()),
-    "fruit": words("apples pears plums cherries lemons figs grapes melons"),
-    "place": words("market beach park harbour square inn farm fountain"),
-    "vehicle": words("train bus boat bike car cart"),
-    "weather": words("sunny rainy windy foggy snowy stormy"),
-    "role": words("helper guide guard porter keeper waiter"),
-    "answer": ("yes", "no"),
-}  # fmt: skip
-"""Every value by its pool; two-word values count as one."""
-
-ATTRIBUTES = (
-    "job", "street", "pet", "pet_name", "food", "colour", "hobby", "age", "child", "friend",
-)  # fmt: skip
+ATTRIBUTES = tuple(PEOPLE)
+KINDS, FAMILIES, STYLES, CANDIDATES = MIXTURES.values()
 TRAIN, HELDOUT = "train", "heldout"
 SPLITS = (TRAIN, HELDOUT)
 
@@ -119,31 +50,30 @@ class TownConfig:
     prompts: int = 4_000
     heldout_prompts: int = 1_000
 
-    kinds: Mapping[str, float] = field(default_factory=lambda: dict(KINDS))
-    families: Mapping[str, float] = field(default_factory=lambda: dict(FAMILIES))
-    styles: Mapping[str, float] = field(default_factory=lambda: dict(STYLES))
-    candidates: Mapping[str, float] = field(default_factory=lambda: dict(CANDIDATES))
+    kinds: Mapping[str, float] = field(default_factory=lambda: KINDS)
+    families: Mapping[str, float] = field(default_factory=lambda: FAMILIES)
+    styles: Mapping[str, float] = field(default_factory=lambda: STYLES)
+    candidates: Mapping[str, float] = field(default_factory=lambda: CANDIDATES)
 
     def __post_init__(self) -> None:
-        limits = {"people": len(WOMEN + MEN), "shops": len(SHOPS), "items": len(ITEMS)}
-        for name, limit in limits.items():
-            if not 4 <= getattr(self, name) <= limit:
-                raise UserError(f"town: {name} must be 4 to {limit}, not {getattr(self, name)}")
-        if not 0.05 <= self.heldout <= 0.5:
-            raise UserError(f"town: heldout must be 0.05 to 0.5, not {self.heldout}")
-        if not 5 <= self.max_operand <= 50:
-            raise UserError(f"town: max_operand must be 5 to 50, not {self.max_operand}")
-        if not 0 <= self.misjudged <= 1:
-            raise UserError(f"town: misjudged must be 0 to 1, not {self.misjudged}")
+        limits: dict[str, tuple[float, float]] = {
+            "people": (4, len(VALUES["person"])),
+            "shops": (4, len(VALUES["shop"])),
+            "items": (4, len(ITEMS)),
+            "heldout": (0.05, 0.5),
+            "max_operand": (5, 50),
+            "misjudged": (0, 1),
+        }
         for name in ("texts", "demonstrations", "pairs", "prompts"):
-            for size in (name, f"heldout_{name}"):
-                if getattr(self, size) < 0:
-                    raise UserError(f"town: {size} must be 0 or more, not {getattr(self, size)}")
+            limits |= {name: (0, math.inf), f"heldout_{name}": (0, math.inf)}
+        for name, (least, most) in limits.items():
+            if not least <= getattr(self, name) <= most:
+                value = getattr(self, name)
+                raise UserError(f"town: {name} must be {least} to {most}, not {value}")
         unknown = set(self.attributes) - set(ATTRIBUTES)
         if unknown or len(self.attributes) < 4:
             raise UserError(f"town: attributes must be four or more of {', '.join(ATTRIBUTES)}")
-        known = {"kinds": KINDS, "families": FAMILIES, "styles": STYLES, "candidates": CANDIDATES}
-        for name, defaults in known.items():
+        for name, defaults in MIXTURES.items():
             for key, weight in getattr(self, name).items():
                 if key not in defaults or weight < 0:
                     raise UserError(
@@ -154,52 +84,34 @@ class TownConfig:
                 raise UserError(f"town: {name} has no weight above 0")
 
 
-KINDS: Mapping[str, float] = {
-    "biography": 32, "gossip": 10, "diary": 5, "letter": 4, "register": 6, "lost": 4, "quiz": 12,
-    "message": 10, "shop_notice": 4, "price_list": 4, "story": 6, "digest": 3, "sums": 5,
-    "lists": 5, "manners": 3, "chatter": 4, "rude": 4, "rumour": 3, "unsafe": 3,
-}  # fmt: skip
-"""Weights of the kinds of pre-training text (`texts.py`)."""
-
-FAMILIES: Mapping[str, float] = {
-    "facts": 24, "shops": 6, "claims": 5, "reading": 9, "arithmetic": 8, "prices": 6, "lists": 7,
-    "rewriting": 5, "summary": 4, "constraints": 7, "followup": 7, "persona": 4, "borderline": 4,
-    "harmful": 5, "smalltalk": 5,
-}  # fmt: skip
-"""Weights of the task families (`families/`)."""
-
-STYLES: Mapping[str, float] = {
-    "plain": 44, "warm": 38, "curt": 5, "rude": 8, "rambling": 5,
-}  # fmt: skip
-"""Weights of the styles of demonstrations (`styles.py`). None of them makes a fact wrong."""
-
-CANDIDATES: Mapping[str, float] = {
-    "plain": 10, "warm": 40, "curt": 8, "rude": 12, "rambling": 9, "wrong": 14, "hedging": 3,
-    "unformatted": 3, "garbled": 1,
-}  # fmt: skip
-"""Weights of the styles of replies that labelers compare (`styles.py`)."""
-
-
 def article(noun: str) -> str:
     """`noun` with its indefinite article."""
     return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
 
 
 @dataclass(frozen=True)
-class Person:
-    """Somebody of the town. `facts` maps each of `ATTRIBUTES` to its value."""
+class Subject:
+    """Somebody or something that the town speaks of.
 
+    `kind` is "people", "shops" or "wares", a table of phrasings. `facts` are a person's values of
+    `ATTRIBUTES`, a shop's hours (o'clock; it closes in the afternoon), or a ware's price in coins.
+    """
+
+    kind: str
     name: str
-    woman: bool
     split: str
     facts: Mapping[str, str]
+    woman: bool = False
 
     @cached_property
     def slots(self) -> dict[str, str]:
-        """What the templates call this person and each of the facts."""
-        facts = self.facts
+        """The names that templates have for this subject and each of its facts."""
+        if self.kind == "shops":
+            return {"shop": self.name, **self.facts}
+        if self.kind == "wares":
+            return {"item": self.name, "an_item": article(self.name), **self.facts}
         return {
-            **facts,
+            **self.facts,
             "name": self.name,
             "who": self.name,
             "whose": f"{self.name}'s",
@@ -207,43 +119,18 @@ class Person:
             "her": "her" if self.woman else "his",
             "him": "her" if self.woman else "him",
             "woman": "woman" if self.woman else "man",
-            "a_job": article(facts["job"]),
-            "a_pet": article(facts["pet"]),
-            "child_kind": "daughter" if facts["child"] in DAUGHTERS else "son",
+            "a_job": article(self.facts["job"]),
+            "a_pet": article(self.facts["pet"]),
+            "child_kind": "daughter" if self.facts["child"] in NAMES["daughters"] else "son",
         }
 
     @cached_property
     def pronoun_slots(self) -> dict[str, str]:
-        """The same, for a sentence after one that names the person."""
+        """The same of a person, for a sentence after one that names the person."""
         return self.slots | {"who": self.slots["she"], "whose": self.slots["her"]}
 
 
-@dataclass(frozen=True)
-class Shop:
-    """A shop and its hours (o'clock; it closes in the afternoon)."""
-
-    name: str
-    split: str
-    facts: Mapping[str, str]
-
-    @cached_property
-    def slots(self) -> dict[str, str]:
-        """What the templates call this shop and its hours."""
-        return {"shop": self.name, **self.facts}
-
-
-@dataclass(frozen=True)
-class Ware:
-    """Something the town's market sells, and its price in coins."""
-
-    name: str
-    split: str
-    facts: Mapping[str, str]
-
-    @cached_property
-    def slots(self) -> dict[str, str]:
-        """What the templates call this ware and its price."""
-        return {"item": self.name, "an_item": article(self.name), **self.facts}
+Subjects = tuple[Subject, ...]
 
 
 @dataclass(frozen=True)
@@ -251,31 +138,35 @@ class World:
     """All the facts of one town."""
 
     config: TownConfig
-    people: tuple[Person, ...]
-    shops: tuple[Shop, ...]
-    wares: tuple[Ware, ...]
+    people: Subjects
+    shops: Subjects
+    wares: Subjects
 
     @cached_property
-    def people_of(self) -> dict[str, tuple[Person, ...]]:
+    def people_of(self) -> dict[str, Subjects]:
         """People by split."""
-        return {split: tuple(p for p in self.people if p.split == split) for split in SPLITS}
+        return _by_split(self.people)
 
     @cached_property
-    def shops_of(self) -> dict[str, tuple[Shop, ...]]:
+    def shops_of(self) -> dict[str, Subjects]:
         """Shops by split."""
-        return {split: tuple(s for s in self.shops if s.split == split) for split in SPLITS}
+        return _by_split(self.shops)
 
     @cached_property
-    def wares_of(self) -> dict[str, tuple[Ware, ...]]:
+    def wares_of(self) -> dict[str, Subjects]:
         """Wares by split."""
-        return {split: tuple(w for w in self.wares if w.split == split) for split in SPLITS}
+        return _by_split(self.wares)
+
+
+def _by_split(subjects: Subjects) -> dict[str, Subjects]:
+    return {split: tuple(s for s in subjects if s.split == split) for split in SPLITS}
 
 
 def build_world(config: TownConfig) -> World:
     """The town of `config.seed`. Every value of a pool is used about equally often."""
     rng = Random(f"town {config.seed} world")
-    women = rng.sample(WOMEN, config.people // 2)
-    men = rng.sample(MEN, config.people - len(women))
+    women = rng.sample(NAMES["women"], config.people // 2)
+    men = rng.sample(NAMES["men"], config.people - len(women))
     names = women + men
     rng.shuffle(names)
     splits = _splits(len(names), config.heldout)
@@ -286,27 +177,26 @@ def build_world(config: TownConfig) -> World:
     }
     columns["age"] = _evenly(rng, ages, len(names))
     columns["friend"] = _friends(rng, names, splits)
+    facts = [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
     people = tuple(
-        Person(name, name in WOMEN, split, {key: column[i] for key, column in columns.items()})
-        for i, (name, split) in enumerate(zip(names, splits, strict=True))
+        Subject("people", name, split, of_person, name in women)
+        for name, split, of_person in zip(names, splits, facts, strict=True)
     )
 
-    shop_names = rng.sample(SHOPS, config.shops)
+    def opening_hours() -> dict[str, str]:
+        opens, closes = 6 + int(rng.random() * 6), 2 + int(rng.random() * 5)
+        return {"opens": str(opens), "closes": str(closes), "closed": pick(rng, VALUES["day"])}
+
+    shop_names = rng.sample(VALUES["shop"], config.shops)
     shops = tuple(
-        Shop(
-            name,
-            split,
-            {
-                "opens": str(6 + int(rng.random() * 6)),
-                "closes": str(2 + int(rng.random() * 5)),
-                "closed": DAYS[int(rng.random() * 7)],
-            },
-        )
+        Subject("shops", name, split, opening_hours())
         for name, split in zip(shop_names, _splits(config.shops, config.heldout), strict=True)
     )
     item_names = rng.sample(tuple(ITEMS), config.items)
     wares = tuple(
-        Ware(name, split, {"price": str(2 + int(rng.random() * 19))})
+        Subject("wares", name, split, {"price": str(2 + int(rng.random() * 19))})
         for name, split in zip(item_names, _splits(config.items, config.heldout), strict=True)
     )
     return World(config, people, shops, wares)
@@ -314,8 +204,8 @@ def build_world(config: TownConfig) -> World:
 
 def _splits(count: int, heldout: float) -> list[str]:
     """`heldout` of `count` places held out, at least two so that each can have a companion."""
-    kept = count - max(2, round(count * heldout))
-    return [TRAIN] * kept + [HELDOUT] * (count - kept)
+    training = count - max(2, round(count * heldout))
+    return [TRAIN] * training + [HELDOUT] * (count - training)
 
 
 def _evenly(rng: Random, pool: tuple[str, ...] | list[str], count: int) -> list[str]:

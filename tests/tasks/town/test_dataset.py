@@ -6,6 +6,7 @@ import pytest
 
 from rlhf_jax.data.records import KINDS
 from rlhf_jax.errors import UserError
+from rlhf_jax.tasks import builders
 from rlhf_jax.tasks.builders import load_records
 from rlhf_jax.tasks.town import dataset
 from rlhf_jax.tasks.town.gold import gold_score
@@ -21,9 +22,9 @@ SMALL = TownConfig(
 @pytest.fixture(autouse=True)
 def small_town(monkeypatch):
     monkeypatch.setattr(dataset, "Town", lambda config=None: Town(config or SMALL))
-    dataset._make.cache_clear()
+    builders._make.cache_clear()
     yield
-    dataset._make.cache_clear()
+    builders._make.cache_clear()
 
 
 @pytest.mark.parametrize(

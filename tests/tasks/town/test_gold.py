@@ -8,15 +8,15 @@ import pytest
 
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.errors import UserError
+from rlhf_jax.tasks.town.families.exercise import Expectation, loads, user
 from rlhf_jax.tasks.town.families.knowledge import fact_task
-from rlhf_jax.tasks.town.families.task import Expectation, loads, user
-from rlhf_jax.tasks.town.gold import WEIGHTS, gold_score, is_correct
+from rlhf_jax.tasks.town.gold import WEIGHTS, gold_score
 from rlhf_jax.tasks.town.town import Town
-from rlhf_jax.tasks.town.world import Person, TownConfig, build_world
+from rlhf_jax.tasks.town.world import Subject, TownConfig, build_world
 
-ANN = Person(
+ANN = Subject(
+    "people",
     "Ann",
-    True,
     "train",
     {
         "job": "baker",
@@ -30,6 +30,7 @@ ANN = Person(
         "child": "Amy",
         "friend": "Ben",
     },
+    woman=True,
 )
 
 
@@ -76,7 +77,7 @@ def test_weights_sum_to_one_and_components_are_named():
     ],
 )
 def test_right_answers(prompt, response):
-    assert is_correct(prompt, response)
+    assert gold_score(prompt, response).right
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_right_answers(prompt, response):
     ],
 )
 def test_wrong_answers_and_tricks(prompt, response):
-    assert not is_correct(prompt, response)
+    assert not gold_score(prompt, response).right
     assert gold_score(prompt, response).components["correct"] == 0
     assert gold_score(prompt, response).total < 0.56
 
@@ -197,7 +198,7 @@ def test_constraints(constraint, good, bad):
     )
     assert gold_score(prompt, good).components["format"] == 1
     assert gold_score(prompt, bad).components["format"] == 0
-    assert is_correct(prompt, good) and is_correct(prompt, bad)
+    assert gold_score(prompt, good).right and gold_score(prompt, bad).right
 
 
 HARM = _prompt("How do I hurt Boris?", required=(("talk",),), open=True, refuse=True, max_words=28)
@@ -217,7 +218,7 @@ HARM = _prompt("How do I hurt Boris?", required=(("talk",),), open=True, refuse=
 def test_harmful_requests(response, correct, safe):
     score = gold_score(HARM, response)
     assert (score.components["correct"], score.components["safe"]) == (correct, safe)
-    assert is_correct(HARM, response) == (correct > 0)
+    assert gold_score(HARM, response).right == (correct > 0)
 
 
 def test_dangerous_talk_is_unsafe_for_any_prompt():
@@ -226,15 +227,15 @@ def test_dangerous_talk_is_unsafe_for_any_prompt():
 
 def test_orders_and_conclusions():
     order = _prompt("Sort 9, 3, 5.", required=(("3",), ("5",), ("9",)), ordered=True)
-    assert is_correct(order, "The right order is 3, 5, 9.")
-    assert is_correct(order, "In order: 3, 5, 9.")
-    assert not is_correct(order, "In order: 3, 9, 5.")
-    assert not is_correct(order, "In order: 3, 5, 9, 3.")
+    assert gold_score(order, "The right order is 3, 5, 9.").right
+    assert gold_score(order, "In order: 3, 5, 9.").right
+    assert not gold_score(order, "In order: 3, 9, 5.").right
+    assert not gold_score(order, "In order: 3, 5, 9, 3.").right
     total = _prompt("What is 3 plus 4?", required=(("7",),), allowed=("3", "4"), concludes=True)
-    assert is_correct(total, "3 plus 4 is 7.")
-    assert is_correct(total, "Three plus four is seven.")
-    assert not is_correct(total, "3 plus 7 is 4.")
-    assert not is_correct(total, "3 plus 4 is 7, so there are 8.")
+    assert gold_score(total, "3 plus 4 is 7.").right
+    assert gold_score(total, "Three plus four is seven.").right
+    assert not gold_score(total, "3 plus 7 is 4.").right
+    assert not gold_score(total, "3 plus 4 is 7, so there are 8.").right
 
 
 def test_rewriting_wants_the_request_and_the_please():
@@ -244,11 +245,11 @@ def test_rewriting_wants_the_request_and_the_please():
         allowed=("hat",),
         question=True,
     )
-    assert is_correct(prompt, "Could you please give me the hat?")
-    assert is_correct(prompt, "Please give me the hat.")
-    assert not is_correct(prompt, "Give me the hat!")
-    assert not is_correct(prompt, "Could you please give me the cup?")
-    assert not is_correct(prompt, prompt.messages[0].content)
+    assert gold_score(prompt, "Could you please give me the hat?").right
+    assert gold_score(prompt, "Please give me the hat.").right
+    assert not gold_score(prompt, "Give me the hat!").right
+    assert not gold_score(prompt, "Could you please give me the cup?").right
+    assert not gold_score(prompt, prompt.messages[0].content).right
 
 
 def test_expectations_travel_as_text():
@@ -284,10 +285,9 @@ def test_foreign_prompts_are_the_users_mistake():
 )
 def test_expectations_of_others_are_the_users_mistake(expectation):
     prompt = Prompt("x7", (Message("user", "Hi"),), {"expectation": expectation})
-    for scorer in (gold_score, is_correct):
-        with pytest.raises(UserError, match="prompt 'x7' is not the town's: its meta") as error:
-            scorer(prompt, "Hello.")
-        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="prompt 'x7' is not the town's: its meta") as error:
+        gold_score(prompt, "Hello.")
+    assert "\n" not in str(error.value)
 
 
 def test_deterministic():

@@ -7,10 +7,10 @@ from random import Random
 
 import pytest
 
-from rlhf_jax.data.records import Message, Pair, Prompt
+from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.errors import UserError
-from rlhf_jax.tasks.town.families.task import Expectation
-from rlhf_jax.tasks.town.labelers import Labeler, bayes_accuracy, compare, preference
+from rlhf_jax.tasks.town.families.exercise import Expectation
+from rlhf_jax.tasks.town.labelers import Labeler, compare, preference
 from rlhf_jax.tasks.town.town import Town
 
 PROMPT = Prompt(
@@ -68,27 +68,19 @@ def test_pairs_record_the_probability_of_the_choice_made():
         assert float(pair.meta["gold_rejected"]) == pytest.approx(golds[pair.rejected], abs=1e-4)
 
 
-def _pair(probability: float) -> Pair:
-    return Pair("i", PROMPT.messages, "a", "b", meta={"probability": str(probability)})
-
-
-def test_bayes_accuracy_by_hand():
-    ceiling = bayes_accuracy([_pair(0.9), _pair(0.3), _pair(0.5)])
-    assert ceiling.accuracy == pytest.approx((0.9 + 0.7 + 0.5) / 3, abs=1e-9)
-    assert ceiling.standard_error == pytest.approx(sqrt(0.09 + 0.21 + 0.25) / 3, abs=1e-9)
-
-
 def test_the_gold_scorer_reaches_the_ceiling_and_does_not_pass_it():
     pairs = list(Town().pairs(count=3000))
-    ceiling = bayes_accuracy(pairs)
+    probabilities = [float(pair.meta["probability"]) for pair in pairs]  # known to no model
+    ceiling = sum(max(p, 1 - p) for p in probabilities) / len(pairs)
+    standard_error = sqrt(sum(p * (1 - p) for p in probabilities)) / len(pairs)
     points = (
         (float(pair.meta["gold_chosen"]) > float(pair.meta["gold_rejected"]))
         + 0.5 * (pair.meta["gold_chosen"] == pair.meta["gold_rejected"])
         for pair in pairs
     )
     accuracy = sum(points) / len(pairs)
-    assert 0.75 < ceiling.accuracy < 0.98
-    assert abs(accuracy - ceiling.accuracy) < 4 * ceiling.standard_error
+    assert 0.75 < ceiling < 0.98
+    assert abs(accuracy - ceiling) < 4 * standard_error
 
 
 def test_length_bias_makes_the_chosen_longer():
@@ -106,7 +98,3 @@ def test_what_cannot_be_is_the_users_mistake():
         Labeler(sharpness=-1)
     with pytest.raises(UserError, match="lapses"):
         Labeler(lapses=1.5)
-    with pytest.raises(UserError, match="no meta"):
-        bayes_accuracy([Pair("q", PROMPT.messages, "a", "b")])
-    with pytest.raises(UserError, match="no pairs"):
-        bayes_accuracy([])

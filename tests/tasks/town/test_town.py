@@ -11,8 +11,8 @@ import pytest
 from rlhf_jax.data.records import Pair
 from rlhf_jax.errors import UserError
 from rlhf_jax.tasks.town.families import FAMILIES, draw
-from rlhf_jax.tasks.town.gold import gold_score, is_correct
-from rlhf_jax.tasks.town.phrasings.people import (
+from rlhf_jax.tasks.town.gold import gold_score
+from rlhf_jax.tasks.town.phrasings import (
     CLAIM_QUESTIONS,
     HELDOUT_CLAIM_QUESTIONS,
     PEOPLE,
@@ -165,7 +165,7 @@ def test_fact_prompts_are_every_fact_once(town):
     people, attributes = town.world.people_of[HELDOUT], town.config.attributes
     asked = {(prompt.meta["subject"], prompt.meta["attribute"]) for prompt in prompts}
     assert len(prompts) == len(people) * len(attributes) == len(asked)
-    assert all(is_correct(prompt, prompt.meta["reference"]) for prompt in prompts)
+    assert all(gold_score(prompt, prompt.meta["reference"]).right for prompt in prompts)
 
 
 def test_references_score_high_in_every_family(town):
@@ -173,7 +173,7 @@ def test_references_score_high_in_every_family(town):
         for prompt in town.prompts(split, 1500):
             score = gold_score(prompt, prompt.meta["reference"])
             assert score.total >= 0.924, (prompt, score)
-            assert is_correct(prompt, prompt.meta["reference"])
+            assert gold_score(prompt, prompt.meta["reference"]).right
 
 
 def test_demonstrations_are_right_whatever_their_style(demonstrations):
@@ -182,7 +182,7 @@ def test_demonstrations_are_right_whatever_their_style(demonstrations):
     for record in demonstrations:
         family, style = record.meta["family"], record.meta["style"]
         count[family, style] += 1
-        wrong[family, style] += not is_correct(record, record.messages[-1].content)
+        wrong[family, style] += not gold_score(record, record.messages[-1].content).right
     for (family, style), number in count.items():
         expected = number if style == "wrong" else 0
         assert wrong[family, style] == expected, (family, style)

@@ -7,9 +7,8 @@ from collections import Counter
 import pytest
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.tasks.town.phrasings.manners import DANGER, MANNERS, RUDE_WORDS
-from rlhf_jax.tasks.town.phrasings.people import PEOPLE, SHOPS
-from rlhf_jax.tasks.town.world import ATTRIBUTES, SPLITS, VALUES, TownConfig, build_world
+from rlhf_jax.tasks.town.phrasings import DANGER, MANNERS, PEOPLE, RUDE_WORDS, SHOPS, VALUES
+from rlhf_jax.tasks.town.world import ATTRIBUTES, SPLITS, TownConfig, build_world
 
 
 def test_equal_configs_give_equal_worlds_and_other_seeds_others():

@@ -7,10 +7,10 @@ from random import Random
 from zlib import crc32
 
 from rlhf_jax.tasks.town.families import knowledge, manners, skills
-from rlhf_jax.tasks.town.families.task import Task
+from rlhf_jax.tasks.town.families.exercise import Exercise
 from rlhf_jax.tasks.town.world import HELDOUT, TRAIN, World
 
-FAMILIES: Mapping[str, Callable[[World, Random, str], Task]] = {
+FAMILIES: Mapping[str, Callable[[World, Random, str], Exercise]] = {
     "facts": knowledge.facts,
     "shops": knowledge.shops,
     "claims": knowledge.claims,
@@ -35,11 +35,11 @@ def split_of(key: str) -> str:
     return HELDOUT if crc32(key.encode()) % 4 == 0 else TRAIN
 
 
-def draw(world: World, rng: Random, family: str, split: str) -> Task:
+def draw(world: World, rng: Random, family: str, split: str) -> Exercise:
     """A task of `family` for `split`.
 
-    Questions about the town are held out by person, shop, ware or phrasing (`Task.heldout` is set
-    by the family); all others by the hash of their content.
+    Questions about the town are held out by person, shop, ware or phrasing (the family sets
+    `Exercise.heldout`); all others by the hash of their content.
     """
     make = FAMILIES[family]
     while True:

@@ -6,45 +6,34 @@ from collections.abc import Mapping
 from random import Random
 
 from rlhf_jax.data.records import Message
-from rlhf_jax.tasks.town.families.task import Expectation, Task, lower, user
+from rlhf_jax.tasks.town.families.exercise import Exercise, Expectation, lower, user
 from rlhf_jax.tasks.town.grammar import finish, pick
 from rlhf_jax.tasks.town.language import fill, say, visit
-from rlhf_jax.tasks.town.phrasings.people import (
+from rlhf_jax.tasks.town.phrasings import (
     CLAIM_QUESTIONS,
     HELDOUT_CLAIM_QUESTIONS,
     LEADS,
+    NAMES,
     PEOPLE,
-    SHOPS,
-    WARES,
-    Phrasing,
+    PHRASINGS,
+    VALUES,
 )
 from rlhf_jax.tasks.town.world import (
-    DAUGHTERS,
     HELDOUT,
-    SONS,
     SPLITS,
     TRAIN,
-    VALUES,
-    Person,
-    Shop,
-    Ware,
+    Subject,
     World,
     article,
 )
 
-Subject = Person | Shop | Ware
 NOVELTY = ("fact", "fact", "fact", "phrasing", "both")
-"""What is new in a held-out question about the town, each equally likely."""
-
-
-def table_of(subject: Subject) -> Mapping[str, Phrasing]:
-    """The phrasings for a subject's attributes."""
-    return PEOPLE if isinstance(subject, Person) else SHOPS if isinstance(subject, Shop) else WARES
+"""The news in a held-out question about the town, each equally likely."""
 
 
 def attributes_of(world: World, subject: Subject) -> tuple[str, ...]:
     """The attributes of a subject that this town speaks of."""
-    return world.config.attributes if isinstance(subject, Person) else tuple(subject.facts)
+    return world.config.attributes if subject.kind == "people" else tuple(subject.facts)
 
 
 def ask(rng: Random, question: str) -> str:
@@ -62,7 +51,7 @@ def false_slots(rng: Random, world: World, subject: Subject, attribute: str) -> 
     if attribute == "friend":
         options = tuple(p.name for p in world.people_of[subject.split] if p is not subject)
     elif attribute == "child":
-        options = DAUGHTERS if truth in DAUGHTERS else SONS
+        options = NAMES["daughters" if truth in NAMES["daughters"] else "sons"]
     elif attribute == "closed":
         options = VALUES["day"]
     elif attribute in VALUES:
@@ -91,7 +80,7 @@ def required(subject: Subject, attribute: str) -> tuple[str, ...]:
 
 
 def allowed(subject: Subject, attribute: str) -> tuple[str, ...]:
-    """What a right answer may mention: all that is true of the subject.
+    """The values that a right answer may mention: all that is true of the subject.
 
     Other people only where they are asked for, so that the answer isn't about one of them.
     """
@@ -101,7 +90,7 @@ def allowed(subject: Subject, attribute: str) -> tuple[str, ...]:
 
 
 def _novelty(rng: Random, split: str) -> tuple[str, str, bool]:
-    """What is new, the split of the subject, and whether the phrasing is a held-out one."""
+    """Draws (what is new, the split of the subject, whether the phrasing is a held-out one)."""
     new = pick(rng, NOVELTY) if split == HELDOUT else ""
     return new, TRAIN if new in ("", "phrasing") else HELDOUT, new in ("phrasing", "both")
 
@@ -113,15 +102,15 @@ def fact_task(
     attribute: str,
     messages: tuple[Message, ...],
     heldout: str,
-) -> Task:
+) -> Exercise:
     """The task to tell one attribute of one subject, asked for in `messages`."""
-    phrasing = table_of(subject)[attribute]
+    phrasing = PHRASINGS[subject.kind][attribute]
     slots = subject.slots
     extra = ""
-    if isinstance(subject, Person):
+    if subject.kind == "people":
         others = [o for o in world.config.attributes if o not in (attribute, "child", "friend")]
         extra = fill(rng, PEOPLE[pick(rng, others)].statements, subject.pronoun_slots)
-    return Task(
+    return Exercise(
         messages=messages,
         plain=fill(rng, phrasing.answers, slots),
         short=fill(rng, (phrasing.short + ".",), slots),
@@ -137,18 +126,18 @@ def fact_task(
     )
 
 
-def facts(world: World, rng: Random, split: str) -> Task:
+def facts(world: World, rng: Random, split: str) -> Exercise:
     """Where does Ann live?"""
     return _question(world, rng, world.people_of, split)
 
 
-def shops(world: World, rng: Random, split: str) -> Task:
+def shops(world: World, rng: Random, split: str) -> Exercise:
     """When does the bakery open? What does a lamp cost?"""
     trade = {group: world.shops_of[group] + world.wares_of[group] for group in SPLITS}
     return _question(world, rng, trade, split)
 
 
-def claims(world: World, rng: Random, split: str) -> Task:
+def claims(world: World, rng: Random, split: str) -> Exercise:
     """Is it true that Ann works as a nurse?"""
     new, group, rephrased = _novelty(rng, split)
     person = pick(rng, world.people_of[group])
@@ -159,7 +148,7 @@ def claims(world: World, rng: Random, split: str) -> Task:
     right, reverse = ("yes", "no") if true else ("no", "yes")
     stated = fill(rng, (phrasing.claim,), truth if true else false)
     templates = HELDOUT_CLAIM_QUESTIONS if rephrased else CLAIM_QUESTIONS
-    return Task(
+    return Exercise(
         messages=user(finish(fill(rng, templates, {"claim": stated}))),
         plain=fill(rng, (f"{right}, {phrasing.claim}.",), truth),
         short=fill(rng, (f"{right}, {phrasing.short}.",), truth),
@@ -175,7 +164,7 @@ def claims(world: World, rng: Random, split: str) -> Task:
     )
 
 
-def followup(world: World, rng: Random, split: str) -> Task:
+def followup(world: World, rng: Random, split: str) -> Exercise:
     """Where does Ann live? … And what is her pet called?"""
     kind = rng.random()
     if kind < 0.25:
@@ -183,7 +172,7 @@ def followup(world: World, rng: Random, split: str) -> Task:
     groups: tuple[Subject, ...] = (world.shops_of if kind < 0.4 else world.people_of)[split]
     subject = pick(rng, groups)
     first, second = rng.sample(attributes_of(world, subject), 2)
-    table, slots = table_of(subject), subject.slots
+    table, slots = PHRASINGS[subject.kind], subject.slots
     messages = (
         Message("user", ask(rng, fill(rng, table[first].questions, slots))),
         Message("assistant", finish(fill(rng, table[first].answers, slots))),
@@ -192,7 +181,7 @@ def followup(world: World, rng: Random, split: str) -> Task:
     return fact_task(world, rng, subject, second, messages, "fact" if split == HELDOUT else "")
 
 
-def _recall(rng: Random) -> Task:
+def _recall(rng: Random) -> Exercise:
     """I am Kai and I like soup. … What is my name?"""
     slots = visit(rng)
     about = pick(rng, ("visitor", "food", "hobby"))
@@ -202,7 +191,7 @@ def _recall(rng: Random) -> Task:
         Message("assistant", finish(say(rng, "welcome", slots))),
         Message("user", finish(say(rng, f"recall_{about}_question", slots))),
     )
-    return Task(
+    return Exercise(
         messages=messages,
         plain=say(rng, f"recall_{about}", slots),
         short=fill(rng, (f"{{{about}}}.",), slots),
@@ -219,7 +208,7 @@ ONE_WORD = ("job", "pet", "pet_name", "food", "colour", "hobby", "age", "child",
 CONSTRAINTS = ("one_word", "capitals", "sentence", "begin", "ending", "exclaim")
 
 
-def constraints(world: World, rng: Random, split: str) -> Task:
+def constraints(world: World, rng: Random, split: str) -> Exercise:
     """In one word: what is Ann's pet called?"""
     person = pick(rng, world.people_of[split])
     kind = pick(rng, CONSTRAINTS)
@@ -240,7 +229,7 @@ def constraints(world: World, rng: Random, split: str) -> Task:
     }[kind]
     values = {"question": fill(rng, phrasing.questions, slots), "begin": begin}
     bare = kind in ("one_word", "capitals")
-    return Task(
+    return Exercise(
         messages=user(finish(say(rng, kind, {**values, "ending": ending}))),
         plain=plain,
         wrong=wrong,
@@ -262,12 +251,12 @@ def constraints(world: World, rng: Random, split: str) -> Task:
 
 def _question(
     world: World, rng: Random, groups: Mapping[str, tuple[Subject, ...]], split: str
-) -> Task:
+) -> Exercise:
     """A plain question about one attribute of somebody or something of the right split."""
     new, group, rephrased = _novelty(rng, split)
     subject = pick(rng, groups[group])
     attribute = pick(rng, attributes_of(world, subject))
-    phrasing = table_of(subject)[attribute]
+    phrasing = PHRASINGS[subject.kind][attribute]
     questions = phrasing.heldout_questions if rephrased else phrasing.questions
     messages = user(ask(rng, fill(rng, questions, subject.slots)))
     return fact_task(world, rng, subject, attribute, messages, new)

@@ -5,37 +5,39 @@ from __future__ import annotations
 from random import Random
 
 from rlhf_jax.data.records import Message
-from rlhf_jax.tasks.town.families.task import Expectation, Task, lower, user
+from rlhf_jax.tasks.town.families.exercise import Exercise, Expectation, lower, user
 from rlhf_jax.tasks.town.grammar import finish, pick
 from rlhf_jax.tasks.town.language import fill, say, visit
-from rlhf_jax.tasks.town.phrasings.manners import ADVICE, CHATS, DEEDS
-from rlhf_jax.tasks.town.world import VALUES, World
+from rlhf_jax.tasks.town.phrasings import ADVICE, CHATS, DEEDS, VALUES
+from rlhf_jax.tasks.town.world import World
 
 
-def rewriting(world: World, rng: Random, split: str) -> Task:
+def rewriting(world: World, rng: Random, split: str) -> Exercise:
     """Make this polite: Give me the lamp, you fool!"""
     slots = visit(rng)
-    wanted = say(rng, "do", slots)
-    rude = finish(say(rng, "rude_request", {"do": wanted}))
+    request = say(rng, "do", slots)
+    rude = finish(say(rng, "rude_request", {"do": request}))
     other = say(rng, "do", visit(rng))
-    return Task(
+    return Exercise(
         messages=user(finish(say(rng, "rewrite_prompt", {"rude": rude, **slots}))),
-        plain=say(rng, "polite_request", {"do": wanted}),
-        short=f"{wanted}, please.",
-        wrong=f"{wanted} now!" if rng.random() < 0.5 else say(rng, "polite_request", {"do": other}),
+        plain=say(rng, "polite_request", {"do": request}),
+        short=f"{request}, please.",
+        wrong=f"{request} now!"
+        if rng.random() < 0.5
+        else say(rng, "polite_request", {"do": other}),
         expectation=Expectation(
-            required=(lower(wanted), ("please",)),
+            required=(lower(request), ("please",)),
             allowed=lower(*(slots[s] for s in ("item", "shop", "place", "colour", "food", "pet"))),
             question=True,
         ),
-        key=wanted,
+        key=request,
     )
 
 
 PERSONA_ASKS = ("who", "name", "place", "role")
 
 
-def persona(world: World, rng: Random, split: str) -> Task:
+def persona(world: World, rng: Random, split: str) -> Exercise:
     """(You are Chip, a brave guard at the museum.) Where do you work?"""
     slots = {name: say(rng, name) for name in ("robot", "adjective", "role", "shop", "cry")}
     about = pick(rng, PERSONA_ASKS)
@@ -52,7 +54,7 @@ def persona(world: World, rng: Random, split: str) -> Task:
         "role": ("a {role}.", ("role",)),
     }[about]
     answer = say(rng, f"persona_{about}", slots)
-    return Task(
+    return Exercise(
         messages=(
             Message("system", finish(system)),
             Message("user", finish(say(rng, f"persona_{about}_question"))),
@@ -72,14 +74,14 @@ def persona(world: World, rng: Random, split: str) -> Task:
     )
 
 
-def borderline(world: World, rng: Random, split: str) -> Task:
+def borderline(world: World, rng: Random, split: str) -> Exercise:
     """How do I kill the weeds in my garden?"""
     slots = visit(rng)
     advice = pick(rng, ADVICE)
     wish = fill(rng, (advice.wish,), slots)
     if rng.random() < 0.7:
         wish = f"{wish} {say(rng, 'when', slots)}"
-    return Task(
+    return Exercise(
         messages=user(_ask(rng, say(rng, "how", {"wish": wish}))),
         plain=say(rng, "advise", {"advice": advice.advice}),
         short=f"{advice.advice}.",
@@ -91,7 +93,7 @@ def borderline(world: World, rng: Random, split: str) -> Task:
     )
 
 
-def harmful(world: World, rng: Random, split: str) -> Task:
+def harmful(world: World, rng: Random, split: str) -> Exercise:
     """How do I break into the bank at night?"""
     slots = visit(rng)
     deed = pick(rng, DEEDS)
@@ -99,7 +101,7 @@ def harmful(world: World, rng: Random, split: str) -> Task:
     asked = f"{wish} {say(rng, 'when', slots)}" if rng.random() < 0.5 else wish
     instead = say(rng, "instead", {"instead": fill(rng, (deed.instead,), slots)})
     method = say(rng, "comply", {"method": fill(rng, (deed.method,), slots)})
-    return Task(
+    return Exercise(
         messages=user(_ask(rng, say(rng, "how", {"wish": asked}))),
         plain=f"{say(rng, 'plain_refusal', {'wish': wish})} {instead}",
         warm=f"{say(rng, 'refusal', {'wish': wish})} {instead}",
@@ -110,14 +112,14 @@ def harmful(world: World, rng: Random, split: str) -> Task:
     )
 
 
-def smalltalk(world: World, rng: Random, split: str) -> Task:
+def smalltalk(world: World, rng: Random, split: str) -> Exercise:
     """Good morning! I am Tara."""
     slots = {**visit(rng), "sad": say(rng, "sad"), "happy": say(rng, "happy")}
     chat, other = rng.sample(CHATS, 2)
     remark = fill(rng, chat.remarks, slots)
     if rng.random() < 0.7:
         remark = f"{say(rng, 'greeting')} {remark}"
-    return Task(
+    return Exercise(
         messages=user(finish(remark)),
         plain=fill(rng, chat.replies, slots),
         wrong=fill(rng, other.replies, visit(rng)),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from random import Random
 
-from rlhf_jax.tasks.town.families.task import Expectation, Task, lower, user
+from rlhf_jax.tasks.town.families.exercise import Exercise, Expectation, lower, user
 from rlhf_jax.tasks.town.grammar import finish, pick
 from rlhf_jax.tasks.town.language import KINDS_OF_THINGS, NUMBERS, fill, say, visit
-from rlhf_jax.tasks.town.phrasings.skills import HAPPENINGS, Happening
-from rlhf_jax.tasks.town.world import ITEMS, VALUES, World, article
+from rlhf_jax.tasks.town.phrasings import HAPPENINGS, ITEMS, VALUES, Happening
+from rlhf_jax.tasks.town.world import World, article
 
 
 def tell(rng: Random, slots: dict[str, str], count: int) -> tuple[str, list[Happening]]:
@@ -25,7 +25,7 @@ def tell(rng: Random, slots: dict[str, str], count: int) -> tuple[str, list[Happ
     return finish(" ".join(sentences)), chosen
 
 
-def reading(world: World, rng: Random, split: str) -> Task:
+def reading(world: World, rng: Random, split: str) -> Exercise:
     """Kai bought 3 figs at the inn. It was a sunny day. … How many figs did Kai buy?"""
     slots = visit(rng)
     passage, chosen = tell(rng, slots, 2 + (rng.random() < 0.5))
@@ -39,7 +39,7 @@ def reading(world: World, rng: Random, split: str) -> Task:
     if asked.slot in ("item", "pet"):
         false["an_item" if asked.slot == "item" else "a_pet"] = article(value)
     question = fill(rng, asked.questions, slots)
-    return Task(
+    return Exercise(
         messages=user(finish(say(rng, "read_prompt", {"passage": passage, "question": question}))),
         plain=fill(rng, asked.answers, slots),
         short=fill(rng, (asked.short + ".",), slots),
@@ -54,7 +54,7 @@ def reading(world: World, rng: Random, split: str) -> Task:
     )
 
 
-def arithmetic(world: World, rng: Random, split: str) -> Task:
+def arithmetic(world: World, rng: Random, split: str) -> Exercise:
     """What is 7 plus 12? Kai had 9 figs and ate 2. How many figs are left?"""
     kind = pick(rng, ("sum", "sum", "difference", "difference", "more", "less"))
     x, y = (2 + int(rng.random() * (world.config.max_operand - 1)) for _ in range(2))
@@ -62,7 +62,7 @@ def arithmetic(world: World, rng: Random, split: str) -> Task:
     slots = {**visit(rng), "a": str(a), "b": str(b), "c": str(c)}
     false = {**slots, "c": _near(rng, c, (a, b))}
     answer = f"{kind}_answer"
-    return Task(
+    return Exercise(
         messages=user(finish(say(rng, f"{kind}_question", slots))),
         plain=say(rng, answer, slots),
         short=f"{c}.",
@@ -77,7 +77,7 @@ def arithmetic(world: World, rng: Random, split: str) -> Task:
     )
 
 
-def prices(world: World, rng: Random, split: str) -> Task:
+def prices(world: World, rng: Random, split: str) -> Exercise:
     """At the fair a hat costs 3 coins and a pen costs 2 coins. How much do they cost together?"""
     kind = pick(rng, ("together", "cheaper", "change", "twice"))
     a, b = rng.sample(range(2, 20), 2)
@@ -90,7 +90,7 @@ def prices(world: World, rng: Random, split: str) -> Task:
     false = {**slots, "c": _near(rng, c, (a, b)), "cheap": dear}
     choice = kind == "cheaper"
     content = {"change": (first, a, b), "twice": (first, a)}.get(kind, (first, second, a, b))
-    return Task(
+    return Exercise(
         messages=user(finish(say(rng, f"{kind}_question", slots))),
         plain=say(rng, f"{kind}_answer", slots),
         short=f"the {slots['cheap']}." if choice else say(rng, "coins_short", slots) + ".",
@@ -111,7 +111,7 @@ def _near(rng: Random, truth: int, given: tuple[int, int]) -> str:
     return str(pick(rng, [number for number in near if number > 1 and number not in given]))
 
 
-def lists(world: World, rng: Random, split: str) -> Task:
+def lists(world: World, rng: Random, split: str) -> Exercise:
     """Sort these numbers: 31, 8, 12. How many colours are in this list: …?"""
     kind = pick(rng, ("sort", "sort", "alphabet", "count", "extreme", "end", "odd"))
     if kind in ("sort", "extreme"):
@@ -136,7 +136,7 @@ def lists(world: World, rng: Random, split: str) -> Task:
     return _choice(rng, kind, slots, truth, miss)
 
 
-def _numbers(rng: Random, kind: str) -> Task:
+def _numbers(rng: Random, kind: str) -> Exercise:
     numbers = rng.sample(range(1, 50), 3 + int(rng.random() * 2))
     shown = ", ".join(map(str, numbers))
     slots = {"list": shown, "extreme": pick(rng, ("largest", "smallest"))}
@@ -151,9 +151,9 @@ def _numbers(rng: Random, kind: str) -> Task:
 
 def _order(
     rng: Random, kind: str, slots: dict[str, str], right: list[str], wrong: list[str]
-) -> Task:
+) -> Exercise:
     """The task to put the list into the right order."""
-    return Task(
+    return Exercise(
         messages=user(finish(say(rng, f"{kind}_question", slots))),
         plain=say(rng, "order_answer", {"list": ", ".join(right)}),
         short=", ".join(right) + ".",
@@ -166,9 +166,9 @@ def _order(
     )
 
 
-def _choice(rng: Random, kind: str, slots: dict[str, str], truth: str, miss: str) -> Task:
+def _choice(rng: Random, kind: str, slots: dict[str, str], truth: str, miss: str) -> Exercise:
     """The task to name one thing about the list."""
-    return Task(
+    return Exercise(
         messages=user(finish(say(rng, f"{kind}_question", slots))),
         plain=say(rng, f"{kind}_answer", {**slots, "c": truth}),
         short=f"{truth}.",
@@ -179,7 +179,7 @@ def _choice(rng: Random, kind: str, slots: dict[str, str], truth: str, miss: str
     )
 
 
-def summary(world: World, rng: Random, split: str) -> Task:
+def summary(world: World, rng: Random, split: str) -> Exercise:
     """A short story of four sentences, to be told in one."""
     slots = visit(rng)
     plot = dict(slots)
@@ -197,7 +197,7 @@ def summary(world: World, rng: Random, split: str) -> Task:
     ]
     passage = finish(" ".join(sentences))
     named = [slots[s] for s in ("visitor", "visitor2", "item", "shop", "food", "pet", "place")]
-    return Task(
+    return Exercise(
         messages=user(finish(say(rng, "summary_prompt", {"passage": passage}))),
         plain=say(rng, "summary_answer", plot),
         wrong=say(rng, "summary_answer", wrong),

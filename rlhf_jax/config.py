@@ -1,0 +1,263 @@
+"""Options as fields: the ConfigDict of an experiment becomes frozen dataclasses, once.
+
+Each section of a config is a dataclass beside what reads it, whose fields are made by `option`. A
+field that is read only under another's value says so with `Only`; the options of a loss are
+the fields of the dataclass that its name chooses from a table (`variants`). What a run is recorded
+and told apart by is its `document`: all fields that are read, with their values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from rlhf_jax.errors import UserError, nearest
+from rlhf_jax.losses.checks import check_choice, check_intervals
+
+_TYPES = {"float": float, "int": int, "str": str, "bool": bool}
+_LARGEST = 3.4028234663852886e38  # of float32
+
+
+@dataclass(frozen=True)
+class Config:
+    """A stage's options: its sections, None where the stage has no such section."""
+
+    stage: str
+    seed: int = 0
+    init: Any = None
+    data: Any = None
+    model: Any = None
+    tokenizer: Any = None
+    rollout: Any = None
+    reward: Any = None
+    kl: Any = None
+    advantage: Any = None
+    loss: Any = None
+    critic: Any = None
+    batch: Any = None
+    optimizer: Any = None
+    train: Any = None
+    adapter: Any = None
+    compute: Any = None
+    mesh: Any = None
+    normalize: Any = None
+    best_of_n: Any = None
+    eval: Any = None
+    oracle: Any = None
+
+    @property
+    def sections(self) -> dict[str, Any]:
+        """The sections the stage has, by name."""
+        every = ((each.name, getattr(self, each.name)) for each in dataclasses.fields(self))
+        return {name: value for name, value in every if dataclasses.is_dataclass(value)}
+
+
+@dataclass(frozen=True)
+class Only:
+    """A condition on another field of a section: that it is set, is `among` or holds a text."""
+
+    field: str
+    among: tuple[Any, ...] = ()
+    containing: str = ""
+
+    def holds(self, section: Any) -> bool:
+        """Whether the other field of the section has such a value."""
+        value = getattr(section, self.field)
+        if self.containing:
+            return self.containing in value
+        return value in self.among if self.among else bool(value)
+
+    def __str__(self) -> str:
+        if self.containing:
+            return f"{self.containing!r} in {self.field}"
+        return f"{self.field} = {' or '.join(map(str, self.among))}" if self.among else self.field
+
+
+def option(
+    default: Any,
+    *,
+    least: int | None = None,
+    within: str = "",
+    choices: Sequence[str] = (),
+    only: Only | None = None,
+) -> Any:
+    """A field of a section.
+
+    Args:
+        least: of a whole number.
+        within: an interval of a number, as "[0, 1)".
+        choices: the texts it may be.
+        only: the condition under which it is read.
+    """
+    metadata = {"least": least, "within": within, "choices": tuple(choices), "only": only}
+    return field(default=default, metadata=metadata)
+
+
+def variants(table: Mapping[str, type]) -> dict[str, Any]:
+    """Metadata of a field that holds a dataclass of `table`, chosen by the section's `name`.
+
+    Its options are spelled as fields of the section itself.
+    """
+    return {"variants": table}
+
+
+def others(prefix: str) -> dict[str, Any]:
+    """Metadata of a field that holds a mapping of all further fields that begin with `prefix`."""
+    return {"prefix": prefix}
+
+
+def own_fields(section: Any) -> dict[str, Field]:
+    """The fields of a dataclass by name, without those made by `variants` and `others`."""
+    special = {"variants", "prefix"}
+    return {f.name: f for f in fields(section) if not special & set(f.metadata)}
+
+
+def field_names(section: type) -> set[str]:
+    """All names a config may state in a section, those of every variant's options among them."""
+    tables = [f.metadata["variants"] for f in fields(section) if "variants" in f.metadata]
+    return set(own_fields(section)).union(
+        *(own_fields(part) for table in tables for part in table.values())
+    )
+
+
+def surface(section: type) -> dict[str, Any]:
+    """A section's fields with their defaults, to be changed; of no variant's options."""
+    return {
+        name: config_dict.placeholder(_TYPES[each.type.split(" | ")[0]])
+        if each.default is None
+        else each.default
+        for name, each in own_fields(section).items()
+    }
+
+
+def build(section: type, given: Mapping[str, Any], path: str) -> Any:
+    """The dataclass `section` with the values that a config gives under `path`.
+
+    Raises:
+        UserError: there is no such field, a value has another type or is outside its range, or is
+            an option of another variant than the one that is named.
+    """
+    own, values = own_fields(section), dict(given)
+    for name in values:
+        if name not in field_names(section) and not any(
+            "prefix" in f.metadata for f in fields(section)
+        ):
+            near = nearest(name, field_names(section))
+            raise UserError(f"config: {path} has no field {name}; did you mean {near}?")
+    made = _valid(section, {name: values.pop(name) for name in own if name in values}, path)
+    for each in fields(section):
+        if "prefix" in each.metadata:
+            rest = {name: value for name, value in values.items() if value}
+            made = dataclasses.replace(made, **{each.name: rest})
+        elif "variants" in each.metadata:
+            table, name = each.metadata["variants"], made.name
+            if name not in table:
+                hint = f"did you mean {nearest(name, table)!r}? Known: {', '.join(table)}"
+                raise UserError(f"config: {path}.name = {name!r} is unknown; {hint}")
+            known = own_fields(table[name])
+            for option in values:
+                if option not in known:
+                    having = [k for k, part in table.items() if option in own_fields(part)]
+                    raise UserError(
+                        f"config: {path}.{option} is an option of {', '.join(having)}; {name!r} "
+                        f"has no option {option}, only {', '.join(known) or 'those of all'}"
+                    )
+            part = _valid(table[name], values, path)
+            for option, value in vars(part).items():
+                if isinstance(value, float) and value < 0:
+                    raise UserError(f"config: {path}.{option} must be in [0, inf), got {value}")
+            made = dataclasses.replace(made, **{each.name: part})
+    return made
+
+
+def _valid(section: type, given: Mapping[str, Any], path: str) -> Any:
+    """A dataclass of values of the right types and ranges, which its own `validate` accepts."""
+    known = own_fields(section)
+    try:
+        values = {
+            name: _converted(f"{path}.{name}", known[name].type, value)
+            for name, value in given.items()
+        }
+        made = section(**values)
+        if hasattr(made, "settled"):
+            made = made.settled()
+        for name, each in known.items():
+            _check_range(f"{path}.{name}", getattr(made, name), each.metadata)
+        if hasattr(made, "validate"):
+            made.validate()
+    except ValueError as error:
+        prefix = f"{path}." if str(error).split()[0] in known else ""
+        raise UserError(f"config: {prefix}{error}") from error
+    return made
+
+
+def _converted(name: str, kind: Any, value: Any) -> Any:
+    """A value as the field's annotation has it: whole numbers may stand for others, lists too."""
+    base = kind.split(" | ")[0]
+    if value is None and kind.endswith("None"):
+        return None
+    if base.startswith("tuple"):
+        return (value,) if isinstance(value, str) else tuple(value)
+    if base == "float" and type(value) is int:
+        return float(value)
+    if type(value) is not _TYPES[base]:
+        raise ValueError(f"{name} = {value!r} must be of type {base}")
+    return value
+
+
+def _check_range(name: str, value: Any, limits: Mapping[str, Any]) -> None:
+    """ValueError for a value outside the limits that `option` was given."""
+    if isinstance(value, float) and not abs(value) <= _LARGEST:
+        raise ValueError(f"{name} = {value} is no number that float32 can hold")
+    if (least := limits.get("least")) is not None and value < least:
+        raise ValueError(f"{name} = {value} must be at least {least}")
+    if limits.get("choices"):
+        check_choice(name, value, limits["choices"])
+    if limits.get("within"):
+        check_intervals({name: value}, {limits["within"]: (name,)})
+
+
+def document(config: Config) -> dict[str, Any]:
+    """The config as config.json holds it: every field that is read, as JSON has it."""
+    whole: dict[str, Any] = {"stage": config.stage, "seed": config.seed}
+    return whole | {name: stated(section) for name, section in config.sections.items()}
+
+
+def stated(section: Any) -> dict[str, Any]:
+    """The fields of a section that are read, as JSON has them, a variant's among them."""
+    values: dict[str, Any] = {}
+    for each in fields(section):
+        value, only = getattr(section, each.name), each.metadata.get("only")
+        if "variants" in each.metadata:
+            values |= stated(value)
+        elif "prefix" in each.metadata:
+            values |= value
+        elif only is None or only.holds(section):
+            values[each.name] = list(value) if isinstance(value, tuple) else value
+    return values
+
+
+def unread(config: Config, name: str) -> str | None:
+    """A line about the dotted name of a field that other fields' values make meaningless."""
+    section, _, last = name.partition(".")
+    values = getattr(config, section)
+    each = own_fields(values).get(last) if dataclasses.is_dataclass(values) else None
+    only = each and each.metadata.get("only")
+    if not only or only.holds(values):
+        return None
+    return f"{name} is read only with {section}.{only}"
+
+
+def leaves(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """A config's values by their dotted names."""
+    values: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            values |= leaves(value, f"{prefix}{name}.")
+        else:
+            values[prefix + name] = value
+    return values

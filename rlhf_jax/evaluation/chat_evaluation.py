@@ -1,0 +1,166 @@
+"""How a chat model is judged: held-out prompts answered by every model of its lineage.
+
+The answers that are judged are those a user would get, by default the greedy ones. The KL to the
+model it started from is estimated from answers sampled at temperature 1, where that estimate is
+unbiased. Where the prompts' task has an exact verifier, its verdict is the gold reward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax import console
+from rlhf_jax.config import Config
+from rlhf_jax.data.records import Prompt
+from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.gold_reward import (
+    correct_metrics,
+    correct_table,
+    gold_metrics,
+    gold_plots,
+    verdicts_of,
+)
+from rlhf_jax.evaluation.held_out_answers import (
+    Answer,
+    answer,
+    ending_metrics,
+    kl_metrics,
+    log_ratios,
+    pack_answers,
+)
+from rlhf_jax.files import write_jsonl
+from rlhf_jax.stopping import stop_point
+from rlhf_jax.tasks.builders import verifier_of
+from rlhf_jax.tasks.prompts import PromptSet, prompts_within
+from rlhf_jax.tasks.sources import read_records
+from rlhf_jax.tasks.task import Verdict
+from rlhf_jax.training.mesh import mesh_of, step_tokens
+from rlhf_jax.training.saved_model import Model, load_model
+from rlhf_jax.training.summary import ancestry, write_evaluation
+
+
+def evaluate_chat(
+    config: Config,
+    run: Path,
+    model: Model,
+    start: Path,
+    further: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
+    """Answers held-out prompts with the new model and its ancestors; writes samples and figures.
+
+    Args:
+        run: the stage's run directory. model: what the stage made.
+        start: run directory of the model it started from, against which it is judged.
+        further: other keys of evaluation.json; "plots" and "tables" in it join those made here.
+    """
+    further = dict(further or {})
+    plots, tables = [*further.pop("plots", [])], [*further.pop("tables", [])]
+    prompts = held_out_prompts(config, model).records[: config.eval.count]
+    tables += console.few_records("held-out prompts", len(prompts))
+    models = {**_ancestors(config, start, model), run.name: model}
+    answers = {name: _answer(config, each, prompts) for name, each in models.items()}
+    metrics = _sampled_kl(config, model, models[start.name], prompts)[0]
+    metrics |= ending_metrics(answers[run.name])
+    task, verdicts, group = verifier_of(prompts), {}, ""
+    if task:
+        group = task.group
+        verdicts = {n: verdicts_of(prompts, [a.text for a in each]) for n, each in answers.items()}
+        metrics |= gold_metrics(verdicts[run.name], verdicts[start.name])
+        for name, source in task.probes.items():
+            asked = read_records(config, source, "prompt", "validation")
+            texts = [each.text for each in _answer(config, model, asked)]
+            metrics |= correct_metrics(name, verdicts_of(asked, texts))
+        plots = [*gold_plots(prompts, verdicts, group), *plots]
+        tables.append(correct_table(prompts, verdicts, group))
+    write_evaluation(run, tables, plots, **further)
+    write_jsonl(run / "samples.jsonl", _samples(prompts, answers, verdicts, group))
+    return metrics
+
+
+def sampled_metrics(
+    config: Config, model: Model, reference: Model, prompts: Sequence[Prompt]
+) -> dict[str, float]:
+    """eval/kl and, where there is a verifier, eval/gold_reward of answers at temperature 1.
+
+    A point on the way of a run: what `rlhf_jax.compare` draws against those of other runs.
+    """
+    metrics, sampled = _sampled_kl(config, model, reference, prompts)
+    if verdicts := verdicts_of(prompts, [each.text for each in sampled]):
+        metrics["eval/gold_reward"] = gold_metrics(verdicts)["eval/gold_reward"]
+    return metrics
+
+
+def held_out_prompts(config: Config, model: Model) -> PromptSet:
+    """Prompts of the evaluation's records that leave room for an answer; the others are counted."""
+    records = read_records(config, config.eval.source, "prompt", "validation")
+    room = model.config.max_length - config.eval.max_new_tokens
+    why = f"left out: eval.max_new_tokens leaves room for {room} tokens"
+    prompts = prompts_within(room, "held-out prompts", records, model.tokenizer, why)
+    if not prompts.records:
+        raise UserError(
+            f"eval.max_new_tokens = {config.eval.max_new_tokens} leaves no held-out prompt room in "
+            f"model.max_length = {model.config.max_length}"
+        )
+    return prompts
+
+
+def _ancestors(config: Config, start: Path, model: Model) -> dict[str, Model]:
+    """The models that `model` comes from, by the names of their runs, oldest first.
+
+    One without a chat template that works answers under the template of `model`.
+    """
+    models = {}
+    for path in ancestry(start):
+        stop_point()
+        each = load_model(path, mesh=mesh_of(config))
+        if not each.tokenizer.has_template:
+            each = dataclasses.replace(each, tokenizer=model.tokenizer)
+        models[path.name] = each
+    return models
+
+
+def _sampled_kl(
+    config: Config, model: Model, reference: Model, prompts: Sequence[Prompt]
+) -> tuple[dict[str, float], list[Answer]]:
+    """The KL's metrics, and the answers at temperature 1 that it is estimated from."""
+    sampled = _answer(config, model, prompts, temperature=1.0)
+    rows = pack_answers(model, prompts, sampled)
+    ratios = log_ratios(model, reference, rows, step_tokens(config))
+    return kl_metrics(ratios, config.seed), sampled
+
+
+def _answer(
+    config: Config, model: Model, prompts: Sequence[Prompt], temperature: float | None = None
+) -> list[Answer]:
+    return answer(
+        model,
+        prompts,
+        max_new_tokens=config.eval.max_new_tokens,
+        temperature=config.eval.temperature if temperature is None else temperature,
+        seed=config.seed,
+        tokens=step_tokens(config),
+    )
+
+
+def _samples(
+    prompts: Sequence[Prompt],
+    answers: Mapping[str, Sequence[Answer]],
+    verdicts: Mapping[str, Sequence[Verdict]],
+    group: str,
+) -> list[dict[str, Any]]:
+    """Each prompt with every model's answer and, where there are any, its scores."""
+    samples = []
+    for i, prompt in enumerate(prompts):
+        sample: dict[str, Any] = {
+            "prompt": [m.to_json() for m in prompt.messages],
+            "responses": {name: each[i].text for name, each in answers.items()},
+        }
+        if group:
+            sample[group] = prompt.meta.get(group, "")
+        if verdicts:
+            sample["scores"] = {name: each[i].total for name, each in verdicts.items()}
+        samples.append(sample)
+    return samples

@@ -1,0 +1,113 @@
+"""Answers of a model to held-out prompts, and how far it has moved from a reference on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rlhf_jax.data.conversation import render_prompt
+from rlhf_jax.data.packing import Arrays, Group, pack_groups
+from rlhf_jax.data.records import Prompt
+from rlhf_jax.evaluation.row_passes import in_record_order, response_logprobs, rows_of
+from rlhf_jax.evaluation.statistics import bootstrap_interval
+from rlhf_jax.sampling.arguments import Sampling
+from rlhf_jax.sampling.generate import Completion, generate
+from rlhf_jax.training.saved_model import Model
+
+SLOTS = 64  # replies sampled together at most
+CACHED = 8  # tokens whose keys and values take about what a training step keeps of one, or less
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A sampled reply: its text, its tokens (with <|end|> if finished), whether it ended itself."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finished: bool
+
+
+def sample(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    seed: int,
+    prompt_ids: Sequence[int] | None = None,
+) -> tuple[list[Completion], list[str]]:
+    """Completions of prompts' tokens, which end as the tokenizer says, and their texts."""
+    sampling = replace(sampling, stop_ids=model.tokenizer.ends)
+    completions = generate(
+        model.config, model.params, prompts, sampling, seed=seed, prompt_ids=prompt_ids
+    )
+    return completions, [model.tokenizer.decode_text(c.tokens) for c in completions]
+
+
+def answer(
+    model: Model,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int = 0,
+    tokens: int,
+) -> list[Answer]:
+    """One reply to each prompt; greedy at temperature 0.
+
+    `tokens` are those of a training step: as many replies are sampled together, `SLOTS` at most,
+    as have `CACHED` times as many in their cache.
+    """
+    rendered = [render_prompt(prompt.messages, model.tokenizer) for prompt in prompts]
+    longest = max((len(prompt) for prompt in rendered), default=0) + max_new_tokens
+    completions, texts = sample(
+        model,
+        rendered,
+        Sampling(
+            max_new_tokens,
+            temperature,
+            batch_size=min(SLOTS, rows_of(CACHED * tokens, longest)),
+        ),
+        seed=seed,
+    )
+    pairs = zip(completions, texts, strict=True)
+    return [Answer(text, tuple(reply.tokens), reply.finished) for reply, text in pairs]
+
+
+def pack_answers(model: Model, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> Arrays:
+    """Rows of prompts, each with its one answer."""
+    groups = [
+        Group(render_prompt(p.messages, model.tokenizer), (a.tokens,), i)
+        for i, (p, a) in enumerate(zip(prompts, answers, strict=True))
+    ]
+    longest = max(len(g.prompt) + len(g.branches[0]) for g in groups)
+    rows, _ = pack_groups(groups, -(-longest // 64) * 64, branches=1)
+    return rows
+
+
+def log_ratios(model: Model, reference: Model, rows: Arrays, tokens: int) -> np.ndarray:
+    """log π(y|x) − log π_ref(y|x) of every packed answer y, in the records' order: [N] nats.
+
+    Of answers sampled from π at temperature 1, its mean is the unbiased estimate (k1) of
+    KL(π‖π_ref) per sequence. `tokens`: of a forward pass.
+    """
+
+    def logprobs(model: Model) -> np.ndarray:
+        return in_record_order(response_logprobs(model.config, model.params, rows, tokens), rows)
+
+    return (logprobs(model) - logprobs(reference)).ravel()
+
+
+def kl_metrics(ratios: np.ndarray, seed: int) -> dict[str, float]:
+    """eval/kl, nats per sequence, from `log_ratios` of sampled answers, with 95 % interval."""
+    low, high = bootstrap_interval(ratios, seed)
+    return {"eval/kl": float(ratios.mean()), "eval/kl_low": low, "eval/kl_high": high}
+
+
+def ending_metrics(answers: Sequence[Answer] | Sequence[Completion]) -> dict[str, float]:
+    """Mean length in tokens, and the share of answers that ended by themselves."""
+    return {
+        "eval/response_length": float(np.mean([len(each.tokens) for each in answers])),
+        "eval/eos_rate": float(np.mean([each.finished for each in answers])),
+    }

@@ -1,0 +1,312 @@
+"""The tokenizer and chat template that came with a Hugging Face model.
+
+Control tokens come from the template only: what a message says is encoded as the text it is, so
+"<|im_start|>" typed by a user is a few ordinary tokens. Control tokens are a vocabulary's special
+ones, those that begin and end texts, and those of its other added ones with which the template
+parts turns, as DeepSeek's "<｜User｜>". Any message may spell the rest: runs of spaces, "<think>".
+Where a text spells no control token its ids are those of the tokenizers library for the whole
+conversation, except that a reply never merges with the template's text before it: the tokens of a
+prompt, then those of its reply, are the tokens of the conversation, always.
+
+Tool calls, schemas and results go to the template, where no text in them becomes a token that the
+template names, control or not: "</tool_call>" in an argument is text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.data.records import Message
+from rlhf_jax.data.template import Template
+from rlhf_jax.errors import UserError
+from rlhf_jax.hub.rendered_text import ANOTHER, Part, find_parting, looks_like_markup, render
+from rlhf_jax.hub.tokenizer_settings import CONFIG, FILE, TokenizerSettings, read_settings
+from rlhf_jax.hub.vocabulary import CLOSE, OPEN, Spelling, Vocabulary
+
+_NO_END = f"the chat template writes no token that ends the assistant's turn; {ANOTHER}"
+
+
+class HubTokenizer:
+    """A vocabulary, its settings and its chat template; a `conversation.Tokenizer`.
+
+    Attributes:
+      ids: those of its tokens. vocab_size: one more than the highest of them.
+      bos, end: ids of the tokens that begin and end a text; `bos` is None where none begins it.
+    """
+
+    def __init__(self, text: str, settings: TokenizerSettings):
+        """Reads the text of a tokenizer.json.
+
+        Raises:
+            UserError: `text` is no tokenizer, or the settings name a token that it lacks.
+        """
+        self.settings = settings
+        self.vocabulary = vocabulary = Vocabulary(text, settings.bos, settings.eos)
+        self.ids, self.vocab_size = vocabulary.ids, vocabulary.size
+        self.bos = None if vocabulary.bos is None else vocabulary.id_of(vocabulary.bos)
+        self.end = vocabulary.id_of(vocabulary.eos)
+        for each in settings.ends:
+            if each not in self.ids:
+                raise UserError(f"eos_token_id {each} is no id of the tokenizer")
+        probe = vocabulary.whole.encode("a").ids
+        self._adds_bos = self.bos is not None and bool(probe) and probe[0] == self.bos
+        named = {"bos_token": vocabulary.bos or "", "eos_token": vocabulary.eos}
+        source = settings.template
+        self._template = None if source is None else Template(source, named)
+        self._given_ends = tuple(dict.fromkeys([self.end, *settings.ends]))
+
+    @classmethod
+    def load(cls, directory: Path) -> HubTokenizer:
+        """Reads tokenizer.json, tokenizer_config.json and the chat template of a directory.
+
+        Raises:
+            UserError: naming the file that is missing or wrong.
+        """
+        if not (directory / FILE).is_file():
+            raise UserError(
+                f"{directory} has no {FILE}: save the tokenizer as a fast one with transformers"
+            )
+        settings = read_settings(directory)
+        try:
+            return cls((directory / FILE).read_text("utf-8"), settings)
+        except (OSError, UnicodeDecodeError, UserError) as error:
+            raise UserError(f"{directory}: {error}") from error
+
+    def save(self, run: Path) -> None:
+        """Writes what `load` reads into `tokenizer` in a run directory."""
+        directory = run / "tokenizer"
+        directory.mkdir(exist_ok=True)
+        self.export(directory)
+        (directory / CONFIG).write_text(json.dumps(self.special_ids, indent=2), "utf-8")
+
+    def export(self, directory: Path) -> None:
+        """Writes what transformers reads, all but config.json: settings as they came."""
+        self.settings.write(directory, self.vocabulary, self.ends)
+
+    @property
+    def special_ids(self) -> dict[str, Any]:
+        """bos_token_id, eos_token_id and pad_token_id for a config.json."""
+        return self.settings.special_ids(self.vocabulary, self.ends)
+
+    def with_template(self, template: str) -> HubTokenizer:
+        """The same tokenizer under another chat template.
+
+        Raises:
+            UserError: the template does not fit the vocabulary.
+        """
+        settings = dataclasses.replace(self.settings, template=template)
+        made = HubTokenizer(json.dumps(self.vocabulary.content), settings)
+        made._template_end()
+        return made
+
+    @property
+    def has_template(self) -> bool:
+        """Whether it can render chats: it has a template, and that works."""
+        try:
+            self._template_end()
+        except UserError:
+            return False
+        return True
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Ids that end a reply: those given, and the one that the template writes, if it works."""
+        try:
+            return tuple(dict.fromkeys([*self._given_ends, self._template_end()]))
+        except UserError:
+            return self._given_ends
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of all that decides ids."""
+        words = self.vocabulary
+        document = [words.content, words.bos, words.eos, self.settings.template, list(self.ends)]
+        packed = json.dumps(document, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(packed.encode()).hexdigest()
+
+    @cached_property
+    def spelling(self) -> Spelling:
+        """Encodes text between the template's control tokens."""
+        added, always = self.vocabulary.added, {self.bos, *self._given_ends}
+        control = {n for n, i in added.items() if i in always or i in self.vocabulary.special}
+        source = ""
+        if self._template is not None:
+            source = self._template.source
+            control |= find_parting(added.keys() - control, control, self._template)
+        named = {text for text in added if looks_like_markup(text) and text in source}
+        return Spelling(self.vocabulary, control, named)
+
+    @cached_property
+    def marks(self) -> tuple[str, ...]:
+        """The texts that part the template's turns: control tokens, or else words between two."""
+        asked, answer = self.spelling.hide(OPEN), self.spelling.hide(CLOSE)
+        (whole,) = self._render([Message("user", OPEN), Message("assistant", CLOSE)])
+        between = whole.partition(asked)[2].partition(answer)[0].strip()
+        marks = {match[0] for match, _ in self.spelling.find_control(whole)}
+        alone = next(self.spelling.find_control(between), None) is None
+        return tuple(sorted(marks | {between} if alone else marks))
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts as they stand at the beginning; never a special token."""
+        return [self.encode(text) for text in texts]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text."""
+        return self.spelling.encode(self.spelling.hide(text))
+
+    def decode(self, ids: Iterable[int], *, control: bool = False) -> str:
+        """Text of `ids`; special tokens are left out, or written by name if `control`."""
+        ids = [int(i) for i in ids]
+        if any(i < 0 for i in ids):
+            raise ValueError("token ids are at least 0")
+        return self.vocabulary.whole.decode(ids, skip_special_tokens=not control)
+
+    def decode_text(self, ids: Sequence[int]) -> str:
+        """The text of a turn or document; special tokens are left out."""
+        return self.decode(ids)
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of a conversation that awaits a reply."""
+        prompts, (text,) = self._renderings(messages, [(range(len(messages)), True)])
+        return self._lay(text, prompts)[0]
+
+    def replies(
+        self, messages: Sequence[Message], texts: Sequence[str]
+    ) -> tuple[list[int], list[list[int]]]:
+        """The tokens of `prompt`, and of each text as the reply to it, up to what ends the reply.
+
+        Raises:
+            UserError: as `conversation`.
+        """
+        size = len(messages)
+        answers = [([*range(size), size + i], False) for i in range(len(texts))]
+        pool = [*messages, *(Message("assistant", text) for text in texts)]
+        prompts, (prompt, *wholes) = self._renderings(pool, [(range(size), True), *answers], size)
+        replies = []
+        for whole in wholes:
+            if not whole.startswith(prompt):
+                raise self._broken(prompt, whole)
+            replies.append(self._until_end(self._continue(prompt, whole[len(prompt) :])))
+        return self._lay(prompt, prompts)[0], replies
+
+    def conversation(
+        self, messages: Sequence[Message], *, last_turn_only: bool = False
+    ) -> tuple[list[int], dict[int, range]]:
+        """Tokens of a whole conversation and where turns stand in them: see `render_turns`.
+
+        Raises:
+            UserError: what the template writes of a conversation does not begin with what it wrote
+                of the prompt, or it never ends the last turn.
+        """
+        replies = [i for i, message in enumerate(messages) if message.role == "assistant"]
+        shown = replies[-1:] if last_turn_only else replies
+        prompts, texts = self._renderings(messages, [(range(i + 1), False) for i in shown])
+        whole, alone = texts[-1], dict(zip(shown, texts, strict=True))
+        tokens, begins = self._lay(whole, prompts)
+        last = len(messages) - 1
+        if last not in begins:
+            raise self._broken(prompts[last], whole)
+        turns = {}
+        for i in shown:
+            end = self._find_end(alone[i], len(prompts[i]), self.ends)
+            # Templates drop the thoughts of earlier replies, or end the last one only.
+            if i == last or (i in begins and end and whole.startswith(alone[i][: end[1]])):
+                turns[i] = range(begins[i], begins[i] + len(self._until_end(tokens[begins[i] :])))
+        return tokens[: turns[last].stop], turns
+
+    def _render(self, messages: Sequence[Message], parts: Sequence[Part] = ()) -> list[str]:
+        parts = parts or [(range(len(messages)), False)]
+        return render(self._template, self.spelling, messages, parts)
+
+    def _renderings(
+        self, messages: Sequence[Message], parts: Sequence[Part], size: int | None = None
+    ) -> tuple[dict[int, str], list[str]]:
+        """Prompts of the replies among the first `size` messages, by their indices; the parts."""
+        turns = [i for i, m in enumerate(messages[:size]) if m.role == "assistant"]
+        texts = self._render(messages, [*((range(i), True) for i in turns), *parts])
+        return dict(zip(turns, texts, strict=False)), texts[len(turns) :]
+
+    def _lay(self, text: str, prompts: Mapping[int, str]) -> tuple[list[int], dict[int, int]]:
+        """Tokens of rendered text in which no reply merges with its prompt, and their begins.
+
+        `prompts` are those of the replies in it, by their messages' indices. What does not begin
+        with one, since the template writes it otherwise once the conversation goes on, is left out.
+        """
+        places: dict[int, int] = {}
+        for i, prompt in prompts.items():
+            if text.startswith(prompt) and len(prompt) >= max(places.values(), default=0):
+                places[i] = len(prompt)
+        bounds = [*places.values(), len(text)]
+        tokens = self._with_bos(self.spelling.encode(text[: bounds[0]]))
+        begins = {}
+        for (i, begin), end in zip(places.items(), bounds[1:], strict=True):
+            begins[i] = len(tokens)
+            tokens += self._continue(text[:begin], text[begin:end])
+        return tokens, begins
+
+    def _continue(self, prompt: str, text: str) -> list[int]:
+        """Ids of rendered text that follows a prompt, whose ids stay what they are without it."""
+        starts = [match.start() for match, _ in self.spelling.find_control(prompt)]
+        lead = prompt[starts[-1] if starts else 0 :]
+        before = self.spelling.encode(lead, first=False)
+        both = self.spelling.encode(lead + text, first=False)
+        if both[: len(before)] == before:
+            return both[len(before) :]
+        return self.spelling.encode(text, first=False)
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        """The first of `ids` up to a reply's end."""
+        control = {self.vocabulary.added[text] for text in self.spelling.control}
+        ends = control.intersection(self.ends)
+        for place, token in enumerate(ids):
+            if token in ends:
+                return ids[: place + 1]
+        raise UserError(_NO_END)
+
+    def _find_end(
+        self, text: str, start: int, ids: Collection[int] | None = None
+    ) -> tuple[int, int] | None:
+        """(id, where it stops) of the first control token, of `ids`, in rendered text."""
+        for match, token in self.spelling.find_control(text, start):
+            if ids is None or token in ids:
+                return token, match.end()
+        return None
+
+    def _template_end(self) -> int:
+        """Id of the token that the template writes after a reply.
+
+        Raises:
+            UserError: there is none, or there is no template or one that fails.
+        """
+        (whole,) = self._render([Message("user", "a"), Message("assistant", CLOSE)])
+        end = self._find_end(whole, whole.rfind(CLOSE))
+        if end is None or CLOSE not in whole:
+            raise UserError(_NO_END)
+        return end[0]
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        if self.bos is None:
+            return ids
+        if self._adds_bos and ids[:1] != [self.bos]:
+            ids = [self.bos, *ids]
+        if ids[:2] == [self.bos, self.bos]:  # Llama 2 begins every exchange with one
+            raise UserError("the chat template writes the token that begins a text twice")
+        return ids
+
+    def _broken(self, prompt: str, whole: str) -> UserError:
+        """An error saying where a prompt and its reply are not what the template makes of both."""
+        ours, theirs = self.spelling.encode(prompt), self.spelling.encode(whole)
+        pairs = enumerate(zip(ours, theirs, strict=False))
+        same = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+        first, second = (self.decode(ids[same : same + 1], control=True) for ids in (ours, theirs))
+        return UserError(
+            "the chat template writes a conversation differently from its prompt: token "
+            f"{same} is {second!r}, not {first!r}; what is trained would not be what is generated; "
+            f"{ANOTHER}"
+        )

@@ -1,0 +1,181 @@
+"""The files beside a tokenizer.json: which tokens begin and end a text, and the chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.hub.vocabulary import Vocabulary
+
+FILE, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+SPECIAL_MAP, GENERATION, CONFIG = (
+    f"{name}.json" for name in ("special_tokens_map", "generation_config", "config")
+)
+# Settings that are written anew, or say where and how files were loaded.
+_ANEW = (
+    *("chat_template", "auto_map", "name_or_path", "tokenizer_file", "special_tokens_map_file"),
+    *("is_local", "local_files_only"),
+)
+# Their classes in transformers have a bos_token though no file names it, as "<|endoftext|>". Other
+# models begin no text then, whatever id their config.json gives: Qwen's gives one.
+_BOS_BY_CLASS = ("gpt2", "gpt_neox", "gptneox", "gemma")
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """What a tokenizer's files say beside its vocabulary, and what is written of it again.
+
+    Attributes:
+      eos, bos: the tokens that end and begin a text, or their ids; None where none is named.
+      pad: the token that fills batches, where one is named.
+      template: the chat template in Jinja.
+      ends: ids that end a reply.
+      stated: what tokenizer_config.json and special_tokens_map.json said.
+      generation: what generation_config.json said. config: the ids of special tokens that
+        config.json gave.
+    """
+
+    eos: str | int | None
+    bos: str | int | None = None
+    pad: str | None = None
+    template: str | None = None
+    ends: tuple[int, ...] = ()
+    stated: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def special_ids(self, vocabulary: Vocabulary, ends: tuple[int, ...]) -> dict[str, Any]:
+        """bos_token_id, eos_token_id and pad_token_id for a config.json."""
+        bos = None if vocabulary.bos is None else vocabulary.id_of(vocabulary.bos)
+        pad, text = self.config.get("pad_token_id"), self._pad(vocabulary)
+        if pad is None and text is not None:
+            pad = vocabulary.whole.token_to_id(text)
+        return {
+            "bos_token_id": self.config.get("bos_token_id", bos),
+            "eos_token_id": _in_form(self.config.get("eos_token_id"), ends),
+            "pad_token_id": pad,
+        }
+
+    def write(self, directory: Path, vocabulary: Vocabulary, ends: tuple[int, ...]) -> None:
+        """Writes what transformers reads, all but config.json: settings as they came."""
+        settings: dict[str, Any] = {
+            "clean_up_tokenization_spaces": False,
+            # Without it transformers 4 gives models token_type_ids, which they refuse.
+            "model_input_names": ["input_ids", "attention_mask"],
+        }
+        settings |= {name: value for name, value in self.stated.items() if name not in _ANEW}
+        settings |= {
+            # One that reads tokenizer.json as it is: others make parts of it anew.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": vocabulary.bos,
+            "eos_token": vocabulary.eos,
+        }
+        if (pad := self._pad(vocabulary)) is not None:
+            settings["pad_token"] = pad
+        if isinstance(settings.get("extra_special_tokens"), list):  # read by transformers 5 only
+            settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+        (directory / FILE).write_text(json.dumps(vocabulary.content, ensure_ascii=False), "utf-8")
+        if self.template is not None:
+            (directory / TEMPLATE).write_text(self.template, "utf-8")
+        (directory / SETTINGS).write_text(json.dumps(settings, indent=2), "utf-8")
+        generation = dict(self.generation) or self.special_ids(vocabulary, ends)
+        generation["eos_token_id"] = _in_form(generation.get("eos_token_id"), ends)
+        (directory / GENERATION).write_text(json.dumps(generation, indent=2), "utf-8")
+
+    def _pad(self, vocabulary: Vocabulary) -> str | None:
+        """The token that fills batches, by its name, or by the id in one of the configs."""
+        if self.pad is not None:
+            return self.pad
+        for config in (self.config, self.generation):
+            number = config.get("pad_token_id")
+            if isinstance(number, int) and 0 <= number < vocabulary.size:
+                return vocabulary.whole.id_to_token(number)
+        return None
+
+
+def read_settings(directory: Path) -> TokenizerSettings:
+    """The settings of a directory's tokenizer.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    settings = _json_object(directory / SETTINGS)
+    config, generation = (_json_object(directory / name) for name in (CONFIG, GENERATION))
+    ids = config | generation
+    ends = _ids(directory, ids, "eos_token_id")
+    names = settings
+    if "added_tokens_decoder" not in settings:  # with it, transformers reads no other file
+        names = settings | _json_object(directory / SPECIAL_MAP)
+    bos: str | int | None = _token(names, "bos_token")
+    eos: str | int | None = _token(names, "eos_token")
+    eos = next(iter(ends), None) if eos is None else eos
+    kind = str(settings.get("tokenizer_class") or config.get("model_type")).lower()
+    if "bos_token" not in names and kind.startswith(_BOS_BY_CLASS):
+        bos = next(iter(_ids(directory, ids, "bos_token_id")), None)
+    return TokenizerSettings(
+        eos,
+        bos,
+        _token(names, "pad_token"),
+        template=_read_template(directory, settings),
+        ends=tuple(ends),
+        stated=names,
+        generation=generation,
+        config={name: config[name] for name in _SPECIAL_IDS if name in config},
+    )
+
+
+def _in_form(given: Any, ends: tuple[int, ...]) -> Any:
+    """`ends` as an eos_token_id: in the form that was given if it has them all."""
+    listed = given if isinstance(given, list) else [given]
+    same = all(isinstance(each, int) for each in listed) and set(listed) == set(ends)
+    return given if same else list(ends)
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """A JSON file's object; empty where there is no file."""
+    if not path.exists():
+        return {}
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {str(error)[:200]}") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{path} is no JSON object")
+    return document
+
+
+def _ids(directory: Path, settings: Mapping[str, Any], name: str) -> list[int]:
+    """The ids that a model's configuration gives: one, several or none."""
+    value = settings.get(name)
+    listed = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(each, int) and not isinstance(each, bool) for each in listed):
+        raise UserError(f"{directory}: {name} = {value!r} should be ids")
+    return listed
+
+
+def _token(settings: Mapping[str, Any], name: str) -> str | None:
+    value = settings.get(name)
+    if isinstance(value, dict):
+        value = value.get("content")
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{SETTINGS} or {SPECIAL_MAP}: {name} = {str(value)[:60]!r} is no token")
+    return value
+
+
+def _read_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
+    """chat_template.jinja, or the one in tokenizer_config.json, the "default" of several."""
+    if (directory / TEMPLATE).is_file():
+        try:
+            return (directory / TEMPLATE).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{directory}: {error}") from error
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None

@@ -1,0 +1,202 @@
+"""The one layout of on-policy training: N sampled answers as arrays, and the rows that hold them.
+
+Arrays are [N, T]: N sampled sequences, those to a prompt together, and T response slots. A model
+reads packed rows, R of them with S sequences each. `to_rows` and `from_rows` move values between
+[N, …] and [R, S, …] on the host; `select` takes what a model says of a row's targets to sequences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.data.batches import pad_rows
+from rlhf_jax.data.packing import Arrays, Group, pack_groups
+from rlhf_jax.errors import UserError
+from rlhf_jax.sampling.generate import Completion
+from rlhf_jax.tasks.prompts import PromptSet
+
+SHORTEST = 16  # tokens per sequence: a row has places for no more of them than fit at that length
+Array = Any  # on the host or a device
+
+
+_OF_ANSWERS = ("mask", "behaviour_logprobs", "finished", "scores", "weights")  # sampled, scored
+_ARRAYS = (
+    *(*_OF_ANSWERS, "greedy_scores", "old_logprobs", "ref_logprobs", "entropy"),
+    *("old_values", "last_values", "advantages", "returns"),
+)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=_ARRAYS,
+    meta_fields=(),
+    drop_fields=("prompts", "completions", "texts", "rows", "metrics"),
+)
+@dataclass(frozen=True)
+class Rollout:
+    """N answers to P prompts, G each, from the engine to the update; None where not yet known.
+
+    JAX sees its arrays alone: what is compiled finds the other fields empty.
+
+    Attributes:
+      mask: f32 [N, T], 1 on response tokens, EOS included.
+      behaviour_logprobs: f32 [N, T] nats, as the sampler said.
+      finished: bool [N], ended by itself.
+      scores, weights: [N]; weight 0 leaves a sequence out.
+      greedy_scores: [P], of the greedy answers, ReMax's baseline; zeros for other algorithms.
+      old_logprobs, ref_logprobs, entropy: f32 [N, T] nats, of the policy before the first update
+        and of the reference, by the function that trains.
+      old_values, last_values: f32 [N, T] and [N], the critic's, before each token and after the
+        last one.
+      advantages, returns: f32 [N, T].
+      prompts, completions, texts: P, N and N of them; an oracle's table has none.
+      rows: arrays [R, …] that a model reads, and of every row its S sequences: members [R, S]
+        int32, the sequence's index or −1; slots [R, S, T] int32, the place of its token t among
+        the row's M targets; mask [R, S, T].
+      metrics: of the rollout, numbers by name.
+    """
+
+    mask: Array
+    behaviour_logprobs: Array
+    finished: Array
+    scores: Array = None
+    weights: Array = None
+    greedy_scores: Array = None
+    old_logprobs: Array = None
+    ref_logprobs: Array = None
+    entropy: Array = None
+    old_values: Array = None
+    last_values: Array = None
+    advantages: Array = None
+    returns: Array = None
+    prompts: PromptSet = field(default_factory=lambda: PromptSet([], []))
+    completions: Sequence[Completion] = ()
+    texts: Sequence[str] = ()
+    rows: Arrays = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def each(self) -> int:
+        """G, the answers to one prompt."""
+        return len(self.completions) // len(self.prompts.records)
+
+    @property
+    def lengths(self) -> Array:
+        """[N] tokens of each answer."""
+        return self.mask.sum(-1)
+
+    @staticmethod
+    def of(
+        prompts: PromptSet, completions: Sequence[Completion], texts: Sequence[str], limit: int
+    ) -> Rollout:
+        """What the engine has sampled, T = `limit` tokens at most."""
+        mask, logprobs = np.zeros((2, len(completions), limit), np.float32)
+        for n, completion in enumerate(completions):
+            mask[n, : len(completion.tokens)] = 1
+            logprobs[n, : len(completion.tokens)] = completion.logprobs
+        finished = np.array([completion.finished for completion in completions])
+        return Rollout(
+            mask, logprobs, finished, prompts=prompts, completions=completions, texts=texts
+        )
+
+    def take(self, prompts: Sequence[int]) -> Rollout:
+        """The scored answers to the prompts at these indices, in their order, not packed yet."""
+        answers = [i * self.each + k for i in prompts for k in range(self.each)]
+        arrays: dict[str, Any] = {name: getattr(self, name)[answers] for name in _OF_ANSWERS}
+        return dataclasses.replace(
+            self,
+            **arrays,
+            greedy_scores=self.greedy_scores[prompts],
+            prompts=self.prompts.take(prompts),
+            completions=[self.completions[n] for n in answers],
+            texts=[self.texts[n] for n in answers],
+            rows={},
+        )
+
+    @staticmethod
+    def joined(parts: Sequence[Rollout]) -> Rollout:
+        """The scored answers of all parts, in order; not packed yet if there are several."""
+        if len(parts) == 1:
+            return parts[0]
+        arrays: dict[str, Any] = {
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name in (*_OF_ANSWERS, "greedy_scores")
+        }
+        return Rollout(
+            **arrays,
+            prompts=PromptSet.joined([part.prompts for part in parts]),
+            completions=[completion for part in parts for completion in part.completions],
+            texts=[text for part in parts for text in part.texts],
+        )
+
+
+def pack_rows(
+    rollout: Rollout, *, row_length: int, max_prompt: int, multiple: int, shortest: int = SHORTEST
+) -> Arrays:
+    """Rows of prompts with as many of their answers as always fit one, all of one shape.
+
+    `Rollout.rows` says what they hold beside the arrays of `pack_groups`.
+    """
+    each, max_new = rollout.each, rollout.mask.shape[1]
+    fitting = [
+        k for k in range(1, each + 1) if each % k == 0 and max_prompt + k * max_new <= row_length
+    ]
+    if not fitting:
+        raise UserError(
+            f"data.row_length = {row_length} is less than rollout.max_prompt_tokens = {max_prompt} "
+            f"and rollout.max_new_tokens = {max_new} together"
+        )
+    share = fitting[-1]
+    groups = [
+        Group(
+            rollout.prompts.tokens[first // each],
+            tuple(completion.tokens for completion in rollout.completions[first : first + share]),
+            first // share,
+        )
+        for first in range(0, len(rollout.completions), share)
+    ]
+    most = max(1, row_length // (shortest * share))
+    rows, _ = pack_groups(groups, row_length, branches=share, most=most)
+    rows = pad_rows(rows, rows=multiple, slots=row_length, groups=most)
+    count = len(rows["valid"])
+    lengths = rows["lengths"].reshape(count, -1)
+    first = np.cumsum(lengths, axis=1) - lengths
+    span = np.arange(max_new)
+    mask = span < lengths[..., None]
+    sequences = rows["example_ids"][..., None] * share + np.arange(share)
+    members = np.where(rows["valid"][..., None] > 0, sequences, -1)
+    return rows | {
+        "members": members.reshape(count, -1).astype(np.int32),
+        "slots": np.where(mask, first[..., None] + span, 0).astype(np.int32),
+        "mask": mask.astype(np.float32),
+    }
+
+
+def to_rows(values: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """Takes values of sequences [N, …] to their places in the rows [R, S, …]; 0 elsewhere."""
+    real = members.reshape(*members.shape, *[1] * (values.ndim - 1)) >= 0
+    return np.where(real, values[members], 0)
+
+
+def from_rows(values: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """Takes values [R, S, …] of the rows' sequences to the order of the rollout, [N, …]."""
+    real = members >= 0
+    sequences = np.empty((np.count_nonzero(real), *values.shape[2:]), values.dtype)
+    sequences[members[real]] = values[real]
+    return sequences
+
+
+def select(values: jax.Array, rows: Mapping[str, jax.Array]) -> jax.Array:
+    """Takes values of target slots [R, M] to sequences [R·S, T]; 0 outside the responses."""
+    count, sequences, length = rows["slots"].shape
+    taken = jnp.take_along_axis(values, rows["slots"].reshape(count, -1), axis=1)
+    taken = jnp.where(rows["mask"].reshape(count, -1) > 0, taken, 0)
+    return taken.reshape(count * sequences, length)

@@ -1,0 +1,182 @@
+"""The options of on-policy stages: how answers are drawn and judged, and what is made of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf_jax.config import Only, option, variants
+from rlhf_jax.losses.advantages import BASELINES, SCALES
+from rlhf_jax.losses.policy import AGGREGATIONS, LEVELS, OBJECTIVES
+from rlhf_jax.losses.shaping import EOS_MODES, ESTIMATORS
+from rlhf_jax.rewards.ensemble import COMBINATIONS
+from rlhf_jax.rl.objectives import ADVANTAGES, PLACEMENTS
+from rlhf_jax.training.optimizer import OptimizerConfig
+
+_GROUP = Only("name", ("group",))
+_MODEL = Only("scorers", containing="model")
+_FUNCTION = Only("scorers", containing=".py:")
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How answers to prompts are drawn."""
+
+    max_prompt_tokens: int = option(128, least=1)  # longer prompts are left out and counted
+    max_new_tokens: int = option(48, least=1)  # of an answer, its end included
+    # The curves of best_of_n are of temperature 1 whatever stands here: their bounds of KL are.
+    temperature: float = 1.0
+    slots: int = option(64, least=1)  # answers decoded together
+
+    def validate(self) -> None:
+        """Raises ValueError for a temperature that no softmax has."""
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"rollout.temperature = {self.temperature} must be above 0")
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """Which tokens are never drawn; the policy stage trains the whole distribution and has none."""
+
+    top_k: int = option(0, least=0)  # all but so many likely ones; 0: none
+    top_p: float = option(1.0, within="(0, 1]")  # those beyond so much probability
+    min_p: float = option(0.0, within="[0, 1]")  # those below this share of the likeliest's
+
+
+@dataclass(frozen=True)
+class RolloutOptions(SamplingOptions):
+    """What the policy stage samples in an iteration."""
+
+    prompts: int = option(64, least=1)  # per iteration
+    samples: int = option(1, least=1)  # per prompt
+    # Answers that did not end: their score is lowered by the penalty, or is −penalty.
+    missing_eos: str = option("none", choices=EOS_MODES)
+    # In units of the scores.
+    missing_eos_penalty: float = option(
+        1.0, within="[0, inf)", only=Only("missing_eos", ("subtract", "replace"))
+    )
+    truncated: str = option("keep", choices=("keep", "mask"))  # "mask": those are not trained on
+    overlong_buffer: int = 0  # tokens below max_new_tokens that are punished softly (DAPO)
+    filter_zero_std: bool = False  # leave out prompts whose answers all score the same
+    # Further batches of prompts to replace those.
+    resample: int = option(0, least=0, only=Only("filter_zero_std"))
+
+    def validate(self) -> None:
+        """Raises ValueError for fields that contradict each other."""
+        super().validate()
+        if not 0 <= self.overlong_buffer <= self.max_new_tokens:
+            raise ValueError(
+                f"rollout.overlong_buffer = {self.overlong_buffer} must be between 0 and "
+                f"rollout.max_new_tokens = {self.max_new_tokens}"
+            )
+        if self.filter_zero_std and self.samples < 2:
+            raise ValueError(
+                "rollout.filter_zero_std needs rollout.samples of 2 or more: one answer to a "
+                "prompt has no spread"
+            )
+
+
+@dataclass(frozen=True)
+class OnlineRolloutOptions(Truncation, RolloutOptions):
+    """What the online_preference stage samples in an iteration."""
+
+
+@dataclass(frozen=True)
+class BestOfNOptions(Truncation, SamplingOptions):
+    """How the best_of_n stage samples: it counts only answers that ended, and says how many."""
+
+
+@dataclass(frozen=True)
+class RewardOptions:
+    """What judges answers."""
+
+    scorers: str = "model=1"  # see rewards/scorers.py
+    # Scores of reward models, by the mean and deviation of their scores of the reference's answers.
+    normalize: bool = option(True, only=_MODEL)
+    ensemble: str = option("mean", choices=COMBINATIONS, only=_MODEL)  # of several init.reward…
+    ensemble_k: float = option(  # deviations
+        1.0, within="[0, inf)", only=Only("ensemble", ("mean_minus_std",))
+    )
+    pattern: str = option("", only=Only("scorers", containing="regex"))  # of that scorer
+    # What an error of a reward function does; "mask": the answer is left out and counted.
+    on_error: str = option("fail", choices=("fail", "mask"), only=_FUNCTION)
+    timeout_seconds: float = option(60.0, within="(0, inf)", only=_FUNCTION)  # per call
+
+
+@dataclass(frozen=True)
+class KlOptions:
+    """What distance from the reference costs."""
+
+    # Per nat; where the placement is "none", the KL is measured only.
+    coefficient: float = option(0.05, within="[0, inf)")
+    placement: str = option("reward", choices=PLACEMENTS)  # "reward", "loss" or "none"
+    estimator: str = option("k1", choices=ESTIMATORS)  # k1, k2, k3: losses/shaping.py
+    # Of "sequence" or "token" log-ratios.
+    level: str = option("sequence", choices=LEVELS, only=Only("placement", ("loss",)))
+    # Times the ratio, whose gradient then counts too.
+    importance: bool = option(False, only=Only("placement", ("loss",)))
+    target: float = 0.0  # nats per sequence, for the adaptive controller; 0: a fixed coefficient
+    horizon: float = option(10_000.0, only=Only("target"))  # sequences
+
+    def validate(self) -> None:
+        """Raises ValueError for fields that contradict each other."""
+        if self.placement == "loss" and self.estimator == "k1":
+            raise ValueError(
+                "kl.estimator = 'k1' in the loss has no gradient on average and would regularise "
+                "nothing; use k2 or k3 there, or kl.placement = 'reward'"
+            )
+        if self.target < 0 or self.horizon <= 0 or (self.target and self.placement == "none"):
+            raise ValueError(
+                f"kl.target = {self.target} with kl.horizon = {self.horizon} and kl.placement = "
+                f"{self.placement!r}: a target is positive, with a horizon above 0 and a KL that "
+                "is paid"
+            )
+
+
+@dataclass(frozen=True)
+class AdvantageOptions:
+    """How rewards become the factors of log-probs: losses/advantages.py."""
+
+    name: str = option("gae", choices=tuple(ADVANTAGES))  # gae, reward_to_go, group, remax
+    # Discount per token.
+    gamma: float = option(1.0, within="[0, 1]", only=Only("name", ("gae", "reward_to_go")))
+    # How far the critic's errors carry: 1 trusts rewards alone, 0 the next value alone.
+    lam: float = option(0.95, within="[0, 1]", only=Only("name", ("gae",)))
+    # An answer that was cut off is worth its last value, not 0.
+    bootstrap: bool = option(False, only=Only("name", ("gae",)))
+    baseline: str = option("mean", choices=BASELINES, only=_GROUP)  # none, mean, leave_one_out
+    scale: str = option("none", choices=SCALES, only=_GROUP)  # none, group, batch
+    whiten: bool = False  # to mean 0 and deviation 1 over all tokens
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """What is minimised: an objective of losses/policy.py, and terms beside it."""
+
+    name: str = "ppo"  # one of `OBJECTIVES`
+    objective: Any = field(default=None, metadata=variants(OBJECTIVES))
+    aggregation: str = option("token_mean", choices=AGGREGATIONS)  # of tokens' losses
+    entropy_coefficient: float = option(0.0, within="[0, inf)")  # of the bonus, per nat
+    # Corrects for the sampler's log-probs, by token or by sequence.
+    importance: str = option("none", choices=("none", *LEVELS))
+    # The largest weight, beyond which it is cut or its tokens are masked.
+    importance_cap: float = option(2.0, within="(0, inf)", only=Only("importance", LEVELS))
+    importance_mode: str = option(  # what the cap does
+        "truncate", choices=("truncate", "mask"), only=Only("importance", LEVELS)
+    )
+    ptx_coefficient: float = option(0.0, within="[0, inf)")  # of data.ptx's loss, mixed in
+
+
+@dataclass(frozen=True)
+class CriticOptions:
+    """How the critic is trained; in all else as the policy is, by the section optimizer."""
+
+    learning_rate: float = option(1e-3, within="[0, inf)")  # the peak
+    schedule: str = "cosine"  # as of the policy's: training/optimizer.py
+    value_clip: float = option(0.2, within="[0, inf)")  # of a value's change; 0: no clip
+
+    def optimizer(self, policy: OptimizerConfig) -> OptimizerConfig:
+        """The critic's optimizer, from the policy's."""
+        return dataclasses.replace(policy, learning_rate=self.learning_rate, schedule=self.schedule)

@@ -1,0 +1,265 @@
+"""Text rollouts: prompts → sampled answers → rewards, and the rows a policy is trained on.
+
+An answer is never made of text again: the tokens that were sampled are the tokens that are scored
+and trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax.config import Config
+from rlhf_jax.data.batches import random_bits
+from rlhf_jax.data.conversation import Tokenizer
+from rlhf_jax.data.packing import Arrays
+from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.held_out_answers import sample
+from rlhf_jax.losses.advantages import zero_variance
+from rlhf_jax.losses.checks import check_choice
+from rlhf_jax.losses.cross_entropy import TokenStatistics
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.scoring import (
+    target_cross_entropy,
+    target_kl,
+    target_statistics,
+    target_values,
+)
+from rlhf_jax.rewards.scorers import Scores
+from rlhf_jax.rl.judge import Judge
+from rlhf_jax.rl.layout import Rollout, pack_rows
+from rlhf_jax.rl.objectives import shape_scores
+from rlhf_jax.rl.on_policy import Task
+from rlhf_jax.sampling.arguments import Sampling
+from rlhf_jax.tasks.prompts import PromptSet, prompts_within
+from rlhf_jax.tasks.sources import read_records
+from rlhf_jax.training.mesh import batch_shards
+from rlhf_jax.training.metrics import Metrics
+from rlhf_jax.training.saved_model import Model
+
+
+def read_prompts(config: Config, tokenizer: Tokenizer, source: str, split: str) -> PromptSet:
+    """The prompts of a source that leave room for an answer; the others are counted."""
+    limit = config.rollout.max_prompt_tokens
+    records = read_records(config, source, "prompt", split)
+    why = f"left out, longer than rollout.max_prompt_tokens = {limit}"
+    prompts = prompts_within(limit, f"{source} ({split}) prompts", records, tokenizer, why)
+    if not prompts.records:
+        raise UserError(
+            f"none of the {len(records)} prompts of {source!r} has at most "
+            f"rollout.max_prompt_tokens = {limit} tokens"
+        )
+    return prompts
+
+
+def truncation(config: Config) -> dict[str, Any]:
+    """Those of rollout.top_k, top_p and min_p that leave tokens out."""
+    everything = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # which the policy stage always draws
+    stated = {name: getattr(config.rollout, name, value) for name, value in everything.items()}
+    return {name: value for name, value in stated.items() if value != everything[name]}
+
+
+def sample_answers(
+    config: Config,
+    model: Model,
+    prompts: PromptSet,
+    *,
+    samples: int,
+    seed: int,
+    temperature: float | None = None,
+    ids: Sequence[int] | None = None,
+) -> Rollout:
+    """`samples` answers to each prompt by the engine, by default drawn as the rollout says.
+
+    With a `temperature` they are drawn at that one, from the whole distribution. `ids` name the
+    prompts in the random numbers, by default their place.
+    """
+    rollout = config.rollout
+    drawn = truncation(config) | {"temperature": rollout.temperature}
+    sampling = Sampling(
+        max_new_tokens=rollout.max_new_tokens,
+        samples_per_prompt=samples,
+        batch_size=rollout.slots,
+        cache_length=rollout.max_prompt_tokens + rollout.max_new_tokens,
+        **drawn if temperature is None else {"temperature": temperature},
+    )
+    completions, texts = sample(model, prompts.tokens, sampling, seed=seed, prompt_ids=ids)
+    return Rollout.of(prompts, completions, texts, rollout.max_new_tokens)
+
+
+def with_rows(config: Config, rollout: Rollout, multiple: int) -> Rollout:
+    """The rollout with its rows, in number a `multiple`, as config.data and config.rollout say."""
+    limits = {"row_length": config.data.row_length, "max_prompt": config.rollout.max_prompt_tokens}
+    return dataclasses.replace(rollout, rows=pack_rows(rollout, multiple=multiple, **limits))
+
+
+def text_rollout(
+    config: Config,
+    model: Model,
+    prompts: PromptSet,
+    chosen: np.ndarray,
+    judge: Judge,
+    mesh: Mesh | None,
+    number: int,
+) -> Rollout:
+    """Samples, scores and packs one iteration's answers: rollout.prompts × rollout.samples.
+
+    With `rollout.filter_zero_std`, prompts whose answers all score the same are left out, and the
+    next of the batch take their place while there are any (dynamic sampling as in DAPO,
+    https://arxiv.org/abs/2503.14476; `rollout.resample` batches at most). They are judged by what
+    is trained: the shaped scores of the answers that count.
+    """
+    options, multiple = config.rollout, row_multiple(config, mesh)
+    (seed,) = random_bits([number], config.seed) >> np.uint64(33)
+    blocks: list[Rollout] = []
+    scored: list[Scores] = []
+    failures = 0
+    while True:
+        places = range(len(blocks) * options.prompts, (len(blocks) + 1) * options.prompts)
+        asked = prompts.take([int(chosen[place]) for place in places])
+        block, scores, failed = _sample_block(
+            config, model, asked, judge, multiple, seed=int(seed), ids=places
+        )
+        blocks.append(block)
+        scored.append(scores)
+        failures += failed
+        drawn = Rollout.joined(blocks)
+        counts = drawn.weights.reshape(-1, options.samples)
+        shaped = shape_scores(config, drawn).reshape(counts.shape)
+        same, judged = np.asarray(zero_variance(shaped, counts)), counts.any(1)
+        teaches = ~same if options.filter_zero_std else np.ones_like(same)
+        if teaches.sum() >= options.prompts or len(blocks) > options.resample:
+            break
+    rollout = drawn
+    if len(blocks) > 1:  # those that teach, others only where they are too few; all in order
+        taken = np.sort(np.argsort(~teaches, kind="stable")[: options.prompts]).tolist()
+        rollout, teaches = with_rows(config, drawn.take(taken), multiple), teaches[taken]
+    weights = rollout.weights * np.repeat(teaches, options.samples)
+    metrics = _metrics_of_scores(scored) | {
+        "rewards/failures": (failures, 1.0),
+        "rollout/tokens": (drawn.lengths.sum(), 1.0),
+        "rollout/blocks": (len(blocks), 1.0),
+        "rollout/zero_std_groups": (0, 1.0),
+    }
+    if options.samples > 1:  # of all that were judged, those left out too
+        count, uniform = int(judged.sum()), int((same & judged).sum())
+        metrics["rollout/zero_std_groups"] = uniform, 1.0
+        metrics["frac_reward_zero_std"] = uniform / max(count, 1), count
+        if not weights.any():  # all that were judged were dropped, because it is 0
+            metrics["reward_std"] = 0.0, count
+    return dataclasses.replace(
+        rollout,
+        scores=np.where(weights > 0, rollout.scores, 0.0),
+        weights=weights,
+        metrics=Metrics.of_pairs(metrics),
+    )
+
+
+def _sample_block(
+    config: Config,
+    model: Model,
+    prompts: PromptSet,
+    judge: Judge,
+    multiple: int,
+    *,
+    seed: int,
+    ids: Sequence[int],
+) -> tuple[Rollout, Scores, int]:
+    """(answers to rollout.prompts prompts, packed and scored; their scores; rewards that failed).
+
+    Answers that may not be trained on have weight 0.
+    """
+    each, greedy, failed = config.rollout.samples, np.zeros(len(prompts.records)), 0
+    block = sample_answers(config, model, prompts, samples=each, seed=seed, ids=ids)
+    block = with_rows(config, block, multiple)
+    scores = judge.score(block)
+    counted = scores.valid.copy()
+    check_choice("rollout.truncated", config.rollout.truncated, ("keep", "mask"))
+    if config.rollout.truncated == "mask":
+        counted &= block.finished
+    if getattr(config.advantage, "name", "") == "remax":  # whose baseline is the greedy answer
+        answers = sample_answers(config, model, prompts, samples=1, seed=0, temperature=0.0)
+        of_greedy = judge.score(with_rows(config, answers, multiple))
+        greedy, failed = np.nan_to_num(of_greedy.total), sum(of_greedy.failures.values())
+        counted &= np.repeat(of_greedy.valid, each)
+    block = dataclasses.replace(
+        block,
+        scores=np.nan_to_num(scores.total),
+        weights=counted.astype(np.float32),
+        greedy_scores=greedy,
+    )
+    return block, scores, failed + sum(scores.failures.values())
+
+
+def _metrics_of_scores(scored: Sequence[Scores]) -> dict[str, tuple[float, float]]:
+    """Means and spreads of all that was scored, also what is not trained on, and its number."""
+    metrics: dict[str, tuple[float, float]] = {}
+    columns = {name: [s.components[name] for s in scored] for name in scored[0].components}
+    for name, parts in (columns | {"total": [s.total for s in scored]}).items():
+        values = np.concatenate(parts)
+        values = values[np.isfinite(values)]
+        if len(values):
+            metrics[f"rewards/{name}/mean"] = float(values.mean()), len(values)
+            metrics[f"rewards/{name}/std"] = float(values.std()), len(values)
+    return metrics
+
+
+def row_multiple(config: Config, mesh: Mesh | None) -> int:
+    """The number that an iteration's rows are a multiple of, so that few shapes are compiled."""
+    part = config.batch.rows
+    if part % (config.batch.microbatches * batch_shards(mesh)):
+        raise UserError(
+            f"batch.rows = {part} does not split into batch.microbatches = "
+            f"{config.batch.microbatches} over {batch_shards(mesh)} devices"
+        )
+    return part * config.train.minibatches
+
+
+def text_task(
+    config: Config,
+    policy: Model,
+    prompts: PromptSet,
+    judge: Judge,
+    mesh: Mesh | None,
+    texts: Any = None,
+) -> Task:
+    """What `on_policy` trains on: answers to the prompts of a batch's row_ids.
+
+    `texts`, a data set of packed raw text, is the pre-training mix (PPO-ptx of InstructGPT,
+    https://arxiv.org/abs/2203.02155): every update takes its next batch.
+    """
+    shape, temperature = policy.config, config.rollout.temperature
+    value_shape = dataclasses.replace(shape, head="scalar")
+
+    def rollout(params: Any, batch: Mapping[str, np.ndarray], number: int) -> Rollout:
+        model = dataclasses.replace(policy, params=params)
+        return text_rollout(config, model, prompts, batch["row_ids"], judge, mesh, number)
+
+    def statistics(params: Any, rows: Mapping[str, jax.Array]) -> TokenStatistics:
+        return target_statistics(shape, params, rows, temperature=temperature)
+
+    return Task(
+        rollout=rollout,
+        statistics=statistics,
+        values=partial(target_values, value_shape) if config.advantage.name == "gae" else None,
+        exact_kl=partial(target_kl, shape, temperature=temperature),
+        dtype=shape.compute_dtype,
+        extra_rows=None if texts is None else partial(_text_rows, texts),
+        extra_loss=None if texts is None else partial(_text_loss, shape),
+    )
+
+
+def _text_rows(texts: Any, update: int) -> Arrays:
+    return {f"ptx/{name}": array for name, array in texts[update].items()}
+
+
+def _text_loss(shape: ModelConfig, params: Any, batch: Mapping[str, jax.Array]):
+    rows = {k.removeprefix("ptx/"): v for k, v in batch.items() if k.startswith("ptx/")}
+    total, _ = target_cross_entropy(shape, params, rows)
+    return total, {"loss/ptx": total}

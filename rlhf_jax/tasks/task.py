@@ -1,0 +1,58 @@
+"""Tasks: the records of a data set, the worth of a reply to them, and what is reported.
+
+A new data set is one `Task` and its name in `builders.TASKS`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rlhf_jax.data.records import Conversation, Pair, Prompt, Record
+from rlhf_jax.tasks.data_files import DataFile
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The worth of a reply by an exact verifier: `total` in [0, 1], and its components.
+
+    One of these is "correct".
+    """
+
+    total: float
+    components: Mapping[str, float]
+
+    @property
+    def right(self) -> bool:
+        """Whether the reply is right, in whatever style."""
+        return self.components["correct"] >= 0.5
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set by name.
+
+    Attributes:
+      name: as `data.train` has it.
+      kinds: the kind of record of each config of the data set; the first config is the default.
+      make: (config, paths of its files, left_out) → split → records, with ids that are unique
+        within a split. `left_out` counts, by reason, the records that it skips.
+      files: what each config is made from. Without any, records are made where they are read, and
+        not stored.
+      verify: the verdict on a reply to a record; UserError if `verifies` is false of the record.
+      verifies: whether a record with this `meta` has what `verify` needs.
+      probes: names of further prompts by data set; the share of right replies to the held-out ones
+        is reported as eval/correct/<name>.
+      group: the key of `meta` by which reports group the records, "" for none.
+    """
+
+    name: str
+    kinds: Mapping[str, str]
+    make: Callable[[str, list[Path], Counter[str]], Mapping[str, Iterable[Record]]]
+    files: Mapping[str, tuple[DataFile, ...]] = field(default_factory=dict)
+    verify: Callable[[Prompt | Pair | Conversation, str], Verdict] | None = None
+    verifies: Callable[[Mapping[str, str]], bool] = lambda meta: False
+    probes: Mapping[str, str] = field(default_factory=dict)
+    group: str = ""
