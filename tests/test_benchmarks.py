@@ -208,6 +208,13 @@ def test_a_reader_is_the_same_off_or_refuses():
     assert notes == ["a", "b"]
 
 
+def test_before_runs_the_first_command_of_both_checkouts_in_turns(monkeypatch, tmp_path):
+    seconds = {run.ROOT: iter([4.0, 8.0]), tmp_path: iter([5.0, 16.0])}
+    monkeypatch.setattr(before, "run_command", lambda root: next(seconds[root]))
+    line = before.cells("first command", before.first_commands(tmp_path, 2))
+    assert line[-1] == "1.625× (1.250–2.000)"
+
+
 def test_before_takes_the_median_of_each_rounds_ratio():
     line = before.cells("sft tiny", [(2.0, 1.0), (3.0, 2.0), (9.0, 3.0)])
     assert line == ["sft tiny", "3", "2", "2.000× (1.500–3.000)"]

@@ -1,9 +1,9 @@
 """Token log-probabilities and cross-entropy from hidden states, without ever holding all logits.
 
 The logits of N tokens over V words are by far the largest array of a language model. They are
-computed here a chunk of tokens (and, if asked, of vocabulary) at a time, reduced to five numbers a
-token, and recomputed in the backward pass, as in "Cut Your Losses in Large-Vocabulary Language
-Models", https://arxiv.org/abs/2411.09009.
+computed here one chunk of tokens at a time, reduced to five numbers per token, and recomputed in
+the backward pass unless they all fit into one chunk, as in "Cut Your Losses in Large-Vocabulary
+Language Models", https://arxiv.org/abs/2411.09009.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ import jax.numpy as jnp
 from rlhf_jax.losses.checks import check_rank, check_same_shape
 from rlhf_jax.losses.reductions import Reduction, at_least_f32, keep_weighted, weighted_sums
 
+# Logits that a chunk may hold if it has more than 1024 tokens: those of `token_statistics` are
+# kept for the backward pass if one chunk holds all, those of `cross_entropy` only pass by.
+KEPT_LOGITS, PASSING_LOGITS = 2**24, 2**21
 Ranges = tuple[tuple[int, int], ...]  # of ids: from the first to before the second of each
 
 
@@ -39,27 +42,26 @@ class TokenStatistics(NamedTuple):
 
 
 class _Options(NamedTuple):
-    """The static part of a call: `vocab` is V before its chunks are padded to one size, if so.
-
-    layout: "vd" or "dv", the axes of the unembedding. unused: see `token_statistics`.
-    """
+    """The static part of a call."""
 
     vocab: int
-    padded: bool
     temperature: float
     softcap: float | None
-    layout: str
-    unused: Ranges = ()
-
-    @property
-    def masked(self) -> bool:
-        """Whether there are columns that are no words."""
-        return self.padded or bool(self.unused)
+    layout: str  # "vd" or "dv", the axes of the unembedding
+    unused: Ranges
 
     @property
     def words(self) -> int:
-        """How many columns are words."""
+        """How many ids are words."""
         return self.vocab - sum(stop - start for start, stop in self.unused)
+
+    def are_words(self) -> jax.Array:
+        """Bool [V]: the ids that are words."""
+        ids = jnp.arange(self.vocab)
+        used = ids >= 0
+        for start, stop in self.unused:
+            used &= (ids < start) | (ids >= stop)
+        return used
 
 
 def token_statistics(
@@ -72,14 +74,13 @@ def token_statistics(
     softcap: float | None = None,
     layout: str = "vd",
     unused: Ranges = (),
-    chunk_tokens: int = 8192,
-    chunk_vocab: int | None = None,
+    chunk_tokens: int | None = None,
 ) -> TokenStatistics:
     """Statistics of softmax(l) with l = cap(hidden · unembeddingᵀ + bias) / temperature.
 
-    cap(z) = softcap · tanh(z / softcap), or z without a softcap. At most chunk_tokens × chunk_vocab
-    logits exist at a time, in the gradient too, which is exact for all fields but `correct` (none).
-    When all fits in one chunk its logits are kept for the backward pass and not recomputed.
+    cap(z) = softcap · tanh(z / softcap), or z without a softcap. At most chunk_tokens × V logits
+    exist at a time, in the gradient too, which is exact for all fields but `correct` (none).
+    When one chunk holds all tokens its logits are kept for the backward pass and not recomputed.
 
     A chunk takes every k-th token, so a batch axis sharded over devices stays so in every chunk.
     A token none of whose outputs is used gets gradient 0, even if its hidden state is not finite.
@@ -90,11 +91,10 @@ def token_statistics(
       bias: [V], finite; −1e9 bans a word (if there is no softcap).
       targets: [...] integers. Outside [0, V): logprobs is NaN there and correct is 0.
       temperature, softcap: Python numbers > 0.
-      layout: "dv" for an unembedding that is [D, V], as a kernel is: neither it nor its gradient
-        is then transposed.
+      layout: "dv" for an unembedding that is [D, V], as a kernel is.
       unused: ids that are no words, in order and not all: no field counts their logits, whose
         gradient is 0, and a target that is one has a log-prob near the lowest of all floats.
-      chunk_tokens, chunk_vocab: most tokens and words a chunk; None takes the vocabulary whole.
+      chunk_tokens: most tokens per chunk; None: 1024, or more while they have at most KEPT_LOGITS.
 
     Returns:
       TokenStatistics of [...] arrays, float32 (float64 if hidden or unembedding is).
@@ -105,20 +105,19 @@ def token_statistics(
     vocab, width = _sizes(hidden, unembedding, targets, layout)
     if bias is not None and bias.shape != (vocab,):
         raise ValueError(f"bias must have shape ({vocab},), got {bias.shape}")
-    sizes = {"chunk_tokens": chunk_tokens, "chunk_vocab": chunk_vocab}
-    for name, value in {**sizes, "temperature": temperature, "softcap": softcap}.items():
+    if chunk_tokens is None:
+        chunk_tokens = max(1024, KEPT_LOGITS // vocab)
+    numbers = {"chunk_tokens": chunk_tokens, "temperature": temperature, "softcap": softcap}
+    for name, value in numbers.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be > 0, got {value}")
 
     hidden, unembedding, bias, targets = _vary_alike(hidden, unembedding, bias, targets)
-    if layout == "dv" and chunk_vocab is not None:
-        unembedding, layout = unembedding.T, "vd"
-    words = unembedding[None] if layout == "dv" else _chunks(unembedding, chunk_vocab or vocab)
     statistics = _statistics(
-        _Options(vocab, vocab % len(words) != 0, temperature, softcap, layout, unused),
+        _Options(vocab, temperature, softcap, layout, unused),
         _strided(hidden.reshape(-1, width), chunk_tokens),
-        words,
-        None if bias is None else _chunks(bias, chunk_vocab or vocab),
+        unembedding,
+        bias,
         _strided(targets.reshape(-1), chunk_tokens),
     )
     return jax.tree.map(
@@ -173,18 +172,20 @@ def cross_entropy(
     softcap: float | None = None,
     layout: str = "vd",
     unused: Ranges = (),
-    chunk_tokens: int = 1024,
+    chunk_tokens: int | None = None,
 ) -> tuple[Reduction, dict[str, Reduction]]:
     """`token_cross_entropy` of `token_statistics`, its gradient taken in the forward pass.
 
-    Of a sum over tokens every chunk's share of the gradient is known, up to one factor, while its
-    logits are there: none are kept, none computed twice, a quarter of the products is saved. So the
-    total has a gradient to hidden and unembedding; weights and metrics have none. As in "Liger
-    Kernel", https://arxiv.org/abs/2410.10989.
+    The loss is a sum over tokens, so a chunk's share of the gradient is known, up to one factor,
+    while its logits are there: none are kept, none are computed twice, and a quarter of the
+    products is saved. The total has a gradient to hidden and unembedding; weights and metrics have
+    none. As in "Liger Kernel", https://arxiv.org/abs/2410.10989.
 
     Args:
       hidden: [..., D]. unembedding: [V, D], or [D, V] with layout "dv". targets: [...] integers.
-      weights: [...], 0 = not a target. The others as of those two functions.
+      weights: [...], 0 = not a target.
+      chunk_tokens: most tokens per chunk; None: 512, or more while they have at most
+        PASSING_LOGITS. The others are those of the two functions.
 
     Returns:
       (total, weight) in nats and tokens, and the metrics of `token_cross_entropy`.
@@ -193,13 +194,15 @@ def cross_entropy(
       ValueError: shapes do not fit, or chunk_tokens is not positive.
     """
     check_same_shape(weights=weights, targets=targets)
+    vocab, width = _sizes(hidden, unembedding, targets, layout)
+    if chunk_tokens is None:
+        chunk_tokens = max(512, PASSING_LOGITS // vocab)
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be > 0, got {chunk_tokens}")
-    vocab, width = _sizes(hidden, unembedding, targets, layout)
     hidden, unembedding, targets, weights = _vary_alike(hidden, unembedding, targets, weights)
     flat = hidden.reshape(-1, width), targets.reshape(-1), weights.reshape(-1)
     total, (weight, metrics) = _summed_cross_entropy(
-        _Options(vocab, False, 1.0, softcap, layout, unused),
+        _Options(vocab, 1.0, softcap, layout, unused),
         (label_smoothing, z_loss),
         unembedding,
         *(_strided(x, chunk_tokens) for x in flat),
@@ -221,17 +224,12 @@ def _sizes(hidden, unembedding, targets, layout: str) -> tuple[int, int]:
     return vocab, width
 
 
-def _chunks(x: jax.Array, size: int, minor: bool = False) -> jax.Array:
-    """[N, …] → [k, c, …] in k = ⌈N/size⌉ equal zero-padded chunks, or [c, k, …] if `minor`."""
-    count = max(1, math.ceil(x.shape[0] / size))
-    each = math.ceil(x.shape[0] / count)
-    x = jnp.pad(x, [(0, count * each - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
-    return x.reshape((each, count, *x.shape[1:]) if minor else (count, each, *x.shape[1:]))
-
-
 def _strided(x: jax.Array, size: int) -> jax.Array:
-    """[N, …] → [k, c, …], chunk i of every k-th from i on."""
-    return jnp.swapaxes(_chunks(x, size, minor=True), 0, 1)
+    """[N, …] → [k, c, …]: k = ⌈N/size⌉ zero-padded chunks, chunk i of every k-th item from i on."""
+    count = max(1, math.ceil(len(x) / size))
+    each = math.ceil(len(x) / count)
+    x = jnp.pad(x, [(0, count * each - len(x))] + [(0, 0)] * (x.ndim - 1))
+    return jnp.swapaxes(x.reshape(each, count, *x.shape[1:]), 0, 1)
 
 
 def _vary_alike(*arrays: jax.Array | None) -> list[Any]:
@@ -251,174 +249,146 @@ def _fold(step: Callable, carry: Any, chunks: Any) -> tuple[Any, Any]:
     return carry, jax.tree.map(lambda x: x[None], out)
 
 
-def _columns(options: _Options, words: jax.Array, like: jax.Array) -> jax.Array:
-    """[k, v]: the vocabulary index of every word of the chunks [k, v, D] or [k, D, v]."""
-    count, each = words.shape[0], words.shape[1 + options.layout.index("v")]
-    return jnp.arange(count * each, dtype=like.dtype).reshape(count, each)
-
-
 def _lowest(dtype: jnp.dtype) -> float:
     """Stands for −∞ where ∞ − ∞ or 0·∞ would make a NaN."""
     return float(jnp.finfo(dtype).min / 4)
 
 
-def _are_words(options: _Options, columns: jax.Array) -> jax.Array:
-    """Bool, for every column."""
-    found = columns < options.vocab
-    for start, stop in options.unused:
-        found &= (columns < start) | (columns >= stop)
-    return found
-
-
-def _logits(options: _Options, hidden, words, bias, columns) -> jax.Array:
-    """[c, v] logits of one chunk; those of columns that are no words are far below any other.
+def _logits(options: _Options, hidden, unembedding, bias) -> jax.Array:
+    """[c, V] logits of one chunk; those of unused ids are far below any other.
 
     The barrier has them computed once: a fusion that recomputes them may round another way, and
     then no logit equals the highest.
     """
-    dtype = at_least_f32(hidden, words)
-    logits = jnp.einsum(f"cd,{options.layout}->cv", hidden, words, preferred_element_type=dtype)
+    dtype = at_least_f32(hidden, unembedding)
+    spec = f"cd,{options.layout}->cv"
+    logits = jnp.einsum(spec, hidden, unembedding, preferred_element_type=dtype)
     if bias is not None:
         logits += bias.astype(dtype)
     if options.softcap is not None:
         logits = options.softcap * jnp.tanh(logits / options.softcap)
     if options.temperature != 1:
         logits = logits / options.temperature
-    if options.masked:
-        logits = jnp.where(_are_words(options, columns), logits, _lowest(dtype))
+    if options.unused:
+        logits = jnp.where(options.are_words(), logits, _lowest(dtype))
     return jax.lax.optimization_barrier(logits)
 
 
-def _chunk_statistics(options: _Options, keep: bool, hidden, words, bias, targets):
-    """Statistics of one chunk of tokens, by an online softmax over the chunks of words.
-
-    Carry: m = max l, s = Σ exp(l−m), u = Σ exp(l−m)·(l−m), Σ l, l[target], first argmax of l.
-    """
-
-    def step(carry, chunk):
-        top, mass, moment, total, target_logit, best = carry
-        words, bias, columns = chunk
-        logits = _logits(options, hidden, words, bias, columns)
-        higher = jnp.maximum(top, logits.max(-1))
-        shifted = logits - higher[:, None]
-        exps = jnp.exp(shifted)
-        scale = jnp.exp(top - higher)
-        moment = scale * (moment + mass * (top - higher)) + jnp.sum(exps * shifted, -1)
-        mass = scale * mass + jnp.sum(exps, -1)
-        real = jnp.where(_are_words(options, columns), logits, 0) if options.masked else logits
-        total += jnp.sum(real, -1)
-        offset = targets - columns[0]
-        here = (offset >= 0) & (offset < columns.size) & (targets < options.vocab)
-        offset = jnp.where(here, offset, 0)[:, None]
-        found = jnp.take_along_axis(logits, offset, -1)[:, 0]
-        target_logit = jnp.where(here, found, target_logit)
-        # Negative floats: XLA's CPU backend takes the maximum of those several times faster.
-        first = jnp.where(logits == higher[:, None], -columns.astype(dtype), -options.vocab).max(-1)
-        best = jnp.where(higher > top, -first, best)
-        return (higher, mass, moment, total, target_logit, best), logits if keep else None
-
-    dtype = at_least_f32(hidden, words)
-    zeros = jnp.zeros_like(hidden, dtype, shape=targets.shape)
-    carry = (zeros + _lowest(dtype), zeros, zeros, zeros, zeros + jnp.nan, zeros)
-    columns = _columns(options, words, targets)
-    (top, mass, moment, total, target_logit, best), logits = _fold(
-        step, carry, (words, bias, columns)
-    )
+def _chunk_statistics(options: _Options, hidden, unembedding, bias, targets):
+    """(statistics, logits) of one chunk of tokens."""
+    logits = _logits(options, hidden, unembedding, bias)
+    dtype, vocab = logits.dtype, options.vocab
+    top = logits.max(-1)
+    shifted = logits - top[:, None]
+    exps = jnp.exp(shifted)
+    mass = jnp.sum(exps, -1)
     log_mass = jnp.log(mass)
+    words = jnp.where(options.are_words(), logits, 0) if options.unused else logits
+    known = (targets >= 0) & (targets < vocab)
+    at_target = jnp.take_along_axis(logits, jnp.where(known, targets, 0)[:, None], -1)[:, 0]
+    # Negative floats: XLA's CPU backend takes the maximum of those several times faster.
+    columns = -jnp.arange(vocab, dtype=dtype)
+    first = -jnp.where(logits == top[:, None], columns, -vocab).max(-1)
     statistics = TokenStatistics(
-        logprobs=(target_logit - top) - log_mass,
+        logprobs=(jnp.where(known, at_target, jnp.nan) - top) - log_mass,
         logsumexp=top + log_mass,
-        mean_logit=total / options.words,
-        entropy=log_mass - moment / mass,
-        correct=(best == targets).astype(dtype),
+        mean_logit=jnp.sum(words, -1) / options.words,
+        entropy=log_mass - jnp.sum(exps * shifted, -1) / mass,
+        correct=(first == targets).astype(dtype),
     )
     return statistics, logits
 
 
-def _logit_gradient(options: _Options, logits, columns, targets, statistics, cotangents):
-    """[c, v]: the gradient to the products hidden · wordsᵀ + bias.
+def _logit_gradient(options: _Options, logits, targets, statistics, cotangents):
+    """[c, V]: the gradient to the products hidden · unembeddingᵀ + bias.
 
     ∂log p(t)/∂l = 1ₜ − p,  ∂L/∂l = p,  ∂(mean l)/∂l = 1/V,  ∂H/∂l = −p·(log p + H).
     """
     to_target, to_sum, to_mean, to_entropy, _ = (x[:, None] for x in cotangents)
     logprobs = logits - statistics.logsumexp[:, None]
     entropy = statistics.entropy[:, None]
+    columns = jnp.arange(options.vocab, dtype=targets.dtype)
     gradient = jnp.exp(logprobs) * (to_sum - to_target - to_entropy * (logprobs + entropy))
     gradient += jnp.where(columns == targets[:, None], to_target, 0) + to_mean / options.words
     if options.softcap is not None:
         gradient *= 1 - (logits * options.temperature / options.softcap) ** 2
-    used = jnp.any(jnp.stack(cotangents) != 0, axis=0)[:, None]
     if options.temperature != 1:
         gradient = gradient / options.temperature
-    return jnp.where(used & _are_words(options, columns) if options.masked else used, gradient, 0)
+    used = _used(cotangents)
+    return jnp.where(used & options.are_words() if options.unused else used, gradient, 0)
+
+
+def _used(cotangents) -> jax.Array:
+    """Bool [c, 1]: the tokens that have an output which is used."""
+    return jnp.any(jnp.stack(cotangents) != 0, axis=0)[:, None]
+
+
+def _products(options: _Options, to_logits, hidden, unembedding) -> tuple[jax.Array, jax.Array]:
+    """Gradients to hidden [c, D] and, as [D, V], to the unembedding, of that to the logits.
+
+    A CPU computes the second several times as fast as a [V, D] one.
+    """
+    dtype = at_least_f32(hidden, unembedding)
+    to_logits = to_logits.astype(jnp.result_type(hidden, unembedding))
+    product = partial(jnp.einsum, preferred_element_type=dtype)
+    to_hidden = product(f"cv,{options.layout}->cd", to_logits, unembedding)
+    return to_hidden.astype(hidden.dtype), product("cd,cv->dv", hidden, to_logits)
+
+
+def _laid_out(options: _Options, to_words: jax.Array) -> jax.Array:
+    """A gradient [D, V] as the unembedding lies; the barrier keeps its product as it is."""
+    return jax.lax.optimization_barrier(to_words).T if options.layout == "vd" else to_words
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _statistics(options: _Options, hidden, words, bias, targets) -> TokenStatistics:
-    """hidden [k, c, D], words [j, v, D], bias [j, v] or None, targets [k, c] → fields [k, c]."""
-    return _statistics_forward(options, hidden, words, bias, targets)[0]
+def _statistics(options: _Options, hidden, unembedding, bias, targets) -> TokenStatistics:
+    """hidden [k, c, D], bias [V] or None, targets [k, c] → fields [k, c]."""
+    return _statistics_forward(options, hidden, unembedding, bias, targets)[0]
 
 
-def _statistics_forward(options: _Options, hidden, words, bias, targets):
-    keep = hidden.shape[0] == 1 and words.shape[0] == 1
+def _statistics_forward(options: _Options, hidden, unembedding, bias, targets):
+    keep = len(hidden) == 1
 
     def step(_, chunk):
-        hidden, targets = chunk
-        return None, _chunk_statistics(options, keep, hidden, words, bias, targets)
+        statistics, logits = _chunk_statistics(options, chunk[0], unembedding, bias, chunk[1])
+        return None, (statistics, logits if keep else None)
 
     _, (statistics, logits) = _fold(step, None, (hidden, targets))
-    return statistics, (hidden, words, bias, targets, statistics, logits)
+    return statistics, (hidden, unembedding, bias, targets, statistics, logits)
 
 
 def _statistics_backward(options: _Options, residuals, cotangents):
-    hidden, words, bias, targets, statistics, logits = residuals
-    dtype, products = at_least_f32(hidden, words), jnp.result_type(hidden, words)
-    columns, layout = _columns(options, words, targets), options.layout
+    hidden, unembedding, bias, targets, statistics, logits = residuals
+    dtype = at_least_f32(hidden, unembedding)
 
-    def token_step(gradients, chunk):
+    def step(gradients, chunk):
         hidden, targets, statistics, cotangents, logits = chunk
-        used = jnp.any(jnp.stack(cotangents) != 0, axis=0)[:, None]
-        hidden = jnp.where(used, hidden, 0)
+        hidden = jnp.where(_used(cotangents), hidden, 0)
+        if logits is None:
+            logits = _logits(options, hidden, unembedding, bias)
+        gradient = _logit_gradient(options, logits, targets, statistics, cotangents)
+        to_hidden, to_words = _products(options, gradient, hidden, unembedding)
+        to_bias = None if bias is None else gradient.sum(0)
+        return jax.tree.map(jnp.add, gradients, (to_words, to_bias)), to_hidden
 
-        def word_step(to_hidden, chunk):
-            words, bias, columns, logits, to_words, to_bias = chunk
-            if logits is None:
-                logits = _logits(options, hidden, words, bias, columns)
-            gradient = _logit_gradient(options, logits, columns, targets, statistics, cotangents)
-            rounded = gradient.astype(products)
-            to_hidden += jnp.einsum(
-                f"cv,{layout}->cd", rounded, words, preferred_element_type=dtype
-            )
-            to_words += jnp.einsum("cd,cv->dv", hidden, rounded, preferred_element_type=dtype)
-            if bias is not None:
-                to_bias += gradient.sum(0)
-            return to_hidden, (to_words, to_bias)
-
-        chunks = (words, bias, columns, logits, *gradients)
-        to_hidden, gradients = _fold(word_step, jnp.zeros_like(hidden, dtype), chunks)
-        return gradients, to_hidden.astype(hidden.dtype)
-
-    if layout == "vd":
-        words_dv = words.swapaxes(1, 2)
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros_like(x, dtype), (words_dv if layout == "vd" else words, bias)
+    shape = hidden.shape[-1], options.vocab
+    zeros = (
+        jnp.zeros_like(unembedding, dtype, shape=shape),
+        None if bias is None else jnp.zeros_like(bias, dtype),
     )
     chunks = (hidden, targets, statistics, cotangents, logits)
-    (to_words, to_bias), to_hidden = _fold(token_step, zeros, chunks)
+    (to_words, to_bias), to_hidden = _fold(step, zeros, chunks)
     to_bias = None if bias is None else to_bias.astype(bias.dtype)
-    if layout == "vd":
-        to_words = jax.lax.optimization_barrier(to_words).swapaxes(1, 2)
-    return to_hidden, to_words.astype(words.dtype), to_bias, None
+    return to_hidden, _laid_out(options, to_words).astype(unembedding.dtype), to_bias, None
 
 
 _statistics.defvjp(_statistics_forward, _statistics_backward)
 
 
 def _cross_entropy_chunk(options: _Options, terms, unembedding, chunk, gradient: bool):
-    """(total, (weight, metrics)) of a chunk, and its gradients to hidden and unembedding."""
+    """(total, (weight, metrics)) of a chunk, and its gradients to hidden and unembedding [D, V]."""
     hidden, targets, weights = chunk
-    words = unembedding[None]
-    statistics, logits = _chunk_statistics(options, gradient, hidden, words, None, targets)
+    statistics, logits = _chunk_statistics(options, hidden, unembedding, None, targets)
 
     def loss(statistics: TokenStatistics):
         (total, weight), metrics = token_cross_entropy(
@@ -430,34 +400,24 @@ def _cross_entropy_chunk(options: _Options, terms, unembedding, chunk, gradient:
         return loss(statistics), None
     total, pull, aux = jax.vjp(loss, statistics, has_aux=True)
     (cotangents,) = pull(jnp.ones_like(total))
-    columns = _columns(options, words, targets)[0]
-    to_logits = _logit_gradient(options, logits[0], columns, targets, statistics, cotangents)
+    to_logits = _logit_gradient(options, logits, targets, statistics, cotangents)
     hidden = jnp.where((weights != 0)[:, None], hidden, 0)
-    dtype, layout = at_least_f32(hidden, unembedding), options.layout
-    to_logits = to_logits.astype(jnp.result_type(hidden, unembedding))
-    (to_hidden,), to_words = (
-        (
-            jnp.einsum(f"cv,{spec}", to_logits, x, preferred_element_type=dtype)
-            for spec, x in ((f"{layout}->cd", unembedding),)
-        ),
-        jnp.einsum("cd,cv->dv", hidden, to_logits, preferred_element_type=dtype),
-    )
-    return (total, aux), (to_hidden.astype(hidden.dtype), to_words)
+    return (total, aux), _products(options, to_logits, hidden, unembedding)
 
 
 def _summed(options: _Options, terms, unembedding, chunks, gradient: bool):
-    """Sums of all chunks and, if asked, gradients to hidden [k, c, D] and unembedding."""
+    """Sums of all chunks and, if asked, gradients to hidden [k, c, D] and unembedding [D, V]."""
     one = partial(_cross_entropy_chunk, options, terms, unembedding, gradient=gradient)
 
     def step(carry, chunk):
-        sums, found = one(chunk)
-        to_hidden, to_words = found if gradient else (None, None)
+        sums, gradients = one(chunk)
+        to_hidden, to_words = gradients if gradient else (None, None)
         return jax.tree.map(jnp.add, carry, (sums, to_words)), to_hidden
 
-    sums, found = jax.eval_shape(one, jax.tree.map(lambda x: x[0], chunks))
+    sums, gradients = jax.eval_shape(one, jax.tree.map(lambda x: x[0], chunks))
     zeros = jax.tree.map(
         lambda x: jnp.zeros_like(unembedding, x.dtype, shape=x.shape),
-        (sums, found[1] if gradient else None),
+        (sums, gradients[1] if gradient else None),
     )
     (sums, to_words), to_hidden = _fold(step, zeros, chunks)
     return sums, to_hidden, to_words
@@ -477,9 +437,7 @@ def _summed_forward(options: _Options, terms, unembedding, *chunks):
 def _summed_backward(options: _Options, terms, residuals, cotangents):
     (to_hidden, to_words), unembedding = residuals
     factor = cotangents[0]
-    if options.layout == "vd":
-        to_words = jax.lax.optimization_barrier(to_words).T
-    to_words = (factor * to_words).astype(unembedding.dtype)
+    to_words = (factor * _laid_out(options, to_words)).astype(unembedding.dtype)
     return to_words, (factor * to_hidden).astype(to_hidden.dtype), None, None
 
 

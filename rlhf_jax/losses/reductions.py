@@ -78,11 +78,6 @@ def segment_logprobs(
     return jnp.sum(jnp.where(member, values[:, :, None], 0), axis=1)
 
 
-def add(a: Any, b: Any) -> Any:
-    """Adds two reductions, or two trees of them with the same structure."""
-    return jax.tree.map(jnp.add, a, b)
-
-
 def mean(reduction: Reduction) -> jax.Array:
     """total / weight; 0 where the weight is 0, as in a batch without a single target."""
     total, weight = reduction

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses.checks import check_rank, check_same_shape
-from rlhf_jax.losses.reductions import Reduction, keep_weighted, weighted_sum, weighted_sums
+from rlhf_jax.losses.reductions import Reduction, keep_weighted, weighted_sums
 
 Loss = tuple[Reduction, dict[str, Reduction]]
 
@@ -48,39 +48,6 @@ def bradley_terry(
         "rewards/accuracies": pair_accuracy(gap),
     }
     return weighted_sums(metrics, weights)
-
-
-def plackett_luce(scores: jax.Array, weights: jax.Array, mask: jax.Array | None = None) -> Loss:
-    """Listwise loss: −Σₖ log( exp sₖ / Σ_{j≥k} exp sⱼ ), scores listed from best to worst.
-
-    The likelihood of the whole ranking, drawn best first: Plackett, "The Analysis of Permutations",
-    https://doi.org/10.2307/2346567. K = 2 is `bradley_terry`.
-
-    Args:
-      scores: [N, K], best first. weights: [N], 0 = no list (ignored, whatever its scores).
-      mask: [N, K], nonzero = an item; None if all lists have K. A list of one item has loss 0.
-
-    Returns:
-      (total, weight) in nats and lists; metrics loss and rewards/accuracies, the share of a list's
-      pairs in the right order (a tie counts ½), over lists with a pair.
-    """
-    check_rank("scores", scores, 2)
-    check_same_shape(weights=weights, first_scores=scores[:, 0])
-    check_same_shape(scores=scores, mask=mask)
-    items = jnp.ones(scores.shape, bool) if mask is None else mask != 0
-    items &= weights[:, None] != 0
-    (scores,) = keep_weighted(items, scores)
-    itself = jnp.eye(scores.shape[1], dtype=bool)
-    remaining = jnp.triu(items[:, None, :] & items[:, :, None])
-    logits = jnp.broadcast_to(scores[:, None, :], remaining.shape)
-    masses = jax.nn.logsumexp(logits, axis=-1, where=remaining | itself)
-    pairs = remaining & ~itself
-    ordered = jnp.where(pairs, pair_accuracy(scores[:, :, None] - scores[:, None, :]), 0)
-    count = jnp.sum(pairs, axis=(1, 2))
-    total, metrics = weighted_sums({"loss": jnp.sum(masses - scores, axis=-1)}, weights)
-    accuracy = jnp.sum(ordered, axis=(1, 2)) / jnp.maximum(count, 1)
-    metrics["rewards/accuracies"] = weighted_sum(accuracy, jnp.where(count > 0, weights, 0))
-    return total, metrics
 
 
 def pointwise_logistic(scores: jax.Array, labels: jax.Array, weights: jax.Array) -> Loss:

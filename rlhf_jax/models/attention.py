@@ -15,7 +15,7 @@ def attention_bias(
     branch_ids: jax.Array | None = None,
     sliding_window: int | None = None,
 ) -> jax.Array:
-    """What is added to the scores: 0 where query i may see key j, MASKED elsewhere.
+    """Returns what is added to the scores: 0 where query i may see key j, MASKED elsewhere.
 
     Key j is visible when j <= i in row order, both lie in the same nonzero segment, key j is
     of the shared prompt (branch 0) or of query i's own branch and, given a sliding window w,
@@ -45,9 +45,9 @@ def attention_bias(
 def cached_attention_bias(
     positions: jax.Array, slots: int, sliding_window: int | None = None
 ) -> jax.Array:
-    """The same against a cache whose slot s holds the key of position s, up to the query's own.
+    """As `attention_bias`, for a cache whose slot s holds the key of position s.
 
-    positions int32 [B, T] of the queries. Returns f32 [B, T, slots].
+    A query at positions [B, T], int32, sees the slots up to its own. Returns f32 [B, T, slots].
     """
     back = positions[:, :, None] - jnp.arange(slots)
     visible = back >= 0
@@ -67,10 +67,11 @@ def attend(
     """Causal attention of scaled queries; heads come before tokens so that no product copies.
 
     Queries are taken in up to eight blocks, each against the keys up to its own end, which spares
-    almost half of the scores, those above the diagonal.
+    almost half of the scores, those above the diagonal. What a softmax sums is named "attention":
+    a backward pass that recomputes scores finds it there.
 
     Args:
-        query: [B, kv_heads, G, T, d], G query heads to a key head, scaled by 1/√d already.
+        query: [B, kv_heads, G, T, d], G query heads per key head, scaled by 1/√d already.
         key, value: [B, kv_heads, T, d].
         bias: f32 [B or 1, T, T] from `attention_bias`.
         softcap: c of c·tanh(scores / c).
@@ -98,7 +99,7 @@ def attend_cached(
     *,
     softcap: float | None = None,
 ) -> jax.Array:
-    """As `attend`, of a few queries to all slots of a cache: bias f32 [B, T, slots]."""
+    """As `attend`, for a few queries and all slots of a cache: bias f32 [B, T, slots]."""
     return _average(_scores(query, key, bias, softcap), value).reshape(query.shape)
 
 

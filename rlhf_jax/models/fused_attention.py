@@ -5,8 +5,8 @@
     cudnn      cuDNN's flash attention: NVIDIA GPUs, bfloat16
     splash     the Pallas kernel of that name: one TPU, rows without shared prompts
 
-The kernels look away from masks they do not know of, so a run that trains with one first compares
-it with the reference: `check_attention`.
+A kernel ignores a mask that it does not know, so a run that trains with one first compares it with
+the reference: `check_attention`.
 
 "FlashAttention", https://arxiv.org/abs/2205.14135.
 """
@@ -26,9 +26,9 @@ from rlhf_jax.models.attention import attend, attention_bias
 from rlhf_jax.models.config import ModelConfig
 
 PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
-# Of ‖found − exact‖ / ‖exact‖: rounding stays well below, a wrong mask is far above.
+# For ‖kernel − exact‖ / ‖exact‖: rounding stays well below, a wrong mask is far above.
 TOLERANCES = {"float32": 2e-3, "bfloat16": 2e-2}
-_LANES = 128  # of a TPU; splash takes rows of a multiple
+_LANES = 128  # of a TPU: splash takes rows of a multiple of so many tokens
 
 
 def visibility(
@@ -38,11 +38,11 @@ def visibility(
     branch_ids: jax.Array | None,
     sliding_window: int | None,
 ) -> jax.Array | None:
-    """Who sees whom, as the config's kernel wants it: the last argument of `attend_by`.
+    """Returns who sees whom in the form that the config's kernel takes: an argument of `attend_by`.
 
-    Args are those of `attention_bias`. Returns for "reference" its f32 [B or 1, T, T]; for "xla"
-    and "cudnn", which are causal by themselves, bool [B or 1, 1, T, T], in which padding sees
-    padding, or None for all; for "splash" int32 [B, T] segments, or None for one.
+    Its arguments are those of `attention_bias`. The form is f32 [B or 1, T, T] for "reference"; for
+    "xla" and "cudnn", which are causal by themselves, bool [B or 1, 1, T, T], in which padding sees
+    padding, or None if all is visible; for "splash" int32 [B, T] segments, or None for one segment.
 
     Raises:
         UserError: the kernel can't leave out what branches must not see.
@@ -60,7 +60,7 @@ def visibility(
         return None
     bias = attention_bias(
         positions,
-        # A row of no visible key has no softmax; nothing else sees padding.
+        # A row without a visible key has no softmax; nothing else sees padding.
         None if segment_ids is None else segment_ids + 1,
         branch_ids,
         sliding_window,
@@ -77,7 +77,7 @@ def attend_by(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """`attention.attend` by the config's kernel.
+    """Does what `attention.attend` does, with the config's kernel.
 
     Args:
         query: [B, kv_heads, G, T, d], scaled. key, value: [B, kv_heads, T, d].
@@ -112,7 +112,7 @@ def _splash(
     segment_ids: jax.Array | None,
     interpret: bool,
 ) -> jax.Array:
-    """query [B, heads, T, d] → the same; rows are padded to what the kernel takes."""
+    """query [B, heads, T, d] → the same shape; rows are padded to a length the kernel takes."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernels,
     )
@@ -124,7 +124,7 @@ def _splash(
     block = next(size for size in (512, 256, _LANES) if whole % size == 0)
     mask: Any = masks.CausalMask((whole, whole))
     if config.sliding_window is not None and config.windowed[0]:
-        # Rows in order: between tokens of a segment as far apart as their positions.
+        # Tokens of a segment are as far apart in the row as their positions are.
         mask = masks.LocalMask((whole, whole), (config.sliding_window - 1, 0), 0)
     sizes: dict[str, Any] = {
         field.name: block
@@ -155,10 +155,9 @@ def _splash(
 def check_attention(config: ModelConfig, length: int, *, interpret: bool = False) -> float:
     """Compares the config's kernel with the reference on random packed rows of `length` tokens.
 
-    Two rows of documents (of shared prompts with branches too, where the kernel takes them) and
-    padding, on at most two of the model's key-value heads: output and gradients, as
-    ‖found − exact‖ / ‖exact‖ to float32 products in full precision. With "reference" it does
-    nothing.
+    Two rows hold documents, shared prompts with branches where the kernel takes them, and padding;
+    at most two of the model's key-value heads are used. Output and gradients are compared with
+    float32 products in full precision: ‖kernel − exact‖ / ‖exact‖. "reference" is not compared.
 
     Returns:
         The largest of these errors.
@@ -193,12 +192,12 @@ def check_attention(config: ModelConfig, length: int, *, interpret: bool = False
 
 
 def _check_platform(config: ModelConfig, interpret: bool) -> None:
-    here, wanted = jax.default_backend(), PLATFORMS.get(config.attention)
+    here, needed = jax.default_backend(), PLATFORMS.get(config.attention)
     if interpret:
         return
-    if wanted not in (None, here):
+    if needed not in (None, here):
         raise UserError(
-            f"attention = {config.attention!r} needs a {wanted.upper()}, this is a "
+            f"attention = {config.attention!r} needs a {needed.upper()}, this is a "
             f"{here.upper()}: choose attention = 'reference' or 'xla'"
         )
     if config.attention == "splash" and jax.device_count() > 1:
@@ -211,7 +210,7 @@ def _check_platform(config: ModelConfig, interpret: bool) -> None:
 def _errors(
     config: ModelConfig, length: int, window: int | None, interpret: bool
 ) -> dict[str, float]:
-    """Relative errors of the kernel's output and gradients."""
+    """Returns the relative errors of the kernel's output and gradients."""
     random = np.random.default_rng(0)
     ids = random_rows(random, 2, length, branches=config.attention != "splash")
     kv_heads, groups = min(2, config.kv_heads), config.heads // config.kv_heads
@@ -244,12 +243,12 @@ def _errors(
         return weights.astype(out.dtype) * out, *backward(weights.astype(out.dtype))
 
     arrays = query, key, value
-    found = run(fused, *arrays)
-    wanted = run(exact, *(x.astype(jnp.float32) for x in arrays))
+    by_kernel = run(fused, *arrays)
+    by_reference = run(exact, *(x.astype(jnp.float32) for x in arrays))
     names = "output", "gradient of queries", "gradient of keys", "gradient of values"
     return {
         name: float(_norm(x.astype(jnp.float32) - y) / _norm(y))
-        for name, x, y in zip(names, found, wanted, strict=True)
+        for name, x, y in zip(names, by_kernel, by_reference, strict=True)
     }
 
 
@@ -260,24 +259,22 @@ def _norm(x: jax.Array) -> jax.Array:
 def random_rows(
     random: np.random.Generator, rows: int, length: int, *, branches: bool
 ) -> dict[str, Any]:
-    """int32 [rows, length] positions, segment_ids and branch_ids of some documents and padding.
+    """Draws int32 [rows, length] positions, segment_ids and branch_ids of documents and padding.
 
     With `branches` every other document is a prompt with two branches.
     """
-    found = {
-        name: np.zeros((rows, length), np.int32)
-        for name in ("positions", "segment_ids", "branch_ids")
-    }
+    names = ("positions", "segment_ids", "branch_ids")
+    ids = {name: np.zeros((rows, length), np.int32) for name in names}
     for row in range(rows):
         cuts = np.sort(random.choice(np.arange(1, length + 1), min(6, length), replace=False))
         for i, (start, end) in enumerate(zip([0, *cuts[:-1]], cuts, strict=True)):
             place, size = np.s_[row, start:end], end - start
-            found["segment_ids"][place] = i + 1
-            found["positions"][place] = np.arange(size)
+            ids["segment_ids"][place] = i + 1
+            ids["positions"][place] = np.arange(size)
             if branches and i % 2 == row % 2:
                 prompt, each = size - 2 * (size // 3), size // 3
                 parts = np.repeat([0, 1, 2], [prompt, each, each])
-                found["branch_ids"][place] = parts
+                ids["branch_ids"][place] = parts
                 restart = np.where(parts == 2, each, 0)
-                found["positions"][place] = np.arange(size) - restart
-    return {name: jnp.asarray(array) for name, array in found.items()}
+                ids["positions"][place] = np.arange(size) - restart
+    return {name: jnp.asarray(array) for name, array in ids.items()}

@@ -48,8 +48,9 @@ class AdapterConfig:
       kind: "lora", https://arxiv.org/abs/2106.09685; "rslora", whose updates do not shrink as the
         rank grows, https://arxiv.org/abs/2312.03732; "dora", which trains each output's magnitude
         beside its direction, https://arxiv.org/abs/2402.09353.
-      base: how the frozen kernels are kept: "float32", "bfloat16", "int8" (a scale an output) or
-        "nf4" (4 bits, a scale for 64 inputs). Norms, biases, embeddings and routers stay float32.
+      base: how the frozen kernels are kept: "float32", "bfloat16", "int8" (one scale per output)
+        or "nf4" (4 bits, one scale per 64 inputs). Norms, biases, embeddings and routers stay
+        float32.
     """
 
     rank: int = 0
@@ -82,12 +83,12 @@ class AdapterConfig:
 
     @property
     def scale(self) -> float:
-        """Of A·B."""
+        """The factor of A·B."""
         return self.alpha / (math.sqrt(self.rank) if self.kind == "rslora" else self.rank)
 
 
 def attach(params: Mapping[str, Any], adapter: AdapterConfig, key: jax.Array) -> Tree:
-    """The parameters with a fresh adapter, which changes nothing yet: A is random, B is 0.
+    """Returns the parameters with a fresh adapter that changes nothing yet: A is random, B is 0.
 
     For kernels [layers, in, out]: a [layers, in, rank], uniform within ±1/√in as PyTorch's linear
     layers are, b [layers, rank, out], scale [layers] and, for DoRA, magnitude [layers, out].
@@ -97,13 +98,13 @@ def attach(params: Mapping[str, Any], adapter: AdapterConfig, key: jax.Array) ->
         UserError: no kernel has a name that matches, or the rank is above a kernel's own.
     """
     kernels = {n: node for n, node in _kernels(params) if len(kernel_shape(node)) == 3}
-    found = {name: node for name, node in kernels.items() if re.search(adapter.targets, name)}
-    if not found:
+    targets = {name: node for name, node in kernels.items() if re.search(adapter.targets, name)}
+    if not targets:
         names = ", ".join(kernels)
         raise UserError(f"adapter.targets = {adapter.targets!r} is found in none of {names}")
     added: Tree = {}
-    keys = jax.random.split(key, len(found))
-    for each, (name, node) in zip(keys, found.items(), strict=True):
+    keys = jax.random.split(key, len(targets))
+    for each, (name, node) in zip(keys, targets.items(), strict=True):
         layers, inputs, outputs = kernel_shape(node)
         if adapter.rank > min(inputs, outputs):
             raise UserError(
@@ -129,7 +130,7 @@ OWN = r"/lora/|^score_head/"
 def split(params: Mapping[str, Any]) -> tuple[Tree, Tree]:
     """(what is trained, what is frozen); without an adapter everything is trained.
 
-    With one, its numbers are, and a scalar head, which no base has.
+    With one, its numbers and a scalar head are trained; no base has a scalar head.
     """
     if not has_adapter(params):
         return dict(params), {}
@@ -138,7 +139,7 @@ def split(params: Mapping[str, Any]) -> tuple[Tree, Tree]:
 
 
 def combine(first: Mapping[str, Any], second: Mapping[str, Any]) -> Tree:
-    """Two trees of nested dicts as one, of the same arrays; where both have a leaf the first's."""
+    """Merges two trees of nested dicts without a copy; of two leaves the first's stays."""
     both: Tree = dict(second)
     for name, child in first.items():
         under = both.get(name)
@@ -150,34 +151,34 @@ def combine(first: Mapping[str, Any], second: Mapping[str, Any]) -> Tree:
 
 
 def has_adapter(params: Mapping[str, Any]) -> bool:
-    """Whether any kernel has one."""
+    """Whether any kernel has an adapter."""
     return any("lora" in node for _, node in _kernels(params))
 
 
 def without_adapter(params: Mapping[str, Any]) -> Tree:
-    """The base: the same arrays, no adapter."""
+    """Returns the base: the same arrays, no adapter."""
     return _where(params, lambda name: "/lora/" not in name)
 
 
 def own(params: Mapping[str, Any]) -> Tree:
-    """What a model under an adapter has beside its base: what is saved of it."""
+    """Returns what a model under an adapter has beside its base, which is what is saved of it."""
     return _where(params, lambda name: bool(re.search(OWN, name)))
 
 
-def _where(node: Mapping[str, Any], wanted: Callable[[str], bool], path: str = "") -> Tree:
-    """The leaves whose "/"-joined names are wanted."""
-    kept: Tree = {}
+def _where(node: Mapping[str, Any], test: Callable[[str], bool], path: str = "") -> Tree:
+    """The leaves whose "/"-joined names pass the test."""
+    part: Tree = {}
     for name, child in node.items():
         if not isinstance(child, Mapping):
-            if wanted(path + name):
-                kept[name] = child
-        elif found := _where(child, wanted, f"{path}{name}/"):
-            kept[name] = found
-    return kept
+            if test(path + name):
+                part[name] = child
+        elif below := _where(child, test, f"{path}{name}/"):
+            part[name] = below
+    return part
 
 
 def merge(params: Mapping[str, Any]) -> Tree:
-    """The float32 parameters, without adapters, that compute the same."""
+    """Returns float32 parameters without adapters that compute the same."""
     merged: Tree = {}
     for name, child in params.items():
         if not isinstance(child, Mapping):
@@ -210,11 +211,11 @@ def _change(lora: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def product(x: jax.Array, node: Mapping[str, Any], dtype: Any) -> jax.Array:
-    """x [N, in] times the kernel of a node of one layer, under its adapter: [N, out] of dtype.
+    """Multiplies x [N, in] with a layer's kernel under its adapter: [N, out] of dtype.
 
     DoRA's norms count as constants in the backward pass, as its paper has it (section 4.3).
     """
-    kernel = node["kernel"] if "kernel" in node else kernel_of(node)  # bfloat16 stays what it is
+    kernel = node["kernel"] if "kernel" in node else kernel_of(node)  # bfloat16 stays bfloat16
     y = x @ kernel.astype(dtype)
     if "lora" not in node:
         return y
@@ -229,7 +230,7 @@ def product(x: jax.Array, node: Mapping[str, Any], dtype: Any) -> jax.Array:
 
 
 def quantize(params: Mapping[str, Any], how: str) -> Tree:
-    """The parameters with the layers' kernels as `AdapterConfig.base` says."""
+    """Returns the parameters with the layers' kernels kept as `AdapterConfig.base` says."""
     if how == "float32":
         return dict(params)
     kept = dict(params)
@@ -276,7 +277,7 @@ def _nf4(kernel: jax.Array) -> Tree:
 
 
 def kernel_of(node: Mapping[str, Any]) -> jax.Array:
-    """The float32 kernel [..., in, out] of a node, however it is kept."""
+    """Returns the float32 kernel [..., in, out] of a node, however it is kept."""
     if "int8" in node:
         return node["int8"]["codes"].astype(jnp.float32) * node["int8"]["scale"]
     if "nf4" in node:
@@ -294,7 +295,7 @@ def kernel_shape(node: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def param_count(params: Mapping[str, Any]) -> int:
-    """How many weights the base of a tree has, however they are kept."""
+    """Counts the weights of a tree's base, however they are kept."""
     count = 0
     for name, leaf in named_leaves(without_adapter(params)).items():
         if not re.search("(int8|nf4)/scale$", name):
@@ -303,7 +304,7 @@ def param_count(params: Mapping[str, Any]) -> int:
 
 
 def _kernels(params: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """("layers/attention/query", its node) of every kernel [layers, (experts,) in, out]."""
+    """Yields ("layers/attention/query", its node) for each kernel [layers, (experts,) in, out]."""
 
     def walk(name: str, node: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
         if any(how in node for how in ("kernel", *STORED)):

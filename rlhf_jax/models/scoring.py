@@ -1,4 +1,4 @@
-"""What a model says of a packed batch: the one function that trains, scores and evaluates.
+"""A model's log-probs, scores and values of a packed batch: what trains, scores and evaluates.
 
 Every stage gets its log-probs and scores here, so the ratio of a policy to itself is 1 exactly.
 """
@@ -37,6 +37,13 @@ def _target_hidden(config: ModelConfig, params: Any, batch: Batch) -> jax.Array:
     return jnp.take_along_axis(hidden, batch["sources"][..., None], axis=1)
 
 
+def _words(config: ModelConfig, params: Any) -> tuple[jax.Array, dict[str, Any]]:
+    """(the unembedding in the compute dtype, how the losses are to read it)."""
+    table, layout = unembedding(config, params)
+    options = {"softcap": config.logit_softcap, "layout": layout, "unused": config.unused}
+    return table.astype(config.compute_dtype), options
+
+
 def target_statistics(
     config: ModelConfig,
     params: Any,
@@ -45,7 +52,7 @@ def target_statistics(
     temperature: float = 1.0,
     bias: jax.Array | None = None,
 ) -> TokenStatistics:
-    """Log-probs (nats, f32) and what a loss needs beside them for every target of a batch.
+    """Returns log-probs (nats, f32) and what a loss needs beside them for each target of a batch.
 
     Args:
         batch: packed rows; hidden state `sources[b, m]` of row b predicts token `targets[b, m]`.
@@ -56,16 +63,9 @@ def target_statistics(
         TokenStatistics of [B, M] arrays; unused slots (weight 0) hold finite numbers.
     """
     hidden = _target_hidden(config, params, batch)
-    table, layout = unembedding(config, params)
+    words, options = _words(config, params)
     return token_statistics(
-        hidden,
-        table.astype(hidden.dtype),
-        batch["targets"],
-        bias=bias,
-        temperature=temperature,
-        softcap=config.logit_softcap,
-        layout=layout,
-        unused=config.unused,
+        hidden, words, batch["targets"], bias=bias, temperature=temperature, **options
     )
 
 
@@ -77,20 +77,11 @@ def target_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> tuple[Reduction, dict[str, Reduction]]:
-    """The cross-entropy of a batch's targets and its metrics, as `losses.cross_entropy`."""
+    """Returns the cross-entropy of a batch's targets and its metrics, as `cross_entropy` does."""
     hidden = _target_hidden(config, params, batch)
-    table, layout = unembedding(config, params)
-    return cross_entropy(
-        hidden,
-        table.astype(hidden.dtype),
-        batch["targets"],
-        batch["weights"],
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=config.logit_softcap,
-        layout=layout,
-        unused=config.unused,
-    )
+    words, options = _words(config, params)
+    options |= {"label_smoothing": label_smoothing, "z_loss": z_loss}
+    return cross_entropy(hidden, words, batch["targets"], batch["weights"], **options)
 
 
 def sequence_logprobs(
@@ -119,7 +110,7 @@ def sequence_scores(config: ModelConfig, params: Any, batch: Batch) -> jax.Array
 
 
 def target_values(config: ModelConfig, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """A critic's values: of the state before every target [B, M], and after every branch [B, P·K].
+    """A critic's values of the state before each target [B, M], and after each branch [B, P·K].
 
     The state before a token is the hidden state that predicts it.
     """
@@ -135,11 +126,11 @@ def target_kl(
 ) -> jax.Array:
     """KL of the whole next-token distributions at every target: [B, M] nats.
 
-    It holds all logits at once, B·M·V of them: for a few rows.
+    It holds all B·M·V logits at once: use it for a few rows.
     """
 
     def at_targets(params):
-        found = logits(config, params, _target_hidden(config, params, batch)) / temperature
-        return jnp.where(config.words, found, -jnp.inf) if config.unused else found
+        every = logits(config, params, _target_hidden(config, params, batch)) / temperature
+        return jnp.where(config.words, every, -jnp.inf) if config.unused else every
 
     return exact_kl(at_targets(params), at_targets(reference))

@@ -34,17 +34,15 @@ class Output(NamedTuple):
 
 
 class _Context(NamedTuple):
-    """What every layer needs and none changes."""
+    """What every layer of a kind reads and none changes."""
 
-    bias: Any  # from `visibility`; of a cache f32 [B, T, slots]
+    bias: Any  # from `visibility`, or for a cache f32 [B, T, slots]
     rope: tuple[jax.Array, jax.Array] | None  # cos, sin: f32 [B or 1, T, 1, rotary_dim/2]
     positions: jax.Array  # int32 [B or 1, T]
 
 
 def rope_frequencies(config: ModelConfig, *, windowed: bool = False) -> tuple[np.ndarray, float]:
-    """(radians a position [rotary_dim/2], factor of cos and sin) of RoPE.
-
-        θ^(−2i/d)
+    """(radians per position [rotary_dim/2], factor of cos and sin) of RoPE: θ^(−2i/d).
 
     "linear" divides all by rope_factor. "llama3" divides those that turn less than rope_low times
     within rope_original_length tokens, keeps those that turn more than rope_high times, and blends
@@ -52,25 +50,25 @@ def rope_frequencies(config: ModelConfig, *, windowed: bool = False) -> tuple[np
     and sin: "YaRN", https://arxiv.org/abs/2309.00071.
 
     Args:
-        windowed: of a layer with a sliding window, which may have an unscaled θ of its own.
+        windowed: the layer has a sliding window, and may have an unscaled θ of its own.
     """
     local = config.rope_local_theta if windowed else None
     theta, dim = local or config.rope_theta, config.rotary_dim
-    kept = theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
+    plain = theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
     if local or config.rope_scaling == "none":
-        return kept, 1.0
-    divided = kept / config.rope_factor
+        return plain, 1.0
+    divided = plain / config.rope_factor
     if config.rope_scaling == "linear":
         return divided, 1.0
     length, low, high = config.rope_original_length, config.rope_low, config.rope_high
     assert length is not None  # `validate`
     if config.rope_scaling == "llama3":
-        turns = length * kept / (2 * np.pi)
+        turns = length * plain / (2 * np.pi)
         share = np.clip((turns - low) / (high - low), 0, 1)
-        return share * kept + (1 - share) * divided, 1.0
+        return share * plain + (1 - share) * divided, 1.0
 
     def index(turns: float) -> float:
-        """Of the dimension that turns so often within the length."""
+        """Returns the index of the dimension that turns so often within the length."""
         return dim * np.log(length / (turns * 2 * np.pi)) / (2 * np.log(theta))
 
     first, last = max(np.floor(index(high)), 0), min(np.ceil(index(low)), dim - 1)
@@ -78,20 +76,20 @@ def rope_frequencies(config: ModelConfig, *, windowed: bool = False) -> tuple[np
     share = 1 - np.clip(ramp, 0, 1)
     growth = 0.1 * float(np.log(max(config.rope_factor, 1)))
     factor = config.rope_attention_factor or growth + 1
-    return share * kept + (1 - share) * divided, factor
+    return share * plain + (1 - share) * divided, factor
 
 
 def _rope_table(
     config: ModelConfig, positions: jax.Array, length: int, windowed: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """cos and sin at positions [B or 1, T] below `length`, beyond it NaN.
+    """Looks up cos and sin at positions [B or 1, T] below `length`; beyond it they are NaN.
 
-    Looked up, because XLA would take the sine of an angle again in every layer and for every head.
+    Without a table XLA would compute the sine of an angle again in every layer and for every head.
     """
     frequencies, factor = rope_frequencies(config, windowed=windowed)
     angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies.astype(np.float32)
-    found = partial(jnp.take, indices=positions, axis=0, mode="fill", fill_value=jnp.nan)
-    cos, sin = found(factor * jnp.cos(angles)), found(factor * jnp.sin(angles))
+    at = partial(jnp.take, indices=positions, axis=0, mode="fill", fill_value=jnp.nan)
+    cos, sin = at(factor * jnp.cos(angles)), at(factor * jnp.sin(angles))
     return cos[:, :, None], sin[:, :, None]
 
 
@@ -107,11 +105,6 @@ def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin, rest], axis=-1)
 
 
-def _rms(x: jax.Array, eps: float) -> jax.Array:
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-
-
 class _Norm(nn.Module):
     config: ModelConfig
     kind: str
@@ -121,10 +114,11 @@ class _Norm(nn.Module):
         plus_one = self.config.norm_plus_one
         start = nn.initializers.zeros if plus_one else nn.initializers.ones
         scale = self.param("scale", start, (x.shape[-1],))
+        x = x.astype(jnp.float32)
         if self.kind == "layer":
-            x = x.astype(jnp.float32)
             x = x - jnp.mean(x, axis=-1, keepdims=True)
-        y = _rms(x, self.config.norm_eps) * (1 + scale if plus_one else scale)
+        rms = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.config.norm_eps)
+        y = x * rms * (1 + scale if plus_one else scale)
         if self.kind == "layer" and self.config.norm_bias:
             y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         return y.astype(self.config.compute_dtype)
@@ -156,9 +150,9 @@ class _Dense(nn.Module):
 def _products(
     module: nn.Module, x: jax.Array, sizes: Mapping[str, int], bias: bool
 ) -> dict[str, jax.Array]:
-    """Products [..., size] of x with the module's kernels so named.
+    """Multiplies x with each of the module's kernels of these names: products [..., size].
 
-    One product for all if `decoding_params` has laid them side by side.
+    It is one product for all if `decoding_params` has laid the kernels side by side.
     """
     config = module.config
     joined = "_".join(sizes)
@@ -175,10 +169,10 @@ class _Attention(nn.Module):
     def __call__(self, x: jax.Array, context: _Context, cached: KeysValues | None):
         config, bias = self.config, self.config.attention_bias
         sizes = [n * config.head_dim for n in (config.heads, config.kv_heads, config.kv_heads)]
-        found = _products(self, x, dict(zip(QUERY_KEY_VALUE, sizes, strict=True)), bias)
+        products = _products(self, x, dict(zip(QUERY_KEY_VALUE, sizes, strict=True)), bias)
 
         def heads(name: str, count: int, norm: bool = False) -> jax.Array:
-            y = found[name]
+            y = products[name]
             if not (norm and config.qk_norm_whole):
                 y = y.reshape(*x.shape[:2], count, config.head_dim)
             if norm:
@@ -203,7 +197,7 @@ class _Attention(nn.Module):
                 cached[0].at[slots].set(new[0].swapaxes(1, 2)),
                 cached[1].at[slots].set(new[1].swapaxes(1, 2)),
             )
-            # Else XLA writes a single row once for each of its readers, into copies of the cache.
+            # Without a barrier XLA writes a row once per reader, into copies of the cache.
             new = key, value = jax.lax.optimization_barrier(new)
             softcap = config.attention_softcap
             mixed = attend_cached(query, key, value, context.bias, softcap=softcap)
@@ -232,13 +226,13 @@ class _Mlp(nn.Module):
 
 
 class _Experts(nn.Module):
-    """MLPs of which each token has its own few, weighted by a router, in float32:
+    """MLPs from which a router chooses a few for each token, in float32:
 
         Σ over the experts_per_token largest p_e of p_e · mlp_e(x),  p = softmax(x · router)
 
-    the p_e divided by their sum with `expert_renormalize`. Every expert computes every token, and
-    a weight of 0 takes out those not chosen: no token is dropped, and none depends on which others
-    are in its batch. The router is trained by the task's loss alone, no balancing one is added.
+    With `expert_renormalize` the p_e are divided by their sum. Every expert computes every token,
+    and those not chosen have weight 0: no token is dropped, and none depends on the others of its
+    batch. The router is trained by the task's loss alone; no loss that balances experts is added.
 
     "Outrageously Large Neural Networks", https://arxiv.org/abs/1701.06538; softmax before the
     choice as in "Mixtral of Experts", https://arxiv.org/abs/2401.04088.
@@ -266,7 +260,7 @@ class _Experts(nn.Module):
         def expert(params: Params, weight: jax.Array) -> jax.Array:
             return weight[:, None] * cast(jax.Array, mlp.apply({"params": params}, tokens))
 
-        if config.remat != "none":  # else the backward pass keeps what all computed
+        if config.remat != "none":  # otherwise the backward pass keeps what all experts computed
             expert = jax.checkpoint(expert, prevent_cse=False)
         if self.is_initializing():
             self.param("experts", start)
@@ -298,22 +292,22 @@ class _Block(nn.Module):
 
 @partial(jax.jit, static_argnums=0)
 def init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
-    """Fresh float32 parameters: a nested dict, those of the layers stacked on axis 0.
+    """Returns fresh float32 parameters: a nested dict in which layers are stacked on axis 0.
 
-    Kernels are [(layers,) in, out], of experts [layers, experts, in, out], and normal with
-    `init_std`, the two that write to the residual stream scaled by 1/√(2·layers) as in GPT-2; the
-    score head has std 1/√(width + 1).
+    Kernels are [(layers,) in, out], or [layers, experts, in, out], and normal with `init_std`. The
+    two that write to the residual stream are scaled by 1/√(2·layers) as in GPT-2; the score head
+    has std 1/√(width + 1).
 
     With `copy_init` attention's output kernel is the value kernel transposed, scaled so that their
-    product is about the identity: from the first step on, a token's embedding goes on to whatever
-    attends to it, and what is left to learn is where to look: a small model learns facts from less
-    text, and to use what its prompt says. After "Mimetic Initialization of Self-Attention Layers",
-    https://arxiv.org/abs/2305.09828.
+    product is about the identity. From the first step on a token then passes its embedding to
+    whatever attends to it, and only has to learn where to look: a small model learns facts from
+    less text, and learns to use its prompt. After "Mimetic Initialization of Self-Attention
+    Layers", https://arxiv.org/abs/2305.09828.
 
     Raises:
         UserError: the config does not fit together.
     """
-    # No parameter depends on the kernel, which may not take a row of one token.
+    # No parameter depends on the attention kernel, and some kernels refuse a row of one token.
     config = dataclasses.replace(config.validate(), attention="reference")
     keys = jax.random.split(key, 4)
     block, x = _Block(config), jnp.zeros((1, 1, config.width), config.compute_dtype)
@@ -331,7 +325,7 @@ def init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     }
     if config.copy_init:
         attention = params["layers"]["attention"]
-        attention["out"]["kernel"] = _copying(config, attention["value"]["kernel"])
+        attention["out"]["kernel"] = _undo_value(config, attention["value"]["kernel"])
     if config.position == "learned":
         params["position_embed"] = {"embedding": normal(keys[2], config.max_length, config.width)}
     if config.head == "scalar":
@@ -342,8 +336,8 @@ def init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     return params
 
 
-def _copying(config: ModelConfig, value: jax.Array) -> jax.Array:
-    """Output kernels [layers, heads·d, width] undoing value kernels [layers, width, kv_heads·d]."""
+def _undo_value(config: ModelConfig, value: jax.Array) -> jax.Array:
+    """Output kernels [layers, heads·d, width] that undo value kernels [layers, width, kv·d]."""
     groups = config.heads // config.kv_heads
     value = value.reshape(config.layers, config.width, config.kv_heads, config.head_dim)
     value = jnp.repeat(value, groups, axis=2).reshape(config.layers, config.width, -1)
@@ -416,7 +410,7 @@ def _contexts(
     branch_ids: jax.Array | None = None,
     slots: int | None = None,
 ) -> list[_Context]:
-    """That of each kind of layer the model has: those that see everything, those with a window."""
+    """Returns one context per kind of layer: first without a window, then with one."""
     contexts = []
     for windowed in sorted(set(config.windowed)):
         window = config.sliding_window if windowed else None
@@ -449,14 +443,14 @@ def _final_norm(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
 def _forward(
     config: ModelConfig, params: Params, tokens: jax.Array, contexts: list[_Context]
 ) -> tuple[jax.Array, KeysValues]:
-    """Hidden states, and keys and values [layers, B, kv_heads, T, head_dim]: layers in a scan."""
+    """Scans the layers: hidden states, and keys and values [layers, B, kv_heads, T, head_dim]."""
     mixed = len(contexts) > 1
 
     def block(x, layer):
         params, windowed = layer
         context = contexts[0]
         if mixed:
-            context = jax.tree.map(partial(_select, windowed), *contexts)
+            context = jax.tree.map(lambda *kinds: jnp.where(windowed, *kinds[::-1]), *contexts)
         return _Block(config).apply({"params": params}, x, context)
 
     if config.remat != "none":
@@ -481,14 +475,10 @@ def _forward(
     return _final_norm(config, params, x), new
 
 
-def _select(windowed: jax.Array, everything: jax.Array, window: jax.Array) -> jax.Array:
-    return jnp.where(windowed, window, everything)
-
-
 def _decode(
     config: ModelConfig, params: Params, tokens: jax.Array, contexts: list[_Context], cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    """Hidden states and the cache with the new tokens: layers one by one, caches in place.
+    """Returns hidden states and the cache with the new tokens, written in place layer by layer.
 
     A scan over the layers would copy the whole cache at every step.
     """
@@ -509,14 +499,14 @@ def _layer(params: Params, i: int) -> Params:
 
 
 def decoding_params(config: ModelConfig, params: Params) -> Params:
-    """The parameters as `apply` reads them fastest token by token, with the same results.
+    """Returns the parameters as `apply` reads them fastest token by token, with equal results.
 
-    A step of decoding reads every weight, and does little else. So those kernels that each product
-    rounds to the compute dtype are rounded here once, a bfloat16 model's to half the bytes, and
-    every layer gets arrays of its own, "layers" being a tuple: a slice of a stack may be copied at
-    every step. Kernels of one input, query, key and value or gate and up, lie side by side where
-    each device has all of them, and are one product. The price is a second copy of the layers for
-    as long as it is used.
+    A step of decoding reads every weight, and does little else. So the kernels that every product
+    would round to the compute dtype are rounded here once: a bfloat16 model's take half the bytes.
+    "layers" becomes a tuple with arrays of its own for each layer, because a slice of a stack may
+    be copied at every step. Kernels of one input (query, key and value, or gate and up) lie side by
+    side, and are one product, where each device has all of them. The price is a second copy of the
+    layers for as long as it is used.
     """
     whole = all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
     return _decoding_params(config, params, whole)
@@ -524,36 +514,36 @@ def decoding_params(config: ModelConfig, params: Params) -> Params:
 
 @partial(jax.jit, static_argnums=(0, 2))
 def _decoding_params(config: ModelConfig, params: Params, join: bool) -> Params:
-    def rounded(node: Mapping[str, Any]) -> dict[str, Any]:
-        found = {k: rounded(v) if isinstance(v, Mapping) else v for k, v in node.items()}
+    def round_kernels(node: Mapping[str, Any]) -> dict[str, Any]:
+        new = {k: round_kernels(v) if isinstance(v, Mapping) else v for k, v in node.items()}
         if "kernel" in node and "magnitude" not in node.get("lora", {}):  # DoRA takes its norm
-            found["kernel"] = node["kernel"].astype(config.compute_dtype)
+            new["kernel"] = node["kernel"].astype(config.compute_dtype)
         if "router" in node:  # computes in float32
-            found["router"] = node["router"]
+            new["router"] = node["router"]
         for names in (QUERY_KEY_VALUE, GATE_UP) if join else ():
-            kernels = [found.get(name, {}) for name in names]
+            kernels = [new.get(name, {}) for name in names]
             if all("kernel" in each and set(each) <= {"kernel", "bias"} for each in kernels):
                 joined = jax.tree.map(lambda *x: jnp.concatenate(x, -1), *kernels)
-                found = {k: v for k, v in found.items() if k not in names}
-                found["_".join(names)] = joined
-        return found
+                new = {k: v for k, v in new.items() if k not in names}
+                new["_".join(names)] = joined
+        return new
 
-    found = dict(params) | {"layers": rounded(params["layers"])}
-    found["layers"] = tuple(_layer(found, i) for i in range(config.layers))
+    new = dict(params) | {"layers": round_kernels(params["layers"])}
+    new["layers"] = tuple(_layer(new, i) for i in range(config.layers))
     if "lm_head" in params:
-        found["lm_head"] = rounded(params["lm_head"])
+        new["lm_head"] = round_kernels(params["lm_head"])
     if config.tied_embeddings and config.embed_scale == 1 and config.position == "rope":
-        # Else an embedding is changed before it is rounded.
-        found["embed"] = jax.tree.map(lambda x: x.astype(config.compute_dtype), params["embed"])
-    return found
+        # Otherwise an embedding is changed before it is rounded.
+        new["embed"] = jax.tree.map(lambda x: x.astype(config.compute_dtype), params["embed"])
+    return new
 
 
 def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
-    """An empty cache for `length` positions a row.
+    """Returns an empty cache for `length` positions per row.
 
-    keys, values: for every layer an array [batch, kv_heads, length, head_dim], slot s of a row
-    holding its position s; lengths: int32 [batch]. Heads stand before slots because the products
-    of a decoding step then read them in order.
+    keys, values: for every layer an array [batch, kv_heads, length, head_dim], in which slot s of
+    a row holds its position s; lengths: int32 [batch]. Heads stand before slots because the
+    products of a decoding step then read them in order.
     """
     shape = (batch, config.kv_heads, length, config.head_dim)
     return {
@@ -572,8 +562,9 @@ def _fill(cached: tuple[jax.Array, ...], new: jax.Array) -> tuple[jax.Array, ...
 
 
 def unembedding(config: ModelConfig, params: Params) -> tuple[jax.Array, str]:
-    """The f32 matrix from hidden states to logits as it is stored, and its layout:
-    [vocab_size, width], "vd", if it is the embedding, and else [width, vocab_size], "dv".
+    """Returns the f32 matrix from hidden states to logits as it is stored, and its layout.
+
+    That is "vd", [vocab_size, width], if it is the embedding, and otherwise "dv".
     """
     if config.tied_embeddings:
         return params["embed"]["embedding"], "vd"
@@ -585,7 +576,7 @@ def unembedding(config: ModelConfig, params: Params) -> tuple[jax.Array, str]:
 def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
     """f32 [..., vocab_size] logits of hidden [..., width], soft-capped if the config says so.
 
-    Products of numbers in the compute dtype, summed in float32.
+    The factors are in the compute dtype, the sums in float32.
     """
     table, layout = unembedding(config, params)
     values = jnp.einsum(
@@ -599,7 +590,7 @@ def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
 
 
 def scores(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
-    """f32 [...] scores of hidden [..., width]: the scalar head of reward and value models."""
+    """f32 [...] scores of hidden [..., width] by the scalar head of reward and value models."""
     if config.head != "scalar":
         raise ValueError("scores need a model with head = 'scalar'")
     return hidden.astype(jnp.float32) @ params["score_head"]["kernel"][:, 0]
@@ -608,7 +599,7 @@ def scores(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
 def check_tokens(
     config: ModelConfig, tokens: np.ndarray, positions: np.ndarray | None = None
 ) -> None:
-    """Checks on the host what compiled code would bend silently.
+    """Checks on the host for ids that compiled code would clamp silently.
 
     Raises:
         UserError: a token id outside the vocabulary or a position outside a learned table.

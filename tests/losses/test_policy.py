@@ -23,7 +23,7 @@ from rlhf_jax.losses.policy import (
     policy_loss,
     value_loss,
 )
-from rlhf_jax.losses.reductions import add, mean
+from rlhf_jax.losses.reductions import mean
 
 N, T = 8, 6
 CONSTANTS = {"constant": 10.0}
@@ -243,7 +243,7 @@ def test_parts_add_up(reference_results, transformation):
         split = [jitted_everything(*(x[i] for x in parts)) for i in range(4)]
         outputs = {name: split[0][name][0] for name in OBJECTIVES}
         for part in split[1:]:
-            outputs = add(outputs, {name: part[name][0] for name in OBJECTIVES})
+            outputs = jax.tree.map(jnp.add, outputs, {name: part[name][0] for name in OBJECTIVES})
         gradients = {
             name: jnp.concatenate([part[name][1] for part in split]) for name in OBJECTIVES
         }
@@ -414,7 +414,7 @@ def test_value_loss_of_parts_adds_up():
         return value_loss(*arrays, sequence_weights=weights[part])
 
     whole = run(slice(None))
-    parts = add(run(slice(0, 4)), run(slice(4, 8)))
+    parts = jax.tree.map(jnp.add, run(slice(0, 4)), run(slice(4, 8)))
     for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.losses.reductions import mean
-from rlhf_jax.losses.reward import bradley_terry, plackett_luce, pointwise_logistic
+from rlhf_jax.losses.reward import bradley_terry, pointwise_logistic
 
 
 def nll(x):
@@ -49,55 +48,6 @@ def test_bradley_terry_is_free_of_an_offset_and_symmetric_under_swap():
     np.testing.assert_allclose(difference, -(chosen - rejected).sum(), rtol=1e-5)
 
 
-def brute_force_ranking_nll(scores):
-    """−log of the product over ranks of exp(s_k) / Σ_{j≥k} exp(s_j)."""
-    rest = [math.exp(s) for s in scores]
-    return -sum(math.log(rest[k] / sum(rest[k:])) for k in range(len(rest)))
-
-
-def test_plackett_luce_by_hand_with_shorter_lists():
-    scores = jnp.array([[2.0, 1.0, 0.0, -1.0], [0.5, 1.5, jnp.nan, jnp.inf], [3.0, 9, 9, 9]])
-    mask = jnp.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
-    weights = jnp.array([1.0, 3.0, 1.0])
-    (total, weight), metrics = jax.jit(plackett_luce)(scores, weights, mask)
-    expected = brute_force_ranking_nll([2, 1, 0, -1]) + 3 * nll(-1.0)
-    assert float(total) == pytest.approx(expected, abs=1e-5)
-    assert float(weight) == 5
-    assert float(mean(metrics["rewards/accuracies"])) == pytest.approx((1 * 1 + 3 * 0) / 4)
-
-
-def test_plackett_luce_probabilities_of_all_rankings_sum_to_one():
-    scores = np.array([0.3, -1.2, 2.0, 0.7], np.float32)
-    rankings = jnp.array([scores[list(order)] for order in itertools.permutations(range(4))])
-    losses = jax.jit(jax.vmap(lambda s: plackett_luce(s[None], jnp.ones(1))[0][0]))(rankings)
-    np.testing.assert_allclose(jnp.exp(-losses).sum(), 1, rtol=1e-5)
-
-
-def test_plackett_luce_of_two_is_bradley_terry_with_gradient():
-    scores, weights = jnp.array([[1.0, -0.5], [0.2, 0.9], [60.0, -60.0]]), jnp.array([1.0, 2, 1])
-
-    @jax.jit
-    @jax.value_and_grad
-    def listwise(s):
-        return plackett_luce(s, weights)[0][0]
-
-    @jax.jit
-    @jax.value_and_grad
-    def pairwise(s):
-        return bradley_terry(s[:, 0], s[:, 1], weights)[0][0]
-
-    for got, expected in zip(listwise(scores), pairwise(scores), strict=True):
-        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
-
-
-def test_plackett_luce_survives_a_wide_spread_of_scores():
-    scores = jnp.array([[500.0, 0.0, -500.0, -501.0]])
-    loss = jax.jit(jax.value_and_grad(lambda s: plackett_luce(s, jnp.ones(1))[0][0]))
-    value, gradient = loss(scores)
-    np.testing.assert_allclose(value, nll(1.0), rtol=1e-5)
-    assert np.isfinite(gradient).all()
-
-
 def test_pointwise_logistic_by_hand():
     scores, labels = jnp.array([2.0, -1.0, 0.0]), jnp.array([1.0, 0.0, 0.25])
     (total, weight), metrics = pointwise_logistic(scores, labels, jnp.array([1.0, 2.0, 1.0]))
@@ -107,7 +57,7 @@ def test_pointwise_logistic_by_hand():
     assert float(mean(metrics["rewards/accuracies"])) == pytest.approx((1 + 2 + 0.5) / 4)
 
 
-@pytest.mark.parametrize("loss", ["pair", "ranked", "point"])
+@pytest.mark.parametrize("loss", ["pair", "point"])
 def test_a_row_of_weight_zero_reaches_neither_loss_nor_gradient(loss):
     weights = jnp.array([1.0, 0.0])
 
@@ -116,8 +66,6 @@ def test_a_row_of_weight_zero_reaches_neither_loss_nor_gradient(loss):
     def step(x):
         if loss == "pair":
             return bradley_terry(x, -x, weights, margin=x, centering=0.1)[0][0]
-        if loss == "ranked":
-            return plackett_luce(jnp.stack([x, 2 * x, -x], 1), weights)[0][0]
         return pointwise_logistic(x, x, weights)[0][0]
 
     clean, clean_gradient = step(jnp.array([0.7, 0.0]))
@@ -132,7 +80,5 @@ def test_a_row_of_weight_zero_reaches_neither_loss_nor_gradient(loss):
 def test_wrong_shapes_are_refused():
     with pytest.raises(ValueError, match="chosen must have 1 axes"):
         bradley_terry(jnp.ones((2, 1)), jnp.ones((2, 1)), jnp.ones((2, 1)))
-    with pytest.raises(ValueError, match="same shape"):
-        plackett_luce(jnp.ones((2, 3)), jnp.ones(2), jnp.ones((2, 2)))
     with pytest.raises(ValueError, match="same shape"):
         pointwise_logistic(jnp.ones(2), jnp.ones(3), jnp.ones(2))

@@ -21,7 +21,6 @@ from rlhf_jax.losses.cross_entropy import TokenStatistics, cross_entropy
 from rlhf_jax.losses.policy import AGGREGATIONS, OBJECTIVES
 from rlhf_jax.losses.preference import LOSSES
 from rlhf_jax.losses.reductions import weighted_sum
-from rlhf_jax.losses.reward import plackett_luce
 from rlhf_jax.models import transformer
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.rl import on_policy
@@ -108,12 +107,7 @@ def reward_losses():
         config = defaults.resolve(defaults.base("reward", loss=loss))
         return reward.loss(config, None, params, batch, rng)
 
-    def ranking(params, batch, rng):
-        scores = linear(None, params, batch).reshape(-1, 3)
-        return plackett_luce(scores, batch["valid"].reshape(-1))
-
-    losses = {name: functools.partial(loss, name) for name in reward.LOSSES}
-    return losses | {"plackett_luce": ranking}
+    return {name: functools.partial(loss, name) for name in reward.LOSSES}
 
 
 # Language-model, policy and value losses, of logits that are linear in hidden states.
