@@ -1,0 +1,40 @@
+"""What a reader walks through does not grow: the counts of tests/house.py and their bounds."""
+
+from tests import house
+
+# Measured; a change that lowers one lowers its bound, a change that must raise one says why.
+BOUNDS = {}
+
+
+def test_no_count_of_the_house_grows():
+    counts = house.counts()
+    assert counts.keys() == BOUNDS.keys()
+    grown = {name: (count, BOUNDS[name]) for name, count in counts.items() if count > BOUNDS[name]}
+    assert not grown
+
+
+def test_a_count_is_of_what_is_there(tmp_path, monkeypatch):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "set.py").write_text("NAME = 'gae'\n")
+    body = "\n".join("    x = 1" for _ in range(61))
+    (tmp_path / "core.py").write_text(f"def f(self, a, *b, c=1, **d):\n{body}\n")
+    monkeypatch.setattr(house, "PACKAGE", tmp_path)
+    assert [*house.functions()] == [house.Function("core.py", "f", 62, 4)]
+    assert house.lines() == {"core": 62, "tasks": 1, "hub": 0, "report": 0, "oracle": 0}
+    assert house.files_that_name({"gae"}) == {"tasks/set.py"}
+
+
+def test_a_walk_is_every_function_that_runs_while_the_number_is_passed(tmp_path, monkeypatch):
+    (tmp_path / "walked.py").write_text(
+        "def outer():\n    through({'beta': 0.25})\n    beside(1.0)\n\n\n"
+        "def through(options):\n    inner(options['beta'])\n\n\n"
+        "def inner(beta):\n    beside(beta + 1)\n\n\n"
+        "def beside(x):\n    pass\n"
+    )
+    monkeypatch.setattr(house, "PACKAGE", tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    import walked
+
+    walk = house.walk_of_number(0.25, walked.outer)
+    assert walk.functions == {("walked.py", name) for name in ("outer", "through", "inner")}
+    assert walk.files == {"walked.py"}
