@@ -22,7 +22,7 @@ from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.devices import split_cores
 from rlhf_jax.hub.hub_tokenizer import HubTokenizer
 from rlhf_jax.hub.tokenizer_settings import TokenizerSettings
-from rlhf_jax.losses.preference import Sigmoid, preference_loss
+from rlhf_jax.losses.preference import Pairs, Sigmoid, preference_loss
 from rlhf_jax.losses.reward import bradley_terry
 from rlhf_jax.malloc import give_back
 from rlhf_jax.models import ModelConfig, init
@@ -150,16 +150,8 @@ def dpo_loss(config: ModelConfig, beta: float) -> Callable:
         policy = sequence_logprobs(config, params, batch).reshape(-1, 2)
         theirs = batch["reference"].reshape(-1, 2)
         lengths = batch["lengths"].reshape(-1, 2)
-        return preference_loss(
-            Sigmoid(beta),
-            policy[:, 0],
-            policy[:, 1],
-            theirs[:, 0],
-            theirs[:, 1],
-            chosen_lengths=lengths[:, 0],
-            rejected_lengths=lengths[:, 1],
-            weights=batch["valid"].reshape(-1),
-        )
+        pairs = Pairs(*policy.T, *theirs.T, *lengths.T, batch["valid"].reshape(-1))
+        return preference_loss(Sigmoid(beta), pairs)
 
     return loss_fn
 

@@ -16,7 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from rlhf_jax.errors import UserError, nearest
-from rlhf_jax.losses.checks import check_choice, check_intervals
+from rlhf_jax.losses.checks import check_choice
 
 _TYPES = {"float": float, "int": int, "str": str, "bool": bool}
 _LARGEST = 3.4028234663852886e38  # of float32
@@ -141,99 +141,99 @@ def build(section: type, given: Mapping[str, Any], path: str) -> Any:
         UserError: there is no such field, a value has another type or is outside its range, or is
             an option of another variant than the one that is named.
     """
-    own, values = own_fields(section), dict(given)
-    for name in values:
-        if name not in field_names(section) and not any(
-            "prefix" in f.metadata for f in fields(section)
-        ):
-            near = nearest(name, field_names(section))
-            raise UserError(f"config: {path} has no field {name}; did you mean {near}?")
-    made = _valid(section, {name: values.pop(name) for name in own if name in values}, path)
-    for each in fields(section):
-        if "prefix" in each.metadata:
-            rest = {name: value for name, value in values.items() if value}
-            made = dataclasses.replace(made, **{each.name: rest})
-        elif "variants" in each.metadata:
-            table, name = each.metadata["variants"], made.name
-            if name not in table:
-                hint = f"did you mean {nearest(name, table)!r}? Known: {', '.join(table)}"
-                raise UserError(f"config: {path}.name = {name!r} is unknown; {hint}")
-            known = own_fields(table[name])
-            for option in values:
-                if option not in known:
-                    having = [k for k, part in table.items() if option in own_fields(part)]
-                    raise UserError(
-                        f"config: {path}.{option} is an option of {', '.join(having)}; {name!r} "
-                        f"has no option {option}, only {', '.join(known) or 'those of all'}"
-                    )
-            part = _valid(table[name], values, path)
-            for option, value in vars(part).items():
-                if isinstance(value, float) and value < 0:
-                    raise UserError(f"config: {path}.{option} must be in [0, inf), got {value}")
-            made = dataclasses.replace(made, **{each.name: part})
-    return made
-
-
-def _valid(section: type, given: Mapping[str, Any], path: str) -> Any:
-    """A dataclass of values of the right types and ranges, which its own `validate` accepts."""
-    known = own_fields(section)
+    own = own_fields(section)
+    rest = {name: value for name, value in given.items() if name not in own}
     try:
         values = {
-            name: _converted(f"{path}.{name}", known[name].type, value)
+            name: _read_value(f"{path}.{name}", own[name], value)
             for name, value in given.items()
+            if name in own
         }
+        for each in fields(section):
+            if "prefix" in each.metadata:
+                values[each.name] = {name: value for name, value in rest.items() if value}
+                rest = {}
+            elif "variants" in each.metadata:
+                name, table = values.get("name", own["name"].default), each.metadata["variants"]
+                _check_variant(name, table, rest, path)
+                values[each.name] = part = build(table[name], rest, path)
+                for option, value in vars(part).items():
+                    if isinstance(value, float) and value < 0:
+                        raise UserError(f"config: {path}.{option} must be in [0, inf), got {value}")
+                rest = {}
+        for name in rest:
+            near = nearest(name, own)
+            raise UserError(f"config: {path} has no field {name}; did you mean {near}?")
         made = section(**values)
         if hasattr(made, "settled"):
             made = made.settled()
-        for name, each in known.items():
-            _check_range(f"{path}.{name}", getattr(made, name), each.metadata)
         if hasattr(made, "validate"):
             made.validate()
     except ValueError as error:
-        prefix = f"{path}." if str(error).split()[0] in known else ""
+        prefix = f"{path}." if str(error).split()[0] in own else ""
         raise UserError(f"config: {prefix}{error}") from error
     return made
 
 
-def _converted(name: str, kind: Any, value: Any) -> Any:
-    """A value as the field's annotation has it: whole numbers may stand for others, lists too."""
-    base = kind.split(" | ")[0]
-    if value is None and kind.endswith("None"):
+def _check_variant(
+    name: str, table: Mapping[str, type], given: Mapping[str, Any], path: str
+) -> None:
+    """UserError for a name that is not in the table, or an option that the one of it lacks."""
+    if name not in table:
+        hint = f"did you mean {nearest(name, table)!r}? Known: {', '.join(table)}"
+        raise UserError(f"config: {path}.name = {name!r} is unknown; {hint}")
+    known = own_fields(table[name])
+    for option in given:
+        if option not in known:
+            having = [other for other, kind in table.items() if option in own_fields(kind)]
+            raise UserError(
+                f"config: {path}.{option} is an option of {', '.join(having)}; {name!r} "
+                f"has no option {option}, only {', '.join(known) or 'those of all'}"
+            )
+
+
+def _read_value(name: str, each: Field, value: Any) -> Any:
+    """A value as the field's annotation has it: whole numbers may stand for others, lists too.
+
+    Raises:
+        ValueError: it has another type, or is outside the limits that `option` was given.
+    """
+    kind, limits = each.type.split(" | ")[0], each.metadata
+    if value is None and each.type.endswith("None"):
         return None
-    if base.startswith("tuple"):
+    if kind.startswith("tuple"):
         return (value,) if isinstance(value, str) else tuple(value)
-    if base == "float" and type(value) is int:
-        return float(value)
-    if type(value) is not _TYPES[base]:
-        raise ValueError(f"{name} = {value!r} must be of type {base}")
-    return value
-
-
-def _check_range(name: str, value: Any, limits: Mapping[str, Any]) -> None:
-    """ValueError for a value outside the limits that `option` was given."""
-    if isinstance(value, float) and not abs(value) <= _LARGEST:
+    if kind == "float" and type(value) is int:
+        value = float(value)
+    if value.__class__ is not _TYPES[kind]:
+        raise ValueError(f"{name} = {value!r} must be of type {kind}")
+    if kind == "float" and not abs(value) <= _LARGEST:
         raise ValueError(f"{name} = {value} is no number that float32 can hold")
     if (least := limits.get("least")) is not None and value < least:
         raise ValueError(f"{name} = {value} must be at least {least}")
     if limits.get("choices"):
         check_choice(name, value, limits["choices"])
-    if limits.get("within"):
-        check_intervals({name: value}, {limits["within"]: (name,)})
+    if interval := limits.get("within"):
+        low, high = map(float, interval[1:-1].split(","))
+        above = low <= value if interval[0] == "[" else low < value
+        if not (above and (value <= high if interval[-1] == "]" else value < high)):
+            raise ValueError(f"{name} must be in {interval}, got {value}")
+    return value
 
 
 def document(config: Config) -> dict[str, Any]:
     """The config as config.json holds it: every field that is read, as JSON has it."""
     whole: dict[str, Any] = {"stage": config.stage, "seed": config.seed}
-    return whole | {name: stated(section) for name, section in config.sections.items()}
+    return whole | {name: section_document(section) for name, section in config.sections.items()}
 
 
-def stated(section: Any) -> dict[str, Any]:
+def section_document(section: Any) -> dict[str, Any]:
     """The fields of a section that are read, as JSON has them, a variant's among them."""
     values: dict[str, Any] = {}
     for each in fields(section):
         value, only = getattr(section, each.name), each.metadata.get("only")
         if "variants" in each.metadata:
-            values |= stated(value)
+            values |= vars(value)
         elif "prefix" in each.metadata:
             values |= value
         elif only is None or only.holds(section):

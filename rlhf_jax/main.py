@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
 
 from rlhf_jax.commands import show_warnings
-from rlhf_jax.config import unread
 from rlhf_jax.errors import (
     EXIT_DONE,
     EXIT_RESUMABLE,
@@ -31,7 +29,7 @@ from rlhf_jax.stopping import listen, stop_point
 
 
 def parse(argv: list[str]):
-    """Returns (config, its source "file.py[:variant]", the values of the other flags)."""
+    """Returns (config, its source "file.py[:variant]", names of fields that are set, other flags)."""
     from absl import flags
     from ml_collections import config_flags
 
@@ -68,8 +66,9 @@ def parse(argv: list[str]):
     source = config_flags.get_config_filename(values["config"])
     if not os.path.isfile(source.partition(":")[0]):
         raise UserError(f"--config={source}: there is no such file")
-    _check_names(values.config, argv)
-    return values.config, source, values
+    names = (arg.lstrip("-").partition("=")[0].removeprefix("no") for arg in argv)
+    stated = [name.removeprefix("config.") for name in names if name.startswith("config.")]
+    return values.config, source, stated, values
 
 
 def _config_file(argv: list[str]) -> str:
@@ -81,28 +80,11 @@ def _config_file(argv: list[str]) -> str:
     return ""
 
 
-def _check_names(config: Any, argv: list[str]) -> None:
-    """UserError for a field that a flag sets and the stage, as it is set, does not read."""
-    from rlhf_jax.stages.defaults import resolve, unknown_field
-
-    flags = (arg.lstrip("-").partition("=")[0].removeprefix("no") for arg in argv)
-    names = [flag.removeprefix("config.") for flag in flags if flag.startswith("config.")]
-    if not names or "stage" not in config:
-        return
-    for line in (unknown_field(config.stage, name) for name in names):
-        if line is not None:
-            raise UserError(f"in the command line: {line}")
-    options = resolve(config)
-    for line in (unread(options, name) for name in names):
-        if line is not None:
-            raise UserError(f"in the command line: {line}")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line (default: this process's) and returns the exit code."""
     values = None
     try:
-        config, source, values = parse(sys.argv[1:] if argv is None else argv)
+        config, source, stated, values = parse(sys.argv[1:] if argv is None else argv)
         from rlhf_jax.cache import keep_compilations
         from rlhf_jax.devices import split_cores
         from rlhf_jax.stages import chain, preflight
@@ -114,9 +96,9 @@ def main(argv: list[str] | None = None) -> int:
             keep_compilations()
         if values.preflight:
             with naming_memory(config):
-                preflight.preflight(config, source, values.workdir)
+                preflight.preflight(config, source, values.workdir, stated)
         else:
-            chain.run(config, source, values.workdir, rerun=values.rerun)
+            chain.run(config, source, values.workdir, stated, rerun=values.rerun)
         stop_point()
         return EXIT_DONE
     except UserError as error:

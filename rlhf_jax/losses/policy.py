@@ -7,15 +7,13 @@ tokens, sg = no gradient. Log-ratios are clamped to ±20 before the exponential.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.losses.checks import check_choice, check_range, check_rank, check_same_shape
+from rlhf_jax.losses.checks import check_choice, check_rank, check_same_shape
 from rlhf_jax.losses.reductions import Reduction, keep_weighted, weighted_sum
 from rlhf_jax.losses.shaping import kl_estimate
 
@@ -26,7 +24,16 @@ MAX_LOG_RATIO = 20.0
 
 
 class Tokens(NamedTuple):
-    """The input of objectives: all fields [N, T], and 0 where the mask is; the mask is 0 or 1."""
+    """What a policy loss is computed from: all fields [N, T].
+
+    Objectives see 0 wherever the mask is 0, and a mask of 0 and 1.
+
+    Attributes:
+      logprobs, old_logprobs: nats, of the policy now and when the update began, both at the
+        sampling temperature.
+      advantages: of the tokens.
+      mask: nonzero on response tokens including EOS; all else there is ignored.
+    """
 
     logprobs: jax.Array
     old_logprobs: jax.Array
@@ -71,9 +78,6 @@ class Objective:
         """The losses of the tokens, and which of them the clip changes."""
         raise NotImplementedError
 
-    def validate(self) -> None:
-        """Raises ValueError for an option outside its range."""
-
 
 @dataclass(frozen=True)
 class PolicyGradient(Objective):
@@ -96,11 +100,12 @@ class Ppo(Objective):
     dual_clip: float | None = None
     delta: float | None = None
 
-    def validate(self) -> None:
-        high, dual, delta = self.clip_high, self.dual_clip, self.delta
-        check_range("dual_clip", dual or 0, dual is None or dual > 1, "(1, inf)")
-        inside = delta is None or delta > 1 + high
-        check_range("delta", delta or 0, inside, "(1 + clip_high, inf)")
+    def __post_init__(self) -> None:
+        """Raises ValueError for an option outside its range."""
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(f"dual_clip must be in (1, inf), got {self.dual_clip}")
+        if self.delta is not None and self.delta <= 1 + self.clip_high:
+            raise ValueError(f"delta must be in (1 + clip_high, inf), got {self.delta}")
 
     def __call__(self, tokens: Tokens) -> Objected:
         advantages, ratio = tokens.advantages, tokens.ratios
@@ -141,7 +146,7 @@ class Gspo(Objective):
     clip_high: float = 4e-4
     differentiable: str = "sequence"
 
-    def validate(self) -> None:
+    def __post_init__(self) -> None:
         check_choice("differentiable", self.differentiable, LEVELS)
 
     def __call__(self, tokens: Tokens) -> Objected:
@@ -166,7 +171,7 @@ class Cispo(Objective):
     clip_low: float | None = None
     clip: str = "absolute"
 
-    def validate(self) -> None:
+    def __post_init__(self) -> None:
         check_choice("clip", self.clip, ("absolute", "upper", "both"))
         if self.clip != "both" and self.clip_low is not None:
             raise ValueError(f"the option clip_low is only for clip 'both', not {self.clip!r}")
@@ -229,38 +234,9 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 
-def make_objective(name: str, options: Mapping[str, Any]) -> Objective:
-    """The objective called `name` with these options; None stands for an option's default.
-
-    Raises:
-      ValueError: an unknown name or option, or an option outside its range.
-    """
-    if name not in OBJECTIVES:
-        known = ", ".join(OBJECTIVES)
-        hint = _nearest(name, OBJECTIVES)
-        raise ValueError(f"unknown policy objective {name!r}{hint}; known: {known}")
-    defaults = {field.name: field.default for field in fields(OBJECTIVES[name])}
-    stated = {option: value for option, value in options.items() if value is not None}
-    for option, value in sorted(stated.items()):
-        if option not in defaults:
-            listed = ", ".join(defaults) or "none"
-            raise ValueError(
-                f"the policy objective {name!r} has no option {option}"
-                f"{_nearest(option, defaults)}; its options: {listed}"
-            )
-        if isinstance(value, str) != isinstance(defaults[option], str):
-            raise ValueError(f"the option {option} of {name!r} cannot be {value!r}")
-    objective = OBJECTIVES[name](**stated)
-    objective.validate()
-    return objective
-
-
 def policy_loss(
     objective: Objective,
-    logprobs: jax.Array,
-    old_logprobs: jax.Array,
-    advantages: jax.Array,
-    mask: jax.Array,
+    tokens: Tokens,
     *,
     aggregation: str = "token_mean",
     constant: float | None = None,
@@ -271,9 +247,7 @@ def policy_loss(
 
     Args:
       objective: one of OBJECTIVES, whose docstring has the equation, the paper and the options.
-      logprobs, old_logprobs: [N, T] nats, of the policy now and when the update began, both at the
-        sampling temperature. advantages: [N, T]. Only logprobs gets a gradient.
-      mask: [N, T], nonzero on response tokens including EOS; all else there is ignored.
+      tokens: of which only logprobs gets a gradient.
       aggregation, constant, sequence_weights: see `aggregate`.
       importance: [N, T] factors of the tokens' losses, without gradient (see `importance_weights`).
 
@@ -284,16 +258,11 @@ def policy_loss(
       changes, split into policy/clipfrac_low and policy/clipfrac_high by the side on which the
       ratio leaves the range. An objective without a clip reports none of the three.
     """
-    check_rank("logprobs", logprobs, 2)
-    check_same_shape(
-        logprobs=logprobs,
-        old_logprobs=old_logprobs,
-        advantages=advantages,
-        mask=mask,
-        importance=importance,
-    )
+    check_rank("logprobs", tokens.logprobs, 2)
+    check_same_shape(**tokens._asdict(), importance=importance)
+    *arrays, mask = tokens
     weights = _token_weights(mask, sequence_weights)
-    cleaned = keep_weighted(weights, logprobs, old_logprobs, advantages, importance)
+    cleaned = keep_weighted(weights, *arrays, importance)
     logprobs, old_logprobs, advantages, importance = cleaned
     tokens = Tokens(
         logprobs,
@@ -393,7 +362,8 @@ def value_loss(
     old_values, returns = jax.lax.stop_gradient((old_values, returns))
     error = clipped = (values - returns) ** 2
     if clip is not None:
-        check_range("clip", clip, clip > 0, "(0, inf)")
+        if clip <= 0:
+            raise ValueError(f"clip must be in (0, inf), got {clip}")
         near = old_values + jnp.clip(values - old_values, -clip, clip)
         clipped = (near - returns) ** 2
     loss = weighted_sum(jnp.maximum(error, clipped) / 2, weights)
@@ -479,11 +449,6 @@ def importance_weights(
     if cap is not None:
         weights = jnp.where(weights > cap, cap if mode == "truncate" else 0, weights)
     return jax.lax.stop_gradient(jnp.where(mask != 0, weights, 0))
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), known, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _clamp(difference: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.losses.checks import check_choice, check_range, check_rank, check_same_shape
+from rlhf_jax.losses.checks import check_choice, check_rank, check_same_shape
 from rlhf_jax.losses.reductions import Reduction, keep_weighted, mean, weighted_sum
 from rlhf_jax.losses.reward import pair_accuracy
 
@@ -23,10 +23,14 @@ sigma = jax.nn.sigmoid
 
 
 class Pairs(NamedTuple):
-    """N pairs, all fields [N]: summed log-probs in nats, lengths in tokens (at least 1).
+    """N pairs, all fields [N].
 
-    The reference fields are None for the reference-free losses; kl, which may be a scalar too, is
-    KTO's reference point in nats and None for the other losses.
+    Attributes:
+      chosen, rejected: nats, log-probs summed over response tokens including EOS.
+      ref_chosen, ref_rejected: nats, of the reference; None for (only) reference-free losses.
+      chosen_lengths, rejected_lengths: response tokens; 0 (an empty response) counts as 1.
+      weights: such as 1, or a probability; 0 = no pair (ignored, whatever else it holds).
+      kl: nats, [N] or scalar; KTO's reference point (`kto_baseline`), None for other losses.
     """
 
     chosen: jax.Array
@@ -79,74 +83,70 @@ class PreferenceLoss:
 
     beta: float = 0.1
 
-    def validate(self) -> None:
+    def __post_init__(self) -> None:
         """Raises ValueError for an option outside its range."""
-        check_range("beta", self.beta, 0 < self.beta < math.inf, "(0, inf)")
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta must be in (0, inf), got {self.beta}")
 
     def __call__(self, pairs: Pairs) -> Any:
         """Returns the losses [N]; a batch-wise loss returns (values, weights)."""
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
-class Divergent(PreferenceLoss):
-    """A loss of f-DPO, with f′(u_w) − f′(u_l), u = eˢ, in place of Δ: https://arxiv.org/abs/2309.16240.
+def divergent_margins(pairs: Pairs, divergence: str, alpha: float | None) -> jax.Array:
+    """f′(u_w) − f′(u_l), u = eˢ, in place of Δ: f-DPO, https://arxiv.org/abs/2309.16240.
 
     It regularises with E_ref f(π/π_ref): "reverse_kl" f′ = s (DPO), "forward_kl" f′ = −e^(−s),
     "js" f′ = log(2u/(1+u)), "alpha" f′ = (1 − e^(−αs))/α with 0 < α < 1, the option alpha (0.5).
     Forward KL grows as e^(−s) and overflows float32 at s < −88: inf, not a clamped value.
     """
+    chosen, rejected = pairs.logratios
+    match divergence:
+        case "forward_kl":
+            return jnp.exp(-rejected) - jnp.exp(-chosen)
+        case "js":
+            return log_sigmoid(chosen) - log_sigmoid(rejected)
+        case "alpha":
+            alpha = 0.5 if alpha is None else alpha
+            return (jnp.exp(-alpha * rejected) - jnp.exp(-alpha * chosen)) / alpha
+    return chosen - rejected
+
+
+@dataclass(frozen=True)
+class Sigmoid(PreferenceLoss):
+    """DPO: −log σ(βΔ). https://arxiv.org/abs/2305.18290. Δ is that of `divergent_margins`."""
 
     divergence: str = "reverse_kl"  # or forward_kl, js, alpha
     alpha: float | None = None  # of the divergence "alpha"; None: 0.5
 
-    def validate(self) -> None:
-        """Raises ValueError for an option outside its range."""
-        super().validate()
+    def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("divergence", self.divergence, ("reverse_kl", "forward_kl", "js", "alpha"))
-        if self.alpha is not None:
-            if self.divergence != "alpha":
-                kind = f"not {self.divergence!r}"
-                raise ValueError(f"the option alpha is only for divergence 'alpha', {kind}")
-            check_range("alpha", self.alpha, 0 < self.alpha < 1, "(0, 1)")
-
-    def margins(self, pairs: Pairs) -> jax.Array:
-        """β·(f′(u_w) − f′(u_l))."""
-        chosen, rejected = pairs.logratios
-        match self.divergence:
-            case "forward_kl":
-                margins = jnp.exp(-rejected) - jnp.exp(-chosen)
-            case "js":
-                margins = log_sigmoid(chosen) - log_sigmoid(rejected)
-            case "alpha":
-                alpha = 0.5 if self.alpha is None else self.alpha
-                margins = (jnp.exp(-alpha * rejected) - jnp.exp(-alpha * chosen)) / alpha
-            case _:
-                margins = chosen - rejected
-        return self.beta * margins
-
-
-@dataclass(frozen=True)
-class Sigmoid(Divergent):
-    """DPO: −log σ(βΔ). https://arxiv.org/abs/2305.18290."""
+        if self.alpha is not None and self.divergence != "alpha":
+            kind = f"not {self.divergence!r}"
+            raise ValueError(f"the option alpha is only for divergence 'alpha', {kind}")
+        if self.alpha is not None and not 0 < self.alpha < 1:
+            raise ValueError(f"alpha must be in (0, 1), got {self.alpha}")
 
     def __call__(self, pairs: Pairs) -> jax.Array:
-        return -log_sigmoid(self.margins(pairs))
+        margins = divergent_margins(pairs, self.divergence, self.alpha)
+        return -log_sigmoid(self.beta * margins)
 
 
 @dataclass(frozen=True)
-class Cdpo(Divergent):
+class Cdpo(Sigmoid):
     """Conservative DPO: −(1−ε)·log σ(βΔ) − ε·log σ(−βΔ). https://ericmitchell.ai/cdpo.pdf."""
 
     label_smoothing: float = 0.1  # ε, the share of labels that are taken to be flipped
 
-    def validate(self) -> None:
-        super().validate()
-        smoothing = self.label_smoothing
-        check_range("label_smoothing", smoothing, 0 <= smoothing < 0.5, "[0, 0.5)")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
 
     def __call__(self, pairs: Pairs) -> jax.Array:
-        x, flipped = self.margins(pairs), self.label_smoothing
+        x = self.beta * divergent_margins(pairs, self.divergence, self.alpha)
+        flipped = self.label_smoothing
         return -(1 - flipped) * log_sigmoid(x) - flipped * log_sigmoid(-x)
 
 
@@ -158,7 +158,8 @@ class Robust(Cdpo):
     """
 
     def __call__(self, pairs: Pairs) -> jax.Array:
-        x, flipped = self.margins(pairs), self.label_smoothing
+        x = self.beta * divergent_margins(pairs, self.divergence, self.alpha)
+        flipped = self.label_smoothing
         unbiased = -(1 - flipped) * log_sigmoid(x) + flipped * log_sigmoid(-x)
         return unbiased / (1 - 2 * flipped)
 
@@ -177,8 +178,8 @@ class Ipo(PreferenceLoss):
 
     ipo_reduction: str = "sum"  # Δ of summed log-probs, as in the paper; "mean": of s̄
 
-    def validate(self) -> None:
-        super().validate()
+    def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("ipo_reduction", self.ipo_reduction, ("sum", "mean"))
 
     def __call__(self, pairs: Pairs) -> jax.Array:
@@ -314,10 +315,10 @@ class ExoPair(PreferenceLoss):
 
     label_smoothing: float = 1e-3  # ε
 
-    def validate(self) -> None:
-        super().validate()
-        smoothing = self.label_smoothing
-        check_range("label_smoothing", smoothing, 0 < smoothing < 0.5, "(0, 0.5)")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must be in (0, 0.5), got {self.label_smoothing}")
 
     def __call__(self, pairs: Pairs) -> jax.Array:
         x = self.beta * pairs.margins
@@ -457,27 +458,11 @@ LOSSES: dict[str, type[PreferenceLoss]] = {
 }
 
 
-def preference_loss(
-    loss: PreferenceLoss,
-    chosen_logprobs: jax.Array,
-    rejected_logprobs: jax.Array,
-    ref_chosen_logprobs: jax.Array | None = None,
-    ref_rejected_logprobs: jax.Array | None = None,
-    *,
-    chosen_lengths: jax.Array,
-    rejected_lengths: jax.Array,
-    weights: jax.Array,
-    kl: jax.Array | None = None,
-) -> tuple[Reduction, dict[str, Reduction]]:
+def preference_loss(loss: PreferenceLoss, pairs: Pairs) -> tuple[Reduction, dict[str, Reduction]]:
     """A preference loss over N pairs of responses.
 
     Args:
       loss: one of LOSSES; its class has the equation, the paper and its options.
-      chosen_logprobs, rejected_logprobs: [N] nats, summed over response tokens including EOS.
-      ref_chosen_logprobs, ref_rejected_logprobs: [N], or None for (only) reference-free losses.
-      chosen_lengths, rejected_lengths: [N] response tokens; 0 (an empty response) counts as 1.
-      weights: [N], such as 1, or a probability; 0 = no pair (ignored, whatever else it holds).
-      kl: KTO's reference point, scalar or [N] nats: see `kto_baseline`.
 
     Returns:
       (total, weight) in the loss's units and pairs; metrics loss, logps/{chosen,rejected} (nats per
@@ -485,39 +470,25 @@ def preference_loss(
       per token if the loss is; a tie counts ½.
 
     Raises:
-      ValueError: an option outside its range, a reference missing or unused.
+      ValueError: arrays of other shapes, or a reference missing or unused.
     """
-    loss.validate()
-    references = ref_chosen_logprobs, ref_rejected_logprobs
+    references = pairs.ref_chosen, pairs.ref_rejected
     if any((reference is not None) != loss.uses_reference for reference in references):
         use = "needs both" if loss.uses_reference else "uses no"
         name = next(name for name, kind in LOSSES.items() if kind is type(loss))
         raise ValueError(f"the preference loss {name!r} {use} reference log-probs")
-    arrays = {
-        "chosen_logprobs": chosen_logprobs,
-        "rejected_logprobs": rejected_logprobs,
-        "ref_chosen_logprobs": ref_chosen_logprobs,
-        "ref_rejected_logprobs": ref_rejected_logprobs,
-        "chosen_lengths": chosen_lengths,
-        "rejected_lengths": rejected_lengths,
-    }
-    check_rank("chosen_logprobs", chosen_logprobs, 1)
-    check_same_shape(**arrays, weights=weights)
+    check_rank("chosen", pairs.chosen, 1)
+    check_same_shape(**pairs._replace(kl=None)._asdict())
 
-    pairs = Pairs(*keep_weighted(weights, *arrays.values(), weights))
+    pairs = Pairs._make((*keep_weighted(pairs.weights, *pairs[:-1]), pairs.kl))
     pairs = pairs._replace(
-        kl=kl,
         chosen_lengths=jnp.maximum(pairs.chosen_lengths, 1),
         rejected_lengths=jnp.maximum(pairs.rejected_lengths, 1),
     )
     values = loss(pairs)
-    total = weighted_sum(*values) if loss.batchwise else weighted_sum(values, weights)
-    return total, {"loss": total} | _metrics(pairs, loss.beta, loss.per_token)
-
-
-def _metrics(pairs: Pairs, beta: float, per_token: bool) -> dict[str, Reduction]:
-    """Sums of implicit rewards and log-probs."""
-    chosen, rejected = (beta * s for s in (pairs.per_token() if per_token else pairs).logratios)
+    total = weighted_sum(*values) if loss.batchwise else weighted_sum(values, pairs.weights)
+    scored = pairs.per_token() if loss.per_token else pairs
+    chosen, rejected = (loss.beta * logratios for logratios in scored.logratios)
     metrics = {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
@@ -526,7 +497,8 @@ def _metrics(pairs: Pairs, beta: float, per_token: bool) -> dict[str, Reduction]
         "logps/chosen": pairs.chosen,
         "logps/rejected": pairs.rejected,
     }
-    return {name: weighted_sum(value, pairs.weights) for name, value in metrics.items()}
+    sums = {name: weighted_sum(value, pairs.weights) for name, value in metrics.items()}
+    return total, {"loss": total} | sums
 
 
 def _logit_exp(x: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.losses.checks import check_choice, check_range, check_rank, check_same_shape
+from rlhf_jax.losses.checks import check_choice, check_rank, check_same_shape
 from rlhf_jax.losses.reductions import at_least_f32, keep_weighted
 
 ESTIMATORS = ("k1", "k2", "k3")
@@ -123,7 +123,8 @@ def overlong_penalty(lengths: jax.Array, *, limit: int, buffer: int) -> jax.Arra
       [N] in [−1, 0].
     """
     check_rank("lengths", lengths, 1)
-    check_range("buffer", buffer, 0 < buffer <= limit, "(0, limit]")
+    if not 0 < buffer <= limit:
+        raise ValueError(f"buffer must be in (0, limit], got {buffer}")
     return jnp.clip((limit - buffer - lengths) / buffer, -1, 0)
 
 
@@ -143,6 +144,7 @@ def adaptive_coefficient(
       coefficient: β. kl: measured, the mean over sequences of the sum over tokens, nats.
       target: the KL to hold, nats. count: sequences since the last call. horizon: sequences.
     """
-    check_range("target", target, target > 0, "(0, inf)")
+    if target <= 0:
+        raise ValueError(f"target must be in (0, inf), got {target}")
     error = jnp.clip(kl / target - 1, -0.2, 0.2)
     return coefficient * (1 + error * count / horizon)

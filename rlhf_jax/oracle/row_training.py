@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from rlhf_jax.config import Config
 from rlhf_jax.devices import training_devices
 from rlhf_jax.evaluation.selection import best_of_n_law, kl_bound, kl_terms
-from rlhf_jax.losses.preference import LOSSES, preference_loss
+from rlhf_jax.losses.preference import LOSSES, Pairs, preference_loss
 from rlhf_jax.models import transformer
 from rlhf_jax.oracle import exact_world as world
 from rlhf_jax.oracle.oracle_rows import TABLE_OPTIMIZER, Row, make_row_config
@@ -115,7 +115,7 @@ def train_on_pairs(row: Row, config: Config) -> Outcome:
         "law": world.pair_law(reference).astype(np.float32),
     }
 
-    def pair(values):
+    def pair(values: jax.Array) -> tuple[jax.Array, jax.Array]:
         shape = (*values.shape, values.shape[1])
         chosen = jnp.broadcast_to(values[:, :, None], shape).ravel()
         return chosen, jnp.broadcast_to(values[:, None, :], shape).ravel()
@@ -124,15 +124,8 @@ def train_on_pairs(row: Row, config: Config) -> Outcome:
         every = jax.nn.log_softmax(params["table"][batch["prompts"]])[:, world.NODES, world.TOKENS]
         logp = (every * world.MASK).sum(-1)
         lengths = jnp.broadcast_to(jnp.asarray(world.LENGTHS, jnp.float32), logp.shape)
-        chosen_lengths, rejected_lengths = pair(lengths)
-        return preference_loss(
-            loss,
-            *pair(logp),
-            *pair(batch["reference"]),
-            chosen_lengths=chosen_lengths,
-            rejected_lengths=rejected_lengths,
-            weights=batch["law"].ravel(),
-        )
+        pairs = Pairs(*pair(logp), *pair(batch["reference"]), *pair(lengths), batch["law"].ravel())
+        return preference_loss(loss, pairs)
 
     steps = config.oracle.preference_steps
     optimizer, _ = make_optimizer(TABLE_OPTIMIZER | {"learning_rate": 0.1}, steps)

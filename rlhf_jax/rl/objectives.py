@@ -25,6 +25,7 @@ from rlhf_jax.losses.checks import check_choice
 from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.losses.policy import (
     Objective,
+    Tokens,
     aggregate,
     importance_weights,
     kl_loss,
@@ -170,10 +171,7 @@ def policy_objective(
         )
     (total, weight), metrics = policy_loss(
         objective,
-        logprobs,
-        batch["old_logprobs"],
-        batch["advantages"],
-        mask,
+        Tokens(logprobs, batch["old_logprobs"], batch["advantages"], mask),
         importance=importance,
         aggregation=loss.aggregation,
         **common,

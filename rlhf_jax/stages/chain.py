@@ -19,14 +19,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlhf_jax.config import Config, document, stated
+from rlhf_jax.config import Config, document, section_document, unread
 from rlhf_jax.digests import json_digest
 from rlhf_jax.errors import UserError, mistake_in
 from rlhf_jax.report.report import describe_environment, write_report
 from rlhf_jax.report.run_files import read_samples
 from rlhf_jax.report.tables import METRICS, print_table
 from rlhf_jax.stages.checks import check
-from rlhf_jax.stages.defaults import STAGES, module_of, resolve
+from rlhf_jax.stages.defaults import STAGES, module_of, resolve, unknown_field
 from rlhf_jax.stages.identity import made_from
 from rlhf_jax.stages.memory import naming_memory
 from rlhf_jax.stopping import stop_point
@@ -61,16 +61,24 @@ def default_workdir(source: str, runs: Path) -> Path:
 
 
 def run(
-    config: ConfigDict,
+    given: ConfigDict,
     source: str,
     workdir: str | os.PathLike[str] | None = None,
+    stated: Sequence[str] = (),
     *,
     rerun: bool = False,
+    descendants: tuple[str, ...] = (),
 ) -> Path:
-    """Runs `config`'s stage, parents first, and returns its run directory.
+    """Runs a config's stage, parents first, and returns its run directory.
 
     A run that is finished already is reported again, not repeated. One that was made from something
     else, of the parents too, is refused, or with `rerun` kept under another name and run again.
+
+    Args:
+        source: "experiments/file.py[:variant]", where the config is from.
+        workdir: the run directory; None: `default_workdir`.
+        stated: fields that the command line sets, by their dotted names.
+        descendants: sources of the runs that this one is a parent of.
 
     Raises:
         UserError: an unknown stage, a parent that cannot be had, chains that run in a circle, or a
@@ -78,75 +86,83 @@ def run(
         Preempted: a stop was asked for; what is done is kept, and the next call goes on from it.
     """
     directory = Path(workdir) if workdir else default_workdir(source, Path("runs"))
-    with naming_memory(config, directory):
-        return _run(config, source, directory, descendants=(), rerun=rerun)
+    with naming_memory(given, directory):
+        stop_point()
+        config = prepare(given, stated)
+        parents = _run_parents(config, directory.parent, (*descendants, source), rerun)
+        pinned, origin = document(config), made_from(config, parents)
+        done = (directory / SUMMARY).exists()
+        if done and read_summary(directory)["config_hash"] == config_hash(pinned, origin):
+            print(f"reusing {directory}: it is finished and made from the same", flush=True)
+            _tell_environment(directory)
+        else:
+            print(f"running {source} in {directory}", flush=True)
+            with RunDirectory(directory, pinned, origin, rerun=rerun) as held:
+                stop_point()
+                stage = importlib.import_module(module_of(config.stage))
+                metrics = stage.run(config, held, parents)
+                _finish(config, held, parents, metrics)
+        stop_point()
+        if not descendants:
+            show(directory)
+    return directory
 
 
-def prepare(config: ConfigDict) -> Config:
-    """The options that are run: checked, and with what is empty in them settled."""
-    if not isinstance(config, ConfigDict) or "stage" not in config:
+def prepare(given: ConfigDict, stated: Sequence[str] = ()) -> Config:
+    """The options that are run: checked, and with what is empty in them settled.
+
+    Raises:
+        UserError: a mistake in the config, or a field that is `stated` on the command line and that
+            the stage, as it is set, does not read.
+    """
+    if not isinstance(given, ConfigDict) or "stage" not in given:
         raise UserError("config: get_config returns none of rlhf_jax.stages.defaults")
-    if config.stage not in STAGES:
-        raise UserError(f"config.stage = {config.stage!r}: choose one of {', '.join(STAGES)}")
-    if config.stage not in PARENTLESS and not config.get("init", {}).get("policy"):
+    if given.stage not in STAGES:
+        raise UserError(f"config.stage = {given.stage!r}: choose one of {', '.join(STAGES)}")
+    for name in stated:
+        if line := unknown_field(given.stage, name):
+            raise UserError(f"in the command line: {line}")
+    if given.stage not in PARENTLESS and not given.get("init", {}).get("policy"):
         raise UserError("config: init.policy is empty; set --config.init.policy=/path/to/model")
-    for section in STAGES[config.stage]:
-        if section not in config and section != "critic":
-            raise UserError(f"config: the {config.stage} stage needs the section {section}")
-    options = resolve(settle_sources(config))
-    check(options)
-    return options
+    for section in STAGES[given.stage]:
+        if section not in given and section != "critic":
+            raise UserError(f"config: the {given.stage} stage needs the section {section}")
+    config = resolve(settle_sources(given))
+    for name in stated:
+        if line := unread(config, name):
+            raise UserError(f"in the command line: {line}")
+    check(config)
+    return config
 
 
-def _run(
-    given: ConfigDict, source: str, workdir: Path, descendants: tuple[str, ...], rerun: bool
-) -> Path:
-    stop_point()
-    config = prepare(given)
-    lineage = (*descendants, source)
+def _run_parents(
+    config: Config, runs: Path, lineage: tuple[str, ...], rerun: bool
+) -> dict[str, Path]:
+    """The run directories of a config's parents by role, run first if they are experiments."""
     parents = {}
-    for role, parent in (stated(config.init) if config.init else {}).items():
-        if parent:
+    for role, parent in (section_document(config.init) if config.init else {}).items():
+        if parent and ".py" not in parent:
+            read_summary(Path(parent))
+            parents[role] = Path(parent)
+        elif parent in lineage:
+            raise UserError(f"config.init runs in a circle: {' <- '.join((*lineage, parent))}")
+        elif parent:
+            directory = default_workdir(parent, runs)
+            given = load_config(parent)
             try:
-                parents[role] = _parent(parent, workdir.parent, lineage, rerun)
+                parents[role] = run(given, parent, directory, rerun=rerun, descendants=lineage)
             except AnotherRun as error:
-                directory = default_workdir(parent, workdir.parent)
-                if descendants or not (directory / SUMMARY).exists():
+                if len(lineage) > 1 or not (directory / SUMMARY).exists():
                     raise
                 as_it_is = f"--config.init.{role}={directory} starts from what is there"
                 raise UserError(f"{error}; {as_it_is}") from error
-    pinned, origin = document(config), made_from(config, parents)
-    done = (workdir / SUMMARY).exists()
-    if done and read_summary(workdir)["config_hash"] == config_hash(pinned, origin):
-        print(f"reusing {workdir}: it is finished and made from the same", flush=True)
-        _tell_environment(workdir)
-    else:
-        print(f"running {source} in {workdir}", flush=True)
-        with RunDirectory(workdir, pinned, origin, rerun=rerun) as held:
-            stop_point()
-            _run_stage(config, held, parents)
-    stop_point()
-    if not descendants:
-        show(workdir)
-    return workdir
+    return parents
 
 
-def _parent(parent: str, runs: Path, lineage: tuple[str, ...], rerun: bool) -> Path:
-    """The run directory of a parent, run first if it is an experiment."""
-    if ".py" not in parent:
-        read_summary(Path(parent))
-        return Path(parent)
-    if parent in lineage:
-        raise UserError(f"config.init runs in a circle: {' <- '.join((*lineage, parent))}")
-    directory = default_workdir(parent, runs)
-    config = load_config(parent)
-    with naming_memory(config, directory):
-        return _run(config, parent, directory, lineage, rerun)
-
-
-def _run_stage(config: Config, held: RunDirectory, parents: Mapping[str, Path]) -> None:
-    stage = importlib.import_module(module_of(config.stage))
-    metrics = stage.run(config, held, parents)
+def _finish(
+    config: Config, held: RunDirectory, parents: Mapping[str, Path], metrics: Mapping[str, float]
+) -> None:
+    """Writes the report and, last of all, the summary of a stage that has run."""
     origin = held.made_from
     meanwhile = changes(origin, made_from(config, parents) | {"commit": origin["commit"]})
     if meanwhile:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf_jax.config import Config, stated
+from rlhf_jax.config import Config, section_document
 from rlhf_jax.data.shapes import parse_columns
 from rlhf_jax.errors import UserError
 from rlhf_jax.hub.chat_formats import chat_template
@@ -74,7 +74,9 @@ def _check_sampling(config: Config) -> None:
         file = Path(name.rpartition(":")[0])
         if ".py:" in name and not file.is_file():
             raise UserError(f"config: reward.scorers names {name!r}: there is no file {file}")
-    named = [role for role, path in stated(config.init).items() if role != "policy" and path]
+    named = [
+        role for role, path in section_document(config.init).items() if role != "policy" and path
+    ]
     if "model" in weights and not named:
         raise UserError("config: reward.scorers names a 'model', but there is no init.reward")
     pair = 2 if config.stage == "online_preference" else 1

@@ -25,11 +25,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.chat_evaluation import evaluate_chat, held_out_prompts, sampled_metrics
 from rlhf_jax.evaluation.pair_scores import evaluate_pairs, label_metrics, pair_values
 from rlhf_jax.evaluation.row_passes import in_record_order, response_logprobs
-from rlhf_jax.losses.preference import (
-    kto_baseline,
-    preference_loss,
-    unpaired_kto,
-)
+from rlhf_jax.losses.preference import Pairs, kto_baseline, preference_loss, unpaired_kto
 from rlhf_jax.losses.reductions import weighted_sum
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import sequence_logprobs
@@ -128,17 +124,17 @@ def _loss_of_logprobs(config: Config, logprobs: jax.Array, batch: Mapping[str, j
     else:
         of_sft = weights
         uses = objective.uses_reference
-        (total, weight), metrics = preference_loss(
-            objective,
+        pairs = Pairs(
             policy[:, CHOSEN],
             policy[:, REJECTED],
             reference[:, CHOSEN] if uses else None,
             reference[:, REJECTED] if uses else None,
-            chosen_lengths=lengths[:, CHOSEN],
-            rejected_lengths=lengths[:, REJECTED],
-            weights=weights,
-            kl=kl,
+            lengths[:, CHOSEN],
+            lengths[:, REJECTED],
+            weights,
+            kl,
         )
+        (total, weight), metrics = preference_loss(objective, pairs)
     metrics["sft_loss"] = weighted_sum(-policy[:, 0] / jnp.maximum(lengths[:, 0], 1), of_sft)
     total += config.loss.sft_coefficient * metrics["sft_loss"][0]
     return (total, weight), metrics | {"loss": (total, weight)}

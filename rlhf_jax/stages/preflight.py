@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from rlhf_jax import console
 from rlhf_jax.config import Config
@@ -70,14 +71,18 @@ class Measured:
     length: Mapping[str, float]
 
 
-def preflight(config: Config, source: str, workdir: str | None) -> None:
+def preflight(
+    given: ConfigDict, source: str, workdir: str | None, stated: Sequence[str] = ()
+) -> None:
     """Prints what the config's stage would read from each source of `data.train`; runs nothing.
+
+    The arguments are those of `chain.run`.
 
     Raises:
         UserError: as a run does, or the stage makes its own tokenizer, or `init.policy` has not
             been run yet.
     """
-    config = prepare(config)
+    config = prepare(given, stated)
     if config.stage in PARENTLESS:
         raise UserError(
             f"--preflight is for stages that start from a model, which {config.stage!r} does not"

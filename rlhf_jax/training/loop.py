@@ -126,26 +126,29 @@ class Loop:
                     self._evaluate(done)
                 self._saved_at = time.monotonic()
                 for number in range(done + 1, options.steps + 1):
-                    self._take_step(number, first=number == done + 1)
+                    with self._saved_at_the_end(number - 1, self.batches.get_state()):
+                        batch = self._next_batch(number)
+                        rows = shard_batch(self.mesh, batch)
+                        with self._guard.around(rows):
+                            self._state, metrics = self.step(self._state, rows)
+                    if number == done + 1:
+                        give_back()  # what compiling took
+                    self._finish_step(number, batch, metrics)
                 with self._saved_at_the_end(options.steps, self.batches.get_state()):
                     pass
         return self._state, self.clock.rates()
 
-    def _take_step(self, number: int, *, first: bool) -> None:
-        """Takes a step and does what is due after it."""
-        options, data = self.options, self.batches.get_state()
-        with self._saved_at_the_end(number - 1, data):
-            with self.clock.waiting():
-                batch = next(self.batches, None)
-            if batch is None:
-                raise UserError(f"the data ended after {number - 1} of {options.steps} steps")
-            rows = shard_batch(self.mesh, batch)
-            with self._guard.around(rows):
-                self._state, metrics = self.step(self._state, rows)
-        if first:
-            give_back()  # what compiling took
-        fault_point("step", number)
+    def _next_batch(self, number: int) -> Any:
+        with self.clock.waiting():
+            batch = next(self.batches, None)
+        if batch is None:
+            raise UserError(f"the data ended after {number - 1} of {self.options.steps} steps")
+        return batch
 
+    def _finish_step(self, number: int, batch: Any, metrics: Mapping[str, jax.Array]) -> None:
+        """Does what is due after a step: its line of metrics, a checkpoint, an evaluation."""
+        fault_point("step", number)
+        options = self.options
         last, evaluated = number == options.steps, is_evaluated(options, number)
         saved = last or self._is_save_due(number)
         line = not evaluated and (last or number % options.log_every == 0)

@@ -9,7 +9,7 @@ import pytest
 from scipy.optimize import minimize
 
 from rlhf_jax.losses.cross_entropy import token_cross_entropy, token_statistics
-from rlhf_jax.losses.preference import LOSSES, preference_loss
+from rlhf_jax.losses.preference import LOSSES, Pairs, preference_loss
 from rlhf_jax.losses.reductions import mean, segment_logprobs
 from rlhf_jax.losses.reward import bradley_terry
 from rlhf_jax.oracle.exact_world import (
@@ -75,15 +75,10 @@ def preference(name, **options):
     chosen_loss = LOSSES[name](**options)
 
     def loss(table):
-        total, metrics = preference_loss(
-            chosen_loss,
-            *all_pairs(table_logprobs(table)),
-            *(all_pairs(REF) if chosen_loss.uses_reference else (None, None)),
-            chosen_lengths=lengths[0],
-            rejected_lengths=lengths[1],
-            weights=PROBABILITY,
-            kl=kl,
-        )
+        policy = all_pairs(table_logprobs(table))
+        reference = all_pairs(REF) if chosen_loss.uses_reference else (None, None)
+        pairs = Pairs(*policy, *reference, *lengths, PROBABILITY, kl)
+        total, metrics = preference_loss(chosen_loss, pairs)
         assert total[0].dtype == jnp.float64
         return mean(total), metrics
 

@@ -18,10 +18,10 @@ from rlhf_jax.losses.advantages import gae, group_advantages, remax, reward_to_g
 from rlhf_jax.losses.policy import (
     OBJECTIVES,
     Ppo,
+    Tokens,
     aggregate,
     importance_weights,
     kl_loss,
-    make_objective,
     policy_loss,
 )
 from rlhf_jax.losses.shaping import kl_estimate, token_rewards
@@ -108,11 +108,8 @@ class Population:
         def loss(table):
             logprobs = token_logprobs(table)
             (total, _), _ = policy_loss(
-                make_objective(objective, {}),
-                logprobs,
-                self.old,
-                advantages,
-                jnp.asarray(loss_mask, self.dtype),
+                OBJECTIVES[objective](),
+                Tokens(logprobs, self.old, advantages, jnp.asarray(loss_mask, self.dtype)),
                 aggregation=aggregation,
                 sequence_weights=self.weights,
                 importance=importance,
@@ -380,10 +377,7 @@ def sampled_gradients(batches, *, samples=512, group=4, **advantages):
         def loss(table):
             (total, _), _ = policy_loss(
                 Ppo(),
-                scored(table),
-                old,
-                jnp.broadcast_to(factors, real.shape),
-                real,
+                Tokens(scored(table), old, jnp.broadcast_to(factors, real.shape), real),
                 aggregation="sequence_mean",
             )
             return total / samples
@@ -439,7 +433,7 @@ def bandit_gradient(law, *, estimator=None):
         coefficient = 0.0 if estimator else BETA
         advantages = token_rewards(jnp.asarray(ARM_REWARDS), mask, kl, coefficient=coefficient)
         (total, _), _ = policy_loss(
-            Ppo(), logprobs, old, advantages, mask, sequence_weights=jnp.asarray(law)
+            Ppo(), Tokens(logprobs, old, advantages, mask), sequence_weights=jnp.asarray(law)
         )
         if estimator:
             values = kl_loss(logprobs, reference[:, None], mask, estimator=estimator)

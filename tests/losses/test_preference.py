@@ -16,6 +16,7 @@ from rlhf_jax.config import own_fields
 from rlhf_jax.losses.preference import (
     LOSSES,
     Kto,
+    Pairs,
     Sigmoid,
     Simpo,
     kto_baseline,
@@ -58,16 +59,8 @@ def evaluate(name, chosen, rejected, ref_chosen, ref_rejected, n_c, n_r, weights
     references = (ref_chosen, ref_rejected) if LOSSES[name].uses_reference else (None, None)
     stated = {"beta": 0.5, **OPTIONS.get(name, {}), **options}
     kl = stated.pop("kl", None)
-    return preference_loss(
-        LOSSES[name](**stated),
-        chosen,
-        rejected,
-        *references,
-        chosen_lengths=n_c,
-        rejected_lengths=n_r,
-        weights=weights,
-        kl=kl,
-    )
+    pairs = Pairs(chosen, rejected, *references, n_c, n_r, weights, kl)
+    return preference_loss(LOSSES[name](**stated), pairs)
 
 
 def everything(*arrays):
@@ -406,23 +399,20 @@ def test_mistakes_are_refused_by_name():
         evaluate("exo_pair", *arrays, label_smoothing=0)
     with pytest.raises(ValueError, match="kto needs the option kl"):
         evaluate("kto", *arrays, kl=None)
-    chosen, rejected, ref_chosen, ref_rejected, n_c, n_r, weights = arrays
-    rest = {"chosen_lengths": n_c, "rejected_lengths": n_r, "weights": weights}
+    pairs = Pairs(*arrays)
     with pytest.raises(ValueError, match="'sigmoid' needs both reference log-probs"):
-        preference_loss(Sigmoid(), chosen, rejected, ref_chosen, None, **rest)
+        preference_loss(Sigmoid(), pairs._replace(ref_rejected=None))
     with pytest.raises(ValueError, match="'simpo' uses no reference log-probs"):
-        preference_loss(Simpo(), chosen, rejected, ref_chosen, ref_rejected, **rest)
+        preference_loss(Simpo(), pairs)
     with pytest.raises(ValueError, match="same shape"):
-        preference_loss(Sigmoid(), chosen, rejected[:1], ref_chosen, ref_rejected, **rest)
+        preference_loss(Sigmoid(), pairs._replace(rejected=pairs.rejected[:1]))
 
 
 def test_beta_is_a_tenth_by_default_and_float64_stays():
     with jax.enable_x64(True):
         one = [jnp.array([x]) for x in (-3.0, -4.0, -3.5, -3.8)]
         ones = jnp.ones(1)
-        (total, _), _ = preference_loss(
-            Sigmoid(), *one, chosen_lengths=ones, rejected_lengths=ones, weights=ones
-        )
+        (total, _), _ = preference_loss(Sigmoid(), Pairs(*one, ones, ones, ones))
         assert total.dtype == jnp.float64
         assert float(total) == pytest.approx(nll(0.07), abs=1e-14)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,9 +57,8 @@ def read(monkeypatch) -> dict[str, set[str]]:
     seen: dict[str, set[str]] = {}
     places: dict[int, tuple[str, str]] = {}
     kept = []  # so that no id is given twice
-    run_stage = chain._run_stage
 
-    def watched_run(config, *rest):
+    def watched_run(run_stage, config, *rest):
         stage = config.stage
         seen.setdefault(stage, {"seed"})
         sections = config.sections | {"": config}
@@ -77,9 +77,11 @@ def read(monkeypatch) -> dict[str, set[str]]:
                     return get(section, name)
 
                 patch.setattr(kind, "__getattribute__", watched_get)
-            run_stage(config, *rest)
+            return run_stage(config, *rest)
 
-    monkeypatch.setattr(chain, "_run_stage", watched_run)
+    for stage in defaults.STAGES:
+        module = importlib.import_module(defaults.module_of(stage))
+        monkeypatch.setattr(module, "run", partial(watched_run, module.run))
     return seen
 
 
