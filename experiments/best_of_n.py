@@ -8,7 +8,6 @@ python -m rlhf_jax.main --config=experiments/best_of_n.py:sentiment
     python -m rlhf_jax.compare runs/ppo-sentiment runs/online_dpo-sentiment runs/best_of_n-sentiment
 """
 
-from rlhf_jax.errors import UserError
 from rlhf_jax.stages import defaults
 
 
@@ -25,11 +24,9 @@ def get_config(variant="town"):
                 data={"train": "imdb/prompt", "validation": "imdb/prompt"},
                 rollout={"max_prompt_tokens": 48, "max_new_tokens": 64},
                 best_of_n={"samples": 64, "n": 16, "prompts": 400},
-                eval=defaults.chat_evaluation(source="imdb/prompt", count=64, during=96),
+                eval={"source": "imdb/prompt", "count": 64, "during": 96},
             )
-    raise UserError(
-        f"experiments/best_of_n.py has no variant {variant!r}; there are: town, sentiment"
-    )
+    raise defaults.no_variant("best_of_n.py", variant, "town, sentiment")
 
 
 def best_of_n(**sections):

@@ -13,7 +13,6 @@ python -m rlhf_jax.main --config=experiments/dpo.py:own --config.init.policy=/pa
     another loss of the family
 """
 
-from rlhf_jax.errors import UserError
 from rlhf_jax.stages import defaults
 
 OPTIMIZER = {
@@ -31,7 +30,7 @@ def get_config(variant="town"):
                 init={"policy": "experiments/sft.py"},
                 data={"row_length": 224},
                 batch={"rows": 16},
-                optimizer=OPTIMIZER | {"learning_rate": 3.5e-4},
+                optimizer={"learning_rate": 3.5e-4},
                 loss={"sft_coefficient": 0.3},
                 train={"steps": 64},
             )
@@ -39,29 +38,24 @@ def get_config(variant="town"):
             pairs = "hh_rlhf/helpful"
             return dpo(
                 init={"policy": "experiments/sft.py:hh", "reward": "experiments/reward.py:hh"},
-                data={
-                    "train": pairs,
-                    "validation": pairs,
-                    "row_length": 768,
-                    "over_long": "drop",
-                },
+                data={"train": pairs, "validation": pairs, "row_length": 768, "over_long": "drop"},
                 batch={"rows": 8},
-                optimizer=OPTIMIZER | {"learning_rate": 5e-4},
+                optimizer={"learning_rate": 5e-4},
                 # Per token: a sum over long, uneven replies mostly learns their length.
                 loss={"name": "sigmoid_norm", "beta": 5.0},
                 train={"steps": 60},
-                eval=defaults.chat_evaluation(source=pairs, count=64),
+                eval={"source": pairs, "count": 64},
             )
         case "own":
             return dpo(
                 init={"policy": ""},
                 data=defaults.OWN_DATA,
                 batch={"rows": 8},
-                optimizer=defaults.TUNING | {"learning_rate": 5e-7},
-                eval=defaults.own_evaluation(),
+                optimizer={"learning_rate": 5e-7},
+                eval=defaults.OWN_EVALUATION,
             )
-    raise UserError(f"experiments/dpo.py has no variant {variant!r}; there are: town, hh, own")
+    raise defaults.no_variant("dpo.py", variant, "town, hh, own")
 
 
 def dpo(**sections):
-    return defaults.base("preference", **({"optimizer": OPTIMIZER} | sections))
+    return defaults.lay(defaults.base("preference", optimizer=OPTIMIZER), sections)

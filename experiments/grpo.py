@@ -19,7 +19,6 @@ python -m rlhf_jax.main --config=experiments/grpo.py:own --config.init.policy=/p
     --config.adapter.rank=16, wants about ten times the rate: --config.optimizer.learning_rate=1e-5
 """
 
-from rlhf_jax.errors import UserError
 from rlhf_jax.stages import defaults
 
 OPTIMIZER = {
@@ -50,25 +49,19 @@ def get_config(variant="grpo"):
             rollout={"prompts": 128, "samples": 8, "max_prompt_tokens": 48, "max_new_tokens": 24},
             reward={"scorers": "correct=1"},
             kl={"placement": "none"},
-            optimizer=OPTIMIZER | {"learning_rate": 4e-4},
+            optimizer={"learning_rate": 4e-4},
             train={"steps": 150, "eval_every": 15},
-            eval=defaults.chat_evaluation(source="town/arithmetic@train[90%:]"),
+            eval={"source": "town/arithmetic@train[90%:]"},
         )
     if variant == "gsm8k":
         return grpo(
             "grpo",
             init={"policy": "experiments/sft.py:gsm8k"},
             data={"train": "gsm8k/prompt", "validation": "gsm8k/prompt@test", "row_length": 768},
-            rollout={
-                "prompts": 16,
-                "samples": 8,
-                "max_prompt_tokens": 192,
-                "max_new_tokens": 128,
-            },
+            rollout={"prompts": 16, "samples": 8, "max_prompt_tokens": 192, "max_new_tokens": 128},
             reward={"scorers": "number=1"},
             train={"steps": 12, "eval_every": 4},
-            eval=defaults.chat_evaluation(source="gsm8k/prompt@test", count=64)
-            | {"max_new_tokens": 128},
+            eval={"source": "gsm8k/prompt@test", "count": 64, "max_new_tokens": 128},
         )
     if variant == "own":
         return grpo(
@@ -78,21 +71,17 @@ def get_config(variant="grpo"):
             rollout=defaults.OWN_ROLLOUT | {"prompts": 8, "samples": 8},
             optimizer=defaults.TUNING | {"learning_rate": 1e-6},
             train={"steps": 100, "eval_every": 20},
-            eval=defaults.own_evaluation(max_new_tokens=256),
+            eval=defaults.OWN_EVALUATION | {"max_new_tokens": 256},
         )
-    raise UserError(
-        f"experiments/grpo.py has no variant {variant!r}; there are: {', '.join(FAMILY)}, "
-        "arithmetic, gsm8k, own"
+    raise defaults.no_variant("grpo.py", variant, f"{', '.join(FAMILY)}, arithmetic, gsm8k, own")
+
+
+def grpo(algorithm, **sections):
+    config = defaults.on_policy(
+        algorithm,
+        data={"row_length": 320},
+        batch={"rows": 4},
+        optimizer=OPTIMIZER,
+        train={"minibatches": 2, "log_every": 1},
     )
-
-
-def grpo(algorithm, train, **sections):
-    common = {
-        "data": {"row_length": 320},
-        "batch": {"rows": 4},
-        "optimizer": OPTIMIZER,
-        "train": {"minibatches": 2, "log_every": 1} | train,
-    }
-    for name, values in sections.items():
-        common[name] = common.get(name, {}) | values
-    return defaults.on_policy(algorithm, **common)
+    return defaults.lay(config, sections)

@@ -6,7 +6,6 @@ python -m rlhf_jax.main --config=experiments/online_dpo.py:sentiment
     continuations of film reviews, labelled by a classifier: 4 minutes; 1.4 deviations at KL 5.4
 """
 
-from rlhf_jax.errors import UserError
 from rlhf_jax.stages import defaults
 
 
@@ -20,27 +19,18 @@ def get_config(variant="town"):
             return online_dpo(
                 init={"policy": "experiments/sft.py:imdb", "reward": "experiments/reward.py:imdb"},
                 data={"train": "imdb/prompt", "validation": "imdb/prompt", "row_length": 384},
-                rollout={
-                    "prompts": 64,
-                    "samples": 4,
-                    "max_prompt_tokens": 48,
-                    "max_new_tokens": 64,
-                },
-                eval=defaults.chat_evaluation(source="imdb/prompt", count=64),
+                rollout={"max_prompt_tokens": 48, "max_new_tokens": 64},
+                eval={"source": "imdb/prompt", "count": 64},
             )
-    raise UserError(
-        f"experiments/online_dpo.py has no variant {variant!r}; there are: town, sentiment"
-    )
+    raise defaults.no_variant("online_dpo.py", variant, "town, sentiment")
 
 
 def online_dpo(**sections):
-    common = {
-        "rollout": {"prompts": 64, "samples": 4},
-        "data": {"row_length": 320},
-        "batch": {"rows": 4},
-        "optimizer": {"learning_rate": 2e-4, "schedule": "linear", "warmup_steps": 5},
-        "train": {"steps": 20, "minibatches": 2, "log_every": 1, "eval_every": 4},
-    }
-    for name, values in sections.items():
-        common[name] = common.get(name, {}) | values
-    return defaults.online_preference(**common)
+    config = defaults.online_preference(
+        rollout={"prompts": 64, "samples": 4},
+        data={"row_length": 320},
+        batch={"rows": 4},
+        optimizer={"learning_rate": 2e-4, "schedule": "linear", "warmup_steps": 5},
+        train={"steps": 20, "minibatches": 2, "log_every": 1, "eval_every": 4},
+    )
+    return defaults.lay(config, sections)

@@ -19,7 +19,6 @@ python -m rlhf_jax.main --config=experiments/ppo.py:own --config.init.policy=/pa
     --config.optimizer.learning_rate=1e-5
 """
 
-from rlhf_jax.errors import UserError
 from rlhf_jax.stages import defaults
 
 OPTIMIZER = {
@@ -27,23 +26,6 @@ OPTIMIZER = {
     "schedule": "linear",
     "warmup_steps": 10,
     "final_fraction": 0.1,
-}
-# Long answers of real text: the reward model was trained on their whole, so what is cut off is not
-# what it can judge.
-HH = {
-    "init": {"policy": "experiments/sft.py:hh", "reward": "experiments/reward.py:hh"},
-    "data": {"train": "hh_rlhf/helpful", "validation": "hh_rlhf/helpful", "row_length": 512},
-    "rollout": {
-        "prompts": 32,
-        "max_prompt_tokens": 256,
-        "max_new_tokens": 96,
-        "missing_eos": "subtract",
-    },
-}
-SENTIMENT = {
-    "init": {"policy": "experiments/sft.py:imdb", "reward": "experiments/reward.py:imdb"},
-    "data": {"train": "imdb/prompt", "validation": "imdb/prompt", "row_length": 384},
-    "rollout": {"prompts": 64, "max_prompt_tokens": 48, "max_new_tokens": 64},
 }
 
 
@@ -55,36 +37,42 @@ def get_config(variant="town"):
             members = {f"reward_{i}": f"experiments/reward.py:member{i}" for i in (1, 2)}
             return town(init=members, reward={"ensemble": "mean_minus_std"})
         case "hh":
+            pairs = "hh_rlhf/helpful"
+            # Long answers of real text: the reward model was trained on their whole, so what is cut
+            # off is not what it can judge.
             return ppo(
-                **HH,
+                init={"policy": "experiments/sft.py:hh", "reward": "experiments/reward.py:hh"},
+                data={"train": pairs, "validation": pairs, "row_length": 512},
+                rollout={
+                    "prompts": 32,
+                    "max_prompt_tokens": 256,
+                    "max_new_tokens": 96,
+                    "missing_eos": "subtract",
+                },
                 kl={"coefficient": 0.05},
-                train={"steps": 16, "eval_every": 4},
-                eval=real("hh_rlhf/helpful", 96),
+                train={"steps": 16},
+                eval={"source": pairs, "count": 64, "max_new_tokens": 96},
             )
         case "sentiment":
             return ppo(
-                **SENTIMENT,
+                init={"policy": "experiments/sft.py:imdb", "reward": "experiments/reward.py:imdb"},
+                data={"train": "imdb/prompt", "validation": "imdb/prompt", "row_length": 384},
+                rollout={"prompts": 64, "max_prompt_tokens": 48, "max_new_tokens": 64},
                 kl={"coefficient": 0.05},
-                train={"steps": 32, "eval_every": 4},
-                eval=real("imdb/prompt", 64),
+                train={"steps": 32},
+                eval={"source": "imdb/prompt", "count": 64},
             )
         case "own":
-            return defaults.on_policy(
-                "ppo",
+            return ppo(
                 init={"policy": "", "reward": ""},
                 data=defaults.OWN_PROMPTS,
                 rollout=defaults.OWN_ROLLOUT | {"prompts": 64},
-                batch={"rows": 4},
                 optimizer=defaults.TUNING | {"learning_rate": 1e-6},
                 critic={"learning_rate": 1e-5},
-                train={"steps": 100, "epochs": 2, "minibatches": 2, "log_every": 1}
-                | {"eval_every": 20},
-                eval=defaults.own_evaluation(max_new_tokens=256),
+                train={"steps": 100, "eval_every": 20},
+                eval=defaults.OWN_EVALUATION | {"max_new_tokens": 256},
             )
-    raise UserError(
-        f"experiments/ppo.py has no variant {variant!r}; there are: town, ensemble, hh, "
-        "sentiment, own"
-    )
+    raise defaults.no_variant("ppo.py", variant, "town, ensemble, hh, sentiment, own")
 
 
 def town(init=None, **sections):
@@ -93,22 +81,12 @@ def town(init=None, **sections):
         init=parents | (init or {}),
         rollout={"prompts": 128},
         kl={"coefficient": 0.25},
-        train={"steps": 20, "eval_every": 4},
+        train={"steps": 20},
         **sections,
     )
 
 
-def ppo(train, **sections):
-    return defaults.on_policy(
-        "ppo",
-        batch={"rows": 4},
-        optimizer=OPTIMIZER,
-        train={"epochs": 2, "minibatches": 2, "log_every": 1} | train,
-        **sections,
-    )
-
-
-def real(source, max_new_tokens):
-    """Evaluation on prompts for which there is no exact scorer."""
-    changes = {"source": source, "count": 64, "max_new_tokens": max_new_tokens}
-    return defaults.chat_evaluation(**changes)
+def ppo(**sections):
+    train = {"epochs": 2, "minibatches": 2, "log_every": 1, "eval_every": 4}
+    config = defaults.on_policy("ppo", batch={"rows": 4}, optimizer=OPTIMIZER, train=train)
+    return defaults.lay(config, sections)

@@ -15,7 +15,6 @@ python -m rlhf_jax.main --config=experiments/pretrain.py:shakespeare_char_best
     the same data and split, as far as we get in the time nanoGPT takes: 100 seconds to 1.68
 """
 
-from rlhf_jax.errors import UserError
 from rlhf_jax.stages import defaults
 
 MUON = {
@@ -42,9 +41,8 @@ def get_config(variant="town"):
             return shakespeare_char()
         case "shakespeare_char_best":
             return shakespeare_char_best()
-    raise UserError(
-        f"experiments/pretrain.py has no variant {variant!r}; there are: town, fables, hh, "
-        "imdb, shakespeare_char, shakespeare_char_best"
+    raise defaults.no_variant(
+        "pretrain.py", variant, "town, fables, hh, imdb, shakespeare_char, shakespeare_char_best"
     )
 
 

@@ -15,7 +15,6 @@ python -m rlhf_jax.main --config=experiments/reward.py:own --config.init.policy=
     rate: --config.optimizer.learning_rate=1e-4
 """
 
-from rlhf_jax.errors import UserError
 from rlhf_jax.stages import defaults
 
 OPTIMIZER = {
@@ -59,12 +58,9 @@ def get_config(variant="town"):
                 "",
                 data=defaults.OWN_DATA,
                 batch={"rows": 8},
-                optimizer=defaults.TUNING | {"learning_rate": 1e-5},
+                optimizer={"learning_rate": 1e-5},
             )
-    raise UserError(
-        f"experiments/reward.py has no variant {variant!r}; there are: town, member1, member2, hh, "
-        "imdb, own"
-    )
+    raise defaults.no_variant("reward.py", variant, "town, member1, member2, hh, imdb, own")
 
 
 def town(seed):
@@ -79,4 +75,5 @@ def town(seed):
 
 
 def reward(policy, **sections):
-    return defaults.base("reward", init={"policy": policy}, **({"optimizer": OPTIMIZER} | sections))
+    config = defaults.base("reward", init={"policy": policy}, optimizer=OPTIMIZER)
+    return defaults.lay(config, sections)

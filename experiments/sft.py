@@ -18,7 +18,6 @@ python -m rlhf_jax.main --config=experiments/sft.py:own --config.init.policy=/pa
     --config.adapter.rank=16, wants about ten times the rate: --config.optimizer.learning_rate=2e-4
 """
 
-from rlhf_jax.errors import UserError
 from rlhf_jax.stages import defaults
 
 OPTIMIZER = {
@@ -28,6 +27,7 @@ OPTIMIZER = {
     "schedule": "linear",
     "final_fraction": 0.0,
 }
+ADAMW = {"name": "adamw", "learning_rate": 3e-3, "b2": 0.99}
 
 
 def get_config(variant="town"):
@@ -37,7 +37,7 @@ def get_config(variant="town"):
                 "experiments/pretrain.py",
                 data={"row_length": 192, "replay": "town/text[:50%]=0.5"},
                 batch={"rows": 8},
-                optimizer=OPTIMIZER | {"name": "adamw", "learning_rate": 3e-3, "b2": 0.99},
+                optimizer=ADAMW,
                 train={"steps": 430, "log_every": 20},
             )
         case "arithmetic":
@@ -49,9 +49,9 @@ def get_config(variant="town"):
                     "row_length": 192,
                 },
                 batch={"rows": 8},
-                optimizer=OPTIMIZER | {"name": "adamw", "learning_rate": 3e-3, "b2": 0.99},
+                optimizer=ADAMW,
                 train={"steps": 240, "log_every": 20},
-                eval=defaults.chat_evaluation(source="town/arithmetic@train[90%:]"),
+                eval={"source": "town/arithmetic@train[90%:]"},
             )
         case "fables":
             return real("fables", "tinyfabulist", "tinyfabulist", steps=200)
@@ -69,17 +69,15 @@ def get_config(variant="town"):
                 "",
                 data=defaults.OWN_DATA,
                 batch={"rows": 8},
-                optimizer=defaults.TUNING | {"learning_rate": 2e-5},
-                eval=defaults.own_evaluation(),
+                optimizer={"name": "adamw", "learning_rate": 2e-5},
+                eval=defaults.OWN_EVALUATION,
             )
-    raise UserError(
-        f"experiments/sft.py has no variant {variant!r}; there are: town, arithmetic, fables, "
-        "gsm8k, hh, imdb, own"
-    )
+    raise defaults.no_variant("sft.py", variant, "town, arithmetic, fables, gsm8k, hh, imdb, own")
 
 
 def sft(policy, **sections):
-    return defaults.base("sft", init={"policy": policy}, **({"optimizer": OPTIMIZER} | sections))
+    config = defaults.base("sft", init={"policy": policy}, optimizer=OPTIMIZER)
+    return defaults.lay(config, sections)
 
 
 def real(base, train, validation, steps):
@@ -89,5 +87,5 @@ def real(base, train, validation, steps):
         data={"train": train, "validation": validation, "row_length": 768, "over_long": "drop"},
         batch={"rows": 8},
         train={"steps": steps},
-        eval=defaults.chat_evaluation(source=validation, count=64),
+        eval={"source": validation, "count": 64},
     )

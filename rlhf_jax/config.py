@@ -58,22 +58,24 @@ class Config:
 
 @dataclass(frozen=True)
 class Only:
-    """A condition on another field of a section: that it is set, is `among` or holds a text."""
+    """A condition on another field: that it is set, is `among` or holds a text."""
 
-    field: str
+    field: str  # of the same section, or "section.field" of another
     among: tuple[Any, ...] = ()
     containing: str = ""
+    told: str = ""  # the condition as a user would state it; "": as it stands
 
-    def holds(self, section: Any) -> bool:
-        """Whether the other field of the section has such a value."""
-        value = getattr(section, self.field)
+    def holds(self, config: Config, section: Any) -> bool:
+        """Whether the other field has such a value, where the condition is of one of `section`."""
+        where, _, name = self.field.rpartition(".")
+        value = getattr(getattr(config, where) if where else section, name)
         if self.containing:
             return self.containing in value
         return value in self.among if self.among else bool(value)
 
     def __str__(self) -> str:
-        if self.containing:
-            return f"{self.containing!r} in {self.field}"
+        if self.told or self.containing:
+            return self.told or f"{self.containing!r} in {self.field}"
         return f"{self.field} = {' or '.join(map(str, self.among))}" if self.among else self.field
 
 
@@ -155,7 +157,7 @@ def build(section: type, given: Mapping[str, Any], path: str) -> Any:
                 rest = {}
             elif "variants" in each.metadata:
                 name, table = values.get("name", own["name"].default), each.metadata["variants"]
-                _check_variant(name, table, rest, path)
+                _check_variant(name, table, list(rest), path)
                 values[each.name] = part = build(table[name], rest, path)
                 for option, value in vars(part).items():
                     if isinstance(value, float) and value < 0:
@@ -175,15 +177,13 @@ def build(section: type, given: Mapping[str, Any], path: str) -> Any:
     return made
 
 
-def _check_variant(
-    name: str, table: Mapping[str, type], given: Mapping[str, Any], path: str
-) -> None:
+def _check_variant(name: str, table: Mapping[str, type], options: Sequence[str], path: str) -> None:
     """UserError for a name that is not in the table, or an option that the one of it lacks."""
     if name not in table:
         hint = f"did you mean {nearest(name, table)!r}? Known: {', '.join(table)}"
         raise UserError(f"config: {path}.name = {name!r} is unknown; {hint}")
     known = own_fields(table[name])
-    for option in given:
+    for option in options:
         if option not in known:
             having = [other for other, kind in table.items() if option in own_fields(kind)]
             raise UserError(
@@ -205,7 +205,8 @@ def _read_value(name: str, each: Field, value: Any) -> Any:
         return (value,) if isinstance(value, str) else tuple(value)
     if kind == "float" and type(value) is int:
         value = float(value)
-    if value.__class__ is not _TYPES[kind]:
+    known = type(value) is _TYPES[kind]
+    if not known:
         raise ValueError(f"{name} = {value!r} must be of type {kind}")
     if kind == "float" and not abs(value) <= _LARGEST:
         raise ValueError(f"{name} = {value} is no number that float32 can hold")
@@ -224,11 +225,12 @@ def _read_value(name: str, each: Field, value: Any) -> Any:
 def document(config: Config) -> dict[str, Any]:
     """The config as config.json holds it: every field that is read, as JSON has it."""
     whole: dict[str, Any] = {"stage": config.stage, "seed": config.seed}
-    return whole | {name: section_document(section) for name, section in config.sections.items()}
+    return whole | {name: section_document(config, name) for name in config.sections}
 
 
-def section_document(section: Any) -> dict[str, Any]:
+def section_document(config: Config, name: str) -> dict[str, Any]:
     """The fields of a section that are read, as JSON has them, a variant's among them."""
+    section = getattr(config, name)
     values: dict[str, Any] = {}
     for each in fields(section):
         value, only = getattr(section, each.name), each.metadata.get("only")
@@ -236,7 +238,7 @@ def section_document(section: Any) -> dict[str, Any]:
             values |= vars(value)
         elif "prefix" in each.metadata:
             values |= value
-        elif only is None or only.holds(section):
+        elif only is None or only.holds(config, section):
             values[each.name] = list(value) if isinstance(value, tuple) else value
     return values
 
@@ -247,9 +249,9 @@ def unread(config: Config, name: str) -> str | None:
     values = getattr(config, section)
     each = own_fields(values).get(last) if dataclasses.is_dataclass(values) else None
     only = each and each.metadata.get("only")
-    if not only or only.holds(values):
+    if not only or only.holds(config, values):
         return None
-    return f"{name} is read only with {section}.{only}"
+    return f"{name} is read only with {'' if '.' in only.field else f'{section}.'}{only}"
 
 
 def leaves(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:

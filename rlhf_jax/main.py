@@ -29,7 +29,7 @@ from rlhf_jax.stopping import listen, stop_point
 
 
 def parse(argv: list[str]):
-    """Returns (config, its source "file.py[:variant]", names of fields that are set, other flags)."""
+    """Returns (config, its source "file.py[:variant]", names of fields set, the other flags)."""
     from absl import flags
     from ml_collections import config_flags
 

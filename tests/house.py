@@ -117,6 +117,10 @@ def _is(value: Any, number: float) -> bool:
     return isinstance(value, float) and value == number
 
 
+# A walk of a number leaves out who only keeps or shows the whole configuration.
+NOT_ON_THE_WAY = ("training/rundir.py", "training/origin.py", "report/")
+
+
 @contextlib.contextmanager
 def recorded(note: Callable[[FrameType], None]) -> Iterator[None]:
     """Calls `note` with the frame of every function of the package that is called meanwhile."""
@@ -141,6 +145,9 @@ def walk_of_number(number: float, run: Callable[[], None]) -> Walk:
     walk = Walk()
 
     def note(frame: FrameType) -> None:
+        file, _ = _place(frame) or ("", "")
+        if file.startswith(NOT_ON_THE_WAY):
+            return
         for value in list(frame.f_locals.values()):
             if _is(value, number) or any(_is(each, number) for each in _held(value)):
                 walk.functions.update(_stack(frame))
@@ -193,7 +200,7 @@ EXPERIMENTS = """
 from rlhf_jax.stages import defaults
 
 TRAIN = dict(steps=1, log_every=1, tensorboard=False)
-EVAL = defaults.chat_evaluation(source="prompts.jsonl", count=2, max_new_tokens=4)
+EVAL = dict(source="prompts.jsonl", count=2, max_new_tokens=4)
 SHARED = dict(train=TRAIN, eval=EVAL | dict(during=2))
 
 
@@ -245,10 +252,6 @@ def experiments() -> Iterator[Callable[..., None]]:
 
         run("pretrain")
         yield run
-
-
-# A walk of a number leaves out who only keeps or shows the whole configuration.
-NOT_ON_THE_WAY = ("training/rundir.py", "training/origin.py", "report/")
 
 
 def _on_the_way(walk: Walk) -> Walk:

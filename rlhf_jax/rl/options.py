@@ -95,7 +95,10 @@ class RewardOptions:
     scorers: str = "model=1"  # see rewards/scorers.py
     # Scores of reward models, by the mean and deviation of their scores of the reference's answers.
     normalize: bool = option(True, only=_MODEL)
-    ensemble: str = option("mean", choices=COMBINATIONS, only=_MODEL)  # of several init.reward…
+    # Of several reward models.
+    ensemble: str = option(
+        "mean", choices=COMBINATIONS, only=Only("init.members", told="init.reward_1")
+    )
     ensemble_k: float = option(  # deviations
         1.0, within="[0, inf)", only=Only("ensemble", ("mean_minus_std",))
     )
@@ -166,7 +169,8 @@ class PolicyOptions:
     importance_mode: str = option(  # what the cap does
         "truncate", choices=("truncate", "mask"), only=Only("importance", LEVELS)
     )
-    ptx_coefficient: float = option(0.0, within="[0, inf)")  # of data.ptx's loss, mixed in
+    # Of the loss of data.ptx, mixed in.
+    ptx_coefficient: float = option(0.0, within="[0, inf)", only=Only("data.ptx"))
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ def _run_parents(
 ) -> dict[str, Path]:
     """The run directories of a config's parents by role, run first if they are experiments."""
     parents = {}
-    for role, parent in (section_document(config.init) if config.init else {}).items():
+    for role, parent in (section_document(config, "init") if config.init else {}).items():
         if parent and ".py" not in parent:
             read_summary(Path(parent))
             parents[role] = Path(parent)

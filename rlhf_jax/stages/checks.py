@@ -75,7 +75,7 @@ def _check_sampling(config: Config) -> None:
         if ".py:" in name and not file.is_file():
             raise UserError(f"config: reward.scorers names {name!r}: there is no file {file}")
     named = [
-        role for role, path in section_document(config.init).items() if role != "policy" and path
+        role for role, path in section_document(config, "init").items() if role != "policy" and path
     ]
     if "model" in weights and not named:
         raise UserError("config: reward.scorers names a 'model', but there is no init.reward")

@@ -316,10 +316,11 @@ def base(stage: str, **sections: Mapping[str, Any]) -> ConfigDict:
     config = ConfigDict({"stage": stage, "seed": 0})
     for name, section in STAGES[stage].items():
         config[name] = options.surface(section)
-    return _lay(config, sections)
+    return lay(config, sections)
 
 
-def _lay(config: ConfigDict, sections: Mapping[str, Mapping[str, Any]]) -> ConfigDict:
+def lay(config: ConfigDict, sections: Mapping[str, Mapping[str, Any]]) -> ConfigDict:
+    """The config with the fields of `sections` laid over its own."""
     for name, values in sections.items():
         if name not in config:
             config[name] = ConfigDict()
@@ -390,20 +391,25 @@ def on_policy(algorithm: str, **sections: Mapping[str, Any]) -> ConfigDict:
     """
     if algorithm not in ALGORITHMS:
         raise UserError(f"there is no algorithm {algorithm!r}; there are: {', '.join(ALGORITHMS)}")
-    config = _lay(base("policy", batch={"rows": 8}), ALGORITHMS[algorithm])
+    config = lay(base("policy", batch={"rows": 8}), ALGORITHMS[algorithm])
     if config.advantage.name != "gae":
         del config.critic
-    return _lay(config, sections)
+    return lay(config, sections)
 
 
 def online_preference(**sections: Mapping[str, Any]) -> ConfigDict:
     """The configuration of the online_preference stage, `sections` laid over it."""
-    return _lay(base("online_preference", batch={"rows": 8}), sections)
+    return lay(base("online_preference", batch={"rows": 8}), sections)
 
 
 def best_of_n(**sections: Mapping[str, Any]) -> ConfigDict:
     """The configuration of the best_of_n stage, `sections` laid over it."""
-    return _lay(base("best_of_n", data={"row_length": 512}), sections)
+    return lay(base("best_of_n", data={"row_length": 512}), sections)
+
+
+def no_variant(file: str, variant: str, known: str) -> UserError:
+    """The error for a variant that a file in experiments/ does not have."""
+    return UserError(f"experiments/{file} has no variant {variant!r}; there are: {known}")
 
 
 def model(preset: str, **changes: Any) -> dict[str, Any]:
@@ -411,21 +417,12 @@ def model(preset: str, **changes: Any) -> dict[str, Any]:
     return {"preset": preset} | changes
 
 
-def chat_evaluation(**changes: Any) -> dict[str, Any]:
-    """The section eval of a chat stage, with changes."""
-    return options.surface(ChatEvaluation) | changes
-
-
 # Of the experiments' variants "own": a pre-trained model and the user's data.
 OWN_DATA = {"train": "", "validation": "", "row_length": 1024, "over_long": "drop"}
 OWN_PROMPTS = {"train": "", "validation": "", "row_length": 1024}
+OWN_EVALUATION = {"source": "", "count": 64}  # on what is held out
 OWN_ROLLOUT = {"max_prompt_tokens": 512, "max_new_tokens": 256}
 TUNING = {"name": "adamw", "warmup_steps": 10, "schedule": "linear", "final_fraction": 0.0}
-
-
-def own_evaluation(**changes: Any) -> dict[str, Any]:
-    """`chat_evaluation` on what is held out of the user's data."""
-    return chat_evaluation(**{"source": "", "count": 64} | changes)
 
 
 def fields_of(stage: str) -> ConfigDict:

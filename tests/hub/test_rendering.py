@@ -374,7 +374,7 @@ def test_the_preflight_says_what_is_left_and_refuses_rendered_files(bare, tmp_pa
         sources = {"train": str(path), "validation": str(path), "row_length": 256}
         config = defaults.base(
             "sft", init={"policy": str(directory)}, data=sources | data, train={"steps": 1},
-            loss={"label_smoothing": 0.0, "z_loss": 0.0}, eval=defaults.chat_evaluation(source=""),
+            loss={"label_smoothing": 0.0, "z_loss": 0.0}, eval={"source": ""},
             batch={"rows": 2},
         )  # fmt: skip
         preflight.preflight(config, "sft.py", None)

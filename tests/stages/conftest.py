@@ -21,7 +21,7 @@ from rlhf_jax.stages import defaults
 
 TRAIN = dict(steps={steps}, log_every=2, checkpoint_every=4, tensorboard=False)
 OPTIMIZER = dict(name="adamw", learning_rate=3e-3)
-EVAL = defaults.chat_evaluation(source="{folder}/prompts.jsonl", count=8, max_new_tokens=12)
+EVAL = dict(source="{folder}/prompts.jsonl", count=8, max_new_tokens=12)
 """
 
 PRETRAIN = """

@@ -85,12 +85,12 @@ def config_of(stage, folder, parent):
         "init": {"policy": str(parent)},
         "train": TRAIN,
         "batch": {"rows": 8},
-        "eval": defaults.chat_evaluation(
-            source=f"{folder}/prompts.jsonl[:11]",
-            count=11,
-            during=7,
-            max_new_tokens=6,
-        ),
+        "eval": {
+            "source": f"{folder}/prompts.jsonl[:11]",
+            "count": 11,
+            "during": 7,
+            "max_new_tokens": 6,
+        },
     }
     if stage is sft:
         return defaults.base(

@@ -208,7 +208,7 @@ def dpo(tmp_path, parent, name, beta, *, rank=0, **train):
         adapter={"rank": rank},
         train={"steps": 2, "log_every": 1, "tensorboard": False} | train,
         loss={"name": "sigmoid", "beta": beta, "sft_coefficient": 0.0},
-        eval=defaults.chat_evaluation(source=str(prompts), count=2, max_new_tokens=4),
+        eval={"source": str(prompts), "count": 2, "max_new_tokens": 4},
     )
     config = defaults.resolve(config)
     with RunDirectory(tmp_path / name, document(config)) as run:
