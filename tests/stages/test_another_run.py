@@ -95,7 +95,7 @@ def test_nothing_that_decides_a_finished_run_is_reused_after_an_edit(place, tmp_
     assert run(folder, "grpo").stdout.count("reusing") == 3
 
     loss = folder / "rlhf_jax/losses/preference.py"
-    edit(loss, "def sigmoid(", "THRESHOLD = 1\n\n\ndef sigmoid(")
+    edit(loss, "def preference_loss(", "THRESHOLD = 1\n\n\ndef preference_loss(")
     assert refused(run(folder, "dpo")) == "losses/preference.py has changed"
     result = run(folder, "grpo")  # which has no such loss
     assert result.returncode == 0 and result.stdout.count("reusing") == 3
