@@ -14,7 +14,6 @@ import sys
 from typing import Any
 
 from rlhf_jax.commands import show_warnings
-from rlhf_jax.config import unread
 from rlhf_jax.errors import (
     EXIT_DONE,
     EXIT_RESUMABLE,
@@ -26,7 +25,7 @@ from rlhf_jax.errors import (
     mistake_in,
 )
 from rlhf_jax.files import tolerate_full_logs
-from rlhf_jax.malloc import tune_malloc
+from rlhf_jax.malloc import tune_collector, tune_malloc
 from rlhf_jax.stopping import listen, stop_point
 
 
@@ -83,6 +82,7 @@ def _config_file(argv: list[str]) -> str:
 
 def _check_names(config: Any, argv: list[str]) -> None:
     """UserError for a field that a flag sets and the stage, as it is set, does not read."""
+    from rlhf_jax.config import unread
     from rlhf_jax.stages.defaults import resolve, unknown_field
 
     flags = (arg.lstrip("-").partition("=")[0].removeprefix("no") for arg in argv)
@@ -136,6 +136,7 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     tune_malloc()
+    tune_collector()
     listen()
     tolerate_full_logs()
     sys.exit(main())
