@@ -51,7 +51,6 @@ def rolled_out(monkeypatch, groups, *, greedy=None, algorithm="dapo", prompts=1,
             algorithm, data={"row_length": 64}, batch={"rows": 1}, rollout=options | rollout
         )
     )
-    config = defaults.resolve(config)
     prompts = PromptSet([None] * len(groups), [[1, 3, n] for n in range(len(groups))])
     found = text_rollout(config, None, prompts, np.arange(len(groups)), Judge(), None, 0)
     return [tokens[-1] for tokens in found.prompts.tokens], found, config
