@@ -28,6 +28,7 @@ def get_config(variant="town"):
         case "town":
             return dpo(
                 init={"policy": "experiments/sft.py"},
+                compute={"remat": "none"},
                 data={"row_length": 224},
                 batch={"rows": 16},
                 optimizer={"learning_rate": 3.5e-4},

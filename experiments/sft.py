@@ -35,6 +35,7 @@ def get_config(variant="town"):
         case "town":
             return sft(
                 "experiments/pretrain.py",
+                compute={"remat": "none"},
                 data={"row_length": 192, "replay": "town/text[:50%]=0.5"},
                 batch={"rows": 8},
                 optimizer=ADAMW,

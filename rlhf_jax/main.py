@@ -24,7 +24,7 @@ from rlhf_jax.errors import (
     mistake_in,
 )
 from rlhf_jax.files import tolerate_full_logs
-from rlhf_jax.malloc import tune_malloc
+from rlhf_jax.malloc import tune_collector, tune_malloc
 from rlhf_jax.stopping import listen, stop_point
 
 
@@ -118,6 +118,7 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     tune_malloc()
+    tune_collector()
     listen()
     tolerate_full_logs()
     sys.exit(main())

@@ -88,3 +88,22 @@ def test_what_is_free_is_given_back_under_these_settings_only():
     }
     given_back, *kept = freed.values()
     assert given_back > 200 and abs(kept[0]) < 20  # of 256 MiB; the kernel counts in batches
+
+
+COLLECTIONS = """
+import gc
+from rlhf_jax.malloc import tune_collector
+tune_collector()
+before = gc.get_stats()[0]["collections"]
+many = [[] for _ in range(20_000)]
+print(gc.get_stats()[0]["collections"] - before)
+"""
+START = "import sys; sys.argv = ['m']; import rlhf_jax.main; print('jax' in sys.modules or 0)"
+
+
+def test_python_looks_for_cycles_less_often():
+    assert printed(COLLECTIONS, malloc.MALLOC) <= 2
+
+
+def test_nothing_slow_is_imported_before_the_interpreter_restarts():
+    assert printed(START, malloc.MALLOC) == 0

@@ -9,12 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax.data.batches import eval_batches
+from rlhf_jax.data.batches import eval_batches, pad_rows
 from rlhf_jax.data.packing import Arrays
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import sequence_logprobs
 from rlhf_jax.training.progress import tracked
 
+PLACES = 16  # of groups in a row: a multiple of so many, so that data sets share compiled code
 _logprobs = jax.jit(sequence_logprobs, static_argnums=0)  # one, so that stages share it compiled
 
 
@@ -48,7 +49,9 @@ def response_logprobs(
 
     `tokens` and `name` as for `map_rows`.
     """
-    return map_rows(partial(_logprobs, config), params, rows, tokens, name)
+    padded = pad_rows(rows, rows=1, slots=1, groups=PLACES)
+    logprobs = map_rows(partial(_logprobs, config.forward), params, padded, tokens, name)
+    return logprobs[:, : rows["last"].shape[1]]
 
 
 def in_record_order(values: np.ndarray, rows: Arrays) -> np.ndarray:

@@ -183,6 +183,11 @@ class ModelConfig:
         return found
 
     @property
+    def forward(self) -> ModelConfig:
+        """The same without a backward pass, so that models which differ in that share code."""
+        return dataclasses.replace(self, remat="none")
+
+    @property
     def rotary_dim(self) -> int:
         """Dimensions of a head that are rotated."""
         return int(self.head_dim * self.rotary_fraction)

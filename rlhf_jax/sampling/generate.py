@@ -84,7 +84,7 @@ def generate(
     drawing = engine.Drawing.of(sampling, *sampling.masks(config))
     if not len(prompts):
         return []
-    decoder = _Decoder(config, params, prompts, sampling, drawing)
+    decoder = _Decoder(config.forward, params, prompts, sampling, drawing)
     if sampling.stop_strings or on_tokens is not None:
         decoder.watch(on_tokens, chunk)
     return decoder.run(jax.random.key(seed), prompt_ids)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
+from rlhf_jax.data.batches import pad_rows
 from rlhf_jax.data.packing import Document, Group, pack_documents, pack_groups
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.data.tokenizer import train_bpe
-from rlhf_jax.evaluation import held_out_answers
+from rlhf_jax.evaluation import held_out_answers, row_passes
 from rlhf_jax.evaluation.language_loss import language_evaluation
 from rlhf_jax.evaluation.row_passes import map_rows, response_logprobs
 from rlhf_jax.models import ModelConfig, init
@@ -63,6 +66,17 @@ def test_results_do_not_depend_on_the_tokens_of_a_pass():
     wanted, _ = language_evaluation(CONFIG, packed, tokens=10**6)(PARAMS)
     found, _ = language_evaluation(CONFIG, packed, tokens=40)(PARAMS)
     assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_data_sets_and_models_that_differ_in_training_alone_share_a_compiled_pass():
+    rows = pairs(length=48)
+    wider = pad_rows(rows, rows=1, slots=1, groups=rows["last"].shape[1] + 1)
+    wanted = response_logprobs(CONFIG, PARAMS, rows, 96)
+    count = row_passes._logprobs._cache_size()
+    other = dataclasses.replace(CONFIG, remat="dots")
+    found = response_logprobs(other, PARAMS, wider, 96)
+    assert row_passes._logprobs._cache_size() == count
+    np.testing.assert_array_equal(found[:, :-1], wanted)
 
 
 def test_a_step_s_tokens_are_those_of_a_microbatch_on_a_device(monkeypatch):
