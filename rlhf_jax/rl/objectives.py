@@ -21,7 +21,6 @@ from rlhf_jax.losses.advantages import (
     whiten,
     zero_variance,
 )
-from rlhf_jax.losses.checks import check_choice
 from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.losses.policy import (
     Objective,
@@ -115,8 +114,6 @@ def advantages(
     With `kl.placement = "reward"` every token pays coefficient · kl, so that what is maximised is
     E[score] − coefficient · KL(π‖π_ref), whose optimum is known: π_ref · exp(score / coefficient).
     """
-    check_choice("kl.placement", config.kl.placement, PLACEMENTS)
-    check_choice("advantage.name", config.advantage.name, tuple(ADVANTAGES))
     options, mask = config.advantage, rollout.mask * rollout.weights[:, None]
     kl = None
     if config.kl.placement == "reward":
@@ -151,7 +148,6 @@ def policy_objective(
       batch: [N, T] mask, old_logprobs, ref_logprobs, behaviour_logprobs, advantages; [N]
         sequence_weights; [rows] kl_coefficient, one number repeated.
     """
-    check_choice("kl.placement", config.kl.placement, PLACEMENTS)
     loss, mask, logprobs = config.loss, batch["mask"], statistics.logprobs
     coefficient = batch["kl_coefficient"][0]
     common: dict[str, Any] = {

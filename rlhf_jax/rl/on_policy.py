@@ -74,7 +74,8 @@ class Task:
     """What a policy is trained on.
 
     Attributes:
-      rollout: (policy params, host batch of prompts, iteration) → Rollout, scored and packed.
+      rollout: (policy params, the iteration's prompts, its number) → Rollout, scored and packed;
+        a world of which everything is known has its own prompts and takes nothing for them.
       statistics: (policy params, rows) → TokenStatistics of [R, M] arrays, compiled by the caller.
       values: (value params, rows) → ([R, M] value before each target, [R, S] value after the last
         token of each sequence), or None without a critic.
@@ -85,7 +86,7 @@ class Task:
         `extra_loss` (params, batch) → ((total, weight), metrics) of them, both or neither.
     """
 
-    rollout: Callable[[Any, Mapping[str, np.ndarray], int], Rollout]
+    rollout: Callable[[Any, Any, int], Rollout]
     statistics: Callable[[Any, Mapping[str, Any]], TokenStatistics]
     values: Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, jax.Array]] | None = None
     exact_kl: Callable[[Any, Any, Mapping[str, jax.Array]], jax.Array] | None = None
@@ -119,11 +120,6 @@ class Trainer:
     exact_kl: Callable[..., jax.Array] | None
     advantages: Callable[[Rollout, jax.Array], tuple[dict[str, jax.Array], Metrics]]
     sample_metrics: Callable[[Rollout, jax.Array], Metrics]
-
-    @property
-    def scores_itself(self) -> bool:
-        """The one update of an iteration computes the log-probs of the policy before it."""
-        return updates_per_iteration(self.config) == 1 and self.config.kl.placement != "reward"
 
 
 def make_trainer(
@@ -185,7 +181,7 @@ def first_state(trainer: Trainer) -> OnPolicyState:
 
 
 def iterate(
-    trainer: Trainer, state: OnPolicyState, batch: Mapping[str, np.ndarray]
+    trainer: Trainer, state: OnPolicyState, prompts: Any
 ) -> tuple[OnPolicyState, Metrics, Rollout]:
     """(the state after one iteration on a batch of prompts, its metrics, its rollout).
 
@@ -195,9 +191,11 @@ def iterate(
     """
     config, task, number = trainer.config, trainer.task, int(state.iteration)
     params, coefficient = trainer.policy.params(state.policy), state.kl_coefficient
-    rollout = task.rollout(params, batch, number)
+    rollout = task.rollout(params, prompts, number)
     fault_point("rollout", number + 1)
-    rollout = score(trainer, state, rollout, own=not trainer.scores_itself)
+    # An only update computes the log-probs of the policy before it itself.
+    sooner = updates_per_iteration(config) > 1 or config.kl.placement == "reward"
+    rollout = score(trainer, state, rollout, own=sooner)
     exact = _exact_kl(trainer, params, rollout, number)
     rollout, of_advantages = advantages(trainer, rollout, coefficient)
     fault_point("scored", number + 1)
@@ -235,12 +233,8 @@ def score(trainer: Trainer, state: OnPolicyState, rollout: Rollout, *, own: bool
         if trainer.critic is not None and state.value is not None:
             scored[-1] |= trainer.value_rows(trainer.critic.params(state.value), part)
     whole = jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(scored))
-    return _with_scores(rollout, whole, rollout.rows["members"])
-
-
-def _with_scores(rollout: Rollout, found: Mapping[str, np.ndarray], members: np.ndarray) -> Rollout:
-    """The rollout with arrays [R, S, …] that models have found of its rows."""
-    arrays: dict[str, Any] = {name: from_rows(x, members) for name, x in found.items()}
+    members = rollout.rows["members"]
+    arrays: dict[str, Any] = {name: from_rows(x, members) for name, x in whole.items()}
     return dataclasses.replace(rollout, **arrays)
 
 
@@ -272,7 +266,8 @@ def update(
             policy, metrics, *own = trainer.policy.step(policy, batch)
         of_policy.append(metrics)
         for scored in jax.device_get(own):  # by the only update
-            rollout = _with_scores(rollout, scored, members[chosen])
+            mine: dict[str, Any] = {k: from_rows(x, members[chosen]) for k, x in scored.items()}
+            rollout = dataclasses.replace(rollout, **mine)
         if i == 0:
             _check_ratio(metrics["policy/ratio_deviation"], task.dtype)
         if trainer.critic is not None and value is not None:

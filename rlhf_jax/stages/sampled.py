@@ -18,7 +18,7 @@ from rlhf_jax.evaluation.held_out_answers import ending_metrics, kl_metrics, log
 from rlhf_jax.files import check_fields, read_lines, read_object, write_json, write_jsonl
 from rlhf_jax.rl.judge import Judge
 from rlhf_jax.rl.layout import Rollout
-from rlhf_jax.rl.rollouts import read_prompts, sample_answers, with_rows
+from rlhf_jax.rl.rollouts import read_prompts, sample_answers
 from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.tasks.sources import parse_sources
 from rlhf_jax.training.mesh import step_tokens
@@ -101,8 +101,15 @@ def evaluate(
 
     Also keeps what the report shows: the answers at this step.
     """
-    answers = sample_answers(config, model, held_out, samples=1, seed=config.seed, temperature=1.0)
-    answers = with_rows(config, answers, config.batch.rows)
+    answers = sample_answers(
+        config,
+        model,
+        held_out,
+        samples=1,
+        seed=config.seed,
+        multiple=config.batch.rows,
+        temperature=1.0,
+    )
     scores = judge.score(answers)
     ratios = log_ratios(model, reference, answers.rows, step_tokens(config))
     metrics = {
