@@ -138,7 +138,7 @@ def _load_reward_models(
 ) -> list[Model]:
     """Loads the models of init.reward…, which must fit the policy and one another.
 
-    If they are `scored` with on a normal scale, each must have the statistics of its scores.
+    If answers are to be `scored` by them on a normal scale, each must have the statistics for it.
     """
     paths = [path for role, path in parents.items() if role.startswith("reward")]
     models = []
@@ -159,9 +159,9 @@ def _load_reward_models(
 
 
 def _read_failures(path: Path) -> dict[str, dict[str, Any]]:
-    """What an earlier process of the run has kept; nothing of a damaged file."""
+    """Reads the failures that an earlier process of the run wrote; none of a damaged file."""
     try:
-        kept = json.loads(path.read_text()).items()
-        return {why: {"first": x["first"], "count": int(x["count"])} for why, x in kept}
+        failures = json.loads(path.read_text()).items()
+        return {why: {"first": x["first"], "count": int(x["count"])} for why, x in failures}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}

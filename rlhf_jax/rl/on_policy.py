@@ -55,7 +55,7 @@ Pairs = dict[str, tuple[float, float]]  # metrics with what they are means over
 )
 @dataclass(frozen=True)
 class OnPolicyState:
-    """What an iteration maps to the next one.
+    """The state that an iteration maps to the next one.
 
     Attributes:
       iteration: int32, iterations done.
@@ -71,7 +71,7 @@ class OnPolicyState:
 
 @dataclass(frozen=True)
 class Task:
-    """What a policy is trained on.
+    """The source of a policy's samples, and how they are scored.
 
     Attributes:
       rollout: (policy params, the iteration's prompts, its number) → Rollout, scored and packed;
@@ -97,7 +97,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Trainer:
-    """What stays the same from iteration to iteration.
+    """All that stays the same from iteration to iteration.
 
     Attributes:
       policy, critic: what trains them; no critic without values.
@@ -251,7 +251,7 @@ def update(
 ) -> tuple[TrainState, TrainState | None, Pairs, Rollout]:
     """(policy, critic, metrics) after all epochs over the rollout's rows, and the rollout.
 
-    An update that scores the samples itself leaves what it has found in the rollout.
+    An update that scores the samples itself leaves their log-probs and entropy in the rollout.
     """
     config, task, number = trainer.config, trainer.task, int(state.iteration)
     policy, value, of_policy, of_value = state.policy, state.value, [], []
@@ -275,14 +275,14 @@ def update(
                 value, metrics = trainer.critic.step(value, batch)
             of_value.append(metrics)
         fault_point("update", i + 1)
-    found = over_updates(of_policy)
-    square, weight = found.pop("policy/ratio_square")
-    found["policy/ratio_var"] = square - found["policy/ratio"][0] ** 2, weight
+    averages = over_updates(of_policy)
+    square, weight = averages.pop("policy/ratio_square")
+    averages["policy/ratio_var"] = square - averages["policy/ratio"][0] ** 2, weight
     if of_value:
         of_critic = over_updates(of_value)
         shared = (name for name in _OF_CRITIC if name in of_critic)
-        found |= {name.replace("train/", "val/"): of_critic[name] for name in shared}
-    return policy, value, found, rollout
+        averages |= {name.replace("train/", "val/"): of_critic[name] for name in shared}
+    return policy, value, averages, rollout
 
 
 _OF_CRITIC = (
@@ -366,11 +366,11 @@ def _score_rows(task: Task, params, reference, rows) -> dict[str, jax.Array]:
 
     Without `params` of the reference only.
     """
-    found = {"ref_logprobs": task.statistics(reference, rows).logprobs}
+    of_targets = {"ref_logprobs": task.statistics(reference, rows).logprobs}
     if params is not None:
         ours = task.statistics(params, rows)
-        found |= {"old_logprobs": ours.logprobs, "entropy": ours.entropy}
-    return {name: select(x, rows).reshape(rows["slots"].shape) for name, x in found.items()}
+        of_targets |= {"old_logprobs": ours.logprobs, "entropy": ours.entropy}
+    return {name: select(x, rows).reshape(rows["slots"].shape) for name, x in of_targets.items()}
 
 
 def _value_rows(task: Task, params, rows) -> dict[str, jax.Array]:
@@ -441,18 +441,18 @@ def over_updates(taken: Sequence[Metrics]) -> Pairs:
     """
     updates = [weighted(metrics) for metrics in jax.device_get(taken)]
     counted = [update for update in updates if update["train/weight"][0] != 0]
-    found = {"train/updates": (float(len(updates)), 1.0)}
+    averages = {"train/updates": (float(len(updates)), 1.0)}
     for name in taken[0]:
         if name.endswith(("skipped", "param_norm", "learning_rate")):
-            found[name] = updates[-1][name]
+            averages[name] = updates[-1][name]
             continue
         largest = name.endswith(("_max", "_deviation"))
-        of = counted if largest or name.endswith(("_norm", "train/weight")) else updates
-        values, weights = np.array([update[name] for update in of] or [(0.0, 0.0)]).T
+        having = counted if largest or name.endswith(("_norm", "train/weight")) else updates
+        values, weights = np.array([update[name] for update in having] or [(0.0, 0.0)]).T
         total = float(weights.sum())
         if largest:
             value = float(values.max(initial=-np.inf, where=weights != 0))
         else:
             value = float((values * weights).sum() / (total or 1))
-        found[name] = value, total
-    return found
+        averages[name] = value, total
+    return averages

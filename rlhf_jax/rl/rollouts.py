@@ -112,11 +112,11 @@ def text_rollout(
 ) -> Rollout:
     """Samples, scores and packs one iteration's answers: rollout.prompts × rollout.samples.
 
-    The policy answers the prompts of a batch, as many as there may be, with its present `params`.
-    With `rollout.filter_zero_std`, prompts whose answers all score the same are left out, and the
-    next of the batch take their place while there are any (dynamic sampling as in DAPO,
-    https://arxiv.org/abs/2503.14476; `rollout.resample` batches at most). They are judged by what
-    is trained: the shaped scores of the answers that count.
+    The policy answers with its present `params`. Of `prompts`, the first rollout.prompts are
+    answered. With `rollout.filter_zero_std`, those whose answers all score the same are left out,
+    and as many of the following are answered in their place while there are any (dynamic sampling
+    as in DAPO, https://arxiv.org/abs/2503.14476; `rollout.resample` times at most). They are judged
+    by what is trained: the shaped scores of the answers that count.
     """
     options, multiple = config.rollout, row_multiple(config, mesh)
     model = dataclasses.replace(policy, params=params)
@@ -233,7 +233,7 @@ def text_task(
     mesh: Mesh | None,
     texts: Any = None,
 ) -> Task:
-    """What `on_policy` trains on: answers to the prompts of a batch.
+    """Makes the task of a chat model, whose samples are answers to the prompts of a batch.
 
     `texts`, a data set of packed raw text, is the pre-training mix (PPO-ptx of InstructGPT,
     https://arxiv.org/abs/2203.02155): every update takes its next batch.

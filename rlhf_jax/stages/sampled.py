@@ -77,15 +77,15 @@ def first_evaluation(
 ) -> dict[str, float]:
     """Evaluates the model a run starts from; a resumed run with the same evaluation reads it."""
     path = run.path / "before.json"
-    kept: dict[str, Any] = {}
+    before: dict[str, Any] = {}
     if path.exists():
-        kept = read_object(path)
-        check_fields(path, kept, {"config_hash": str, "metrics": {"name": int | float}})
-    if kept.get("config_hash") != run.config_hash:
+        before = read_object(path)
+        check_fields(path, before, {"config_hash": str, "metrics": {"name": int | float}})
+    if before.get("config_hash") != run.config_hash:
         metrics = evaluate(config, run.path, policy, policy, held_out, judge, 0)
-        kept = {"config_hash": run.config_hash, "metrics": metrics}
-        write_json(path, kept)
-    return kept["metrics"]
+        before = {"config_hash": run.config_hash, "metrics": metrics}
+        write_json(path, before)
+    return before["metrics"]
 
 
 def evaluate(
