@@ -822,7 +822,8 @@ def queries():
 
 def with_next_slot(mask):
     """The mask [N, T] with the slot behind each row's last token added, where there is one."""
-    return jnp.where(jnp.arange(NEW) == mask.sum(1, keepdims=True), 1, mask)
+    behind = jnp.arange(NEW) == mask.sum(1, keepdims=True)
+    return jnp.where(behind & mask.any(1, keepdims=True), 1, mask)
 
 
 def our_values(config, params, rows):

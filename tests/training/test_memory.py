@@ -113,7 +113,7 @@ def policy_step():
     train = {"steps": 10, "epochs": 1, "minibatches": 1}
     config = defaults.resolve(defaults.on_policy("grpo", train=train))
     start = init(SHAPE, jax.random.key(0))
-    learner = on_policy.make_trainer(defaults.resolve(config), task, start).policy
+    learner = on_policy.make_trainer(config, task, start).policy
     by_token = jnp.zeros((ROWS, SHARE, ANSWER))
     names = ("old_logprobs", "ref_logprobs", "behaviour_logprobs", "advantages", "returns", "mask")
     batch = groups() | dict.fromkeys(names, by_token)
