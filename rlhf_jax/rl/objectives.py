@@ -154,23 +154,13 @@ def policy_objective(
         "constant": config.rollout.max_new_tokens if loss.aggregation == "constant" else None,
         "sequence_weights": batch["sequence_weights"],
     }
-    importance = None
-    if loss.importance != "none":
-        importance = importance_weights(
-            batch["old_logprobs"],
-            batch["behaviour_logprobs"],
-            mask,
-            level=loss.importance,
-            cap=loss.importance_cap,
-            mode=loss.importance_mode,
-        )
     (total, weight), metrics = policy_loss(
         objective,
         logprobs,
         batch["old_logprobs"],
         batch["advantages"],
         mask,
-        importance=importance,
+        importance=_weigh_tokens(config, batch),
         aggregation=loss.aggregation,
         **common,
     )
@@ -201,6 +191,21 @@ def policy_objective(
         total = total + coefficient * penalty[0]
         metrics["loss/kl"] = penalty
     return (total, weight), metrics | {"loss": (total, weight)}
+
+
+def _weigh_tokens(config: Config, batch: Mapping[str, jax.Array]) -> jax.Array | None:
+    """[N, T] corrections for the sampler's log-probs; None where nothing is corrected."""
+    loss = config.loss
+    if loss.importance == "none":
+        return None
+    return importance_weights(
+        batch["old_logprobs"],
+        batch["behaviour_logprobs"],
+        batch["mask"],
+        level=loss.importance,
+        cap=loss.importance_cap,
+        mode=loss.importance_mode,
+    )
 
 
 def value_objective(config: Config, values: jax.Array, batch: Mapping[str, jax.Array]):

@@ -120,14 +120,12 @@ def text_rollout(
     """
     options, multiple = config.rollout, row_multiple(config, mesh)
     model = dataclasses.replace(policy, params=params)
-    (seed,) = random_bits([number], config.seed) >> np.uint64(33)
-    blocks: list[Rollout] = []
-    scored: list[Scores] = []
-    failures = 0
+    seed = int(random_bits([number], config.seed)[0] >> np.uint64(33))
+    blocks, scored, failures = list[Rollout](), list[Scores](), 0
     while True:
         places = range(len(blocks) * options.prompts, (len(blocks) + 1) * options.prompts)
         block, scores, failed = _sample_block(
-            config, model, prompts.take(places), judge, multiple, seed=int(seed), ids=places
+            config, model, prompts.take(places), judge, multiple, seed=seed, ids=places
         )
         blocks.append(block)
         scored.append(scores)
