@@ -208,14 +208,15 @@ def on_policy(shape: work.Shape, config: ConfigDict, policy: Model, judge: Judge
     rows = work.full_rows(64 * each, shape)[:, : work.QUESTION]
     words = [policy.tokenizer.decode(row) for row in rows]
     records = [Prompt(str(i), (Message("user", text),)) for i, text in enumerate(words)]
-    task = text_task(config, policy, PromptSet(records, rows.tolist()), judge, None)
+    prompts = PromptSet(records, rows.tolist())
+    task = text_task(config, policy, judge, None)
     trainer = make_trainer(config, task, policy.params, critic_params(config, policy, judge))
     state = first_state(trainer)
     order = itertools.cycle(np.arange(len(rows), dtype=np.int32).reshape(-1, each))
 
     def round_() -> float:
         nonlocal state
-        state, metrics, _ = iterate(trainer, state, {"row_ids": next(order)})
+        state, metrics, _ = iterate(trainer, state, prompts.take(next(order).tolist()))
         assert metrics["rollout/tokens"] == each * config.rollout.samples * work.ANSWER
         return 1.0
 

@@ -136,10 +136,10 @@ def encode_conversations(
             is_target = mark(tokens, places)
             if len(tokens) > row_length:
                 _check_reply_fits(record.id, len(places[-1]), row_length)
-                kept = row_length - len(start)
-                tokens = [*start, *tokens[-kept:]]
-                cut = is_target[-kept:].index(0)  # targets of a turn that lost its beginning
-                is_target = [0] * (len(start) + cut) + is_target[-kept:][cut:]
+                rest = row_length - len(start)
+                tokens = [*start, *tokens[-rest:]]
+                cut = is_target[-rest:].index(0)  # targets of a turn that lost its beginning
+                is_target = [0] * (len(start) + cut) + is_target[-rest:][cut:]
             documents.append(Document(tokens, is_target))
     return documents, fit.settle()
 

@@ -66,8 +66,8 @@ def pack_documents(documents: Sequence[Document], row_length: int) -> tuple[Arra
     """
     lengths = np.array([len(d.tokens) for d in documents], np.int64)
     rows, starts = _place(lengths, row_length)
-    tokens = _concatenate([d.tokens for d in documents])
-    is_target = _concatenate([d.is_target for d in documents]).astype(bool)
+    tokens = np.concatenate([np.asarray(d.tokens, np.int32) for d in documents])
+    is_target = np.concatenate([np.asarray(d.is_target, bool) for d in documents])
     offsets = np.cumsum(lengths) - lengths
     if len(is_target) != len(tokens) or np.any(is_target[offsets]):
         raise ValueError("is_target must have the tokens' length and be 0 at index 0")
@@ -113,7 +113,7 @@ def pack_groups(
     def spread(values: np.ndarray) -> np.ndarray:
         return np.repeat(np.broadcast_to(values, size.shape).ravel(), size.ravel())
 
-    tokens = _concatenate(pieces)
+    tokens = np.concatenate([np.asarray(piece, np.int32) for piece in pieces])
     within = np.arange(len(tokens)) - np.repeat(np.cumsum(size) - size.ravel(), size.ravel())
     place, branch = spread(piece_place) + within, spread(piece_branch)
     source = np.where(within == 0, spread(prompt_last), place - 1)
@@ -264,10 +264,6 @@ def _add_targets(
         arrays[name][rows, slots] = values
     arrays["weights"] = np.zeros((count, width), np.float32)
     arrays["weights"][rows, slots] = 1
-
-
-def _concatenate(sequences: Sequence[Sequence[int]]) -> np.ndarray:
-    return np.concatenate([np.asarray(s, np.int32) for s in sequences])
 
 
 def _stats(arrays: Arrays, items: int) -> Stats:

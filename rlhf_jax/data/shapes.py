@@ -69,10 +69,19 @@ def make_record(fields: Fields, kind: str, default_id: str) -> tuple[Record, tup
     Raises:
         BadLine: it has no shape of that kind, or a part of it is not as it must be.
     """
-    name, ours = _translate(fields, kind)
+    name, ours = "", fields
+    if not fields.keys() & {"messages", "prompt"} and not (kind == "text" and "text" in fields):
+        for foreign, known_by, translate in FOREIGN:
+            if all(k in fields and isinstance(fields[k], of) for k, of in known_by.items()):
+                name, ours = foreign, translate(dict(fields))
+                break
     for keys in map(str.split, SHAPES[kind]):
         if ours.keys() >= set(keys):
-            return _make(ours, kind, default_id, frozenset(keys)), (name, show_names(keys))
+            try:
+                record = _make(ours, kind, default_id, frozenset(keys))
+            except UserError as error:  # of `check_messages`
+                raise BadLine("bad roles", str(error)) from error
+            return convert(record, "text") if kind == "text" else record, (name, show_names(keys))
     expected = " or ".join(show_names(keys.split()) for keys in SHAPES[kind])
     raise BadLine(
         "missing key",
@@ -81,15 +90,6 @@ def make_record(fields: Fields, kind: str, default_id: str) -> tuple[Record, tup
         "Dolly {'instruction', 'response'} are read too, and "
         "data.columns=prompt:question,… names columns",
     )
-
-
-def _translate(fields: Fields, kind: str) -> tuple[str, Fields]:
-    """(name of the foreign shape or "", the object as ours)."""
-    if not fields.keys() & {"messages", "prompt"} and not (kind == "text" and "text" in fields):
-        for name, known_by, translate in FOREIGN:
-            if all(k in fields and isinstance(fields[k], of) for k, of in known_by.items()):
-                return name, translate(dict(fields))
-    return "", fields
 
 
 def parse_columns(spec: str) -> dict[str, str]:
@@ -148,7 +148,8 @@ def _no_constant(name: str) -> None:
 
 def _make(fields: Fields, kind: str, default_id: str, keys: frozenset[str]) -> Record:
     """The record of an object that has these keys, one of the kind's shapes."""
-    name, used = _read_id(fields, default_id), keys - {"label"} | {"tools"}
+    stated, used = fields.get("id", default_id), keys - {"label"} | {"tools"}
+    name = str(stated) if type(stated) is int else string({"id": stated}, "id")
     if "text" in keys:
         text = string(fields, "text")
         if not text:
@@ -170,18 +171,17 @@ def _make(fields: Fields, kind: str, default_id: str, keys: frozenset[str]) -> R
             return Pair(name, prompt, chosen, rejected, margin, meta)
     if kind == "prompt":
         if messages and messages[-1].role == "assistant":
-            _check(messages, reply_last=True)
+            check_messages(messages, reply_last=True)
             messages = messages[:-1]
-        _check(messages, reply_last=False)
+        check_messages(messages, reply_last=False)
         return Prompt(name, _add_tools(messages, fields), _read_meta(fields, used))
-    _check(messages, reply_last=True)
-    conversation = Conversation(name, _add_tools(messages, fields), _read_meta(fields, used))
-    return convert(conversation, "text") if kind == "text" else conversation
+    check_messages(messages, reply_last=True)
+    return Conversation(name, _add_tools(messages, fields), _read_meta(fields, used))
 
 
 def _check_pair(chosen: Messages, rejected: Messages) -> None:
     for side in (chosen, rejected):
-        _check(side, reply_last=True)
+        check_messages(side, reply_last=True)
     if chosen[:-1] != rejected[:-1]:
         raise BadLine("prompts differ", "'chosen' and 'rejected' must share all but the last turn")
     if chosen[-1].more or rejected[-1].more:
@@ -247,29 +247,29 @@ def _read_dialogue(fields: Fields, name: str) -> Messages:
 def _read_messages(fields: Fields, name: str) -> Messages:
     if not isinstance(fields[name], list):
         raise BadLine("wrong type", f"field {name!r} must be a list, not {type_name(fields[name])}")
-    return tuple(_read_message(turn, f"{name}[{i}]") for i, turn in enumerate(fields[name]))
-
-
-def _read_message(turn: Any, where: str) -> Message:
-    if not isinstance(turn, dict):
-        raise BadLine("bad message", f"{where} must have exactly 'role' and 'content'")
-    turn = {k: v for k, v in turn.items() if v or k not in _OPTIONAL}
-    allowed = [k for k, role in _OPTIONAL.items() if k in turn and turn.get("role") == role]
-    if "tool_calls" in allowed and turn.get("content") is None:
-        turn["content"] = ""
-    if turn.keys() - set(allowed) != {"role", "content"}:
-        raise BadLine(
-            "bad message",
-            f"{where} must have exactly 'role' and 'content', and what belongs to tool calls; "
-            f"found {show_names(turn)}",
-        )
-    more: Fields = {k: string(turn, k) for k in allowed if k != "tool_calls"}
-    if "tool_calls" in allowed:
-        calls, where = turn["tool_calls"], f"{where}.tool_calls"
-        if not isinstance(calls, list):
-            raise BadLine("bad tool call", f"{where} must be a list")
-        more["tool_calls"] = [_read_call(call, f"{where}[{i}]") for i, call in enumerate(calls)]
-    return Message(string(turn, "role"), string(turn, "content"), _to_json(more))
+    messages = []
+    for i, turn in enumerate(fields[name]):
+        where = f"{name}[{i}]"
+        if not isinstance(turn, dict):
+            raise BadLine("bad message", f"{where} must have exactly 'role' and 'content'")
+        turn = {k: v for k, v in turn.items() if v or k not in _OPTIONAL}
+        allowed = [k for k, role in _OPTIONAL.items() if k in turn and turn.get("role") == role]
+        if "tool_calls" in allowed and turn.get("content") is None:
+            turn["content"] = ""
+        if turn.keys() - set(allowed) != {"role", "content"}:
+            raise BadLine(
+                "bad message",
+                f"{where} must have exactly 'role' and 'content', and what belongs to tool calls; "
+                f"found {show_names(turn)}",
+            )
+        more: Fields = {k: string(turn, k) for k in allowed if k != "tool_calls"}
+        if "tool_calls" in allowed:
+            calls, where = turn["tool_calls"], f"{where}.tool_calls"
+            if not isinstance(calls, list):
+                raise BadLine("bad tool call", f"{where} must be a list")
+            more["tool_calls"] = [_read_call(call, f"{where}[{k}]") for k, call in enumerate(calls)]
+        messages.append(Message(string(turn, "role"), string(turn, "content"), _to_json(more)))
+    return tuple(messages)
 
 
 def _read_call(call: Any, where: str) -> Fields:
@@ -315,13 +315,6 @@ def _to_json(value: Fields) -> str:
     return string({"tool_calls": text}, "tool_calls")
 
 
-def _check(messages: Messages, *, reply_last: bool) -> None:
-    try:
-        check_messages(messages, reply_last=reply_last)
-    except UserError as error:
-        raise BadLine("bad roles", str(error)) from error
-
-
 def string(fields: Fields, name: str) -> str:
     """The text of a field; BadLine unless it is a string that UTF-8 can hold, without NUL."""
     if name not in fields:
@@ -336,11 +329,6 @@ def string(fields: Fields, name: str) -> str:
     except UnicodeEncodeError as error:
         raise BadLine("lone surrogate", f"field {name!r}") from error
     return value
-
-
-def _read_id(fields: Fields, default: str) -> str:
-    value = fields.get("id", default)
-    return str(value) if type(value) is int else string({"id": value}, "id")
 
 
 def _read_margin(fields: Fields) -> float | None:

@@ -115,7 +115,8 @@ class OwnTokenizer:
         self, messages: Sequence[Message], texts: Sequence[str]
     ) -> tuple[list[int], list[list[int]]]:
         """The tokens of `prompt`, and of each text as a reply to it."""
-        return self.prompt(messages), self._turns(texts)
+        # One at a time: waking the library's threads takes longer than encoding a few turns.
+        return self.prompt(messages), [[*self.encode_texts([text])[0], END] for text in texts]
 
     def conversation(self, messages: Sequence[Message]) -> tuple[list[int], dict[int, range]]:
         """Tokens of messages, and where the assistant's stand in them, by index."""
@@ -125,8 +126,9 @@ class OwnTokenizer:
                 "train a BPE"
             )
         tokens, turns = [BOS], {}
-        texts = ["\n".join(filter(None, (message.content, message.more))) for message in messages]
-        for i, (message, ids) in enumerate(zip(messages, self._turns(texts), strict=True)):
+        for i, message in enumerate(messages):
+            text = "\n".join(filter(None, (message.content, message.more)))
+            ids = [*self.encode_texts([text])[0], END]
             tokens.append(ROLE_IDS[message.role])
             if message.role == "assistant":
                 turns[i] = range(len(tokens), len(tokens) + len(ids))
@@ -182,10 +184,6 @@ class OwnTokenizer:
             return cls(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, UserError) as error:
             raise UserError(f"cannot load the tokenizer {path}: {error}") from error
-
-    def _turns(self, texts: Iterable[str]) -> list[list[int]]:
-        # One at a time: to wake the library's threads takes longer than to encode a few turns.
-        return [[*self.encode_texts([text])[0], END] for text in texts]
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         try:

@@ -29,21 +29,6 @@ class Answer:
     finished: bool
 
 
-def sample(
-    model: Model,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    *,
-    seed: int,
-    prompt_ids: Sequence[int] | None = None,
-) -> tuple[list[Completion], list[str]]:
-    """Completions of prompts' tokens by the engine, and their texts; see `generate`."""
-    completions = generate(
-        model.config, model.params, prompts, sampling, seed=seed, prompt_ids=prompt_ids
-    )
-    return completions, [model.tokenizer.decode_text(c.tokens) for c in completions]
-
-
 def answer(
     model: Model,
     prompts: Sequence[Prompt],
@@ -60,19 +45,16 @@ def answer(
     """
     rendered = [render_prompt(prompt.messages, model.tokenizer) for prompt in prompts]
     longest = max((len(prompt) for prompt in rendered), default=0) + max_new_tokens
-    completions, texts = sample(
-        model,
-        rendered,
-        Sampling(
-            max_new_tokens,
-            temperature,
-            stop_ids=model.tokenizer.ends,
-            batch_size=min(SLOTS, rows_of(CACHED * tokens, longest)),
-        ),
-        seed=seed,
+    sampling = Sampling(
+        max_new_tokens,
+        temperature,
+        stop_ids=model.tokenizer.ends,
+        batch_size=min(SLOTS, rows_of(CACHED * tokens, longest)),
     )
-    pairs = zip(completions, texts, strict=True)
-    return [Answer(text, tuple(reply.tokens), reply.finished) for reply, text in pairs]
+    return [
+        Answer(model.tokenizer.decode_text(reply.tokens), tuple(reply.tokens), reply.finished)
+        for reply in generate(model.config, model.params, rendered, sampling, seed=seed)
+    ]
 
 
 def pack_answers(model: Model, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> Arrays:
@@ -92,11 +74,10 @@ def log_ratios(model: Model, reference: Model, rows: Arrays, tokens: int) -> np.
     Of answers sampled from π at temperature 1, its mean is the unbiased estimate (k1) of
     KL(π‖π_ref) per sequence. `tokens`: of a forward pass.
     """
-
-    def logprobs(model: Model) -> np.ndarray:
-        return in_record_order(response_logprobs(model.config, model.params, rows, tokens), rows)
-
-    return (logprobs(model) - logprobs(reference)).ravel()
+    ours, theirs = (
+        response_logprobs(each.config, each.params, rows, tokens) for each in (model, reference)
+    )
+    return in_record_order(ours - theirs, rows).ravel()
 
 
 def kl_metrics(ratios: np.ndarray, seed: int) -> dict[str, float]:

@@ -104,15 +104,15 @@ def stack_members(members: Sequence[Any]) -> Members:
                 )
 
     def part(nodes: Sequence[Any], shared: bool, same: bool = True) -> dict[str, Any]:
-        kept: dict[str, Any] = {}
+        tree: dict[str, Any] = {}
         for name, child in nodes[0].items():
             children = [node[name] for node in nodes]
             if isinstance(child, Mapping):
-                if found := part(children, shared, same and name != "score_head"):
-                    kept[name] = found
+                if below := part(children, shared, same and name != "score_head"):
+                    tree[name] = below
             elif shared == (same and all(other is child for other in children)):
-                kept[name] = child if shared else jnp.stack(children)
-        return kept
+                tree[name] = child if shared else jnp.stack(children)
+        return tree
 
     return Members(part(members, False), part(members, True))
 

@@ -216,7 +216,7 @@ class TextScorers:
         if "model" in self._weights and "model" not in given:
             raise ValueError("the component 'model' has a weight and must be given")
 
-        components = dict.fromkeys(self._weights, np.zeros(0))
+        ids, components = [p.id for p in prompts], dict.fromkeys(self._weights, np.zeros(0))
         valid, failures, total = np.ones(count, bool), Counter[str](), np.zeros(count)
         for name in self._weights if count else ():
             if name in given:
@@ -230,44 +230,44 @@ class TextScorers:
             else:
                 values, faults = _each(_VERIFIERS[name], prompts, responses)
             faults = _out_of_range(values, _LARGEST) | faults
-            failures += self._settle(name, faults, prompts)
+            failures += self._settle(name, faults, ids)
             valid[[*faults]], values[[*faults]] = False, np.nan
             components[name] = values
         for name, weight in self._weights.items():
             total += weight * components[name]
         faults = _out_of_range(np.where(valid, total, 0.0), _LARGEST_TOTAL)
-        failures += self._settle("total", faults, prompts)
+        failures += self._settle("total", faults, ids)
         valid[[*faults]] = False
         total[~valid] = np.nan
         return Scores(total, valid, components, dict(failures))
 
-    def _settle(
-        self, name: str, faults: Mapping[int, _Fault], prompts: Sequence[Prompt]
-    ) -> Counter[str]:
-        """Ends the run at a fault, or prints it, and counts the faults by reason."""
+    def _settle(self, name: str, faults: Mapping[int, _Fault], ids: Sequence[str]) -> Counter[str]:
+        """Ends the run at a fault, or counts the faults by reason, also in `failed`.
+
+        Prints the first line of each reason, and the number left out each time it has doubled.
+        """
         if faults and not self._mask:
             raise UserError(
-                f"{_describe(name, faults, prompts)}; mend it, or leave such responses out "
+                f"{_describe(name, faults, ids)}; mend it, or leave such responses out "
                 "with on_error=mask"
             )
         counts: Counter[str] = Counter()
-        for reason in sorted({fault.reason for fault in faults.values()}):
-            alike = {i: fault for i, fault in faults.items() if fault.reason == reason}
-            counts[f"{name}: {reason}"] = len(alike)
-            self._print(f"{name}: {reason}", len(alike), _describe(name, alike, prompts))
+        for kind in sorted({fault.reason for fault in faults.values()}):
+            alike = {i: fault for i, fault in faults.items() if fault.reason == kind}
+            line, reason = _describe(name, alike, ids), f"{name}: {kind}"
+            counts[reason] = len(alike)
+            so_far = self.failed.setdefault(reason, {"first": line, "count": 0})
+            so_far["count"] += len(alike)
+            if so_far["count"] < 2 * self._printed[reason]:
+                continue
+            if not self._printed[reason]:
+                print(f"warning: {line}; left out and counted (reward.on_error=mask)", flush=True)
+            else:
+                print(
+                    f"warning: reward {reason}: {so_far['count']:,} responses left out", flush=True
+                )
+            self._printed[reason] = so_far["count"]
         return counts
-
-    def _print(self, reason: str, count: int, line: str) -> None:
-        """Counts responses left out; prints the first line, and their number when it doubled."""
-        so_far = self.failed.setdefault(reason, {"first": line, "count": 0})
-        so_far["count"] += count
-        if not self._printed[reason]:
-            print(f"warning: {line}; left out and counted (reward.on_error=mask)", flush=True)
-        elif so_far["count"] >= 2 * self._printed[reason]:
-            print(f"warning: reward {reason}: {so_far['count']:,} responses left out", flush=True)
-        else:
-            return
-        self._printed[reason] = so_far["count"]
 
     def _call(self, name: str, prompts: Sequence[Prompt], responses: Sequence[str]) -> _Values:
         """The values of a scorer in a process of its own."""
@@ -317,16 +317,16 @@ def _make_request(prompts: Sequence[Prompt]) -> dict[str, Any]:
     }
 
 
-def _describe(name: str, faults: Mapping[int, _Fault], prompts: Sequence[Prompt]) -> str:
+def _describe(name: str, faults: Mapping[int, _Fault], ids: Sequence[str]) -> str:
     """One line about the first fault, and which prompts fail for the same reason."""
     first, *others = sorted(faults)
     fault = faults[first]
     alike = [index for index in others if faults[index].reason == fault.reason]
-    where = f"prompt {prompts[first].id!r}"
+    where = f"prompt {ids[first]!r}"
     if len(alike) == 1:
-        where += f" and {prompts[alike[0]].id!r}"
+        where += f" and {ids[alike[0]]!r}"
     elif alike:
-        where += f" and {len(alike)} others up to {prompts[alike[-1]].id!r}"
+        where += f" and {len(alike)} others up to {ids[alike[-1]]!r}"
     return f"reward {name!r}, {where}: {fault.detail}"
 
 

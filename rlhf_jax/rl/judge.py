@@ -58,7 +58,7 @@ class Judge:
         reward = config.reward
         self._config = config
         self.weights = parse_rewards(reward.scorers)
-        self.models = _reward_models(config, parents, policy)
+        self.models = _load_reward_models(config, parents, policy, "model" in self.weights)
         self._members: Any = None
         self._normalizations: list[Normalization] = []
         if "model" in self.weights:
@@ -133,33 +133,35 @@ def _scores_by_row(shape, members, rows) -> jax.Array:
     return member_scores(shape, members, rows).swapaxes(0, 1)
 
 
-def _reward_models(config: Config, parents: Mapping[str, Path], policy: Model) -> list[Model]:
-    """The models of init.reward…, which must fit the policy and one another."""
+def _load_reward_models(
+    config: Config, parents: Mapping[str, Path], policy: Model, scored: bool
+) -> list[Model]:
+    """Loads the models of init.reward…, which must fit the policy and one another.
+
+    If answers are to be `scored` by them on a normal scale, each must have the statistics for it.
+    """
     paths = [path for role, path in parents.items() if role.startswith("reward")]
-    models = [
-        load_model(path, mesh=mesh_of(config), **dataclasses.asdict(config.compute))
-        for path in paths
-    ]
-    for path, model in zip(paths, models, strict=True):
+    models = []
+    for path in paths:
+        model = load_model(path, mesh=mesh_of(config), **dataclasses.asdict(config.compute))
+        models.append(model)
         if model.config.head != "scalar":
             raise UserError(f"init.reward: {path} is not a reward model but a language model")
         if model.tokenizer.hash != policy.tokenizer.hash:
             raise UserError(f"{path} has another tokenizer than the policy")
+        if scored and config.reward.normalize and model.normalization is None:
+            raise UserError(
+                f"{path} was saved without the statistics of its scores: train it anew, or "
+                "set reward.normalize = False"
+            )
     same_config([model.config for model in models], [str(path) for path in paths])
-    if "model" in parse_rewards(config.reward.scorers) and config.reward.normalize:
-        for path, model in zip(paths, models, strict=True):
-            if model.normalization is None:
-                raise UserError(
-                    f"{path} was saved without the statistics of its scores: train it anew, or "
-                    "set reward.normalize = False"
-                )
     return models
 
 
 def _read_failures(path: Path) -> dict[str, dict[str, Any]]:
-    """What an earlier process of the run has kept; nothing of a damaged file."""
+    """Reads the failures that an earlier process of the run wrote; none of a damaged file."""
     try:
-        kept = json.loads(path.read_text()).items()
-        return {why: {"first": x["first"], "count": int(x["count"])} for why, x in kept}
+        failures = json.loads(path.read_text()).items()
+        return {why: {"first": x["first"], "count": int(x["count"])} for why, x in failures}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}

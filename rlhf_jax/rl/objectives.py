@@ -21,7 +21,6 @@ from rlhf_jax.losses.advantages import (
     whiten,
     zero_variance,
 )
-from rlhf_jax.losses.checks import check_choice
 from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.losses.policy import (
     Objective,
@@ -116,8 +115,6 @@ def advantages(
     With `kl.placement = "reward"` every token pays coefficient · kl, so that what is maximised is
     E[score] − coefficient · KL(π‖π_ref), whose optimum is known: π_ref · exp(score / coefficient).
     """
-    check_choice("kl.placement", config.kl.placement, PLACEMENTS)
-    check_choice("advantage.name", config.advantage.name, tuple(ADVANTAGES))
     options, mask = config.advantage, rollout.mask * rollout.weights[:, None]
     kl = None
     if config.kl.placement == "reward":
@@ -152,27 +149,16 @@ def policy_objective(
       batch: [N, T] mask, old_logprobs, ref_logprobs, behaviour_logprobs, advantages; [N]
         sequence_weights; [rows] kl_coefficient, one number repeated.
     """
-    check_choice("kl.placement", config.kl.placement, PLACEMENTS)
     loss, mask, logprobs = config.loss, batch["mask"], statistics.logprobs
     coefficient = batch["kl_coefficient"][0]
     common: dict[str, Any] = {
         "constant": config.rollout.max_new_tokens if loss.aggregation == "constant" else None,
         "sequence_weights": batch["sequence_weights"],
     }
-    importance = None
-    if loss.importance != "none":
-        importance = importance_weights(
-            batch["old_logprobs"],
-            batch["behaviour_logprobs"],
-            mask,
-            level=loss.importance,
-            cap=loss.importance_cap,
-            mode=loss.importance_mode,
-        )
     (total, weight), metrics = policy_loss(
         objective,
         Tokens(logprobs, batch["old_logprobs"], batch["advantages"], mask),
-        importance=importance,
+        importance=_weigh_tokens(config, batch),
         aggregation=loss.aggregation,
         **common,
     )
@@ -203,6 +189,21 @@ def policy_objective(
         total = total + coefficient * penalty[0]
         metrics["loss/kl"] = penalty
     return (total, weight), metrics | {"loss": (total, weight)}
+
+
+def _weigh_tokens(config: Config, batch: Mapping[str, jax.Array]) -> jax.Array | None:
+    """[N, T] corrections for the sampler's log-probs; None where nothing is corrected."""
+    loss = config.loss
+    if loss.importance == "none":
+        return None
+    return importance_weights(
+        batch["old_logprobs"],
+        batch["behaviour_logprobs"],
+        batch["mask"],
+        level=loss.importance,
+        cap=loss.importance_cap,
+        mode=loss.importance_mode,
+    )
 
 
 def value_objective(config: Config, values: jax.Array, batch: Mapping[str, jax.Array]):

@@ -55,7 +55,7 @@ Pairs = dict[str, tuple[float, float]]  # metrics with what they are means over
 )
 @dataclass(frozen=True)
 class OnPolicyState:
-    """What an iteration maps to the next one.
+    """The state that an iteration maps to the next one.
 
     Attributes:
       iteration: int32, iterations done.
@@ -71,10 +71,11 @@ class OnPolicyState:
 
 @dataclass(frozen=True)
 class Task:
-    """What a policy is trained on.
+    """The source of a policy's samples, and how they are scored.
 
     Attributes:
-      rollout: (policy params, host batch of prompts, iteration) → Rollout, scored and packed.
+      rollout: (policy params, the iteration's prompts, its number) → Rollout, scored and packed;
+        a world of which everything is known has its own prompts and takes nothing for them.
       statistics: (policy params, rows) → TokenStatistics of [R, M] arrays, compiled by the caller.
       values: (value params, rows) → ([R, M] value before each target, [R, S] value after the last
         token of each sequence), or None without a critic.
@@ -85,7 +86,7 @@ class Task:
         `extra_loss` (params, batch) → ((total, weight), metrics) of them, both or neither.
     """
 
-    rollout: Callable[[Any, Mapping[str, np.ndarray], int], Rollout]
+    rollout: Callable[[Any, Any, int], Rollout]
     statistics: Callable[[Any, Mapping[str, Any]], TokenStatistics]
     values: Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, jax.Array]] | None = None
     exact_kl: Callable[[Any, Any, Mapping[str, jax.Array]], jax.Array] | None = None
@@ -96,7 +97,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Trainer:
-    """What stays the same from iteration to iteration.
+    """All that stays the same from iteration to iteration.
 
     Attributes:
       policy, critic: what trains them; no critic without values.
@@ -119,11 +120,6 @@ class Trainer:
     exact_kl: Callable[..., jax.Array] | None
     advantages: Callable[[Rollout, jax.Array], tuple[dict[str, jax.Array], Metrics]]
     sample_metrics: Callable[[Rollout, jax.Array], Metrics]
-
-    @property
-    def scores_itself(self) -> bool:
-        """The one update of an iteration computes the log-probs of the policy before it."""
-        return updates_per_iteration(self.config) == 1 and self.config.kl.placement != "reward"
 
 
 def make_trainer(
@@ -185,7 +181,7 @@ def first_state(trainer: Trainer) -> OnPolicyState:
 
 
 def iterate(
-    trainer: Trainer, state: OnPolicyState, batch: Mapping[str, np.ndarray]
+    trainer: Trainer, state: OnPolicyState, prompts: Any
 ) -> tuple[OnPolicyState, Metrics, Rollout]:
     """(the state after one iteration on a batch of prompts, its metrics, its rollout).
 
@@ -195,9 +191,11 @@ def iterate(
     """
     config, task, number = trainer.config, trainer.task, int(state.iteration)
     params, coefficient = trainer.policy.params(state.policy), state.kl_coefficient
-    rollout = task.rollout(params, batch, number)
+    rollout = task.rollout(params, prompts, number)
     fault_point("rollout", number + 1)
-    rollout = score(trainer, state, rollout, own=not trainer.scores_itself)
+    # An only update computes the log-probs of the policy before it itself.
+    sooner = updates_per_iteration(config) > 1 or config.kl.placement == "reward"
+    rollout = score(trainer, state, rollout, own=sooner)
     exact = _exact_kl(trainer, params, rollout, number)
     rollout, of_advantages = advantages(trainer, rollout, coefficient)
     fault_point("scored", number + 1)
@@ -235,12 +233,8 @@ def score(trainer: Trainer, state: OnPolicyState, rollout: Rollout, *, own: bool
         if trainer.critic is not None and state.value is not None:
             scored[-1] |= trainer.value_rows(trainer.critic.params(state.value), part)
     whole = jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(scored))
-    return _with_scores(rollout, whole, rollout.rows["members"])
-
-
-def _with_scores(rollout: Rollout, found: Mapping[str, np.ndarray], members: np.ndarray) -> Rollout:
-    """The rollout with arrays [R, S, …] that models have found of its rows."""
-    arrays: dict[str, Any] = {name: from_rows(x, members) for name, x in found.items()}
+    members = rollout.rows["members"]
+    arrays: dict[str, Any] = {name: from_rows(x, members) for name, x in whole.items()}
     return dataclasses.replace(rollout, **arrays)
 
 
@@ -257,7 +251,7 @@ def update(
 ) -> tuple[TrainState, TrainState | None, Pairs, Rollout]:
     """(policy, critic, metrics) after all epochs over the rollout's rows, and the rollout.
 
-    An update that scores the samples itself leaves what it has found in the rollout.
+    An update that scores the samples itself leaves their log-probs and entropy in the rollout.
     """
     config, task, number = trainer.config, trainer.task, int(state.iteration)
     policy, value, of_policy, of_value = state.policy, state.value, [], []
@@ -272,7 +266,8 @@ def update(
             policy, metrics, *own = trainer.policy.step(policy, batch)
         of_policy.append(metrics)
         for scored in jax.device_get(own):  # by the only update
-            rollout = _with_scores(rollout, scored, members[chosen])
+            mine: dict[str, Any] = {k: from_rows(x, members[chosen]) for k, x in scored.items()}
+            rollout = dataclasses.replace(rollout, **mine)
         if i == 0:
             _check_ratio(metrics["policy/ratio_deviation"], task.dtype)
         if trainer.critic is not None and value is not None:
@@ -280,14 +275,14 @@ def update(
                 value, metrics = trainer.critic.step(value, batch)
             of_value.append(metrics)
         fault_point("update", i + 1)
-    found = over_updates(of_policy)
-    square, weight = found.pop("policy/ratio_square")
-    found["policy/ratio_var"] = square - found["policy/ratio"][0] ** 2, weight
+    averages = over_updates(of_policy)
+    square, weight = averages.pop("policy/ratio_square")
+    averages["policy/ratio_var"] = square - averages["policy/ratio"][0] ** 2, weight
     if of_value:
         of_critic = over_updates(of_value)
         shared = (name for name in _OF_CRITIC if name in of_critic)
-        found |= {name.replace("train/", "val/"): of_critic[name] for name in shared}
-    return policy, value, found, rollout
+        averages |= {name.replace("train/", "val/"): of_critic[name] for name in shared}
+    return policy, value, averages, rollout
 
 
 _OF_CRITIC = (
@@ -371,11 +366,11 @@ def _score_rows(task: Task, params, reference, rows) -> dict[str, jax.Array]:
 
     Without `params` of the reference only.
     """
-    found = {"ref_logprobs": task.statistics(reference, rows).logprobs}
+    of_targets = {"ref_logprobs": task.statistics(reference, rows).logprobs}
     if params is not None:
         ours = task.statistics(params, rows)
-        found |= {"old_logprobs": ours.logprobs, "entropy": ours.entropy}
-    return {name: select(x, rows).reshape(rows["slots"].shape) for name, x in found.items()}
+        of_targets |= {"old_logprobs": ours.logprobs, "entropy": ours.entropy}
+    return {name: select(x, rows).reshape(rows["slots"].shape) for name, x in of_targets.items()}
 
 
 def _value_rows(task: Task, params, rows) -> dict[str, jax.Array]:
@@ -446,18 +441,18 @@ def over_updates(taken: Sequence[Metrics]) -> Pairs:
     """
     updates = [weighted(metrics) for metrics in jax.device_get(taken)]
     counted = [update for update in updates if update["train/weight"][0] != 0]
-    found = {"train/updates": (float(len(updates)), 1.0)}
+    averages = {"train/updates": (float(len(updates)), 1.0)}
     for name in taken[0]:
         if name.endswith(("skipped", "param_norm", "learning_rate")):
-            found[name] = updates[-1][name]
+            averages[name] = updates[-1][name]
             continue
         largest = name.endswith(("_max", "_deviation"))
-        of = counted if largest or name.endswith(("_norm", "train/weight")) else updates
-        values, weights = np.array([update[name] for update in of] or [(0.0, 0.0)]).T
+        having = counted if largest or name.endswith(("_norm", "train/weight")) else updates
+        values, weights = np.array([update[name] for update in having] or [(0.0, 0.0)]).T
         total = float(weights.sum())
         if largest:
             value = float(values.max(initial=-np.inf, where=weights != 0))
         else:
             value = float((values * weights).sum() / (total or 1))
-        found[name] = value, total
-    return found
+        averages[name] = value, total
+    return averages

@@ -20,10 +20,7 @@ from rlhf_jax.data.batches import random_bits
 from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.data.packing import Arrays
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.held_out_answers import sample
 from rlhf_jax.losses.advantages import zero_variance
-from rlhf_jax.losses.checks import check_choice
-from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import (
     target_cross_entropy,
@@ -37,6 +34,7 @@ from rlhf_jax.rl.layout import Rollout, pack_rows
 from rlhf_jax.rl.objectives import shape_scores
 from rlhf_jax.rl.on_policy import Task
 from rlhf_jax.sampling.arguments import Sampling
+from rlhf_jax.sampling.generate import generate
 from rlhf_jax.tasks.prompts import PromptSet, prompts_within
 from rlhf_jax.tasks.sources import read_records
 from rlhf_jax.training.mesh import batch_shards
@@ -58,13 +56,6 @@ def read_prompts(config: Config, tokenizer: Tokenizer, source: str, split: str) 
     return prompts
 
 
-def truncation(config: Config) -> dict[str, Any]:
-    """Those of rollout.top_k, top_p and min_p that leave tokens out."""
-    everything = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # which the policy stage always draws
-    stated = {name: getattr(config.rollout, name, value) for name, value in everything.items()}
-    return {name: value for name, value in stated.items() if value != everything[name]}
-
-
 def sample_answers(
     config: Config,
     model: Model,
@@ -72,26 +63,36 @@ def sample_answers(
     *,
     samples: int,
     seed: int,
+    multiple: int,
     temperature: float | None = None,
     ids: Sequence[int] | None = None,
 ) -> Rollout:
-    """`samples` answers to each prompt by the engine, by default drawn as the rollout says.
+    """`samples` answers to each prompt by the engine, in a `multiple` of rows.
 
-    With a `temperature` they are drawn at that one, from the whole distribution. `ids` name the
-    prompts in the random numbers, by default their place.
+    They are drawn as the rollout says, or with a `temperature` at that one, from the whole
+    distribution. `ids` name the prompts in the random numbers, by default their place.
     """
-    rollout = config.rollout
-    drawn = truncation(config) | {"temperature": rollout.temperature}
+    options, drawn = config.rollout, dict[str, Any](temperature=temperature)
+    if temperature is None:
+        everything = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # which the policy stage always draws
+        stated = {name: getattr(options, name, value) for name, value in everything.items()}
+        drawn = {name: value for name, value in stated.items() if value != everything[name]}
+        drawn["temperature"] = options.temperature
     sampling = Sampling(
-        max_new_tokens=rollout.max_new_tokens,
+        max_new_tokens=options.max_new_tokens,
         stop_ids=model.tokenizer.ends,
         samples_per_prompt=samples,
-        batch_size=rollout.slots,
-        cache_length=rollout.max_prompt_tokens + rollout.max_new_tokens,
-        **drawn if temperature is None else {"temperature": temperature},
+        batch_size=options.slots,
+        cache_length=options.max_prompt_tokens + options.max_new_tokens,
+        **drawn,
     )
-    completions, texts = sample(model, prompts.tokens, sampling, seed=seed, prompt_ids=ids)
-    return Rollout.of(prompts, completions, texts, rollout.max_new_tokens)
+    completions = generate(
+        model.config, model.params, prompts.tokens, sampling, seed=seed, prompt_ids=ids
+    )
+    texts = [model.tokenizer.decode_text(completion.tokens) for completion in completions]
+    return with_rows(
+        config, Rollout.of(prompts, completions, texts, options.max_new_tokens), multiple
+    )
 
 
 def with_rows(config: Config, rollout: Rollout, multiple: int) -> Rollout:
@@ -102,30 +103,29 @@ def with_rows(config: Config, rollout: Rollout, multiple: int) -> Rollout:
 
 def text_rollout(
     config: Config,
-    model: Model,
-    prompts: PromptSet,
-    chosen: np.ndarray,
+    policy: Model,
     judge: Judge,
     mesh: Mesh | None,
+    params: Any,
+    prompts: PromptSet,
     number: int,
 ) -> Rollout:
     """Samples, scores and packs one iteration's answers: rollout.prompts × rollout.samples.
 
-    With `rollout.filter_zero_std`, prompts whose answers all score the same are left out, and the
-    next of the batch take their place while there are any (dynamic sampling as in DAPO,
-    https://arxiv.org/abs/2503.14476; `rollout.resample` batches at most). They are judged by what
-    is trained: the shaped scores of the answers that count.
+    The policy answers with its present `params`. Of `prompts`, the first rollout.prompts are
+    answered. With `rollout.filter_zero_std`, those whose answers all score the same are left out,
+    and as many of the following are answered in their place while there are any (dynamic sampling
+    as in DAPO, https://arxiv.org/abs/2503.14476; `rollout.resample` times at most). They are judged
+    by what is trained: the shaped scores of the answers that count.
     """
     options, multiple = config.rollout, row_multiple(config, mesh)
-    (seed,) = random_bits([number], config.seed) >> np.uint64(33)
-    blocks: list[Rollout] = []
-    scored: list[Scores] = []
-    failures = 0
+    model = dataclasses.replace(policy, params=params)
+    seed = int(random_bits([number], config.seed)[0] >> np.uint64(33))
+    blocks, scored, failures = list[Rollout](), list[Scores](), 0
     while True:
         places = range(len(blocks) * options.prompts, (len(blocks) + 1) * options.prompts)
-        asked = prompts.take([int(chosen[place]) for place in places])
         block, scores, failed = _sample_block(
-            config, model, asked, judge, multiple, seed=int(seed), ids=places
+            config, model, prompts.take(places), judge, multiple, seed=seed, ids=places
         )
         blocks.append(block)
         scored.append(scores)
@@ -177,16 +177,18 @@ def _sample_block(
     Answers that may not be trained on have weight 0.
     """
     each, greedy, failed = config.rollout.samples, np.zeros(len(prompts.records)), 0
-    block = sample_answers(config, model, prompts, samples=each, seed=seed, ids=ids)
-    block = with_rows(config, block, multiple)
+    block = sample_answers(
+        config, model, prompts, samples=each, seed=seed, multiple=multiple, ids=ids
+    )
     scores = judge.score(block)
     counted = scores.valid.copy()
-    check_choice("rollout.truncated", config.rollout.truncated, ("keep", "mask"))
     if config.rollout.truncated == "mask":
         counted &= block.finished
     if getattr(config.advantage, "name", "") == "remax":  # whose baseline is the greedy answer
-        answers = sample_answers(config, model, prompts, samples=1, seed=0, temperature=0.0)
-        of_greedy = judge.score(with_rows(config, answers, multiple))
+        answers = sample_answers(
+            config, model, prompts, samples=1, seed=0, multiple=multiple, temperature=0.0
+        )
+        of_greedy = judge.score(answers)
         greedy, failed = np.nan_to_num(of_greedy.total), sum(of_greedy.failures.values())
         counted &= np.repeat(of_greedy.valid, each)
     block = dataclasses.replace(
@@ -225,29 +227,20 @@ def row_multiple(config: Config, mesh: Mesh | None) -> int:
 def text_task(
     config: Config,
     policy: Model,
-    prompts: PromptSet,
     judge: Judge,
     mesh: Mesh | None,
     texts: Any = None,
 ) -> Task:
-    """What `on_policy` trains on: answers to the prompts of a batch's row_ids.
+    """Makes the task of a chat model, whose samples are answers to the prompts of a batch.
 
     `texts`, a data set of packed raw text, is the pre-training mix (PPO-ptx of InstructGPT,
     https://arxiv.org/abs/2203.02155): every update takes its next batch.
     """
     shape, temperature = policy.config, config.rollout.temperature
     value_shape = dataclasses.replace(shape, head="scalar")
-
-    def rollout(params: Any, batch: Mapping[str, np.ndarray], number: int) -> Rollout:
-        model = dataclasses.replace(policy, params=params)
-        return text_rollout(config, model, prompts, batch["row_ids"], judge, mesh, number)
-
-    def statistics(params: Any, rows: Mapping[str, jax.Array]) -> TokenStatistics:
-        return target_statistics(shape, params, rows, temperature=temperature)
-
     return Task(
-        rollout=rollout,
-        statistics=statistics,
+        rollout=partial(text_rollout, config, policy, judge, mesh),
+        statistics=partial(target_statistics, shape, temperature=temperature),
         values=partial(target_values, value_shape) if config.advantage.name == "gae" else None,
         exact_kl=partial(target_kl, shape, temperature=temperature),
         dtype=shape.compute_dtype,

@@ -237,8 +237,8 @@ class _Decoder:
             work.looked = len(row)
             if cut is not None or not active[place]:
                 ended = cut is not None or bool(finished[place])
-                kept = logprobs[place, : len(row)].copy()
-                completions[work.request] = Completion(row, kept, ended)
+                nats = logprobs[place, : len(row)].copy()
+                completions[work.request] = Completion(row, nats, ended)
                 self.held[place] = None
         return completions
 

@@ -1,4 +1,4 @@
-"""One token from logits, by one uniform number a row."""
+"""Draws one token per row from logits, by one uniform number."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def sample(
 ) -> tuple[jax.Array, jax.Array]:
     """Draws from softmax(logits / T) over the tokens kept by inverting its cumulative sum.
 
-    One random number and one pass a row, where the Gumbel trick needs as many as there are tokens.
+    It takes one random number and one pass per row; the Gumbel trick takes a number per token.
     Of equal logits at the edge of what top-k or top-p keeps, the lower token ids stay.
 
     Args:
@@ -111,5 +111,5 @@ def _keep_likeliest(logits: jax.Array, weights: jax.Array, target: jax.Array | f
     lowest = jax.lax.fori_loop(0, 32, lambda i, x: refine(i.astype(jnp.uint32), x), lowest)
     equal = order == lowest[:, None]
     above = mass(lowest + 1)[:, None] + (jnp.cumsum(equal, axis=-1) - 1) * weights
-    kept = (order > lowest[:, None]) | (equal & (above < target))
-    return jnp.where(kept, logits, -jnp.inf)
+    likeliest = (order > lowest[:, None]) | (equal & (above < target))
+    return jnp.where(likeliest, logits, -jnp.inf)

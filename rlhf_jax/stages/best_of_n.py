@@ -37,7 +37,7 @@ from rlhf_jax.models.scoring import target_cross_entropy
 from rlhf_jax.rewards.scorers import Scores
 from rlhf_jax.rl.judge import Judge
 from rlhf_jax.rl.layout import Rollout
-from rlhf_jax.rl.rollouts import read_prompts, sample_answers, with_rows
+from rlhf_jax.rl.rollouts import read_prompts, sample_answers
 from rlhf_jax.stages.fit import batches_of, fit
 from rlhf_jax.stages.sampled import held_out_set
 from rlhf_jax.stages.start import load_start
@@ -47,7 +47,6 @@ from rlhf_jax.training.mesh import step_tokens
 from rlhf_jax.training.rundir import RunDirectory
 from rlhf_jax.training.saved_model import Model, save_model
 
-Figure = dict[str, Any]
 BLOCK = 32  # prompts whose answers are held at a time
 
 
@@ -57,9 +56,8 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
     options = config.best_of_n
     with Judge(config, parents, policy, run.path) as judge:
         held_out = held_out_set(config, policy)
-        measured = measure(config, policy, held_out, judge, options.samples, seed=config.seed)
+        measured = measure(config, policy, held_out, judge)
         metrics, further = curves(config, run.path.name, measured)
-        say_curve(metrics, options.samples)
         sources = parse_sources(config.data.train)
         read = [read_prompts(config, policy.tokenizer, source, "train") for source in sources]
         prompts = PromptSet.joined(read)
@@ -78,31 +76,22 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
 
 
 def measure(
-    config: Config,
-    policy: Model,
-    prompts: PromptSet,
-    judge: Judge,
-    samples: int,
-    *,
-    seed: int,
+    config: Config, policy: Model, prompts: PromptSet, judge: Judge
 ) -> dict[str, np.ndarray]:
-    """[P, N] of N answers to each prompt: proxy, logprob and, where asked for, gold and correct.
+    """[P, N] of N answers to each prompt: proxy, logprob and, with a verifier, gold and correct.
 
     They are drawn at temperature 1 from the whole distribution, the one whose best of n has a known
     bound of KL to the policy.
     """
-    found: dict[str, list[np.ndarray]] = {}
-    for answers, scores in _blocks(config, policy, prompts, judge, samples, seed, 1.0):
-        columns = {
-            "proxy": scores.total,
-            "logprob": answers.behaviour_logprobs.sum(-1),
-        }
+    samples, blocks = config.best_of_n.samples, dict[str, list[np.ndarray]]()
+    for answers, scores in _blocks(config, policy, prompts, judge, samples, config.seed, 1.0):
+        columns = {"proxy": scores.total, "logprob": answers.behaviour_logprobs.sum(-1)}
         if verdicts := verdicts_of(answers.prompts.records, answers.texts):
             columns["gold"] = np.array([verdict.total for verdict in verdicts])
             columns["correct"] = np.array([float(verdict.right) for verdict in verdicts])
         for name, values in columns.items():
-            found.setdefault(name, []).append(values.reshape(-1, samples))
-    measured = {name: np.concatenate(parts) for name, parts in found.items()}
+            blocks.setdefault(name, []).append(values.reshape(-1, samples))
+    measured = {name: np.concatenate(parts) for name, parts in blocks.items()}
     whole = np.isfinite(measured["proxy"]).all(1)
     if not whole.all():
         console.say(
@@ -117,7 +106,7 @@ def measure(
 def curves(
     config: Config, name: str, measured: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Metrics, and what the report shows, of the best of n = 1, 2, 4, … samples.
+    """Prints the curve of the best of n = 1, 2, 4, … samples; returns metrics, report entries.
 
     The KL of best-of-n is at most log n − (n−1)/n, and is stated as that bound.
     """
@@ -128,27 +117,34 @@ def curves(
     bounds = [float(kl_bound(n)) for n in ns]
     metrics: dict[str, float] = {}
     for i, n in enumerate(ns):
-        metrics[f"eval/best_of_{n}/kl_bound"] = bounds[i]
-        metrics[f"eval/best_of_{n}/kl_estimate"] = float(
-            best_of_n(proxy, kl_terms(n, measured["logprob"]), n).mean()
-        )
-        for key in shown:
-            metrics[f"eval/best_of_{n}/{key}"] = series[key]["mean"][i]
+        means = {key: series[key]["mean"][i] for key in shown}
+        values = ", ".join(f"{key} {mean:.3f}" for key, mean in means.items())
+        print(f"best of {n}: {values}, KL ≤ {bounds[i]:.2f}")
+        estimate = best_of_n(proxy, kl_terms(n, measured["logprob"]), n).mean()
+        of_n = {"kl_bound": bounds[i], "kl_estimate": float(estimate)} | means
+        metrics |= {f"eval/best_of_{n}/{key}": value for key, value in of_n.items()}
     judged = "gold" if "gold" in measured else "proxy"
     rivals = ns[:-1]  # one sample is the opponent
     wins = [float(best_of_n_win_rate(proxy, measured[judged], n).mean()) for n in rivals]
     metrics |= {f"eval/best_of_{n}/win_rate": win for n, win in zip(rivals, wins, strict=True)}
     frontier = {"kl": bounds, "bound": True, "proxy": series["proxy"]["mean"]}
-    plots: list[Figure] = [
+    tables = []
+    if "gold" in series:
+        gold = frontier["gold"] = series["gold"]["mean"]
+        peak = int(np.argmax(gold))
+        metrics["eval/best_of_n/peak_n"] = float(ns[peak])
+        metrics["eval/best_of_n/peak_gold"] = gold[peak]
+        print(f"gold reward is highest at n = {ns[peak]}", flush=True)
+        if len(ns) > 3:
+            tables.append(_fit_table(bounds, gold))
+    plots = [
         {
             "kind": "best_of_n",
             "title": "Reward of the best of n by the proxy",
             "n": ns,
             "series": series,
             "note": "95 % bands over prompts; KL to the reference ≤ log n − (n−1)/n.",
-        }
-    ]
-    plots.append(
+        },
         {
             "kind": "best_of_n",
             "title": f"Win rate of the best of n over one sample, by {judged} reward",
@@ -156,24 +152,13 @@ def curves(
             "series": {judged: {"mean": wins}},
             "bound": [float(win_bound(n)) for n in rivals],
             "note": "At most n/(n + 1).",
-        }
-    )
-    tables = []
-    if "gold" in series:
-        gold = series["gold"]["mean"]
-        frontier["gold"] = gold
-        peak = int(np.argmax(gold))
-        metrics["eval/best_of_n/peak_n"] = float(ns[peak])
-        metrics["eval/best_of_n/peak_gold"] = gold[peak]
-        if len(ns) > 3:
-            tables.append(_fit_table(bounds, gold))
-    plots.append(
+        },
         {
             "kind": "frontier",
             "title": "Gold and proxy reward against the bound of KL",
             "series": {name: frontier},
-        }
-    )
+        },
+    ]
     return metrics, {"frontier": frontier, "plots": plots, "tables": tables}
 
 
@@ -188,22 +173,6 @@ def _fit_table(bounds: Sequence[float], gold: Sequence[float]) -> dict[str, Any]
             for name, fit in zip(names, fits.values(), strict=True)
         ],
     }
-
-
-def say_curve(metrics: Mapping[str, float], samples: int) -> None:
-    """Prints the curve: one line for every n."""
-    n = 1
-    while n <= samples:
-        names = ("proxy", "gold", "correct")
-        values = [
-            f"{k} {metrics[f'eval/best_of_{n}/{k}']:.3f}"
-            for k in names
-            if f"eval/best_of_{n}/{k}" in metrics
-        ]
-        print(f"best of {n}: {', '.join(values)}, KL ≤ {metrics[f'eval/best_of_{n}/kl_bound']:.2f}")
-        n *= 2
-    if "eval/best_of_n/peak_n" in metrics:
-        print(f"gold reward is highest at n = {metrics['eval/best_of_n/peak_n']:.0f}", flush=True)
 
 
 def winners(
@@ -253,7 +222,6 @@ def _blocks(
         ids = range(start, min(start + BLOCK, len(prompts.records)))
         answers = sample_answers(
             config, policy, prompts.take(ids),
-            samples=samples, seed=seed, temperature=temperature, ids=ids,
+            samples=samples, seed=seed, multiple=multiple, temperature=temperature, ids=ids,
         )  # fmt: skip
-        answers = with_rows(config, answers, multiple)
         yield answers, judge.score(answers)

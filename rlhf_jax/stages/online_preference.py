@@ -99,15 +99,15 @@ def iterate(
 ) -> tuple[TrainState, dict[str, Any]]:
     """A step of the loop: samples, labels, and updates on the pairs."""
     number = int(state.step) // updates_per_iteration(config)
-    model = dataclasses.replace(reference, params=learner.params(state))
-    rollout = text_rollout(config, model, prompts, batch["row_ids"], judge, mesh, number)
+    asked, params = prompts.take(np.asarray(batch["row_ids"]).tolist()), learner.params(state)
+    rollout = text_rollout(config, reference, judge, mesh, params, asked, number)
     fault_point("rollout", number + 1)
     rows, tied = pack_best_and_worst(config, rollout, row_multiple(config, mesh))
     rows["reference_logprobs"] = response_logprobs(
         reference.config, reference.params, rows, step_tokens(config)
     )
-    asked = len(rollout.prompts.records)
-    judge.ties.add("prompts have no better and worse answer", asked, tied < asked)
+    count = len(rollout.prompts.records)
+    judge.ties.add("prompts have no better and worse answer", count, tied < count)
     taken = []
     for chosen in minibatches(config, (rows["valid"] > 0).any(axis=1), number):
         part = {name: x[chosen] for name, x in rows.items()}

@@ -63,7 +63,7 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
         texts = make_dataset(packed, config.batch.rows, seed=config.seed)
 
     with Judge(config, parents, policy, run.path) as judge:
-        task = text_task(config, policy, prompts, judge, mesh, texts)
+        task = text_task(config, policy, judge, mesh, texts)
         critic = critic_params(config, policy, judge)
         trainer = make_trainer(config, task, policy.params, critic, mesh=mesh)
 
@@ -73,7 +73,8 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
             return evaluate(config, run.path, model, policy, held_out, judge, number)
 
         def step(state: OnPolicyState, batch: Mapping[str, np.ndarray]):
-            state, metrics, rollout = iterate(trainer, state, batch)
+            asked = prompts.take(np.asarray(batch["row_ids"]).tolist())
+            state, metrics, rollout = iterate(trainer, state, asked)
             number = int(state.iteration)
             if is_evaluated(config.train, number):  # where it may be interrupted
                 write_jsonl(run.path / "views.jsonl", token_views(policy, rollout, number))

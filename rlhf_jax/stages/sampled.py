@@ -18,7 +18,7 @@ from rlhf_jax.evaluation.held_out_answers import ending_metrics, kl_metrics, log
 from rlhf_jax.files import check_fields, read_lines, read_object, write_json, write_jsonl
 from rlhf_jax.rl.judge import Judge
 from rlhf_jax.rl.layout import Rollout
-from rlhf_jax.rl.rollouts import read_prompts, sample_answers, with_rows
+from rlhf_jax.rl.rollouts import read_prompts, sample_answers
 from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.tasks.sources import parse_sources
 from rlhf_jax.training.mesh import step_tokens
@@ -77,15 +77,15 @@ def first_evaluation(
 ) -> dict[str, float]:
     """Evaluates the model a run starts from; a resumed run with the same evaluation reads it."""
     path = run.path / "before.json"
-    kept: dict[str, Any] = {}
+    before: dict[str, Any] = {}
     if path.exists():
-        kept = read_object(path)
-        check_fields(path, kept, {"config_hash": str, "metrics": {"name": int | float}})
-    if kept.get("config_hash") != run.config_hash:
+        before = read_object(path)
+        check_fields(path, before, {"config_hash": str, "metrics": {"name": int | float}})
+    if before.get("config_hash") != run.config_hash:
         metrics = evaluate(config, run.path, policy, policy, held_out, judge, 0)
-        kept = {"config_hash": run.config_hash, "metrics": metrics}
-        write_json(path, kept)
-    return kept["metrics"]
+        before = {"config_hash": run.config_hash, "metrics": metrics}
+        write_json(path, before)
+    return before["metrics"]
 
 
 def evaluate(
@@ -101,8 +101,15 @@ def evaluate(
 
     Also keeps what the report shows: the answers at this step.
     """
-    answers = sample_answers(config, model, held_out, samples=1, seed=config.seed, temperature=1.0)
-    answers = with_rows(config, answers, config.batch.rows)
+    answers = sample_answers(
+        config,
+        model,
+        held_out,
+        samples=1,
+        seed=config.seed,
+        multiple=config.batch.rows,
+        temperature=1.0,
+    )
     scores = judge.score(answers)
     ratios = log_ratios(model, reference, answers.rows, step_tokens(config))
     metrics = {

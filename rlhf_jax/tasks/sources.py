@@ -70,22 +70,22 @@ def read_records(config: ConfigDict, source: str, kind: str, split: str) -> list
     "town", "hh_rlhf/helpful", "gsm8k@test", "town[:50%]", "hf:owner/name@train". Several,
     "a.jsonl,b.jsonl", are read one after the other.
     """
-    return [r for each in source.split(",") for r in _read_source(config, each, kind, split)]
-
-
-def _read_source(config: ConfigDict, source: str, kind: str, split: str) -> list[Any]:
-    name, own_split, part = parsed = parse_source(source)
-    if parsed.is_file or parsed.is_hub:
-        rows = load_rows(name, own_split or split) if parsed.is_hub else None
-        bad = config.data.max_bad_fraction
-        columns = parse_columns(config.data.columns)
-        records = read_jsonl(name, kind, max_bad_fraction=bad, rows=rows, columns=columns)
-        return take_slice(records, part, name) if part else records
-    kind = "pair" if kind == "preference" else kind  # no data set has unpaired records
-    records = load_records(name, (own_split or split) + part, kind=kind)
-    if not records:
-        raise UserError(f"data: {source!r} has no records in its split {own_split or split!r}")
-    return [convert(record, kind) for record in records]
+    records: list[Any] = []
+    for each in source.split(","):
+        name, own_split, part = parsed = parse_source(each)
+        own_split = own_split or split
+        if parsed.is_file or parsed.is_hub:
+            rows = load_rows(name, own_split) if parsed.is_hub else None
+            bad, columns = config.data.max_bad_fraction, parse_columns(config.data.columns)
+            read = read_jsonl(name, kind, max_bad_fraction=bad, rows=rows, columns=columns)
+            records += take_slice(read, part, name) if part else read
+            continue
+        paired = "pair" if kind == "preference" else kind  # no data set has unpaired records
+        made = load_records(name, own_split + part, kind=paired)
+        if not made:
+            raise UserError(f"data: {each!r} has no records in its split {own_split!r}")
+        records += [convert(record, paired) for record in made]
+    return records
 
 
 def settle_sources(config: ConfigDict) -> ConfigDict:
@@ -148,7 +148,10 @@ def check_unrendered(
     marks = tokenizer.marks
     spelled, rendered = [], 0
     for record in records:
-        texts = [text.strip() for text in _texts(record)]
+        messages = record.prompt if isinstance(record, Pair) else record.messages
+        texts = [message.content.strip() for message in messages]
+        if isinstance(record, Pair):
+            texts += [record.chosen.strip(), record.rejected.strip()]
         spelt = next((mark for mark in marks if any(mark in text for text in texts)), None)
         if spelt is not None:
             spelled.append((record.id, spelt))
@@ -164,9 +167,3 @@ def check_unrendered(
             "messages alone, without the chat template's text"
         )
     print(f"warning: {line}, which is read and trained as ordinary text", flush=True)
-
-
-def _texts(record: Conversation | Pair | Prompt) -> list[str]:
-    if isinstance(record, Pair):
-        return [*(message.content for message in record.prompt), record.chosen, record.rejected]
-    return [message.content for message in record.messages]

@@ -15,6 +15,7 @@ from rlhf_jax.rl.rollouts import text_rollout
 from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.stages import defaults
 from rlhf_jax.tasks.prompts import PromptSet
+from rlhf_jax.training.saved_model import Model
 
 LIMIT = 6
 
@@ -52,7 +53,7 @@ def rolled_out(monkeypatch, groups, *, greedy=None, algorithm="dapo", prompts=1,
         )
     )
     prompts = PromptSet([None] * len(groups), [[1, 3, n] for n in range(len(groups))])
-    found = text_rollout(config, None, prompts, np.arange(len(groups)), Judge(), None, 0)
+    found = text_rollout(config, Model(None, None, None), Judge(), None, None, prompts, 0)
     return [tokens[-1] for tokens in found.prompts.tokens], found, config
 
 

@@ -32,6 +32,7 @@ from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.training import mesh
 from rlhf_jax.training.learner import make_learner
 from rlhf_jax.training.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig, make_optimizer
+from rlhf_jax.training.saved_model import Model
 from tests.models.small import SMALL
 from tests.stages.conftest import ROOT, run_main
 from tests.test_experiments import VARIANTS
@@ -417,7 +418,9 @@ def test_answers_are_drawn_as_the_rollout_says_and_measured_as_they_are(stage, m
         if stage == "best_of_n":
             blocks = best_of_n._blocks(config, model, prompts, Judge(), 2, 1, temperature)
             return [c.tokens for answers, _ in blocks for c in answers.completions]
-        answers = sample_answers(config, model, prompts, samples=2, seed=1, temperature=temperature)
+        answers = sample_answers(
+            config, model, prompts, samples=2, seed=1, multiple=1, temperature=temperature
+        )
         return [c.tokens for c in answers.completions]
 
     plain = drawn()
@@ -449,7 +452,7 @@ def test_an_answer_that_never_ended_pays_before_pairs_are_chosen(rollout, chosen
 
     monkeypatch.setattr(rollouts, "sample_answers", sample)
     prompts = PromptSet([None], [[1, 3, 4]])
-    found = text_rollout(config, None, prompts, np.array([0]), Judge(), None, 0)
+    found = text_rollout(config, Model(None, None, None), Judge(), None, None, prompts, 0)
     assert found.scores.tolist() == [3, 8]  # what is reported as the score stays the score
     rows, tied = pack_best_and_worst(config, found, 1)
     (lengths,) = rows["lengths"][rows["example_ids"] >= 0].tolist()
