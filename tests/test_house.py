@@ -3,7 +3,25 @@
 from tests import house
 
 # Measured; a change that lowers one lowers its bound, a change that must raise one says why.
-BOUNDS = {}
+BOUNDS = {
+    "lines of the core": 18_030,
+    "lines with the annexes": 26_443,
+    "functions over 60 lines": 1,
+    "functions over 80 lines": 0,
+    "functions over 8 parameters": 3,
+    "functions over 10 parameters": 0,
+    "fields of all stages": 118,
+    "fields of PPO": 76,
+    "files that name a policy loss": 4,
+    "files that name an advantage": 9,
+    "functions on the walk of beta": 17,
+    "files on the walk of beta": 9,
+    "functions on the walk of clip": 19,
+    "files on the walk of clip": 10,
+    "functions on the walk of prompt": 79,
+    "files on the walk of prompt": 31,
+    "containers on the walk of prompt": 5,
+}
 
 
 def test_no_count_of_the_house_grows():
