@@ -1,4 +1,4 @@
-"""Counts what a reader of this package walks through: `python -m tests.house`.
+"""Counts what a reader of this package walks through: `python -m tests.house [--walks]`.
 
 Sizes are read from the syntax trees. A walk is recorded: a tiny run is started through the front
 door, and the profiler notes which functions of the package carry a value of the configuration that
@@ -307,6 +307,8 @@ if __name__ == "__main__":
             print(name, *sorted(walk.containers))
             for file, function in sorted(walk.functions):
                 print(f"  {file:32} {function}")
+    elif "--json" in sys.argv:
+        print(json.dumps(counts()))
     else:
         for name, count in counts().items():
             print(f"{count:7,}  {name}")

@@ -1,5 +1,10 @@
 """What a reader walks through does not grow: the counts of tests/house.py and their bounds."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 from tests import house
 
 # Measured; a change that lowers one lowers its bound, a change that must raise one says why.
@@ -25,7 +30,11 @@ BOUNDS = {
 
 
 def test_no_count_of_the_house_grows():
-    counts = house.counts()
+    # In a process of its own: what was compiled before is not traced again.
+    command = [sys.executable, "-m", "tests.house", "--json"]
+    root = Path(__file__).parents[1]
+    result = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
+    counts = json.loads(result.stdout.splitlines()[-1])
     assert counts.keys() == BOUNDS.keys()
     grown = {name: (count, BOUNDS[name]) for name, count in counts.items() if count > BOUNDS[name]}
     assert not grown
