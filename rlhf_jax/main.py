@@ -56,6 +56,8 @@ def parse(argv: list[str]):
         if not isinstance(error, known):
             raise
         text = " ".join(str(error.args[0] if error.args else error).split())
+        if " " not in text:  # the bare name of a section that the stage lacks
+            text = _unknown_field(argv) or text
         raise UserError(f"in the command line: {text}") from error
     if rest:
         raise UserError(
@@ -66,9 +68,25 @@ def parse(argv: list[str]):
     source = config_flags.get_config_filename(values["config"])
     if not os.path.isfile(source.partition(":")[0]):
         raise UserError(f"--config={source}: there is no such file")
+    return values.config, source, _stated(argv), values
+
+
+def _stated(argv: list[str]) -> list[str]:
+    """The dotted names of the fields that flags set."""
     names = (arg.lstrip("-").partition("=")[0].removeprefix("no") for arg in argv)
-    stated = [name.removeprefix("config.") for name in names if name.startswith("config.")]
-    return values.config, source, stated, values
+    return [name.removeprefix("config.") for name in names if name.startswith("config.")]
+
+
+def _unknown_field(argv: list[str]) -> str | None:
+    """A line about the first field set that the stage has not got, None if it has them all."""
+    from rlhf_jax.stages.defaults import unknown_field
+
+    others = [arg for arg in argv if not arg.lstrip("-").startswith(("config.", "noconfig."))]
+    if len(others) == len(argv):
+        return None
+    stage = getattr(parse(others)[0], "stage", None)
+    lines = (unknown_field(stage, name) for name in _stated(argv))
+    return next(filter(None, lines), None) if stage else None
 
 
 def _config_file(argv: list[str]) -> str:

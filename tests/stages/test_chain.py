@@ -178,6 +178,10 @@ def test_parent_trained_anew_is_noticed(chain, tmp_path):
     ("arguments", "message"),
     [
         (["--config.trian.steps=3"], 'Did you mean "train" instead of "trian"?'),
+        (
+            ["--config.rollout.top_p=0.5"],
+            "no rollout.top_p; it is read by online_preference, best_of",
+        ),
         (["--config.train.step=3"], "has no train.step; did you mean train.steps?"),
         (["--config.train.steps=many"], "invalid literal"),
         (["--config.loss.name=sigmiod"], "did you mean 'sigmoid'?"),
