@@ -84,9 +84,11 @@ def _unknown_field(argv: list[str]) -> str | None:
     others = [arg for arg in argv if not arg.lstrip("-").startswith(("config.", "noconfig."))]
     if len(others) == len(argv):
         return None
-    stage = getattr(parse(others)[0], "stage", None)
-    lines = (unknown_field(stage, name) for name in _stated(argv))
-    return next(filter(None, lines), None) if stage else None
+    config, *_ = parse(others)
+    if "stage" not in config:
+        return None
+    lines = (unknown_field(config.stage, name) for name in _stated(argv))
+    return next(filter(None, lines), None)
 
 
 def _config_file(argv: list[str]) -> str:
