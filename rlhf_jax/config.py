@@ -159,9 +159,9 @@ def build(section: type, given: Mapping[str, Any], path: str) -> Any:
                 name, table = values.get("name", own["name"].default), each.metadata["variants"]
                 _check_variant(name, table, list(rest), path)
                 values[each.name] = part = build(table[name], rest, path)
-                for option, value in vars(part).items():
+                for name, value in vars(part).items():
                     if isinstance(value, float) and value < 0:
-                        raise UserError(f"config: {path}.{option} must be in [0, inf), got {value}")
+                        raise UserError(f"config: {path}.{name} must be in [0, inf), got {value}")
                 rest = {}
         for name in rest:
             near = nearest(name, own)
@@ -183,12 +183,12 @@ def _check_variant(name: str, table: Mapping[str, type], options: Sequence[str],
         hint = f"did you mean {nearest(name, table)!r}? Known: {', '.join(table)}"
         raise UserError(f"config: {path}.name = {name!r} is unknown; {hint}")
     known = own_fields(table[name])
-    for option in options:
-        if option not in known:
-            having = [other for other, kind in table.items() if option in own_fields(kind)]
+    for stated in options:
+        if stated not in known:
+            having = [other for other, kind in table.items() if stated in own_fields(kind)]
             raise UserError(
-                f"config: {path}.{option} is an option of {', '.join(having)}; {name!r} "
-                f"has no option {option}, only {', '.join(known) or 'those of all'}"
+                f"config: {path}.{stated} is an option of {', '.join(having)}; {name!r} "
+                f"has no option {stated}, only {', '.join(known) or 'those of all'}"
             )
 
 

@@ -302,6 +302,13 @@ GONE = {
     "rollout.max_staleness": "samples are train.epochs x train.minibatches - 1 updates old at most",
     "kl.exact_rows": "the full-vocabulary KL is measured on one row",
     "train.keep_last": "the last two checkpoints are kept",
+    "eval.gold": "answers are judged wherever the held-out prompts have a verifier",
+    "optimizer.b1": "it is 0.9",
+    "optimizer.no_decay": "norms, biases and embeddings have no weight decay",
+    "optimizer.muon_steps": "they are 5",
+    "optimizer.muon_rms": "it is 0.2",
+    "advantage.ddof": "it is 1",
+    "advantage.eps": "it is 1e-4",
     "mesh.data": "rows are split over all devices that mesh.fsdp and mesh.tensor leave",
 }
 

@@ -188,6 +188,7 @@ def test_parent_trained_anew_is_noticed(chain, tmp_path):
         (["--config.loss.gamma=1"], "an option of simpo; 'sigmoid' has no option gamma"),
         (["--config.loss.gama=1"], "has no loss.gama; did you mean loss.gamma?"),
         (["--config.loss.options=gamma=1"], "each option is a field now, as --config.loss."),
+        (["--config.optimizer.b1=0.8"], "there is no optimizer.b1 any more: it is 0.9"),
         (["--config.optimizer.decay_fraction=0.1"], "only with optimizer.schedule = wsd"),
         (["--config.data.train=twon"], "unknown data set 'twon'"),
         (["--config.data.train=nowhere.jsonl"], "nowhere.jsonl"),
