@@ -37,8 +37,8 @@ def tune_malloc() -> None:
 def tune_collector() -> None:
     """Has Python look for unreachable cycles of objects less often, and not while it exits.
 
-    With records and traces in the hundreds of thousands every look is long, and JAX has its own
-    work done at each: a tenth of a short run's time, and a second at its end.
+    With records and traces in the hundreds of thousands every look is long, and JAX has work of its
+    own done at each.
     """
     gc.set_threshold(10_000)
     atexit.register(gc.freeze)
