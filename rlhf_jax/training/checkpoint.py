@@ -20,6 +20,7 @@ import shutil
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -222,7 +223,8 @@ class Checkpoints:
             self._error = error
 
     def _failed(self, error: BaseException) -> None:
-        self._remove_leftovers()
+        for leftover in self.directory.glob("*.tmp"):
+            _remove_failed(leftover)
         self._failures += 1
         reason = lack_of_room(error)
         if reason is not None:
@@ -239,11 +241,6 @@ class Checkpoints:
     def _remove_leftovers(self) -> None:
         for leftover in self.directory.glob("*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
-            for _ in range(20):  # TensorStore may still write what belongs to a save that failed
-                if not leftover.exists():
-                    break
-                time.sleep(0.05)
-                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def save_params(directory: str | os.PathLike, params, document: Mapping[str, Any]) -> None:
@@ -270,7 +267,7 @@ def save_params(directory: str | os.PathLike, params, document: Mapping[str, Any
             orbax.close()
             seal(temporary)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove_failed(temporary)
             raise
         if final.exists():
             _remove(final, ".old.tmp")
@@ -381,6 +378,9 @@ def _async_checkpointer():
         logging.getLogger(name).addFilter(_is_news)
     if not isinstance(sys.unraisablehook, _Unraisable):
         sys.unraisablehook = _Unraisable(sys.unraisablehook)
+    # The other writes of a save that failed; the failure itself is raised.
+    never = "coroutine 'async_serialize.*' was never awaited"
+    warnings.filterwarnings("ignore", never, RuntimeWarning)
     return ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
 
 
@@ -472,6 +472,20 @@ def _remove(path: Path, suffix: str = ".tmp") -> None:
     os.rename(path, doomed)
     fault_point("checkpoint:removing")
     shutil.rmtree(doomed)
+
+
+def _remove_failed(path: Path) -> None:
+    """Deletes the directory of a write that failed, until it has stayed away for half a second.
+
+    TensorStore's threads may still be at other files of it, and make the directory again for them.
+    """
+    absent = 0
+    for _ in range(200):
+        shutil.rmtree(path, ignore_errors=True)
+        time.sleep(0.05)
+        absent = 0 if path.exists() else absent + 1
+        if absent == 10:
+            return
 
 
 def _unused(path: Path, suffix: str) -> Path:

@@ -261,6 +261,28 @@ def test_a_save_that_is_waited_for_is_tried_twice(checkpoints, monkeypatch):
     assert [p.name for p in checkpoints.directory.iterdir()] == ["00000001"]
 
 
+def test_what_late_writes_of_a_failed_save_leave_is_removed(checkpoints, monkeypatch):
+    """TensorStore's threads make a directory again that was removed under them."""
+    late: list[threading.Thread] = []
+
+    def fail_with_writes_on_their_way(path):
+        def write():
+            for _ in range(6):
+                time.sleep(0.1)
+                (path / "arrays").mkdir(parents=True, exist_ok=True)
+
+        late.append(threading.Thread(target=write))
+        late[-1].start()
+        full()
+
+    monkeypatch.setattr(checkpoint, "seal", fail_with_writes_on_their_way)
+    save(checkpoints, 1)
+    checkpoints.wait()
+    assert list(checkpoints.directory.iterdir()) == []
+    late[0].join()
+    assert list(checkpoints.directory.iterdir()) == []
+
+
 def test_saves_that_fail_for_another_reason_end_a_run_the_third_time(checkpoints, monkeypatch):
     def broken(path):
         raise OSError(5, "Input/output error")

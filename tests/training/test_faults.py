@@ -221,7 +221,7 @@ def stopped_for_lack_of_room(workdir: Path, what: str, *changes: str, **variable
     said = re.fullmatch(
         rf"stopped: no room for {workdir}/{what} \(No space left on device\): (\d+) bytes "
         rf"needed, (\d+) free in {workdir}[/\w]*; make room and run the same command to continue",
-        *lines,
+        "\n".join(lines),
     )
     assert said and int(said[1]) > int(said[2]), done.stderr
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
