@@ -88,7 +88,6 @@ def config_of(stage, folder, parent):
         "eval": {
             "source": f"{folder}/prompts.jsonl[:11]",
             "count": 11,
-            "during": 7,
             "max_new_tokens": 6,
         },
     }
@@ -99,6 +98,7 @@ def config_of(stage, folder, parent):
             data=data("chats") | {"row_length": 128},
             loss={"label_smoothing": 0.0, "z_loss": 0.0},
         )
+    shared["eval"]["during"] = 7  # of the stages that sample in the middle
     if stage is preference:
         return defaults.base(
             "preference",

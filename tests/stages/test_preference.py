@@ -172,7 +172,7 @@ def test_kto_learns_from_labels_alone(experiments, tmp_path):
     result = run_main(
         *(f"--config={experiments}/dpo.py", f"--workdir={tmp_path}/kto", "--config.loss.name=kto"),
         *(f"--config.data.train={path}", "--config.data.validation=", "--config.eval.source="),
-        *("--config.train.steps=20"),
+        "--config.train.steps=20",
     )
     assert result.returncode == 0, result.stderr[-2000:]
     summary = json.loads((tmp_path / "kto/summary.json").read_text())

@@ -17,6 +17,7 @@ from rlhf_jax.evaluation.row_passes import response_logprobs
 from rlhf_jax.models import ModelConfig, init
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.stages import defaults, preference, reference_logprobs
+from rlhf_jax.training.loop import Loop
 from rlhf_jax.training.rundir import RunDirectory
 from rlhf_jax.training.saved_model import Model, as_trainable, load_model, save_model
 
@@ -219,19 +220,19 @@ def dpo(tmp_path, parent, name, beta, *, rank=0, **train):
 def test_another_beta_asks_no_reference_and_training_holds_none(tmp_path, passes, monkeypatch):
     parent = saved(tmp_path / "parent", small_model())
     given, alive = [], []
-    load, fit_loop = preference.load_start, preference.fit.__globals__["train"]
+    load, train_loop = preference.load_start, Loop.train
 
     def loaded(*arguments):
         given.append(load(*arguments))
         return given[-1]
 
-    def train(*arguments, **options):
+    def train(loop, state):
         leaves = jax.tree.leaves(given[-1].params)
         alive.append(sum(not leaf.is_deleted() for leaf in leaves) / len(leaves))
-        return fit_loop(*arguments, **options)
+        return train_loop(loop, state)
 
     monkeypatch.setattr(preference, "load_start", loaded)
-    monkeypatch.setitem(preference.fit.__globals__, "train", train)
+    monkeypatch.setattr(Loop, "train", train)
     first = dpo(tmp_path, parent, "one", 0.1)
     assert len(passes) == 1  # train and validation are the same rows
     second = dpo(tmp_path, parent, "two", 0.5)
