@@ -11,6 +11,7 @@ suffix means complete. Every file is verified before anything is loaded. Nothing
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -158,7 +159,11 @@ class Checkpoints:
     def close(self) -> None:
         """Waits and releases Orbax's threads."""
         self.wait()
-        self._orbax.close()
+        try:
+            self._orbax.close()
+        except OSError as error:  # what is left of a save that failed, which was raised before
+            if lack_of_room(error) is None:
+                raise
         self._remove_leftovers()
 
     def restore(self, target) -> Restored | None:
@@ -228,6 +233,9 @@ class Checkpoints:
         self._failures += 1
         reason = lack_of_room(error)
         if reason is not None:
+            # Its frames hold coroutines of other writes, which speak up if Python exits with them.
+            error.__traceback__ = None
+            gc.collect()
             full = NoRoom(*self._tried, reason)
             if self._failures > 1:
                 raise full from error
@@ -393,15 +401,17 @@ def _is_news(record: logging.LogRecord) -> bool:
 class _Unraisable:
     """A `sys.unraisablehook` that doesn't print what a failed save's other writes come to.
 
-    Orbax has closed their event loop by then, which is all that TensorStore says of them.
+    Orbax has closed their event loop by then, which is all that TensorStore says of them, and its
+    own coroutines fail as they are collected.
     """
 
     def __init__(self, before: Callable[[Any], object]):
         self._before = before
 
     def __call__(self, unraisable: Any) -> None:
-        error = unraisable.exc_value
-        if unraisable.object is not None or str(error) != "Event loop is closed":
+        where, text = unraisable.object, str(unraisable.exc_value)
+        of_orbax = getattr(where, "__qualname__", "").startswith("async_serialize")
+        if not of_orbax and (where is not None or text != "Event loop is closed"):
             self._before(unraisable)
 
 
