@@ -120,7 +120,8 @@ def _scores(query: jax.Array, key: jax.Array, bias: jax.Array, softcap: float | 
 
 def _average(scores: jax.Array, value: jax.Array) -> jax.Array:
     """softmax(scores) @ value; dividing the product, not the weights, is cheaper."""
-    # The highest score has no such name: XLA would round the weights in a gradient another way.
+    # Not named "attention" as the sums below are: if the maximum is kept for the backward pass, XLA
+    # rounds these weights differently than in scoring, which has no backward pass.
     top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     weights = jnp.exp(scores - top)
     product = jnp.einsum(

@@ -161,7 +161,7 @@ class Checkpoints:
         self.wait()
         try:
             self._orbax.close()
-        except OSError as error:  # what is left of a save that failed, which was raised before
+        except OSError as error:  # of the save that failed, which `wait` has raised or reported
             if lack_of_room(error) is None:
                 raise
         self._remove_leftovers()
@@ -233,7 +233,8 @@ class Checkpoints:
         self._failures += 1
         reason = lack_of_room(error)
         if reason is not None:
-            # Its frames hold coroutines of other writes, which speak up if Python exits with them.
+            # Its frames hold coroutines of Orbax's other writes. If they lived until Python exits,
+            # each would print a traceback there.
             error.__traceback__ = None
             gc.collect()
             full = NoRoom(*self._tried, reason)
@@ -386,7 +387,7 @@ def _async_checkpointer():
         logging.getLogger(name).addFilter(_is_news)
     if not isinstance(sys.unraisablehook, _Unraisable):
         sys.unraisablehook = _Unraisable(sys.unraisablehook)
-    # The other writes of a save that failed; the failure itself is raised.
+    # Said of the other writes of a save that failed, whose error is raised anyway.
     never = "coroutine 'async_serialize.*' was never awaited"
     warnings.filterwarnings("ignore", never, RuntimeWarning)
     return ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
@@ -401,8 +402,8 @@ def _is_news(record: logging.LogRecord) -> bool:
 class _Unraisable:
     """A `sys.unraisablehook` that doesn't print what a failed save's other writes come to.
 
-    Orbax has closed their event loop by then, which is all that TensorStore says of them, and its
-    own coroutines fail as they are collected.
+    TensorStore only says that Orbax has closed their event loop. Orbax's own coroutines of them
+    raise when they are garbage-collected.
     """
 
     def __init__(self, before: Callable[[Any], object]):
