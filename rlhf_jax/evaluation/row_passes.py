@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,8 @@ from rlhf_jax.data.batches import eval_batches, pad_rows
 from rlhf_jax.data.packing import Arrays
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import sequence_logprobs
+from rlhf_jax.models.sharding import batch_shards
+from rlhf_jax.training.mesh import mesh_under, shard_batch
 from rlhf_jax.training.progress import tracked
 
 PLACES = 16  # of groups in a row: a multiple of so many, so that data sets share compiled code
@@ -29,16 +32,20 @@ def map_rows(
 ) -> Any:
     """Results of `function(params, batch)` for every row of `rows`, concatenated on the host.
 
-    A pass that takes long says under `name` how far it is.
+    A pass that takes long says under `name` how far it is. If the parameters lie on a mesh, each of
+    its devices has as many of a batch's rows.
 
     Args:
       function: returns a pytree of arrays whose leading axis is the row.
-      tokens: of a batch, all its rows together.
+      tokens: of a batch, all its rows on one device together.
     """
     count, length = rows["tokens"].shape
-    size = min(rows_of(tokens, length), count)
+    mesh = mesh_under(params)
+    shards = batch_shards(mesh)
+    size = min(rows_of(tokens, length), -(-count // shards)) * shards
     batches = tracked(eval_batches(rows, size), name, -(-count // size))
-    results = [jax.device_get(function(params, batch)) for batch in batches]
+    with nullcontext() if mesh is None else jax.set_mesh(mesh):
+        results = [jax.device_get(function(params, shard_batch(mesh, b))) for b in batches]
     return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *results)
 
 

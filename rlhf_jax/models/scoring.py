@@ -19,6 +19,7 @@ from rlhf_jax.losses.shaping import exact_kl
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.sharding import by_rows
 from rlhf_jax.models.transformer import apply, logits, scores, unembedding
+from rlhf_jax.shards import Shard
 
 Batch = Mapping[str, Any]  # of arrays
 
@@ -40,11 +41,11 @@ def _target_hidden(config: ModelConfig, params: Any, batch: Batch) -> jax.Array:
     return jnp.take_along_axis(hidden, batch["sources"][..., None], axis=1)
 
 
-def _words(config: ModelConfig, params: Any) -> tuple[jax.Array, dict[str, Any]]:
-    """(the unembedding in the compute dtype, how the losses are to read it)."""
+def _words(config: ModelConfig, params: Any) -> tuple[jax.Array | Shard, dict[str, Any]]:
+    """(the unembedding, in the compute dtype or in parts; how the losses are to read it)."""
     table, layout = unembedding(config, params)
     options = {"softcap": config.logit_softcap, "layout": layout, "unused": config.unused}
-    return table.astype(config.compute_dtype), options
+    return table if isinstance(table, Shard) else table.astype(config.compute_dtype), options
 
 
 @by_rows

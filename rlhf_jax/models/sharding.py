@@ -2,9 +2,9 @@
 
 A mesh has the axes data, fsdp and tensor. Rows of a batch are split over data and fsdp; parameters
 over fsdp and tensor, by regex rules on their "/"-joined names. `by_rows` has each device compute
-its own rows. What lies in parts over fsdp is then gathered just before it is used, one layer after
-the other, in the dtype it is used in, and its gradient is summed in float32 into the same parts:
-"ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (stage 3),
+its own rows. What lies in parts over fsdp (`shards.Shard`) is then gathered just before it is used,
+one layer after the other, in the dtype it is used in, and its gradient is summed in float32 into
+the same parts: "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (stage 3),
 https://arxiv.org/abs/1910.02054. Products that are split over tensor are left to XLA.
 """
 
@@ -14,9 +14,7 @@ import functools
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +23,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.shards import FSDP, Shard
 from rlhf_jax.trees import named_leaves
 
 Rules = Sequence[tuple[str, P]]
@@ -82,24 +81,20 @@ def batch_shards(mesh: Mesh | AbstractMesh | None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def on_mesh(mesh: Mesh | None) -> AbstractContextManager:
-    """The context in which `by_rows` splits rows over the mesh; nothing changes without one."""
-    return nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+def split_over(mesh: Mesh | None, function: Callable) -> Callable:
+    """The function, as `jax.jit` takes it, in whose calls `by_rows` splits rows over the mesh.
 
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("part",), meta_fields=("axis",))
-@dataclass(frozen=True)
-class Shard:
-    """This device's part of an array that is split over fsdp.
-
-    Attributes:
-      part: the array.
-      axis: the one that is split, counted from the end (−1 is the last), so that it is the same
-        one in a layer's slice of stacked layers.
+    Without a mesh it is as it was.
     """
+    if mesh is None:
+        return function
 
-    part: jax.Array
-    axis: int
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return run
 
 
 def by_rows(function: Callable, *, summed: bool = False) -> Callable:
@@ -151,7 +146,7 @@ def by_rows(function: Callable, *, summed: bool = False) -> Callable:
 def _fsdp_specs(mesh: AbstractMesh, tree: Any) -> Any:
     """The rules' specs without the axis tensor, in the tree's structure."""
     specs = (spec_of(mesh, name, leaf.shape) for name, leaf in named_leaves(tree).items())
-    fsdp = [P(*(axis if axis == "fsdp" else None for axis in spec)) for spec in specs]
+    fsdp = [P(*(axis if axis == FSDP else None for axis in spec)) for spec in specs]
     return jax.tree.unflatten(jax.tree.structure(tree), fsdp)
 
 
@@ -159,71 +154,6 @@ def _with_shards(tree: Any, specs: Any) -> Any:
     """The tree with a `Shard` in place of what is split over fsdp."""
 
     def wrap(part: jax.Array, spec: P) -> jax.Array | Shard:
-        return Shard(part, spec.index("fsdp") - part.ndim) if "fsdp" in spec else part
+        return Shard(part, spec.index(FSDP) - part.ndim) if FSDP in spec else part
 
     return jax.tree.map(wrap, tree, specs)
-
-
-def gather(node: Any, dtype: Any, *, cast: bool = False) -> Any:
-    """A tree of parameters whole again: every `Shard` in it as an array.
-
-    Kernels and embeddings are rounded to dtype before they travel, as products would round them
-    after; but not beside DoRA's magnitudes, whose norms are of the float32 kernel. Experts stay in
-    parts: each is gathered when its turn comes.
-    """
-    if isinstance(node, Shard):
-        part = node.part
-        if not jnp.issubdtype(part.dtype, jnp.floating):  # codes, which have no gradient
-            return jax.lax.all_gather(part, "fsdp", axis=node.axis % part.ndim, tiled=True)
-        return _gathered(part, node.axis, dtype if cast else part.dtype)
-    if not isinstance(node, Mapping):
-        return node
-    exact = "magnitude" in node.get("lora", {})
-    return {
-        name: child
-        if name == "experts"
-        else gather(child, dtype, cast=name in ("kernel", "embedding") and not exact)
-        for name, child in node.items()
-    }
-
-
-def has_shards(tree: Any) -> bool:
-    """Whether any array of the tree lies in parts."""
-    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Shard))
-    return any(isinstance(leaf, Shard) for leaf in leaves)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(part: jax.Array, axis: int, dtype: Any) -> jax.Array:
-    """The whole array; the gradient of a part is the float32 sum of all devices' gradients to it.
-
-    Without a rule of its own it would be a sum in the dtype of the products.
-    """
-    return jax.lax.all_gather(part.astype(dtype), "fsdp", axis=axis % part.ndim, tiled=True)
-
-
-def _gathered_forward(part: jax.Array, axis: int, dtype: Any):
-    return _gathered(part, axis, dtype), jnp.zeros((), part.dtype)
-
-
-def _gathered_backward(axis: int, dtype: Any, like: jax.Array, gradient: jax.Array):
-    summed = jax.lax.psum_scatter(
-        gradient.astype(jnp.float32), "fsdp", scatter_dimension=axis % gradient.ndim, tiled=True
-    )
-    return (summed.astype(like.dtype),)
-
-
-_gathered.defvjp(_gathered_forward, _gathered_backward)
-
-
-def take_rows(table: jax.Array | Shard, ids: jax.Array) -> jax.Array:
-    """Rows of a table [V, D] at ids [B, T]: [B, T, D].
-
-    Of a table that is split by columns each device takes its columns for all rows of the batch, and
-    sends every device those of its rows: the table stays where it is, and so does its gradient.
-    """
-    if not isinstance(table, Shard):
-        return jnp.take(table, ids, axis=0)
-    every = jax.lax.all_gather(ids, "fsdp", axis=0, tiled=True)
-    columns = jnp.take(table.part, every, axis=0)
-    return jax.lax.all_to_all(columns, "fsdp", split_axis=0, concat_axis=2, tiled=True)

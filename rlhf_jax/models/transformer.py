@@ -20,7 +20,7 @@ from rlhf_jax.models import lora
 from rlhf_jax.models.attention import attend_cached, cached_attention_bias
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.fused_attention import attend_by, visibility
-from rlhf_jax.models.sharding import gather, has_shards, take_rows
+from rlhf_jax.shards import Shard, gather, has_shards, take_rows, whole
 
 Params = Mapping[str, Any]
 Cache = dict[str, Any]
@@ -576,17 +576,16 @@ def _fill(cached: tuple[jax.Array, ...], new: jax.Array) -> tuple[jax.Array, ...
     return tuple(old.at[:, :, :length].set(y) for old, y in zip(cached, new, strict=True))
 
 
-def unembedding(config: ModelConfig, params: Params) -> tuple[jax.Array, str]:
-    """Returns the matrix from hidden states to logits as it is stored, and its layout.
+def unembedding(config: ModelConfig, params: Params) -> tuple[jax.Array | Shard, str]:
+    """Returns the f32 matrix from hidden states to logits as it is stored, and its layout.
 
-    That is "vd", [vocab_size, width], if it is the embedding, and otherwise "dv". If it lies in
-    parts, they are gathered in the compute dtype.
+    That is "vd", [vocab_size, width], if it is the embedding, and otherwise "dv".
     """
     if config.tied_embeddings:
-        return gather(params["embed"], config.compute_dtype)["embedding"], "vd"
+        return params["embed"]["embedding"], "vd"
     if config.head == "scalar":
         raise ValueError("a scalar model with untied embeddings has no language-model head")
-    return gather(params["lm_head"], config.compute_dtype)["kernel"], "dv"
+    return params["lm_head"]["kernel"], "dv"
 
 
 def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
@@ -598,7 +597,7 @@ def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
     values = jnp.einsum(
         f"...d,{layout}->...v",
         hidden,
-        table.astype(hidden.dtype),
+        whole(table, hidden.dtype),
         preferred_element_type=jnp.float32,
     )
     cap = config.logit_softcap
@@ -609,7 +608,7 @@ def scores(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
     """f32 [...] scores of hidden [..., width] by the scalar head of reward and value models."""
     if config.head != "scalar":
         raise ValueError("scores need a model with head = 'scalar'")
-    kernel = gather(params["score_head"]["kernel"], jnp.float32)
+    kernel = whole(params["score_head"]["kernel"], jnp.float32)
     return hidden.astype(jnp.float32) @ kernel[:, 0]
 
 

@@ -34,7 +34,7 @@ from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.losses.policy import Objective
 from rlhf_jax.losses.reductions import mean
 from rlhf_jax.losses.shaping import adaptive_coefficient
-from rlhf_jax.models.sharding import TRANSFORMER_RULES, Rules
+from rlhf_jax.models.sharding import TRANSFORMER_RULES, Rules, split_over
 from rlhf_jax.rl import objectives
 from rlhf_jax.rl.layout import Rollout, from_rows, select, to_rows
 from rlhf_jax.training.learner import Learner, make_learner
@@ -158,9 +158,9 @@ def make_trainer(
         valued,
         reference,
         from_reference,
-        jax.jit(functools.partial(_score_rows, task)),
-        jax.jit(functools.partial(_value_rows, task)),
-        None if task.exact_kl is None else jax.jit(task.exact_kl),
+        jax.jit(split_over(mesh, functools.partial(_score_rows, task))),
+        jax.jit(split_over(mesh, functools.partial(_value_rows, task))),
+        None if task.exact_kl is None else jax.jit(split_over(mesh, task.exact_kl)),
         jax.jit(functools.partial(objectives.advantages, config)),
         jax.jit(functools.partial(objectives.sample_metrics, config)),
     )

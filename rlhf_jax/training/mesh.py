@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -128,10 +129,17 @@ def mesh_of(config: Config) -> Mesh | None:
     return mesh if len(devices) > 1 else None
 
 
+def mesh_under(params) -> Mesh | None:
+    """The training mesh that parameters lie on; None if they lie on one device or elsewhere."""
+    place = jax.tree.leaves(params)[0].sharding
+    on_mesh = isinstance(place, NamedSharding) and place.mesh.axis_names == AXES
+    return cast(Mesh, place.mesh) if on_mesh else None
+
+
 def step_tokens(config: Config) -> int:
     """Tokens that a training step works on at a time on one device.
 
-    A pass without a backward one over as many takes less memory; it has its rows on every device.
+    A pass without a backward one over as many takes less memory.
     """
     parts = config.batch.microbatches * batch_shards(mesh_of(config))
     return max(1, config.batch.rows // parts) * config.data.row_length
