@@ -131,7 +131,7 @@ def mesh_of(config: Config) -> Mesh | None:
 
 def mesh_under(params) -> Mesh | None:
     """The training mesh that parameters lie on; None if they lie on one device or elsewhere."""
-    place = jax.tree.leaves(params)[0].sharding
+    place = next((getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)), None)
     on_mesh = isinstance(place, NamedSharding) and place.mesh.axis_names == AXES
     return cast(Mesh, place.mesh) if on_mesh else None
 
