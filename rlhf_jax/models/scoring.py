@@ -1,11 +1,13 @@
 """A model's log-probs, scores and values of a packed batch: what trains, scores and evaluates.
 
-Every stage gets its log-probs and scores here, so the ratio of a policy to itself is 1 exactly.
+Every stage gets its log-probs and scores here, so the ratio of a policy to itself is 1 exactly. On
+a mesh each device computes them for its own rows: see `sharding.by_rows`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from rlhf_jax.losses.cross_entropy import TokenStatistics, cross_entropy, token_
 from rlhf_jax.losses.reductions import Reduction, segment_logprobs
 from rlhf_jax.losses.shaping import exact_kl
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.sharding import by_rows
 from rlhf_jax.models.transformer import apply, logits, scores, unembedding
 
 Batch = Mapping[str, Any]  # of arrays
@@ -44,6 +47,7 @@ def _words(config: ModelConfig, params: Any) -> tuple[jax.Array, dict[str, Any]]
     return table.astype(config.compute_dtype), options
 
 
+@by_rows
 def target_statistics(
     config: ModelConfig,
     params: Any,
@@ -69,6 +73,7 @@ def target_statistics(
     )
 
 
+@partial(by_rows, summed=True)
 def target_cross_entropy(
     config: ModelConfig,
     params: Any,
@@ -99,6 +104,7 @@ def group_logprobs(logprobs: jax.Array, batch: Batch) -> jax.Array:
     return summed.reshape(rows, groups, branches)
 
 
+@by_rows
 def sequence_scores(config: ModelConfig, params: Any, batch: Batch) -> jax.Array:
     """The scalar head's score of every branch, read at its last token: [B, P, K] f32."""
     hidden = _hidden(config, params, batch)
@@ -109,6 +115,7 @@ def sequence_scores(config: ModelConfig, params: Any, batch: Batch) -> jax.Array
     )
 
 
+@by_rows
 def target_values(config: ModelConfig, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """A critic's values of the state before each target [B, M], and after each branch [B, P·K].
 
@@ -121,6 +128,7 @@ def target_values(config: ModelConfig, params: Any, batch: Batch) -> tuple[jax.A
     return scores(config, params, before), scores(config, params, after)
 
 
+@by_rows
 def target_kl(
     config: ModelConfig, params: Any, reference: Any, batch: Batch, *, temperature: float = 1.0
 ) -> jax.Array:

@@ -6,7 +6,7 @@ Layers are stacked on axis 0 of their parameters and scanned. Linen does not lea
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +20,7 @@ from rlhf_jax.models import lora
 from rlhf_jax.models.attention import attend_cached, cached_attention_bias
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.fused_attention import attend_by, visibility
+from rlhf_jax.models.sharding import gather, has_shards, take_rows
 
 Params = Mapping[str, Any]
 Cache = dict[str, Any]
@@ -258,6 +259,7 @@ class _Experts(nn.Module):
             return jax.vmap(lambda key: mlp.init(key, tokens)["params"])(keys)
 
         def expert(params: Params, weight: jax.Array) -> jax.Array:
+            params = gather(params, config.compute_dtype)
             return weight[:, None] * cast(jax.Array, mlp.apply({"params": params}, tokens))
 
         if config.remat != "none":  # otherwise the backward pass keeps what all experts computed
@@ -428,11 +430,11 @@ def _contexts(
 def _embed(
     config: ModelConfig, params: Params, tokens: jax.Array, positions: jax.Array
 ) -> jax.Array:
-    x = jnp.take(params["embed"]["embedding"], tokens, axis=0)
+    x = take_rows(params["embed"]["embedding"], tokens)
     if config.embed_scale != 1:
         x = x * config.embed_scale
     if config.position == "learned":
-        x = x + jnp.take(params["position_embed"]["embedding"], positions, axis=0)
+        x = x + take_rows(params["position_embed"]["embedding"], positions)
     return x.astype(config.compute_dtype)
 
 
@@ -448,20 +450,15 @@ def _forward(
 
     def block(x, layer):
         params, windowed = layer
+        params = gather(params, config.compute_dtype)
         context = contexts[0]
         if mixed:
             context = jax.tree.map(lambda *kinds: jnp.where(windowed, *kinds[::-1]), *contexts)
         return _Block(config).apply({"params": params}, x, context)
 
-    if config.remat != "none":
-        policies = jax.checkpoint_policies
-        saved = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("attention")
-        )
+    if config.remat != "none" or has_shards(params["layers"]):
         block = jax.checkpoint(
-            block,
-            policy=saved if config.remat == "dots" else None,
-            prevent_cse=config.unroll > 1,
+            block, policy=_remat_policy(config.remat), prevent_cse=config.unroll > 1
         )
     x = _embed(config, params, tokens, contexts[0].positions)
     if isinstance(params["layers"], tuple):  # from `decoding_params`
@@ -473,6 +470,24 @@ def _forward(
     layers = params["layers"], np.array(config.windowed) if mixed else None
     x, new = jax.lax.scan(block, x, layers, unroll=min(config.unroll, config.layers))
     return _final_norm(config, params, x), new
+
+
+def _remat_policy(remat: str) -> Callable | None:
+    """What the backward pass of a layer finds kept; weights that were gathered never are.
+
+    "full" keeps what enters the layer. "dots" keeps the products with weights too, and the sums of
+    attention's softmax. "none" keeps everything.
+    """
+    policies = jax.checkpoint_policies
+    match remat:
+        case "none":
+            return lambda primitive, *_, **__: primitive.name != "all_gather"
+        case "dots":
+            return policies.save_from_both_policies(
+                policies.dots_with_no_batch_dims_saveable,
+                policies.save_only_these_names("attention"),
+            )
+    return None
 
 
 def _decode(
@@ -562,15 +577,16 @@ def _fill(cached: tuple[jax.Array, ...], new: jax.Array) -> tuple[jax.Array, ...
 
 
 def unembedding(config: ModelConfig, params: Params) -> tuple[jax.Array, str]:
-    """Returns the f32 matrix from hidden states to logits as it is stored, and its layout.
+    """Returns the matrix from hidden states to logits as it is stored, and its layout.
 
-    That is "vd", [vocab_size, width], if it is the embedding, and otherwise "dv".
+    That is "vd", [vocab_size, width], if it is the embedding, and otherwise "dv". If it lies in
+    parts, they are gathered in the compute dtype.
     """
     if config.tied_embeddings:
-        return params["embed"]["embedding"], "vd"
+        return gather(params["embed"], config.compute_dtype)["embedding"], "vd"
     if config.head == "scalar":
         raise ValueError("a scalar model with untied embeddings has no language-model head")
-    return params["lm_head"]["kernel"], "dv"
+    return gather(params["lm_head"], config.compute_dtype)["kernel"], "dv"
 
 
 def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
@@ -593,7 +609,8 @@ def scores(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
     """f32 [...] scores of hidden [..., width] by the scalar head of reward and value models."""
     if config.head != "scalar":
         raise ValueError("scores need a model with head = 'scalar'")
-    return hidden.astype(jnp.float32) @ params["score_head"]["kernel"][:, 0]
+    kernel = gather(params["score_head"]["kernel"], jnp.float32)
+    return hidden.astype(jnp.float32) @ kernel[:, 0]
 
 
 def check_tokens(

@@ -34,10 +34,11 @@ from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.losses.policy import Objective
 from rlhf_jax.losses.reductions import mean
 from rlhf_jax.losses.shaping import adaptive_coefficient
+from rlhf_jax.models.sharding import TRANSFORMER_RULES, Rules
 from rlhf_jax.rl import objectives
 from rlhf_jax.rl.layout import Rollout, from_rows, select, to_rows
 from rlhf_jax.training.learner import Learner, make_learner
-from rlhf_jax.training.mesh import TRANSFORMER_RULES, Rules, placed, shard_batch
+from rlhf_jax.training.mesh import placed, shard_batch
 from rlhf_jax.training.metrics import Metrics, joined, weighted
 from rlhf_jax.training.rundir import fault_point
 from rlhf_jax.training.state import TrainState

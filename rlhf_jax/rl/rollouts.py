@@ -28,6 +28,7 @@ from rlhf_jax.models.scoring import (
     target_statistics,
     target_values,
 )
+from rlhf_jax.models.sharding import batch_shards
 from rlhf_jax.rewards.scorers import Scores
 from rlhf_jax.rl.judge import Judge
 from rlhf_jax.rl.layout import Rollout, pack_rows
@@ -37,7 +38,6 @@ from rlhf_jax.sampling.arguments import Sampling
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.tasks.prompts import PromptSet, prompts_within
 from rlhf_jax.tasks.sources import read_records
-from rlhf_jax.training.mesh import batch_shards
 from rlhf_jax.training.metrics import Metrics
 from rlhf_jax.training.saved_model import Model
 

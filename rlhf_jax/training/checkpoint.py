@@ -40,7 +40,8 @@ from rlhf_jax.files import (
     sync_directory,
     write_json,
 )
-from rlhf_jax.training.mesh import TRANSFORMER_RULES, Rules, shardings
+from rlhf_jax.models.sharding import TRANSFORMER_RULES, Rules
+from rlhf_jax.training.mesh import shardings
 from rlhf_jax.training.rundir import fault_point
 from rlhf_jax.trees import named_leaves
 

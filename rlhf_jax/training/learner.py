@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from rlhf_jax.config import Config
 from rlhf_jax.models.lora import combine, split
-from rlhf_jax.training.mesh import TRANSFORMER_RULES, Rules, placed
+from rlhf_jax.models.sharding import TRANSFORMER_RULES, Rules
+from rlhf_jax.training.mesh import placed
 from rlhf_jax.training.optimizer import OptimizerConfig, make_optimizer
 from rlhf_jax.training.state import TrainState, init_state
 from rlhf_jax.training.step import make_step, with_constants

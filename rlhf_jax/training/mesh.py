@@ -1,11 +1,9 @@
-"""Device meshes, and which parameter goes where: regex rules on "/"-joined names."""
+"""Device meshes of a run: made from its config, and arrays put on them."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
-import re
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -15,26 +13,15 @@ from jax.sharding import PartitionSpec as P
 from rlhf_jax.config import Config
 from rlhf_jax.devices import training_devices
 from rlhf_jax.errors import UserError
-from rlhf_jax.trees import named_leaves
-
-Rules = Sequence[tuple[str, P]]
-
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
-
-_KERNEL = "(kernel|int8/codes|nf4/(codes|scale))$"
-# Axis 0 of everything under layers/ is the layer; it is never sharded.
-TRANSFORMER_RULES: Rules = (
-    (r"embed(ding)?s?/embedding$", P("tensor", "fsdp")),
-    (rf"(attention/(query|key|value)|mlp/(gate|up))/{_KERNEL}", P(None, "fsdp", "tensor")),
-    (rf"(attention/out|mlp/down)/{_KERNEL}", P(None, "tensor", "fsdp")),
-    (rf"experts/(gate|up)/{_KERNEL}", P(None, None, "fsdp", "tensor")),
-    (rf"experts/down/{_KERNEL}", P(None, None, "tensor", "fsdp")),
-    (r"router/kernel$", P()),
-    (r"lm_head/kernel$", P("fsdp", "tensor")),
-    (r"head/kernel$", P("fsdp")),
-    (r"(scale|bias)$|lora/", P()),
+from rlhf_jax.models.sharding import (
+    AXES,
+    BATCH_AXES,
+    TRANSFORMER_RULES,
+    Rules,
+    batch_shards,
+    spec_of,
 )
+from rlhf_jax.trees import named_leaves
 
 
 def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -81,7 +68,7 @@ def sharding(
     mesh: Mesh, name: str, shape: tuple[int, ...], rules: Rules = TRANSFORMER_RULES
 ) -> NamedSharding:
     """The sharding of one array by its "/"-joined name; see `shardings`."""
-    return NamedSharding(mesh, _spec(mesh, name, shape, rules))
+    return NamedSharding(mesh, spec_of(mesh, name, shape, rules))
 
 
 def placed(mesh: Mesh | None, tree, rules: Rules = TRANSFORMER_RULES):
@@ -97,30 +84,6 @@ def placed(mesh: Mesh | None, tree, rules: Rules = TRANSFORMER_RULES):
         if id(leaf) not in there:
             there[id(leaf)] = jax.device_put(leaf, place)
     return jax.tree.unflatten(structure, [there[id(leaf)] for leaf in leaves])
-
-
-def _spec(mesh: Mesh, name: str, shape: tuple[int, ...], rules: Rules) -> P:
-    if len(shape) < 2:
-        return P()
-    spec = next((spec for pattern, spec in rules if re.search(pattern, name)), None)
-    if spec is None:
-        raise UserError(f"no sharding rule matches {name} {shape}; add a (regex, PartitionSpec)")
-    if len(spec) > len(shape):
-        return P()
-    fitted: list[str | None] = []
-    for axis, size in zip(spec, shape, strict=False):
-        if axis is None or mesh.shape[axis] == 1:
-            axis = None
-        elif size % mesh.shape[axis]:
-            logging.getLogger(__name__).info(
-                "%s: dimension %d is not divisible by mesh axis %s=%d, so it is replicated",
-                *(name, size, axis, mesh.shape[axis]),
-            )
-            axis = None
-        fitted.append(axis)
-    while fitted and fitted[-1] is None:  # as the compiler spells it: a step must not recompile
-        fitted.pop()
-    return P(*fitted)
 
 
 def overlapping(mesh: Mesh | None) -> dict[str, bool]:
@@ -140,11 +103,6 @@ def overlapping(mesh: Mesh | None) -> dict[str, bool]:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over data and fsdp, everything else whole."""
     return NamedSharding(mesh, P(BATCH_AXES))
-
-
-def batch_shards(mesh: Mesh | None) -> int:
-    """Into how many parts the rows of a batch are split."""
-    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def shard_batch(mesh: Mesh | None, batch):

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from rlhf_jax.training.mesh import TRANSFORMER_RULES, Rules, shardings
+from rlhf_jax.models.sharding import TRANSFORMER_RULES, Rules
+from rlhf_jax.training.mesh import shardings
 
 
 @functools.partial(

@@ -27,15 +27,8 @@ from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.lora import combine
-from rlhf_jax.training.mesh import (
-    BATCH_AXES,
-    TRANSFORMER_RULES,
-    Rules,
-    batch_sharding,
-    batch_shards,
-    overlapping,
-    shardings,
-)
+from rlhf_jax.models.sharding import BATCH_AXES, TRANSFORMER_RULES, Rules, batch_shards, on_mesh
+from rlhf_jax.training.mesh import batch_sharding, overlapping, shardings
 from rlhf_jax.training.metrics import Metrics, merged
 from rlhf_jax.training.state import TrainState
 from rlhf_jax.trees import matches, named_leaves
@@ -111,10 +104,11 @@ def make_step(
         batch = _constrain(batch, mesh and batch_sharding(mesh))
         _check_rows(batch, microbatches, batch_shards(mesh))
         objective = _make_objective(loss_fn, frozen, rng)
-        if microbatches == 1:
-            gradient, aux = jax.grad(objective, has_aux=True)(state.params, batch)
-        else:
-            gradient, aux = _accumulate(objective, state.params, batch, microbatches, mesh)
+        with on_mesh(mesh):
+            if microbatches == 1:
+                gradient, aux = jax.grad(objective, has_aux=True)(state.params, batch)
+            else:
+                gradient, aux = _accumulate(objective, state.params, batch, microbatches, mesh)
         (total, weight), sums, extra = aux
         loss = _float32((total, weight))
         gradient = _constrain(gradient, places and places.params)

@@ -1,0 +1,229 @@
+"""What of a model and its batches lies on which device of a mesh, and how devices compute with it.
+
+A mesh has the axes data, fsdp and tensor. Rows of a batch are split over data and fsdp; parameters
+over fsdp and tensor, by regex rules on their "/"-joined names. `by_rows` has each device compute
+its own rows. What lies in parts over fsdp is then gathered just before it is used, one layer after
+the other, in the dtype it is used in, and its gradient is summed in float32 into the same parts:
+"ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (stage 3),
+https://arxiv.org/abs/1910.02054. Products that are split over tensor are left to XLA.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import PartitionSpec as P
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.trees import named_leaves
+
+Rules = Sequence[tuple[str, P]]
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+_KERNEL = "(kernel|int8/codes|nf4/(codes|scale))$"
+# Axis 0 of everything under layers/ is the layer; it is never sharded.
+TRANSFORMER_RULES: Rules = (
+    (r"embed(ding)?s?/embedding$", P("tensor", "fsdp")),
+    (rf"(attention/(query|key|value)|mlp/(gate|up))/{_KERNEL}", P(None, "fsdp", "tensor")),
+    (rf"(attention/out|mlp/down)/{_KERNEL}", P(None, "tensor", "fsdp")),
+    (rf"experts/(gate|up)/{_KERNEL}", P(None, None, "fsdp", "tensor")),
+    (rf"experts/down/{_KERNEL}", P(None, None, "tensor", "fsdp")),
+    (r"router/kernel$", P()),
+    (r"lm_head/kernel$", P("fsdp", "tensor")),
+    (r"head/kernel$", P("fsdp")),
+    (r"(scale|bias)$|lora/", P()),
+)
+
+
+def spec_of(
+    mesh: Mesh | AbstractMesh,
+    name: str,
+    shape: tuple[int, ...],
+    rules: Rules = TRANSFORMER_RULES,
+) -> P:
+    """Where an array of that "/"-joined name lies; see `training.mesh.shardings`."""
+    if len(shape) < 2:
+        return P()
+    spec = next((spec for pattern, spec in rules if re.search(pattern, name)), None)
+    if spec is None:
+        raise UserError(f"no sharding rule matches {name} {shape}; add a (regex, PartitionSpec)")
+    if len(spec) > len(shape):
+        return P()
+    fitted: list[str | None] = []
+    for axis, size in zip(spec, shape, strict=False):
+        if axis is None or mesh.shape[axis] == 1:
+            axis = None
+        elif size % mesh.shape[axis]:
+            logging.getLogger(__name__).info(
+                "%s: dimension %d is not divisible by mesh axis %s=%d, so it is replicated",
+                *(name, size, axis, mesh.shape[axis]),
+            )
+            axis = None
+        fitted.append(axis)
+    while fitted and fitted[-1] is None:  # as the compiler spells it: a step must not recompile
+        fitted.pop()
+    return P(*fitted)
+
+
+def batch_shards(mesh: Mesh | AbstractMesh | None) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def on_mesh(mesh: Mesh | None) -> AbstractContextManager:
+    """The context in which `by_rows` splits rows over the mesh; nothing changes without one."""
+    return nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("part",), meta_fields=("axis",))
+@dataclass(frozen=True)
+class Shard:
+    """This device's part of an array that is split over fsdp.
+
+    Attributes:
+      part: the array.
+      axis: the one that is split, counted from the end (−1 is the last), so that it is the same
+        one in a layer's slice of stacked layers.
+    """
+
+    part: jax.Array
+    axis: int
+
+
+def by_rows(function: Callable, *, summed: bool = False) -> Callable:
+    """Has each device of the context's mesh compute a function for its own rows.
+
+    Outside of a mesh it is called as it is. A batch whose rows the devices do not divide is padded
+    with rows of zeros, of which nothing is returned.
+
+    Args:
+      function: (config, params, …, batch, **options), of one or more trees of parameters and a
+        batch of arrays [rows, …] → tree of arrays [rows, …]. In place of arrays that are split
+        over fsdp it is given a `Shard`.
+      summed: it returns sums over its rows instead, which are summed over the devices.
+    """
+
+    @functools.wraps(function)
+    def run(config: Any, *arguments: Any, **options: Any) -> Any:
+        mesh = jax.sharding.get_abstract_mesh()
+        if not set(AXES) <= set(mesh.axis_names) or mesh.manual_axes:
+            return function(config, *arguments, **options)
+        *trees, batch = arguments
+        rows = len(jax.tree.leaves(batch)[0])
+        missing = -rows % batch_shards(mesh)
+        if missing:
+            batch = jax.tree.map(
+                lambda x: jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), batch
+            )
+        manual = BATCH_AXES + (("tensor",) if mesh.shape["tensor"] == 1 else ())
+        specs = [_fsdp_specs(mesh, tree) for tree in trees]
+
+        def local(*arguments: Any) -> Any:
+            *trees, batch = arguments
+            parts = [_with_shards(*each) for each in zip(trees, specs, strict=True)]
+            result = function(config, *parts, batch, **options)
+            return jax.lax.psum(result, BATCH_AXES) if summed else result
+
+        result = jax.shard_map(
+            local,
+            in_specs=(*specs, P(BATCH_AXES)),
+            out_specs=P() if summed else P(BATCH_AXES),
+            axis_names=set(manual),
+            check_vma=False,  # kernels do not say over which axes their results vary
+        )(*trees, batch)
+        return jax.tree.map(lambda x: x[:rows], result) if missing and not summed else result
+
+    return run
+
+
+def _fsdp_specs(mesh: AbstractMesh, tree: Any) -> Any:
+    """The rules' specs without the axis tensor, in the tree's structure."""
+    specs = (spec_of(mesh, name, leaf.shape) for name, leaf in named_leaves(tree).items())
+    fsdp = [P(*(axis if axis == "fsdp" else None for axis in spec)) for spec in specs]
+    return jax.tree.unflatten(jax.tree.structure(tree), fsdp)
+
+
+def _with_shards(tree: Any, specs: Any) -> Any:
+    """The tree with a `Shard` in place of what is split over fsdp."""
+
+    def wrap(part: jax.Array, spec: P) -> jax.Array | Shard:
+        return Shard(part, spec.index("fsdp") - part.ndim) if "fsdp" in spec else part
+
+    return jax.tree.map(wrap, tree, specs)
+
+
+def gather(node: Any, dtype: Any, *, cast: bool = False) -> Any:
+    """A tree of parameters whole again: every `Shard` in it as an array.
+
+    Kernels and embeddings are rounded to dtype before they travel, as products would round them
+    after; but not beside DoRA's magnitudes, whose norms are of the float32 kernel. Experts stay in
+    parts: each is gathered when its turn comes.
+    """
+    if isinstance(node, Shard):
+        part = node.part
+        if not jnp.issubdtype(part.dtype, jnp.floating):  # codes, which have no gradient
+            return jax.lax.all_gather(part, "fsdp", axis=node.axis % part.ndim, tiled=True)
+        return _gathered(part, node.axis, dtype if cast else part.dtype)
+    if not isinstance(node, Mapping):
+        return node
+    exact = "magnitude" in node.get("lora", {})
+    return {
+        name: child
+        if name == "experts"
+        else gather(child, dtype, cast=name in ("kernel", "embedding") and not exact)
+        for name, child in node.items()
+    }
+
+
+def has_shards(tree: Any) -> bool:
+    """Whether any array of the tree lies in parts."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Shard))
+    return any(isinstance(leaf, Shard) for leaf in leaves)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(part: jax.Array, axis: int, dtype: Any) -> jax.Array:
+    """The whole array; the gradient of a part is the float32 sum of all devices' gradients to it.
+
+    Without a rule of its own it would be a sum in the dtype of the products.
+    """
+    return jax.lax.all_gather(part.astype(dtype), "fsdp", axis=axis % part.ndim, tiled=True)
+
+
+def _gathered_forward(part: jax.Array, axis: int, dtype: Any):
+    return _gathered(part, axis, dtype), jnp.zeros((), part.dtype)
+
+
+def _gathered_backward(axis: int, dtype: Any, like: jax.Array, gradient: jax.Array):
+    summed = jax.lax.psum_scatter(
+        gradient.astype(jnp.float32), "fsdp", scatter_dimension=axis % gradient.ndim, tiled=True
+    )
+    return (summed.astype(like.dtype),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def take_rows(table: jax.Array | Shard, ids: jax.Array) -> jax.Array:
+    """Rows of a table [V, D] at ids [B, T]: [B, T, D].
+
+    Of a table that is split by columns each device takes its columns for all rows of the batch, and
+    sends every device those of its rows: the table stays where it is, and so does its gradient.
+    """
+    if not isinstance(table, Shard):
+        return jnp.take(table, ids, axis=0)
+    every = jax.lax.all_gather(ids, "fsdp", axis=0, tiled=True)
+    columns = jnp.take(table.part, every, axis=0)
+    return jax.lax.all_to_all(columns, "fsdp", split_axis=0, concat_axis=2, tiled=True)
