@@ -3,7 +3,10 @@
     reference  plain products and a softmax: `attention.attend`
     xla        jax.nn.dot_product_attention as XLA compiles it: any platform
     cudnn      cuDNN's flash attention: NVIDIA GPUs, bfloat16
-    splash     the Pallas kernel of that name: one TPU, rows without shared prompts
+    splash     the Pallas kernel of that name: TPUs, see `splash.py`
+
+cudnn and splash are calls that the compiler can't split over devices: under a mesh each device
+of its tensor axis does its own heads.
 
 A kernel ignores a mask that it does not know, so a run that trains with one first compares it with
 the reference: `check_attention`.
@@ -14,21 +17,25 @@ the reference: `check_attention`.
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.attention import attend, attention_bias
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.splash import Rows, rows, splash, takes_branches
 
 PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
 # For ‖kernel − exact‖ / ‖exact‖: rounding stays well below, a wrong mask is far above.
 TOLERANCES = {"float32": 2e-3, "bfloat16": 2e-2}
-_LANES = 128  # of a TPU: splash takes rows of a multiple of so many tokens
 
 
 def visibility(
@@ -37,12 +44,12 @@ def visibility(
     segment_ids: jax.Array | None,
     branch_ids: jax.Array | None,
     sliding_window: int | None,
-) -> jax.Array | None:
+) -> jax.Array | Rows | None:
     """Returns who sees whom in the form that the config's kernel takes: an argument of `attend_by`.
 
     Its arguments are those of `attention_bias`. The form is f32 [B or 1, T, T] for "reference"; for
     "xla" and "cudnn", which are causal by themselves, bool [B or 1, 1, T, T], in which padding sees
-    padding, or None if all is visible; for "splash" int32 [B, T] segments, or None for one segment.
+    padding, or None if all is visible; for "splash" its `Rows`.
 
     Raises:
         UserError: the kernel can't leave out what branches must not see.
@@ -50,12 +57,7 @@ def visibility(
     if config.attention == "reference":
         return attention_bias(positions, segment_ids, branch_ids, sliding_window)
     if config.attention == "splash":
-        if branch_ids is not None:
-            raise UserError(
-                "attention = 'splash' cannot keep the answers to a shared prompt apart: choose "
-                "attention = 'reference' or 'xla' for this stage"
-            )
-        return segment_ids
+        return rows(config, segment_ids, branch_ids)
     if segment_ids is None and config.sliding_window is None:
         return None
     bias = attention_bias(
@@ -89,9 +91,18 @@ def attend_by(
     """
     if config.attention == "reference":
         return attend(query, key, value, visible, softcap=config.attention_softcap)
-    heads = query.reshape(len(query), -1, *query.shape[3:])  # [B, heads, T, d]
     if config.attention == "splash":
-        return _splash(config, heads, key, value, visible, interpret).reshape(query.shape)
+        return _by_heads(partial(splash, config, interpret=interpret), query, key, value, visible)
+    product = partial(_dot_product, config.attention)
+    if config.attention == "cudnn":
+        return _by_heads(product, query, key, value, visible)
+    return product(query, key, value, visible)
+
+
+def _dot_product(
+    implementation: str, query: jax.Array, key: jax.Array, value: jax.Array, visible: Any
+) -> jax.Array:
+    heads = query.reshape(len(query), -1, *query.shape[3:])  # [B, heads, T, d]
     mixed = jax.nn.dot_product_attention(
         heads.swapaxes(1, 2),  # [B, T, heads, d]
         key.swapaxes(1, 2),
@@ -99,57 +110,45 @@ def attend_by(
         mask=visible,
         scale=1.0,
         is_causal=True,
-        implementation=cast(Any, config.attention),
+        implementation=cast(Any, implementation),
     )
     return mixed.swapaxes(1, 2).reshape(query.shape)
 
 
-def _splash(
-    config: ModelConfig,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segment_ids: jax.Array | None,
-    interpret: bool,
+def _by_heads(
+    kernel: Callable, query: jax.Array, key: jax.Array, value: jax.Array, visible: Any
 ) -> jax.Array:
-    """query [B, heads, T, d] → the same shape; rows are padded to a length the kernel takes."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel as kernels,
-    )
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    """Calls the kernel on each device's part of the heads, where a mesh splits them.
 
-    heads, length = query.shape[1:3]
-    padding = -length % _LANES
-    whole = length + padding
-    block = next(size for size in (512, 256, _LANES) if whole % size == 0)
-    mask: Any = masks.CausalMask((whole, whole))
-    if config.sliding_window is not None and config.windowed[0]:
-        # Tokens of a segment are as far apart in the row as their positions are.
-        mask = masks.LocalMask((whole, whole), (config.sliding_window - 1, 0), 0)
-    sizes: dict[str, Any] = {
-        field.name: block
-        for field in dataclasses.fields(kernels.BlockSizes)
-        if field.name.startswith("block")
-    }
-    kernel = kernels.make_splash_mha(
-        masks.MultiHeadMask([mask] * heads),
-        block_sizes=kernels.BlockSizes(**sizes),
-        head_shards=1,
-        q_seq_shards=1,
-        attn_logits_soft_cap=config.attention_softcap,
-        interpret=interpret,
-    )
-    query, key, value = (
-        jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (query, key, value)
-    )
-    segments = None
-    if segment_ids is not None:
-        padded = jnp.pad(segment_ids, ((0, 0), (0, padding)))
-        segments = kernels.SegmentIds(padded, padded)
-    mixed = jax.vmap(lambda *arrays: kernel(*arrays[:3], segment_ids=arrays[3]))(
-        query, key, value, segments
-    )
-    return mixed[:, :, :length].astype(value.dtype)
+    Where the tensor axis doesn't divide the key heads, each is repeated for a part of its query
+    heads if those can be divided instead, and otherwise heads of zeros make up the number.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    parts = mesh.shape["tensor"] if kinds.get("tensor") == AxisType.Auto else 1
+    if parts == 1:
+        return kernel(query, key, value, visible)
+    kv_heads, groups = query.shape[1:3]
+    repeats = parts // math.gcd(parts, kv_heads)
+    if groups % repeats == 0:
+        query = query.reshape(len(query), -1, groups // repeats, *query.shape[3:])
+        key, value = (jnp.repeat(x, repeats, axis=1) for x in (key, value))
+    else:
+        missing = [(0, 0), (0, -kv_heads % parts)]
+        query, key, value = (
+            jnp.pad(x, missing + [(0, 0)] * (x.ndim - 2)) for x in (query, key, value)
+        )
+    heads = P(None, "tensor")
+    mixed = jax.shard_map(
+        kernel,
+        in_specs=(heads, heads, heads, P()),
+        out_specs=heads,
+        axis_names={"tensor"},
+        check_vma=False,
+    )(query, key, value, visible)
+    if groups % repeats == 0:
+        return mixed.reshape(len(mixed), kv_heads, groups, *mixed.shape[3:])
+    return mixed[:, :kv_heads]
 
 
 def check_attention(config: ModelConfig, length: int, *, interpret: bool = False) -> float:
@@ -200,11 +199,6 @@ def _check_platform(config: ModelConfig, interpret: bool) -> None:
             f"attention = {config.attention!r} needs a {needed.upper()}, this is a "
             f"{here.upper()}: choose attention = 'reference' or 'xla'"
         )
-    if config.attention == "splash" and jax.device_count() > 1:
-        raise UserError(
-            f"attention = 'splash' runs on one TPU, here are {jax.device_count()}: choose "
-            "attention = 'reference' or 'xla'"
-        )
 
 
 def _errors(
@@ -212,7 +206,8 @@ def _errors(
 ) -> dict[str, float]:
     """Returns the relative errors of the kernel's output and gradients."""
     random = np.random.default_rng(0)
-    ids = random_rows(random, 2, length, branches=config.attention != "splash")
+    branches = config.attention != "splash" or takes_branches(config, length)
+    ids = random_rows(random, 2, length, branches=branches)
     kv_heads, groups = min(2, config.kv_heads), config.heads // config.kv_heads
     small = dataclasses.replace(
         config, kv_heads=kv_heads, heads=kv_heads * groups, window_pattern="w" if window else "g"
@@ -226,7 +221,7 @@ def _errors(
     query = query * jnp.asarray(config.query_scale or config.head_dim**-0.5, query.dtype)
     weights = normal(kv_heads, groups) * (ids["segment_ids"] > 0)[:, None, None, :, None]
     bias = attention_bias(**ids, sliding_window=window)
-    if config.attention == "splash":
+    if not branches:
         ids["branch_ids"] = None
     visible = visibility(small, **ids, sliding_window=window)
 
