@@ -9,8 +9,9 @@ from tests import house
 
 # Measured; a change that lowers one lowers its bound, a change that must raise one says why.
 BOUNDS = {
-    "lines of the core": 18_100,
-    "lines with the annexes": 26_500,
+    # Meshes took 420: `shards`, `models/sharding` and splash attention for shared prompts.
+    "lines of the core": 18_520,
+    "lines with the annexes": 27_300,
     "functions over 60 lines": 1,
     "functions over 80 lines": 0,
     "functions over 8 parameters": 3,

@@ -113,7 +113,8 @@ def by_rows(function: Callable, *, summed: bool = False) -> Callable:
     @functools.wraps(function)
     def run(config: Any, *arguments: Any, **options: Any) -> Any:
         mesh = jax.sharding.get_abstract_mesh()
-        if not set(AXES) <= set(mesh.axis_names) or mesh.manual_axes:
+        split = set(AXES) <= set(mesh.axis_names) and batch_shards(mesh) > 1
+        if not split or mesh.manual_axes:
             return function(config, *arguments, **options)
         *trees, batch = arguments
         rows = len(jax.tree.leaves(batch)[0])

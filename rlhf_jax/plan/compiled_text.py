@@ -46,6 +46,7 @@ class Collective:
       size: bytes of that result.
       chips: how many exchange it with each other.
       in_loop: whether a loop repeats it.
+      overlapped: whether it is begun and ended by two instructions, so that others run meanwhile.
     """
 
     kind: str
@@ -53,6 +54,7 @@ class Collective:
     size: int
     chips: int
     in_loop: bool
+    overlapped: bool
 
     @property
     def sent(self) -> float:
@@ -104,10 +106,10 @@ class Counted:
         """Bytes of the results of all collectives on a chip."""
         return sum(size for _, size in self.collectives.values())
 
-    @property
-    def sent_bytes(self) -> float:
-        """Bytes that a chip sends to others at least; see `Collective.sent`."""
-        return sum(n * each.sent for each, n in self.calls.items())
+    def sent_bytes(self, *, overlapped: bool) -> float:
+        """Bytes that a chip sends at least, by collectives that are overlapped or by the others."""
+        found = (n * each.sent for each, n in self.calls.items() if each.overlapped == overlapped)
+        return float(sum(found))
 
     def shapes(self, *, in_loop: bool) -> dict[str, int]:
         """ "kind shape" → how often, of the collectives inside or outside of loops."""
@@ -282,21 +284,27 @@ class _Program:
 
     def _continues(self, part: str) -> bool:
         """Whether a TPU's computation goes on with, or ends, a collective begun by another one."""
-        targets = {each.target for each in self.parts[part].values()}
+        targets = self._targets(part)
         within = part.startswith("async_collective_fusion") or "AsyncCollectiveDone" in targets
         return within and "AsyncCollectiveStart" not in targets
 
+    def _targets(self, part: str) -> set[str]:
+        """The targets of a computation's custom calls."""
+        return {each.target for each in self.parts[part].values()}
+
     def _collective(self, each: _Instruction, part: str, in_loop: bool) -> Collective:
         kind, result, begun = each.opcode, each.type, each
+        overlapped = "AsyncCollectiveStart" in self._targets(part)
         if kind.endswith("-done"):  # its result is the collective's, its operand is the start
-            kind = kind.removesuffix("-done")
+            kind, overlapped = kind.removesuffix("-done"), True
             begun = self.parts[part].get(each.operand, each)
         if kind == "all-reduce" and "all-reduce-scatter" in part:
             # A TPU's reduce-scatter: each chip keeps a slice of the sum.
             kind, result = "reduce-scatter", [*self.parts[part].values()][-1].type
         arrays = _ARRAY.findall(result)
         shape = " ".join(f"{dtype}[{sizes}]" for dtype, sizes in arrays)
-        return Collective(kind, shape, bytes_of(result), self._group(begun), in_loop)
+        size, chips = bytes_of(result), self._group(begun)
+        return Collective(kind, shape, size, chips, in_loop, overlapped)
 
     def _group(self, each: _Instruction) -> int:
         """How many chips a collective is among."""

@@ -74,7 +74,7 @@ def test_a_loop_multiplies_what_is_in_it():
     assert counted.shapes(in_loop=False) == {"all-reduce f32[]": 1}
     assert counted.collective_bytes == 5 * (1024 + 128) * 1024 * 4 + 4
     # A ring: everything but one's own eighth is received, and sent on.
-    assert counted.sent_bytes == 2 * 5 * 1024 * 1024 * 4 * 7 / 8 + 2 * 4 * 7 / 8
+    assert counted.sent_bytes(overlapped=False) == 2 * 5 * 1024 * 1024 * 4 * 7 / 8 + 2 * 4 * 7 / 8
 
 
 def test_loops_in_loops_multiply():
@@ -168,6 +168,7 @@ def test_an_asynchronous_collective_counts_once_and_without_its_operand():
     groups = {each.kind: each.chips for each in counted.calls}
     assert groups == {"all-gather": 4, "reduce-scatter": 2, "all-reduce": 8}
     assert counted.shapes(in_loop=False)["all-gather f32[64,4] s32[16]"] == 1
+    assert all(each.overlapped for each in counted.calls)
     assert counted.kernels == {"__cudnn$fmhaSoftmax": 1}
 
 
@@ -223,6 +224,8 @@ def test_a_tpus_spellings_of_collectives_loops_and_cycles():
         "all-gather": (6, 6 * 64 * 4 * 2),  # not where it goes on, nor where it ends
         "reduce-scatter": (6, 6 * 8 * 4 * 2),  # the share that a chip keeps
     }
+    overlapped = {each.kind: each.overlapped for each in counted.calls}
+    assert overlapped == {"all-gather": True, "reduce-scatter": False}
     assert counted.cycles == 600  # a fusion's estimate holds what is in it; 2^63 - 1 is none
     assert counted.kernels == {"tpu_custom_call": 6}
     assert counted.unknown_loops == 0

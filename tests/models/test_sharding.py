@@ -1,0 +1,110 @@
+"""Rows and parameters split over a mesh: the numbers of one device, and what devices exchange."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.models import ModelConfig, init, scoring
+from rlhf_jax.models.fused_attention import random_rows
+from rlhf_jax.models.sharding import split_over
+from rlhf_jax.plan.compiled_text import count
+from rlhf_jax.training.mesh import make_mesh, placed, shard_batch
+
+ROWS, LENGTH, TARGETS = 8, 64, 32
+MESHES = ({"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 8})
+SHAPES = {
+    "dots": {"remat": "dots"},
+    "untied": {"tied_embeddings": False},
+    "experts": {"experts": 2, "remat": "full", "position": "learned"},
+}
+
+
+def model(**changes) -> ModelConfig:
+    fields = {
+        "vocab_size": 96, "layers": 3, "width": 32, "heads": 4, "kv_heads": 2, "head_dim": 8,
+        "mlp_width": 64, "max_length": LENGTH, "unroll": 1,
+    }  # fmt: skip
+    return ModelConfig(**fields | changes).validate()
+
+
+@functools.cache
+def batch(rows: int = ROWS) -> dict[str, jax.Array]:
+    random = np.random.default_rng(1)
+    ids = random_rows(random, rows, LENGTH, branches=True)
+    whole = {
+        "tokens": random.integers(0, 96, (rows, LENGTH)),
+        "sources": np.tile(np.arange(TARGETS), (rows, 1)),
+        "targets": random.integers(0, 96, (rows, TARGETS)),
+    }
+    weights = jnp.asarray(random.integers(0, 2, (rows, TARGETS)), jnp.float32)
+    return ids | {k: jnp.asarray(x, jnp.int32) for k, x in whole.items()} | {"weights": weights}
+
+
+def loss(config, params, batch):
+    (total, weight), metrics = scoring.target_cross_entropy(config, params, batch)
+    statistics = scoring.target_statistics(config, params, batch)
+    squares = (statistics.logprobs**2 * batch["weights"]).sum()
+    return (total + squares) / weight + statistics.entropy.mean(), metrics
+
+
+def compiled(config, axes, params):
+    """(the compiled loss and gradient on a mesh, the parameters there, the batch there)."""
+    mesh = make_mesh(axes)
+    function = jax.value_and_grad(functools.partial(loss, config), has_aux=True)
+    arguments = placed(mesh, params), shard_batch(mesh, batch())
+    return jax.jit(split_over(mesh, function)).lower(*arguments).compile(), *arguments
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_mesh_computes_the_loss_and_gradient_of_one_device(shape):
+    config = model(**SHAPES[shape])
+    params = init(config, jax.random.key(0))
+    function = jax.value_and_grad(functools.partial(loss, config), has_aux=True)
+    expected = jax.jit(function)(params, batch())
+    for axes in MESHES:
+        run, *arguments = compiled(config, axes, params)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
+            run(*arguments),
+            expected,
+        )
+
+
+def test_rows_that_the_devices_do_not_divide_are_padded_and_cut():
+    config = model()
+    params, mesh = init(config, jax.random.key(0)), make_mesh({"fsdp": 8})
+    score = functools.partial(scoring.target_statistics, config)
+    expected = jax.jit(score)(params, batch(3))
+    run = jax.jit(split_over(mesh, score))
+    for x, y in zip(run(placed(mesh, params), batch(3)), expected, strict=True):
+        assert x.shape == (3, TARGETS)
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_weights_are_gathered_and_gradients_scattered_once_per_use(remat):
+    config = model(remat=remat, tied_embeddings=False)
+    params, mesh = init(config, jax.random.key(0)), make_mesh({"fsdp": 8})
+
+    def total(params, batch):
+        return scoring.target_cross_entropy(config, params, batch)[0][0]
+
+    arguments = placed(mesh, params), shard_batch(mesh, batch())
+    run = jax.jit(split_over(mesh, jax.grad(total))).lower(*arguments).compile()
+    counted = count(run.as_text(), mesh.size).collectives
+    layers = sum(leaf.size for leaf in jax.tree.leaves(params["layers"]) if leaf.ndim == 3)
+    table = params["lm_head"]["kernel"].size
+    tokens = 4 * ROWS * LENGTH
+    # In the forward pass and again in the backward pass, which keeps none of them.
+    assert counted["all-gather"][1] == 4 * (2 * layers + table) + tokens
+    # Of every kernel and the table each device keeps an eighth of the sum.
+    assert counted["reduce-scatter"] == (7 * config.layers + 1, 4 * (layers + table) / 8)
+    # Activations are exchanged by the embedding alone, which sends each device its own rows.
+    rows = 4 * LENGTH * config.width
+    assert counted["all-to-all"][1] == pytest.approx(2 * rows, rel=0.01)
+    assert counted["all-reduce"][1] < 4 * 2 * layers / 8  # norms' scales and the loss
