@@ -1,1 +1,1 @@
-"""A stage's steps compiled for chips that are not there: do they fit, and what would they cost."""
+"""What a compiled program would do on chips that need not be there."""

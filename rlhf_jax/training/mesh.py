@@ -131,9 +131,12 @@ def mesh_of(config: Config) -> Mesh | None:
 
 def mesh_under(params) -> Mesh | None:
     """The training mesh that parameters lie on; None if they lie on one device or elsewhere."""
-    place = next((getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)), None)
-    on_mesh = isinstance(place, NamedSharding) and place.mesh.axis_names == AXES
-    return cast(Mesh, place.mesh) if on_mesh else None
+    for leaf in jax.tree.leaves(params):
+        place = getattr(leaf, "sharding", None)
+        if isinstance(place, NamedSharding) and place.mesh.axis_names == AXES:
+            return cast(Mesh, place.mesh)
+        break  # they lie together
+    return None
 
 
 def step_tokens(config: Config) -> int:
