@@ -18,7 +18,6 @@ import jax.numpy as jnp
 
 from rlhf_jax.losses.checks import check_rank, check_same_shape
 from rlhf_jax.losses.reductions import Reduction, at_least_f32, keep_weighted, weighted_sums
-from rlhf_jax.shards import Shard
 
 # Logits that a chunk may hold if it has more than 1024 tokens: those of `token_statistics` are
 # kept for the backward pass if one chunk holds all, those of `cross_entropy` only pass by.
@@ -67,7 +66,7 @@ class _Options(NamedTuple):
 
 def token_statistics(
     hidden: jax.Array,
-    unembedding: jax.Array | Shard,
+    unembedding: jax.Array,
     targets: jax.Array,
     *,
     bias: jax.Array | None = None,
@@ -87,9 +86,8 @@ def token_statistics(
     A token none of whose outputs is used gets gradient 0, even if its hidden state is not finite.
 
     Args:
-      hidden: [..., D]. unembedding: [V, D], or this device's `Shard` of it. Their products
-        accumulate in float32 or better; when both are bfloat16, gradients of logits are rounded to
-        that for the products with them.
+      hidden: [..., D]. unembedding: [V, D]. Their products accumulate in float32 or better; when
+        both are bfloat16, gradients of logits are rounded to that for the products with them.
       bias: [V], finite; −1e9 bans a word (if there is no softcap).
       targets: [...] integers. Outside [0, V): logprobs is NaN there and correct is 0.
       temperature, softcap: Python numbers > 0.
@@ -165,7 +163,7 @@ def token_cross_entropy(
 
 def cross_entropy(
     hidden: jax.Array,
-    unembedding: jax.Array | Shard,
+    unembedding: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
     *,
@@ -184,8 +182,7 @@ def cross_entropy(
     none. As in "Liger Kernel", https://arxiv.org/abs/2410.10989.
 
     Args:
-      hidden: [..., D]. unembedding: [V, D], or [D, V] with layout "dv", or this device's `Shard` of
-        it, to which the gradient is summed over the devices. targets: [...] integers.
+      hidden: [..., D]. unembedding: [V, D], or [D, V] with layout "dv". targets: [...] integers.
       weights: [...], 0 = not a target.
       chunk_tokens: most tokens per chunk; None: 512, or more while they have at most
         PASSING_LOGITS. The others are those of the two functions.
@@ -215,8 +212,6 @@ def cross_entropy(
 
 def _sizes(hidden, unembedding, targets, layout: str) -> tuple[int, int]:
     """(V, D), checked."""
-    if isinstance(unembedding, Shard):
-        unembedding = jax.eval_shape(unembedding.whole)
     check_rank("unembedding", unembedding, 2)
     if layout not in ("vd", "dv"):
         raise ValueError(f"layout must be 'vd' or 'dv', got {layout!r}")
@@ -229,11 +224,6 @@ def _sizes(hidden, unembedding, targets, layout: str) -> tuple[int, int]:
     return vocab, width
 
 
-def _table(unembedding: jax.Array | Shard, hidden: jax.Array) -> jax.Array:
-    """The unembedding as products take it: parts are gathered in the dtype of hidden."""
-    return unembedding.whole(hidden.dtype) if isinstance(unembedding, Shard) else unembedding
-
-
 def _strided(x: jax.Array, size: int) -> jax.Array:
     """[N, …] → [k, c, …]: k = ⌈N/size⌉ zero-padded chunks, chunk i of every k-th item from i on."""
     count = max(1, math.ceil(len(x) / size))
@@ -242,13 +232,13 @@ def _strided(x: jax.Array, size: int) -> jax.Array:
     return jnp.swapaxes(x.reshape(each, count, *x.shape[1:]), 0, 1)
 
 
-def _vary_alike(*arrays: jax.Array | Shard | None) -> list[Any]:
+def _vary_alike(*arrays: jax.Array | None) -> list[Any]:
     """Adds every array's zero to every other, so that under shard_map all vary over the same axes.
 
     Loop carries need that, and it makes the gradient of a replicated array the sum over devices.
     """
-    zeros = [jnp.zeros_like(x, shape=()) for x in jax.tree.leaves(arrays)]
-    return jax.tree.map(lambda x: sum((z.astype(x.dtype) for z in zeros), x), [*arrays])
+    zeros = [jnp.zeros_like(x, shape=()) for x in arrays if x is not None]
+    return [x if x is None else sum((z.astype(x.dtype) for z in zeros), x) for x in arrays]
 
 
 def _fold(step: Callable, carry: Any, chunks: Any) -> tuple[Any, Any]:
@@ -345,15 +335,9 @@ def _products(options: _Options, to_logits, hidden, unembedding) -> tuple[jax.Ar
     return to_hidden.astype(hidden.dtype), product("cd,cv->dv", hidden, to_logits)
 
 
-def _laid_out(options: _Options, to_words: jax.Array, unembedding: jax.Array | Shard):
-    """A gradient [D, V] as the unembedding lies; the barrier keeps its product as it is.
-
-    That to a `Shard` is summed over the devices, each of which keeps its part.
-    """
-    to_words = jax.lax.optimization_barrier(to_words).T if options.layout == "vd" else to_words
-    if isinstance(unembedding, Shard):
-        return Shard(unembedding.sum_of(to_words), unembedding.axis)
-    return to_words
+def _laid_out(options: _Options, to_words: jax.Array) -> jax.Array:
+    """A gradient [D, V] as the unembedding lies; the barrier keeps its product as it is."""
+    return jax.lax.optimization_barrier(to_words).T if options.layout == "vd" else to_words
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -363,41 +347,39 @@ def _statistics(options: _Options, hidden, unembedding, bias, targets) -> TokenS
 
 
 def _statistics_forward(options: _Options, hidden, unembedding, bias, targets):
-    keep, table = len(hidden) == 1, _table(unembedding, hidden)
+    keep = len(hidden) == 1
 
     def step(_, chunk):
-        statistics, logits = _chunk_statistics(options, chunk[0], table, bias, chunk[1])
+        statistics, logits = _chunk_statistics(options, chunk[0], unembedding, bias, chunk[1])
         return None, (statistics, logits if keep else None)
 
     _, (statistics, logits) = _fold(step, None, (hidden, targets))
-    return statistics, (hidden, unembedding, table, bias, targets, statistics, logits)
+    return statistics, (hidden, unembedding, bias, targets, statistics, logits)
 
 
 def _statistics_backward(options: _Options, residuals, cotangents):
-    hidden, unembedding, table, bias, targets, statistics, logits = residuals
-    dtype = at_least_f32(hidden, table)
+    hidden, unembedding, bias, targets, statistics, logits = residuals
+    dtype = at_least_f32(hidden, unembedding)
 
     def step(gradients, chunk):
         hidden, targets, statistics, cotangents, logits = chunk
         hidden = jnp.where(_used(cotangents), hidden, 0)
         if logits is None:
-            logits = _logits(options, hidden, table, bias)
+            logits = _logits(options, hidden, unembedding, bias)
         gradient = _logit_gradient(options, logits, targets, statistics, cotangents)
-        to_hidden, to_words = _products(options, gradient, hidden, table)
+        to_hidden, to_words = _products(options, gradient, hidden, unembedding)
         to_bias = None if bias is None else gradient.sum(0)
         return jax.tree.map(jnp.add, gradients, (to_words, to_bias)), to_hidden
 
     shape = hidden.shape[-1], options.vocab
     zeros = (
-        jnp.zeros_like(table, dtype, shape=shape),
+        jnp.zeros_like(unembedding, dtype, shape=shape),
         None if bias is None else jnp.zeros_like(bias, dtype),
     )
     chunks = (hidden, targets, statistics, cotangents, logits)
     (to_words, to_bias), to_hidden = _fold(step, zeros, chunks)
     to_bias = None if bias is None else to_bias.astype(bias.dtype)
-    laid_out = _laid_out(options, to_words, unembedding)
-    to_words = jax.tree.map(lambda x, like: x.astype(like.dtype), laid_out, unembedding)
-    return to_hidden, to_words, to_bias, None
+    return to_hidden, _laid_out(options, to_words).astype(unembedding.dtype), to_bias, None
 
 
 _statistics.defvjp(_statistics_forward, _statistics_backward)
@@ -424,9 +406,8 @@ def _cross_entropy_chunk(options: _Options, terms, unembedding, chunk, gradient:
 
 
 def _summed(options: _Options, terms, unembedding, chunks, gradient: bool):
-    """Sums of all chunks and, if asked, gradients to hidden [k, c, D] and the unembedding."""
-    table = _table(unembedding, chunks[0])
-    one = partial(_cross_entropy_chunk, options, terms, table, gradient=gradient)
+    """Sums of all chunks and, if asked, gradients to hidden [k, c, D] and unembedding [D, V]."""
+    one = partial(_cross_entropy_chunk, options, terms, unembedding, gradient=gradient)
 
     def step(carry, chunk):
         sums, gradients = one(chunk)
@@ -435,11 +416,11 @@ def _summed(options: _Options, terms, unembedding, chunks, gradient: bool):
 
     sums, gradients = jax.eval_shape(one, jax.tree.map(lambda x: x[0], chunks))
     zeros = jax.tree.map(
-        lambda x: jnp.zeros_like(table, x.dtype, shape=x.shape),
+        lambda x: jnp.zeros_like(unembedding, x.dtype, shape=x.shape),
         (sums, gradients[1] if gradient else None),
     )
     (sums, to_words), to_hidden = _fold(step, zeros, chunks)
-    return sums, to_hidden, _laid_out(options, to_words, unembedding) if gradient else None
+    return sums, to_hidden, to_words
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -456,7 +437,7 @@ def _summed_forward(options: _Options, terms, unembedding, *chunks):
 def _summed_backward(options: _Options, terms, residuals, cotangents):
     (to_hidden, to_words), unembedding = residuals
     factor = cotangents[0]
-    to_words = jax.tree.map(lambda x, like: (factor * x).astype(like.dtype), to_words, unembedding)
+    to_words = (factor * _laid_out(options, to_words)).astype(unembedding.dtype)
     return to_words, (factor * to_hidden).astype(to_hidden.dtype), None, None
 
 

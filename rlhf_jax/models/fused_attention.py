@@ -31,7 +31,7 @@ from jax.sharding import PartitionSpec as P
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.attention import attend, attention_bias
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.models.splash import Rows, rows, splash, takes_branches
+from rlhf_jax.models.splash import Rows, splash, takes_branches, visible_rows
 
 PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
 # For ‖kernel − exact‖ / ‖exact‖: rounding stays well below, a wrong mask is far above.
@@ -57,7 +57,7 @@ def visibility(
     if config.attention == "reference":
         return attention_bias(positions, segment_ids, branch_ids, sliding_window)
     if config.attention == "splash":
-        return rows(config, segment_ids, branch_ids)
+        return visible_rows(config, segment_ids, branch_ids)
     if segment_ids is None and config.sliding_window is None:
         return None
     bias = attention_bias(

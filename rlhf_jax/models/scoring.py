@@ -17,9 +17,8 @@ from rlhf_jax.losses.cross_entropy import TokenStatistics, cross_entropy, token_
 from rlhf_jax.losses.reductions import Reduction, segment_logprobs
 from rlhf_jax.losses.shaping import exact_kl
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.models.sharding import by_rows
+from rlhf_jax.models.sharding import by_rows, gather
 from rlhf_jax.models.transformer import apply, logits, scores, unembedding
-from rlhf_jax.shards import Shard
 
 Batch = Mapping[str, Any]  # of arrays
 
@@ -41,11 +40,11 @@ def _target_hidden(config: ModelConfig, params: Any, batch: Batch) -> jax.Array:
     return jnp.take_along_axis(hidden, batch["sources"][..., None], axis=1)
 
 
-def _words(config: ModelConfig, params: Any) -> tuple[jax.Array | Shard, dict[str, Any]]:
-    """(the unembedding, in the compute dtype or in parts; how the losses are to read it)."""
+def _words(config: ModelConfig, params: Any) -> tuple[jax.Array, dict[str, Any]]:
+    """(the unembedding in the compute dtype, how the losses are to read it)."""
     table, layout = unembedding(config, params)
     options = {"softcap": config.logit_softcap, "layout": layout, "unused": config.unused}
-    return table if isinstance(table, Shard) else table.astype(config.compute_dtype), options
+    return gather(table, config.compute_dtype), options
 
 
 @by_rows

@@ -2,7 +2,7 @@
 
 A mesh has the axes data, fsdp and tensor. Rows of a batch are split over data and fsdp; parameters
 over fsdp and tensor, by regex rules on their "/"-joined names. `by_rows` has each device compute
-its own rows. What lies in parts over fsdp (`shards.Shard`) is then gathered just before it is used,
+its own rows. What lies in parts over fsdp (`Shard`) is then gathered just before it is used,
 one layer after the other, in the dtype it is used in, and its gradient is summed in float32 into
 the same parts: "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (stage 3),
 https://arxiv.org/abs/1910.02054. Products that are split over tensor are left to XLA.
@@ -14,7 +14,8 @@ import functools
 import logging
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -23,13 +24,13 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.shards import FSDP, Shard
 from rlhf_jax.trees import named_leaves
 
 Rules = Sequence[tuple[str, P]]
 
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+FSDP = "fsdp"
+AXES = ("data", FSDP, "tensor")
+BATCH_AXES = ("data", FSDP)
 
 _KERNEL = "(kernel|int8/codes|nf4/(codes|scale))$"
 # Axis 0 of everything under layers/ is the layer; it is never sharded.
@@ -95,6 +96,88 @@ def split_over(mesh: Mesh | None, function: Callable) -> Callable:
             return function(*arguments)
 
     return run
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("part",), meta_fields=("axis",))
+@dataclass(frozen=True)
+class Shard:
+    """This device's part of an array that is split over fsdp.
+
+    Attributes:
+      part: the array.
+      axis: the one that is split, counted from the end (−1 is the last), so that it is the same
+        one in a layer's slice of stacked layers.
+    """
+
+    part: jax.Array
+    axis: int
+
+
+def gather(array: jax.Array | Shard, dtype: Any) -> jax.Array:
+    """The array in that dtype; the parts of a `Shard` are rounded to it before they travel.
+
+    The gradient of a part is the float32 sum of all devices' gradients to it, where JAX's own rule
+    would sum in the dtype of the products.
+    """
+    if not isinstance(array, Shard):
+        return array.astype(dtype)
+    return _gather(array.part, array.axis, dtype)
+
+
+def _all_gather(part: jax.Array, axis: int, dtype: Any) -> jax.Array:
+    return jax.lax.all_gather(part.astype(dtype), FSDP, axis=axis % part.ndim, tiled=True)
+
+
+def _gather_forward(part: jax.Array, axis: int, dtype: Any):
+    return _all_gather(part, axis, dtype), jnp.zeros((), part.dtype)
+
+
+def _gather_backward(axis: int, dtype: Any, like: jax.Array, gradient: jax.Array):
+    total = jax.lax.psum_scatter(
+        gradient.astype(jnp.float32), FSDP, scatter_dimension=axis % gradient.ndim, tiled=True
+    )
+    return (total.astype(like.dtype),)
+
+
+_gather = jax.custom_vjp(_all_gather, nondiff_argnums=(1, 2))
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def gather_layer(node: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """A layer's parameters with an array in place of every `Shard`.
+
+    Kernels are rounded to dtype before they travel, as products would round them after; but not
+    beside DoRA's magnitudes, whose norms are of the float32 kernel. Experts stay in parts: each is
+    gathered when its turn comes.
+    """
+    new = {}
+    exact = "magnitude" in node.get("lora", {})
+    for name, child in node.items():
+        if isinstance(child, Shard):
+            child = gather(child, dtype if name == "kernel" and not exact else child.part.dtype)
+        elif isinstance(child, Mapping) and name != "experts":
+            child = gather_layer(child, dtype)
+        new[name] = child
+    return new
+
+
+def has_shards(tree: Any) -> bool:
+    """Whether any array of the tree lies in parts."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Shard))
+    return any(isinstance(leaf, Shard) for leaf in leaves)
+
+
+def take_rows(table: jax.Array | Shard, ids: jax.Array) -> jax.Array:
+    """Rows of a table [V, D] at ids [B, T]: [B, T, D].
+
+    Of a table that is split by columns each device takes its columns for all rows of the batch, and
+    sends every device those of its rows: the table stays where it is, and so does its gradient.
+    """
+    if not isinstance(table, Shard):
+        return jnp.take(table, ids, axis=0)
+    every = jax.lax.all_gather(ids, FSDP, axis=0, tiled=True)
+    columns = jnp.take(table.part, every, axis=0)
+    return jax.lax.all_to_all(columns, FSDP, split_axis=0, concat_axis=2, tiled=True)
 
 
 def by_rows(function: Callable, *, summed: bool = False) -> Callable:

@@ -33,7 +33,9 @@ def takes_branches(config: ModelConfig, length: int) -> bool:
     return config.attention_softcap is None and _window(config, length) is None
 
 
-def rows(config: ModelConfig, segment_ids: jax.Array | None, branch_ids: jax.Array | None) -> Rows:
+def visible_rows(
+    config: ModelConfig, segment_ids: jax.Array | None, branch_ids: jax.Array | None
+) -> Rows:
     """Returns what `splash` needs to know of the rows.
 
     Raises:
@@ -55,8 +57,8 @@ def branch_codes(branch_ids: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Arra
 
     A branch's number has m bits, enough for as many branches as a row has tokens. A key says each
     bit and its opposite, a query −2²⁰ for each of them that its own branch hasn't. So their product
-    is −2²⁰ times the number of bits in which the branches differ, and for one branch a sum of
-    zeros, which rounds nowhere. Keys of a shared prompt say nothing.
+    is −2²⁰ times the number of bits in which the branches differ, and within a branch a sum of
+    zeros, which no rounding changes. Keys of a shared prompt say nothing.
     """
     bits = (branch_ids.shape[1]).bit_length()
     ones = branch_ids[..., None] >> jnp.arange(bits) & 1
@@ -77,7 +79,7 @@ def splash(
 
     Args:
         key, value: [B, kv_heads, T, d]; the kernel reads a key head once for its G query heads.
-        seen: from `rows`.
+        seen: from `visible_rows`.
         interpret: runs without a TPU, slowly.
 
     Returns:

@@ -20,7 +20,7 @@ from rlhf_jax.models import lora
 from rlhf_jax.models.attention import attend_cached, cached_attention_bias
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.fused_attention import attend_by, visibility
-from rlhf_jax.shards import Shard, gather, has_shards, take_rows, whole
+from rlhf_jax.models.sharding import Shard, gather, gather_layer, has_shards, take_rows
 
 Params = Mapping[str, Any]
 Cache = dict[str, Any]
@@ -259,7 +259,7 @@ class _Experts(nn.Module):
             return jax.vmap(lambda key: mlp.init(key, tokens)["params"])(keys)
 
         def expert(params: Params, weight: jax.Array) -> jax.Array:
-            params = gather(params, config.compute_dtype)
+            params = gather_layer(params, config.compute_dtype)
             return weight[:, None] * cast(jax.Array, mlp.apply({"params": params}, tokens))
 
         if config.remat != "none":  # otherwise the backward pass keeps what all experts computed
@@ -450,7 +450,7 @@ def _forward(
 
     def block(x, layer):
         params, windowed = layer
-        params = gather(params, config.compute_dtype)
+        params = gather_layer(params, config.compute_dtype)
         context = contexts[0]
         if mixed:
             context = jax.tree.map(lambda *kinds: jnp.where(windowed, *kinds[::-1]), *contexts)
@@ -473,10 +473,10 @@ def _forward(
 
 
 def _remat_policy(remat: str) -> Callable | None:
-    """What the backward pass of a layer finds kept; weights that were gathered never are.
+    """Returns the `jax.checkpoint` policy that says what a layer keeps for its backward pass.
 
-    "full" keeps what enters the layer. "dots" keeps the products with weights too, and the sums of
-    attention's softmax. "none" keeps everything.
+    "full" keeps what enters the layer; "dots" the products with weights too, and the sums of
+    attention's softmax; "none" everything but weights that were gathered.
     """
     policies = jax.checkpoint_policies
     match remat:
@@ -597,7 +597,7 @@ def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
     values = jnp.einsum(
         f"...d,{layout}->...v",
         hidden,
-        whole(table, hidden.dtype),
+        gather(table, hidden.dtype),
         preferred_element_type=jnp.float32,
     )
     cap = config.logit_softcap
@@ -608,7 +608,7 @@ def scores(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
     """f32 [...] scores of hidden [..., width] by the scalar head of reward and value models."""
     if config.head != "scalar":
         raise ValueError("scores need a model with head = 'scalar'")
-    kernel = whole(params["score_head"]["kernel"], jnp.float32)
+    kernel = gather(params["score_head"]["kernel"], jnp.float32)
     return hidden.astype(jnp.float32) @ kernel[:, 0]
 
 

@@ -131,11 +131,9 @@ def mesh_of(config: Config) -> Mesh | None:
 
 def mesh_under(params) -> Mesh | None:
     """The training mesh that parameters lie on; None if they lie on one device or elsewhere."""
-    for leaf in jax.tree.leaves(params):
-        place = getattr(leaf, "sharding", None)
-        if isinstance(place, NamedSharding) and place.mesh.axis_names == AXES:
-            return cast(Mesh, place.mesh)
-        break  # they lie together
+    place = next((getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)), None)
+    if isinstance(place, NamedSharding) and place.mesh.axis_names == AXES:
+        return cast(Mesh, place.mesh)
     return None
 
 

@@ -55,6 +55,21 @@ def test_a_pass_has_as_many_rows_as_its_tokens_allow(tokens, rows):
     assert set(seen) == {(rows, 32)} and len(seen) == -(-21 // rows)
 
 
+def test_every_device_of_a_mesh_has_its_rows_of_a_pass():
+    eight = mesh.make_mesh({"data": 2, "fsdp": 4})
+    params, parts = mesh.placed(eight, PARAMS), []
+
+    def look(params, batch):
+        parts.append({part.data.shape for part in batch["tokens"].addressable_shards})
+        return batch["row_ids"]
+
+    np.testing.assert_array_equal(map_rows(look, params, pairs(), 64), np.arange(21))
+    assert parts == [{(2, 32)}] * 2
+    found = response_logprobs(CONFIG, params, pairs(), 64)
+    expected = response_logprobs(CONFIG, PARAMS, pairs(), 64)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_results_do_not_depend_on_the_tokens_of_a_pass():
     rows = pairs()
     whole = response_logprobs(CONFIG, PARAMS, rows, 10**6)

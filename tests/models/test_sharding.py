@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.models import ModelConfig, init, scoring
+from benchmarks.compiled_text import count
+from rlhf_jax.models import ModelConfig, init, lora, scoring
 from rlhf_jax.models.fused_attention import random_rows
 from rlhf_jax.models.sharding import split_over
-from rlhf_jax.plan.compiled_text import count
 from rlhf_jax.training.mesh import make_mesh, placed, shard_batch
 
 ROWS, LENGTH, TARGETS = 8, 64, 32
@@ -75,6 +75,27 @@ def test_every_mesh_computes_the_loss_and_gradient_of_one_device(shape):
         )
 
 
+@pytest.mark.parametrize("base", ["float32", "int8", "nf4"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_adapters_gradient_is_that_of_one_device(base, kind):
+    config, keys = model(remat="dots"), jax.random.split(jax.random.key(0), 3)
+    params = lora.quantize(init(config, keys[0]), base)
+    params = lora.attach(params, lora.AdapterConfig(rank=2, kind=kind, base=base), keys[1])
+    trained, frozen = lora.split(params)
+    trained = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(keys[2], x.shape), trained)
+
+    def of_trained(trained, frozen, batch):
+        return loss(config, lora.combine(trained, frozen), batch)[0]
+
+    expected = jax.jit(jax.value_and_grad(of_trained))(trained, frozen, batch())
+    mesh = make_mesh({"data": 2, "fsdp": 4})
+    run = jax.jit(split_over(mesh, jax.value_and_grad(of_trained)))
+    found = run(placed(mesh, trained), placed(mesh, frozen), shard_batch(mesh, batch()))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), found, expected
+    )
+
+
 def test_rows_that_the_devices_do_not_divide_are_padded_and_cut():
     config = model()
     params, mesh = init(config, jax.random.key(0)), make_mesh({"fsdp": 8})
@@ -107,4 +128,5 @@ def test_weights_are_gathered_and_gradients_scattered_once_per_use(remat):
     # Activations are exchanged by the embedding alone, which sends each device its own rows.
     rows = 4 * LENGTH * config.width
     assert counted["all-to-all"][1] == pytest.approx(2 * rows, rel=0.01)
-    assert counted["all-reduce"][1] < 4 * 2 * layers / 8  # norms' scales and the loss
+    # What is whole on every device, the scales of norms, is summed whole; so is the cotangent.
+    assert counted["all-reduce"][1] == 4 * (2 * config.layers + 1) * config.width + 4

@@ -264,7 +264,9 @@ class _Program:
         elif each.opcode == "dot":
             total.flops += self._flops(each, part)
         elif each.opcode.removesuffix("-done") in KINDS and not self._continues(part):
-            total.calls[self._collective(each, part, in_loop)] += 1
+            collective = self._collective(each, part, in_loop)
+            if collective.chips > 1:  # along an axis of size 1 nothing is exchanged
+                total.calls[collective] += 1
 
     def _trips(self, loop: _Instruction) -> int:
         """How often a loop runs: stated on GPUs and CPUs, on TPUs a constant of its condition."""

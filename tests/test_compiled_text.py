@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax.plan.compiled_text import bytes_of, count
+from benchmarks.compiled_text import bytes_of, count
 
 
 def compiled(function, mesh, *arguments):
@@ -111,6 +111,16 @@ def test_a_group_is_the_axis_that_a_collective_is_over():
     counted = count(compiled(reduce, mesh, ((64, 8), jnp.float32, P(("data", "x")))), 8)
     groups = {each.kind: each.chips for each in counted.calls}
     assert groups == {"all-gather": 4, "all-reduce": 2}
+
+
+def test_what_a_chip_would_exchange_with_itself_is_no_collective():
+    mesh = make_mesh(jax.devices(), (1, 8), ("data", "x"))
+
+    def reduce(rows):
+        return jax.lax.psum(rows.sum(), "x") + jax.lax.psum(rows[0, 0], "data")
+
+    counted = count(compiled(reduce, mesh, ((64, 8), jnp.float32, P("x"))), 8)
+    assert counted.collectives == {"all-reduce": (1, 4)}
 
 
 def test_of_a_conditional_the_costliest_branch_counts():

@@ -1,1 +1,0 @@
-"""What a compiled program would do on chips that need not be there."""
