@@ -12,9 +12,10 @@ import sys
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
 
-ROWS = "rows"  # the axis of a decoding mesh
+AXES = ("data", "fsdp", "tensor")  # of every mesh; rows are split over the first two
 _FEWEST = 32  # rows a core: with fewer, reading all weights on each core costs more than it saves
 _MOST = 8  # cores: rows for more of them are rare
 _cores = 1  # CPU devices that `split_cores` made
@@ -41,23 +42,26 @@ def training_devices() -> list[jax.Device]:
 
 
 def decoding_mesh(params: Any, rows: int) -> Mesh | None:
-    """Devices that decode `rows` rows between them, as many each and with parameters of their own.
+    """Devices that decode `rows` rows between them, as many each.
 
-    Those that have the parameters now, or all cores if one has. None for a single device, and for
-    parameters that are spread over several.
+    Those of the mesh that the parameters lie on, where the axis tensor splits every group of rows
+    as it does in training, or all cores if one has the parameters. Devices are left out if the rows
+    can't be split evenly over all. None for a single device.
     """
-    leaves = jax.tree.leaves(params)
-    if not all(leaf.sharding.is_fully_replicated for leaf in leaves):
-        return None
-    devices = sorted(leaves[0].devices(), key=lambda device: device.id)
-    fewest = 1
-    if _are_cores(devices):
-        devices, fewest = jax.devices("cpu"), _FEWEST
+    place, fewest = jax.tree.leaves(params)[0].sharding, 1
+    if isinstance(place, NamedSharding) and place.mesh.axis_names == AXES:
+        devices = place.mesh.devices.reshape(-1, place.mesh.shape["tensor"])
+    else:
+        devices = np.array([[device] for device in place.device_set])
+        if _are_cores([*place.device_set]):
+            devices, fewest = np.array(jax.devices("cpu"))[:, None], _FEWEST
     counts = range(2, min(len(devices), rows // fewest) + 1)
     count = max((n for n in counts if rows % n == 0), default=1)
-    if count == 1:
+    if count * devices.shape[1] == 1:
         return None
-    return jax.make_mesh((count,), (ROWS,), axis_types=(AxisType.Auto,), devices=devices[:count])
+    if isinstance(place, NamedSharding) and count == len(devices):
+        return place.mesh
+    return Mesh(devices[:count, None], AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _are_cores(devices: list[jax.Device]) -> bool:

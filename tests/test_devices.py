@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -26,16 +27,18 @@ OPTIONS = [
 ]
 
 
-def spread(devices: int):
-    return placed(make_mesh({"data": devices}, jax.devices()[:devices]), PARAMS)
+def spread(**axes: int):
+    return placed(make_mesh(axes, jax.devices()[: math.prod(axes.values())]), PARAMS)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["refills", "penalty", "looks"])
-@pytest.mark.parametrize("devices", [2, 4])
-def test_rows_split_over_devices_are_the_rows_of_one(devices, options):
+@pytest.mark.parametrize(
+    "axes", [{"data": 2}, {"data": 2, "fsdp": 2}, {"fsdp": 2, "tensor": 2}, {"tensor": 2}], ids=str
+)
+def test_rows_split_over_devices_are_the_rows_of_one(axes, options):
     same = {"batch_size": 8, "cache_length": 64, "seed": 0, "max_new_tokens": 30, **options}
     one = generated(CONFIG, PARAMS, PROMPTS, **same)
-    split = generated(CONFIG, spread(devices), PROMPTS, **same)
+    split = generated(CONFIG, spread(**axes), PROMPTS, **same)
     assert [c.tokens for c in split] == [c.tokens for c in one]
     assert [c.finished for c in split] == [c.finished for c in one]
     for a, b in zip(split, one, strict=True):
@@ -46,12 +49,12 @@ def test_rows_split_over_devices_are_the_rows_of_one(devices, options):
 def test_fewer_rows_than_devices_or_some_left_over(rows):
     same = {"batch_size": rows, "cache_length": 64, "seed": 0, "max_new_tokens": 9}
     one = generated(CONFIG, PARAMS, PROMPTS, **same)
-    split = generated(CONFIG, spread(4), PROMPTS, **same)
+    split = generated(CONFIG, spread(data=4), PROMPTS, **same)
     assert [c.tokens for c in split] == [c.tokens for c in one]
 
 
 def test_each_device_has_its_rows_and_goes_on_by_itself():
-    params = spread(4)
+    params = spread(data=4)
     mesh = decoding_mesh(params, 8)
     slots = engine.empty(CONFIG, 8, 64, False, mesh)
     shapes = {shard.data.shape[0] for x in jax.tree.leaves(slots) for shard in x.addressable_shards}
@@ -62,8 +65,8 @@ def test_each_device_has_its_rows_and_goes_on_by_itself():
     names = np.stack([np.arange(8), np.zeros(8)], 1).astype(np.uint32)
     places = np.arange(8, dtype=np.int32)
     keys = engine.row_keys(jax.random.key(0), names)
-    inserted = engine.insert.lower(slots, read, keys, places, places, mesh).compile()
-    slots = engine.insert(slots, read, keys, places, places, mesh)
+    inserted = engine.insert.lower(slots, read, keys, places, places, mesh, True).compile()
+    slots = engine.insert(slots, read, keys, places, places, mesh, True)
     assert (slots.cache["lengths"] == 4).all() and slots.active.all()
     sampling = engine.Drawing(None, None, None, None, None, None, np.zeros(13, bool), 9)
     live = np.array([True] * 6 + [False] * 2)  # the last device has nothing to do
@@ -78,12 +81,12 @@ def test_each_device_has_its_rows_and_goes_on_by_itself():
 
 def test_what_decodes():
     assert decoding_mesh(PARAMS, 64) is None
-    assert decoding_mesh(spread(4), 64).size == 4
-    assert decoding_mesh(spread(4), 6).size == 3
-    assert decoding_mesh(spread(4), 1) is None
-    mesh = make_mesh({"fsdp": 2}, jax.devices()[:2])
-    halves = jax.device_put(PARAMS["embed"], NamedSharding(mesh, P(None, "fsdp")))
-    assert decoding_mesh(PARAMS | {"embed": halves}, 64) is None
+    assert decoding_mesh(spread(data=4), 64).size == 4
+    assert decoding_mesh(spread(data=4), 6).size == 3
+    assert decoding_mesh(spread(data=4), 1) is None
+    split = spread(data=2, tensor=2)
+    assert decoding_mesh(split, 64).size == 4
+    assert decoding_mesh(split, 1).shape["tensor"] == decoding_mesh(split, 1).size == 2
 
 
 CORES = """

@@ -14,22 +14,22 @@ import functools
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
+from rlhf_jax.devices import AXES
 from rlhf_jax.errors import UserError
 from rlhf_jax.trees import named_leaves
 
 Rules = Sequence[tuple[str, P]]
 
 FSDP = "fsdp"
-AXES = ("data", FSDP, "tensor")
 BATCH_AXES = ("data", FSDP)
 
 _KERNEL = "(kernel|int8/codes|nf4/(codes|scale))$"
@@ -61,7 +61,7 @@ def spec_of(
         raise UserError(f"no sharding rule matches {name} {shape}; add a (regex, PartitionSpec)")
     if len(spec) > len(shape):
         return P()
-    fitted: list[str | None] = []
+    fitted = list[str | None]()
     for axis, size in zip(spec, shape, strict=False):
         if axis is None or mesh.shape[axis] == 1:
             axis = None
@@ -72,9 +72,22 @@ def spec_of(
             )
             axis = None
         fitted.append(axis)
-    while fitted and fitted[-1] is None:  # as the compiler spells it: a step must not recompile
-        fitted.pop()
-    return P(*fitted)
+    return _spelled(fitted)
+
+
+def _spelled(axes: Iterable[str | None]) -> P:
+    """Returns a spec as the compiler spells it, without None at the end: a step must not recompile."""
+    spec = [*axes]
+    while spec and spec[-1] is None:
+        spec.pop()
+    return P(*spec)
+
+
+def without_fsdp(place: Sharding) -> NamedSharding | None:
+    """Where an array lies that is whole but for the axis tensor; None if it is not on a mesh."""
+    if not isinstance(place, NamedSharding):
+        return None
+    return NamedSharding(place.mesh, _spelled(axis if axis == "tensor" else None for axis in place.spec))
 
 
 def batch_shards(mesh: Mesh | AbstractMesh | None) -> int:

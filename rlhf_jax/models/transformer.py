@@ -14,13 +14,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora
 from rlhf_jax.models.attention import attend_cached, cached_attention_bias
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.fused_attention import attend_by, visibility
-from rlhf_jax.models.sharding import Shard, gather, gather_layer, has_shards, take_rows
+from rlhf_jax.models.sharding import (
+    Shard,
+    gather,
+    gather_layer,
+    has_shards,
+    take_rows,
+    without_fsdp,
+)
 
 Params = Mapping[str, Any]
 Cache = dict[str, Any]
@@ -520,15 +529,20 @@ def decoding_params(config: ModelConfig, params: Params) -> Params:
     would round to the compute dtype are rounded here once: a bfloat16 model's take half the bytes.
     "layers" becomes a tuple with arrays of its own for each layer, because a slice of a stack may
     be copied at every step. Kernels of one input (query, key and value, or gate and up) lie side by
-    side, and are one product, where each device has all of them. The price is a second copy of the
-    layers for as long as it is used.
+    side, and are one product, where each device has all of them. What is split over fsdp is put
+    together again: otherwise every token would wait for every weight to travel. The price is a
+    second copy of the layers for as long as it is used.
     """
-    whole = all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
-    return _decoding_params(config, params, whole)
+    leaves = jax.tree.leaves(params)
+    return _decoding_params(config, params, tuple(without_fsdp(leaf.sharding) for leaf in leaves))
 
 
 @partial(jax.jit, static_argnums=(0, 2))
-def _decoding_params(config: ModelConfig, params: Params, join: bool) -> Params:
+def _decoding_params(
+    config: ModelConfig, params: Params, places: tuple[NamedSharding | None, ...]
+) -> Params:
+    join = all(place is None or place.is_fully_replicated for place in places)
+
     def round_kernels(node: Mapping[str, Any]) -> dict[str, Any]:
         new = {k: round_kernels(v) if isinstance(v, Mapping) else v for k, v in node.items()}
         if "kernel" in node and "magnitude" not in node.get("lora", {}):  # DoRA takes its norm
@@ -550,7 +564,14 @@ def _decoding_params(config: ModelConfig, params: Params, join: bool) -> Params:
     if config.tied_embeddings and config.embed_scale == 1 and config.position == "rope":
         # Otherwise an embedding is changed before it is rounded.
         new["embed"] = jax.tree.map(lambda x: x.astype(config.compute_dtype), params["embed"])
-    return new
+    if places[0] is None:
+        return new
+    if join:
+        return jax.lax.with_sharding_constraint(new, places[0])
+    laid = dict(jax.tree.unflatten(jax.tree.structure(params), places))
+    layer = jax.tree.map(lambda place: place.update(spec=P(*place.spec[1:])), laid["layers"])
+    laid["layers"] = (layer,) * config.layers
+    return jax.lax.with_sharding_constraint(new, laid)
 
 
 def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:

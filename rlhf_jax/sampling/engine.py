@@ -1,8 +1,9 @@
 """Slots that decode together: prompts are prefilled, copied into slots and continued there.
 
-With a mesh each of its devices has as many of the rows, and works by itself: see `devices.py`.
-Nothing here may make devices wait for each other: XLA's CPU devices share a few threads, and those
-of one program that wait can keep another program's from ever arriving.
+On a mesh each group of devices that has a model (one device, unless the axis tensor splits it) has
+as many of the rows and their caches, and decodes by itself. Where the cores of a CPU decode, nothing
+may make them wait for each other: XLA's CPU devices share a few threads, and those of one program
+that wait can keep another program's from ever arriving.
 
 A slot's numbers depend on its own prompt and random stream alone, not on the slot or on what the
 others hold: products and sums are row by row, and what an earlier completion left in the cache lies
@@ -21,8 +22,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax.devices import ROWS
 from rlhf_jax.models import ModelConfig, apply, init_cache, logits
+from rlhf_jax.models.sharding import BATCH_AXES, batch_shards
 from rlhf_jax.sampling.arguments import Sampling
 from rlhf_jax.sampling.samplers import penalise, sample, uniforms
 
@@ -72,14 +73,38 @@ class Slots(NamedTuple):
     steps: jax.Array  # int32 [B], steps of the latest `advance` on the slot's device
 
 
-_WHOLE, _ROWS = P(), P(ROWS)
+WHOLE, ROWS = P(), P(BATCH_AXES)
 
 
 def _on_each(mesh: Mesh | None, function: Callable, *kinds: P) -> Callable:
-    """The function on each device's part of those arguments that are split by rows."""
-    if mesh is None:
+    """The function on each group's part of those arguments that are split by rows.
+
+    What an axis tensor of several devices splits is left to XLA.
+    """
+    if batch_shards(mesh) == 1:
         return function
-    return jax.shard_map(function, mesh=mesh, in_specs=kinds, out_specs=_ROWS, check_vma=False)
+    assert mesh is not None
+    manual = mesh.axis_names if mesh.shape["tensor"] == 1 else BATCH_AXES
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=kinds,
+        out_specs=ROWS,
+        axis_names=set(manual),
+        check_vma=False,
+    )
+
+
+def _split_heads(mesh: Mesh | None, slots: Slots) -> Slots:
+    """Keeps the heads of the caches where an axis tensor has them, if it divides them."""
+    keys = slots.cache["keys"]
+    if mesh is None or mesh.shape["tensor"] == 1 or keys[0].shape[1] % mesh.shape["tensor"]:
+        return slots
+    inside = jax.sharding.get_abstract_mesh()
+    rows = None if inside.manual_axes else BATCH_AXES
+    place = NamedSharding(inside if inside.manual_axes else mesh, P(rows, "tensor"))
+    held = jax.lax.with_sharding_constraint((keys, slots.cache["values"]), place)
+    return slots._replace(cache={**slots.cache, "keys": held[0], "values": held[1]})
 
 
 @partial(jax.jit, static_argnames=("config", "batch", "length", "penalised", "mesh"))
@@ -101,14 +126,29 @@ def empty(
     )
     if mesh is None:
         return slots
-    return jax.lax.with_sharding_constraint(slots, NamedSharding(mesh, _ROWS))
+    return _split_heads(mesh, jax.lax.with_sharding_constraint(slots, NamedSharding(mesh, ROWS)))
 
 
-@partial(jax.jit, static_argnames=("config", "penalised"))
+@partial(jax.jit, static_argnames=("config", "penalised", "mesh"))
 def prefill(
-    config: ModelConfig, params: Any, prompts: jax.Array, lengths: jax.Array, penalised: bool
+    config: ModelConfig,
+    params: Any,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    penalised: bool,
+    mesh: Mesh | None = None,
 ) -> Prefilled:
-    """Reads prompts int32 [P, T], padded on the right, of lengths int32 [P]; 0 is an unused row."""
+    """Reads prompts int32 [P, T], padded on the right, of lengths int32 [P]; 0 is an unused row.
+
+    With a mesh its groups read some rows each, and keep what they have read.
+    """
+    run = _on_each(mesh, partial(_prefill, config, penalised), WHOLE, ROWS, ROWS)
+    return run(params, prompts, lengths)
+
+
+def _prefill(
+    config: ModelConfig, penalised: bool, params: Any, prompts: jax.Array, lengths: jax.Array
+) -> Prefilled:
     rows, longest = prompts.shape
     bare = init_cache(config, rows, longest)
     hidden, cache = apply(config, params, prompts, cache=bare, prompt_lengths=lengths)
@@ -127,7 +167,7 @@ def row_keys(key: jax.Array, streams: jax.Array) -> jax.Array:
     return jax.vmap(lambda s: jax.random.fold_in(jax.random.fold_in(key, s[0]), s[1]))(streams)
 
 
-@partial(jax.jit, static_argnames="mesh", donate_argnames="slots")
+@partial(jax.jit, static_argnames=("mesh", "everywhere"), donate_argnames="slots")
 def insert(
     slots: Slots,
     prefilled: Prefilled,
@@ -135,48 +175,68 @@ def insert(
     sources: jax.Array,
     places: jax.Array,
     mesh: Mesh | None = None,
+    everywhere: bool = False,
 ) -> Slots:
     """Copies prompts sources[r] into slots places[r], to be continued there under keys[r].
 
-    keys [R], sources and places int32 [R]. A place beyond the slots is dropped.
+    keys [R], sources and places int32 [R]. A place beyond the slots is dropped. Of a mesh's groups
+    each has the prompts that it has read, or all of them `everywhere`.
     """
-    run = _on_each(mesh, partial(_insert, mesh), _ROWS, *[_WHOLE] * 4)
+    exchange = batch_shards(mesh) > 1 and not everywhere
+    run = _on_each(
+        mesh, partial(_insert, mesh, exchange), ROWS, ROWS if exchange else WHOLE, *[WHOLE] * 3
+    )
     return run(slots, prefilled, keys, sources, places)
 
 
 def _insert(
     mesh: Mesh | None,
+    exchange: bool,
     slots: Slots,
     prefilled: Prefilled,
     keys: jax.Array,
     sources: jax.Array,
     places: jax.Array,
 ) -> Slots:
-    if mesh is not None:  # this device's places; others are beyond its slots
-        count = len(slots.active)
-        places = places - count * jax.lax.axis_index(ROWS)
+    if batch_shards(mesh) > 1:  # this group's places; others are beyond its slots
+        count, group = len(slots.active), jax.lax.axis_index(BATCH_AXES)
+        places = places - count * group
         places = jnp.where(places < 0, count, places)
+    if exchange:
+        read = len(prefilled.hidden)
+        sources = sources - read * group
+        here = (sources >= 0) & (sources < read)
+        sources = jnp.clip(sources, 0, read - 1)
+
+    def take(new: jax.Array) -> jax.Array:
+        taken = new[sources]
+        if not exchange:
+            return taken
+        mask = here.reshape(-1, *[1] * (new.ndim - 1))
+        # One group has the row and the others add zeros, so that nothing is rounded.
+        return jax.lax.psum(jnp.where(mask, taken, 0), BATCH_AXES).astype(new.dtype)
 
     def put(old: Any, new: Any) -> jax.Array:
         return old.at[places].set(new, mode="drop")
 
     def put_cached(old: jax.Array, new: jax.Array) -> jax.Array:
-        return old.at[places, :, : new.shape[2]].set(new[sources], mode="drop")
+        return old.at[places, :, : new.shape[2]].set(take(new), mode="drop")
 
     cache, new = slots.cache, prefilled.cache
-    return slots._replace(
+    slots = slots._replace(
         cache={
             "keys": jax.tree.map(put_cached, cache["keys"], new["keys"]),
             "values": jax.tree.map(put_cached, cache["values"], new["values"]),
-            "lengths": put(cache["lengths"], new["lengths"][sources]),
+            "lengths": put(cache["lengths"], take(new["lengths"])),
         },
-        hidden=put(slots.hidden, prefilled.hidden[sources]),
-        seen=None if prefilled.seen is None else put(slots.seen, prefilled.seen[sources]),
+        hidden=put(slots.hidden, take(prefilled.hidden)),
+        seen=None if prefilled.seen is None else put(slots.seen, take(prefilled.seen)),
         keys=put(slots.keys, keys),
         drawn=put(slots.drawn, 0),
         active=put(slots.active, True),
         finished=put(slots.finished, False),
     )
+    return _split_heads(mesh, slots)
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames="slots")
@@ -192,17 +252,17 @@ def advance(
 ) -> Slots:
     """Draws tokens until at most `enough` slots are still active or `steps` tokens were drawn.
 
-    live: bool [B]; a slot where it is False stops being active at once. Each device of a mesh goes
+    live: bool [B]; a slot where it is False stops being active at once. Each group of a mesh goes
     on by itself until it has its share of `enough`, rounded down.
     """
-    if mesh is not None:
-        enough = enough // mesh.size
-    run = _on_each(mesh, partial(_advance, config), _WHOLE, _ROWS, _WHOLE, _ROWS, _WHOLE, _WHOLE)
+    enough = enough // batch_shards(mesh)
+    run = _on_each(mesh, partial(_advance, config, mesh), WHOLE, ROWS, WHOLE, ROWS, WHOLE, WHOLE)
     return run(params, slots, drawing, live, enough, steps)
 
 
 def _advance(
     config: ModelConfig,
+    mesh: Mesh | None,
     params: Any,
     slots: Slots,
     drawing: Drawing,
@@ -214,7 +274,11 @@ def _advance(
         return (slots.steps[0] < steps) & (slots.active.sum() > enough)
 
     slots = slots._replace(active=slots.active & live, steps=jnp.zeros_like(slots.steps))
-    return jax.lax.while_loop(going, partial(_step, config, params, drawing), slots)
+
+    def step(slots: Slots) -> Slots:
+        return _split_heads(mesh, _step(config, params, drawing, slots))
+
+    return jax.lax.while_loop(going, step, slots)
 
 
 def _step(config: ModelConfig, params: Any, drawing: Drawing, slots: Slots) -> Slots:

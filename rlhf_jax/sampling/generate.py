@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rlhf_jax.devices import decoding_mesh
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import ModelConfig, decoding_params
+from rlhf_jax.models.sharding import batch_shards
 from rlhf_jax.sampling import engine
 from rlhf_jax.sampling.arguments import Sampling, check_prompts, check_streams
 from rlhf_jax.stopping import stop_point
@@ -129,14 +130,17 @@ class _Decoder:
             longest = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
             length = min(_round_up(longest), config.max_length)
         self.cache_length = length
-        params = decoding_params(config, params)
         self.mesh = decoding_mesh(params, sampling.batch_size)
+        params = decoding_params(config, params)
         self.penalised = sampling.repetition_penalty is not None
         self.slots = engine.empty(config, sampling.batch_size, length, self.penalised, self.mesh)
-        self.reader = params if self.mesh is None else _on_first(params)  # reads the prompts
-        self.params = self._on_all(params)
+        # Where a CPU's cores decode, the prompts are read by the one device that trains.
+        self.cores = self.mesh is not None and len(_devices_of(params)) == 1
+        self.params = self._on_mesh(params)
+        self.reader = params if self.cores else self.params
         self.held: list[_Held | None] = [None] * sampling.batch_size
-        self.rows = min(_ROWS, sampling.batch_size)
+        groups = batch_shards(self.mesh)
+        self.rows = -(-min(_ROWS, sampling.batch_size) // groups) * groups
         self.on_tokens: OnTokens | None = None
         self.watches, self.steps = False, sampling.max_new_tokens  # until the host looks again
 
@@ -183,9 +187,12 @@ class _Decoder:
                 for row, i in enumerate(part):
                     tokens[row, : len(self.prompts[i])] = self.prompts[i]
                     lengths[row] = len(self.prompts[i])
-                batch = self._on_all(
-                    engine.prefill(self.config, self.reader, tokens, lengths, self.penalised)
-                )
+                batch = engine.prefill(
+                    self.config, self.reader, tokens, lengths, self.penalised,
+                    None if self.cores else self.mesh,
+                )  # fmt: skip
+                if self.cores:
+                    batch = self._on_mesh(batch)
                 for row, i in enumerate(part):
                     for sample in range(self.sampling.samples_per_prompt):
                         yield _Waiting(which, batch, row, _Request(i, sample))
@@ -209,7 +216,9 @@ class _Decoder:
                     self.held[place] = _Held(request)
                 keys = engine.row_keys(key, names)
                 batch = part[0][1].batch
-                self.slots = engine.insert(self.slots, batch, keys, sources, places, self.mesh)
+                self.slots = engine.insert(
+                    self.slots, batch, keys, sources, places, self.mesh, self.cores
+                )
                 started += len(part)
         return started
 
@@ -242,14 +251,16 @@ class _Decoder:
                 self.held[place] = None
         return completions
 
-    def _on_all(self, tree: Any) -> Any:
-        """The tree on every device of the mesh, copied from the first one if it is not there."""
-        if self.mesh is None:
+    def _on_mesh(self, tree: Any) -> Any:
+        """The tree on the devices of the mesh, split over its axis tensor alone as it was."""
+        mesh = self.mesh
+        if mesh is None:
             return tree
-        devices = {*self.mesh.devices.flat}
-        there = jax.tree.leaves(tree)[0].sharding.device_set == devices
-        place = NamedSharding(self.mesh, PartitionSpec())
-        return jax.device_put(tree if there else _on_first(tree), place)
+
+        def place(leaf: jax.Array) -> NamedSharding:
+            return NamedSharding(mesh, getattr(leaf.sharding, "spec", PartitionSpec()))
+
+        return jax.device_put(tree, jax.tree.map(place, tree))
 
 
 def first_stop(sampling: Sampling, tokens: list[int], looked: int) -> int | None:
@@ -270,9 +281,8 @@ def first_stop(sampling: Sampling, tokens: list[int], looked: int) -> int | None
     return ends[bisect.bisect_left(ends, True, key=stopped)]
 
 
-def _on_first(tree: Any) -> Any:
-    """The tree as the first of its devices has it; all have all of it."""
-    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+def _devices_of(tree: Any) -> set[jax.Device]:
+    return jax.tree.leaves(tree)[0].sharding.device_set
 
 
 def _next_power(n: int) -> int:

@@ -12,16 +12,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.config import Config
-from rlhf_jax.devices import training_devices
+from rlhf_jax.devices import AXES, training_devices
 from rlhf_jax.errors import UserError
-from rlhf_jax.models.sharding import (
-    AXES,
-    BATCH_AXES,
-    TRANSFORMER_RULES,
-    Rules,
-    batch_shards,
-    spec_of,
-)
+from rlhf_jax.models.sharding import BATCH_AXES, TRANSFORMER_RULES, Rules, batch_shards, spec_of
 from rlhf_jax.trees import named_leaves
 
 
