@@ -165,7 +165,7 @@ class _Instruction:
 
     def named(self, attributes: str) -> str:
         """The computation that the first of these attributes, "a|b", names."""
-        found = re.search(rf"\b(?:{attributes})=%?([\w.\-]+)", self.rest)
+        found = re.search(rf"\b(?:{attributes})=\{{?%?([\w.\-]+)", self.rest)
         if found is None:
             raise ValueError(f"the instruction %{self.name} names no computation as {attributes}")
         return found[1]
@@ -257,6 +257,11 @@ class _Program:
         elif each.opcode in ("fusion", "call", "async-start"):
             called = self.visit(each.named("calls|to_apply"), in_loop=in_loop)
             total.add(called if each.cycles is None else replace(called, cycles=0))
+        elif each.opcode == "custom-call-start" and "called_computations" in each.rest:
+            # A TPU 7x has its sparse cores exchange messages while the others compute.
+            called = self.visit(each.named("called_computations"), in_loop=in_loop)
+            for collective, n in called.calls.items():
+                total.calls[replace(collective, overlapped=True)] += n
         elif each.opcode == "custom-call":
             target = each.target
             if target not in _NO_KERNELS:

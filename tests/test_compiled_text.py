@@ -239,3 +239,26 @@ def test_a_tpus_spellings_of_collectives_loops_and_cycles():
     assert counted.cycles == 600  # a fusion's estimate holds what is in it; 2^63 - 1 is none
     assert counted.kernels == {"tpu_custom_call": 6}
     assert counted.unknown_loops == 0
+
+
+TPU7X = """HloModule step
+
+%called (part: bf16[64,256]) -> bf16[64,2048] {
+  %part = bf16[64,256]{1,0} parameter(0)
+  ROOT %gathered = bf16[64,2048]{1,0} all-gather(%part), replica_groups=mesh['x'=8] {'x'}, dimensions={1}
+}, execution_thread="sparsecore"
+
+ENTRY %main (part: bf16[64,256]) -> bf16[64,2048] {
+  %part = bf16[64,256]{1,0} parameter(0)
+  %start = ((), (), (s32[])) custom-call-start(), async_execution_thread="sparsecore", custom_call_target="x", called_computations={%called}
+  %update = ((bf16[64,256]{1,0}), bf16[64,2048]{1,0}, (s32[])) custom-call-update(%start, %part)
+  ROOT %done = bf16[64,2048]{1,0} custom-call-done(%update)
+}
+"""
+
+
+def test_sparse_cores_exchange_while_the_others_compute():
+    counted = count(TPU7X, 8)
+    assert counted.collectives == {"all-gather": (1, 64 * 2048 * 2)}
+    assert counted.sent_bytes(overlapped=False) == 0
+    assert counted.sent_bytes(overlapped=True) == 64 * 2048 * 2 * 7 / 8

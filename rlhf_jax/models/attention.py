@@ -103,6 +103,27 @@ def attend_cached(
     return _average(_scores(query, key, bias, softcap), value).reshape(query.shape)
 
 
+def write_cached(cached: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
+    """Writes new [B, kv_heads, T, d] into a cache [B, kv_heads, slots, d] at positions int32 [B, T].
+
+    The positions of a row follow each other and fit.
+    """
+
+    def scatter(cached: jax.Array, new: jax.Array) -> jax.Array:
+        rows = jnp.arange(len(new))[:, None]
+        return cached.at[rows, :, positions].set(new.swapaxes(1, 2))
+
+    def row_by_row(cached: jax.Array, new: jax.Array) -> jax.Array:
+        for row in range(len(new)):
+            place = (row, 0, positions[row, 0], 0)
+            cached = jax.lax.dynamic_update_slice(cached, new[row : row + 1], place)
+        return cached
+
+    # For a scatter a TPU's compiler lays the cache out in another way, in which it takes up to
+    # twice the memory, and copies all of it there and back at every call.
+    return jax.lax.platform_dependent(cached, new, tpu=row_by_row, default=scatter)
+
+
 def _scores(query: jax.Array, key: jax.Array, bias: jax.Array, softcap: float | None) -> jax.Array:
     """f32 [B, kv_heads, G·T, S]: the queries of a group are just more rows of its product."""
     batch, heads, groups, length, width = query.shape

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora
-from rlhf_jax.models.attention import attend_cached, cached_attention_bias
+from rlhf_jax.models.attention import attend_cached, cached_attention_bias, write_cached
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.fused_attention import attend_by, visibility
 from rlhf_jax.models.sharding import (
@@ -201,11 +201,8 @@ class _Attention(nn.Module):
         if cached is None:
             mixed = attend_by(config, query, *new, context.bias)
         else:
-            rows = jnp.arange(len(x))[:, None]
-            slots = (rows, slice(None), context.positions)
-            new = (
-                cached[0].at[slots].set(new[0].swapaxes(1, 2)),
-                cached[1].at[slots].set(new[1].swapaxes(1, 2)),
+            new = tuple(
+                write_cached(*each, context.positions) for each in zip(cached, new, strict=True)
             )
             # Without a barrier XLA writes a row once per reader, into copies of the cache.
             new = key, value = jax.lax.optimization_barrier(new)
