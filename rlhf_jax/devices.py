@@ -7,8 +7,10 @@ decodes some of the rows.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +20,7 @@ ROWS = "rows"  # the axis of a decoding mesh
 _FEWEST = 32  # rows a core: with fewer, reading all weights on each core costs more than it saves
 _MOST = 8  # cores: rows for more of them are rare
 _cores = 1  # CPU devices that `split_cores` made
+_planned: list[jax.Device] | None = None  # by `planning_for`
 
 
 def split_cores() -> None:
@@ -36,8 +39,21 @@ def split_cores() -> None:
 
 def training_devices() -> list[jax.Device]:
     """All there are; of a CPU's cores the first, whose computations are spread over all of them."""
+    if _planned is not None:
+        return _planned
     devices = jax.devices()
     return devices[:1] if _are_cores(devices) else devices
+
+
+@contextlib.contextmanager
+def planning_for(devices: Sequence[jax.Device]) -> Iterator[None]:
+    """Within it these are the training devices; nothing need be able to run on them."""
+    global _planned
+    _planned = list(devices)
+    try:
+        yield
+    finally:
+        _planned = None
 
 
 def decoding_mesh(params: Any, rows: int) -> Mesh | None:
@@ -49,7 +65,7 @@ def decoding_mesh(params: Any, rows: int) -> Mesh | None:
     leaves = jax.tree.leaves(params)
     if not all(leaf.sharding.is_fully_replicated for leaf in leaves):
         return None
-    devices = sorted(leaves[0].devices(), key=lambda device: device.id)
+    devices = sorted(leaves[0].sharding.device_set, key=lambda device: device.id)
     fewest = 1
     if _are_cores(devices):
         devices, fewest = jax.devices("cpu"), _FEWEST

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.config import Config
@@ -75,7 +75,7 @@ def sharding(
 def placed(mesh: Mesh | None, tree, rules: Rules = TRANSFORMER_RULES):
     """The tree's arrays where the rules put them; an array that is in it twice stays one.
 
-    Without a mesh they are as they were.
+    Without a mesh they are as they were. Of a `ShapeDtypeStruct` it is said where it would lie.
     """
     if mesh is None:
         return tree
@@ -83,8 +83,14 @@ def placed(mesh: Mesh | None, tree, rules: Rules = TRANSFORMER_RULES):
     there: dict[int, jax.Array] = {}
     for leaf, place in zip(leaves, jax.tree.leaves(shardings(mesh, tree, rules)), strict=True):
         if id(leaf) not in there:
-            there[id(leaf)] = jax.device_put(leaf, place)
+            shaped = isinstance(leaf, jax.ShapeDtypeStruct)
+            there[id(leaf)] = shaped_at(leaf, place) if shaped else jax.device_put(leaf, place)
     return jax.tree.unflatten(structure, [there[id(leaf)] for leaf in leaves])
+
+
+def shaped_at(leaf: Any, place: Sharding) -> jax.ShapeDtypeStruct:
+    """What there is to know of an array that lies in that place."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
 def overlapping(mesh: Mesh | None) -> dict[str, bool]:

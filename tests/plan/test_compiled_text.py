@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.compiled_text import bytes_of, count
+from rlhf_jax.plan.compiled_text import bytes_of, count
 
 
 def compiled(function, mesh, *arguments):
