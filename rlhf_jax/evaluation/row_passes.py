@@ -19,7 +19,7 @@ from rlhf_jax.training.mesh import mesh_under, shard_batch
 from rlhf_jax.training.progress import tracked
 
 PLACES = 16  # of groups in a row: a multiple of so many, so that data sets share compiled code
-jitted_logprobs = jax.jit(sequence_logprobs, static_argnums=0)  # one, which stages share
+_logprobs = jax.jit(sequence_logprobs, static_argnums=0)  # one, so that stages share it compiled
 
 
 def rows_of(tokens: int, length: int) -> int:
@@ -57,7 +57,7 @@ def response_logprobs(
     `tokens` and `name` as for `map_rows`.
     """
     padded = pad_rows(rows, rows=1, slots=1, groups=PLACES)
-    logprobs = map_rows(partial(jitted_logprobs, config.forward), params, padded, tokens, name)
+    logprobs = map_rows(partial(_logprobs, config.forward), params, padded, tokens, name)
     return logprobs[:, : rows["last"].shape[1]]
 
 

@@ -45,8 +45,8 @@ def plan(given: ConfigDict, stated: Sequence[str], topology: str, *, search: boo
         for step in steps_of(config):
             print(f"compiling: {step.name}", flush=True)
             estimates.append(estimate(step, chip, len(devices)))
-    print("\n".join(table(estimates, chip, len(devices))))
-    print("\n".join(_hour(config, estimates, chip)))
+    for line in (*table(estimates, chip, len(devices)), *_hour(config, estimates, chip)):
+        print(line)
     worst = max(estimates, key=lambda each: each.needed)
     used = f"{worst.step.name} needs {worst.needed / 2**30:.2f} of {chip.memory / 2**30:.2f} GiB"
     if _fits(worst, chip) and all(each.counted for each in estimates):

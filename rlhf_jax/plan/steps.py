@@ -1,8 +1,8 @@
 """The steps that a stage runs, lowered for devices that are not there, from shapes alone.
 
 They are the functions that the stage calls, on batches of the shapes that it makes: rows without
-padding, preferences of one pair a row (half of it the prompt), answers and prompts of the greatest
-length. Left out are reading prompts before they are answered, and evaluations.
+padding, one pair a row (half of it the prompt), prompts and answers of the greatest length. Left
+out are reading prompts before they are answered, and evaluations.
 """
 
 from __future__ import annotations
@@ -11,44 +11,40 @@ import dataclasses
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.config import Config, section_document
 from rlhf_jax.data.batches import pad_rows
 from rlhf_jax.data.packing import Arrays, Document, Group, pack_documents, pack_groups
 from rlhf_jax.devices import ROWS, decoding_mesh, training_devices
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.row_passes import jitted_logprobs, rows_of
+from rlhf_jax.evaluation.row_passes import rows_of
 from rlhf_jax.hub.hf_config import read_config
 from rlhf_jax.losses.cross_entropy import KEPT_LOGITS, PASSING_LOGITS
 from rlhf_jax.models import init, transformer
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.models.lora import attach, param_count, quantize, split
-from rlhf_jax.models.scoring import sequence_scores
+from rlhf_jax.models.lora import attach, combine, param_count, quantize, split
+from rlhf_jax.models.scoring import sequence_logprobs, sequence_scores
 from rlhf_jax.models.sharding import batch_shards, split_over
 from rlhf_jax.rewards.scorers import parse_rewards
-from rlhf_jax.rl.layout import SHORTEST, Rollout
-from rlhf_jax.rl.on_policy import (
-    make_trainer,
-    policy_loss,
-    trainable_rows,
-    updates_per_iteration,
-    value_loss,
-)
+from rlhf_jax.rl import on_policy
+from rlhf_jax.rl.layout import Rollout
 from rlhf_jax.rl.rollouts import row_multiple, text_task, with_rows
 from rlhf_jax.sampling import engine
 from rlhf_jax.sampling.arguments import Sampling
 from rlhf_jax.sampling.generate import Completion
+from rlhf_jax.stages.best_of_n import BLOCK
 from rlhf_jax.stages.chain import load_config
 from rlhf_jax.stages.defaults import SAMPLING, module_of, resolve
+from rlhf_jax.stages.online_preference import pack_best_and_worst
 from rlhf_jax.stages.reward import with_score_head
 from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.training.checkpoint import load_document
@@ -57,6 +53,8 @@ from rlhf_jax.training.mesh import batch_sharding, mesh_of, shaped_at, shardings
 from rlhf_jax.training.saved_model import Model, is_hub_directory
 
 CHARACTERS = 256  # of a tokenizer of characters, whose number only its text tells
+TEXT = ("pretrain", "sft", "best_of_n")  # stages that train on every token of a row
+PASSES = 3.5  # of attention's scores in an update: two products forwards, five backwards
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,8 @@ class Step:
       tokens: that a call works on, on all devices.
       flops: of a call, as `Model.flops_per_token` counts: attention's scores left out.
       attention: FLOPs of attention's scores on one device.
-      kept, logits: bytes on one device, of what the forward pass keeps for the backward one as JAX
-        traces it, and of the logits of a chunk.
+      logits, kept: bytes on one device, of the logits of a chunk, and of what the forward pass
+        keeps for the backward one, as JAX traces it.
       calls: in an update, or an iteration of a stage that samples.
     """
 
@@ -81,74 +79,24 @@ class Step:
     tokens: int
     flops: float
     attention: float
+    logits: int
+    calls: float
     kept: int = 0
-    logits: int = 0
-    calls: float = 1
-
-
-@dataclass(frozen=True)
-class Site:
-    """A config and where it would run."""
-
-    config: Config
-    mesh: Mesh | None = field(default=None)
-
-    @cached_property
-    def shape(self) -> ModelConfig:
-        """The model's."""
-        return model_shape(self.config)
-
-    @cached_property
-    def model(self) -> Model:
-        """The model that the stage trains, as shapes."""
-        adapter, key = self.config.adapter, jax.random.key(self.config.seed)
-
-        def build(key: jax.Array) -> Any:
-            params = init(self.shape, key)
-            if adapter is None or not adapter.rank:
-                return params
-            return attach(quantize(params, adapter.base), adapter, key)
-
-        params: Any = self.at(jax.eval_shape(build, key))
-        adapted = adapter if adapter is not None and adapter.rank else None
-        return Model(self.shape, params, None, adapter=adapted)  # type: ignore[arg-type]
-
-    def at(self, tree: Any) -> Any:
-        """The shapes of a tree that the parameters' rules place."""
-        if self.mesh is None:
-            alone = SingleDeviceSharding(training_devices()[0])
-            return jax.tree.map(lambda leaf: shaped_at(leaf, alone), tree)
-        return jax.tree.map(shaped_at, tree, shardings(self.mesh, tree))
-
-    def rows(self, arrays: Arrays, count: int) -> dict[str, Any]:
-        """The shapes of a batch of so many of the rows."""
-        alone = SingleDeviceSharding(training_devices()[0])
-        place = alone if self.mesh is None else batch_sharding(self.mesh)
-        shapes = {k: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype) for k, x in arrays.items()}
-        return jax.tree.map(lambda leaf: shaped_at(leaf, place), shapes)
-
-    def attention(self, rows: float, passes: float = 1) -> float:
-        """FLOPs of the scores of causal attention on one device, in so many forward passes."""
-        shape, length = self.shape, self.config.data.row_length
-        each = 2 * length**2 * shape.heads * shape.head_dim * shape.layers
-        return passes * each * rows / (1 if self.mesh is None else self.mesh.size)
 
 
 def model_shape(config: Config) -> ModelConfig:
     """The shape of the model that a stage trains, from its fields or from what it starts from.
 
     That is a Hugging Face directory's config.json, a finished run's, or what the experiment that
-    it names would train. A vocabulary that a run would train is as large as it asks for; one of
-    characters is said to have `CHARACTERS`.
+    is named would train. A vocabulary that a run would train is as large as it asks for; one of
+    characters is taken to have `CHARACTERS`.
     """
-    if config.stage == "pretrain":
-        vocabulary = config.tokenizer
-        if vocabulary.kind == "bpe":
-            return config.model.model(vocabulary.vocab_size)
-        print(f"tokenizer.kind = {vocabulary.kind}: {CHARACTERS} characters are assumed")
-        return config.model.model(CHARACTERS)
     if config.stage == "oracle":
         raise UserError("the oracle's models are made for CPUs: there is nothing to plan")
+    if config.stage == "pretrain":
+        words = CHARACTERS if config.tokenizer.kind == "chars" else config.tokenizer.vocab_size
+        print(f"vocabulary: {words} tokens, of a tokenizer that is not trained yet", flush=True)
+        return config.model.model(words)
     start = config.init.policy
     if not start:
         raise UserError("config: init.policy is empty; set --config.init.policy=/path/to/model")
@@ -165,48 +113,132 @@ def model_shape(config: Config) -> ModelConfig:
 
 def steps_of(config: Config) -> list[Step]:
     """The steps of a config's stage on the training devices."""
-    site = Site(config, mesh_of(config))
-    if config.stage == "policy":
-        return _policy(site)
-    learner, loss, model = _learner(site), _loss(site), site.model
-    state = site.at(learner.init())
-    holds = _trained(state, model.params)
-    batch = site.rows(*_batch(site))
-    steps = [_update(site, "update", learner, loss, state, batch, holds, updates_per(config))]
-    beside = _reward_models(site)
-    if config.stage == "preference" and config.train.eval_every:
-        beside["other models"] = split(model.params)[0]
-    steps[0] = dataclasses.replace(steps[0], holds=steps[0].holds | beside)
-    if config.stage in ("preference", "online_preference"):
-        before = holds | beside if config.stage != "preference" else {"parameters": model.params}
-        steps.append(_reference(site, before))
-    if config.stage in SAMPLING:
-        steps += _sampling(site, model.params, holds | beside)
-    return steps
+    site = _Site(config, model_shape(config), mesh_of(config))
+    return _on_policy(site) if config.stage == "policy" else _by_loss(site)
 
 
-def updates_per(config: Config) -> int:
-    """Updates of a step of the training loop."""
-    sampled = config.stage in ("policy", "online_preference")
-    return updates_per_iteration(config) if sampled else 1
+@dataclass(frozen=True)
+class _Site:
+    """A config, the model of which it is and where it would run."""
+
+    config: Config
+    shape: ModelConfig
+    mesh: Mesh | None
+
+    def alone(self) -> SingleDeviceSharding:
+        return SingleDeviceSharding(training_devices()[0])
+
+    def at(self, tree: Any) -> Any:
+        """The shapes of a tree, placed by the rules of parameters."""
+        if self.mesh is None:
+            return jax.tree.map(lambda leaf: shaped_at(leaf, self.alone()), tree)
+        return jax.tree.map(shaped_at, tree, shardings(self.mesh, tree))
+
+    def rows(self, arrays: Arrays, count: int) -> dict[str, Any]:
+        """The shapes of a batch of so many rows."""
+        place = self.alone() if self.mesh is None else batch_sharding(self.mesh)
+        each = {k: np.broadcast_to(x[:1], (count, *x.shape[1:])) for k, x in arrays.items()}
+        return {name: shaped_at(array, place) for name, array in each.items()}
+
+    def model(self) -> Model:
+        """The model that the stage trains."""
+        adapter = self.config.adapter
+        adapter = adapter if adapter is not None and adapter.rank else None
+
+        def build(key: jax.Array) -> Any:
+            params = init(self.shape, key)
+            return attach(quantize(params, adapter.base), adapter, key) if adapter else params
+
+        params = self.at(jax.eval_shape(build, jax.random.key(0)))
+        return Model(self.shape, params, None, adapter=adapter)  # type: ignore[arg-type]
+
+    def attention(self, rows: int, passes: float) -> float:
+        """FLOPs of the scores of causal attention on one device."""
+        shape, length = self.shape, self.config.data.row_length
+        each = 2 * length**2 * shape.heads * shape.head_dim * shape.layers
+        return passes * each * rows / (1 if self.mesh is None else self.mesh.size)
+
+    def logits(self, tokens: int, numbers: int = KEPT_LOGITS, least: int = 1024) -> int:
+        """Bytes of a chunk's logits on one device, of a pass over so many tokens of all."""
+        words, mine = self.shape.vocab_size, tokens // batch_shards(self.mesh)
+        return 4 * words * min(max(least, numbers // words), mine)
+
+    def pass_size(self) -> int:
+        """Rows that are scored together, where it isn't by minibatches."""
+        rows = rows_of(step_tokens(self.config), self.config.data.row_length)
+        return rows * batch_shards(self.mesh)
 
 
-def _loss(site: Site) -> Callable:
-    module = importlib.import_module(module_of(site.config.stage))
-    return partial(module.loss, site.config, site.shape)
-
-
-def _learner(site: Site) -> Learner:
-    config = site.config
-    return make_learner(
-        config,
-        config.optimizer,
-        site.model.params,
-        _loss(site),
-        updates=config.train.steps * updates_per(config),
+def _by_loss(site: _Site) -> list[Step]:
+    """The steps of a stage that has a loss of its own."""
+    config, model = site.config, site.model()
+    sampled = config.stage == "online_preference"
+    calls = on_policy.updates_per_iteration(config) if sampled else 1
+    loss = partial(importlib.import_module(module_of(config.stage)).loss, config, site.shape)
+    learner = make_learner(
+        *(config, config.optimizer, model.params, loss),
+        updates=config.train.steps * calls,
         mesh=site.mesh,
         ema_decay=getattr(config.train, "ema_decay", 0.0),
     )
+    answers = _answers(site) if config.stage in SAMPLING else None
+    rows, size = _rows(site, answers)
+    state = site.at(learner.init())
+    holds = _trained(state, model.params)
+    if others := _reward_models(site):
+        holds["other models"] = others
+    if config.stage == "preference" and config.train.eval_every:
+        holds["other models"] = split(model.params)[0]  # the start is kept, for its KL
+    batch = site.rows(rows, size)
+    steps = [_update(site, "update", learner, loss, state, batch, holds, calls)]
+    if "reference_logprobs" in rows:
+        before = holds if sampled else {"parameters": model.params}
+        function, count = partial(sequence_logprobs, site.shape.forward), calls * size
+        steps.append(_pass(site, "reference", function, [model.params], rows, before, count))
+    if answers is not None:
+        steps += _sampling(site, learner.params(state), holds, answers)
+    return steps
+
+
+def _on_policy(site: _Site) -> list[Step]:
+    """The steps of an iteration of on-policy training."""
+    config, model = site.config, site.model()
+    texts = [_text(config)] if config.loss.ptx_coefficient else None
+    task: Any = text_task(config, model, None, site.mesh, texts)  # type: ignore[arg-type]
+    critic: Any = None
+    if task.values is not None:  # begins as a reward model's body or the policy's: one shape
+        critic = site.at(with_score_head(model, config.seed).params)
+    trainer = on_policy.make_trainer(config, task, model.params, critic, mesh=site.mesh)
+    state, reference = site.at(trainer.policy.init()), trainer.reference
+    holds = _trained(state, model.params)
+    others = [split(reference)[0], *_reward_models(site)]
+    updates, size = on_policy.updates_per_iteration(config), config.train.minibatches
+    answers = _answers(site)
+    count = len(answers.rows["members"])
+    own = updates > 1 or config.kl.placement == "reward"
+    if not own:
+        answers = dataclasses.replace(answers, old_logprobs=None)
+    batch = site.rows(on_policy.trainable_rows(answers, 0.0), count // size)
+    if task.extra_rows is not None:
+        batch |= site.rows(task.extra_rows(0), config.batch.rows)
+    loss = partial(on_policy.policy_loss, config, task, config.loss.objective)
+    steps = []
+    if trainer.critic is not None:
+        valued = site.at(trainer.critic.init())
+        others += [valued.params, valued.opt_state]
+        holds["other models"] = others
+        of_value, critic = partial(on_policy.value_loss, config, task), trainer.critic.params(valued)
+        more = site, "update of the critic", trainer.critic, of_value, valued, batch, holds, updates
+        steps.append(_update(*more))
+        of_rows = trainer.value_rows
+        steps.append(_pass(site, "values", of_rows, [critic], answers.rows, holds, count, size))
+    holds["other models"] = others
+    steps.insert(0, _update(site, "update", trainer.policy, loss, state, batch, holds, updates))
+    params = trainer.policy.params(state)
+    score = trainer.score_rows if own else partial(trainer.score_rows, None)
+    models = [params, reference] if own else [reference]
+    steps.append(_pass(site, "scoring", score, models, answers.rows, holds, count, size))
+    return steps + _sampling(site, params, holds, answers)
 
 
 def _trained(state: Any, params: Any) -> dict[str, Any]:
@@ -216,34 +248,55 @@ def _trained(state: Any, params: Any) -> dict[str, Any]:
     }
 
 
-def _batch(site: Site) -> tuple[Arrays, int]:
-    """(example rows, how many a batch has) of a stage that trains on what it is given."""
-    config, length = site.config, site.config.data.row_length
-    if config.stage in ("pretrain", "sft", "best_of_n"):
-        whole = Document([1] * length, [0] + [1] * (length - 1))
-        return pack_documents([whole], length)[0], config.batch.rows
+def _text(config: Config) -> Arrays:
+    length = config.data.row_length
+    return pack_documents([Document([1] * length, [0] + [1] * (length - 1))], length)[0]
+
+
+def _rows(site: _Site, answers: Rollout | None) -> tuple[Arrays, int]:
+    """(rows that a stage with a loss trains on, how many an update has)."""
+    config, length, count = site.config, site.config.data.row_length, site.config.batch.rows
+    if config.stage in TEXT:
+        return _text(config), count
     if config.stage == "online_preference":
-        options, most = config.rollout, max(1, length // (2 * SHORTEST))
-        answer, prompt = [1] * options.max_new_tokens, [1] * options.max_prompt_tokens
-        groups = [Group(prompt, (answer, answer), i) for i in range(options.prompts)]
-        rows, _ = pack_groups(groups, length, branches=2, most=most)
-        multiple = row_multiple(config, site.mesh)
-        count = -(-len(rows["valid"]) // multiple) * multiple // config.train.minibatches
+        assert answers is not None
+        rows, _ = pack_best_and_worst(config, answers, row_multiple(config, site.mesh))
+        count = len(rows["valid"]) // config.train.minibatches
     else:
-        kto, most, count = config.loss.name == "kto", 1, config.batch.rows
-        branches = 1 if config.loss.name == "pointwise" else 2 + kto
-        answer = [1] * (length // 2 // branches)
-        prompt = [1] * (length - branches * len(answer))
+        branches = {"pointwise": 1, "kto": 3}.get(config.loss.name, 2)
+        answer = (1,) * (length // 2 // branches)
+        prompt = (1,) * (length - branches * len(answer))
         rows, _ = pack_groups([Group(prompt, (answer,) * branches, 0)], length, branches=branches)
-    rows = pad_rows(rows, rows=1, slots=length, groups=most)
-    rows["reference_logprobs"] = np.zeros(rows["last"].shape, np.float32)
-    if config.loss.name == "pointwise":
-        rows["labels"] = np.zeros(rows["last"].shape, np.float32)
+        rows = pad_rows(rows, rows=1, slots=length, groups=1)
+    of_sequences = np.zeros(rows["last"].shape, np.float32)
+    if config.stage != "reward":
+        rows["reference_logprobs"] = of_sequences
+    elif config.loss.name == "pointwise":
+        rows["labels"] = of_sequences
     return rows, count
 
 
+def _answers(site: _Site) -> Rollout:
+    """The scored answers of an iteration, or of a block of best-of-n, all of the greatest length."""
+    config, options = site.config, site.config.rollout
+    limit, best = options.max_new_tokens, config.stage == "best_of_n"
+    prompts, each = (BLOCK, config.best_of_n.n) if best else (options.prompts, options.samples)
+    asked = PromptSet([None] * prompts, [[1] * options.max_prompt_tokens] * prompts)  # type: ignore[list-item]
+    completions = [
+        Completion([1 + i % each] * limit, np.zeros(limit, np.float32), True)
+        for i in range(prompts * each)
+    ]
+    rollout = Rollout.of(asked, completions, [""] * len(completions), limit)
+    rollout = with_rows(config, rollout, site.pass_size() if best else row_multiple(config, site.mesh))
+    names = ["old_logprobs", "ref_logprobs", "advantages", "returns"]
+    names += ["old_values"] if config.critic is not None else []
+    values: dict[str, Any] = dict.fromkeys(names, np.zeros_like(rollout.mask))
+    scores = np.arange(len(completions), dtype=np.float32)
+    return dataclasses.replace(rollout, scores=scores, weights=np.ones_like(scores), **values)
+
+
 def _update(
-    site: Site,
+    site: _Site,
     name: str,
     learner: Learner,
     loss: Callable,
@@ -252,259 +305,142 @@ def _update(
     holds: Mapping[str, Any],
     calls: int,
 ) -> Step:
-    config, shape = site.config, site.shape
+    params, parts = learner.params(state), site.config.batch.microbatches
     rows, length = batch["tokens"].shape
     tokens = rows * length
-    parts = config.batch.microbatches * batch_shards(site.mesh)
-    scored = config.stage == "reward" or name.endswith("critic")
-    summed = config.stage in ("pretrain", "sft", "best_of_n")
-    chunk = max(512, PASSING_LOGITS // shape.vocab_size)
-    if not summed:
-        chunk = max(1024, KEPT_LOGITS // shape.vocab_size)
-    part = {k: jax.ShapeDtypeStruct((rows // config.batch.microbatches, *x.shape[1:]), x.dtype)
-            for k, x in batch.items()}  # fmt: skip
-    params = learner.params(state)
+    logits = site.logits(tokens // parts)
+    if site.config.stage in TEXT:
+        logits = site.logits(tokens // parts, PASSING_LOGITS, 512)
+    model = dataclasses.replace(site.model(), params=params)
+    part = {
+        k: jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]), x.dtype) for k, x in batch.items()
+    }
     return Step(
         name,
         partial(_lowered, learner.step, state, batch),
         {**holds, "batch": batch},
         tokens,
-        Model(shape, params, None, adapter=site.model.adapter).flops_per_token() * tokens,  # type: ignore[arg-type]
-        # The backward pass has five products of a score's size, the forward pass two.
-        site.attention(rows, 3.5 + (shape.remat == "full")),
-        _kept(split_over(site.mesh, loss), params, part) // batch_shards(site.mesh),
-        0 if scored else 4 * shape.vocab_size * min(chunk, tokens // parts),
+        model.flops_per_token() * tokens,
+        site.attention(rows, PASSES + (site.shape.remat == "full")),
+        0 if "score_head" in params else logits,
         calls,
+        _kept(split_over(site.mesh, loss), params, part) // batch_shards(site.mesh),
     )
 
 
 def _lowered(function: Any, *arguments: Any) -> Any:
-    """What a jitted function, or a partial of one, is lowered to."""
+    """What a jitted function, or one under an adapter, is lowered to."""
     if isinstance(function, partial):
-        return function.func.lower(*function.args, *arguments, **function.keywords)
+        return function.func.lower(*arguments, **function.keywords)
     return function.lower(*arguments)
 
 
 def _kept(loss: Callable, params: Any, batch: Mapping[str, Any]) -> int:
     """Bytes that the backward pass of a loss finds beside the parameters and the batch."""
 
-    def backward(params: Any, batch: Any) -> Any:
-        rng = jax.random.key(0)
+    def residuals(params: Any, batch: Any) -> Any:
         trained, frozen = split(params)
 
         def total(trained: Any) -> jax.Array:
-            (total, _), *_ = loss(transformer_params(trained, frozen), batch, rng)
+            (total, _), *_ = loss(combine(trained, frozen), batch, jax.random.key(0))
             return total
 
         return jax.tree.leaves(jax.vjp(total, trained)[1])
 
-    from rlhf_jax.models.lora import combine as transformer_params
-
-    jaxpr = jax.make_jaxpr(backward)(params, batch).jaxpr
-    given = {id(x) for x in jaxpr.invars}
-    found = {id(x): x.aval for x in jaxpr.outvars if id(x) not in given}
-    return sum(x.size * x.dtype.itemsize for x in found.values())  # type: ignore[attr-defined]
+    traced = jax.make_jaxpr(residuals)(params, batch).jaxpr
+    given = {id(each) for each in traced.invars}
+    found: Any = {id(each): each.aval for each in traced.outvars if id(each) not in given}
+    return sum(each.size * each.dtype.itemsize for each in found.values())
 
 
-def _pass_flops(site: Site, params: Any, tokens: int) -> float:
-    return 2.0 * param_count(params) * tokens
-
-
-def _reference(site: Site, holds: Mapping[str, Any]) -> Step:
-    """The reference's log-probs of as many rows as go through it together."""
-    arrays, _ = _batch(site)
-    return _row_pass(
-        site, "reference", partial(jitted_logprobs.lower, site.shape.forward), site.model.params,
-        arrays, holds,
-    )  # fmt: skip
-
-
-def _row_pass(
-    site: Site, name: str, lower: Callable, params: Any, arrays: Arrays, holds: Mapping[str, Any]
+def _pass(
+    site: _Site,
+    name: str,
+    function: Callable,
+    models: Sequence[Any],
+    rows: Arrays,
+    holds: Mapping[str, Any],
+    count: int,
+    parts: int = 0,
 ) -> Step:
-    length = site.config.data.row_length
-    rows = rows_of(step_tokens(site.config), length) * batch_shards(site.mesh)
-    batch = site.rows(arrays, rows)
-
-    def lowered() -> Any:
-        if site.mesh is None:
-            return lower(params, batch)
-        with jax.set_mesh(site.mesh):
-            return lower(params, batch)
-
-    tokens = rows * length
-    chunk = max(1024, KEPT_LOGITS // site.shape.vocab_size)
+    """A pass of models over `count` rows, in so many `parts`, or as many rows as go together."""
+    size = count // parts if parts else site.pass_size()
+    batch, tokens = site.rows(rows, size), size * rows["tokens"].shape[1]
+    scores = any("score_head" in params for params in models)
     return Step(
         name,
-        lowered,
+        partial(jax.jit(split_over(site.mesh, function)).lower, *models, batch),
         {**holds, "batch": batch},
         tokens,
-        _pass_flops(site, params, tokens),
-        site.attention(rows),
-        logits=4 * site.shape.vocab_size * min(chunk, tokens // batch_shards(site.mesh)),
+        sum(2.0 * param_count(params) * tokens for params in models),
+        site.attention(size, len(models)),
+        0 if scores else site.logits(tokens),
+        count / size,
     )
 
 
-def _reward_models(site: Site) -> dict[str, Any]:
+def _reward_models(site: _Site) -> list[Any]:
     """The reward models that score a stage's answers; several are held twice, also stacked."""
-    count = _members(site.config)
-    if not count:
-        return {}
-    one = site.at(jax.eval_shape(partial(init, _scalar(site)), jax.random.key(0)))
-    return {"other models": [one] * (1 if count == 1 else 2 * count)}
-
-
-def _members(config: Config) -> int:
+    config = site.config
     if config.stage not in SAMPLING or "model" not in parse_rewards(config.reward.scorers):
-        return 0
+        return []
     named = section_document(config, "init").items()
-    return max(1, sum(role.startswith("reward") and bool(path) for role, path in named))
+    count = max(1, sum(role.startswith("reward") and bool(path) for role, path in named))
+    shape = dataclasses.replace(site.shape, head="scalar")
+    one = site.at(jax.eval_shape(partial(init, shape), jax.random.key(0)))
+    return [one] * (1 if count == 1 else 2 * count)
 
 
-def _scalar(site: Site) -> ModelConfig:
-    return dataclasses.replace(site.shape, head="scalar")
+def _sampling(site: _Site, params: Any, holds: Mapping[str, Any], answers: Rollout) -> list[Step]:
+    """What it takes to answer prompts, and to have reward models score the answers."""
+    options, steps = site.config.rollout, []
+    if judges := _reward_models(site):
+        rows = {k: x for k, x in answers.rows.items() if k not in ("members", "slots", "mask")}
+        function = partial(sequence_scores, dataclasses.replace(site.shape, head="scalar"))
+        each = (len(judges) + 1) // 2  # reward models
+        count = len(rows["tokens"]) * each
+        steps.append(_pass(site, "reward model", function, judges[:1], rows, holds, count))
+    rounds = -(-len(answers.completions) // options.slots) * options.max_new_tokens
+    return [*steps, _decode(site, params, holds, rounds)]
 
 
-def _policy(site: Site) -> list[Step]:
-    """Those of an iteration of on-policy training."""
-    config, model, mesh = site.config, site.model, site.mesh
-    texts = [_text_rows(config)] if config.loss.ptx_coefficient else None
-    task = text_task(config, model, None, mesh, texts)  # type: ignore[arg-type]
-    critic = None
-    if task.values is not None:  # a reward model's body or the policy's, which have one shape
-        critic = site.at(with_score_head(model, config.seed).params)
-    trainer = make_trainer(config, task, model.params, critic, mesh=mesh)
-    state = site.at(trainer.policy.init())
-    others = [split(model.params)[0], *_reward_models(site).get("other models", [])]
-    valued = None
-    if trainer.critic is not None:
-        valued = site.at(trainer.critic.init())
-        others += [valued.params, valued.opt_state]
-    holds = {**_trained(state, model.params), "other models": others}
-    rows, scored = _rollout(site)
-    updates = updates_per_iteration(config)
-    size = len(scored["members"]) // config.train.minibatches
-    own = updates > 1 or config.kl.placement == "reward"
-    if not own:
-        del scored["old_logprobs"]
-    extra = task.extra_rows(0) if task.extra_rows is not None else {}
-    batch = site.rows(scored, size) | site.rows(extra, config.batch.rows)
-    loss = partial(policy_loss, config, task, config.loss.objective)
-    steps = [_update(site, "update", trainer.policy, loss, state, batch, holds, updates)]
-    if trainer.critic is not None:
-        of_value = partial(value_loss, config, task)
-        steps.append(
-            _update(site, "update of the critic", trainer.critic, of_value, valued, batch, holds,
-                    updates)
-        )  # fmt: skip
-    params = trainer.policy.params(state)
-    part = site.rows(rows, size)
-    tokens = math.prod(part["tokens"].shape)
-    models = [params, model.params] if own else [model.params]
-    flops = sum(_pass_flops(site, each, tokens) for each in models)
-    chunk = max(1024, KEPT_LOGITS // site.shape.vocab_size)
-    score = partial(trainer.score_rows.lower, params if own else None, model.params, part)  # type: ignore[attr-defined]
-    steps.append(
-        Step(
-            "scoring", score, {**holds, "batch": part}, tokens, flops,
-            site.attention(size, len(models)),
-            logits=4 * site.shape.vocab_size * min(chunk, tokens // batch_shards(mesh)),
-            calls=config.train.minibatches,
-        )
-    )  # fmt: skip
-    if trainer.critic is not None:
-        critic_params = trainer.critic.params(valued)
-        steps.append(
-            Step(
-                "values", partial(trainer.value_rows.lower, critic_params, part),  # type: ignore[attr-defined]
-                {**holds, "batch": part}, tokens, _pass_flops(site, critic_params, tokens),
-                site.attention(size), calls=config.train.minibatches,
-            )
-        )  # fmt: skip
-    return steps + _sampling(site, params, holds, rows)
-
-
-def _text_rows(config: Config) -> Arrays:
-    length = config.data.row_length
-    return pack_documents([Document([1] * length, [0] + [1] * (length - 1))], length)[0]
-
-
-def _rollout(site: Site) -> tuple[Arrays, Arrays]:
-    """(rows of an iteration's answers, the same with what a loss reads of them)."""
-    config, options = site.config, site.config.rollout
-    limit = options.max_new_tokens
-    answer = Completion([1] * limit, np.zeros(limit, np.float32), True)
-    prompts = PromptSet([None] * options.prompts, [[1] * options.max_prompt_tokens] * options.prompts)  # type: ignore[list-item]
-    answers = [answer] * (options.prompts * options.samples)
-    rollout = Rollout.of(prompts, answers, [""] * len(answers), limit)
-    rollout = with_rows(config, rollout, row_multiple(config, site.mesh))
-    names = ["old_logprobs", "ref_logprobs", "advantages", "returns"]
-    names += ["old_values"] if config.critic is not None else []
-    values: dict[str, Any] = dict.fromkeys(names, np.zeros_like(rollout.mask))
-    made = dataclasses.replace(rollout, weights=np.ones(len(answers), np.float32), **values)
-    return rollout.rows, trainable_rows(made, 0.0)
-
-
-def _sampling(
-    site: Site, params: Any, holds: Mapping[str, Any], rows: Arrays | None = None
-) -> list[Step]:
-    """What it takes to answer prompts and to have reward models score the answers."""
-    steps, config = [], site.config
-    answers = config.rollout.slots
-    if config.stage != "best_of_n":
-        answers = config.rollout.prompts * config.rollout.samples
-    if count := _members(config):
-        reward = site.at(jax.eval_shape(partial(init, _scalar(site)), jax.random.key(0)))
-        lower = jax.jit(partial(sequence_scores, _scalar(site))).lower
-        arrays = rows if rows is not None else _batch(dataclasses.replace(site))[0]
-        if "last" in arrays:
-            each = _row_pass(site, "reward model", lower, reward, arrays, holds)
-            total = len(arrays["tokens"]) * config.data.row_length
-            calls = count * max(1.0, total / each.tokens)
-            steps.append(dataclasses.replace(each, calls=calls, logits=0))
-    decode = _decode(site, params, holds)
-    rounds = -(-answers // config.rollout.slots) * config.rollout.max_new_tokens
-    return [*steps, dataclasses.replace(decode, calls=rounds)]
-
-
-def _decode(site: Site, params: Any, holds: Mapping[str, Any]) -> Step:
+def _decode(site: _Site, params: Any, holds: Mapping[str, Any], calls: int) -> Step:
     """A token of every slot, by `engine.advance`."""
     options, shape = site.config.rollout, site.shape.forward
-    sampling = Sampling(options.max_new_tokens, options.temperature)
-    drawing = engine.Drawing.of(sampling, None, np.zeros(shape.vocab_size, bool))
     mesh = decoding_mesh(params, options.slots)
     whole = all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
     made = transformer._decoding_params.lower(shape, params, whole)
-    places = made.compile().output_shardings
+    places, by_rows = made.compile().output_shardings, site.alone()
     if mesh is not None:
-        places = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), places)
+        places = jax.tree.map(lambda _: NamedSharding(mesh, P()), places)
+        by_rows = NamedSharding(mesh, P(ROWS))
+    elif site.mesh is not None:
+        by_rows = NamedSharding(site.mesh, P())
     copy = jax.tree.map(shaped_at, made.out_info, places)
     length = options.max_prompt_tokens + options.max_new_tokens
-    empty = partial(engine.empty, shape, options.slots, length, False, mesh)
-    place: Any = SingleDeviceSharding(training_devices()[0])
-    if mesh is not None:
-        place = NamedSharding(mesh, PartitionSpec(ROWS))
-    elif site.mesh is not None:
-        place = NamedSharding(site.mesh, PartitionSpec())
-    slots = jax.tree.map(lambda leaf: shaped_at(leaf, place), jax.eval_shape(empty))
-    live = shaped_at(jnp.zeros(options.slots, bool), place)
+    empty = jax.eval_shape(partial(engine.empty, shape, options.slots, length, False, mesh))
+    slots: Any = jax.tree.map(lambda leaf: shaped_at(leaf, by_rows), empty)
+    sampling = Sampling(options.max_new_tokens, options.temperature)
+    drawing = engine.Drawing.of(sampling, None, np.zeros(shape.vocab_size, bool))
+    live = slots.active
+    advance: Any = engine.advance
     return Step(
         "decode a token",
-        partial(engine.advance.lower, shape, copy, slots, drawing, live, 0, 2**30, mesh),  # type: ignore[attr-defined]
+        partial(advance.lower, shape, copy, slots, drawing, live, 0, 2**30, mesh),
         {**holds, "decoding weights": copy, "cache": slots},
         options.slots,
-        _pass_flops(site, params, options.slots),
+        2.0 * param_count(params) * options.slots,
         0.0,
-        logits=4 * shape.vocab_size * options.slots // (1 if mesh is None else mesh.size),
+        4 * shape.vocab_size * options.slots // (1 if mesh is None else mesh.size),
+        calls,
     )
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of a tree on one of the devices that it lies on."""
-    leaves: Sequence[Any] = jax.tree.leaves(tree)
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * jax.dtypes.itemsize_bits(x.dtype) // 8
-        if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-        else 8 * math.prod(x.sharding.shard_shape(x.shape))
-        for x in leaves
-    )
+    """Bytes of a tree of shapes on one of the devices that each lies on."""
+
+    def size(leaf: Any) -> int:
+        wide = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+        return wide * math.prod(leaf.sharding.shard_shape(leaf.shape))
+
+    return sum(map(size, jax.tree.leaves(tree)))

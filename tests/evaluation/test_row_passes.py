@@ -87,10 +87,10 @@ def test_data_sets_and_models_that_differ_in_training_alone_share_a_compiled_pas
     rows = pairs(length=48)
     wider = pad_rows(rows, rows=1, slots=1, groups=rows["last"].shape[1] + 1)
     wanted = response_logprobs(CONFIG, PARAMS, rows, 96)
-    count = row_passes.jitted_logprobs._cache_size()
+    count = row_passes._logprobs._cache_size()
     other = dataclasses.replace(CONFIG, remat="dots")
     found = response_logprobs(other, PARAMS, wider, 96)
-    assert row_passes.jitted_logprobs._cache_size() == count
+    assert row_passes._logprobs._cache_size() == count
     np.testing.assert_array_equal(found[:, :-1], wanted)
 
 
