@@ -31,7 +31,9 @@ def main(argv: list[str] | None = None) -> int:
         from rlhf_jax.main import parse
         from rlhf_jax.plan.plan import plan
 
-        config, source, stated, others = parse(rest)
+        config, _, stated, others = parse(rest)
+        if others.workdir or others.preflight or others.rerun:
+            parser.error("--workdir, --preflight and --rerun are of rlhf_jax.main")
         plan(config, stated, flags.topology, search=flags.search)
 
     return run(parser, command, known)

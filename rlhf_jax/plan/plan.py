@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -20,8 +21,22 @@ from rlhf_jax.stages.memory import smaller_fields
 COMPILES = 12  # of a search
 
 
-def plan(given: ConfigDict, stated: Sequence[str], topology: str, *, search: bool) -> None:
-    """Prints what a config's steps take on a topology.
+@dataclass(frozen=True)
+class Planned:
+    """What a plan found: the steps, the update first, on so many devices of a kind."""
+
+    estimates: list[Estimate]
+    chip: Chip
+    devices: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether every step does."""
+        return all(_fits(each, self.chip) for each in self.estimates)
+
+
+def plan(given: ConfigDict, stated: Sequence[str], topology: str, *, search: bool) -> Planned:
+    """Prints and returns what a config's steps take on a topology.
 
     Args:
       given, stated: as for `chain.run`.
@@ -49,13 +64,15 @@ def plan(given: ConfigDict, stated: Sequence[str], topology: str, *, search: boo
         print(line)
     worst = max(estimates, key=lambda each: each.needed)
     used = f"{worst.step.name} needs {worst.needed / 2**30:.2f} of {chip.memory / 2**30:.2f} GiB"
-    if _fits(worst, chip) and all(each.counted for each in estimates):
+    planned = Planned(estimates, chip, len(devices))
+    if planned.fits:
         print(f"fits {topology}: {used}")
-        return
+        return planned
     fields = "; ".join([*smaller_fields(given), *_further(config, len(devices))])
     print(f"does not fit {topology}: {used}. Less is needed with {fields}")
     if not search:
         print("--search tries them")
+    return planned
 
 
 def _fits(each: Estimate, chip: Chip) -> bool:
@@ -86,7 +103,8 @@ def _hour(config: Config, estimates: list[Estimate], chip: Chip) -> Iterator[str
         return
     yield f"  an hour: {update.step.tokens * 3600 / seconds:,.0f} tokens trained on"
     if config.stage in ("preference", "reward"):
-        yield f"  or {config.batch.rows * 3600 / seconds:,.0f} pairs of {config.data.row_length} tokens"
+        pairs = config.batch.rows * 3600 / seconds
+        yield f"  or {pairs:,.0f} pairs of {config.data.row_length} tokens"
     if not chip.clock:
         yield "  of GPUs by a roofline: their compiler counts no cycles"
 
@@ -139,15 +157,19 @@ def _search(given: ConfigDict, chip: Chip) -> ConfigDict:
     whole = search.devices // mesh.tensor
     most = max(1, rows // whole)
     for fsdp in dict.fromkeys((mesh.fsdp, whole)):
-        remats = ("none", "dots", "full")
+        remats = ["none", "dots", "full"]
         for parts in (1 << k for k in range(most.bit_length()) if rows % (whole << k) == 0):
             for i, remat in enumerate(remats):
                 changes = {"mesh.fsdp": fsdp, "batch.microbatches": parts, f"{where}.remat": remat}
                 if search.fits(changes):
                     remats = remats[:i]  # with more parts only less recomputing can be faster
                     break
-    least = {"mesh.fsdp": whole, f"{where}.remat": "full", "batch.microbatches": most}
-    further = [{f"{where}.compute_dtype": "bfloat16"}]
+    least: dict[str, Any] = {
+        "mesh.fsdp": whole,
+        f"{where}.remat": "full",
+        "batch.microbatches": most,
+    }
+    further: list[dict[str, Any]] = [{f"{where}.compute_dtype": "bfloat16"}]
     if where == "compute":
         further.append({"adapter.rank": 16, "adapter.base": "bfloat16"})
     further.append({"batch.rows": whole, "batch.microbatches": 1})

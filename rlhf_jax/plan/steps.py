@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.config import Config, section_document
@@ -227,7 +227,8 @@ def _on_policy(site: _Site) -> list[Step]:
         valued = site.at(trainer.critic.init())
         others += [valued.params, valued.opt_state]
         holds["other models"] = others
-        of_value, critic = partial(on_policy.value_loss, config, task), trainer.critic.params(valued)
+        of_value = partial(on_policy.value_loss, config, task)
+        critic = trainer.critic.params(valued)
         more = site, "update of the critic", trainer.critic, of_value, valued, batch, holds, updates
         steps.append(_update(*more))
         of_rows = trainer.value_rows
@@ -277,7 +278,7 @@ def _rows(site: _Site, answers: Rollout | None) -> tuple[Arrays, int]:
 
 
 def _answers(site: _Site) -> Rollout:
-    """The scored answers of an iteration, or of a block of best-of-n, all of the greatest length."""
+    """The scored answers of an iteration, or a block of best-of-n, all of the greatest length."""
     config, options = site.config, site.config.rollout
     limit, best = options.max_new_tokens, config.stage == "best_of_n"
     prompts, each = (BLOCK, config.best_of_n.n) if best else (options.prompts, options.samples)
@@ -287,7 +288,8 @@ def _answers(site: _Site) -> Rollout:
         for i in range(prompts * each)
     ]
     rollout = Rollout.of(asked, completions, [""] * len(completions), limit)
-    rollout = with_rows(config, rollout, site.pass_size() if best else row_multiple(config, site.mesh))
+    multiple = site.pass_size() if best else row_multiple(config, site.mesh)
+    rollout = with_rows(config, rollout, multiple)
     names = ["old_logprobs", "ref_logprobs", "advantages", "returns"]
     names += ["old_values"] if config.critic is not None else []
     values: dict[str, Any] = dict.fromkeys(names, np.zeros_like(rollout.mask))
@@ -312,9 +314,9 @@ def _update(
     if site.config.stage in TEXT:
         logits = site.logits(tokens // parts, PASSING_LOGITS, 512)
     model = dataclasses.replace(site.model(), params=params)
-    part = {
-        k: jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]), x.dtype) for k, x in batch.items()
-    }
+    part = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]), x.dtype), batch
+    )
     return Step(
         name,
         partial(_lowered, learner.step, state, batch),
@@ -330,9 +332,10 @@ def _update(
 
 def _lowered(function: Any, *arguments: Any) -> Any:
     """What a jitted function, or one under an adapter, is lowered to."""
+    frozen: dict[str, Any] = {}
     if isinstance(function, partial):
-        return function.func.lower(*arguments, **function.keywords)
-    return function.lower(*arguments)
+        function, frozen = function.func, function.keywords
+    return function.lower(*arguments, **frozen)
 
 
 def _kept(loss: Callable, params: Any, batch: Mapping[str, Any]) -> int:
@@ -369,7 +372,7 @@ def _pass(
     scores = any("score_head" in params for params in models)
     return Step(
         name,
-        partial(jax.jit(split_over(site.mesh, function)).lower, *models, batch),
+        partial(_lowered, jax.jit(split_over(site.mesh, function)), *models, batch),
         {**holds, "batch": batch},
         tokens,
         sum(2.0 * param_count(params) * tokens for params in models),
@@ -410,7 +413,8 @@ def _decode(site: _Site, params: Any, holds: Mapping[str, Any], calls: int) -> S
     mesh = decoding_mesh(params, options.slots)
     whole = all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
     made = transformer._decoding_params.lower(shape, params, whole)
-    places, by_rows = made.compile().output_shardings, site.alone()
+    places: Any = made.compile().output_shardings
+    by_rows: Any = site.alone()
     if mesh is not None:
         places = jax.tree.map(lambda _: NamedSharding(mesh, P()), places)
         by_rows = NamedSharding(mesh, P(ROWS))
