@@ -15,7 +15,7 @@ import os
 from typing import Any
 
 from benchmarks import gpu
-from benchmarks.compiled_text import count
+from rlhf_jax.plan.compiled_text import count
 
 
 def compile_update(config: Any, mesh: Any, rows: int, length: int) -> Any:

@@ -7,9 +7,11 @@ decodes some of the rows.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -19,6 +21,7 @@ AXES = ("data", "fsdp", "tensor")  # of every mesh; rows are split over the firs
 _FEWEST = 32  # rows a core: with fewer, reading all weights on each core costs more than it saves
 _MOST = 8  # cores: rows for more of them are rare
 _cores = 1  # CPU devices that `split_cores` made
+_planned: list[jax.Device] | None = None  # by `planning_for`
 
 
 def split_cores() -> None:
@@ -37,8 +40,21 @@ def split_cores() -> None:
 
 def training_devices() -> list[jax.Device]:
     """All there are; of a CPU's cores the first, whose computations are spread over all of them."""
+    if _planned is not None:
+        return _planned
     devices = jax.devices()
     return devices[:1] if _are_cores(devices) else devices
+
+
+@contextlib.contextmanager
+def planning_for(devices: Sequence[jax.Device]) -> Iterator[None]:
+    """Within it these are the training devices; nothing need be able to run on them."""
+    global _planned
+    _planned = list(devices)
+    try:
+        yield
+    finally:
+        _planned = None
 
 
 def decoding_mesh(params: Any, rows: int) -> Mesh | None:
@@ -49,8 +65,9 @@ def decoding_mesh(params: Any, rows: int) -> Mesh | None:
     can't be split evenly over all. None for a single device.
     """
     place, fewest = jax.tree.leaves(params)[0].sharding, 1
-    if isinstance(place, NamedSharding) and place.mesh.axis_names == AXES:
-        devices = place.mesh.devices.reshape(-1, place.mesh.shape["tensor"])
+    mesh = cast(Mesh, place.mesh) if isinstance(place, NamedSharding) else None
+    if mesh is not None:
+        devices = mesh.devices.reshape(-1, mesh.shape["tensor"])
     else:
         devices = np.array([[device] for device in place.device_set])
         if _are_cores([*place.device_set]):
@@ -59,8 +76,8 @@ def decoding_mesh(params: Any, rows: int) -> Mesh | None:
     count = max((n for n in counts if rows % n == 0), default=1)
     if count * devices.shape[1] == 1:
         return None
-    if isinstance(place, NamedSharding) and count == len(devices):
-        return place.mesh
+    if mesh is not None and count == len(devices):
+        return mesh
     return Mesh(devices[:count, None], AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

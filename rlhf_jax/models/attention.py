@@ -104,7 +104,7 @@ def attend_cached(
 
 
 def write_cached(cached: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
-    """Writes new [B, kv_heads, T, d] into a cache [B, kv_heads, slots, d] at positions int32 [B, T].
+    """Writes new [B, kv_heads, T, d] into a cache [B, kv_heads, slots, d] at int32 [B, T].
 
     The positions of a row follow each other and fit.
     """

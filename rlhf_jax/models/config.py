@@ -264,6 +264,7 @@ PRESETS: dict[str, ModelConfig] = {
     "350m": _gpt2(24, 1024, 16),
     "1b": _llama(16, 2048, 32, 8, max_length=131_072, tied_embeddings=True),
     "8b": _llama(32, 4096, 32, 8, mlp_width=14_336),
+    "70b": _llama(80, 8192, 64, 8, mlp_width=28_672),
 }  # fmt: skip
 
 

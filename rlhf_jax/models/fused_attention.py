@@ -167,7 +167,8 @@ def check_attention(config: ModelConfig, length: int, *, interpret: bool = False
     """
     if config.attention == "reference":
         return 0.0
-    _check_platform(config, interpret)
+    if not interpret:
+        check_kernel(config.attention, jax.default_backend(), length)
     worst = 0.0
     for window in sorted({config.sliding_window if w else None for w in config.windowed}, key=str):
         try:
@@ -190,14 +191,19 @@ def check_attention(config: ModelConfig, length: int, *, interpret: bool = False
     return worst
 
 
-def _check_platform(config: ModelConfig, interpret: bool) -> None:
-    here, needed = jax.default_backend(), PLATFORMS.get(config.attention)
-    if interpret:
-        return
-    if needed not in (None, here):
+def check_kernel(attention: str, platform: str, length: int) -> None:
+    """UserError for a kernel that a platform, as "tpu", lacks, or that refuses such rows."""
+    needed = PLATFORMS.get(attention)
+    if needed not in (None, platform):
+        own = next((name for name, other in PLATFORMS.items() if other == platform), "reference")
         raise UserError(
-            f"attention = {config.attention!r} needs a {needed.upper()}, this is a "
-            f"{here.upper()}: choose attention = 'reference' or 'xla'"
+            f"attention = {attention!r} needs a {needed.upper()}, this is a {platform.upper()}: "
+            f"choose attention = {own!r} or 'xla'"
+        )
+    if attention == "cudnn" and length % 2:
+        raise UserError(
+            f"attention = 'cudnn' does not take rows of {length} tokens, an odd number: set "
+            f"data.row_length = {length + 1}, or choose attention = 'xla'"
         )
 
 

@@ -76,7 +76,7 @@ def spec_of(
 
 
 def _spelled(axes: Iterable[str | None]) -> P:
-    """Returns a spec as the compiler spells it, without None at the end: a step must not recompile."""
+    """Returns a spec without None at the end, as the compiler has it: a step must not recompile."""
     spec = [*axes]
     while spec and spec[-1] is None:
         spec.pop()
@@ -87,7 +87,9 @@ def without_fsdp(place: Sharding) -> NamedSharding | None:
     """Where an array lies that is whole but for the axis tensor; None if it is not on a mesh."""
     if not isinstance(place, NamedSharding):
         return None
-    return NamedSharding(place.mesh, _spelled(axis if axis == "tensor" else None for axis in place.spec))
+    return NamedSharding(
+        place.mesh, _spelled(axis if axis == "tensor" else None for axis in place.spec)
+    )
 
 
 def batch_shards(mesh: Mesh | AbstractMesh | None) -> int:

@@ -201,11 +201,10 @@ class _Attention(nn.Module):
         if cached is None:
             mixed = attend_by(config, query, *new, context.bias)
         else:
-            new = tuple(
-                write_cached(*each, context.positions) for each in zip(cached, new, strict=True)
-            )
+            key = write_cached(cached[0], key, context.positions)
+            value = write_cached(cached[1], value, context.positions)
             # Without a barrier XLA writes a row once per reader, into copies of the cache.
-            new = key, value = jax.lax.optimization_barrier(new)
+            new = key, value = jax.lax.optimization_barrier((key, value))
             softcap = config.attention_softcap
             mixed = attend_cached(query, key, value, context.bias, softcap=softcap)
         mixed = mixed.reshape(len(x), config.heads, -1, config.head_dim).swapaxes(1, 2)
@@ -530,14 +529,15 @@ def decoding_params(config: ModelConfig, params: Params) -> Params:
     together again: otherwise every token would wait for every weight to travel. The price is a
     second copy of the layers for as long as it is used.
     """
-    leaves = jax.tree.leaves(params)
-    return _decoding_params(config, params, tuple(without_fsdp(leaf.sharding) for leaf in leaves))
+    places = tuple(without_fsdp(leaf.sharding) for leaf in jax.tree.leaves(params))
+    return lay_out_for_decoding(config, params, places)
 
 
 @partial(jax.jit, static_argnums=(0, 2))
-def _decoding_params(
+def lay_out_for_decoding(
     config: ModelConfig, params: Params, places: tuple[NamedSharding | None, ...]
 ) -> Params:
+    """As `decoding_params`, which finds out from the parameters where their leaves will lie."""
     join = all(place is None or place.is_fully_replicated for place in places)
 
     def round_kernels(node: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Slots that decode together: prompts are prefilled, copied into slots and continued there.
 
 On a mesh each group of devices that has a model (one device, unless the axis tensor splits it) has
-as many of the rows and their caches, and decodes by itself. Where the cores of a CPU decode, nothing
-may make them wait for each other: XLA's CPU devices share a few threads, and those of one program
-that wait can keep another program's from ever arriving.
+as many of the rows and their caches, and decodes by itself. Where the cores of a CPU decode,
+nothing may make them wait for each other: XLA's CPU devices share a few threads, and those of one
+program that wait can keep another program's from ever arriving.
 
 A slot's numbers depend on its own prompt and random stream alone, not on the slot or on what the
 others hold: products and sums are row by row, and what an earlier completion left in the cache lies

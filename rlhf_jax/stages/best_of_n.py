@@ -10,6 +10,7 @@ the winners ("Llama 2", https://arxiv.org/abs/2307.09288).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from rlhf_jax.evaluation.selection import (
     kl_terms,
     win_bound,
 )
+from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import target_cross_entropy
 from rlhf_jax.rewards.scorers import Scores
 from rlhf_jax.rl.judge import Judge
@@ -64,15 +66,18 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
         prompts = prompts.take(range(min(options.prompts, len(prompts.records))))
         rows, held = winners(config, policy, prompts, judge)
 
-    def loss_fn(params, batch, rng):
-        return target_cross_entropy(policy.config, params, batch)
-
     evaluate = language_evaluation(policy.config, held, tokens=step_tokens(config))
     batches = batches_of(config, policy, [rows], [1.0])
+    loss_fn = partial(loss, config, policy.config)
     model, trained, _ = fit(config, run, policy, loss_fn, batches, evaluate)
     save_model(run.path, model)
     metrics |= {k: v for k, v in trained.items() if k.startswith("train/")}
     return metrics | evaluate_chat(config, run.path, model, parents["policy"], further=further)
+
+
+def loss(config: Config, shape: ModelConfig, params: Any, batch, rng):
+    """The cross-entropy of a batch of winners: ((total, weight), metrics)."""
+    return target_cross_entropy(shape, params, batch)
 
 
 def measure(

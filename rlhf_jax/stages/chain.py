@@ -25,7 +25,7 @@ from rlhf_jax.errors import UserError, mistake_in
 from rlhf_jax.report.report import describe_environment, write_report
 from rlhf_jax.report.run_files import read_samples
 from rlhf_jax.report.tables import METRICS, print_table
-from rlhf_jax.stages.checks import check
+from rlhf_jax.stages.checks import check, check_devices
 from rlhf_jax.stages.defaults import STAGES, module_of, resolve, unknown_field
 from rlhf_jax.stages.identity import made_from
 from rlhf_jax.stages.memory import naming_memory
@@ -132,6 +132,7 @@ def prepare(given: ConfigDict, stated: Sequence[str] = ()) -> Config:
         if line := unread(config, name):
             raise UserError(f"in the command line: {line}")
     check(config)
+    check_devices(config)
     return config
 
 

@@ -10,13 +10,17 @@ from pathlib import Path
 
 from rlhf_jax.config import Config, section_document
 from rlhf_jax.data.shapes import parse_columns
+from rlhf_jax.devices import training_devices
 from rlhf_jax.errors import UserError
 from rlhf_jax.hub.chat_formats import chat_template
 from rlhf_jax.hub.hub_data import check_hub_name
+from rlhf_jax.models.fused_attention import check_kernel
+from rlhf_jax.models.sharding import batch_shards
 from rlhf_jax.rewards.scorers import parse_rewards
 from rlhf_jax.stages.defaults import SAMPLING
 from rlhf_jax.tasks.builders import task_of
 from rlhf_jax.tasks.sources import parse_source, parse_sources
+from rlhf_jax.training.mesh import mesh_of
 from rlhf_jax.training.optimizer import make_optimizer
 
 
@@ -49,6 +53,22 @@ def check(config: Config) -> None:
             "config: loss.name = 'kto' needs an answer to another prompt beside each pair, which "
             "online pairs lack; choose another loss"
         )
+
+
+def check_devices(config: Config) -> None:
+    """UserError for what the training devices cannot do: their mesh, its rows, its attention."""
+    if config.stage == "oracle":  # whose rows have meshes of their own
+        return
+    mesh, batch = mesh_of(config), config.batch
+    parts = batch.microbatches * batch_shards(mesh)
+    if batch.rows % parts:
+        raise UserError(
+            f"config: batch.rows = {batch.rows} does not split into batch.microbatches = "
+            f"{batch.microbatches} over {batch_shards(mesh)} devices (data x fsdp); the nearest "
+            f"that does is {max(1, round(batch.rows / parts)) * parts}"
+        )
+    section = config.model if config.compute is None else config.compute
+    check_kernel(section.attention, training_devices()[0].platform, config.data.row_length)
 
 
 def _check_sources(config: Config) -> None:

@@ -33,12 +33,12 @@ def naming_memory(config: ConfigDict, workdir: Path | None = None) -> Iterator[N
         asked = lack_of_memory(error)
         if asked is None:
             raise
-        fields = "; ".join(_fields(config))
+        fields = "; ".join(smaller_fields(config))
         state = "" if workdir is None else f". {_state(workdir)}"
         raise UserError(f"memory ran out: {asked}. Less is needed with {fields}{state}") from error
 
 
-def _fields(config: ConfigDict) -> Iterator[str]:
+def smaller_fields(config: ConfigDict) -> Iterator[str]:
     """The fields this config has that lower what is held at a time, and which way."""
     found = leaves(document(resolve(config)))
     if 1 <= found.get("batch.microbatches", 0) < found["batch.rows"]:

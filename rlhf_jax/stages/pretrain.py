@@ -7,7 +7,9 @@ windows of one stream of characters as nanoGPT does.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -18,6 +20,7 @@ from rlhf_jax.data.tokenizer import OwnTokenizer, train_bpe, train_chars
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.language_loss import language_evaluation
 from rlhf_jax.models import transformer
+from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import target_cross_entropy
 from rlhf_jax.stages.fit import batches_of, fit, pack_texts
 from rlhf_jax.stages.start import check_kernel
@@ -55,18 +58,21 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
         batches = batches_of(config, model, rows, [*sources.values()])
         held_out = pack_texts(config, "validation text", validation, tokenizer, policy)
 
-    def loss_fn(params, batch, rng):
-        return target_cross_entropy(shape, params, batch, z_loss=config.loss.z_loss)
-
     evaluate = language_evaluation(
         shape,
         held_out,
         text_bytes=sum(len(record.text.encode()) for record in validation),
         tokens=step_tokens(config),
     )
+    loss_fn = partial(loss, config, shape)
     model, metrics, _ = fit(config, run, model, loss_fn, batches, evaluate)
     save_model(run.path, model)
     return metrics
+
+
+def loss(config: Config, shape: ModelConfig, params: Any, batch, rng):
+    """The cross-entropy of a batch of packed text: ((total, weight), metrics)."""
+    return target_cross_entropy(shape, params, batch, z_loss=config.loss.z_loss)
 
 
 def _train_tokenizer(config: Config, texts: list[str]) -> OwnTokenizer:

@@ -8,7 +8,9 @@ for Continual Learning", https://arxiv.org/abs/1811.11682.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rlhf_jax import console
 from rlhf_jax.config import Config
@@ -17,6 +19,7 @@ from rlhf_jax.data.encode import check_trained_share, encode_conversations
 from rlhf_jax.data.packing import Arrays, pack_documents
 from rlhf_jax.evaluation.chat_evaluation import evaluate_chat
 from rlhf_jax.evaluation.language_loss import language_evaluation
+from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import target_cross_entropy
 from rlhf_jax.stages.fit import batches_of, fit, pack_texts
 from rlhf_jax.stages.start import load_start
@@ -38,17 +41,9 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
     weights = [*sources.values(), *replayed.values()]
     held_out = _pack(config, config.data.validation, "validation", base.tokenizer)
 
-    def loss_fn(params, batch, rng):
-        return target_cross_entropy(
-            base.config,
-            params,
-            batch,
-            label_smoothing=config.loss.label_smoothing,
-            z_loss=config.loss.z_loss,
-        )
-
     evaluate = language_evaluation(base.config, held_out, tokens=step_tokens(config))
     batches = batches_of(config, base, rows, weights)
+    loss_fn = partial(loss, config, base.config)
     model, metrics, _ = fit(config, run, base, loss_fn, batches, evaluate)
     save_model(run.path, model)
     tables = console.few_records(
@@ -56,6 +51,17 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
     )
     return metrics | evaluate_chat(
         config, run.path, model, parents["policy"], further={"tables": tables}
+    )
+
+
+def loss(config: Config, shape: ModelConfig, params: Any, batch, rng):
+    """The cross-entropy of a batch of packed conversations: ((total, weight), metrics)."""
+    return target_cross_entropy(
+        shape,
+        params,
+        batch,
+        label_smoothing=config.loss.label_smoothing,
+        z_loss=config.loss.z_loss,
     )
 
 

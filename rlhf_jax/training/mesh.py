@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.config import Config
@@ -37,10 +38,33 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
     if free:
         sizes[free[0]] = len(devices) // math.prod(s for s in sizes.values() if s != -1)
     if math.prod(sizes.values()) != len(devices):
-        raise UserError(f"mesh {dict(axes)} does not fit {len(devices)} devices")
+        near = _nearest(sizes, len(devices), free)
+        stated = " ".join(f"{name}={size}" for name, size in axes.items())
+        raise UserError(f"mesh {stated} does not fit {len(devices)} devices; {near} would")
     return jax.make_mesh(
         tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
     )
+
+
+def _nearest(sizes: Mapping[str, int], devices: int, free: Sequence[str]) -> str:
+    """The sizes that do fit the devices, with the fewest changed by the least factors."""
+    divisors = [size for size in range(1, devices + 1) if devices % size == 0]
+    fitting = [
+        chosen
+        for chosen in itertools.product(divisors, repeat=len(sizes))
+        if math.prod(chosen) == devices
+    ]
+    fixed = [i for i, name in enumerate(sizes) if name not in free]
+    asked = [*sizes.values()]
+    best = min(
+        fitting,
+        key=lambda each: (
+            sum(each[i] != asked[i] for i in fixed),
+            sum(abs(math.log(each[i] / max(asked[i], 1))) for i in fixed),
+        ),
+    )
+    named = zip(sizes, best, strict=True)
+    return " ".join(f"{name}={size}" for name, size in named if size > 1) or "one device"
 
 
 def shardings(mesh: Mesh, tree, rules: Rules = TRANSFORMER_RULES):
@@ -68,16 +92,22 @@ def sharding(
 def placed(mesh: Mesh | None, tree, rules: Rules = TRANSFORMER_RULES):
     """The tree's arrays where the rules put them; an array that is in it twice stays one.
 
-    Without a mesh they are as they were.
+    Without a mesh they are as they were. Of a `ShapeDtypeStruct` it is said where it would lie.
     """
     if mesh is None:
         return tree
     leaves, structure = jax.tree.flatten(tree)
-    there: dict[int, jax.Array] = {}
+    there: dict[int, Any] = {}
     for leaf, place in zip(leaves, jax.tree.leaves(shardings(mesh, tree, rules)), strict=True):
         if id(leaf) not in there:
-            there[id(leaf)] = jax.device_put(leaf, place)
+            shaped = isinstance(leaf, jax.ShapeDtypeStruct)
+            there[id(leaf)] = shaped_at(leaf, place) if shaped else jax.device_put(leaf, place)
     return jax.tree.unflatten(structure, [there[id(leaf)] for leaf in leaves])
+
+
+def shaped_at(leaf: Any, place: Sharding) -> jax.ShapeDtypeStruct:
+    """What there is to know of an array that lies in that place."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
 def overlapping(mesh: Mesh | None) -> dict[str, bool]:

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from rlhf_jax.models.sharding import TRANSFORMER_RULES, Rules
-from rlhf_jax.training.mesh import shardings
+from rlhf_jax.training.mesh import placed, shardings
 
 
 @functools.partial(
@@ -52,7 +52,7 @@ def init_state(
     """Returns the state before the first step, placed on the mesh by the rules.
 
     Everything is a copy: steps donate the state, and the caller may still need `params`, as a
-    reference policy for example.
+    reference policy for example. Of `ShapeDtypeStruct`s it is said what it would be.
     """
 
     def build(params):
@@ -61,10 +61,12 @@ def init_state(
         average = copy(params) if ema else None
         return TrainState(zero, copy(params), optimizer.init(params), average, zero + 0, zero + 0)
 
+    shapes = jax.eval_shape(build, params)
+    if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
+        return placed(mesh, shapes, rules)
     if mesh is None:
         return jax.jit(build)(params)
-    placed = shardings(mesh, jax.eval_shape(build, params), rules)
-    return jax.jit(build, out_shardings=placed)(params)
+    return jax.jit(build, out_shardings=shardings(mesh, shapes, rules))(params)
 
 
 def release(tree) -> None:

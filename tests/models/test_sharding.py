@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.compiled_text import count
 from rlhf_jax.models import ModelConfig, init, lora, scoring
 from rlhf_jax.models.fused_attention import random_rows
 from rlhf_jax.models.sharding import split_over
+from rlhf_jax.plan.compiled_text import count
 from rlhf_jax.training.mesh import make_mesh, placed, shard_batch
 
 ROWS, LENGTH, TARGETS = 8, 64, 32

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.compiled_text import bytes_of, count
+from rlhf_jax.plan.compiled_text import bytes_of, count
 
 
 def compiled(function, mesh, *arguments):
@@ -245,12 +245,12 @@ TPU7X = """HloModule step
 
 %called (part: bf16[64,256]) -> bf16[64,2048] {
   %part = bf16[64,256]{1,0} parameter(0)
-  ROOT %gathered = bf16[64,2048]{1,0} all-gather(%part), replica_groups=mesh['x'=8] {'x'}, dimensions={1}
+  ROOT %gathered = bf16[64,2048]{1,0} all-gather(%part), replica_groups={{0,1,2,3,4,5,6,7}}
 }, execution_thread="sparsecore"
 
 ENTRY %main (part: bf16[64,256]) -> bf16[64,2048] {
   %part = bf16[64,256]{1,0} parameter(0)
-  %start = ((), (), (s32[])) custom-call-start(), async_execution_thread="sparsecore", custom_call_target="x", called_computations={%called}
+  %start = ((), (), (s32[])) custom-call-start(), called_computations={%called}
   %update = ((bf16[64,256]{1,0}), bf16[64,2048]{1,0}, (s32[])) custom-call-update(%start, %part)
   ROOT %done = bf16[64,2048]{1,0} custom-call-done(%update)
 }

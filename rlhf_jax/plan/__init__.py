@@ -1,0 +1,1 @@
+"""Asks the compilers of TPUs and GPUs that are not there what a run would take."""
