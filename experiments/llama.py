@@ -10,12 +10,20 @@ python -m benchmarks.plans
 
 from rlhf_jax.stages import defaults
 
-SHAPES = ("8b", "70b")
+SHAPES = ("1b", "8b", "70b")
 COMPUTE = {"compute_dtype": "bfloat16", "remat": "full", "attention": "xla"}
 
 
 def get_config(variant="dpo-8b"):
     stage, _, shape = variant.rpartition("-")
+    if shape in SHAPES and stage == "sft":
+        return defaults.base(
+            "sft",
+            init={"policy": f"experiments/llama.py:{shape}"},
+            data={"row_length": 4096},
+            batch={"rows": 64},
+            compute=COMPUTE,
+        )
     if shape in SHAPES and stage == "dpo":
         return defaults.base(
             "preference",
@@ -44,5 +52,5 @@ def get_config(variant="dpo-8b"):
         return defaults.base(
             "pretrain", model=defaults.model(shape), tokenizer={"vocab_size": 128_256}
         )
-    known = ", ".join(f"{kind}{shape}" for kind in ("dpo-", "grpo-", "") for shape in SHAPES)
+    known = ", ".join(f"{kind}{shape}" for kind in ("sft-", "dpo-", "grpo-", "") for shape in SHAPES)
     raise defaults.no_variant("llama.py", variant, known)
