@@ -92,7 +92,7 @@ def table(estimates: list[Estimate], chip: Chip, chips: int) -> list[str]:
 
     for kind in dict.fromkeys(kind for each in estimates for kind in each.held):
         row(f"{kind}, GiB", [_gib(each.held.get(kind)) for each in estimates])
-    row("of these kept activations, as traced", [_gib(each.step.kept) for each in estimates])
+    row("of these kept activations, at most", [_gib(each.step.kept) for each in estimates])
     row("of these logits, at most", [_gib(each.step.logits) for each in estimates])
     row(f"all, of {chip.memory / 2**30:.2f} GiB", [_gib(each.needed) for each in estimates])
     counts = [each.counted for each in estimates]

@@ -149,34 +149,34 @@ class _Search:
 def _search(given: ConfigDict, chip: Chip) -> ConfigDict:
     """The config with the settings under which its update fits and is fastest by the estimates.
 
-    First those that change nothing of what is trained: how many devices share the parameters, in
-    how many parts a batch goes, and what is recomputed. Then, only if none fits, others.
+    They change nothing of what is trained: how many devices share the parameters, in how many
+    parts a batch goes, and what is recomputed. Only if the least of these does not fit, others do.
     """
     search, mesh, rows = _Search(given, chip), given.mesh, given.batch.rows
     where = "model" if given.stage == "pretrain" else "compute"
     whole = search.devices // mesh.tensor
-    most = max(1, rows // whole)
-    for fsdp in dict.fromkeys((mesh.fsdp, whole)):
-        remats = ["none", "dots", "full"]
-        for parts in (1 << k for k in range(most.bit_length()) if rows % (whole << k) == 0):
-            for i, remat in enumerate(remats):
-                changes = {"mesh.fsdp": fsdp, "batch.microbatches": parts, f"{where}.remat": remat}
-                if search.fits(changes):
-                    remats = remats[:i]  # with more parts only less recomputing can be faster
-                    break
-    least: dict[str, Any] = {
-        "mesh.fsdp": whole,
-        f"{where}.remat": "full",
-        "batch.microbatches": most,
-    }
-    further: list[dict[str, Any]] = [{f"{where}.compute_dtype": "bfloat16"}]
+    parts = [k for k in range(1, rows // whole + 1) if rows % (whole * k) == 0] or [1]
+    least: dict[str, Any] = {"mesh.fsdp": whole, "batch.microbatches": parts[-1]}
+    least[f"{where}.remat"] = "full"
+    further: list[dict[str, Any]] = [{}, {f"{where}.compute_dtype": "bfloat16"}]
     if where == "compute":
         further.append({"adapter.rank": 16, "adapter.base": "bfloat16"})
     further.append({"batch.rows": whole, "batch.microbatches": 1})
     for change in further:
-        if not search.found:
-            least |= change
-            search.fits(least)
+        least |= change
+        if search.fits(least):
+            break
+    if change is further[0]:
+        for fsdp in dict.fromkeys((mesh.fsdp, whole)):
+            if fsdp != whole and not search.fits(least | {"mesh.fsdp": fsdp}):
+                continue
+            remats = ["none", "dots", "full"]
+            for count in parts:
+                for i, remat in enumerate(remats):
+                    changes = {"mesh.fsdp": fsdp, "batch.microbatches": count}
+                    if search.fits(changes | {f"{where}.remat": remat}):
+                        remats = remats[:i]  # in more parts only less recomputing can be faster
+                        break
     if not search.found:
         print("nothing that was tried fits")
         return given
