@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,10 +58,10 @@ def plan(given: ConfigDict, stated: Sequence[str], topology: str, *, search: boo
             given = _search(given, chip)
         config = resolve(given)
         check_devices(config)
-        estimates = []
-        for step in steps_of(config):
-            print(f"compiling: {step.name}", flush=True)
-            estimates.append(estimate(step, chip, len(devices)))
+        steps = steps_of(config)
+        print(f"compiling: {', '.join(step.name for step in steps)}", flush=True)
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 2)) as pool:  # gigabytes each
+            estimates = [*pool.map(lambda step: estimate(step, chip, len(devices)), steps)]
     for line in (*table(estimates, chip, len(devices)), *_hour(config, estimates, chip)):
         print(line)
     worst = max(estimates, key=lambda each: each.needed)
