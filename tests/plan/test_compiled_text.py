@@ -89,7 +89,7 @@ def test_loops_in_loops_multiply():
     assert counted.collectives["all-reduce"][0] == 7
 
 
-def test_a_loop_whose_count_depends_on_data_is_counted_once_and_said():
+def test_a_loop_whose_count_depends_on_data_is_counted_as_told_and_said():
     def loop(rows):
         def body(total):
             return total + jax.lax.psum(jnp.sum(rows * total), "x")
@@ -97,9 +97,11 @@ def test_a_loop_whose_count_depends_on_data_is_counted_once_and_said():
         return jax.lax.while_loop(lambda total: total < 9, body, jnp.ones(()))
 
     rows = ((64, 8), jnp.float32, P("x"))
-    counted = count(compiled(loop, make_mesh(jax.devices()), rows), 8)
+    text = compiled(loop, make_mesh(jax.devices()), rows)
+    counted = count(text, 8)
     assert counted.collectives["all-reduce"] == (1, 4)
     assert counted.unknown_loops == 1
+    assert count(text, 8, passes=3).collectives["all-reduce"] == (3, 12)
 
 
 def test_a_group_is_the_axis_that_a_collective_is_over():

@@ -65,10 +65,10 @@ STEPS = {
     "sft": ["update"],
     "reward": ["update"],
     "preference": ["update", "reference"],
-    "ppo": ["update", "update of the critic", "values", "scoring", "decode a token"],
-    "grpo": ["update", "scoring", "decode a token"],
-    "online_preference": ["update", "reference", "decode a token"],
-    "best_of_n": ["update", "decode a token"],
+    "ppo": ["update", "update of the critic", "values", "scoring", "decode 16 tokens"],
+    "grpo": ["update", "scoring", "decode 16 tokens"],
+    "online_preference": ["update", "reference", "decode 16 tokens"],
+    "best_of_n": ["update", "decode 16 tokens"],
 }
 
 
