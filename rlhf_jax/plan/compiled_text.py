@@ -78,8 +78,8 @@ class Counted:
       kernels: how often each custom call happens, by its target's name: "tpu_custom_call" is a
         Pallas kernel, names with "cudnn" and "cublas" are of those libraries.
       cycles: the compiler's estimate, 0 where it has none (GPU, CPU).
-      flops: of the `dot` instructions, two a multiplication and addition; a TPU's compiler makes
-        convolutions of them, which are not counted: there the cycles say it.
+      flops: of the `dot` instructions and of cuBLAS's products, two a multiplication and addition;
+        a TPU's compiler makes convolutions of them, which are not counted: there the cycles say it.
       unknown_loops: loops whose count the text does not say; each is counted as `passes`.
     """
 
@@ -262,6 +262,8 @@ class _Program:
             target = each.target
             if target not in _NO_KERNELS:
                 total.kernels[target] += 1
+            if "cublas" in target and "_contracting_" in each.rest:
+                total.flops += self._flops(each, part)
         elif each.opcode == "dot":
             total.flops += self._flops(each, part)
         elif each.opcode.removesuffix("-done") in KINDS and not self._continues(part):
@@ -323,6 +325,7 @@ class _Program:
     def _flops(self, dot: _Instruction, part: str) -> int:
         """2 · elements of the result · elements that each is a sum of."""
         left = self.parts[part][dot.operand].type
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.rest)
-        axes = [int(i) for i in contracted[1].split(",") if i] if contracted else []
+        contracted = re.search(r"lhs_contracting_dim(?:s=|ensions\":)[\[{]([^\]}]*)", dot.rest)
+        axes = [int(i) for i in re.findall(r"\d+", contracted[1])] if contracted else []
+        # cuBLAS's result has scratch memory beside it.
         return 2 * math.prod(_sizes(dot.type)) * math.prod(_sizes(left)[i] for i in axes)

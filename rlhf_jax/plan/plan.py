@@ -71,9 +71,8 @@ def plan(given: ConfigDict, stated: Sequence[str], topology: str, *, search: boo
         print(f"fits {topology}: {used}")
         return planned
     fields = "; ".join([*smaller_fields(given), *_further(config, len(devices))])
-    print(f"does not fit {topology}: {used}. Less is needed with {fields}")
-    if not search:
-        print("--search tries them")
+    tries = "" if search else "; --search tries some of them"
+    print(f"does not fit {topology}: {used}. Less is needed with {fields}{tries}")
     return planned
 
 
@@ -97,7 +96,8 @@ def _hour(config: Config, estimates: list[Estimate], chip: Chip) -> Iterator[str
     if len(taken) < len(estimates):
         return
     update, seconds = estimates[0], taken[0]
-    yield "estimates, compiled and never run:"
+    how = "" if chip.clock else "; of GPUs by a roofline, for their compiler counts no cycles"
+    yield f"estimates, compiled and never run{how}:"
     if config.stage in ("policy", "online_preference"):
         answers = config.rollout.prompts * config.rollout.samples
         yield f"  an iteration takes {sum(taken):.3g} s"
@@ -107,8 +107,6 @@ def _hour(config: Config, estimates: list[Estimate], chip: Chip) -> Iterator[str
     if config.stage in ("preference", "reward"):
         pairs = config.batch.rows * 3600 / seconds
         yield f"  or {pairs:,.0f} pairs of {config.data.row_length} tokens"
-    if not chip.clock:
-        yield "  of GPUs by a roofline: their compiler counts no cycles"
 
 
 class _Search:

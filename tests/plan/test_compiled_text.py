@@ -241,3 +241,22 @@ def test_a_tpus_spellings_of_collectives_loops_and_cycles():
     assert counted.cycles == 600  # a fusion's estimate holds what is in it; 2^63 - 1 is none
     assert counted.kernels == {"tpu_custom_call": 6}
     assert counted.unknown_loops == 0
+
+
+CUBLAS = """HloModule step
+
+ENTRY %main (p: bf16[64,32], q: bf16[16,32]) -> bf16[64,16] {
+  %p = bf16[64,32]{1,0} parameter(0)
+  %q = bf16[16,32]{1,0} parameter(1)
+  %m = (bf16[64,16]{1,0}, s8[4096]{0}) custom-call(%p, %q), \
+custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{\
+"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"]}}}
+  ROOT %o = bf16[64,16]{1,0} get-tuple-element(%m), index=0
+}
+"""
+
+
+def test_a_product_of_cublas_counts_as_a_product():
+    counted = count(CUBLAS, 1)
+    assert counted.flops == 2 * 64 * 16 * 32
+    assert counted.kernels == {"__cublas$lt$matmul": 1}
