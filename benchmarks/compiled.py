@@ -136,7 +136,15 @@ def theirs(side: str, command: Sequence[str], chips: int, root: Path) -> list[st
             text=True,
         )
         if run.returncode:
-            return [side, "update", f"failed: {run.stderr.strip().splitlines()[-1]}", "", "", "", ""]
+            return [
+                side,
+                "update",
+                f"failed: {run.stderr.strip().splitlines()[-1]}",
+                "",
+                "",
+                "",
+                "",
+            ]
         temporaries = json.loads(Path(folder, "memory.json").read_text())
         counted = count(Path(folder, "step.txt").read_text(), chips)
     used = [f"{temporaries / 2**30:.2f}", f"{counted.collective_bytes / 1e9:.2f}"]

@@ -52,5 +52,7 @@ def get_config(variant="dpo-8b"):
         return defaults.base(
             "pretrain", model=defaults.model(shape), tokenizer={"vocab_size": 128_256}
         )
-    known = ", ".join(f"{kind}{shape}" for kind in ("sft-", "dpo-", "grpo-", "") for shape in SHAPES)
+    known = ", ".join(
+        f"{kind}{shape}" for kind in ("sft-", "dpo-", "grpo-", "") for shape in SHAPES
+    )
     raise defaults.no_variant("llama.py", variant, known)

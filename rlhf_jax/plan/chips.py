@@ -130,13 +130,13 @@ def _described(unknown: UserError, **how: Any) -> list[Any]:
         with _quiet():
             return list(topologies.get_topology_desc(**how).devices)
     except Exception as error:  # of no class of their own
-        said = " ".join(str(error).split())
-        if re.search("not found|No module|failed to open|Unable to|Unknown backend", said):
-            raise UserError(
-                f"no compiler for {how['platform']} is installed here: "
-                f"pip install -r requirements-plan.txt ({said[:120]})"
-            ) from error
-        raise UserError(f"{unknown} ({said[:160]})") from error
+        said = " ".join(str(error).split())[:160]
+        if "INVALID_ARGUMENT" in said:
+            raise UserError(f"{unknown} ({said})") from error
+        raise UserError(
+            f"no compiler for {how['platform'].upper()}s is installed here: pip install -r "
+            f"requirements-plan.txt, of Python 3.12 or later ({said})"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -78,9 +78,9 @@ class Counted:
       kernels: how often each custom call happens, by its target's name: "tpu_custom_call" is a
         Pallas kernel, names with "cudnn" and "cublas" are of those libraries.
       cycles: the compiler's estimate, 0 where it has none (GPU, CPU).
-      flops: of the `dot` instructions, two a multiplication and addition; a TPU's compiler makes
-        convolutions of them, which are not counted: there the cycles say it.
-      unknown_loops: loops whose count the text does not say; each is counted as one pass.
+      flops: of the `dot` instructions and of cuBLAS's products, two a multiplication and addition;
+        a TPU's compiler makes convolutions of them, which are not counted: there the cycles say it.
+      unknown_loops: loops whose count the text does not say; each is counted as `passes`.
     """
 
     calls: Mapping[Collective, int]
@@ -120,7 +120,7 @@ class Counted:
         return dict(found)
 
 
-def count(text: str, chips: int) -> Counted:
+def count(text: str, chips: int, passes: int = 1) -> Counted:
     """Counts one chip's part of one call of a program.
 
     Of a conditional the costliest branch is counted.
@@ -128,8 +128,9 @@ def count(text: str, chips: int) -> Counted:
     Args:
       text: optimised HLO, from `compiled.as_text()`.
       chips: that run the program together; the size of a collective's group that names none.
+      passes: of a loop whose count the text does not say.
     """
-    program = _Program(text, chips)
+    program = _Program(text, chips, passes)
     total = program.visit(program.entry, in_loop=False)
     return Counted(
         dict(total.calls), dict(total.kernels), total.cycles, total.flops, len(program.unknown)
@@ -224,8 +225,8 @@ class _Total:
 class _Program:
     """The computations of a text by name, and the walk through them."""
 
-    def __init__(self, text: str, chips: int):
-        self.chips = chips
+    def __init__(self, text: str, chips: int, passes: int):
+        self.chips, self.passes = chips, passes
         self.parts: dict[str, dict[str, _Instruction]] = {}
         self.entry = ""
         self.unknown: set[str] = set()
@@ -266,6 +267,8 @@ class _Program:
             target = each.target
             if target not in _NO_KERNELS:
                 total.kernels[target] += 1
+            if "cublas" in target and "_contracting_" in each.rest:
+                total.flops += self._flops(each, part)
         elif each.opcode == "dot":
             total.flops += self._flops(each, part)
         elif each.opcode.removesuffix("-done") in KINDS and not self._continues(part):
@@ -286,7 +289,7 @@ class _Program:
         ]
         if max(constants, default=0) < 2:  # no bound of a counter: once round is no loop
             self.unknown.add(name)
-            return 1
+            return self.passes
         return max(constants)
 
     def _continues(self, part: str) -> bool:
@@ -327,6 +330,7 @@ class _Program:
     def _flops(self, dot: _Instruction, part: str) -> int:
         """2 · elements of the result · elements that each is a sum of."""
         left = self.parts[part][dot.operand].type
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.rest)
-        axes = [int(i) for i in contracted[1].split(",") if i] if contracted else []
+        contracted = re.search(r"lhs_contracting_dim(?:s=|ensions\":)[\[{]([^\]}]*)", dot.rest)
+        axes = [int(i) for i in re.findall(r"\d+", contracted[1])] if contracted else []
+        # cuBLAS's result has scratch memory beside it.
         return 2 * math.prod(_sizes(dot.type)) * math.prod(_sizes(left)[i] for i in axes)

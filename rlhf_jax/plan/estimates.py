@@ -4,7 +4,7 @@ Seconds are estimates. They are the larger of two times, and beside it the bytes
 nothing else happens:
 
     max(compute + kernels, what is sent meanwhile / link) + what is sent alone / link
-    compute = max(cycles / clock, arguments and results / bandwidth)
+    compute = max(cycles / clock, arguments and results, once a token of decoding, / bandwidth)
     kernels = attention's FLOPs / the chip's, where they are in kernels, which have no cycles
 
 GPU compilers count no cycles: there the FLOPs of all products stand in their place, at the chip's
@@ -63,10 +63,10 @@ def estimate(step: Step, chip: Chip, chips: int) -> Estimate:
         total = float(used[1]) * _UNITS[used[2]] if used else 0.0
         held["temporaries"] = max(int(total) - sum(held.values()), 0)
         return Estimate(step, held, None, None)
-    memory, counted = compiled.memory_analysis(), count(compiled.as_text(), chips)
+    memory, counted = compiled.memory_analysis(), count(compiled.as_text(), chips, step.passes)
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     held["temporaries"] = memory.temp_size_in_bytes + results
-    moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    moved = (memory.argument_size_in_bytes + memory.output_size_in_bytes) * step.passes
     return Estimate(step, held, counted, _seconds(step, counted, moved, chip))
 
 
@@ -92,7 +92,7 @@ def table(estimates: list[Estimate], chip: Chip, chips: int) -> list[str]:
 
     for kind in dict.fromkeys(kind for each in estimates for kind in each.held):
         row(f"{kind}, GiB", [_gib(each.held.get(kind)) for each in estimates])
-    row("of these kept activations, as traced", [_gib(each.step.kept) for each in estimates])
+    row("of these kept activations, at most", [_gib(each.step.kept) for each in estimates])
     row("of these logits, at most", [_gib(each.step.logits) for each in estimates])
     row(f"all, of {chip.memory / 2**30:.2f} GiB", [_gib(each.needed) for each in estimates])
     counts = [each.counted for each in estimates]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,10 +58,10 @@ def plan(given: ConfigDict, stated: Sequence[str], topology: str, *, search: boo
             given = _search(given, chip)
         config = resolve(given)
         check_devices(config)
-        estimates = []
-        for step in steps_of(config):
-            print(f"compiling: {step.name}", flush=True)
-            estimates.append(estimate(step, chip, len(devices)))
+        steps = steps_of(config)
+        print(f"compiling: {', '.join(step.name for step in steps)}", flush=True)
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 2)) as pool:  # gigabytes each
+            estimates = [*pool.map(lambda step: estimate(step, chip, len(devices)), steps)]
     for line in (*table(estimates, chip, len(devices)), *_hour(config, estimates, chip)):
         print(line)
     worst = max(estimates, key=lambda each: each.needed)
@@ -69,9 +71,8 @@ def plan(given: ConfigDict, stated: Sequence[str], topology: str, *, search: boo
         print(f"fits {topology}: {used}")
         return planned
     fields = "; ".join([*smaller_fields(given), *_further(config, len(devices))])
-    print(f"does not fit {topology}: {used}. Less is needed with {fields}")
-    if not search:
-        print("--search tries them")
+    tries = "" if search else "; --search tries some of them"
+    print(f"does not fit {topology}: {used}. Less is needed with {fields}{tries}")
     return planned
 
 
@@ -95,7 +96,8 @@ def _hour(config: Config, estimates: list[Estimate], chip: Chip) -> Iterator[str
     if len(taken) < len(estimates):
         return
     update, seconds = estimates[0], taken[0]
-    yield "estimates, compiled and never run:"
+    how = "" if chip.clock else "; of GPUs by a roofline, for their compiler counts no cycles"
+    yield f"estimates, compiled and never run{how}:"
     if config.stage in ("policy", "online_preference"):
         answers = config.rollout.prompts * config.rollout.samples
         yield f"  an iteration takes {sum(taken):.3g} s"
@@ -105,8 +107,6 @@ def _hour(config: Config, estimates: list[Estimate], chip: Chip) -> Iterator[str
     if config.stage in ("preference", "reward"):
         pairs = config.batch.rows * 3600 / seconds
         yield f"  or {pairs:,.0f} pairs of {config.data.row_length} tokens"
-    if not chip.clock:
-        yield "  of GPUs by a roofline: their compiler counts no cycles"
 
 
 class _Search:
@@ -149,34 +149,34 @@ class _Search:
 def _search(given: ConfigDict, chip: Chip) -> ConfigDict:
     """The config with the settings under which its update fits and is fastest by the estimates.
 
-    First those that change nothing of what is trained: how many devices share the parameters, in
-    how many parts a batch goes, and what is recomputed. Then, only if none fits, others.
+    They change nothing of what is trained: how many devices share the parameters, in how many
+    parts a batch goes, and what is recomputed. Only if the least of these does not fit, others do.
     """
     search, mesh, rows = _Search(given, chip), given.mesh, given.batch.rows
     where = "model" if given.stage == "pretrain" else "compute"
     whole = search.devices // mesh.tensor
-    most = max(1, rows // whole)
-    for fsdp in dict.fromkeys((mesh.fsdp, whole)):
-        remats = ["none", "dots", "full"]
-        for parts in (1 << k for k in range(most.bit_length()) if rows % (whole << k) == 0):
-            for i, remat in enumerate(remats):
-                changes = {"mesh.fsdp": fsdp, "batch.microbatches": parts, f"{where}.remat": remat}
-                if search.fits(changes):
-                    remats = remats[:i]  # with more parts only less recomputing can be faster
-                    break
-    least: dict[str, Any] = {
-        "mesh.fsdp": whole,
-        f"{where}.remat": "full",
-        "batch.microbatches": most,
-    }
-    further: list[dict[str, Any]] = [{f"{where}.compute_dtype": "bfloat16"}]
+    parts = [k for k in range(1, rows // whole + 1) if rows % (whole * k) == 0] or [1]
+    least: dict[str, Any] = {"mesh.fsdp": whole, "batch.microbatches": parts[-1]}
+    least[f"{where}.remat"] = "full"
+    further: list[dict[str, Any]] = [{}, {f"{where}.compute_dtype": "bfloat16"}]
     if where == "compute":
         further.append({"adapter.rank": 16, "adapter.base": "bfloat16"})
     further.append({"batch.rows": whole, "batch.microbatches": 1})
     for change in further:
-        if not search.found:
-            least |= change
-            search.fits(least)
+        least |= change
+        if search.fits(least):
+            break
+    if change is further[0]:
+        for fsdp in dict.fromkeys((mesh.fsdp, whole)):
+            if fsdp != whole and not search.fits(least | {"mesh.fsdp": fsdp}):
+                continue
+            remats = ["none", "dots", "full"]
+            for count in parts:
+                for i, remat in enumerate(remats):
+                    changes = {"mesh.fsdp": fsdp, "batch.microbatches": count}
+                    if search.fits(changes | {f"{where}.remat": remat}):
+                        remats = remats[:i]  # in more parts only less recomputing can be faster
+                        break
     if not search.found:
         print("nothing that was tried fits")
         return given

@@ -70,6 +70,7 @@ class Step:
       logits, kept: bytes on one device, of the logits of a chunk, and of what the forward pass
         keeps for the backward one, as JAX traces it.
       calls: in an update, or an iteration of a stage that samples.
+      passes: of a loop that ends by what it computes.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Step:
     logits: int
     calls: float
     kept: int = 0
+    passes: int = 1
 
 
 def model_shape(config: Config) -> ModelConfig:
@@ -402,12 +404,12 @@ def _sampling(site: _Site, params: Any, holds: Mapping[str, Any], answers: Rollo
         each = (len(judges) + 1) // 2  # reward models
         count = len(rows["tokens"]) * each
         steps.append(_pass(site, "reward model", function, judges[:1], rows, holds, count))
-    rounds = -(-len(answers.completions) // options.slots) * options.max_new_tokens
+    rounds = -(-len(answers.completions) // options.slots)
     return [*steps, _decode(site, params, holds, rounds)]
 
 
 def _decode(site: _Site, params: Any, holds: Mapping[str, Any], calls: int) -> Step:
-    """A token of every slot, by `engine.advance`."""
+    """A whole answer in every slot, by one call of `engine.advance`."""
     options, shape = site.config.rollout, site.shape.forward
     mesh = decoding_mesh(params, options.slots)
     places = tuple(without_fsdp(leaf.sharding) for leaf in jax.tree.leaves(params))
@@ -424,14 +426,15 @@ def _decode(site: _Site, params: Any, holds: Mapping[str, Any], calls: int) -> S
     live = slots.active
     advance: Any = engine.advance
     return Step(
-        "decode a token",
+        f"decode {options.max_new_tokens} tokens",
         partial(advance.lower, shape, copy, slots, drawing, live, 0, 2**30, mesh),
         {**holds, "decoding weights": copy, "cache": slots},
-        options.slots,
-        2.0 * param_count(params) * options.slots,
+        options.slots * options.max_new_tokens,
+        2.0 * param_count(params) * options.slots * options.max_new_tokens,
         0.0,
         4 * shape.vocab_size * options.slots // batch_shards(mesh),
         calls,
+        passes=options.max_new_tokens,
     )
 
 

@@ -89,7 +89,7 @@ def test_loops_in_loops_multiply():
     assert counted.collectives["all-reduce"][0] == 7
 
 
-def test_a_loop_whose_count_depends_on_data_is_counted_once_and_said():
+def test_a_loop_whose_count_depends_on_data_is_counted_as_told_and_said():
     def loop(rows):
         def body(total):
             return total + jax.lax.psum(jnp.sum(rows * total), "x")
@@ -97,9 +97,11 @@ def test_a_loop_whose_count_depends_on_data_is_counted_once_and_said():
         return jax.lax.while_loop(lambda total: total < 9, body, jnp.ones(()))
 
     rows = ((64, 8), jnp.float32, P("x"))
-    counted = count(compiled(loop, make_mesh(jax.devices()), rows), 8)
+    text = compiled(loop, make_mesh(jax.devices()), rows)
+    counted = count(text, 8)
     assert counted.collectives["all-reduce"] == (1, 4)
     assert counted.unknown_loops == 1
+    assert count(text, 8, passes=3).collectives["all-reduce"] == (3, 12)
 
 
 def test_a_group_is_the_axis_that_a_collective_is_over():
@@ -239,6 +241,25 @@ def test_a_tpus_spellings_of_collectives_loops_and_cycles():
     assert counted.cycles == 600  # a fusion's estimate holds what is in it; 2^63 - 1 is none
     assert counted.kernels == {"tpu_custom_call": 6}
     assert counted.unknown_loops == 0
+
+
+CUBLAS = """HloModule step
+
+ENTRY %main (p: bf16[64,32], q: bf16[16,32]) -> bf16[64,16] {
+  %p = bf16[64,32]{1,0} parameter(0)
+  %q = bf16[16,32]{1,0} parameter(1)
+  %m = (bf16[64,16]{1,0}, s8[4096]{0}) custom-call(%p, %q), \
+custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{\
+"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"]}}}
+  ROOT %o = bf16[64,16]{1,0} get-tuple-element(%m), index=0
+}
+"""
+
+
+def test_a_product_of_cublas_counts_as_a_product():
+    counted = count(CUBLAS, 1)
+    assert counted.flops == 2 * 64 * 16 * 32
+    assert counted.kernels == {"__cublas$lt$matmul": 1}
 
 
 TPU7X = """HloModule step

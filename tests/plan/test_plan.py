@@ -65,10 +65,10 @@ STEPS = {
     "sft": ["update"],
     "reward": ["update"],
     "preference": ["update", "reference"],
-    "ppo": ["update", "update of the critic", "values", "scoring", "decode a token"],
-    "grpo": ["update", "scoring", "decode a token"],
-    "online_preference": ["update", "reference", "decode a token"],
-    "best_of_n": ["update", "decode a token"],
+    "ppo": ["update", "update of the critic", "values", "scoring", "decode 16 tokens"],
+    "grpo": ["update", "scoring", "decode 16 tokens"],
+    "online_preference": ["update", "reference", "decode 16 tokens"],
+    "best_of_n": ["update", "decode 16 tokens"],
 }
 
 
@@ -130,7 +130,8 @@ def test_kept_is_what_the_backward_pass_needs():
 
     params = {"w": jax.ShapeDtypeStruct((3, 5), jnp.float32)}
     batch = {"x": jax.ShapeDtypeStruct((7, 3), jnp.float32)}
-    assert steps._kept(loss, params, batch) == 7 * 5 * 4  # of tanh; x is the batch's
+    # y = tanh(x w), and 1 - y for its derivative; x is the batch's.
+    assert steps._kept(loss, params, batch) == 2 * 7 * 5 * 4
 
 
 CHIP = Chip(memory=2**30, flops=1e12, bandwidth=1e9, link=1e8, clock=1e9)
@@ -162,7 +163,7 @@ def test_a_table_says_what_of_it_are_estimates():
     step, counted = made(Counted({}, {}, 10**8, 0, 0), kept=2**29)
     lines = table([Estimate(step, {"parameters": 2**30}, counted, 0.1)], CHIP, chips=2)
     assert "| parameters, GiB | 1 |" in lines
-    assert "| of these kept activations, as traced | 0.5 |" in lines
+    assert "| of these kept activations, at most | 0.5 |" in lines
     assert "| model FLOP/s of the peak, estimated | 2.0% |" in lines
     assert "| tokens a second, all chips, estimated | 100 |" in lines
 
@@ -223,7 +224,7 @@ def test_a_plan_refuses_what_a_run_refuses(hub, capsys):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"mesh.fsdp": 3}, r"fsdp=3 tensor=1 does not fit 8 devices; data=4 fsdp=2 would"),
+        ({"mesh.fsdp": 3}, r"fsdp=3 tensor=1 does not fit 8 devices; data=2 fsdp=4 would"),
         ({"mesh.tensor": 16}, r"does not fit 8 devices; tensor=8 would"),
         ({"batch.rows": 12}, r"rows = 12 does not split .* 8 devices .* nearest that does is 16"),
         ({"batch.microbatches": 3}, r"nearest that does is 24"),
