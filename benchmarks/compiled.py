@@ -1,4 +1,4 @@
-"""The steps of training, compiled for chips that are not there, beside MaxText's and an earlier build's.
+"""Steps of training compiled for chips that are not there, beside MaxText's and an earlier build's.
 
     python -m benchmarks.compiled [--only=TEXT] [--maxtext-python=PYTHON] [--before=CHECKOUT]
 

@@ -3,7 +3,7 @@
     python compiled_peers.py FOLDER maxtext TOPOLOGY REMAT     in an environment with MaxText
     python compiled_peers.py FOLDER before TOPOLOGY REMAT      with PYTHONPATH at a checkout of ours
 
-Llama 3.2 1B's shape, a full row of 2048 tokens for each chip, AdamW in float32, fsdp over all chips.
+Llama 3.2 1B's shape, a full row of 2048 tokens per chip, AdamW in float32, fsdp over all chips.
 Writes FOLDER/step.txt, the compiled program, and FOLDER/memory.json, bytes of its temporaries.
 """
 
@@ -56,8 +56,9 @@ def maxtext(folder: Path, topology: str, remat: str) -> None:
 def before(folder: Path, topology: str, remat: str) -> None:
     """The step of the checkout in PYTHONPATH, with the names that it had at 645aafd."""
     import jax
-    from benchmarks.gpu import FULL, model_config
     from jax.experimental import topologies
+
+    from benchmarks.gpu import FULL, model_config
     from rlhf_jax.data.packing import Document, pack_documents
     from rlhf_jax.models import init
     from rlhf_jax.models.scoring import target_cross_entropy

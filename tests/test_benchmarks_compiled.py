@@ -1,18 +1,25 @@
-"""The benchmark of compiled steps compiles for any mesh, also one of this machine's CPU devices."""
+"""The rows of the benchmark of compiled steps name configs and chips that there are."""
 
-import jax
+from __future__ import annotations
 
-from benchmarks import compiled, gpu
-from rlhf_jax.training.mesh import make_mesh
+import json
+
+import pytest
+
+from benchmarks.compiled import ROWS, SMOLLM2
+from rlhf_jax.main import parse
+from rlhf_jax.plan.chips import CHIPS
+from rlhf_jax.plan.steps import model_shape
+from rlhf_jax.stages.defaults import resolve
 
 
-def test_a_step_is_compiled_and_counted():
-    config = gpu.model_config(gpu.REDUCED, attention="reference", remat="full")
-    mesh = make_mesh({"fsdp": 2}, jax.devices()[:2])
-    step = compiled.compile_update(config, mesh, rows=2, length=gpu.REDUCED.shape.context)
-    cells = [line.strip("| ").split(" | ") for line in compiled.table(step, mesh.size)[2:]]
-    lines = {cell[0]: cell[1] for cell in cells}
-    layer = 7 * gpu.REDUCED.shape.layers
-    assert lines["reduce-scatter"].startswith(f"{layer + 1} x, ")  # every kernel and the table
-    assert lines["all-to-all"].startswith("2 x, ")  # the embedding's rows, and their gradient
-    assert lines["cycles, estimated"] == "0"  # by a CPU's compiler
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_a_row_is_a_config_on_a_topology(row, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
+    config = resolve(parse(row.flags(tmp_path))[0])
+    shape = model_shape(config)
+    assert row.topology.partition(":")[0] in CHIPS
+    assert shape.attention == row.kernel
+    assert shape.remat == row.remat
+    assert shape.layers == {"1b": 16, "8b": 32}.get(row.shape, 30)
+    assert config.batch.rows == row.rows
