@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 MASKED = -1e30  # finite: a query that sees nothing (padding) stays free of NaN
+LONG = 1024  # tokens: rows with more are `LongRows`
+_BLOCK = 128  # queries of a long row whose scores are held together
+
+
+class LongRows(NamedTuple):
+    """Whom tokens may see, as what `attention_bias` takes in place of its result."""
+
+    positions: jax.Array
+    segment_ids: jax.Array | None
+    branch_ids: jax.Array | None
+    sliding_window: jax.Array  # int32, the greatest there is for none
 
 
 def attention_bias(
@@ -29,16 +43,33 @@ def attention_bias(
     Returns:
         f32 [B or 1, T, T].
     """
-    row = jnp.arange(positions.shape[1])
-    visible = (row[:, None] >= row)[None]
-    if segment_ids is not None:
-        keys = segment_ids[:, None, :]
-        visible &= (segment_ids[:, :, None] == keys) & (keys != 0)
-    if branch_ids is not None:
-        keys = branch_ids[:, None, :]
-        visible &= (branch_ids[:, :, None] == keys) | (keys == 0)
+    ids = _ids(positions, segment_ids, branch_ids)
+    return _bias(ids, ids, sliding_window)
+
+
+def _ids(
+    positions: jax.Array, segment_ids: jax.Array | None, branch_ids: jax.Array | None
+) -> dict[str, jax.Array]:
+    """Each [B or 1, T]; those that are None are left out."""
+    given = {"position": positions, "segment": segment_ids, "branch": branch_ids}
+    known = {name: ids for name, ids in given.items() if ids is not None}
+    return {"row": jnp.arange(positions.shape[1])[None], **known}
+
+
+def _bias(
+    queries: dict[str, jax.Array],
+    keys: dict[str, jax.Array],
+    sliding_window: int | jax.Array | None,
+) -> jax.Array:
+    queries = {name: ids[:, :, None] for name, ids in queries.items()}
+    keys = {name: ids[:, None, :] for name, ids in keys.items()}
+    visible = queries["row"] >= keys["row"]
+    if "segment" in keys:
+        visible &= (queries["segment"] == keys["segment"]) & (keys["segment"] != 0)
+    if "branch" in keys:
+        visible &= (queries["branch"] == keys["branch"]) | (keys["branch"] == 0)
     if sliding_window is not None:
-        visible &= positions[:, :, None] - positions[:, None, :] < sliding_window
+        visible &= queries["position"] - keys["position"] < sliding_window
     return jnp.where(visible, 0.0, MASKED).astype(jnp.float32)
 
 
@@ -89,6 +120,47 @@ def attend(
         )
         blocks.append(_average(scores, value[:, :, :end]).reshape(*query.shape[:3], -1, width))
     return jnp.concatenate(blocks, axis=3)
+
+
+def attend_long(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    rows: LongRows,
+    *,
+    softcap: float | None = None,
+) -> jax.Array:
+    """As `attend`, for long rows: of the scores of a few queries at a time, none is kept.
+
+    A backward pass computes them again. Queries are taken one block after the other, those of each
+    quarter of a row against the keys up to its end.
+    """
+    length, ids = query.shape[3], _ids(*rows[:3])
+    count = -(-length // _BLOCK)
+
+    def blocks(x: jax.Array, axis: int) -> jax.Array:
+        """Its blocks of tokens [count, …, _BLOCK, …]; the last is made full with zeros."""
+        missing = [(0, 0)] * x.ndim
+        missing[axis] = 0, count * _BLOCK - length
+        whole = jnp.pad(x, missing).reshape(*x.shape[:axis], count, _BLOCK, *x.shape[axis + 1 :])
+        return jnp.moveaxis(whole, axis, 0)
+
+    queries = blocks(query, 3), {name: blocks(x, 1) for name, x in ids.items()}
+    quarter, mixed = -(-count // 4), []
+    for start in range(0, count, quarter):
+        end = min((start + quarter) * _BLOCK, length)
+        keys = key[:, :, :end], value[:, :, :end], {name: x[:, :end] for name, x in ids.items()}
+
+        @partial(jax.checkpoint, prevent_cse=False)  # a loop's passes are apart as it is
+        def mix(keys, block, window):
+            (key, value, of_keys), (query, of_queries) = keys, block
+            scores = _scores(query, key, _bias(of_queries, of_keys, window), softcap)
+            return _average(scores, value).reshape(query.shape)
+
+        part = jax.tree.map(lambda x, start=start: x[start : start + quarter], queries)
+        mixed.append(jax.lax.map(partial(mix, keys, window=rows.sliding_window), part))
+    together = jnp.moveaxis(jnp.concatenate(mixed), 0, 3)
+    return together.reshape(*query.shape[:3], -1, query.shape[4])[:, :, :, :length]
 
 
 def attend_cached(

@@ -5,8 +5,9 @@
     cudnn      cuDNN's flash attention: NVIDIA GPUs, bfloat16
     splash     the Pallas kernel of that name: TPUs, see `splash.py`
 
-cudnn and splash are calls that the compiler can't split over devices: under a mesh each device
-of its tensor axis does its own heads.
+The first two would hold all scores of a row for its backward pass: rows of more than 1,024 tokens
+go through `attention.attend_long` instead. cudnn and splash are calls that the compiler can't split
+over devices: under a mesh each device of its tensor axis does its own heads.
 
 A kernel ignores a mask that it does not know, so a run that trains with one first compares it with
 the reference: `check_attention`.
@@ -29,7 +30,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.models.attention import attend, attention_bias
+from rlhf_jax.models.attention import LONG, LongRows, attend, attend_long, attention_bias
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.splash import Rows, splash, takes_branches, visible_rows
 
@@ -44,16 +45,20 @@ def visibility(
     segment_ids: jax.Array | None,
     branch_ids: jax.Array | None,
     sliding_window: int | None,
-) -> jax.Array | Rows | None:
+) -> jax.Array | LongRows | Rows | None:
     """Returns who sees whom in the form that the config's kernel takes: an argument of `attend_by`.
 
     Its arguments are those of `attention_bias`. The form is f32 [B or 1, T, T] for "reference"; for
     "xla" and "cudnn", which are causal by themselves, bool [B or 1, 1, T, T], in which padding sees
-    padding, or None if all is visible; for "splash" its `Rows`.
+    padding, or None if all is visible; for "splash" its `Rows`. Of long rows "reference" and "xla"
+    take `LongRows`.
 
     Raises:
         UserError: the kernel can't leave out what branches must not see.
     """
+    if config.attention in ("reference", "xla") and positions.shape[1] > LONG:
+        window = jnp.asarray(sliding_window or np.iinfo(np.int32).max)
+        return LongRows(positions, segment_ids, branch_ids, window)
     if config.attention == "reference":
         return attention_bias(positions, segment_ids, branch_ids, sliding_window)
     if config.attention == "splash":
@@ -89,6 +94,8 @@ def attend_by(
     Returns:
         [B, kv_heads, G, T, d] in the dtype of `value`.
     """
+    if isinstance(visible, LongRows):
+        return attend_long(query, key, value, visible, softcap=config.attention_softcap)
     if config.attention == "reference":
         return attend(query, key, value, visible, softcap=config.attention_softcap)
     if config.attention == "splash":

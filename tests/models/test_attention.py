@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -9,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.models.attention import MASKED, attend, attention_bias
+from rlhf_jax.models.attention import LONG, MASKED, LongRows, attend, attend_long, attention_bias
+from rlhf_jax.models.fused_attention import random_rows, visibility
+from tests.models.small import SMALL
 
 
 def plain(query, key, value, bias, softcap):
@@ -44,6 +47,50 @@ def test_blocks_equal_plain_attention_in_values_and_gradients(length, groups, so
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
     for got, want in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 700])
+def test_long_rows_are_attended_to_as_others_without_holding_all_scores(window):
+    length, rng = LONG + 26, np.random.default_rng(0)
+    config = dataclasses.replace(SMALL, attention="xla", sliding_window=window)
+    ids = random_rows(rng, 1, length, branches=True)
+    bias = attention_bias(**ids, sliding_window=window)
+    lazy = visibility(config, **ids, sliding_window=window)
+    assert isinstance(lazy, LongRows)
+    real = (ids["segment_ids"] > 0)[:, None, None, :, None]  # padding sees nothing
+    arrays = tuple(jnp.asarray(rng.normal(size=(1, 1, 1, length, 4)), jnp.float32) for _ in "qkv")
+    arrays = arrays[0], arrays[1][:, :, 0], arrays[2][:, :, 0]
+
+    def loss(function, visible, *arrays):
+        out = function(*arrays, visible) * real
+        return jnp.sin(out).sum(), out
+
+    def compiled(function, visible):
+        step = jax.jit(jax.value_and_grad(partial(loss, function, visible), (0, 1, 2), True))
+        return step.lower(*arrays).compile()
+
+    by_blocks = compiled(attend_long, lazy)
+    ((_, out), gradients) = by_blocks(*arrays)
+    ((_, expected), expected_gradients) = compiled(lambda *x: plain(*x, None), bias)(*arrays)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+    for got, want in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_what_long_rows_need_grows_with_their_length():
+    def needed(length):
+        row = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        heads = jax.ShapeDtypeStruct((1, 1, length, 4), jnp.float32)
+        queries = jax.ShapeDtypeStruct((1, 1, 1, length, 4), jnp.float32)
+
+        def loss(query, key, value, ids):
+            return jnp.sin(attend_long(query, key, value, LongRows(ids, ids, None, LONG))).sum()
+
+        step = jax.jit(jax.grad(loss, (0, 1, 2))).lower(queries, heads, heads, row)
+        return step.compile().memory_analysis().temp_size_in_bytes
+
+    assert needed(8192) < 2.2 * needed(4096)
+    assert needed(8192) < 8192**2  # bytes: a quarter of the scores of its one head
 
 
 def test_mask_by_hand():
