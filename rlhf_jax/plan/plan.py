@@ -96,7 +96,7 @@ def _hour(config: Config, estimates: list[Estimate], chip: Chip) -> Iterator[str
     if len(taken) < len(estimates):
         return
     update, seconds = estimates[0], taken[0]
-    how = "" if chip.clock else "; of GPUs by a roofline, for their compiler counts no cycles"
+    how = "" if chip.clock else "; of GPUs at most, by a roofline: their compiler counts no cycles"
     yield f"estimates, compiled and never run{how}:"
     if config.stage in ("policy", "online_preference"):
         answers = config.rollout.prompts * config.rollout.samples

@@ -179,6 +179,12 @@ def test_the_compilers_refusal_is_no_crash():
     assert refused.counted is None and refused.needed == pytest.approx(21.05 * 2**30, rel=1e-6)
     assert not plans._fits(refused, dataclasses.replace(CHIP, memory=2**40))
 
+    def unsupported():
+        raise NotImplementedError("heads of 256")
+
+    with pytest.raises(UserError, match="update: the compiler refuses it: heads of 256"):
+        estimate(dataclasses.replace(step, lower=unsupported), CHIP, 1)
+
 
 def test_a_clock_is_the_products_a_second_of_the_matrix_units():
     for name, chip in CHIPS.items():
