@@ -22,7 +22,8 @@ from rlhf_jax.plan.chips import Chip
 from rlhf_jax.plan.compiled_text import Counted, count
 from rlhf_jax.plan.steps import Step, device_bytes
 
-_USED = re.compile(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm")
+# What a TPU's compiler says of a program that is too large: its bytes, arguments among them.
+_USED = re.compile(r"(?:Used |\()([\d.]+)([KMG])(?= of [\d.]+[KMG] hbm|\) exceeds available HBM)")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 _KERNELS = re.compile("tpu_custom_call|fmha")
 

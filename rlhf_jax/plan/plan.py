@@ -64,7 +64,7 @@ def plan(given: ConfigDict, stated: Sequence[str], topology: str, *, search: boo
             estimates = [*pool.map(lambda step: estimate(step, chip, len(devices)), steps)]
     for line in (*table(estimates, chip, len(devices)), *_hour(config, estimates, chip)):
         print(line)
-    worst = max(estimates, key=lambda each: each.needed)
+    worst = max(estimates, key=lambda each: (each.counted is None, each.needed))
     used = f"{worst.step.name} needs {worst.needed / 2**30:.2f} of {chip.memory / 2**30:.2f} GiB"
     planned = Planned(estimates, chip, len(devices))
     if planned.fits:

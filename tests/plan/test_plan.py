@@ -168,11 +168,17 @@ def test_a_table_says_what_of_it_are_estimates():
     assert "| tokens a second, all chips, estimated | 100 |" in lines
 
 
-def test_the_compilers_refusal_is_no_crash():
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Ran out of memory in memory space hbm. Used 21.05G of 15.75G hbm.",
+        "CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (21.05G) exceeds available HBM (15.75G). HLO module: jit_f.",
+    ],
+)
+def test_the_compilers_refusal_is_no_crash(words):
     def refuse():
-        raise jax.errors.JaxRuntimeError(
-            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.05G of 15.75G hbm."
-        )
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {words}")
 
     step, _ = made(None, lower=refuse)
     refused = estimate(step, CHIP, 1)
