@@ -39,6 +39,7 @@ def get_config(variant="dpo-8b"):
             data={"row_length": 4096},
             batch={"rows": 64},
             compute=COMPUTE,
+            train={"minibatches": 4},
             rollout={
                 "prompts": 64,
                 "samples": 8,

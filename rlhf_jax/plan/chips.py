@@ -25,6 +25,7 @@ ENVIRONMENT = {  # for a process that compiles for what is not there, before it 
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 NETWORK = 50e9  # B/s a card between hosts of eight: one network adapter of 400 Gb/s each
 _GIB = 2**30

@@ -17,14 +17,13 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-
-from rlhf_jax.errors import lack_of_memory
+from rlhf_jax.errors import UserError, lack_of_memory
 from rlhf_jax.plan.chips import Chip
 from rlhf_jax.plan.compiled_text import Counted, count
 from rlhf_jax.plan.steps import Step, device_bytes
 
-_USED = re.compile(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm")
+# What a TPU's compiler says of a program that is too large: its bytes, arguments among them.
+_USED = re.compile(r"(?:Used |\()([\d.]+)([KMG])(?= of [\d.]+[KMG] hbm|\) exceeds available HBM)")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 _KERNELS = re.compile("tpu_custom_call|fmha")
 
@@ -52,14 +51,15 @@ class Estimate:
 
 
 def estimate(step: Step, chip: Chip, chips: int) -> Estimate:
-    """Compiles a step and counts what it takes."""
+    """Compiles a step and counts what it takes; UserError where its compiler refuses it."""
     held = {kind: device_bytes(tree) for kind, tree in step.holds.items()}
     try:
         compiled = step.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
+    except (NotImplementedError, RuntimeError, ValueError) as error:
         used = _USED.search(str(error))
         if used is None and lack_of_memory(error) is None:
-            raise
+            said = " ".join(str(error).split())[:300]
+            raise UserError(f"{step.name}: the compiler refuses it: {said}") from error
         total = float(used[1]) * _UNITS[used[2]] if used else 0.0
         held["temporaries"] = max(int(total) - sum(held.values()), 0)
         return Estimate(step, held, None, None)

@@ -64,7 +64,7 @@ def plan(given: ConfigDict, stated: Sequence[str], topology: str, *, search: boo
             estimates = [*pool.map(lambda step: estimate(step, chip, len(devices)), steps)]
     for line in (*table(estimates, chip, len(devices)), *_hour(config, estimates, chip)):
         print(line)
-    worst = max(estimates, key=lambda each: each.needed)
+    worst = max(estimates, key=lambda each: (each.counted is None, each.needed))
     used = f"{worst.step.name} needs {worst.needed / 2**30:.2f} of {chip.memory / 2**30:.2f} GiB"
     planned = Planned(estimates, chip, len(devices))
     if planned.fits:
@@ -96,7 +96,7 @@ def _hour(config: Config, estimates: list[Estimate], chip: Chip) -> Iterator[str
     if len(taken) < len(estimates):
         return
     update, seconds = estimates[0], taken[0]
-    how = "" if chip.clock else "; of GPUs by a roofline, for their compiler counts no cycles"
+    how = "" if chip.clock else "; of GPUs at most, by a roofline: their compiler counts no cycles"
     yield f"estimates, compiled and never run{how}:"
     if config.stage in ("policy", "online_preference"):
         answers = config.rollout.prompts * config.rollout.samples

@@ -126,12 +126,11 @@ def test_the_shape_comes_from_the_parent_chain():
 
 def test_kept_is_what_the_backward_pass_needs():
     def loss(params, batch, rng):
-        return (jnp.tanh(batch["x"] @ params["w"]).sum(), 1.0), {}
+        return (jnp.sin(batch["x"] @ params["w"]).sum(), 1.0), {}
 
     params = {"w": jax.ShapeDtypeStruct((3, 5), jnp.float32)}
     batch = {"x": jax.ShapeDtypeStruct((7, 3), jnp.float32)}
-    # y = tanh(x w), and 1 - y for its derivative; x is the batch's.
-    assert steps._kept(loss, params, batch) == 2 * 7 * 5 * 4
+    assert steps._kept(loss, params, batch) == 7 * 5 * 4  # the cosine; x is the batch's
 
 
 CHIP = Chip(memory=2**30, flops=1e12, bandwidth=1e9, link=1e8, clock=1e9)
@@ -168,16 +167,28 @@ def test_a_table_says_what_of_it_are_estimates():
     assert "| tokens a second, all chips, estimated | 100 |" in lines
 
 
-def test_the_compilers_refusal_is_no_crash():
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Ran out of memory in memory space hbm. Used 21.05G of 15.75G hbm.",
+        "CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (21.05G) exceeds available HBM (15.75G). HLO module: jit_f.",
+    ],
+)
+def test_the_compilers_refusal_is_no_crash(words):
     def refuse():
-        raise jax.errors.JaxRuntimeError(
-            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.05G of 15.75G hbm."
-        )
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {words}")
 
     step, _ = made(None, lower=refuse)
     refused = estimate(step, CHIP, 1)
     assert refused.counted is None and refused.needed == pytest.approx(21.05 * 2**30, rel=1e-6)
     assert not plans._fits(refused, dataclasses.replace(CHIP, memory=2**40))
+
+    def unsupported():
+        raise NotImplementedError("heads of 256")
+
+    with pytest.raises(UserError, match="update: the compiler refuses it: heads of 256"):
+        estimate(dataclasses.replace(step, lower=unsupported), CHIP, 1)
 
 
 def test_a_clock_is_the_products_a_second_of_the_matrix_units():

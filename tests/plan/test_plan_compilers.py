@@ -59,7 +59,7 @@ def test_a_step_for_gpus_has_flops_and_messages():
     assert done.returncode == 0, done.stderr
     for line in ("FLOPs of products", "kernels", "reduce-scatter", "seconds, estimated"):
         assert f"| {line} | " in done.stdout
-    assert "of GPUs by a roofline" in done.stdout
+    assert "of GPUs at most, by a roofline" in done.stdout
 
 
 @pytest.mark.skipif(TPU, reason="libtpu is installed")
