@@ -14,6 +14,8 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh
 
+from rlhf_jax import hosts
+
 ROWS = "rows"  # the axis of a decoding mesh
 _FEWEST = 32  # rows a core: with fewer, reading all weights on each core costs more than it saves
 _MOST = 8  # cores: rows for more of them are rare
@@ -54,6 +56,8 @@ def decoding_mesh(params: Any, rows: int) -> Mesh | None:
     if _are_cores(devices):
         devices, fewest = jax.devices("cpu"), _FEWEST
     counts = range(2, min(len(devices), rows // fewest) + 1)
+    if hosts.count() > 1:  # each has to see the tokens
+        counts = range(len(devices), len(devices) + 1)
     count = max((n for n in counts if rows % n == 0), default=1)
     if count == 1:
         return None

@@ -3,7 +3,7 @@
 An exception raised by a handler would come up anywhere, in a library that swallows it too. So the
 first signal only asks for a stop, which `stop_point` raises as Preempted: between stages, batches
 of an evaluation, dispatches of the sampler, records, figures. A second one ends the process at
-once, with 130.
+once, with 130. Several processes stop together, wherever the signal came.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from rlhf_jax import hosts
 from rlhf_jax.errors import EXIT_AT_ONCE, Preempted
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -28,14 +29,18 @@ def stop_asked() -> bool:
     return bool(_asked)
 
 
-def stop_point() -> None:
+def stop_point(*, together: bool = False) -> None:
     """A place where giving up loses nothing that isn't done again.
+
+    Args:
+      together: every process comes here, as often as the others. Only there do several stop.
 
     Raises:
       Preempted: a signal has come.
     """
-    if _asked:
-        raise Preempted(f"{_asked} received; run the same command to continue")
+    if together and hosts.anyone("stop", bool(_asked)) or hosts.count() == 1 and _asked:
+        received = f"{_asked} received" if _asked else "another process received a signal"
+        raise Preempted(f"{received}; run the same command to continue")
 
 
 def listen() -> None:

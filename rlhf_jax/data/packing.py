@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_jax import hosts
 from rlhf_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]
@@ -179,7 +180,7 @@ def fingerprint(arrays: Mapping[str, Any]) -> str:
     """sha256 of the names, shapes, dtypes and contents of packed data or of a model's weights."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
+        array = np.ascontiguousarray(hosts.to_host(arrays[name]))
         digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)  # bfloat16 has no buffer of its own
     return digest.hexdigest()

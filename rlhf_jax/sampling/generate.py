@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from rlhf_jax import hosts
 from rlhf_jax.devices import decoding_mesh
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import ModelConfig, decoding_params
@@ -150,7 +151,7 @@ class _Decoder:
         completions: dict[_Request, Completion] = {}
         requests = unstarted = len(self.prompts) * self.sampling.samples_per_prompt
         while len(completions) < requests:
-            stop_point()
+            stop_point(together=True)
             unstarted -= self._refill(waiting, key, prompt_ids)
             # Refilling costs a little: let a quarter of the slots end first, if any wait for them.
             count = len(self.held)
@@ -216,7 +217,7 @@ class _Decoder:
     def _harvest(self) -> dict[_Request, Completion]:
         """The completions that have ended; frees their slots and passes new tokens on."""
         slots = self.slots
-        tokens, logprobs, drawn, active, finished = jax.device_get(
+        tokens, logprobs, drawn, active, finished = hosts.to_host(
             (slots.tokens, slots.logprobs, slots.drawn, slots.active, slots.finished)
         )
         if not np.isfinite(logprobs[np.arange(logprobs.shape[1]) < drawn[:, None]]).all():
@@ -249,7 +250,7 @@ class _Decoder:
         devices = {*self.mesh.devices.flat}
         there = jax.tree.leaves(tree)[0].sharding.device_set == devices
         place = NamedSharding(self.mesh, PartitionSpec())
-        return jax.device_put(tree if there else _on_first(tree), place)
+        return hosts.put(tree if there else _on_first(tree), place)
 
 
 def first_stop(sampling: Sampling, tokens: list[int], looked: int) -> int | None:

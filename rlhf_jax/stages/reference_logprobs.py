@@ -22,6 +22,7 @@ from rlhf_jax.cache import cache_dir
 from rlhf_jax.data import packing
 from rlhf_jax.data.packing import Arrays
 from rlhf_jax.digests import code_digest
+from rlhf_jax import hosts
 from rlhf_jax.errors import NoRoom
 from rlhf_jax.evaluation.row_passes import response_logprobs
 from rlhf_jax.files import write_whole
@@ -44,7 +45,8 @@ def reference_logprobs(
     key = cache_key(reference, directory, arrays, tokens)
     path = cache_dir() / "reference_logprobs" / f"{key}.npz"
     cached = _read(path, key, arrays["last"].shape)
-    if cached is not None:
+    everywhere = all(hosts.exchange(cached is not None))
+    if cached is not None and everywhere:
         return cached
     logprobs = response_logprobs(
         reference.config, reference.params, arrays, tokens, name="reference"

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rlhf_jax import hosts
 from rlhf_jax.config import Config
 from rlhf_jax.devices import training_devices
 from rlhf_jax.errors import UserError
@@ -83,7 +84,7 @@ def placed(mesh: Mesh | None, tree, rules: Rules = TRANSFORMER_RULES):
     there: dict[int, jax.Array] = {}
     for leaf, place in zip(leaves, jax.tree.leaves(shardings(mesh, tree, rules)), strict=True):
         if id(leaf) not in there:
-            there[id(leaf)] = jax.device_put(leaf, place)
+            there[id(leaf)] = hosts.put(leaf, place)
     return jax.tree.unflatten(structure, [there[id(leaf)] for leaf in leaves])
 
 
@@ -109,6 +110,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def shard_batch(mesh: Mesh | None, batch):
     """Puts a host batch on the devices, rows over (data, fsdp).
 
+    Every process has the whole batch, and puts the rows of its own devices.
+
     Raises:
       UserError: the rows do not divide evenly over the devices.
     """
@@ -119,7 +122,7 @@ def shard_batch(mesh: Mesh | None, batch):
                 f"batch[{name!r}] has {array.shape[0]} rows, not a multiple of the {shards} parts "
                 "(data x fsdp) of the mesh"
             )
-    return jax.device_put(batch, None if mesh is None else batch_sharding(mesh))
+    return jax.device_put(batch) if mesh is None else hosts.put(batch, batch_sharding(mesh))
 
 
 def mesh_of(config: Config) -> Mesh | None:

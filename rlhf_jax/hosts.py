@@ -1,0 +1,262 @@
+"""Several processes, one a host, that run one program on the devices of all of them.
+
+Every process takes the same way: it reads the same data, drives the same steps and makes the same
+decisions. So whatever a decision hangs on must be the same everywhere: numbers are read back by
+`to_host`, files are looked at and rewards asked for `by_first`, a clock or a signal is seen by
+`anyone`. The first process alone writes what a run leaves beside its arrays. With one process
+nothing is started, and all of this is what it would be without.
+
+What processes tell each other goes through JAX's coordination service, which takes messages of any
+size and keeps no device waiting. A process whose peer dies is aborted by that service: nothing
+here, or above, counts on cleaning up.
+
+JAX is imported where it is needed: a user's reward function runs in a process without it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import re
+import socket
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rlhf_jax.errors import Preempted, UserError
+
+if TYPE_CHECKING:
+    import jax
+    from jax.sharding import Mesh, NamedSharding
+
+_PATIENCE = 24 * 3600 * 1000  # ms for a process that is slow; one that is dead ends the others
+_SHUTDOWN = 60  # s that a process which ends waits for the others
+_RAISED = {"UserError": UserError, "Preempted": Preempted, "OSError": OSError}
+_index, _count = 0, 1
+_number = 0  # of messages, the same in every process
+_late: dict[str, jax.Array] = {}
+
+
+def start(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Joins the other processes, before JAX's first computation, if there are any.
+
+    Without a coordinator JAX looks for a cluster: SLURM, Open MPI, Kubernetes, Cloud TPU. Each
+    process computes on all devices of its host, unless SLURM has put several there.
+
+    Args:
+      coordinator: host:port of the first process; what the others reach it by.
+      processes: how many there are.
+      process: which of them this is, from 0 on.
+
+    Raises:
+      UserError: some of the three are given and others are not, or they do not fit.
+    """
+    import jax
+
+    global _index, _count
+    stated = (coordinator, processes, process)
+    if all(each is None for each in stated):
+        cluster = _cluster()
+        if cluster is None or (processes := cluster.get_process_count()) == 1:
+            return
+    elif None in stated:
+        raise UserError("--coordinator=host:port, --processes and --process are given together")
+    elif not 0 <= process < processes:  # type: ignore[operator]
+        raise UserError(f"--process={process}: from 0 to {processes - 1}, below --processes")  # type: ignore[operator]
+    elif processes == 1:
+        return
+    elif not re.fullmatch(r".+:\d+", coordinator):  # type: ignore[arg-type]
+        raise UserError(f"--coordinator={coordinator}: a host and a port, such as 10.0.0.1:1234")
+    if jax.config.jax_platforms == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us
+    # Under SLURM and Open MPI, JAX gives a process that says nothing one device of its host only.
+    alone = re.fullmatch(r"1(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    jax.distributed.initialize(
+        coordinator,
+        processes,
+        process,
+        local_device_ids=[] if alone else None,
+        shutdown_timeout_seconds=_SHUTDOWN,
+    )
+    _index, _count = jax.process_index(), jax.process_count()
+    if not is_first():  # what it would say, the first one says
+        sys.stdout = open(os.devnull, "w")
+        logging.disable(logging.WARNING)
+
+
+def _cluster() -> Any:
+    """JAX's own description of the cluster that this process is part of; None if it is of none."""
+    from jax._src.clusters import ClusterEnv  # `jax.distributed` starts what it finds, also alone
+
+    kinds = (kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method)
+    return next((kind for kind in kinds if kind.is_env_present()), None)
+
+
+def count() -> int:
+    """How many processes there are."""
+    return _count
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes, and the only one if there are no others."""
+    return _index == 0
+
+
+def name() -> str:
+    """This process and its host, for a message."""
+    return f"process {_index} on {socket.gethostname()}"
+
+
+def exchange(value: Any) -> list[Any]:
+    """What every process passes, in their order; each calls this. JSON values."""
+    if _count == 1:
+        return [value]
+    number = _next()
+    _tell(number, value)
+    told = [_hear(number, each) for each in range(_count)]
+    _forget(number)
+    return told
+
+
+def by_first(function: Callable[[], Any]) -> Any:
+    """What the function returns in the first process; the others do not call it but wait.
+
+    Returns:
+      A JSON value in every process.
+
+    Raises:
+      UserError, Preempted, OSError: the function raised it; in the others it is told, with its text.
+    """
+    if _count == 1:
+        return function()
+    number = _next()
+    if not is_first():
+        told = _hear(number, 0)
+        _forget(number)
+        if "raised" in told:
+            raise _RAISED[told["raised"]](told["text"])
+        return told["value"]
+    try:
+        value = function()
+        _tell(number, {"value": value})
+    except tuple(_RAISED.values()) as error:
+        kind = next(name for name, each in _RAISED.items() if isinstance(error, each))
+        _tell(number, {"raised": kind, "text": str(error)})
+        _forget(number)
+        raise
+    _forget(number)
+    return value
+
+
+def anyone(what: str, flag: bool) -> bool:
+    """Whether the flag is set in any process; the same answer in each, that calls this.
+
+    With several processes it is the answer to the call before, of the same `what`: this one's is
+    on its way through the devices meanwhile, and nothing waits for it.
+    """
+    if _count == 1:
+        return flag
+    import jax
+
+    place, any_of = _all_devices()
+    flags = jax.make_array_from_callback((place.mesh.size,), place, lambda _: np.array([flag]))
+    before, _late[what] = _late.get(what), any_of(flags)
+    return before is not None and bool(before)
+
+
+def to_host(tree: Any) -> Any:
+    """`jax.device_get`, also of arrays that lie in parts on the devices of several processes."""
+    import jax
+
+    if _count > 1:
+        leaves, structure = jax.tree.flatten(tree)
+        apart = [i for i, leaf in enumerate(leaves) if _is_apart(leaf)]
+        if apart:
+            gathered = _gather(leaves[apart[0]].sharding.mesh)([leaves[i] for i in apart])
+            for i, whole in zip(apart, gathered, strict=True):
+                leaves[i] = whole
+            tree = jax.tree.unflatten(structure, leaves)
+    return jax.device_get(tree)
+
+
+def _is_apart(leaf: Any) -> bool:
+    import jax
+
+    is_whole = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+    return not (is_whole or leaf.is_fully_replicated)
+
+
+def put(tree: Any, place: NamedSharding) -> Any:
+    """`jax.device_put`, also onto devices of several processes, each of which has the whole tree.
+
+    Each process puts the parts that its own devices hold.
+    """
+    import jax
+
+    if place.is_fully_addressable:
+        return jax.device_put(tree, place)
+    return jax.tree.map(lambda leaf: _put(leaf, place), tree)
+
+
+def _put(value: Any, place: NamedSharding) -> jax.Array:
+    import jax
+
+    if not getattr(value, "is_fully_addressable", True):
+        return jax.device_put(value, place)
+    parts = place.addressable_devices_indices_map(np.shape(value))
+    arrays = [jax.device_put(value[index], device) for device, index in parts.items()]
+    return jax.make_array_from_single_device_arrays(np.shape(value), place, arrays)
+
+
+@functools.cache
+def _all_devices() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
+    """Where one flag lies on each device, and what says whether any of them is set."""
+    import jax
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    mesh = Mesh(np.array(jax.devices()), ("all",))
+    whole = NamedSharding(mesh, PartitionSpec())
+    any_of = jax.jit(lambda flags: flags.any(), out_shardings=whole)
+    return NamedSharding(mesh, PartitionSpec("all")), any_of
+
+
+@functools.cache
+def _gather(mesh: Mesh) -> Callable[[list[jax.Array]], list[jax.Array]]:
+    """What has every device of a mesh hold the whole of some arrays."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    return jax.jit(lambda arrays: arrays, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def _next() -> int:
+    global _number
+    _number += 1
+    return _number
+
+
+def _service() -> Any:
+    from jax._src.distributed import global_state  # as Orbax does; JAX shows it nowhere else
+
+    return global_state.client
+
+
+def _tell(number: int, value: Any) -> None:
+    _service().key_value_set_bytes(f"rlhf_jax/{number}/{_index}", json.dumps(value).encode())
+
+
+def _hear(number: int, process: int) -> Any:
+    key = f"rlhf_jax/{number}/{process}"
+    return json.loads(_service().blocking_key_value_get_bytes(key, _PATIENCE))
+
+
+def _forget(number: int) -> None:
+    """Waits until every process has heard a message, which the service then keeps no longer."""
+    _service().wait_at_barrier(f"rlhf_jax/{number}", _PATIENCE)
+    if is_first():
+        _service().key_value_delete(f"rlhf_jax/{number}/")
