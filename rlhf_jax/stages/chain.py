@@ -112,28 +112,29 @@ def run(
     return directory
 
 
-def _alike(make: Callable[[], Any], told: Callable[[Any], Mapping[str, Any]]) -> Any:
-    """What `make` returns; several processes tell each other of it, which must be the same.
+def _alike(make: Callable[[], Any], document_of: Callable[[Any], Mapping[str, Any]]) -> Any:
+    """What `make` returns, of which several processes must have the same document.
 
     Raises:
-        UserError: `make` raised it, also in another process, or a process has made something else
-            than the first one; the message names it.
+        UserError: `make` raised it, here or in another process, or another process has something
+            else than the first one; the message names it.
     """
-    made, document, mistake = None, {}, None
+    if hosts.count() == 1:
+        return make()
+    made, documented, mistake = None, {}, None
     try:
         made = make()
-        document = plain(told(made))
+        documented = plain(document_of(made))
     except UserError as error:
-        if hosts.count() == 1:
-            raise
         mistake = str(error)
-    heard = hosts.exchange([hosts.name(), document, mistake])
-    first = heard[0]
-    for name, document, mistake in heard:
+    heard = hosts.exchange([hosts.name(), documented, mistake])
+    first, expected, _ = heard[0]
+    for process, documented, mistake in heard:
         if mistake is not None:
-            raise UserError(mistake if name == first[0] else f"{name}: {mistake}")
-        if differing := changes(first[1], document):
-            raise UserError(f"{name} differs from {first[0]}: {tell_changes(differing)}")
+            raise UserError(mistake if process == first else f"{process}: {mistake}")
+        if differing := changes(expected, documented):
+            told = tell_changes(differing, of_files="is not the same")
+            raise UserError(f"{process} would run something else than {first}: {told}")
     return made
 
 

@@ -1,0 +1,201 @@
+"""Two processes on one machine, as on two hosts: together they are one process with all devices."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from rlhf_jax.data.tokenizer import train_bpe
+from rlhf_jax.models import transformer
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.training.checkpoint import load_params
+from rlhf_jax.training.saved_model import Model, save_model
+from rlhf_jax.trees import named_leaves
+
+ROOT = Path(__file__).parents[2]
+
+COMMON = """
+from rlhf_jax.stages import defaults
+
+SHARED = dict(
+    init=dict(policy="start"),
+    batch=dict(rows=4),
+    optimizer=dict(name="adamw", learning_rate=1e-3, eps=1e-4),
+    eval=dict(source="prompts.jsonl", count=4, max_new_tokens=4),
+)
+TRAIN = dict(steps=6, log_every=1, checkpoint_every=2, tensorboard=False)
+"""
+STAGES = {
+    "sft": """defaults.base(
+        "sft", **SHARED, train=TRAIN, loss=dict(label_smoothing=0.0, z_loss=0.0),
+        data=dict(train="chats.jsonl", validation="chats.jsonl", row_length=64),
+    )""",
+    "dpo": """defaults.base(
+        "preference", **SHARED, train=TRAIN, loss=dict(name="sigmoid", beta=0.1),
+        data=dict(train="pairs.jsonl", validation="pairs.jsonl", row_length=64),
+    )""",
+    "grpo": """defaults.on_policy(
+        "grpo", **SHARED | dict(eval=SHARED["eval"] | dict(during=4)),
+        data=dict(train="prompts.jsonl", row_length=64),
+        rollout=dict(prompts=4, samples=4, slots=8, max_prompt_tokens=40, max_new_tokens=6),
+        reward=dict(scorers="reward.py:vowels=1,length=-0.01"),
+        train=TRAIN | dict(steps=3, checkpoint_every=1),
+    )""",
+}
+# It writes down that it was asked, so that a test sees how often and by whom.
+REWARD = """
+def vowels(prompts, responses):
+    with open("asked", "a") as file:
+        file.write(f"{len(responses)}\\n")
+    return [sum(c in "aeiou0123" for c in r) / 4 for r in responses]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with a small model, data for it and an experiment of each stage."""
+    folder = tmp_path_factory.mktemp("hosts")
+    sums = [(f"{a} + {b}", str(a + b)) for a in range(8) for b in range(4)]
+    asked = [[{"role": "user", "content": question}] for question, _ in sums]
+    records = {
+        "chats": [
+            {"messages": [*q, {"role": "assistant", "content": answer}]}
+            for q, (_, answer) in zip(asked, sums, strict=True)
+        ],
+        "pairs": [
+            {"prompt": question, "chosen": answer, "rejected": answer + " or so"}
+            for question, answer in sums
+        ],
+        "prompts": [{"prompt": question} for question, _ in sums[:12]],
+    }
+    for name, lines in records.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    for name, made in STAGES.items():
+        text = f"{COMMON}\n\ndef get_config():\n    return {made}\n"
+        (folder / f"{name}.py").write_text(text)
+    (folder / "reward.py").write_text(REWARD)
+    tokenizer = train_bpe([question for question, _ in sums], 290)
+    shape = ModelConfig(
+        vocab_size=tokenizer.vocab_size, layers=2, width=16, heads=2, kv_heads=1, head_dim=8,
+        mlp_width=32, max_length=64,
+    )  # fmt: skip
+    start = folder / "start"
+    start.mkdir()
+    save_model(start, Model(shape, transformer.init(shape, jax.random.key(0)), tokenizer))
+    summary = {"stage": "pretrain", "status": "done", "config_hash": "0", "parents": {}}
+    summary |= {"wall_seconds": 0.0, "metrics": {}}
+    (start / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def run(
+    folder: Path,
+    stage: str,
+    workdir: Path,
+    *arguments: str,
+    processes: int = 2,
+    of_each: list[list[str]] | None = None,
+    module: str = "tests.stages.training_alone",
+    folders: list[Path] | None = None,
+    fault: tuple[int, str] | None = None,
+    signal: str = "SIGKILL",
+) -> list[tuple[int, str]]:
+    """(exit code, output) of each of some processes that have four devices between them.
+
+    If one is killed the others are killed too, as a cluster's manager does sooner or later.
+
+    Args:
+      of_each: further arguments by process.
+      folders: in which each runs, by default the one of the experiments.
+      fault: (process, point) at which the signal is sent to that process; see `fault_point`.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"--coordinator=localhost:{free.getsockname()[1]}"
+    running = []
+    for i in range(processes):
+        words = [f"--config={folder / stage}.py", f"--workdir={workdir}", *arguments]
+        if processes > 1:
+            words += [coordinator, f"--processes={processes}", f"--process={i}"]
+        variables = {
+            "PYTHONPATH": str(ROOT),
+            "JAX_NUM_CPU_DEVICES": str(4 // processes),
+            "RLHF_JAX_CACHE": str(workdir) + ".cache",
+        }
+        if fault and fault[0] == i:
+            variables |= {"FAULT": fault[1], "FAULT_SIGNAL": signal}
+        running.append(
+            subprocess.Popen(
+                [sys.executable, "-m", module, *words, *(of_each[i] if of_each else [])],
+                cwd=folders[i] if folders else folder,
+                env=os.environ | variables,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        while any(process.poll() is None for process in running):
+            if any(process.poll() == -9 for process in running):
+                break
+            time.sleep(0.05)
+    finally:
+        for process in running:
+            process.kill()
+    outputs = [process.communicate()[0] for process in running]
+    return [(process.returncode, out) for process, out in zip(running, outputs, strict=True)]
+
+
+def finished(done: list[tuple[int, str]]) -> None:
+    for code, output in done:
+        assert code == 0, output[-3000:]
+
+
+def results(workdir: Path):
+    """(final parameters, lines of metrics without what a clock says)."""
+    params, _ = load_params(workdir / "model")
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines.append(json.loads((workdir / "summary.json").read_text())["metrics"])
+    clocked = ("time/", "_per_second")
+    lines = [{k: v for k, v in x.items() if not any(c in k for c in clocked)} for x in lines]
+    return {name: np.asarray(x) for name, x in named_leaves(params).items()}, lines
+
+
+def compare(found, expected) -> None:
+    """To 1e-6, or of metrics relative to what is larger than 1."""
+    for name, array in expected[0].items():
+        np.testing.assert_allclose(found[0][name], array, rtol=0, atol=1e-6, err_msg=name)
+    for line, wanted in zip(found[1], expected[1], strict=True):
+        assert line.keys() == wanted.keys()
+        for name in wanted:
+            np.testing.assert_allclose(
+                float(line[name]), float(wanted[name]), 1e-6, 1e-6, err_msg=name
+            )
+
+
+def same(found, expected) -> None:
+    """To the last bit."""
+    assert found[1] == expected[1]
+    assert {k: x.tobytes() for k, x in found[0].items()} == {
+        k: x.tobytes() for k, x in expected[0].items()
+    }
+
+
+def test_sft_on_two_hosts_is_that_on_one(folder, tmp_path):
+    finished(run(folder, "sft", tmp_path / "one", processes=1))
+    done = run(folder, "sft", tmp_path / "two")
+    finished(done)
+    compare(results(tmp_path / "two"), results(tmp_path / "one"))
+    assert "step 6/6" in done[0][1]
+    said = [line for line in done[1][1].splitlines() if not line.startswith("[Gloo]")]
+    assert said == []  # what the first one says is said once
