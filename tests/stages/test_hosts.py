@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,8 @@ import pytest
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.models import transformer
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.stages import chain, sft
+from rlhf_jax.training import mesh
 from rlhf_jax.training.checkpoint import load_params
 from rlhf_jax.training.saved_model import Model, save_model
 from rlhf_jax.trees import named_leaves
@@ -191,11 +194,86 @@ def same(found, expected) -> None:
     }
 
 
-def test_sft_on_two_hosts_is_that_on_one(folder, tmp_path):
-    finished(run(folder, "sft", tmp_path / "one", processes=1))
+def test_sft_on_two_hosts_is_that_on_one(folder, tmp_path, monkeypatch):
     done = run(folder, "sft", tmp_path / "two")
     finished(done)
-    compare(results(tmp_path / "two"), results(tmp_path / "one"))
     assert "step 6/6" in done[0][1]
     said = [line for line in done[1][1].splitlines() if not line.startswith("[Gloo]")]
     assert said == []  # what the first one says is said once
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(mesh, "training_devices", lambda: jax.devices()[:4])
+    monkeypatch.setattr(chain, "write_report", lambda *_: None)
+    monkeypatch.setattr(sft, "evaluate_chat", lambda *_, **__: {})
+    chain.run(chain.load_config("sft.py"), "sft.py", tmp_path / "one")
+    compare(results(tmp_path / "two"), results(tmp_path / "one"))
+
+
+def test_a_host_with_another_config_is_named(folder, tmp_path):
+    of_each = [[], ["--config.train.steps=5"]]
+    for code, output in run(folder, "sft", tmp_path / "run", of_each=of_each):
+        host = socket.gethostname()
+        said = f"error: process 1 on {host} would run something else than process 0 on {host}: "
+        assert code == 2 and said + "config.train.steps: 6 -> 5\n" in output, output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda path: path.write_text(path.read_text() + "\n"), " would run something else than "),
+        (lambda path: path.unlink(), ": data: there is no file chats.jsonl"),
+    ],
+)
+def test_a_host_with_other_data_is_named(change, told, folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    change(other / "chats.jsonl")
+    folders = [folder, other]
+    given = f"--config.init.policy={folder}/start"
+    for code, output in run(folder, "sft", tmp_path / "run", given, folders=folders):
+        assert code == 2 and f"error: process 1 on {socket.gethostname()}{told}" in output, output
+        assert "data.train: chats.jsonl is not the same" in output or "no file" in output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "mesh", "faults"),
+    [
+        ("sft", "--config.mesh.fsdp=1", [(1, "step:3"), (0, "checkpoint:arrays:4")]),
+        ("sft", "--config.mesh.fsdp=4", [(0, "metrics:5")]),
+        ("dpo", "--config.mesh.fsdp=2", [(0, "checkpoint:renamed:2"), (1, "step:5")]),
+        ("grpo", "--config.mesh.fsdp=1", [(1, "scored:2"), (0, "rollout:3")]),
+        ("grpo", "--config.mesh.fsdp=4", [(1, "update:1")]),
+    ],
+)
+def test_two_hosts_are_one_also_killed_and_begun_again(stage, mesh, faults, folder, tmp_path):
+    module = "rlhf_jax.main" if stage == "grpo" else "tests.stages.training_alone"
+    asked = folder / "asked"
+    asked.unlink(missing_ok=True)
+    finished(run(folder, stage, tmp_path / "one", mesh, processes=1, module=module))
+    by_one = asked.read_text() if stage == "grpo" else ""
+    asked.unlink(missing_ok=True)
+    finished(run(folder, stage, tmp_path / "two", mesh, module=module))
+    assert stage != "grpo" or asked.read_text() == by_one  # a user's function runs once
+    compare(results(tmp_path / "two"), results(tmp_path / "one"))
+    for fault in faults:
+        done = run(folder, stage, tmp_path / "killed", mesh, module=module, fault=fault)
+        assert done[fault[0]][0] == -signal.SIGKILL, done[fault[0]][1]
+        assert not (tmp_path / "killed/summary.json").exists()
+    finished(run(folder, stage, tmp_path / "killed", mesh, module=module))
+    same(results(tmp_path / "killed"), results(tmp_path / "two"))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_host_stops_all_at_the_same_step(folder, tmp_path):
+    finished(run(folder, "sft", tmp_path / "whole"))
+    fault = (1, "step:3")
+    for code, output in run(folder, "sft", tmp_path / "run", fault=fault, signal="SIGTERM"):
+        assert code == 75, output
+        said = f"stopped: {tmp_path}/run is saved at step 4; run the same command to continue\n"
+        assert output.endswith(said)
+    finished(run(folder, "sft", tmp_path / "run"))
+    same(results(tmp_path / "run"), results(tmp_path / "whole"))
