@@ -2,9 +2,9 @@
 
 Every process takes the same way: it reads the same data, drives the same steps and makes the same
 decisions. So whatever a decision hangs on must be the same everywhere: numbers are read back by
-`to_host`, files are looked at and rewards asked for `by_first`, a clock or a signal is seen by
-`anyone`. The first process alone writes what a run leaves beside its arrays. With one process
-nothing is started, and all of this is what it would be without.
+`global_arrays.to_host`, files are looked at and rewards asked for `by_first`, a clock or a signal
+is seen by `anyone`. The first process alone writes what a run leaves beside its arrays. With one
+process nothing is started, and all of this is what it would be without.
 
 What processes tell each other goes through JAX's coordination service, which takes messages of any
 size and keeps no device waiting. A process whose peer dies is aborted by that service: nothing
@@ -21,7 +21,6 @@ import logging
 import os
 import re
 import socket
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,7 @@ from rlhf_jax.errors import Preempted, UserError
 
 if TYPE_CHECKING:
     import jax
-    from jax.sharding import Mesh, NamedSharding
+    from jax.sharding import NamedSharding
 
 _PATIENCE = 24 * 3600 * 1000  # ms for a process that is slow; one that is dead ends the others
 _SHUTDOWN = 60  # s that a process which ends waits for the others
@@ -41,60 +40,70 @@ _number = 0  # of messages, the same in every process
 _late: dict[str, jax.Array] = {}
 
 
-def start(coordinator: str | None, processes: int | None, process: int | None) -> None:
+def start(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
     """Joins the other processes, before JAX's first computation, if there are any.
 
-    Without a coordinator JAX looks for a cluster: SLURM, Open MPI, Kubernetes, Cloud TPU. Each
-    process computes on all devices of its host, unless SLURM has put several there.
+    Without arguments JAX looks for a cluster: SLURM, Open MPI, Kubernetes, Cloud TPU.
 
     Args:
-      coordinator: host:port of the first process; what the others reach it by.
+      coordinator: host:port of the first process, at which the others reach it.
       processes: how many there are.
       process: which of them this is, from 0 on.
 
     Raises:
-      UserError: some of the three are given and others are not, or they do not fit.
+      UserError: some arguments are given and others are not, or they do not fit.
     """
+    if coordinator is None and processes is None and process is None:
+        cluster = _cluster()
+        processes = 1 if cluster is None else cluster.get_process_count()
+    elif coordinator is None or processes is None or process is None:
+        raise UserError("--coordinator=host:port, --processes and --process go together")
+    elif not re.fullmatch(r".+:\d+", coordinator):
+        raise UserError(f"--coordinator={coordinator}: a host and a port, such as 10.0.0.1:1234")
+    elif not 0 <= process < processes:
+        raise UserError(f"--process={process}: of --processes={processes} the first one is 0")
+    if processes > 1:
+        _join(coordinator, processes, process)
+
+
+def _join(coordinator: str | None, processes: int, process: int | None) -> None:
     import jax
 
     global _index, _count
-    stated = (coordinator, processes, process)
-    if all(each is None for each in stated):
-        cluster = _cluster()
-        if cluster is None or (processes := cluster.get_process_count()) == 1:
-            return
-    elif None in stated:
-        raise UserError("--coordinator=host:port, --processes and --process are given together")
-    elif not 0 <= process < processes:  # type: ignore[operator]
-        raise UserError(f"--process={process}: from 0 to {processes - 1}, below --processes")  # type: ignore[operator]
-    elif processes == 1:
-        return
-    elif not re.fullmatch(r".+:\d+", coordinator):  # type: ignore[arg-type]
-        raise UserError(f"--coordinator={coordinator}: a host and a port, such as 10.0.0.1:1234")
-    if jax.config.jax_platforms == "cpu":
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us
-    # Under SLURM and Open MPI, JAX gives a process that says nothing one device of its host only.
-    alone = re.fullmatch(r"1(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
     jax.distributed.initialize(
         coordinator,
         processes,
         process,
-        local_device_ids=[] if alone else None,
+        local_device_ids=[] if _has_its_host() else None,
         shutdown_timeout_seconds=_SHUTDOWN,
     )
     _index, _count = jax.process_index(), jax.process_count()
     if not is_first():  # what it would say, the first one says
-        sys.stdout = open(os.devnull, "w")
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
         logging.disable(logging.WARNING)
 
 
 def _cluster() -> Any:
     """JAX's own description of the cluster that this process is part of; None if it is of none."""
-    from jax._src.clusters import ClusterEnv  # `jax.distributed` starts what it finds, also alone
+    from jax._src.clusters import ClusterEnv  # `jax.distributed` would start a lone process too
 
     kinds = (kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method)
     return next((kind for kind in kinds if kind.is_env_present()), None)
+
+
+def _has_its_host() -> bool:
+    """Whether this process has all devices of its host, as far as the environment says.
+
+    Under SLURM and Open MPI JAX would otherwise give it one of them.
+    """
+    on_each = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")  # such as 1(x4)
+    beside = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")
+    told = "JAX_LOCAL_DEVICE_IDS" in os.environ
+    return not told and beside == "1" and re.fullmatch(r"1(\(x\d+\))?", on_each) is not None
 
 
 def count() -> int:
@@ -130,7 +139,7 @@ def by_first(function: Callable[[], Any]) -> Any:
       A JSON value in every process.
 
     Raises:
-      UserError, Preempted, OSError: the function raised it; in the others it is told, with its text.
+      UserError, Preempted, OSError: the function raised it; in the others it has the same text.
     """
     if _count == 1:
         return function()
@@ -169,50 +178,6 @@ def anyone(what: str, flag: bool) -> bool:
     return before is not None and bool(before)
 
 
-def to_host(tree: Any) -> Any:
-    """`jax.device_get`, also of arrays that lie in parts on the devices of several processes."""
-    import jax
-
-    if _count > 1:
-        leaves, structure = jax.tree.flatten(tree)
-        apart = [i for i, leaf in enumerate(leaves) if _is_apart(leaf)]
-        if apart:
-            gathered = _gather(leaves[apart[0]].sharding.mesh)([leaves[i] for i in apart])
-            for i, whole in zip(apart, gathered, strict=True):
-                leaves[i] = whole
-            tree = jax.tree.unflatten(structure, leaves)
-    return jax.device_get(tree)
-
-
-def _is_apart(leaf: Any) -> bool:
-    import jax
-
-    is_whole = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
-    return not (is_whole or leaf.is_fully_replicated)
-
-
-def put(tree: Any, place: NamedSharding) -> Any:
-    """`jax.device_put`, also onto devices of several processes, each of which has the whole tree.
-
-    Each process puts the parts that its own devices hold.
-    """
-    import jax
-
-    if place.is_fully_addressable:
-        return jax.device_put(tree, place)
-    return jax.tree.map(lambda leaf: _put(leaf, place), tree)
-
-
-def _put(value: Any, place: NamedSharding) -> jax.Array:
-    import jax
-
-    if not getattr(value, "is_fully_addressable", True):
-        return jax.device_put(value, place)
-    parts = place.addressable_devices_indices_map(np.shape(value))
-    arrays = [jax.device_put(value[index], device) for device, index in parts.items()]
-    return jax.make_array_from_single_device_arrays(np.shape(value), place, arrays)
-
-
 @functools.cache
 def _all_devices() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
     """Where one flag lies on each device, and what says whether any of them is set."""
@@ -223,15 +188,6 @@ def _all_devices() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
     whole = NamedSharding(mesh, PartitionSpec())
     any_of = jax.jit(lambda flags: flags.any(), out_shardings=whole)
     return NamedSharding(mesh, PartitionSpec("all")), any_of
-
-
-@functools.cache
-def _gather(mesh: Mesh) -> Callable[[list[jax.Array]], list[jax.Array]]:
-    """What has every device of a mesh hold the whole of some arrays."""
-    import jax
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    return jax.jit(lambda arrays: arrays, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def _next() -> int:

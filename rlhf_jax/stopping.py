@@ -38,7 +38,7 @@ def stop_point(*, together: bool = False) -> None:
     Raises:
       Preempted: a signal has come.
     """
-    if together and hosts.anyone("stop", bool(_asked)) or hosts.count() == 1 and _asked:
+    if (together and hosts.anyone("stop", bool(_asked))) or (hosts.count() == 1 and _asked):
         received = f"{_asked} received" if _asked else "another process received a signal"
         raise Preempted(f"{received}; run the same command to continue")
 

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlhf_jax import hosts
 from rlhf_jax.devices import decoding_mesh
 from rlhf_jax.errors import UserError
+from rlhf_jax.global_arrays import put, to_host
 from rlhf_jax.models import ModelConfig, decoding_params
 from rlhf_jax.sampling import engine
 from rlhf_jax.sampling.arguments import Sampling, check_prompts, check_streams
@@ -217,7 +217,7 @@ class _Decoder:
     def _harvest(self) -> dict[_Request, Completion]:
         """The completions that have ended; frees their slots and passes new tokens on."""
         slots = self.slots
-        tokens, logprobs, drawn, active, finished = hosts.to_host(
+        tokens, logprobs, drawn, active, finished = to_host(
             (slots.tokens, slots.logprobs, slots.drawn, slots.active, slots.finished)
         )
         if not np.isfinite(logprobs[np.arange(logprobs.shape[1]) < drawn[:, None]]).all():
@@ -250,7 +250,7 @@ class _Decoder:
         devices = {*self.mesh.devices.flat}
         there = jax.tree.leaves(tree)[0].sharding.device_set == devices
         place = NamedSharding(self.mesh, PartitionSpec())
-        return hosts.put(tree if there else _on_first(tree), place)
+        return put(tree if there else _on_first(tree), place)
 
 
 def first_stop(sampling: Sampling, tokens: list[int], looked: int) -> int | None:

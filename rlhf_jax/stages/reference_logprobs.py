@@ -18,11 +18,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlhf_jax import hosts
 from rlhf_jax.cache import cache_dir
 from rlhf_jax.data import packing
 from rlhf_jax.data.packing import Arrays
 from rlhf_jax.digests import code_digest
-from rlhf_jax import hosts
 from rlhf_jax.errors import NoRoom
 from rlhf_jax.evaluation.row_passes import response_logprobs
 from rlhf_jax.files import write_whole

@@ -11,10 +11,10 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax import hosts
 from rlhf_jax.config import Config
 from rlhf_jax.devices import training_devices
 from rlhf_jax.errors import UserError
+from rlhf_jax.global_arrays import put
 from rlhf_jax.models.sharding import (
     AXES,
     BATCH_AXES,
@@ -84,7 +84,7 @@ def placed(mesh: Mesh | None, tree, rules: Rules = TRANSFORMER_RULES):
     there: dict[int, jax.Array] = {}
     for leaf, place in zip(leaves, jax.tree.leaves(shardings(mesh, tree, rules)), strict=True):
         if id(leaf) not in there:
-            there[id(leaf)] = hosts.put(leaf, place)
+            there[id(leaf)] = put(leaf, place)
     return jax.tree.unflatten(structure, [there[id(leaf)] for leaf in leaves])
 
 
@@ -122,7 +122,7 @@ def shard_batch(mesh: Mesh | None, batch):
                 f"batch[{name!r}] has {array.shape[0]} rows, not a multiple of the {shards} parts "
                 "(data x fsdp) of the mesh"
             )
-    return jax.device_put(batch) if mesh is None else hosts.put(batch, batch_sharding(mesh))
+    return jax.device_put(batch) if mesh is None else put(batch, batch_sharding(mesh))
 
 
 def mesh_of(config: Config) -> Mesh | None:
