@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _PATIENCE = 24 * 3600 * 1000  # ms for a process that is slow; one that is dead ends the others
 _SHUTDOWN = 60  # s that a process which ends waits for the others
-_RAISED = {"UserError": UserError, "Preempted": Preempted, "OSError": OSError}
+_RAISED = (UserError, Preempted, OSError, RuntimeError)  # the last one stands for all others
 _index, _count = 0, 1
 _number = 0  # of messages, the same in every process
 _late: dict[str, jax.Array] = {}
@@ -139,7 +139,8 @@ def by_first(function: Callable[[], Any]) -> Any:
       A JSON value in every process.
 
     Raises:
-      UserError, Preempted, OSError: the function raised it; in the others it has the same text.
+      UserError, Preempted, OSError: the function raised it; whatever else it raised is raised in
+        the first process, and a RuntimeError in the others.
     """
     if _count == 1:
         return function()
@@ -152,12 +153,12 @@ def by_first(function: Callable[[], Any]) -> Any:
         return told["value"]
     try:
         value = function()
-        _tell(number, {"value": value})
-    except tuple(_RAISED.values()) as error:
-        kind = next(name for name, each in _RAISED.items() if isinstance(error, each))
-        _tell(number, {"raised": kind, "text": str(error)})
+    except Exception as error:
+        kinds = (i for i, kind in enumerate(_RAISED) if isinstance(error, kind))
+        _tell(number, {"raised": next(kinds, len(_RAISED) - 1), "text": str(error)})
         _forget(number)
         raise
+    _tell(number, {"value": value})
     _forget(number)
     return value
 
