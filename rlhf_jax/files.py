@@ -64,7 +64,7 @@ def sync_directory(path: Path) -> None:
 def write_whole(path: Path, data: bytes, *, shared: bool = False) -> None:
     """Writes a file so that it is the old one or the new one, never half of it.
 
-    Of the processes of a run the first one writes it, unless it is `shared`.
+    Of several processes that call this the first one writes it, unless it is `shared`.
 
     Args:
       shared: whether other processes may write the same file at the same time.
@@ -72,10 +72,13 @@ def write_whole(path: Path, data: bytes, *, shared: bool = False) -> None:
     Raises:
       NoRoom: the disk is full; the old file is still there.
     """
-    if not (shared or hosts.is_first()):
-        return
-    unique = f".{uuid.uuid4().hex}" if shared else ""
-    temporary = path.with_name(f"{path.name}{unique}.tmp")
+    if shared:
+        _write_whole(path, data, path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp"))
+    else:
+        hosts.by_first(lambda: _write_whole(path, data, path.with_name(f"{path.name}.tmp")))
+
+
+def _write_whole(path: Path, data: bytes, temporary: Path) -> None:
     with room_for(path, len(data)):
         try:
             with open(temporary, "wb") as file:

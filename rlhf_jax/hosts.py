@@ -21,6 +21,8 @@ import logging
 import os
 import re
 import socket
+import sys
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +39,7 @@ _SHUTDOWN = 60  # s that a process which ends waits for the others
 _RAISED = (UserError, Preempted, OSError, RuntimeError)  # the last one stands for all others
 _index, _count = 0, 1
 _number = 0  # of messages, the same in every process
+_is_asked = False  # whether this is the first process, in a function of `by_first`
 _late: dict[str, jax.Array] = {}
 
 
@@ -125,7 +128,7 @@ def exchange(value: Any) -> list[Any]:
     """What every process passes, in their order; each calls this. JSON values."""
     if _count == 1:
         return [value]
-    number = _next()
+    number = _next_message()
     _tell(number, value)
     told = [_hear(number, each) for each in range(_count)]
     _forget(number)
@@ -135,6 +138,8 @@ def exchange(value: Any) -> list[Any]:
 def by_first(function: Callable[[], Any]) -> Any:
     """What the function returns in the first process; the others do not call it but wait.
 
+    Within the function, and in a thread beside the program, the first process asks nobody.
+
     Returns:
       A JSON value in every process.
 
@@ -142,15 +147,17 @@ def by_first(function: Callable[[], Any]) -> Any:
       UserError, Preempted, OSError: the function raised it; whatever else it raised is raised in
         the first process, and a RuntimeError in the others.
     """
-    if _count == 1:
+    global _is_asked
+    if _count == 1 or _is_asked or threading.current_thread() is not threading.main_thread():
         return function()
-    number = _next()
+    number = _next_message()
     if not is_first():
         told = _hear(number, 0)
         _forget(number)
         if "raised" in told:
             raise _RAISED[told["raised"]](told["text"])
         return told["value"]
+    _is_asked = True
     try:
         value = function()
     except Exception as error:
@@ -158,6 +165,8 @@ def by_first(function: Callable[[], Any]) -> Any:
         _tell(number, {"raised": next(kinds, len(_RAISED) - 1), "text": str(error)})
         _forget(number)
         raise
+    finally:
+        _is_asked = False
     _tell(number, {"value": value})
     _forget(number)
     return value
@@ -191,8 +200,16 @@ def _all_devices() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
     return NamedSharding(mesh, PartitionSpec("all")), any_of
 
 
-def _next() -> int:
+def _next_message() -> int:
+    """The number of a message.
+
+    Raises:
+      RuntimeError: this process fails by itself. The others wait for it elsewhere: it has to end.
+    """
     global _number
+    failure = sys.exc_info()[1]
+    if not isinstance(failure, UserError | Preempted | None):
+        raise RuntimeError("this process fails, and waits for no other") from failure
     _number += 1
     return _number
 

@@ -163,6 +163,8 @@ class Checkpoints:
             self._thread.join()
             self._thread = None
             self._error = _of_any(self._error)
+            if self._error is None:
+                self._failures = 0
         if self._error is not None:
             error, self._error = self._error, None
             self._failed(error)
@@ -235,7 +237,6 @@ class Checkpoints:
             problem = verify(final)
             if problem:
                 raise OSError(f"{final} does not read back: {problem}")
-            self._failures = 0
             if not self._told:
                 self._told = True
                 print(

@@ -74,9 +74,17 @@ class MetricsWriter:
         self._path = run / "metrics.jsonl"
         self._others: list[_Other] = []
         self.unwritten = [dict(line) for line in unwritten]
-        if not hosts.is_first():
-            return
-        truncate_metrics(self._path, min([step, *(line["step"] - 1 for line in unwritten)]))
+        hosts.by_first(lambda: self._open(run, step, config, tensorboard, wandb))
+
+    def _open(
+        self,
+        run: Path,
+        step: int,
+        config: Mapping[str, Any] | None,
+        tensorboard: bool,
+        wandb: str | None,
+    ) -> None:
+        truncate_metrics(self._path, min([step, *(line["step"] - 1 for line in self.unwritten)]))
         with room_for(self._path):
             self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._append()
