@@ -108,7 +108,6 @@ def run(
     *arguments: str,
     processes: int = 2,
     of_each: list[list[str]] | None = None,
-    module: str = "tests.stages.training_alone",
     folders: list[Path] | None = None,
     fault: tuple[int, str] | None = None,
     signal: str = "SIGKILL",
@@ -130,6 +129,7 @@ def run(
         words = [f"--config={folder / stage}.py", f"--workdir={workdir}", *arguments]
         if processes > 1:
             words += [coordinator, f"--processes={processes}", f"--process={i}"]
+        words += of_each[i] if of_each else []
         variables = {
             "PYTHONPATH": str(ROOT),
             "JAX_NUM_CPU_DEVICES": str(4 // processes),
@@ -139,7 +139,7 @@ def run(
             variables |= {"FAULT": fault[1], "FAULT_SIGNAL": signal}
         running.append(
             subprocess.Popen(
-                [sys.executable, "-m", module, *words, *(of_each[i] if of_each else [])],
+                [sys.executable, "-m", "tests.stages.training_alone", *words],
                 cwd=folders[i] if folders else folder,
                 env=os.environ | variables,
                 stdout=subprocess.PIPE,
@@ -250,20 +250,19 @@ def test_a_host_with_other_data_is_named(change, told, folder, tmp_path):
     ],
 )
 def test_two_hosts_are_one_also_killed_and_begun_again(stage, mesh, faults, folder, tmp_path):
-    module = "rlhf_jax.main" if stage == "grpo" else "tests.stages.training_alone"
     asked = folder / "asked"
     asked.unlink(missing_ok=True)
-    finished(run(folder, stage, tmp_path / "one", mesh, processes=1, module=module))
+    finished(run(folder, stage, tmp_path / "one", mesh, processes=1))
     by_one = asked.read_text() if stage == "grpo" else ""
     asked.unlink(missing_ok=True)
-    finished(run(folder, stage, tmp_path / "two", mesh, module=module))
+    finished(run(folder, stage, tmp_path / "two", mesh))
     assert stage != "grpo" or asked.read_text() == by_one  # a user's function runs once
     compare(results(tmp_path / "two"), results(tmp_path / "one"))
     for fault in faults:
-        done = run(folder, stage, tmp_path / "killed", mesh, module=module, fault=fault)
+        done = run(folder, stage, tmp_path / "killed", mesh, fault=fault)
         assert done[fault[0]][0] == -signal.SIGKILL, done[fault[0]][1]
         assert not (tmp_path / "killed/summary.json").exists()
-    finished(run(folder, stage, tmp_path / "killed", mesh, module=module))
+    finished(run(folder, stage, tmp_path / "killed", mesh))
     same(results(tmp_path / "killed"), results(tmp_path / "two"))
 
 

@@ -1,13 +1,13 @@
-"""The command line without what follows training: answers and a report take longer to compile."""
+"""The command line without what follows training: the last answers and the report."""
 
 import sys
 
 from rlhf_jax import main
-from rlhf_jax.stages import chain, preference, sft
+from rlhf_jax.stages import chain, preference, sampled, sft
 from rlhf_jax.stopping import listen
 
 if __name__ == "__main__":
-    for stage in (sft, preference):
+    for stage in (sft, preference, sampled):
         stage.evaluate_chat = lambda *_, **__: {}
     chain.write_report = lambda *_: None
     listen()
