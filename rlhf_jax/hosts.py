@@ -10,7 +10,7 @@ What processes tell each other goes through JAX's coordination service, which ta
 size and keeps no device waiting. A process whose peer dies is aborted by that service: nothing
 here, or above, counts on cleaning up.
 
-JAX is imported where it is needed: a user's reward function runs in a process without it.
+JAX and NumPy are imported where they are needed: a user's reward function runs without them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ import sys
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from rlhf_jax.errors import Preempted, UserError
 
@@ -181,6 +179,7 @@ def anyone(what: str, flag: bool) -> bool:
     if _count == 1:
         return flag
     import jax
+    import numpy as np
 
     place, any_of = _all_devices()
     flags = jax.make_array_from_callback((place.mesh.size,), place, lambda _: np.array([flag]))
@@ -192,9 +191,9 @@ def anyone(what: str, flag: bool) -> bool:
 def _all_devices() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
     """Where one flag lies on each device, and what says whether any of them is set."""
     import jax
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-    mesh = Mesh(np.array(jax.devices()), ("all",))
+    mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,))
     whole = NamedSharding(mesh, PartitionSpec())
     any_of = jax.jit(lambda flags: flags.any(), out_shardings=whole)
     return NamedSharding(mesh, PartitionSpec("all")), any_of

@@ -20,7 +20,7 @@ from rlhf_jax.errors import EXIT_AT_ONCE, Preempted
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _AT_ONCE = b"stopped at once: the state on disk is valid; run the same command to continue\n"
-_asked = ""  # name of the first signal
+_asked = ""  # the first signal by its name
 _listens = False
 
 
@@ -38,9 +38,13 @@ def stop_point(*, together: bool = False) -> None:
     Raises:
       Preempted: a signal has come.
     """
-    if (together and hosts.anyone("stop", bool(_asked))) or (hosts.count() == 1 and _asked):
-        received = f"{_asked} received" if _asked else "another process received a signal"
-        raise Preempted(f"{received}; run the same command to continue")
+    global _asked
+    if hosts.count() > 1:
+        if not (together and hosts.anyone("stop", bool(_asked))):
+            return
+        _asked = _asked or "another process's signal"
+    if _asked:
+        raise Preempted(f"{_asked} received; run the same command to continue")
 
 
 def listen() -> None:

@@ -193,7 +193,7 @@ class Loop:
             if number and not any(x.is_deleted() for x in arrays):
                 self._log.settle()
                 self._save(number, data, wait=True)
-            if (stop_asked() or isinstance(end, Preempted)) and not isinstance(end, NoRoom):
+            if stop_asked() and not isinstance(end, NoRoom):
                 at = f"saved at step {number}" if number else "at its start"
                 raise Preempted(
                     f"{self.run.path} is {at}; run the same command to continue"
