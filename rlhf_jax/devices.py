@@ -17,6 +17,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from rlhf_jax import hosts
+
 AXES = ("data", "fsdp", "tensor")  # of every mesh; rows are split over the first two
 _FEWEST = 32  # rows a core: with fewer, reading all weights on each core costs more than it saves
 _MOST = 8  # cores: rows for more of them are rare
@@ -73,6 +75,8 @@ def decoding_mesh(params: Any, rows: int) -> Mesh | None:
         if _are_cores([*place.device_set]):
             devices, fewest = np.array(jax.devices("cpu"))[:, None], _FEWEST
     counts = range(2, min(len(devices), rows // fewest) + 1)
+    if hosts.count() > 1:  # each has to see the tokens
+        counts = range(len(devices), len(devices) + 1)
     count = max((n for n in counts if rows % n == 0), default=1)
     if count * devices.shape[1] == 1:
         return None

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+from rlhf_jax import hosts
 from rlhf_jax.errors import NoRoom, UserError, lack_of_room
 
 Parsed = TypeVar("Parsed")
@@ -63,14 +64,21 @@ def sync_directory(path: Path) -> None:
 def write_whole(path: Path, data: bytes, *, shared: bool = False) -> None:
     """Writes a file so that it is the old one or the new one, never half of it.
 
+    Of several processes that call this the first one writes it, unless it is `shared`.
+
     Args:
       shared: whether other processes may write the same file at the same time.
 
     Raises:
       NoRoom: the disk is full; the old file is still there.
     """
-    unique = f".{uuid.uuid4().hex}" if shared else ""
-    temporary = path.with_name(f"{path.name}{unique}.tmp")
+    if shared:
+        _write_whole(path, data, path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp"))
+    else:
+        hosts.by_first(lambda: _write_whole(path, data, path.with_name(f"{path.name}.tmp")))
+
+
+def _write_whole(path: Path, data: bytes, temporary: Path) -> None:
     with room_for(path, len(data)):
         try:
             with open(temporary, "wb") as file:

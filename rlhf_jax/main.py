@@ -2,7 +2,9 @@
 
 Flags become a config, the config names a stage, the stage runs in a run directory; parents named
 by `config.init` run first. With --preflight nothing runs: what it would train on is shown. With
---rerun a run that was made from something else is kept under another name and run again. Exit
+--rerun a run that was made from something else is kept under another name and run again. On a
+cluster the same line runs in one process a host (see `hosts`), which are found by themselves or
+named by --coordinator, --processes and --process. Exit
 codes: 0 done, 75 stopped but resumable (it was told to, or a disk is full), 2 the user's mistake,
 1 a bug, 130 stopped at once by a second signal.
 """
@@ -44,6 +46,9 @@ def parse(argv: list[str]):
     flags.DEFINE_string("workdir", None, "run directory", flag_values=values)
     flags.DEFINE_boolean("preflight", False, "show the data and run nothing", flag_values=values)
     flags.DEFINE_boolean("rerun", False, "run again what has changed", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "host:port of process 0", flag_values=values)
+    flags.DEFINE_integer("processes", None, "how many, one a host", flag_values=values)
+    flags.DEFINE_integer("process", None, "which of them this is", flag_values=values)
     try:
         rest = values([sys.argv[0], *argv])[1:]
     except UserError:
@@ -105,6 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     values = None
     try:
         config, source, stated, values = parse(sys.argv[1:] if argv is None else argv)
+        from rlhf_jax import hosts
         from rlhf_jax.cache import keep_compilations
         from rlhf_jax.devices import split_cores
         from rlhf_jax.stages import chain, preflight
@@ -112,14 +118,16 @@ def main(argv: list[str] | None = None) -> int:
 
         if argv is None:  # a process of its own
             show_warnings()
-            split_cores()
+            hosts.start(values.coordinator, values.processes, values.process)
+            if hosts.count() == 1:
+                split_cores()
             keep_compilations()
         if values.preflight:
             with naming_memory(config):
                 preflight.preflight(config, source, values.workdir, stated)
         else:
             chain.run(config, source, values.workdir, stated, rerun=values.rerun)
-        stop_point()
+        stop_point(together=True)
         return EXIT_DONE
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,7 +3,7 @@
 An exception raised by a handler would come up anywhere, in a library that swallows it too. So the
 first signal only asks for a stop, which `stop_point` raises as Preempted: between stages, batches
 of an evaluation, dispatches of the sampler, records, figures. A second one ends the process at
-once, with 130.
+once, with 130. Several processes stop together, wherever the signal came.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from rlhf_jax import hosts
 from rlhf_jax.errors import EXIT_AT_ONCE, Preempted
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _AT_ONCE = b"stopped at once: the state on disk is valid; run the same command to continue\n"
-_asked = ""  # name of the first signal
+_asked = ""  # the first signal by its name
 _listens = False
 
 
@@ -28,12 +29,20 @@ def stop_asked() -> bool:
     return bool(_asked)
 
 
-def stop_point() -> None:
+def stop_point(*, together: bool = False) -> None:
     """A place where giving up loses nothing that isn't done again.
+
+    Args:
+      together: every process comes here, as often as the others. Only there do several stop.
 
     Raises:
       Preempted: a signal has come.
     """
+    global _asked
+    if hosts.count() > 1:
+        if not (together and hosts.anyone("stop", bool(_asked))):
+            return
+        _asked = _asked or "another process's signal"
     if _asked:
         raise Preempted(f"{_asked} received; run the same command to continue")
 

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.global_arrays import pieces
 
 Arrays = dict[str, np.ndarray]
 Stats = dict[str, float]
@@ -179,9 +180,11 @@ def fingerprint(arrays: Mapping[str, Any]) -> str:
     """sha256 of the names, shapes, dtypes and contents of packed data or of a model's weights."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)  # bfloat16 has no buffer of its own
+        array = arrays[name]
+        digest.update(f"{name} {np.dtype(array.dtype).str} {array.shape}\n".encode())
+        for piece in pieces(array):
+            flat = np.ascontiguousarray(piece).reshape(-1)
+            digest.update(flat.view(np.uint8).data)  # bfloat16 has no buffer of its own
     return digest.hexdigest()
 
 

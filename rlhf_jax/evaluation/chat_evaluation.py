@@ -114,7 +114,7 @@ def _ancestors(config: Config, start: Path, model: Model) -> dict[str, Model]:
     """
     models = {}
     for path in ancestry(start):
-        stop_point()
+        stop_point(together=True)
         each = load_model(path, mesh=mesh_of(config))
         if not each.tokenizer.has_template:
             each = dataclasses.replace(each, tokenizer=model.tokenizer)

@@ -12,6 +12,7 @@ import numpy as np
 
 from rlhf_jax.data.batches import eval_batches, pad_rows
 from rlhf_jax.data.packing import Arrays
+from rlhf_jax.global_arrays import to_host
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import sequence_logprobs
 from rlhf_jax.models.sharding import batch_shards
@@ -45,7 +46,7 @@ def map_rows(
     size = min(rows_of(tokens, length), -(-count // shards)) * shards
     batches = tracked(eval_batches(rows, size), name, -(-count // size))
     with nullcontext() if mesh is None else jax.set_mesh(mesh):
-        results = [jax.device_get(function(params, shard_batch(mesh, b))) for b in batches]
+        results = [to_host(function(params, shard_batch(mesh, b))) for b in batches]
     return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *results)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_jax import hosts
 from rlhf_jax.config import Config
 from rlhf_jax.devices import training_devices
 from rlhf_jax.errors import UserError
@@ -37,9 +38,11 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
     """Runs every row, prints and plots where each landed; returns oracle/<row>/… metrics.
 
     Raises:
-        UserError: an unknown row, or one for more devices.
+        UserError: an unknown row, or one for more devices, or there are several hosts.
         RuntimeError: a row did not land where theory says; the report is written all the same.
     """
+    if hosts.count() > 1:
+        raise UserError("the oracle's rows take few devices: start it on one host")
     names = select_rows(config.oracle.rows)
     results: dict[str, Result] = {}
     with ThreadPoolExecutor(config.oracle.threads) as pool:  # most of a row's time is compiling

@@ -109,6 +109,19 @@ class Scores:
     components: Mapping[str, np.ndarray]
     failures: Mapping[str, int]
 
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON values, which keep every bit."""
+        components = {name: values.tolist() for name, values in self.components.items()}
+        arrays = {"total": self.total.tolist(), "valid": self.valid.tolist()}
+        return arrays | {"components": components, "failures": dict(self.failures)}
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> Scores:
+        """The inverse of `to_json`."""
+        components = {name: np.array(x, np.float64) for name, x in said["components"].items()}
+        total, valid = np.array(said["total"], np.float64), np.array(said["valid"], bool)
+        return cls(total, valid, components, said["failures"])
+
 
 @dataclass(frozen=True)
 class _Fault:

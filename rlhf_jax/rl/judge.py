@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlhf_jax import hosts
 from rlhf_jax.config import Config
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.row_passes import map_rows
@@ -38,7 +39,8 @@ _READ_BY_MODELS = (
 class Judge:
     """Rewards of answers: a weighted sum of named scorers, reward models among them.
 
-    Use as a context manager: a user's reward function runs in a process of its own. A reward that
+    Use as a context manager: a user's reward function runs in a process of its own, and beside the
+    first of several hosts alone, which tells the others what it said. A reward that
     gives everything one score, or all answers to a prompt, is warned of by `ties`. Why responses
     were left out with `reward.on_error=mask`, first of a kind and how many, is kept in
     reward_failures.json of the directory `run`; what is done again after a restart counts again.
@@ -72,22 +74,27 @@ class Judge:
             ]
         self.ties = Ties()
         self._first_score: float | None = None
+        self._texts: TextScorers | None = None
+        self._failures = None if run is None else run / "reward_failures.json"
+        hosts.by_first(self._start)
+
+    def _start(self) -> None:
+        reward = self._config.reward
         self._texts = TextScorers(
             self.weights,
             pattern=reward.pattern,
             timeout_seconds=reward.timeout_seconds,
             on_error=reward.on_error,
         )
-        self._failures = None if run is None else run / "reward_failures.json"
         if self._failures is not None:
             self._texts.failed |= _read_failures(self._failures)
 
     def __enter__(self) -> Judge:
-        self._texts.__enter__()
         return self
 
     def __exit__(self, *error) -> None:
-        self._texts.__exit__(*error)
+        if self._texts is not None:
+            self._texts.close()
         if error[0] in (None, UserError):  # what ties may have led to
             self.ties.close()
 
@@ -96,10 +103,16 @@ class Judge:
         given = {} if self._members is None else {"model": self._model_scores(rollout.rows)}
         prompts = [record for record in rollout.prompts.records for _ in range(rollout.each)]
         lengths = rollout.lengths.astype(int)
-        scores = self._texts.score(prompts, rollout.texts, lengths=lengths, given=given)
+
+        def ask() -> dict[str, Any]:
+            assert self._texts is not None
+            scores = self._texts.score(prompts, rollout.texts, lengths=lengths, given=given)
+            if scores.failures and self._failures is not None:
+                write_json(self._failures, self._texts.failed)
+            return scores.to_json()
+
+        scores = Scores.from_json(hosts.by_first(ask))
         self._add_to_ties(scores, rollout.each)
-        if scores.failures and self._failures is not None:
-            write_json(self._failures, self._texts.failed)
         return scores
 
     def _add_to_ties(self, scores: Scores, each: int) -> None:

@@ -30,6 +30,7 @@ from rlhf_jax.config import Config
 from rlhf_jax.data.batches import random_bits
 from rlhf_jax.data.packing import Arrays
 from rlhf_jax.errors import UserError
+from rlhf_jax.global_arrays import to_host
 from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.losses.policy import Objective
 from rlhf_jax.losses.reductions import mean
@@ -173,11 +174,13 @@ def updates_per_iteration(config: Config) -> int:
 
 def first_state(trainer: Trainer) -> OnPolicyState:
     """The state before the first iteration."""
+    numbers = jnp.zeros((), jnp.int32), jnp.asarray(trainer.config.kl.coefficient, jnp.float32)
+    iteration, coefficient = placed(trainer.mesh, numbers)
     return OnPolicyState(
-        iteration=jnp.zeros((), jnp.int32),
+        iteration=iteration,
         policy=trainer.policy.init(),
         value=None if trainer.critic is None else trainer.critic.init(),
-        kl_coefficient=jnp.asarray(trainer.config.kl.coefficient, jnp.float32),
+        kl_coefficient=coefficient,
     )
 
 
@@ -233,7 +236,7 @@ def score(trainer: Trainer, state: OnPolicyState, rollout: Rollout, *, own: bool
         scored.append(trainer.score_rows(params, trainer.reference, part))
         if trainer.critic is not None and state.value is not None:
             scored[-1] |= trainer.value_rows(trainer.critic.params(state.value), part)
-    whole = jax.tree.map(lambda *parts: np.concatenate(parts), *jax.device_get(scored))
+    whole = jax.tree.map(lambda *parts: np.concatenate(parts), *to_host(scored))
     members = rollout.rows["members"]
     arrays: dict[str, Any] = {name: from_rows(x, members) for name, x in whole.items()}
     return dataclasses.replace(rollout, **arrays)
@@ -243,7 +246,7 @@ def advantages(
     trainer: Trainer, rollout: Rollout, coefficient: jax.Array
 ) -> tuple[Rollout, Metrics]:
     """The scored rollout with advantages and returns, and their metrics."""
-    made, metrics = jax.device_get(trainer.advantages(rollout, coefficient))
+    made, metrics = to_host(trainer.advantages(rollout, coefficient))
     return dataclasses.replace(rollout, **made), metrics
 
 
@@ -266,7 +269,7 @@ def update(
         with jax.transfer_guard("disallow"):
             policy, metrics, *own = trainer.policy.step(policy, batch)
         of_policy.append(metrics)
-        for scored in jax.device_get(own):  # by the only update
+        for scored in to_host(own):  # by the only update
             mine: dict[str, Any] = {k: from_rows(x, members[chosen]) for k, x in scored.items()}
             rollout = dataclasses.replace(rollout, **mine)
         if i == 0:
@@ -415,7 +418,7 @@ def _exact_kl(trainer: Trainer, params: Any, rollout: Rollout, number: int) -> P
     chosen = real[np.argsort(bits, kind="stable")][:1]
     some = {name: array[chosen] for name, array in rows.items()}
     divergence = trainer.exact_kl(params, trainer.reference, some)
-    total = (np.asarray(divergence) * (some["weights"] > 0)).sum()
+    total = (to_host(divergence) * (some["weights"] > 0)).sum()
     count = float((some["members"] >= 0).sum())
     return {"objective/kl_exact": (float(total / count), count)}
 
@@ -440,7 +443,7 @@ def over_updates(taken: Sequence[Metrics]) -> Pairs:
     Updates in which nothing counts, minibatches of padding or of masked answers, have no share.
     Skips, rate and parameters are those after the last update; train/updates is their number.
     """
-    updates = [weighted(metrics) for metrics in jax.device_get(taken)]
+    updates = [weighted(metrics) for metrics in to_host(taken)]
     counted = [update for update in updates if update["train/weight"][0] != 0]
     averages = {"train/updates": (float(len(updates)), 1.0)}
     for name in taken[0]:

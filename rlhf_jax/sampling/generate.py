@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax.devices import decoding_mesh
 from rlhf_jax.errors import UserError
+from rlhf_jax.global_arrays import put, to_host
 from rlhf_jax.models import ModelConfig, decoding_params
 from rlhf_jax.models.sharding import batch_shards
 from rlhf_jax.sampling import engine
@@ -154,7 +155,7 @@ class _Decoder:
         completions: dict[_Request, Completion] = {}
         requests = unstarted = len(self.prompts) * self.sampling.samples_per_prompt
         while len(completions) < requests:
-            stop_point()
+            stop_point(together=True)
             unstarted -= self._refill(waiting, key, prompt_ids)
             # Refilling costs a little: let a quarter of the slots end first, if any wait for them.
             count = len(self.held)
@@ -225,7 +226,7 @@ class _Decoder:
     def _harvest(self) -> dict[_Request, Completion]:
         """The completions that have ended; frees their slots and passes new tokens on."""
         slots = self.slots
-        tokens, logprobs, drawn, active, finished = jax.device_get(
+        tokens, logprobs, drawn, active, finished = to_host(
             (slots.tokens, slots.logprobs, slots.drawn, slots.active, slots.finished)
         )
         if not np.isfinite(logprobs[np.arange(logprobs.shape[1]) < drawn[:, None]]).all():
@@ -260,7 +261,7 @@ class _Decoder:
         def place(leaf: jax.Array) -> NamedSharding:
             return NamedSharding(mesh, getattr(leaf.sharding, "spec", PartitionSpec()))
 
-        return jax.device_put(tree, jax.tree.map(place, tree))
+        return jax.tree.map(lambda leaf: put(leaf, place(leaf)), tree)
 
 
 def first_stop(sampling: Sampling, tokens: list[int], looked: int) -> int | None:

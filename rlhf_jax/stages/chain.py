@@ -13,12 +13,13 @@ import runpy
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from rlhf_jax import hosts
 from rlhf_jax.config import Config, document, section_document, unread
 from rlhf_jax.digests import json_digest
 from rlhf_jax.errors import UserError, mistake_in
@@ -31,7 +32,7 @@ from rlhf_jax.stages.identity import made_from
 from rlhf_jax.stages.memory import naming_memory
 from rlhf_jax.stopping import stop_point
 from rlhf_jax.tasks.sources import settle_sources
-from rlhf_jax.training.origin import changes, config_hash, tell_changes
+from rlhf_jax.training.origin import changes, config_hash, plain, tell_changes
 from rlhf_jax.training.rundir import SUMMARY, AnotherRun, RunDirectory, fault_point
 from rlhf_jax.training.summary import ancestry, read_summary
 
@@ -87,25 +88,60 @@ def run(
     """
     directory = Path(workdir) if workdir else default_workdir(source, Path("runs"))
     with naming_memory(given, directory):
-        stop_point()
-        config = prepare(given, stated)
+        stop_point(together=True)
+        config = _alike(
+            lambda: prepare(given, stated),
+            lambda config: {"config": document(config), "workdir": str(directory)},
+        )
         parents = _run_parents(config, directory.parent, (*descendants, source), rerun)
-        pinned, origin = document(config), made_from(config, parents)
-        done = (directory / SUMMARY).exists()
-        if done and read_summary(directory)["config_hash"] == config_hash(pinned, origin):
+        pinned = document(config)
+        origin = _alike(lambda: made_from(config, parents), lambda made: made | {"commit": ""})
+        if hosts.by_first(lambda: _is_finished(directory, config_hash(pinned, origin))):
             print(f"reusing {directory}: it is finished and made from the same", flush=True)
             _tell_environment(directory)
         else:
             print(f"running {source} in {directory}", flush=True)
             with RunDirectory(directory, pinned, origin, rerun=rerun) as held:
-                stop_point()
+                stop_point(together=True)
                 stage = importlib.import_module(module_of(config.stage))
                 metrics = stage.run(config, held, parents)
-                _finish(config, held, parents, metrics)
-        stop_point()
+                hosts.by_first(lambda: _finish(config, held, parents, metrics))
+        stop_point(together=True)
         if not descendants:
             show(directory)
     return directory
+
+
+def _alike(make: Callable[[], Any], document_of: Callable[[Any], Mapping[str, Any]]) -> Any:
+    """What `make` returns, of which several processes must have the same document.
+
+    Raises:
+        UserError: `make` raised it, here or in another process, or another process has something
+            else than the first one; the message names it.
+    """
+    if hosts.count() == 1:
+        return make()
+    made, documented, mistake = None, {}, None
+    try:
+        made = make()
+        documented = plain(document_of(made))
+    except UserError as error:
+        mistake = str(error)
+    heard = hosts.exchange([hosts.name(), documented, mistake])
+    first, expected, _ = heard[0]
+    for process, documented, mistake in heard:
+        if mistake is not None:
+            raise UserError(mistake if process == first else f"{process}: {mistake}")
+        if differing := changes(expected, documented):
+            told = tell_changes(differing, of_files="is not the same")
+            raise UserError(f"{process} would run something else than {first}: {told}")
+    return made
+
+
+def _is_finished(directory: Path, made: str) -> bool:
+    """Whether a directory holds a finished run of that `config_hash`."""
+    finished = (directory / SUMMARY).exists()
+    return finished and read_summary(directory)["config_hash"] == made
 
 
 def prepare(given: ConfigDict, stated: Sequence[str] = ()) -> Config:

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlhf_jax import hosts
 from rlhf_jax.cache import cache_dir
 from rlhf_jax.data import packing
 from rlhf_jax.data.packing import Arrays
@@ -44,7 +45,8 @@ def reference_logprobs(
     key = cache_key(reference, directory, arrays, tokens)
     path = cache_dir() / "reference_logprobs" / f"{key}.npz"
     cached = _read(path, key, arrays["last"].shape)
-    if cached is not None:
+    everywhere = all(hosts.exchange(cached is not None))
+    if cached is not None and everywhere:
         return cached
     logprobs = response_logprobs(
         reference.config, reference.params, arrays, tokens, name="reference"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_jax import hosts
 from rlhf_jax.config import Config
 from rlhf_jax.data.batches import make_dataset, make_iterator
 from rlhf_jax.data.packing import Arrays
@@ -61,7 +62,8 @@ def finish(
 
     `before`: the evaluation of the model it started from, the first point of every curve.
     """
-    evaluations = [line for line in read_metrics(run / "metrics.jsonl") if "eval/kl" in line]
+    lines = hosts.by_first(lambda: read_metrics(run / "metrics.jsonl"))
+    evaluations = [line for line in lines if "eval/kl" in line]
     report = report_of(run, [before, *evaluations])
     metrics = evaluate_chat(config, run, model, start, further=report)
     last = {k: v for k, v in evaluations[-1].items() if k.startswith("eval/")}
@@ -77,10 +79,15 @@ def first_evaluation(
 ) -> dict[str, float]:
     """Evaluates the model a run starts from; a resumed run with the same evaluation reads it."""
     path = run.path / "before.json"
-    before: dict[str, Any] = {}
-    if path.exists():
+
+    def read() -> dict[str, Any]:
+        if not path.exists():
+            return {}
         before = read_object(path)
         check_fields(path, before, {"config_hash": str, "metrics": {"name": int | float}})
+        return before
+
+    before = hosts.by_first(read)
     if before.get("config_hash") != run.config_hash:
         metrics = evaluate(config, run.path, policy, policy, held_out, judge, 0)
         before = {"config_hash": run.config_hash, "metrics": metrics}

@@ -7,6 +7,9 @@
 
 A checkpoint is built as `00000100.0.tmp` and renamed when its manifest is durable: a name without a
 suffix means complete. Every file is verified before anything is loaded. Nothing is pickled.
+
+Of several processes each writes and reads the parts of arrays that its devices hold, in a directory
+that all share; the first one does all the rest.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from rlhf_jax import hosts
 from rlhf_jax.errors import NoRoom, UserError, lack_of_room
 from rlhf_jax.files import (
     check_fields,
@@ -79,8 +83,7 @@ class Checkpoints:
         if keep_last < 2:
             raise UserError(f"keep_last must be at least 2, got {keep_last}")
         self.directory = Path(directory).absolute()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._remove_leftovers()
+        hosts.by_first(self._prepare)
         self._keep_last, self._report = keep_last, report
         self._orbax = _async_checkpointer()
         self._thread: threading.Thread | None = None
@@ -88,6 +91,10 @@ class Checkpoints:
         self._failures = 0
         self._told = False  # what one costs
         self._tried: tuple[Path, int] = self.directory, 0  # where, and the bytes it takes
+
+    def _prepare(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._remove_leftovers()
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
@@ -117,11 +124,10 @@ class Checkpoints:
         self.wait()
         final = self.directory / f"{step:08d}"
         arrays = named_leaves(state)
-        newest = [_on_disk(self.directory / f"{step:08d}") for step in self.steps()[-1:]]
-        self._tried = final, max([_bytes(arrays), *newest])
+        self._tried = final, hosts.by_first(lambda: max(_bytes(arrays), self._size_of_newest()))
         documents = {"data": dict(data), "meta": {"step": step} | dict(meta)}
         start = time.monotonic()
-        while not final.exists():
+        while not hosts.by_first(final.exists):
             # A name of its own: some of a failed one's writes may still be on their way.
             temporary = final.with_suffix(f".{self._failures}.tmp")
             try:
@@ -138,6 +144,9 @@ class Checkpoints:
                 return
             self.wait()
 
+    def _size_of_newest(self) -> int:
+        return sum(_on_disk(self.directory / f"{step:08d}") for step in self.steps()[-1:])
+
     @property
     def writing(self) -> bool:
         """Whether a checkpoint is in flight."""
@@ -153,6 +162,9 @@ class Checkpoints:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+            self._error = _of_any(self._error)
+            if self._error is None:
+                self._failures = 0
         if self._error is not None:
             error, self._error = self._error, None
             self._failed(error)
@@ -165,7 +177,8 @@ class Checkpoints:
         except OSError as error:  # of the save that failed, which `wait` has raised or reported
             if lack_of_room(error) is None:
                 raise
-        self._remove_leftovers()
+        if hosts.is_first():
+            self._remove_leftovers()
 
     def restore(self, target) -> Restored | None:
         """Loads the newest checkpoint that is whole, onto the shardings of `target`.
@@ -181,16 +194,24 @@ class Checkpoints:
         Raises:
           UserError: none is whole, or the arrays are not those of the target.
         """
+        step = hosts.by_first(self._newest_whole)
+        if step is None:
+            return None
+        path = self.directory / f"{step:08d}"
+        data, meta = _documents(path)
+        for name, now in _environment().items():
+            if meta.get(name) != now:
+                text = f"{path} was written with {name} {meta.get(name)}, this is {now}"
+                self._report(f"{text}: the run goes on, but not bit for bit")
+        return Restored(_load(self._orbax, path, target), data, meta)
+
+    def _newest_whole(self) -> int | None:
+        """The step of the newest checkpoint that is whole; sets aside those that are not."""
         for step in reversed(self.steps()):
             path = self.directory / f"{step:08d}"
             problem = verify(path)
             if problem is None:
-                data, meta = _documents(path)
-                for name, now in _environment().items():
-                    if meta.get(name) != now:
-                        text = f"{path} was written with {name} {meta.get(name)}, this is {now}"
-                        self._report(f"{text}: the run goes on, but not bit for bit")
-                return Restored(_load(self._orbax, path, target), data, meta)
+                return step
             aside = _unused(path, ".corrupt")
             os.rename(path, aside)
             sync_directory(self.directory)
@@ -205,6 +226,8 @@ class Checkpoints:
         start = time.monotonic()
         try:
             self._orbax.wait_until_finished()
+            if not hosts.is_first():
+                return
             fault_point("checkpoint:arrays", step)
             seal(temporary)
             fault_point("checkpoint:sealed", step)
@@ -214,7 +237,6 @@ class Checkpoints:
             problem = verify(final)
             if problem:
                 raise OSError(f"{final} does not read back: {problem}")
-            self._failures = 0
             if not self._told:
                 self._told = True
                 print(
@@ -229,7 +251,7 @@ class Checkpoints:
             self._error = error
 
     def _failed(self, error: BaseException) -> None:
-        for leftover in self.directory.glob("*.tmp"):
+        for leftover in self.directory.glob("*.tmp") if hosts.is_first() else ():
             _remove_failed(leftover)
         self._failures += 1
         reason = lack_of_room(error)
@@ -266,23 +288,27 @@ def save_params(directory: str | os.PathLike, params, document: Mapping[str, Any
     """
     final = Path(directory).absolute()
     temporary = final.with_name(final.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    hosts.by_first(lambda: shutil.rmtree(temporary, ignore_errors=True))
     arrays = named_leaves(params)
-    with room_for(final, _bytes(arrays)):
-        try:
-            final.parent.mkdir(parents=True, exist_ok=True)
-            orbax = _async_checkpointer()
-            _begin(orbax, temporary, arrays, {"data": dict(document), "meta": {}})
-            orbax.wait_until_finished()
-            orbax.close()
-            seal(temporary)
-        except BaseException:
-            _remove_failed(temporary)
-            raise
+
+    def finish() -> None:
+        seal(temporary)
         if final.exists():
             _remove(final, ".old.tmp")
         os.rename(temporary, final)
         sync_directory(final.parent)
+
+    with room_for(final, _bytes(arrays)):
+        try:
+            orbax = _async_checkpointer()
+            _begin(orbax, temporary, arrays, {"data": dict(document), "meta": {}})
+            orbax.wait_until_finished()
+            orbax.close()
+            hosts.by_first(finish)
+        except BaseException:
+            if hosts.is_first():
+                _remove_failed(temporary)
+            raise
 
 
 def load_params(
@@ -294,7 +320,9 @@ def load_params(
       UserError: nothing there, or not whole.
     """
     path = Path(directory).absolute()
-    problem = verify(path) if path.is_dir() else "there is no such directory"
+    problem = hosts.by_first(
+        lambda: verify(path) if path.is_dir() else "there is no such directory"
+    )
     if problem:
         raise UserError(f"cannot load parameters from {directory}: {problem}")
     document, meta = _documents(path)
@@ -421,13 +449,17 @@ def _begin(orbax, path: Path, arrays: dict, documents: dict[str, Any]) -> None:
     """Writes the JSON files and starts writing the arrays, which are copied before this returns."""
     import orbax.checkpoint as ocp
 
-    path.mkdir(parents=True)
     documents["meta"] |= {
         "arrays": {name: (str(x.dtype), x.shape) for name, x in arrays.items()},
         **_environment(),
     }
-    for name, document in documents.items():
-        (path / f"{name}.json").write_text(json.dumps(document))
+
+    def write() -> None:
+        path.mkdir(parents=True)
+        for name, document in documents.items():
+            (path / f"{name}.json").write_text(json.dumps(document))
+
+    hosts.by_first(write)
     orbax.save(path / "arrays", args=ocp.args.StandardSave(arrays))
 
 
@@ -450,6 +482,12 @@ def _load(orbax, path: Path, target):
     }
     loaded = orbax.restore(path / "arrays", args=ocp.args.StandardRestore(abstract))
     return jax.tree.unflatten(jax.tree.structure(target), [loaded[name] for name in abstract])
+
+
+def _of_any(error: BaseException | None) -> BaseException | None:
+    """The error of this process's part of a write, or else what another one says of its own."""
+    told = hosts.exchange(None if error is None else f"{hosts.name()}: {error}")
+    return error or next((OSError(text) for text in told if text is not None), None)
 
 
 def _documents(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,12 +8,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from rlhf_jax import hosts
 from rlhf_jax.config import option
 from rlhf_jax.errors import NoRoom, Preempted, UserError
 from rlhf_jax.malloc import give_back
@@ -120,7 +122,7 @@ class Loop:
             progress = Progress(path.name, done, options.steps)
             log = _Log(writer, self.clock, progress, means, options.max_skipped)
             with closing(log) as self._log:
-                if any(line["step"] == done for line in read_metrics(path / "metrics.jsonl")):
+                if hosts.by_first(lambda: _has_line(path / "metrics.jsonl", done)):
                     means.take()  # the checkpoint was begun before that line
                 elif done and is_evaluated(options, done):
                     self._evaluate(done)
@@ -166,10 +168,11 @@ class Loop:
             self._evaluate(number)
 
     def _is_save_due(self, number: int) -> bool:
-        if self._checkpoints.lacks_room or number % self.options.checkpoint_every == 0:
+        if number % self.options.checkpoint_every == 0:
             return True
         minutes = (time.monotonic() - self._saved_at) / 60
-        return 0 < self.options.checkpoint_minutes <= minutes and not self._checkpoints.writing
+        due = 0 < self.options.checkpoint_minutes <= minutes and not self._checkpoints.writing
+        return hosts.anyone("save", due or self._checkpoints.lacks_room)
 
     def _save(self, number: int, data: Mapping[str, Any], *, wait: bool) -> None:
         """Saves the state after that step; one that is saved already stays."""
@@ -181,9 +184,9 @@ class Loop:
     def _saved_at_the_end(self, number: int, data: Mapping[str, Any]) -> Iterator[None]:
         """Saves the state after that step, if it is whole, should the run end in here."""
         try:
-            stop_point()
-            if self._log.full is not None:
-                raise self._log.full
+            stop_point(together=True)
+            if hosts.anyone("full", self._log.full is not None):
+                raise self._log.full or Preempted("another process has no room for its files")
             yield
         except (Preempted, UserError) as end:
             arrays = (x for x in jax.tree.leaves(self._state) if isinstance(x, jax.Array))
@@ -240,6 +243,10 @@ class Loop:
             ) from error
         print(f"{run.path}: continuing after step {meta['step']}", flush=True)
         return restored.state, meta["step"], means, unwritten
+
+
+def _has_line(path: Path, step: int) -> bool:
+    return any(line["step"] == step for line in read_metrics(path))
 
 
 class _Log:

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from rlhf_jax.config import Config
 from rlhf_jax.devices import AXES, training_devices
 from rlhf_jax.errors import UserError
+from rlhf_jax.global_arrays import put
 from rlhf_jax.models.sharding import BATCH_AXES, TRANSFORMER_RULES, Rules, batch_shards, spec_of
 from rlhf_jax.trees import named_leaves
 
@@ -101,7 +102,7 @@ def placed(mesh: Mesh | None, tree, rules: Rules = TRANSFORMER_RULES):
     for leaf, place in zip(leaves, jax.tree.leaves(shardings(mesh, tree, rules)), strict=True):
         if id(leaf) not in there:
             shaped = isinstance(leaf, jax.ShapeDtypeStruct)
-            there[id(leaf)] = shaped_at(leaf, place) if shaped else jax.device_put(leaf, place)
+            there[id(leaf)] = shaped_at(leaf, place) if shaped else put(leaf, place)
     return jax.tree.unflatten(structure, [there[id(leaf)] for leaf in leaves])
 
 
@@ -132,6 +133,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def shard_batch(mesh: Mesh | None, batch):
     """Puts a host batch on the devices, rows over (data, fsdp).
 
+    Every process has the whole batch, and puts the rows of its own devices.
+
     Raises:
       UserError: the rows do not divide evenly over the devices.
     """
@@ -142,7 +145,7 @@ def shard_batch(mesh: Mesh | None, batch):
                 f"batch[{name!r}] has {array.shape[0]} rows, not a multiple of the {shards} parts "
                 "(data x fsdp) of the mesh"
             )
-    return jax.device_put(batch, None if mesh is None else batch_sharding(mesh))
+    return jax.device_put(batch) if mesh is None else put(batch, batch_sharding(mesh))
 
 
 def mesh_of(config: Config) -> Mesh | None:

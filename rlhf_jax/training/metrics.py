@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.files import numbers, read_lines
+from rlhf_jax.global_arrays import to_host
 
 # The meaning of a metric by the end of its name; all others are means.
 _MEANINGS: dict[str, tuple[str, ...]] = {
@@ -67,9 +68,9 @@ class Metrics(dict[str, Any]):
 def fetch(metrics: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
     """(values, weights) by name, on the host."""
     if isinstance(metrics, Metrics):
-        values, weights = jax.device_get(metrics.packed).tolist()
+        values, weights = to_host(metrics.packed).tolist()
     else:
-        values = [np.asarray(value).item() for value in jax.device_get([*metrics.values()])]
+        values = [np.asarray(value).item() for value in to_host([*metrics.values()])]
         weights = [1.0] * len(values)
     return dict(zip(metrics, values, strict=True)), dict(zip(metrics, weights, strict=True))
 

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rlhf_jax import hosts
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import append_whole, numbers, read_lines, room_for, write_whole
 from rlhf_jax.training.rundir import fault_point
@@ -41,7 +42,8 @@ class MetricsWriter:
     A line is `{"step": int, name: number, …}`. Numbers are written unrounded; JSON has no spelling
     for what is not finite, so that is one of the strings "NaN", "Infinity", "-Infinity", which
     `float` reads. Names that start with "time/" are wall-clock measurements; all others are the
-    same, bit for bit, in an interrupted run and in one that was not.
+    same, bit for bit, in an interrupted run and in one that was not. Of the processes of a run the
+    first one writes; another's writer does nothing.
 
     Args:
       run: the run directory.
@@ -70,12 +72,22 @@ class MetricsWriter:
         wandb: str | None = None,
     ):
         self._path = run / "metrics.jsonl"
-        truncate_metrics(self._path, min([step, *(line["step"] - 1 for line in unwritten)]))
+        self._others: list[_Other] = []
+        self.unwritten = [dict(line) for line in unwritten]
+        hosts.by_first(lambda: self._open(run, step, config, tensorboard, wandb))
+
+    def _open(
+        self,
+        run: Path,
+        step: int,
+        config: Mapping[str, Any] | None,
+        tensorboard: bool,
+        wandb: str | None,
+    ) -> None:
+        truncate_metrics(self._path, min([step, *(line["step"] - 1 for line in self.unwritten)]))
         with room_for(self._path):
             self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        self.unwritten = [dict(line) for line in unwritten]
         self._append()
-        self._others: list[_Other] = []
         if tensorboard:
             board = functools.partial(_open_tensorboard, run / "tensorboard", step)
             self._others.append(_Other("TensorBoard", board))
@@ -94,6 +106,8 @@ class MetricsWriter:
         Raises:
           NoRoom: the disk is full. The line is kept, and written before the next one.
         """
+        if not hosts.is_first():
+            return
         for other in self._others:
             other.write(step, dict(values))
         line = {"step": step} | {name: _number(value) for name, value in values.items()}
@@ -116,8 +130,9 @@ class MetricsWriter:
         Raises:
           NoRoom: the disk is full.
         """
-        with room_for(self._path):
-            os.fsync(self._file)
+        if hosts.is_first():
+            with room_for(self._path):
+                os.fsync(self._file)
 
     def close(self) -> None:
         """Flushes and closes everything."""
@@ -126,7 +141,8 @@ class MetricsWriter:
         try:
             self.sync()
         finally:
-            os.close(self._file)
+            if hosts.is_first():
+                os.close(self._file)
 
 
 class _Other:

@@ -49,7 +49,9 @@ def config_hash(config: Mapping[str, Any], made_from: Mapping[str, Any]) -> str:
     return json_digest([config, {k: v for k, v in made_from.items() if k != "commit"}])
 
 
-def tell_changes(changed: Mapping[str, tuple[Any, Any]], limit: int = 5) -> str:
+def tell_changes(
+    changed: Mapping[str, tuple[Any, Any]], limit: int = 5, of_files: str = "has changed"
+) -> str:
     """Says in one line what differs: a config's fields with their values, then files by name."""
     texts: dict[str, list[str]] = {"": [], "contents": [], "parents": [], "code": []}
     follows = []  # from another difference, unless the older run recorded nothing
@@ -61,7 +63,7 @@ def tell_changes(changed: Mapping[str, tuple[Any, Any]], limit: int = 5) -> str:
             follows.append(f"{name}: {before!r} -> {after!r}")
         else:
             what = f"the model of init.{what}" if kind == "parents" else what
-            texts[kind].append(f"{what} has changed")
+            texts[kind].append(f"{what} {of_files}")
     told = [text for each in texts.values() for text in each] or follows
     more = f" and {len(told) - limit} more" if len(told) > limit else ""
     return ", ".join(told[:limit]) + more

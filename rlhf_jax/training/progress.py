@@ -157,7 +157,7 @@ def tracked(parts: Iterable[Part], name: str, count: int) -> Iterator[Part]:
                 progress = Progress(name, done - 1, count, "pass")
             elif progress is not None:
                 progress.show(done, {})
-            stop_point()
+            stop_point(together=True)
             yield part
     finally:
         if progress is not None:

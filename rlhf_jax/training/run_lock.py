@@ -20,7 +20,7 @@ def acquire(path: Path) -> int:
       OSError: the file cannot be written.
       UserError: another process holds it, on this host or another one.
     """
-    here = socket.gethostname()
+    here, job = socket.gethostname(), os.environ.get("SLURM_JOB_ID")
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         holder = _holder(path)
@@ -37,12 +37,13 @@ def acquire(path: Path) -> int:
         if os.fstat(descriptor).st_nlink == 0:  # unlinked by another process meanwhile
             os.close(descriptor)
             continue
-        if holder and holder.get("host") != here:
+        again = job and holder.get("job") == job  # which SLURM has put on other hosts
+        if holder and holder.get("host") != here and not again:
             os.close(descriptor)
             raise UserError(f"{by}; if that run is dead, delete {path}")
         os.ftruncate(descriptor, 0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        holder = {"pid": os.getpid(), "host": here, "since": since}
+        holder = {"pid": os.getpid(), "host": here, "since": since, "job": job}
         try:
             os.pwrite(descriptor, json.dumps(holder).encode(), 0)
         except OSError:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf_jax import hosts
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import check_fields, read_object, room_for, sync_directory, write_json
 from rlhf_jax.stopping import listening
@@ -48,7 +49,8 @@ class RunDirectory:
     """A run directory held by this process: `with RunDirectory(path, config) as run: …`
 
     Entering takes the lock, checks what the directory says of its run against `config` and
-    `made_from`, and listens for SIGTERM and SIGINT, if that isn't done already (see `stopping`).
+    `made_from`, and listens for SIGTERM and SIGINT, if that isn't done already (see `stopping`). Of
+    several processes the first one holds the directory for all.
 
     A run that differs is not continued, nor a finished one replaced. With `rerun` its directory is
     kept under another name, <path>.1 or the next that is free, and a new one begun; where all that
@@ -80,6 +82,13 @@ class RunDirectory:
         self.earlier_seconds = 0.0
 
     def __enter__(self) -> RunDirectory:
+        hosts.by_first(self._begin)
+        self._start = time.monotonic()
+        self._listening = listening()
+        self._listening.__enter__()
+        return self
+
+    def _begin(self) -> None:
         self._hold()
         try:
             self._keep_another_run()
@@ -88,13 +97,10 @@ class RunDirectory:
         except BaseException:
             os.close(self._lock)
             raise
-        self._start = time.monotonic()
-        self._listening = listening()
-        self._listening.__enter__()
-        return self
 
     def __exit__(self, *error) -> None:
-        self._let_go()
+        if hosts.is_first():
+            self._let_go()
         self._listening.__exit__(*error)
 
     def wall_seconds(self) -> float:

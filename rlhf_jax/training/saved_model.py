@@ -18,6 +18,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from rlhf_jax import hosts
 from rlhf_jax.data import packing
 from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.data.tokenizer import OwnTokenizer
@@ -109,7 +110,7 @@ def save_model(workdir: str | os.PathLike[str], model: Model) -> None:
         document["adapter"] = dataclasses.asdict(model.adapter)
         document["base"] = {"directory": str(base.directory), "fingerprint": base.fingerprint}
     document["weights"] = packing.fingerprint(named_leaves(params))
-    model.tokenizer.save(Path(workdir))
+    hosts.by_first(lambda: model.tokenizer.save(Path(workdir)))
     save_params(Path(workdir) / "model", params, document)
 
 

@@ -296,6 +296,16 @@ def test_the_lock_of_another_host_is_not_taken_over(tmp_path):
         RunDirectory(tmp_path, CONFIG).__enter__()
 
 
+def test_the_lock_of_the_same_job_on_another_host_is_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    (tmp_path / "lock").write_text(json.dumps({"pid": 1, "host": "elsewhere", "job": "7"}))
+    with RunDirectory(tmp_path, CONFIG):
+        pass
+    (tmp_path / "lock").write_text(json.dumps({"pid": 1, "host": "elsewhere", "job": "6"}))
+    with pytest.raises(UserError, match="elsewhere"):
+        RunDirectory(tmp_path, CONFIG).__enter__()
+
+
 def test_a_directory_that_cannot_be_made_is_a_user_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot use .*file/run"):
