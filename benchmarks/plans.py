@@ -43,7 +43,7 @@ def line(variant: str, trained: str, topology: str, flags: tuple[str, ...]) -> s
     rates = ["", ""]
     if update.seconds:
         peak = update.step.flops / update.seconds / planned.devices / planned.chip.flops
-        rates = [f"{update.step.tokens / update.seconds:,.0f}", f"{peak:.0%}"]
+        rates = [f"{round(update.step.tokens / update.seconds, -2):,.0f}", f"{peak:.0%}"]
     mesh = " ".join(flag.removeprefix("--config.mesh.") for flag in flags if ".mesh." in flag)
     cells = [variant, trained, topology, mesh, *rates]
     cells += [f"{worst.needed / 2**30:.1f} ({worst.step.name})"]

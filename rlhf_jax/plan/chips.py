@@ -4,7 +4,9 @@ A device is what JAX calls one, of TPU v4 and 7x a half of a chip. Sources:
   memory     TPU: what its compiler lets a program use; GPU: OpenXLA's target_config/specs
   flops      dense bfloat16: https://jax-ml.github.io/scaling-book/tpus; NVIDIA's data sheets
   bandwidth  of the device's memory: the same, and OpenXLA's specs
-  link       TPU: two links one way, along one axis of the torus, by the first; GPU: NVLink one way
+  link       TPU: a link one way, by the first; its collectives over a slice use all that a chip has
+             there: two along an axis, one along an axis of two. GPU: NVLink one way; the network
+             (`NETWORK`) where cards of several hosts exchange
   clock      TPU: flops / 2 / the products a cycle of its matrix units (4 x 128² a core, from v6e
              4 x 256²), in which its compiler counts cycles
 """
@@ -12,6 +14,7 @@ A device is what JAX calls one, of TPU v4 and 7x a half of a chip. Sources:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import re
@@ -75,11 +78,11 @@ _BLACKWELL = """core_count: 148 fpus_per_core: 128 clock_rate_ghz: 1.965 l2_cach
   shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
   cuda_compute_capability { major: 10 minor: 0 }"""
 CHIPS = {
-    "v4": Chip(int(15.25 * _GIB), 137.5e12, 0.6e12, 45e9, 1.05e9, "2x2x1"),
-    "v5e": Chip(int(15.75 * _GIB), 197e12, 0.82e12, 90e9, 1.5e9, "4x4"),
-    "v5p": Chip(int(95.73 * _GIB), 459e12, 2.8e12, 180e9, 1.75e9, "2x2x1"),
-    "v6e": Chip(int(31.24 * _GIB), 918e12, 1.6e12, 180e9, 1.75e9, "2x4"),
-    "tpu7x": Chip(int(94.74 * _GIB), 1153e12, 3.7e12, 90e9, 2.2e9, "2x2x1"),
+    "v4": Chip(int(15.25 * _GIB), 137.5e12, 0.6e12, 22.5e9, 1.05e9, "2x2x1"),
+    "v5e": Chip(int(15.75 * _GIB), 197e12, 0.82e12, 45e9, 1.5e9, "4x4"),
+    "v5p": Chip(int(95.73 * _GIB), 459e12, 2.8e12, 90e9, 1.75e9, "2x2x1"),
+    "v6e": Chip(int(31.24 * _GIB), 918e12, 1.6e12, 90e9, 1.75e9, "2x4"),
+    "tpu7x": Chip(int(94.74 * _GIB), 1153e12, 3.7e12, 45e9, 2.2e9, "2x2x1"),
     "a100": _gpu("NVIDIA A100-SXM4-80GB", 85100068864, 312e12, 2.04e12, 300e9, _AMPERE),
     "h100": _gpu("NVIDIA H100 80GB HBM3", 84942979072, 989e12, 3.35e12, 450e9, _HOPPER),
     "h200": _gpu("NVIDIA H200 141GB HBM3e", 151397597184, 989e12, 4.8e12, 450e9, _HOPPER),
@@ -89,6 +92,8 @@ CHIPS = {
 
 def devices_of(topology: str) -> tuple[Chip, list[Any]]:
     """The kind and the devices of "v5e:4x4", "h100:8", or "cpu" for this machine's.
+
+    The kind's link is then of all its links in the topology.
 
     Raises:
       UserError: there is no such topology, which names those there are, or its compiler is not
@@ -108,16 +113,21 @@ def devices_of(topology: str) -> tuple[Chip, list[Any]]:
     )
     if chip is None or not re.fullmatch(r"\d+" if chip.target else r"\d+(x\d+){1,2}", shape):
         raise unknown
-    if 0 in map(int, shape.split("x")):
+    sizes = [*map(int, shape.split("x"))]
+    if 0 in sizes:
         raise unknown
     if not chip.target:
+        links = sum(min(size - 1, 2) for size in sizes)
+        chip = dataclasses.replace(chip, link=chip.link * max(links, 1))
         return chip, _described(unknown, platform="tpu", topology_name=topology)
-    cards = math.gcd(int(shape), 8) if int(shape) > 8 else int(shape)
+    cards = math.gcd(sizes[0], 8) if sizes[0] > 8 else sizes[0]
+    if cards < sizes[0]:
+        chip = dataclasses.replace(chip, link=NETWORK)
     described = _described(
         unknown,
         platform="cuda",
         topology_name="",
-        topology=f"1x{int(shape) // cards}x{cards}",
+        topology=f"1x{sizes[0] // cards}x{cards}",
         target_config=chip.target,
     )
     return chip, described

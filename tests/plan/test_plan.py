@@ -200,6 +200,16 @@ def test_a_clock_is_the_products_a_second_of_the_matrix_units():
             assert chip.flops / 2 / cells == pytest.approx(chip.clock, rel=0.01)
 
 
+def test_links_are_those_of_the_topology(monkeypatch):
+    from rlhf_jax.plan import chips
+
+    monkeypatch.setattr(chips, "_described", lambda unknown, **how: [how])
+    rates = {name: devices_of(name)[0].link for name in ("v5p:2x2x1", "v5p:4x4x4", "v5e:1x1")}
+    assert rates == {"v5p:2x2x1": 2 * 90e9, "v5p:4x4x4": 6 * 90e9, "v5e:1x1": 45e9}
+    assert devices_of("h100:16")[0].link == chips.NETWORK < devices_of("h100:8")[0].link
+    assert devices_of("h100:16")[1][0]["topology"] == "1x2x8"
+
+
 def plan(capsys, *flags):
     code = main([*flags])
     said = capsys.readouterr()
