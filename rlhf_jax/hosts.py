@@ -23,7 +23,8 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rlhf_jax.errors import Preempted, UserError
@@ -37,7 +38,7 @@ _SHUTDOWN = 60  # s that a process which ends waits for the others
 _RAISED = (UserError, Preempted, OSError, RuntimeError)  # the last one stands for all others
 _index, _count = 0, 1
 _number = 0  # of messages, the same in every process
-_is_asked = False  # whether this is the first process, in a function of `by_first`
+_is_asked = False  # whether this is the first process, inside of `telling`
 _late: dict[str, jax.Array] = {}
 
 
@@ -133,31 +134,53 @@ def exchange(value: Any) -> list[Any]:
     return told
 
 
-def by_first(function: Callable[[], Any]) -> Any:
-    """What the function returns in the first process; the others do not call it but wait.
-
-    Within the function, and in a thread beside the program, the first process asks nobody.
-
-    Returns:
-      A JSON value in every process.
+@contextmanager
+def agreeing() -> Iterator[None]:
+    """Whoever makes a mistake inside makes it for all.
 
     Raises:
-      UserError, Preempted, OSError: the function raised it; whatever else it raised is raised in
-        the first process, and a RuntimeError in the others.
+      UserError: it was raised inside, here or in another process, which the message then names.
+    """
+    mistake = None
+    try:
+        yield
+    except UserError as error:
+        if _count == 1:
+            raise
+        mistake = str(error)
+    for process, told in exchange([name(), mistake]):
+        if told is not None:
+            raise UserError(told if told == mistake else f"{process}: {told}")
+
+
+@contextmanager
+def telling() -> Iterator[list[Any]]:
+    """Brings JSON values that the first process appends to the list inside into all processes.
+
+    The others wait at the end. Inside, and in a thread beside the program, the first one asks
+    nobody.
+
+    Raises:
+      UserError, Preempted, OSError: raised inside by the first process; whatever else it raises is
+        raised there, and a RuntimeError in the others.
     """
     global _is_asked
+    said: list[Any] = []
     if _count == 1 or _is_asked or threading.current_thread() is not threading.main_thread():
-        return function()
+        yield said
+        return
     number = _next_message()
     if not is_first():
+        yield said
         told = _hear(number, 0)
         _forget(number)
         if "raised" in told:
             raise _RAISED[told["raised"]](told["text"])
-        return told["value"]
+        said += told["said"]
+        return
     _is_asked = True
     try:
-        value = function()
+        yield said
     except Exception as error:
         kinds = (i for i, kind in enumerate(_RAISED) if isinstance(error, kind))
         _tell(number, {"raised": next(kinds, len(_RAISED) - 1), "text": str(error)})
@@ -165,9 +188,19 @@ def by_first(function: Callable[[], Any]) -> Any:
         raise
     finally:
         _is_asked = False
-    _tell(number, {"value": value})
+    _tell(number, {"said": said})
     _forget(number)
-    return value
+
+
+def by_first(function: Callable[[], Any]) -> Any:
+    """The JSON value that the function returns in the first process, which alone calls it.
+
+    For the rest see `telling`.
+    """
+    with telling() as said:
+        if is_first():
+            said.append(function())
+    return said[0]
 
 
 def anyone(what: str, flag: bool) -> bool:

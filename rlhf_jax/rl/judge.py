@@ -103,15 +103,13 @@ class Judge:
         given = {} if self._members is None else {"model": self._model_scores(rollout.rows)}
         prompts = [record for record in rollout.prompts.records for _ in range(rollout.each)]
         lengths = rollout.lengths.astype(int)
-
-        def ask() -> dict[str, Any]:
-            assert self._texts is not None
-            scores = self._texts.score(prompts, rollout.texts, lengths=lengths, given=given)
-            if scores.failures and self._failures is not None:
-                write_json(self._failures, self._texts.failed)
-            return scores.to_json()
-
-        scores = Scores.from_json(hosts.by_first(ask))
+        with hosts.telling() as said:
+            if self._texts is not None:
+                scores = self._texts.score(prompts, rollout.texts, lengths=lengths, given=given)
+                if scores.failures and self._failures is not None:
+                    write_json(self._failures, self._texts.failed)
+                said.append(scores.to_json())
+        scores = Scores.from_json(said[0])
         self._add_to_ties(scores, rollout.each)
         return scores
 

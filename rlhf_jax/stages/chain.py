@@ -13,7 +13,7 @@ import runpy
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +89,14 @@ def run(
     directory = Path(workdir) if workdir else default_workdir(source, Path("runs"))
     with naming_memory(given, directory):
         stop_point(together=True)
-        config = _alike(
-            lambda: prepare(given, stated),
-            lambda config: {"config": document(config), "workdir": str(directory)},
-        )
-        parents = _run_parents(config, directory.parent, (*descendants, source), rerun)
+        with hosts.agreeing():
+            config = prepare(given, stated)
         pinned = document(config)
-        origin = _alike(lambda: made_from(config, parents), lambda made: made | {"commit": ""})
+        _check_alike({"config": pinned, "workdir": str(directory)})
+        parents = _run_parents(config, directory.parent, (*descendants, source), rerun)
+        with hosts.agreeing():
+            origin = made_from(config, parents)
+        _check_alike(origin | {"commit": ""})
         if hosts.by_first(lambda: _is_finished(directory, config_hash(pinned, origin))):
             print(f"reusing {directory}: it is finished and made from the same", flush=True)
             _tell_environment(directory)
@@ -105,37 +106,28 @@ def run(
                 stop_point(together=True)
                 stage = importlib.import_module(module_of(config.stage))
                 metrics = stage.run(config, held, parents)
-                hosts.by_first(lambda: _finish(config, held, parents, metrics))
+                with hosts.telling():
+                    if hosts.is_first():
+                        _finish(config, held, parents, metrics)
         stop_point(together=True)
         if not descendants:
             show(directory)
     return directory
 
 
-def _alike(make: Callable[[], Any], document_of: Callable[[Any], Mapping[str, Any]]) -> Any:
-    """What `make` returns, of which several processes must have the same document.
+def _check_alike(made: Mapping[str, Any]) -> None:
+    """Compares what each process would run.
 
     Raises:
-        UserError: `make` raised it, here or in another process, or another process has something
-            else than the first one; the message names it.
+        UserError: one would run something else than the first one; the message names it.
     """
     if hosts.count() == 1:
-        return make()
-    made, documented, mistake = None, {}, None
-    try:
-        made = make()
-        documented = plain(document_of(made))
-    except UserError as error:
-        mistake = str(error)
-    heard = hosts.exchange([hosts.name(), documented, mistake])
-    first, expected, _ = heard[0]
-    for process, documented, mistake in heard:
-        if mistake is not None:
-            raise UserError(mistake if process == first else f"{process}: {mistake}")
-        if differing := changes(expected, documented):
+        return
+    (first, expected), *others = hosts.exchange([hosts.name(), plain(made)])
+    for process, other in others:
+        if differing := changes(expected, other):
             told = tell_changes(differing, of_files="is not the same")
             raise UserError(f"{process} would run something else than {first}: {told}")
-    return made
 
 
 def _is_finished(directory: Path, made: str) -> bool:
