@@ -89,6 +89,8 @@ def run(
     with naming_memory(given, directory):
         stop_point()
         config = prepare(given, stated)
+        if not (directory / SUMMARY).exists():  # a finished run may be from other devices
+            check_devices(config)
         parents = _run_parents(config, directory.parent, (*descendants, source), rerun)
         pinned, origin = document(config), made_from(config, parents)
         done = (directory / SUMMARY).exists()
@@ -132,7 +134,6 @@ def prepare(given: ConfigDict, stated: Sequence[str] = ()) -> Config:
         if line := unread(config, name):
             raise UserError(f"in the command line: {line}")
     check(config)
-    check_devices(config)
     return config
 
 
