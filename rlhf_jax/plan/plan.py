@@ -21,6 +21,7 @@ from rlhf_jax.stages.defaults import STAGES, resolve, unknown_field
 from rlhf_jax.stages.memory import smaller_fields
 
 COMPILES = 12  # of a search
+REMATS = ("none", "dots", "full")
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class _Search:
     def __init__(self, given: ConfigDict, chip: Chip):
         self.given, self.chip, self.devices = given, chip, len(training_devices())
         self.compiled = 0
-        self.found: list[tuple[float, ConfigDict]] = []  # seconds of an update, its config
+        self.found: list[tuple[float, str, ConfigDict]] = []  # seconds, changes, what they make
 
     def fits(self, changes: Mapping[str, Any]) -> bool:
         """Whether the update fits under changes of fields by their dotted names; says so."""
@@ -137,10 +138,12 @@ class _Search:
         self.compiled += 1
         update = estimate(step, self.chip, self.devices)
         fits = _fits(update, self.chip)
-        seconds = update.seconds or float(self.compiled)  # in the order of what should be faster
+        compute = changed.get("compute") or changed.model
+        # Where no seconds are known, parts cost more than what is computed again.
+        order = 4.0 * changed.batch.microbatches + REMATS.index(compute.remat)
         if fits:
-            self.found.append((seconds, changed))
-        taken = f", {seconds:.3g} s estimated" if update.seconds else ""
+            self.found.append((update.seconds or order, said, changed))
+        taken = f", {update.seconds:.3g} s estimated" if update.seconds else ""
         print(f"{self.compiled:2} {said}: {update.needed / 2**30:.2f} GiB, "
               f"{'fits' if fits else 'does not fit'}{taken}", flush=True)  # fmt: skip
         return fits
@@ -170,7 +173,7 @@ def _search(given: ConfigDict, chip: Chip) -> ConfigDict:
         for fsdp in dict.fromkeys((mesh.fsdp, whole)):
             if fsdp != whole and not search.fits(least | {"mesh.fsdp": fsdp}):
                 continue
-            remats = ["none", "dots", "full"]
+            remats: tuple[str, ...] = REMATS
             for count in parts:
                 for i, remat in enumerate(remats):
                     changes = {"mesh.fsdp": fsdp, "batch.microbatches": count}
@@ -180,4 +183,6 @@ def _search(given: ConfigDict, chip: Chip) -> ConfigDict:
     if not search.found:
         print("nothing that was tried fits")
         return given
-    return min(search.found, key=lambda each: each[0])[1]
+    _, said, best = min(search.found, key=lambda each: each[0])
+    print(f"the fastest that fits: {said}", flush=True)
+    return best

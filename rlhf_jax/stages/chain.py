@@ -91,6 +91,8 @@ def run(
         stop_point(together=True)
         with hosts.agreeing():
             config = prepare(given, stated)
+            if not (directory / SUMMARY).exists():  # a finished run may be from other devices
+                check_devices(config)
         pinned = document(config)
         _check_alike({"config": pinned, "workdir": str(directory)})
         parents = _run_parents(config, directory.parent, (*descendants, source), rerun)
@@ -160,7 +162,6 @@ def prepare(given: ConfigDict, stated: Sequence[str] = ()) -> Config:
         if line := unread(config, name):
             raise UserError(f"in the command line: {line}")
     check(config)
-    check_devices(config)
     return config
 
 
