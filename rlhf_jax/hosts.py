@@ -139,7 +139,8 @@ def agreeing() -> Iterator[None]:
     """Whoever makes a mistake inside makes it for all.
 
     Raises:
-      UserError: it was raised inside, here or in another process, which the message then names.
+      UserError: it was raised inside; unless all processes made the same mistake, the message
+        names the one that did.
     """
     mistake = None
     try:
@@ -148,9 +149,11 @@ def agreeing() -> Iterator[None]:
         if _count == 1:
             raise
         mistake = str(error)
-    for process, told in exchange([name(), mistake]):
+    heard = exchange([name(), mistake])
+    of_all = len({told for _, told in heard}) == 1
+    for process, told in heard:
         if told is not None:
-            raise UserError(told if told == mistake else f"{process}: {told}")
+            raise UserError(told if of_all else f"{process}: {told}")
 
 
 @contextmanager
