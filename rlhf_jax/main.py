@@ -3,10 +3,11 @@
 Flags become a config, the config names a stage, the stage runs in a run directory; parents named
 by `config.init` run first. With --preflight nothing runs: what it would train on is shown. With
 --rerun a run that was made from something else is kept under another name and run again. On a
-cluster the same line runs in one process a host (see `hosts`), which are found by themselves or
-named by --coordinator, --processes and --process. Exit
-codes: 0 done, 75 stopped but resumable (it was told to, or a disk is full), 2 the user's mistake,
-1 a bug, 130 stopped at once by a second signal.
+cluster the same line runs in one process per host (see `hosts`); JAX finds the processes by itself,
+or --coordinator, --processes and --process name them.
+
+Exit codes: 0 done, 75 stopped but resumable (it was told to, or a disk is full), 2 the user's
+mistake, 1 a bug, 130 stopped at once by a second signal.
 """
 
 from __future__ import annotations
