@@ -63,11 +63,13 @@ def decoding_mesh(params: Any, rows: int) -> Mesh | None:
     """Devices that decode `rows` rows between them, as many each.
 
     Those of the mesh that the parameters lie on, where the axis tensor splits every group of rows
-    as it does in training, or all cores if one has the parameters. Devices are left out if the rows
-    can't be split evenly over all. None for a single device.
+    as it does in training, or all cores if one has the parameters. Devices of a single host are
+    left out if the rows can't be split evenly over all; None for a single device.
     """
     place, fewest = jax.tree.leaves(params)[0].sharding, 1
     mesh = cast(Mesh, place.mesh) if isinstance(place, NamedSharding) else None
+    if mesh is not None and hosts.count() > 1:
+        return mesh
     if mesh is not None:
         devices = mesh.devices.reshape(-1, mesh.shape["tensor"])
     else:
@@ -75,8 +77,6 @@ def decoding_mesh(params: Any, rows: int) -> Mesh | None:
         if _are_cores([*place.device_set]):
             devices, fewest = np.array(jax.devices("cpu"))[:, None], _FEWEST
     counts = range(2, min(len(devices), rows // fewest) + 1)
-    if hosts.count() > 1:  # each has to see the tokens
-        counts = range(len(devices), len(devices) + 1)
     count = max((n for n in counts if rows % n == 0), default=1)
     if count * devices.shape[1] == 1:
         return None

@@ -40,10 +40,10 @@ class Judge:
     """Rewards of answers: a weighted sum of named scorers, reward models among them.
 
     Use as a context manager: a user's reward function runs in a process of its own, and beside the
-    first of several hosts alone, which tells the others what it said. A reward that gives everything
-    one score, or all answers to a prompt, is warned of by `ties`. Why responses were left out with
-    `reward.on_error=mask`, first of a kind and how many, is kept in reward_failures.json of the
-    directory `run`; what is done again after a restart counts again.
+    first of several hosts alone, which tells the others what it said. A reward that gives the same
+    score to everything, or to all answers to a prompt, is warned of by `ties`. Why responses were
+    left out with `reward.on_error=mask`, first of a kind and how many, is kept in
+    reward_failures.json of the directory `run`; what is done again after a restart counts again.
 
     Raises:
         UserError: a scorer that does not exist, a reward model with another tokenizer or without

@@ -132,16 +132,17 @@ class _Decoder:
             length = min(_round_up(longest), config.max_length)
         self.cache_length = length
         self.mesh = decoding_mesh(params, sampling.batch_size)
+        groups = batch_shards(self.mesh)
+        slots = -(-sampling.batch_size // groups) * groups
         params = decoding_params(config, params)
         self.penalised = sampling.repetition_penalty is not None
-        self.slots = engine.empty(config, sampling.batch_size, length, self.penalised, self.mesh)
+        self.slots = engine.empty(config, slots, length, self.penalised, self.mesh)
         # Where a CPU's cores decode, the prompts are read by the one device that trains.
         self.cores = self.mesh is not None and len(_devices_of(params)) == 1
         self.params = self._on_mesh(params)
         self.reader = params if self.cores else self.params
-        self.held: list[_Held | None] = [None] * sampling.batch_size
-        groups = batch_shards(self.mesh)
-        self.rows = -(-min(_ROWS, sampling.batch_size) // groups) * groups
+        self.held: list[_Held | None] = [None] * slots
+        self.rows = -(-min(_ROWS, slots) // groups) * groups
         self.on_tokens: OnTokens | None = None
         self.watches, self.steps = False, sampling.max_new_tokens  # until the host looks again
 
