@@ -1,9 +1,10 @@
 """One NVIDIA GPU in under nine minutes: python -m benchmarks.gpu [--peer-python=PYTHON].
 
 Prints a table of rates beside what the card's own matrix products and copies allow, measured in the
-same run, and beside transformers and TRL where PYTHON has them (requirements-peers.txt, torch for
-CUDA). A part that fails or takes too long costs one line, not the others. With --reduced all parts
-run at toy sizes on any machine, to see that they work: those numbers mean nothing.
+same run, beside what `rlhf_jax.plan` expects of the updates, and beside transformers and TRL where
+PYTHON has them (requirements-peers.txt, torch for CUDA). A part that fails or takes too long costs
+one line, not the others. With --reduced all parts run at toy sizes on any machine, to see that they
+work: those numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -131,8 +133,10 @@ def model_config(size: Size, **changes: Any):
     return ModelConfig(**fields | changes).validate()
 
 
-def _updates(size: Size, config: Any, loss_fn: Callable, batches: list[dict]) -> float:
-    """Seconds an update, AdamW with float32 state and clipping at 1."""
+def _updates(
+    size: Size, config: Any, loss_fn: Callable, batches: list[dict]
+) -> tuple[float, float | None]:
+    """Seconds an update, AdamW with float32 state and clipping at 1: measured, and by the plan."""
     import jax
 
     from rlhf_jax.models import init
@@ -145,6 +149,7 @@ def _updates(size: Size, config: Any, loss_fn: Callable, batches: list[dict]) ->
     state = init_state(init(config, jax.random.key(0)), optimizer)
     placed = [jax.device_put(batch) for batch in batches]
     order = itertools.cycle(placed)
+    planned = _planned(config, step.lower(state, placed[0]), batches[0]["tokens"].shape)
     for _ in range(2):
         state, metrics = step(state, next(order))
         float(metrics["train/loss"])
@@ -157,7 +162,26 @@ def _updates(size: Size, config: Any, loss_fn: Callable, batches: list[dict]) ->
         times.append((time.perf_counter() - begun) / size.steps)
     if not 0 < loss < 100:
         raise RuntimeError(f"the loss is {loss}")
-    return median(times)
+    return median(times), planned
+
+
+def _planned(config: Any, lowered: Any, shape: tuple[int, ...]) -> float | None:
+    """Seconds of an update of rows of that shape by `plan.estimates`; None on an unknown card."""
+    import jax
+
+    from rlhf_jax.plan.chips import CHIPS
+    from rlhf_jax.plan.estimates import estimate
+    from rlhf_jax.plan.steps import PASSES, Step
+
+    kind = jax.devices()[0].device_kind.lower()
+    chip = next((chip for name, chip in CHIPS.items() if chip.target and name in kind), None)
+    if chip is None:
+        return None
+    scores = 2 * shape[0] * shape[1] ** 2 * config.heads * config.head_dim * config.layers
+    step = Step(
+        "update", lambda: lowered, {}, math.prod(shape), 0.0, PASSES * scores, logits=0, calls=1
+    )
+    return estimate(step, chip, 1).seconds
 
 
 def _batches(rows: dict[str, Any], each: int, count: int) -> list[dict]:
@@ -188,9 +212,14 @@ def sft(size: Size, found: dict[str, float]) -> Iterator[Line]:
         def loss_fn(params, batch, rng, config=config):
             return target_cross_entropy(config, params, batch)
 
-        rate = tokens / _updates(size, config, loss_fn, batches)
-        line = {"name": f"SFT, rows of {shape.context}, remat {remat}", "rate": rate}
-        yield line | {"unit": "tokens", "target": 0.55} | _bound(found, "flops", flops / tokens)
+        line = {"name": f"SFT, rows of {shape.context}, remat {remat}", "unit": "tokens"}
+        line |= _rates(tokens, *_updates(size, config, loss_fn, batches))
+        yield line | {"target": 0.55} | _bound(found, "flops", flops / tokens)
+
+
+def _rates(count: float, seconds: float, planned: float | None) -> dict[str, float]:
+    """What an update that works on so many did a second, and what the plan says it would."""
+    return {"rate": count / seconds} | ({"planned": count / planned} if planned else {})
 
 
 def _bound(found: dict[str, float], key: str, each: float) -> dict[str, float]:
@@ -334,8 +363,8 @@ def dpo(size: Size, found: dict[str, float]) -> Iterator[Line]:
     batches = [b | {"reference": np.full(b["lengths"].shape, -9.0, np.float32)} for b in batches]
 
     loss_fn = dpo_loss(config, beta=0.001)  # of untrained sums of hundreds of nats
-    rate = pairs / _updates(size, config, loss_fn, batches)
-    yield {"name": "DPO, shared prompts", "rate": rate, "unit": "pairs"}
+    rates = _rates(pairs, *_updates(size, config, loss_fn, batches))
+    yield {"name": "DPO, shared prompts", "unit": "pairs"} | rates
 
 
 PARTS = {"limits": limits, "sft": sft, "decode": decode, "grpo": grpo, "dpo": dpo}
@@ -377,14 +406,14 @@ def lines_elsewhere(command: list[str], name: str, seconds: float) -> Iterator[L
 def table(lines: list[Line], peers: dict[str, Line]) -> list[str]:
     """Markdown lines."""
     rows = [
-        "| work | ours | of the bound | target | transformers, TRL | ratio | target |",
-        "|---|---|---|---|---|---|---|",
+        "| work | ours | of the bound | target | transformers, TRL | ratio | target | of the plan |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for line in lines:
         if "failed" in line:
-            rows.append(f"| {line['name']} | failed: {line['failed']} | | | | | |")
+            rows.append(f"| {line['name']} | failed: {line['failed']} | | | | | | |")
             continue
-        cells = [line["name"], _rate(line), "–", "–", "–", "–", "–"]
+        cells = [line["name"], _rate(line), *["–"] * 6]
         if "bound" in line:
             cells[2] = f"{line['rate'] / line['bound']:.0%}"
         if "target" in line:
@@ -396,6 +425,8 @@ def table(lines: list[Line], peers: dict[str, Line]) -> list[str]:
                 cells[5] = f"{line['rate'] / peer['rate']:.2f}"
         if "ratio" in line:
             cells[6] = f"≥ {line['ratio']:g}"
+        if "planned" in line:
+            cells[7] = f"{line['rate'] / line['planned']:.0%}"
         rows.append(f"| {' | '.join(cells)} |")
     return rows
 

@@ -50,6 +50,13 @@ def test_peers_stand_beside_our_rates():
     assert "| 2 tokens/s | 3.00 |" in gpu.table([line], peers)[-1]
 
 
+def test_the_plans_rate_stands_beside_what_was_measured():
+    line = {"name": "SFT", "unit": "tokens"} | gpu._rates(6.0, seconds=2.0, planned=1.5)
+    assert (line["rate"], line["planned"]) == (3.0, 4.0)
+    assert gpu.table([line], {})[-1].endswith("| 75% |")
+    assert "planned" not in gpu._rates(6.0, seconds=2.0, planned=None)
+
+
 def test_without_a_gpu_one_line_says_so():
     command = [sys.executable, "-m", "benchmarks.gpu"]
     done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True)
