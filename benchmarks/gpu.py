@@ -406,8 +406,8 @@ def lines_elsewhere(command: list[str], name: str, seconds: float) -> Iterator[L
 def table(lines: list[Line], peers: dict[str, Line]) -> list[str]:
     """Markdown lines."""
     rows = [
-        "| work | ours | of the bound | target | transformers, TRL | ratio | target | of the plan |",
-        "|---|---|---|---|---|---|---|---|",
+        "| work | ours | of the bound | target | transformers, TRL | ratio | target | of plan |",
+        f"|{'---|' * 8}",
     ]
     for line in lines:
         if "failed" in line:
