@@ -99,7 +99,7 @@ ROWS = [
     *_on("h100:8", "≤ 16.5 GiB, ≤ 8 GB", remat="dots", rows=64),
     *_on("h100:8", "≤ 16.5 GiB, ≤ 8 GB", rows=64),
     *_on("v5e:1x1", "≤ 6 GiB, ≤ 1.1e9 cycles", mesh="", shape=SMALL),
-    Row("sft", "v5p:4x4x4", "fsdp=64", rows=64, length=4096, shape="8b", target="≥ 55 % of peak"),
+    Row("sft", "v5p:4x4x4", "fsdp=16", rows=64, length=4096, shape="8b", target="≥ 55 % of peak"),
 ]
 HEADS = ("side", "step", "temporaries, GiB", "collectives, GB", "cycles", "of the peak", "target")
 
