@@ -15,8 +15,8 @@ from rlhf_jax.plan.chips import ENVIRONMENT
 
 LORA = ("--config.adapter.rank=16", "--config.adapter.base=bfloat16")
 PARTS = "--config.batch.microbatches"  # where one does not fit
-# (variant of experiments/llama.py, what is trained, topology, further flags). Over all chips of a v5p
-# slice its compiler makes all-reduces of gathers and reduce-scatters, over a part of them it doesn't.
+# (variant of experiments/llama.py, what is trained, topology, further flags). Over all chips of a
+# v5p slice its compiler makes all-reduces of gathers and reduce-scatters, over a part it does not.
 ROWS: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("dpo-8b", "all", "v5p:2x2x2", ("--config.mesh.fsdp=4",)),
     ("dpo-8b", "all", "h100:8", ("--config.mesh.fsdp=8",)),
