@@ -19,7 +19,7 @@ SMALL = 4096  # bytes: sums of metrics, and gradients of the norms' scales
 __all__ = ["hub"]
 
 
-QUICK = ("pretrain", "reward", "preference", "grpo")
+QUICK = ("preference", "grpo")
 ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in STEPS]
 
 
