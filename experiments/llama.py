@@ -1,9 +1,9 @@
 """Llama's shapes, for `rlhf_jax.plan`, which needs no weights.
 
-python -m rlhf_jax.plan --config=experiments/llama.py:dpo-8b --topology=v5p:2x2x2 \\
-        --config.mesh.fsdp=8 --config.compute.attention=splash
-    preference pairs of 4096 tokens; 70b, and grpo in place of dpo; --config.adapter.rank=16
-    --config.adapter.base=bfloat16 for LoRA
+python -m rlhf_jax.plan --config=experiments/llama.py:dpo-8b --topology=h100:8 \\
+        --config.mesh.fsdp=8 --config.compute.attention=cudnn
+    preference pairs of 4096 tokens; 1b and 70b, sft and grpo in place of dpo;
+    --config.adapter.rank=16 --config.adapter.base=bfloat16 for LoRA
 python -m benchmarks.plans
     a table of them
 """
@@ -16,29 +16,18 @@ COMPUTE = {"compute_dtype": "bfloat16", "remat": "full", "attention": "xla"}
 
 def get_config(variant="dpo-8b"):
     stage, _, shape = variant.rpartition("-")
-    if shape in SHAPES and stage == "sft":
-        return defaults.base(
-            "sft",
-            init={"policy": f"experiments/llama.py:{shape}"},
-            data={"row_length": 4096},
-            batch={"rows": 64},
-            compute=COMPUTE,
-        )
-    if shape in SHAPES and stage == "dpo":
-        return defaults.base(
-            "preference",
-            init={"policy": f"experiments/llama.py:{shape}"},
-            data={"row_length": 4096},
-            batch={"rows": 64},
-            compute=COMPUTE,
-        )
+    shared = {
+        "init": {"policy": f"experiments/llama.py:{shape}"},
+        "data": {"row_length": 4096},
+        "batch": {"rows": 64},
+        "compute": COMPUTE,
+    }
+    if shape in SHAPES and stage in ("sft", "dpo"):
+        return defaults.base({"sft": "sft", "dpo": "preference"}[stage], **shared)
     if shape in SHAPES and stage == "grpo":
         return defaults.on_policy(
             "grpo",
-            init={"policy": f"experiments/llama.py:{shape}"},
-            data={"row_length": 4096},
-            batch={"rows": 64},
-            compute=COMPUTE,
+            **shared,
             train={"minibatches": 4},
             rollout={
                 "prompts": 64,

@@ -133,7 +133,8 @@ def attend_long(
     """As `attend`, for long rows: of the scores of a few queries at a time, none is kept.
 
     A backward pass computes them again. Queries are taken one block after the other, those of each
-    quarter of a row against the keys up to its end.
+    quarter of a row against the keys up to its end. "Self-attention Does Not Need O(n²) Memory",
+    https://arxiv.org/abs/2112.05682.
     """
     length, ids = query.shape[3], _ids(*rows[:3])
     count = -(-length // _BLOCK)
@@ -180,20 +181,21 @@ def write_cached(cached: jax.Array, new: jax.Array, positions: jax.Array) -> jax
 
     The positions of a row follow each other and fit.
     """
-
-    def scatter(cached: jax.Array, new: jax.Array) -> jax.Array:
-        rows = jnp.arange(len(new))[:, None]
-        return cached.at[rows, :, positions].set(new.swapaxes(1, 2))
-
-    def row_by_row(cached: jax.Array, new: jax.Array) -> jax.Array:
-        for row in range(len(new)):
-            place = (row, 0, positions[row, 0], 0)
-            cached = jax.lax.dynamic_update_slice(cached, new[row : row + 1], place)
-        return cached
-
     # For a scatter a TPU's compiler lays the cache out in another way, in which it takes up to
     # twice the memory, and copies all of it there and back at every call.
-    return jax.lax.platform_dependent(cached, new, tpu=row_by_row, default=scatter)
+    return jax.lax.platform_dependent(cached, new, positions, tpu=_write_rows, default=_scatter)
+
+
+def _scatter(cached: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
+    rows = jnp.arange(len(new))[:, None]
+    return cached.at[rows, :, positions].set(new.swapaxes(1, 2))
+
+
+def _write_rows(cached: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
+    for row in range(len(new)):
+        place = (row, 0, positions[row, 0], 0)
+        cached = jax.lax.dynamic_update_slice(cached, new[row : row + 1], place)
+    return cached
 
 
 def _scores(query: jax.Array, key: jax.Array, bias: jax.Array, softcap: float | None) -> jax.Array:

@@ -537,7 +537,10 @@ def decoding_params(config: ModelConfig, params: Params) -> Params:
 def lay_out_for_decoding(
     config: ModelConfig, params: Params, places: tuple[NamedSharding | None, ...]
 ) -> Params:
-    """As `decoding_params`, which finds out from the parameters where their leaves will lie."""
+    """As `decoding_params`, from shapes too: `places` says of each leaf where it will lie.
+
+    They are in the order of `jax.tree.leaves`, all None for parameters that are not on a mesh.
+    """
     join = all(place is None or place.is_fully_replicated for place in places)
 
     def round_kernels(node: Mapping[str, Any]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class Slots(NamedTuple):
     steps: jax.Array  # int32 [B], steps of the latest `advance` on the slot's device
 
 
-WHOLE, ROWS = P(), P(BATCH_AXES)
+_WHOLE, _ROWS = P(), P(BATCH_AXES)
 
 
 def _on_each(mesh: Mesh | None, function: Callable, *kinds: P) -> Callable:
@@ -89,7 +89,7 @@ def _on_each(mesh: Mesh | None, function: Callable, *kinds: P) -> Callable:
         function,
         mesh=mesh,
         in_specs=kinds,
-        out_specs=ROWS,
+        out_specs=_ROWS,
         axis_names=set(manual),
         check_vma=False,
     )
@@ -126,7 +126,7 @@ def empty(
     )
     if mesh is None:
         return slots
-    return _split_heads(mesh, jax.lax.with_sharding_constraint(slots, NamedSharding(mesh, ROWS)))
+    return _split_heads(mesh, jax.lax.with_sharding_constraint(slots, NamedSharding(mesh, _ROWS)))
 
 
 @partial(jax.jit, static_argnames=("config", "penalised", "mesh"))
@@ -142,7 +142,7 @@ def prefill(
 
     With a mesh its groups read some rows each, and keep what they have read.
     """
-    run = _on_each(mesh, partial(_prefill, config, penalised), WHOLE, ROWS, ROWS)
+    run = _on_each(mesh, partial(_prefill, config, penalised), _WHOLE, _ROWS, _ROWS)
     return run(params, prompts, lengths)
 
 
@@ -184,7 +184,7 @@ def insert(
     """
     exchange = batch_shards(mesh) > 1 and not everywhere
     run = _on_each(
-        mesh, partial(_insert, mesh, exchange), ROWS, ROWS if exchange else WHOLE, *[WHOLE] * 3
+        mesh, partial(_insert, mesh, exchange), _ROWS, _ROWS if exchange else _WHOLE, *[_WHOLE] * 3
     )
     return run(slots, prefilled, keys, sources, places)
 
@@ -256,7 +256,9 @@ def advance(
     on by itself until it has its share of `enough`, rounded down.
     """
     enough = enough // batch_shards(mesh)
-    run = _on_each(mesh, partial(_advance, config, mesh), WHOLE, ROWS, WHOLE, ROWS, WHOLE, WHOLE)
+    run = _on_each(
+        mesh, partial(_advance, config, mesh), _WHOLE, _ROWS, _WHOLE, _ROWS, _WHOLE, _WHOLE
+    )
     return run(params, slots, drawing, live, enough, steps)
 
 

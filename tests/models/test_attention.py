@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.models import attention
 from rlhf_jax.models.attention import LONG, MASKED, LongRows, attend, attend_long, attention_bias
 from rlhf_jax.models.fused_attention import random_rows, visibility
 from tests.models.small import SMALL
@@ -91,6 +92,19 @@ def test_what_long_rows_need_grows_with_their_length():
 
     assert needed(8192) < 2.2 * needed(4096)
     assert needed(8192) < 8192**2  # bytes: a quarter of the scores of its one head
+
+
+def test_a_cache_is_written_alike_in_either_way():
+    rng = np.random.default_rng(0)
+    cached = jnp.asarray(rng.normal(size=(3, 2, 8, 4)), jnp.float32)
+    new = jnp.asarray(rng.normal(size=(3, 2, 2, 4)), jnp.float32)
+    starts = np.array([0, 5, 6])
+    expected = np.array(cached)
+    for row, start in enumerate(starts):
+        expected[row, :, start : start + 2] = new[row]
+    for write in (attention._scatter, attention._write_rows):  # the latter is a TPU's
+        written = write(cached, new, jnp.asarray(starts[:, None] + np.arange(2)))
+        np.testing.assert_array_equal(written, expected)
 
 
 def test_mask_by_hand():
