@@ -12,7 +12,7 @@ BOUNDS = {
     # Meshes took 370: `models/sharding`, and splash attention for shared prompts. Several hosts
     # took 620 more, decoding on a mesh and long rows 200; `plan/`, an annex, 1,310.
     "lines of the core": 19_300,
-    "lines with the annexes": 29_000,
+    "lines with the annexes": 29_050,
     "functions over 60 lines": 1,
     "functions over 80 lines": 0,
     "functions over 8 parameters": 3,
