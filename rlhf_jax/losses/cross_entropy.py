@@ -4,6 +4,10 @@ The logits of N tokens over V words are by far the largest array of a language m
 computed here one chunk of tokens at a time, reduced to five numbers per token, and recomputed in
 the backward pass unless they all fit into one chunk, as in "Cut Your Losses in Large-Vocabulary
 Language Models", https://arxiv.org/abs/2411.09009.
+
+Where the words are split over devices, each has its words' logits of all the devices' tokens. Then
+hidden states travel and not the table, which is larger than they are, nor its gradient, as in
+"Megatron-LM", https://arxiv.org/abs/1909.08053.
 """
 
 from __future__ import annotations
@@ -49,19 +53,38 @@ class _Options(NamedTuple):
     softcap: float | None
     layout: str  # "vd" or "dv", the axes of the unembedding
     unused: Ranges
+    axis: str | None  # the mapped axis over whose devices the words are split
 
     @property
     def words(self) -> int:
         """How many ids are words."""
         return self.vocab - sum(stop - start for start, stop in self.unused)
 
-    def are_words(self) -> jax.Array:
-        """Bool [V]: the ids that are words."""
-        ids = jnp.arange(self.vocab)
+    def ids(self, count: int) -> jax.Array:
+        """int32 [count]: the ids of this device's words."""
+        ids = jnp.arange(count)
+        return ids if self.axis is None else ids + count * jax.lax.axis_index(self.axis)
+
+    def are_words(self, count: int) -> jax.Array:
+        """Bool [count]: which of this device's ids are words."""
+        ids = self.ids(count)
         used = ids >= 0
         for start, stop in self.unused:
             used &= (ids < start) | (ids >= stop)
         return used
+
+    def gather(self, tree: Any) -> Any:
+        """Arrays [c, …] of this device's tokens → [n·c, …], those of all n devices' in order."""
+        if self.axis is None:
+            return tree
+        return jax.tree.map(lambda x: jax.lax.all_gather(x, self.axis, tiled=True), tree)
+
+    def own(self, array: jax.Array) -> jax.Array:
+        """This device's part [c, …] of what `gather` returns."""
+        if self.axis is None:
+            return array
+        parts = array.reshape(jax.lax.axis_size(self.axis), -1, *array.shape[1:])
+        return parts[jax.lax.axis_index(self.axis)]
 
 
 def token_statistics(
@@ -74,6 +97,7 @@ def token_statistics(
     softcap: float | None = None,
     layout: str = "vd",
     unused: Ranges = (),
+    axis: str | None = None,
     chunk_tokens: int | None = None,
 ) -> TokenStatistics:
     """Statistics of softmax(l) with l = cap(hidden · unembeddingᵀ + bias) / temperature.
@@ -94,6 +118,9 @@ def token_statistics(
       layout: "dv" for an unembedding that is [D, V], as a kernel is.
       unused: ids that are no words, in order and not all: no field counts their logits, whose
         gradient is 0, and a target that is one has a log-prob near the lowest of all floats.
+      axis: a mapped axis, such as a `shard_map`'s, over whose devices the words are split in order.
+        `unembedding` then holds this device's, V/n of them, and `bias` theirs, while `hidden` and
+        `targets` are this device's tokens, as many as any other's.
       chunk_tokens: most tokens per chunk; None: 1024, or more while they have at most KEPT_LOGITS.
 
     Returns:
@@ -102,9 +129,9 @@ def token_statistics(
     Raises:
       ValueError: shapes do not fit, or a number is not positive.
     """
-    vocab, width = _sizes(hidden, unembedding, targets, layout)
-    if bias is not None and bias.shape != (vocab,):
-        raise ValueError(f"bias must have shape ({vocab},), got {bias.shape}")
+    part, vocab, width = _sizes(hidden, unembedding, targets, layout, axis)
+    if bias is not None and bias.shape != (part,):
+        raise ValueError(f"bias must have shape ({part},), got {bias.shape}")
     if chunk_tokens is None:
         chunk_tokens = max(1024, KEPT_LOGITS // vocab)
     numbers = {"chunk_tokens": chunk_tokens, "temperature": temperature, "softcap": softcap}
@@ -114,7 +141,7 @@ def token_statistics(
 
     hidden, unembedding, bias, targets = _vary_alike(hidden, unembedding, bias, targets)
     statistics = _statistics(
-        _Options(vocab, temperature, softcap, layout, unused),
+        _Options(vocab, temperature, softcap, layout, unused, axis),
         _strided(hidden.reshape(-1, width), chunk_tokens),
         unembedding,
         bias,
@@ -172,6 +199,7 @@ def cross_entropy(
     softcap: float | None = None,
     layout: str = "vd",
     unused: Ranges = (),
+    axis: str | None = None,
     chunk_tokens: int | None = None,
 ) -> tuple[Reduction, dict[str, Reduction]]:
     """`token_cross_entropy` of `token_statistics`, its gradient taken in the forward pass.
@@ -194,7 +222,7 @@ def cross_entropy(
       ValueError: shapes do not fit, or chunk_tokens is not positive.
     """
     check_same_shape(weights=weights, targets=targets)
-    vocab, width = _sizes(hidden, unembedding, targets, layout)
+    _, vocab, width = _sizes(hidden, unembedding, targets, layout, axis)
     if chunk_tokens is None:
         chunk_tokens = max(512, PASSING_LOGITS // vocab)
     if chunk_tokens < 1:
@@ -202,7 +230,7 @@ def cross_entropy(
     hidden, unembedding, targets, weights = _vary_alike(hidden, unembedding, targets, weights)
     flat = hidden.reshape(-1, width), targets.reshape(-1), weights.reshape(-1)
     total, (weight, metrics) = _summed_cross_entropy(
-        _Options(vocab, 1.0, softcap, layout, unused),
+        _Options(vocab, 1.0, softcap, layout, unused, axis),
         (label_smoothing, z_loss),
         unembedding,
         *(_strided(x, chunk_tokens) for x in flat),
@@ -210,18 +238,18 @@ def cross_entropy(
     return (total, weight), metrics
 
 
-def _sizes(hidden, unembedding, targets, layout: str) -> tuple[int, int]:
-    """(V, D), checked."""
+def _sizes(hidden, unembedding, targets, layout: str, axis: str | None) -> tuple[int, int, int]:
+    """(words of this device, V, D), checked."""
     check_rank("unembedding", unembedding, 2)
     if layout not in ("vd", "dv"):
         raise ValueError(f"layout must be 'vd' or 'dv', got {layout!r}")
-    vocab, width = unembedding.shape if layout == "vd" else unembedding.shape[::-1]
+    part, width = unembedding.shape if layout == "vd" else unembedding.shape[::-1]
     if hidden.shape != (*targets.shape, width):
         raise ValueError(
             "hidden must have the shape of targets and the width of unembedding, "
             f"{(*targets.shape, width)}, got {hidden.shape}"
         )
-    return vocab, width
+    return part, part * (1 if axis is None else jax.lax.axis_size(axis)), width
 
 
 def _strided(x: jax.Array, size: int) -> jax.Array:
@@ -270,31 +298,85 @@ def _logits(options: _Options, hidden, unembedding, bias) -> jax.Array:
     if options.temperature != 1:
         logits = logits / options.temperature
     if options.unused:
-        logits = jnp.where(options.are_words(), logits, _lowest(dtype))
+        logits = jnp.where(options.are_words(logits.shape[-1]), logits, _lowest(dtype))
     return jax.lax.optimization_barrier(logits)
 
 
-def _chunk_statistics(options: _Options, hidden, unembedding, bias, targets):
-    """(statistics, logits) of one chunk of tokens."""
-    logits = _logits(options, hidden, unembedding, bias)
-    dtype, vocab = logits.dtype, options.vocab
+class _Sums(NamedTuple):
+    """What a token's statistics are made of; all [c], of the words of one device or of all.
+
+    top: the highest logit. mass: Σᵥ exp(lᵥ − top). moment: Σᵥ exp(lᵥ − top) (lᵥ − top).
+    total: Σᵥ lᵥ. at_target: the target's logit, 0 if it is another device's. first: −id of the
+    first of the highest logits, which as a negative float a CPU finds several times faster.
+    """
+
+    top: jax.Array
+    mass: jax.Array
+    moment: jax.Array
+    total: jax.Array
+    at_target: jax.Array
+    first: jax.Array
+
+
+def _sums(options: _Options, logits: jax.Array, targets: jax.Array) -> _Sums:
+    """Sums over this device's words: logits [c, V], targets [c]."""
+    ids = options.ids(logits.shape[-1])
     top = logits.max(-1)
     shifted = logits - top[:, None]
     exps = jnp.exp(shifted)
-    mass = jnp.sum(exps, -1)
-    log_mass = jnp.log(mass)
-    words = jnp.where(options.are_words(), logits, 0) if options.unused else logits
-    known = (targets >= 0) & (targets < vocab)
-    at_target = jnp.take_along_axis(logits, jnp.where(known, targets, 0)[:, None], -1)[:, 0]
-    # Negative floats: XLA's CPU backend takes the maximum of those several times faster.
-    columns = -jnp.arange(vocab, dtype=dtype)
-    first = -jnp.where(logits == top[:, None], columns, -vocab).max(-1)
+    words = logits
+    if options.unused:
+        words = jnp.where(options.are_words(logits.shape[-1]), logits, 0)
+    column = targets - ids[0]
+    known = (column >= 0) & (column < len(ids))
+    at_target = jnp.take_along_axis(logits, jnp.where(known, column, 0)[:, None], -1)[:, 0]
+    highest = jnp.where(logits == top[:, None], -ids.astype(logits.dtype), -options.vocab)
+    return _Sums(
+        top=top,
+        mass=jnp.sum(exps, -1),
+        moment=jnp.sum(exps * shifted, -1),
+        total=jnp.sum(words, -1),
+        at_target=jnp.where(known, at_target, 0),
+        first=highest.max(-1),
+    )
+
+
+def _joined(axis: str, sums: _Sums) -> _Sums:
+    """Each device's sums for all tokens [n·c] → all words' for its own tokens [c]."""
+    devices = jax.lax.axis_size(axis)
+    parts = jax.lax.all_to_all(jnp.stack(sums), axis, split_axis=1, concat_axis=0, tiled=True)
+    each = _Sums(*jnp.swapaxes(parts.reshape(devices, len(sums), -1), 0, 1))
+    top = each.top.max(0)
+    below = each.top - top
+    mass = jnp.exp(below) * each.mass
+    return _Sums(
+        top=top,
+        mass=mass.sum(0),
+        moment=jnp.sum(jnp.exp(below) * each.moment + mass * below, 0),
+        total=each.total.sum(0),
+        at_target=each.at_target.sum(0),
+        first=jnp.where(below == 0, each.first, each.first.min()).max(0),
+    )
+
+
+def _chunk_statistics(options: _Options, hidden, unembedding, bias, targets):
+    """Statistics of one chunk's tokens, and their logits.
+
+    Of n devices each gives hidden [n·c, D] and targets [n·c] of all, and gets the statistics of its
+    own tokens [c], and of all the logits of its words [n·c, V/n].
+    """
+    logits = _logits(options, hidden, unembedding, bias)
+    sums = _sums(options, logits, targets)
+    if options.axis is not None:
+        sums, targets = _joined(options.axis, sums), options.own(targets)
+    known = (targets >= 0) & (targets < options.vocab)
+    log_mass = jnp.log(sums.mass)
     statistics = TokenStatistics(
-        logprobs=(jnp.where(known, at_target, jnp.nan) - top) - log_mass,
-        logsumexp=top + log_mass,
-        mean_logit=jnp.sum(words, -1) / options.words,
-        entropy=log_mass - jnp.sum(exps * shifted, -1) / mass,
-        correct=(first == targets).astype(dtype),
+        logprobs=(jnp.where(known, sums.at_target, jnp.nan) - sums.top) - log_mass,
+        logsumexp=sums.top + log_mass,
+        mean_logit=sums.total / options.words,
+        entropy=log_mass - sums.moment / sums.mass,
+        correct=(-sums.first == targets).astype(logits.dtype),
     )
     return statistics, logits
 
@@ -307,7 +389,7 @@ def _logit_gradient(options: _Options, logits, targets, statistics, cotangents):
     to_target, to_sum, to_mean, to_entropy, _ = (x[:, None] for x in cotangents)
     logprobs = logits - statistics.logsumexp[:, None]
     entropy = statistics.entropy[:, None]
-    columns = jnp.arange(options.vocab, dtype=targets.dtype)
+    columns = options.ids(logits.shape[-1]).astype(targets.dtype)
     gradient = jnp.exp(logprobs) * (to_sum - to_target - to_entropy * (logprobs + entropy))
     gradient += jnp.where(columns == targets[:, None], to_target, 0) + to_mean / options.words
     if options.softcap is not None:
@@ -315,7 +397,9 @@ def _logit_gradient(options: _Options, logits, targets, statistics, cotangents):
     if options.temperature != 1:
         gradient = gradient / options.temperature
     used = _used(cotangents)
-    return jnp.where(used & options.are_words() if options.unused else used, gradient, 0)
+    if options.unused:
+        used &= options.are_words(logits.shape[-1])
+    return jnp.where(used, gradient, 0)
 
 
 def _used(cotangents) -> jax.Array:
@@ -326,12 +410,15 @@ def _used(cotangents) -> jax.Array:
 def _products(options: _Options, to_logits, hidden, unembedding) -> tuple[jax.Array, jax.Array]:
     """Gradients to hidden [c, D] and, as [D, V], to the unembedding, of that to the logits.
 
-    A CPU computes the second several times as fast as a [V, D] one.
+    A CPU computes the second several times as fast as a [V, D] one. Of n devices each is given all
+    tokens' hidden states [n·c, D] and returns the gradient to its own.
     """
     dtype = at_least_f32(hidden, unembedding)
     to_logits = to_logits.astype(jnp.result_type(hidden, unembedding))
     product = partial(jnp.einsum, preferred_element_type=dtype)
     to_hidden = product(f"cv,{options.layout}->cd", to_logits, unembedding)
+    if options.axis is not None:
+        to_hidden = jax.lax.psum_scatter(to_hidden, options.axis, tiled=True)
     return to_hidden.astype(hidden.dtype), product("cd,cv->dv", hidden, to_logits)
 
 
@@ -350,7 +437,8 @@ def _statistics_forward(options: _Options, hidden, unembedding, bias, targets):
     keep = len(hidden) == 1
 
     def step(_, chunk):
-        statistics, logits = _chunk_statistics(options, chunk[0], unembedding, bias, chunk[1])
+        hidden, targets = options.gather(chunk)
+        statistics, logits = _chunk_statistics(options, hidden, unembedding, bias, targets)
         return None, (statistics, logits if keep else None)
 
     _, (statistics, logits) = _fold(step, None, (hidden, targets))
@@ -362,7 +450,8 @@ def _statistics_backward(options: _Options, residuals, cotangents):
     dtype = at_least_f32(hidden, unembedding)
 
     def step(gradients, chunk):
-        hidden, targets, statistics, cotangents, logits = chunk
+        *mine, logits = chunk
+        hidden, targets, statistics, cotangents = options.gather(tuple(mine))
         hidden = jnp.where(_used(cotangents), hidden, 0)
         if logits is None:
             logits = _logits(options, hidden, unembedding, bias)
@@ -371,7 +460,7 @@ def _statistics_backward(options: _Options, residuals, cotangents):
         to_bias = None if bias is None else gradient.sum(0)
         return jax.tree.map(jnp.add, gradients, (to_words, to_bias)), to_hidden
 
-    shape = hidden.shape[-1], options.vocab
+    shape = unembedding.shape if options.layout == "dv" else unembedding.shape[::-1]
     zeros = (
         jnp.zeros_like(unembedding, dtype, shape=shape),
         None if bias is None else jnp.zeros_like(bias, dtype),
@@ -387,7 +476,8 @@ _statistics.defvjp(_statistics_forward, _statistics_backward)
 
 def _cross_entropy_chunk(options: _Options, terms, unembedding, chunk, gradient: bool):
     """(total, (weight, metrics)) of a chunk, and its gradients to hidden and unembedding [D, V]."""
-    hidden, targets, weights = chunk
+    *inputs, weights = chunk
+    hidden, targets = options.gather(tuple(inputs))
     statistics, logits = _chunk_statistics(options, hidden, unembedding, None, targets)
 
     def loss(statistics: TokenStatistics):
@@ -400,8 +490,9 @@ def _cross_entropy_chunk(options: _Options, terms, unembedding, chunk, gradient:
         return loss(statistics), None
     total, pull, aux = jax.vjp(loss, statistics, has_aux=True)
     (cotangents,) = pull(jnp.ones_like(total))
+    statistics, cotangents = options.gather((statistics, cotangents))
     to_logits = _logit_gradient(options, logits, targets, statistics, cotangents)
-    hidden = jnp.where((weights != 0)[:, None], hidden, 0)
+    hidden = jnp.where(_used(cotangents), hidden, 0)
     return (total, aux), _products(options, to_logits, hidden, unembedding)
 
 

@@ -17,7 +17,7 @@ from rlhf_jax.losses.cross_entropy import TokenStatistics, cross_entropy, token_
 from rlhf_jax.losses.reductions import Reduction, segment_logprobs
 from rlhf_jax.losses.shaping import exact_kl
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.models.sharding import by_rows, gather
+from rlhf_jax.models.sharding import FSDP, Shard, by_rows, split_words
 from rlhf_jax.models.transformer import apply, logits, scores, unembedding
 
 Batch = Mapping[str, Any]  # of arrays
@@ -41,10 +41,18 @@ def _target_hidden(config: ModelConfig, params: Any, batch: Batch) -> jax.Array:
 
 
 def _words(config: ModelConfig, params: Any) -> tuple[jax.Array, dict[str, Any]]:
-    """(the unembedding in the compute dtype, how the losses are to read it)."""
+    """(the unembedding in the compute dtype, how the losses are to read it).
+
+    What lies in parts is split by words: each device has its words' logits of all devices' tokens.
+    """
     table, layout = unembedding(config, params)
-    options = {"softcap": config.logit_softcap, "layout": layout, "unused": config.unused}
-    return gather(table, config.compute_dtype), options
+    options: dict[str, Any] = {"softcap": config.logit_softcap, "layout": layout}
+    if not isinstance(table, Shard):
+        return table.astype(config.compute_dtype), options | {"unused": config.unused}
+    words = split_words(table, -2 if layout == "vd" else -1, config.compute_dtype)
+    count = words.size // config.width * jax.lax.axis_size(FSDP)
+    added = ((config.vocab_size, count),) if count > config.vocab_size else ()
+    return words, options | {"unused": (*config.unused, *added), "axis": FSDP}
 
 
 @by_rows
@@ -68,6 +76,10 @@ def target_statistics(
     """
     hidden = _target_hidden(config, params, batch)
     words, options = _words(config, params)
+    if bias is not None and "axis" in options:
+        count = words.size // config.width
+        mine = jnp.arange(count) + count * jax.lax.axis_index(FSDP)
+        bias = jnp.take(bias, mine, mode="fill", fill_value=0)
     return token_statistics(
         hidden, words, batch["targets"], bias=bias, temperature=temperature, **options
     )

@@ -195,6 +195,21 @@ def take_rows(table: jax.Array | Shard, ids: jax.Array) -> jax.Array:
     return jax.lax.all_to_all(columns, FSDP, split_axis=0, concat_axis=2, tiled=True)
 
 
+def split_words(table: Shard, words: int, dtype: Any) -> jax.Array:
+    """Of n devices the i-th's ⌈V/n⌉ words of a table, in that dtype and in their whole width.
+
+    The table lies in parts of the width; each device sends every other its part of their words.
+    After the last word there are zeros.
+
+    Args:
+      words: which axis of the table is the words, counted from the end.
+    """
+    part, axis = table.part.astype(dtype), words % 2
+    missing = -part.shape[axis] % jax.lax.axis_size(FSDP)
+    part = jnp.pad(part, [(0, missing), (0, 0)] if axis == 0 else [(0, 0), (0, missing)])
+    return jax.lax.all_to_all(part, FSDP, split_axis=axis, concat_axis=1 - axis, tiled=True)
+
+
 def by_rows(function: Callable, *, summed: bool = False) -> Callable:
     """Has each device of the context's mesh compute a function for its own rows.
 

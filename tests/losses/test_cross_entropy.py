@@ -307,6 +307,47 @@ def test_same_under_every_transformation(loss_of, chunk_tokens):
         np.testing.assert_allclose(result[1], gradient, atol=1e-5, err_msg=name)
 
 
+@both_ways
+@pytest.mark.parametrize("layout", ["vd", "dv"])
+@pytest.mark.parametrize("options", [{}, {"chunk_tokens": 2}, {"softcap": 3.0}], ids=str)
+def test_words_that_are_split_over_devices(loss_of, options, layout):
+    hidden, unembedding, _, targets = arrays(rows=8)
+    # All words of the last device are unused, and one of another; targets are of any device.
+    unembedding = jnp.concatenate([unembedding, unembedding])[: 8 * (len(unembedding) // 4)]
+    unused = ((2, 3), (len(unembedding) * 7 // 8, len(unembedding)))
+    targets = targets.at[0, 0].set(-1).at[1, 0].set(len(unembedding))
+    weights = jax.random.uniform(jax.random.key(9), targets.shape) * (targets > 2)
+    weights *= targets < len(unembedding) * 7 // 8
+    words = unembedding if layout == "vd" else unembedding.T
+    options = options | {"unused": unused, "layout": layout}
+
+    def loss(axis, hidden, words, targets, weights):
+        return loss_of(hidden, words, targets, weights, z_loss=0.1, axis=axis, **options)
+
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    rows = P("fsdp")
+    split = jax.shard_map(
+        lambda *a: jax.lax.psum(loss("fsdp", *a), "fsdp"),
+        mesh=mesh,
+        in_specs=(rows, rows if layout == "vd" else P(None, "fsdp"), rows, rows),
+        out_specs=P(),
+        check_vma=False,
+    )
+
+    def step(function):
+        def total(*arguments):
+            (total, weight), metrics = function(*arguments)
+            return total, (weight, metrics)
+
+        run = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))
+        return run(hidden, words, targets, weights)
+
+    found, expected = step(split), step(partial(loss, None))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(expected))
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("layout", ["vd", "dv"])
 @pytest.mark.parametrize(
     "options",

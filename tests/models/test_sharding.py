@@ -19,7 +19,8 @@ ROWS, LENGTH, TARGETS = 8, 64, 32
 MESHES = ({"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 8})
 SHAPES = {
     "dots": {"remat": "dots"},
-    "untied": {"tied_embeddings": False},
+    # On eight devices the last has unused words, and of more than there are its share.
+    "untied": {"tied_embeddings": False, "vocab_size": 100, "unused": ((96, 98),)},
     "experts": {"experts": 2, "remat": "full", "position": "learned"},
 }
 
@@ -82,7 +83,7 @@ def test_an_adapters_gradient_is_that_of_one_device(base, kind):
     params = lora.quantize(init(config, keys[0]), base)
     params = lora.attach(params, lora.AdapterConfig(rank=2, kind=kind, base=base), keys[1])
     trained, frozen = lora.split(params)
-    trained = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(keys[2], x.shape), trained)
+    trained = jax.tree.map(lambda x: x + 0.03 * jax.random.normal(keys[2], x.shape), trained)
 
     def of_trained(trained, frozen, batch):
         return loss(config, lora.combine(trained, frozen), batch)[0]
@@ -96,10 +97,11 @@ def test_an_adapters_gradient_is_that_of_one_device(base, kind):
     )
 
 
-def test_rows_that_the_devices_do_not_divide_are_padded_and_cut():
-    config = model()
+def test_rows_and_words_that_the_devices_do_not_divide_are_padded_and_cut():
+    config = model(vocab_size=97)
     params, mesh = init(config, jax.random.key(0)), make_mesh({"fsdp": 8})
-    score = functools.partial(scoring.target_statistics, config)
+    bias = jax.random.normal(jax.random.key(1), (config.vocab_size,))
+    score = functools.partial(scoring.target_statistics, config, bias=bias)
     expected = jax.jit(score)(params, batch(3))
     run = jax.jit(split_over(mesh, score))
     for x, y in zip(run(placed(mesh, params), batch(3)), expected, strict=True):
@@ -120,13 +122,17 @@ def test_weights_are_gathered_and_gradients_scattered_once_per_use(remat):
     counted = count(run.as_text(), mesh.size).collectives
     layers = sum(leaf.size for leaf in jax.tree.leaves(params["layers"]) if leaf.ndim == 3)
     table = params["lm_head"]["kernel"].size
-    tokens = 4 * ROWS * LENGTH
-    # In the forward pass and again in the backward pass, which keeps none of them.
-    assert counted["all-gather"][1] == 4 * (2 * layers + table) + tokens
-    # Of every kernel and the table each device keeps an eighth of the sum.
-    assert counted["reduce-scatter"] == (7 * config.layers + 1, 4 * (layers + table) / 8)
-    # Activations are exchanged by the embedding alone, which sends each device its own rows.
-    rows = 4 * LENGTH * config.width
-    assert counted["all-to-all"][1] == pytest.approx(2 * rows, rel=0.01)
+    tokens, targets = 4 * ROWS * LENGTH, 4 * ROWS * TARGETS
+    # In the forward pass and again in the backward pass, which keeps none of them. Each device has
+    # all hidden states for its words, and five numbers for each: its target, statistics, cotangents.
+    gathered = 4 * 2 * layers + tokens + targets * (config.width + 5)
+    assert counted["all-gather"][1] == gathered
+    # Of every kernel and of hidden states' gradients each device keeps an eighth of the sum.
+    scattered = (4 * layers + targets * config.width) / 8
+    assert counted["reduce-scatter"] == (7 * config.layers + 1, scattered)
+    # The embedding sends each device its own rows, the unembedding its own words, there and back.
+    rows, sums = 4 * LENGTH * config.width, 6 * targets
+    exchanged = 2 * rows + 2 * 4 * table / 8 + sums
+    assert counted["all-to-all"][1] == pytest.approx(exchanged, rel=0.01)
     # What is whole on every device, the scales of norms, is summed whole; so is the cotangent.
     assert counted["all-reduce"][1] == 4 * (2 * config.layers + 1) * config.width + 4
