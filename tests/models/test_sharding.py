@@ -124,7 +124,7 @@ def test_weights_are_gathered_and_gradients_scattered_once_per_use(remat):
     table = params["lm_head"]["kernel"].size
     tokens, targets = 4 * ROWS * LENGTH, 4 * ROWS * TARGETS
     # In the forward pass and again in the backward pass, which keeps none of them. Each device has
-    # all hidden states for its words, and five numbers for each: its target, statistics, cotangents.
+    # all hidden states for its words, and five numbers for each: target, statistics, cotangents.
     gathered = 4 * 2 * layers + tokens + targets * (config.width + 5)
     assert counted["all-gather"][1] == gathered
     # Of every kernel and of hidden states' gradients each device keeps an eighth of the sum.
