@@ -25,7 +25,7 @@ _WHOLE = (
 )
 _OPTIONAL = (
     *("sliding_window", "logit_softcap", "attention_softcap", "query_scale"),
-    *("rope_original_length", "rope_attention_factor", "rope_local_theta"),
+    *("rope_original_length", "rope_attention_factor", "rope_local_theta", "unroll"),
 )
 _REAL = (
     *("norm_eps", "rope_theta", "rope_local_theta", "rotary_fraction", "rope_factor", "rope_low"),
@@ -93,7 +93,7 @@ class ModelConfig:
     compute_dtype: str = "float32"
     remat: str = "none"  # what the backward pass recomputes: "none", "full", "dots" (all but dots)
     attention: str = "reference"  # the kernel: models/fused_attention.py
-    unroll: int = 4  # layers a turn of the scan; more is faster in small models, 1 compiles fastest
+    unroll: int | None = None  # layers per turn of the scan; None: `layers_per_turn` says how many
 
     def __post_init__(self):
         # JSON has no tuples, and a config must be hashable.
@@ -173,6 +173,15 @@ class ModelConfig:
             raise UserError(
                 f"{stated} takes no layers with a window beside layers without: choose 'xla'"
             )
+
+    @property
+    def layers_per_turn(self) -> int:
+        """How many layers a turn of the scan over layers computes.
+
+        Turns take time from small models. Large ones compile faster with one layer per turn, and
+        where there are more, XLA for GPUs keeps some activations in two layouts.
+        """
+        return min(self.layers, self.unroll or (4 if self.width < 512 else 1))
 
     @property
     def words(self) -> np.ndarray:

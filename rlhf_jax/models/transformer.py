@@ -463,7 +463,7 @@ def _forward(
 
     if config.remat != "none" or has_shards(params["layers"]):
         block = jax.checkpoint(
-            block, policy=_remat_policy(config.remat), prevent_cse=config.unroll > 1
+            block, policy=_remat_policy(config.remat), prevent_cse=config.layers_per_turn > 1
         )
     x = _embed(config, params, tokens, contexts[0].positions)
     if isinstance(params["layers"], tuple):  # from `decoding_params`
@@ -473,7 +473,7 @@ def _forward(
             each.append(one)
         return _final_norm(config, params, x), jax.tree.map(lambda *y: jnp.stack(y), *each)
     layers = params["layers"], np.array(config.windowed) if mixed else None
-    x, new = jax.lax.scan(block, x, layers, unroll=min(config.unroll, config.layers))
+    x, new = jax.lax.scan(block, x, layers, unroll=config.layers_per_turn)
     return _final_norm(config, params, x), new
 
 
