@@ -8,9 +8,9 @@ v_e = Var(e)/SP,
     Var(mean) = σ_a²/S + σ_b²/P + σ_e²/SP,   estimated by  v_s + max(0, v_p − v_e)
 
 A bootstrap of seeds and then prompts has about that variance, but its percentiles are too narrow:
-with five seeds it draws from five values as if there were no others. So an interval here is those
-percentiles, stretched to the estimated variance and to Student's t, whose degrees of freedom are
-Satterthwaite's, and never narrower than that of the seeds' means alone.
+with five seeds it draws from five values as if there were no others. So an interval here lies about
+the mean as those percentiles do, but is as wide as the estimated variance and Student's t make it,
+with Satterthwaite's degrees of freedom, and never narrower than that of the seeds' means alone.
 
 The language-as-fixed-effect fallacy (Clark, 1973), https://doi.org/10.1016/S0022-5371(73)80014-3
 The pigeonhole bootstrap (Owen, 2007), https://arxiv.org/abs/0712.1111
@@ -20,13 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import nan, sqrt
 
 import numpy as np
 from scipy.special import stdtr, stdtrit
 
 RESAMPLES = 2000
-_NORMAL = 1.959964  # the 97.5 % quantile
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ def estimate(outcomes: np.ndarray, floor: tuple[float, int] = (0.0, 0)) -> Estim
         ValueError: there is no outcome, or one that is not finite.
     """
     values = np.asarray(outcomes, np.float64)
-    values = values.reshape(len(values), -1)
     if not values.size or not np.isfinite(values).all():
         raise ValueError(f"need finite outcomes, got {values.shape} of them")
+    values = values.reshape(len(values), -1)
     mean, (seeds, prompts) = float(values.mean()), values.shape
     if seeds < 2:
         return Estimate(mean, nan, nan, nan, nan, seeds)
@@ -76,10 +76,9 @@ def estimate(outcomes: np.ndarray, floor: tuple[float, int] = (0.0, 0)) -> Estim
     tests = [(sqrt(total), of_both), (sqrt(by_seed), freedom)]
     reach = max(deviation * float(stdtrit(df, 0.975)) for deviation, df in tests)
     p = max(2 * float(stdtr(df, -abs(mean) / spread)) for spread, df in tests if spread)
-    drawn = _resample(values) - mean
-    spread = float(drawn.std())
-    ends = np.quantile(drawn, [0.025, 0.975]) / (_NORMAL * spread) if spread else (-1.0, 1.0)
-    low, high = (mean + reach * float(end) for end in ends)
+    below, above = np.quantile(_resample(values), [0.025, 0.975])
+    share = float((mean - below) / (above - below)) if above > below else 0.5
+    low, high = mean - 2 * reach * share, mean + 2 * reach * (1 - share)
     return Estimate(mean, deviation, low, high, p, seeds)
 
 
@@ -140,11 +139,15 @@ def _variances(values: np.ndarray) -> tuple[float, float]:
 
 def _resample(values: np.ndarray) -> np.ndarray:
     """[RESAMPLES] means of as many seeds, drawn with replacement, and then of as many prompts."""
-    random = np.random.default_rng(0)
-    seeds, prompts = (
-        random.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n for n in values.shape
-    )
+    seeds, prompts = (_shares(n, axis) for axis, n in enumerate(values.shape))
     return ((seeds @ values) * prompts).sum(1)
+
+
+@lru_cache(maxsize=16)
+def _shares(n: int, stream: int) -> np.ndarray:
+    """[RESAMPLES, n]: how often each of n is drawn in n draws with replacement, as shares."""
+    random = np.random.default_rng(stream)
+    return random.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
