@@ -12,6 +12,7 @@ from rlhf_jax.report.tables import format_seconds, print_table
 from rlhf_jax.stages.chain import default_workdir
 from rlhf_jax.sweep.grid import make_cells, parse_grid
 from rlhf_jax.sweep.jobs import Job, run_jobs
+from rlhf_jax.sweep.page import write_page
 from rlhf_jax.sweep.plan import Jobs, Sweep, check_grid, find_cell, make_jobs
 from rlhf_jax.sweep.results import Results, read_results, write_runs, write_tables
 from rlhf_jax.sweep.tables import COLUMNS, DIFFERENCES, differences_of, estimates, sentences
@@ -48,7 +49,7 @@ def run_sweep(given: argparse.Namespace) -> None:
         results = read_results(cells, baseline.name, jobs.runs, failed, given.metric)
         if not any(results.outcomes.values()):
             raise UserError(f"no run has finished: {next(iter(failed.values()))}")
-        fresh = None
+        fresh, everything = None, dict(jobs.runs)
         best = results.best
         if best and given.seeds > 1 and len(cells) > 1:
             chosen = [cell for cell in cells if cell.name in (best.name, baseline.name)]
@@ -57,10 +58,12 @@ def run_sweep(given: argparse.Namespace) -> None:
             print(f"the best so far, {best.name}, is run again on fresh seeds", flush=True)
             failed |= _run(again, directory, given.workers, rerun=given.rerun)
             fresh = read_results(chosen, baseline.name, again.runs, failed, results.metric)
-            jobs.runs |= again.runs
+            everything |= again.runs
         write_tables(directory, results, fresh)
-        write_runs(directory, cells, jobs.runs)
+        write_runs(directory, cells, everything)
         print_results(directory, results, fresh)
+        page = write_page(directory, source, results, fresh, jobs.runs)
+        print(f"report: {page}", flush=True)
     finally:
         os.ftruncate(lock, 0)
         os.close(lock)
@@ -96,4 +99,3 @@ def print_results(directory: Path, results: Results, fresh: Results | None) -> N
             print(f"{row.name}, seed {seed} failed: {why}")
     for line in sentences(results, fresh):
         print(line)
-    print(f"sweep: {directory}", flush=True)
