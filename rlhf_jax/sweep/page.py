@@ -172,7 +172,7 @@ def _band(runs: Sequence[Run], metric: str) -> dict[str, Any]:
     if not steps:
         return {"steps": []}
     mean, reach = values.mean(0), np.full(len(steps), nan)
-    if len(runs) > 1:
+    if len(runs) > 2:  # of two it would hide everything else
         reach = stdtrit(len(runs) - 1, 0.975) * values.std(0, ddof=1) / len(runs) ** 0.5
     band = {"mean": mean, "low": mean - reach, "high": mean + reach}
     return {

@@ -5,7 +5,7 @@ have been and of the prompts there could have been, so the variance of the mean 
 an outcome μ + a_s + b_p + e_sp, with v_s = Var(means of seeds)/S, v_p = Var(means of prompts)/P and
 v_e = Var(e)/SP,
 
-    Var(mean) = σ_a²/S + σ_b²/P + σ_e²/SP,   estimated by  v_s + max(0, v_p − v_e)
+    Var(mean) = σ_a²/S + σ_b²/P + σ_e²/SP,   estimated by  max(v_s + v_p − v_e, v_s, v_p)
 
 A bootstrap of seeds and then prompts has about that variance, but its percentiles are too narrow:
 with five seeds it draws from five values as if there were no others. So an interval here lies about
@@ -65,16 +65,15 @@ def estimate(outcomes: np.ndarray, floor: tuple[float, int] = (0.0, 0)) -> Estim
     mean, (seeds, prompts) = float(values.mean()), values.shape
     if seeds < 2:
         return Estimate(mean, nan, nan, nan, nan, seeds)
-    by_seed, by_prompt = _variances(values)
-    freedom = floor[1] or seeds - 1
-    by_seed = max(by_seed, floor[0])
+    by_seed, by_prompt, rest = _variances(values)
+    freedom, by_seed = floor[1] or seeds - 1, max(by_seed, floor[0])
     deviation = float(values.mean(1).std(ddof=1))
-    if by_seed + by_prompt == 0:
+    total = max(by_seed + by_prompt - rest, by_seed, by_prompt)
+    if total == 0:
         return Estimate(mean, deviation, mean, mean, float(mean == 0), seeds)
-    total = by_seed + by_prompt
-    of_both = total**2 / (by_seed**2 / freedom + by_prompt**2 / max(1, prompts - 1))
-    tests = [(sqrt(total), of_both), (sqrt(by_seed), freedom)]
-    reach = max(deviation * float(stdtrit(df, 0.975)) for deviation, df in tests)
+    parts = by_seed**2 / freedom + (total - by_seed) ** 2 / max(1, prompts - 1)
+    tests = [(sqrt(total), total**2 / parts), (sqrt(by_seed), freedom)]
+    reach = max(spread * float(stdtrit(df, 0.975)) for spread, df in tests)
     p = max(2 * float(stdtr(df, -abs(mean) / spread)) for spread, df in tests if spread)
     below, above = np.quantile(_resample(values), [0.025, 0.975])
     share = float((mean - below) / (above - below)) if above > below else 0.5
@@ -125,16 +124,16 @@ def _common_variance(cells: Sequence[Mapping[int, np.ndarray]]) -> tuple[float, 
     return 2 * float((left**2).sum()) / freedom / len(seeds), freedom
 
 
-def _variances(values: np.ndarray) -> tuple[float, float]:
-    """The parts of the variance of the mean of [S, P] that seeds and that prompts account for."""
+def _variances(values: np.ndarray) -> tuple[float, float, float]:
+    """v_s, v_p and v_e of outcomes [S, P]; the last two are 0 of a single prompt."""
     seeds, prompts = values.shape
     rows, columns = values.mean(1), values.mean(0)
     by_seed = float(rows.var(ddof=1)) / seeds
     if prompts == 1:
-        return by_seed, 0.0
+        return by_seed, 0.0, 0.0
     left = values - rows[:, None] - columns + values.mean()
     rest = float((left**2).sum()) / ((seeds - 1) * (prompts - 1)) / values.size
-    return by_seed, max(0.0, float(columns.var(ddof=1)) / prompts - rest)
+    return by_seed, float(columns.var(ddof=1)) / prompts, rest
 
 
 def _resample(values: np.ndarray) -> np.ndarray:
