@@ -36,6 +36,7 @@ CURVES = (
     ("eval/loss", "Loss, held out", "nats per token"),
     ("train/loss", "Loss", ""),
 )
+_BREAKS = {ord(","): ",\u200b", 0xA0: " "}
 SHOWN = 6  # cells whose curves are drawn, of more the best
 
 
@@ -92,7 +93,9 @@ _WHAT = (
 
 
 def _entry(title: str, columns: Sequence[str], rows: Sequence[Any], note: str) -> dict[str, Any]:
-    return {"title": title, "columns": columns, "rows": rows, "note": note}
+    """A table whose cells may be broken where it would be wider than a phone."""
+    texts = [[str(cell).translate(_BREAKS) for cell in row] for row in rows]
+    return {"title": title, "columns": columns, "rows": texts, "note": note, "fit": True}
 
 
 def _figures(results: Results, read: Mapping[str, Sequence[Run]], title: str) -> list[Plot]:
