@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,7 @@ def outcomes(run: Path, metric: str) -> tuple[np.ndarray, str]:
         UserError: the run has no such metric, or a broken file.
     """
     read = read_run(run)
-    if metric not in read.metrics:
-        known = [name for name in read.metrics if name.startswith("eval/")]
-        raise UserError(f"{run} has no metric {metric}; it has {', '.join(known)}")
+    check_metric(run, read.metrics, metric)
     mean, values, what = read.metrics[metric], np.zeros(0), ""
     if metric in ("eval/gold_reward", "eval/gold_win_rate"):
         scores = [[*sample.get("scores", {}).values()] for sample in read.samples]
@@ -47,6 +45,13 @@ def outcomes(run: Path, metric: str) -> tuple[np.ndarray, str]:
     if len(values) and abs(values.mean() - mean) < 1e-6:
         return values, what
     return np.array([mean]), ""
+
+
+def check_metric(run: Path, metrics: Mapping[str, float], metric: str) -> None:
+    """UserError if a run has no such metric; it names those of its evaluation."""
+    if metric not in metrics:
+        known = [name for name in metrics if name.startswith("eval/")]
+        raise UserError(f"{run} has no metric {metric}; it has {', '.join(known)}")
 
 
 def choose_metric(runs: Sequence[dict[str, Any]]) -> str:

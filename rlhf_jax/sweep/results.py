@@ -97,6 +97,11 @@ def read_results(
     summaries = {key: read_summary(job.directory) for key, job in done.items()}
     metric = metric or (choose_metric([*summaries.values()]) if done else "")
     read = {key: outcomes(job.directory, metric) for key, job in done.items()}
+    failed = dict(failed)
+    for key, (each, _) in list(read.items()):
+        if not np.isfinite(each).all():
+            failed[done[key]] = f"its {metric} is {each.mean()}"
+            del read[key]
     of = {what for _, what in read.values()}
     alike = len(of) == 1
     values: dict[str, dict[int, np.ndarray]] = {cell.name: {} for cell in cells}

@@ -12,6 +12,7 @@ from rlhf_jax.report.tables import format_seconds, print_table
 from rlhf_jax.stages.chain import default_workdir
 from rlhf_jax.sweep.grid import make_cells, parse_grid
 from rlhf_jax.sweep.jobs import Job, run_jobs
+from rlhf_jax.sweep.outcomes import check_metric
 from rlhf_jax.sweep.page import write_page
 from rlhf_jax.sweep.plan import Jobs, Sweep, check_grid, find_cell, make_jobs
 from rlhf_jax.sweep.results import Results, read_results, write_runs, write_tables
@@ -45,7 +46,7 @@ def run_sweep(given: argparse.Namespace) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     lock = acquire(directory / "lock")
     try:
-        failed = _run(jobs, directory, given.workers, rerun=given.rerun)
+        failed = _run(jobs, directory, given.workers, given.metric, rerun=given.rerun)
         results = read_results(cells, baseline.name, jobs.runs, failed, given.metric)
         if not any(results.outcomes.values()):
             raise UserError(f"no run has finished: {next(iter(failed.values()))}")
@@ -56,7 +57,7 @@ def run_sweep(given: argparse.Namespace) -> None:
             more, again = range(given.seeds, 2 * given.seeds), Jobs()
             make_jobs(sweep, chosen, more, again)
             print(f"the best so far, {best.name}, is run again on fresh seeds", flush=True)
-            failed |= _run(again, directory, given.workers, rerun=given.rerun)
+            failed |= _run(again, directory, given.workers, results.metric, rerun=given.rerun)
             fresh = read_results(chosen, baseline.name, again.runs, failed, results.metric)
             everything |= again.runs
         write_tables(directory, results, fresh)
@@ -69,8 +70,12 @@ def run_sweep(given: argparse.Namespace) -> None:
         os.close(lock)
 
 
-def _run(jobs: Jobs, directory: Path, workers: int, *, rerun: bool) -> dict[Job, str]:
-    """Runs shared parents, each on all cores, and then the rest; returns what failed, and why."""
+def _run(jobs: Jobs, directory: Path, workers: int, metric: str, *, rerun: bool) -> dict[Job, str]:
+    """Runs shared parents, each on all cores, and then the rest; returns what failed, and why.
+
+    Raises:
+        UserError: a shared parent failed, or the first run has no such metric.
+    """
     runs, total = jobs.seeded, len(jobs.runs)
     print(f"{total} runs in {directory}, {workers} at a time", flush=True)
     further = ("--rerun",) if rerun else ()
@@ -82,7 +87,10 @@ def _run(jobs: Jobs, directory: Path, workers: int, *, rerun: bool) -> dict[Job,
 
     def tell(job: Job) -> None:
         if job in jobs.runs.values():
-            seconds = format_seconds(read_summary(job.directory)["wall_seconds"])
+            summary = read_summary(job.directory)
+            if metric:
+                check_metric(job.directory, summary["metrics"], metric)
+            seconds = format_seconds(summary["wall_seconds"])
             print(f"{next(counted)} of {total}: {job.name} is done ({seconds})", flush=True)
 
     return run_jobs(runs, workers, logs, tell, further)

@@ -122,6 +122,14 @@ def test_a_failed_cell_is_a_row_that_says_why_and_never_the_best(swept):
     assert nothing.best is None and "none is called the best" in sentences(nothing, None)[0]
 
 
+def test_a_run_whose_metric_is_no_number_has_failed(swept):
+    path = swept.runs[swept.cells[1].name, 0].directory / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["metrics"]["eval/kl"] = float("nan")
+    path.write_text(json.dumps(summary))
+    assert read(swept, "eval/kl").rows[1].failures == {0: "its eval/kl is nan"}
+
+
 def test_less_is_better_of_some_metrics(swept):
     assert read(swept, "eval/kl").best.name == "beta=0.05,name=sigmoid"
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -193,7 +194,7 @@ def children_in(folder: Path) -> list[int]:
 
 @pytest.mark.slow
 def test_whatever_is_killed_the_table_is_the_same_to_the_last_bit(tiny, tmp_path):
-    """The driver is killed six times, its children six times."""
+    """The driver is killed six times, its children at least four times."""
     grid = "--grid=loss.beta=0.1,0.5; optimizer.learning_rate=1e-2,1e30"  # the last one diverges
     flags = [f"--config={tiny}:preference", grid, "--seeds=2", "--metric=eval/gold_reward"]
     whole, killed = tmp_path / "whole" / "abl", tmp_path / "killed" / "abl"
@@ -204,13 +205,13 @@ def test_whatever_is_killed_the_table_is_the_same_to_the_last_bit(tiny, tmp_path
     dice, kills = random.Random(0), {"driver": 0, "child": 0}
     while True:
         process = sweeping(*flags, f"--workdir={killed}")
-        if kills["driver"] == 6:
+        if kills["driver"] >= 6 and kills["child"] >= 4:
             output, _ = process.communicate(timeout=1200)
             assert process.returncode == 0, output
             break
         time.sleep(dice.uniform(3, 12))
         for pid in children_in(killed.parent)[: dice.randint(0, 2)]:
-            if kills["child"] < 6:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
                 kills["child"] += 1
         if process.poll() is None:
@@ -219,4 +220,3 @@ def test_whatever_is_killed_the_table_is_the_same_to_the_last_bit(tiny, tmp_path
         kills["driver"] += 1
     for name in ("cells.csv", "outcomes.csv"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
-    assert kills["child"] > 0
