@@ -8,6 +8,9 @@ Parents are run once, beside the sweep's directory, and shared; a seed changes t
 data, what is sampled and what is initialised, not them. The best cell is run again on seeds that it
 was not chosen by. Flags of `rlhf_jax.main`, such as --config.train.steps=40, are of every run.
 
+With --search optuna proposes the cells, and with --engine=slurm runs are jobs of a cluster
+(requirements-sweep.txt); --workers is how many are in its queue.
+
 Whatever is killed, the same command goes on. Exit codes: 0 done, also where runs have failed, of
 which the table says why; 75 stopped but resumable, 2 the user's mistake, 1 a bug.
 """
@@ -44,6 +47,11 @@ def _parser() -> _Parser:
     option("--metric", default="", help="what is compared (default: the report's first)")
     option("--baseline", default="", help="the cell that others are compared with: the first")
     option("--max-cells", type=int, default=64, help="more are refused (default: %(default)s)")
+    option("--search", default="", help='"field=low..high[:log]; field=value,value", by optuna')
+    option("--trials", type=int, default=20, help="of a search (default: %(default)s)")
+    option("--storage", help="a journal that searches share (default: search.journal)")
+    option("--engine", choices=("cores", "slurm"), default="cores", help="where runs take place")
+    option("--slurm", default="", help="slurm_partition=gpu,timeout_min=60, … of submitit")
     option("--rerun", action="store_true", help="run again what has changed")
     return parser
 
@@ -52,7 +60,7 @@ def command(given: argparse.Namespace) -> None:
     """Runs what is missing of a sweep, and shows what it came to."""
     from rlhf_jax.sweep.sweep import run_sweep
 
-    for name, least in (("seeds", 1), ("workers", 1), ("max_cells", 1)):
+    for name, least in (("seeds", 1), ("workers", 1), ("max_cells", 1), ("trials", 1)):
         if getattr(given, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}")
     run_sweep(given)

@@ -26,7 +26,7 @@ class Cell:
         return [f"--config.{field}={value}" for field, value in self.values.items()]
 
 
-def parse_grid(text: str) -> dict[str, list[str]]:
+def parse_grid(text: str, flag: str = "--grid") -> dict[str, list[str]]:
     """{dotted field: values} of "loss.beta=0.05,0.1; loss.name=sigmoid,ipo".
 
     A value with a comma or semicolon in it stands in double quotes; so does one that is empty.
@@ -35,17 +35,17 @@ def parse_grid(text: str) -> dict[str, list[str]]:
         UserError: a field without values, named twice, or with the same value twice.
     """
     grid: dict[str, list[str]] = {}
-    for part in filter(str.strip, _split(text, ";")):
+    for part in filter(str.strip, _split(text, ";", flag)):
         field, equals, values = part.partition("=")
         field = field.strip().removeprefix("--").removeprefix("config.")
-        texts = [value.strip() for value in _split(values, ",")]
+        texts = [value.strip() for value in _split(values, ",", flag)]
         if not equals or not field or "" in texts:
-            raise UserError(f"--grid: {part.strip()!r} is no field=value,value")
+            raise UserError(f"{flag}: {part.strip()!r} is no field=value,value")
         texts = [value.replace('"', "") for value in texts]
         if field == "seed":
-            raise UserError("--grid: seeds are set by --seeds")
+            raise UserError(f"{flag}: seeds are set by --seeds")
         if field in grid or len(set(texts)) < len(texts):
-            raise UserError(f"--grid: {field} is named twice, or has a value twice")
+            raise UserError(f"{flag}: {field} is named twice, or has a value twice")
         grid[field] = texts
     return grid
 
@@ -83,9 +83,9 @@ def cell_name(shorts: Mapping[str, str], values: Mapping[str, str]) -> str:
     return name or "all"
 
 
-def _split(text: str, separator: str) -> list[str]:
+def _split(text: str, separator: str, flag: str) -> list[str]:
     """The parts of a text between separators that are not in double quotes."""
     parts = re.split(rf'{separator}(?=(?:[^"]*"[^"]*")*[^"]*$)', text)
     if text.count('"') % 2:
-        raise UserError(f"--grid: {text.strip()!r} has a quote that does not end")
+        raise UserError(f"{flag}: {text.strip()!r} has a quote that does not end")
     return parts

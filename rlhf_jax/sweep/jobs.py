@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from rlhf_jax.main import parse
 from rlhf_jax.stages.chain import default_workdir, prepare
 from rlhf_jax.stages.identity import made_from
 from rlhf_jax.stopping import stop_point
+from rlhf_jax.sweep.engines import Engine, Process, on_cores
 from rlhf_jax.training.origin import config_hash
 from rlhf_jax.training.run_lock import is_held
 from rlhf_jax.training.rundir import SUMMARY
@@ -75,6 +75,7 @@ def run_jobs(
     logs: Path,
     tell: Callable[[Job], None],
     further: Sequence[str] = (),
+    engine: Engine = on_cores,
 ) -> dict[Job, str]:
     """Runs what is not done yet, and what it needs first; returns why each one failed that did.
 
@@ -85,6 +86,7 @@ def run_jobs(
         logs: the folder of what each run prints, by the job's name.
         tell: called with each job that is done.
         further: flags of every run that is started.
+        engine: starts them.
 
     Raises:
         Preempted: a stop was asked for; the children have stopped too, and can be continued.
@@ -102,7 +104,7 @@ def run_jobs(
                 elif free and done.issuperset(job.needs):
                     pending.remove(job)
                     log = logs / f"{job.name}.log"
-                    running.append(_Running(job, free.pop(0), log, further))
+                    running.append(_Running(job, free.pop(0), log, further, engine))
             for each in list(running):
                 if (why := each.look()) is not None:
                     running.remove(each)
@@ -126,10 +128,12 @@ def run_jobs(
 class _Running:
     """A job that takes place: in a child, or in another process that holds its directory."""
 
-    def __init__(self, job: Job, cores: set[int], log: Path, further: Sequence[str]) -> None:
+    def __init__(
+        self, job: Job, cores: set[int], log: Path, further: Sequence[str], engine: Engine
+    ) -> None:
         self.job, self.cores, self.log, self.further = job, cores, log, further
-        self.tries = 0
-        self.child: subprocess.Popen[bytes] | None = None
+        self.engine, self.tries = engine, 0
+        self.child: Process | None = None
 
     def look(self) -> str | None:
         """None while it goes on, "" once it is done, or why it failed."""
@@ -157,37 +161,15 @@ class _Running:
 
     def _start(self) -> None:
         self.tries += 1
-        command = [*COMMAND, *self.job.flags, *self.further]
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with _pinned(self.cores), open(self.log, "wb") as log:
-            self.child = subprocess.Popen(
-                [*command, f"--workdir={self.job.directory}"],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C in a terminal is for the sweep, which tells it
-            )
-
-
-@contextmanager
-def _pinned(cores: set[int]) -> Iterator[None]:
-    """Within it this process, and what it starts, may use these cores only; any if there are none.
-
-    They are inherited: a child that set its own could have started its threads already.
-    """
-    if not cores:
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
+        flags = [*self.job.flags, *self.further, f"--workdir={self.job.directory}"]
+        self.child = self.engine([*COMMAND, *flags], self.log, self.cores)
 
 
 def _last_words(log: Path) -> str:
     """The last line of a log that says why, else the last one."""
+    if not log.exists():
+        return ""
     lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines()]
     lines = [line for line in lines if line]
     why = [line for line in lines if line.startswith(("error: ", "stopped: "))]

@@ -22,7 +22,7 @@ from rlhf_jax.report.tables import METRICS
 from rlhf_jax.sweep.grid import short_names
 from rlhf_jax.sweep.jobs import Job
 from rlhf_jax.sweep.results import Results
-from rlhf_jax.sweep.tables import COLUMNS, DIFFERENCES, differences_of, estimates, sentences
+from rlhf_jax.sweep.tables import COLUMNS, DIFFERENCES, differences_of, estimates
 
 # Of metrics.jsonl, with a title and a unit.
 CURVES = (
@@ -46,12 +46,16 @@ def write_page(
     results: Results,
     fresh: Results | None,
     runs: Mapping[tuple[str, int], Job],
+    told: Sequence[str],
+    trials: Sequence[Sequence[Any]] = (),
 ) -> Path:
     """Writes report.html of a sweep and returns its path.
 
     Args:
         source: "experiments/file.py[:variant]".
         runs: the jobs of `results` by cell's name and seed.
+        told: sentences that say what it means.
+        trials: of a search: (cell, steps, value, why it failed).
     """
     read: dict[str, list[Run]] = {
         name: [read_run(runs[name, seed].directory) for seed in seeds]
@@ -66,7 +70,8 @@ def write_page(
         sweep=directory.resolve().name,
         source=source,
         metric=title,
-        sentences=sentences(results, fresh),
+        sentences=told,
+        trials=trials and _entry("Trials", ("cell", "steps", results.metric, "failed"), trials, ""),
         plots=_figures(results, read, title),
         cells=_entry(f"{results.metric}, by cell", COLUMNS, estimates(results), _WHAT[0]),
         fresh=fresh and _entry("On fresh seeds", COLUMNS, estimates(fresh), _WHAT[1]),

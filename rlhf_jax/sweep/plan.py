@@ -20,6 +20,7 @@ class Sweep:
 
     Attributes:
         source: "experiments/file.py[:variant]". flags: of `rlhf_jax.main`, of every run.
+        cells: those that are run, or of a search some that have all values that it may propose.
         seeds_from: the stage from which on runs have seeds of their own; "": the sweep's own.
         directory: the sweep's; parents that its runs share lie beside it.
     """
@@ -27,14 +28,8 @@ class Sweep:
     source: str
     flags: tuple[str, ...]
     cells: tuple[Cell, ...]
-    seeds: tuple[int, ...]
     directory: Path
     seeds_from: str = ""
-
-    @property
-    def baseline(self) -> Cell:
-        """The cell that others are compared with."""
-        return self.cells[0]
 
 
 @dataclass
@@ -150,4 +145,5 @@ def _parent(sweep: Sweep, source: str, seed: int, jobs: Jobs, lineage: tuple[str
         name = f"{shared.name},seed={seed}"
         flags.append(f"--config.seed={seed}")
         return Job(name, tuple(flags), sweep.directory / "parents" / name, needs)
-    return jobs.shared.setdefault(source, Job(shared.name, (f"--config={source}",), shared))
+    before = tuple(jobs.shared[each] for each in named.values() if each in jobs.shared)
+    return jobs.shared.setdefault(source, Job(shared.name, (f"--config={source}",), shared, before))

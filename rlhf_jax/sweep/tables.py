@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rlhf_jax.report.tables import METRICS, format_seconds
+from rlhf_jax.sweep.outcomes import is_less_better
 from rlhf_jax.sweep.results import SIGNIFICANT, Results
 
 COLUMNS = ("cell", "seeds", "mean", "sd", "95 %", "of prompts alone", "time")
@@ -49,26 +50,40 @@ def sentences(results: Results, fresh: Results | None) -> list[str]:
         return [
             f"{best.name} has the best mean; with a single seed or cell nothing can be said of it."
         ]
-    again, told = fresh.row(best.name), []
-    if again.estimate is None or again.failures:
-        return [f"{best.name} has the best mean, but it failed on fresh seeds."]
-    e = again.estimate
-    told.append(
-        f"Best: {best.name}. On {e.seeds} fresh seeds it has {_format(results, e.mean)} "
-        f"({_interval(results, e.low, e.high)}); on those it was chosen by, "
-        f"{_format(results, best.estimate.mean)}."  # type: ignore[union-attr]
-    )
-    if again.difference:
-        d, p = again.difference
-        verdict = "it is better" if p < SIGNIFICANT else "that may be chance"
+    told = _on_fresh_seeds(fresh, best.name)
+    told[0] = f"Best: {best.name}. {told[0]}"
+    if best.estimate:
+        mean = _format(results, best.estimate.mean)
+        told.append(f"On the seeds that it was chosen by it had {mean}.")
+    if alike := results.equals_of(best.name):
+        told.append(f"Not told apart from it by those seeds: {'; '.join(alike)}.")
+    return told
+
+
+def of_search(fresh: Results, best: str, trials: int) -> list[str]:
+    """What a search has found, in words, from seeds that none of its trials had."""
+    first, *others = _on_fresh_seeds(fresh, best)
+    return [f"Best of {trials} trials: {best}. {first}", *others]
+
+
+def _on_fresh_seeds(fresh: Results, best: str) -> list[str]:
+    """What a cell has on seeds that it was not chosen by, and how much over the baseline."""
+    row = fresh.row(best)
+    if row.estimate is None or row.failures:
+        return ["It failed on fresh seeds, so that it is not called the best."]
+    e = row.estimate
+    within = f" ({_interval(fresh, e.low, e.high)})" if e.seeds > 1 else ""
+    told = [f"On {e.seeds} fresh seeds it has {_format(fresh, e.mean)}{within}."]
+    if row.difference:
+        d, p = row.difference
+        better = (d.mean < 0) == is_less_better(fresh.metric)
+        verdict = "that may be chance"
+        if p < SIGNIFICANT:
+            verdict = "it is better" if better else "it is worse"
         told.append(
-            f"Over {results.baseline}, on the same fresh seeds: "
-            f"{_format(results, d.mean, signed=True)} "
-            f"({_interval(results, d.low, d.high, signed=True)}), p = {p:.3f}: {verdict}."
+            f"Over {fresh.baseline}, on the same seeds: {_format(fresh, d.mean, signed=True)} "
+            f"({_interval(fresh, d.low, d.high, signed=True)}), p = {p:.3f}: {verdict}."
         )
-    alike = results.equals_of(best.name)
-    if alike:
-        told.append(f"Not told apart from it by these seeds: {'; '.join(alike)}.")
     return told
 
 

@@ -19,7 +19,7 @@ from rlhf_jax.sweep.jobs import Job
 from rlhf_jax.sweep.outcomes import choose_metric, is_less_better, outcomes
 from rlhf_jax.sweep.page import write_page
 from rlhf_jax.sweep.results import read_results, write_runs, write_tables
-from rlhf_jax.sweep.tables import differences_of, estimates, sentences
+from rlhf_jax.sweep.tables import differences_of, estimates, of_search, sentences
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 EFFECTS = {"0.05": 0.0, "0.1": 0.3, "0.5": 0.1}
@@ -150,6 +150,7 @@ def test_the_best_is_told_on_fresh_seeds(swept):
     fresh = read_results(chosen, swept.cells[0].name, runs, {}, "eval/gold_reward")
     told = " ".join(sentences(results, fresh))
     assert "Best: beta=0.1,name=sigmoid. On 3 fresh seeds it has" in told
+    assert "Best of 9 trials: beta=0.1,name=sigmoid. On 3" in of_search(fresh, chosen[1].name, 9)[0]
     assert "it is better." in told
     assert "with a single seed or cell" in sentences(results, None)[0]
     write_tables(swept.directory, results, fresh)
@@ -167,7 +168,9 @@ def test_the_best_is_told_on_fresh_seeds(swept):
 
 def test_the_page_has_everything_and_texts_stay_texts(swept):
     results = read(swept, "eval/gold_reward")
-    page = write_page(swept.directory, "experiments/dpo.py", results, None, swept.runs)
+    page = write_page(
+        swept.directory, "experiments/dpo.py", results, None, swept.runs, ["a sentence"]
+    )
     text = page.read_text("utf-8")
     assert text.count("<figure>") == 4  # intervals, parallel coordinates, clouds, one curve
     assert "&lt;b&gt;diverged" in text and "<b>diverged" not in text
@@ -194,7 +197,9 @@ def test_figures_have_every_point_in_their_data():
 @pytest.mark.parametrize("width", [390, 1200])
 def test_nothing_is_wider_than_the_window(swept, tmp_path, width):
     results = read(swept, "eval/gold_reward")
-    page = write_page(swept.directory, "experiments/dpo.py", results, None, swept.runs)
+    page = write_page(
+        swept.directory, "experiments/dpo.py", results, None, swept.runs, ["a sentence"]
+    )
     frame = tmp_path / "frame.html"
     frame.write_text(
         f"<iframe src='{page.as_uri()}' style='width:{width}px;height:900px'></iframe><script>"

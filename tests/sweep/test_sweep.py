@@ -83,9 +83,9 @@ def test_a_second_sweep_is_told_who_holds_the_directory(tiny, tmp_path, capsys):
 
 
 def planned(tiny: str, directory: Path, seeds_from: str = "") -> Jobs:
-    sweep = Sweep(f"{tiny}:preference", (), (Cell("all", {}),), (0, 1), directory, seeds_from)
+    sweep = Sweep(f"{tiny}:preference", (), (Cell("all", {}),), directory, seeds_from)
     jobs = Jobs()
-    make_jobs(sweep, sweep.cells, sweep.seeds, jobs)
+    make_jobs(sweep, sweep.cells, (0, 1), jobs)
     return jobs
 
 
