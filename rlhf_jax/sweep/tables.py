@@ -33,8 +33,8 @@ def differences_of(results: Results) -> list[list[str]]:
             row.name,
             _format(results, each.mean, signed=True),
             _interval(results, each.low, each.high, signed=True),
-            f"{each.p:.3f}",
-            f"{adjusted:.3f}",
+            _format_p(each.p),
+            _format_p(adjusted),
         ]
         for row in results.rows
         for each, adjusted in ([row.difference] if row.difference else [])
@@ -82,7 +82,7 @@ def _on_fresh_seeds(fresh: Results, best: str) -> list[str]:
             verdict = "it is better" if better else "it is worse"
         told.append(
             f"Over {fresh.baseline}, on the same seeds: {_format(fresh, d.mean, signed=True)} "
-            f"({_interval(fresh, d.low, d.high, signed=True)}), p = {p:.3f}: {verdict}."
+            f"({_interval(fresh, d.low, d.high, signed=True)}), p {_format_p(p, '= ')}: {verdict}."
         )
     return told
 
@@ -94,6 +94,10 @@ def _format(results: Results, value: float, *, signed: bool = False) -> str:
         "–" if value != value else format(value, ("+" if signed else "") + spec.replace("1%", "3f"))
     )
     return text.replace("-", "\u2212")
+
+
+def _format_p(p: float, equals: str = "") -> str:
+    return "–" if p != p else "< 0.001" if p < 0.001 else f"{equals}{p:.3f}"
 
 
 def _interval(results: Results, low: float, high: float, *, signed: bool = False) -> str:
