@@ -121,7 +121,7 @@ def _figures(results: Results, read: Mapping[str, Sequence[Run]], title: str) ->
     ]
     fields = list(dict.fromkeys(field for row in results.rows for field in row.values))
     shorts = short_names(fields)
-    if fields:
+    if fields and all({*fields} == {*row.values} for row, _ in known):
         axes = {
             shorts[field]: list(dict.fromkeys(row.values[field] for row, _ in known))
             for field in fields

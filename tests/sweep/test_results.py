@@ -14,7 +14,7 @@ import pytest
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.report.cells import draw_bands, draw_intervals
-from rlhf_jax.sweep.grid import make_cells, parse_grid
+from rlhf_jax.sweep.grid import Cell, make_cells, parse_grid
 from rlhf_jax.sweep.jobs import Job
 from rlhf_jax.sweep.outcomes import choose_metric, is_less_better, outcomes
 from rlhf_jax.sweep.page import write_page
@@ -175,6 +175,15 @@ def test_the_page_has_everything_and_texts_stay_texts(swept):
     assert text.count("<figure>") == 4  # intervals, parallel coordinates, clouds, one curve
     assert "&lt;b&gt;diverged" in text and "<b>diverged" not in text
     assert "<script" not in text and "src=" not in text
+
+
+def test_a_cell_that_sets_no_field_has_no_place_among_parallel_coordinates(swept):
+    swept.cells[0] = Cell(swept.cells[0].name, {})  # as a search's config as it is
+    page = write_page(
+        swept.directory, "x", read(swept, "eval/kl"), None, swept.runs, [], [["a", 16, "–", "why"]]
+    )
+    text = page.read_text("utf-8")
+    assert "parallel" not in text and "<caption>Trials</caption>" in text
 
 
 def test_figures_have_every_point_in_their_data():
