@@ -183,7 +183,7 @@ def test_a_cell_that_sets_no_field_has_no_place_among_parallel_coordinates(swept
         swept.directory, "x", read(swept, "eval/kl"), None, swept.runs, [], [["a", 16, "–", "why"]]
     )
     text = page.read_text("utf-8")
-    assert "parallel" not in text and "<caption>Trials</caption>" in text
+    assert "Cells as parallel" not in text and "<caption>Trials</caption>" in text
 
 
 def test_figures_have_every_point_in_their_data():
