@@ -135,6 +135,15 @@ def test_nor_do_many_more_of_them(settings, without_intervals):
     assert share <= 0.055  # 5 % but for chance
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", [{}, {"of_seeds": 0.015, "left": 0.3}], ids=str)
+@pytest.mark.parametrize("seeds", [3, 5, 8])
+def test_power_grows_with_seeds(seeds, noise, without_intervals):
+    share = found_in(2000, effect=0.05, seeds=seeds, **noise)
+    print(seeds, "seeds", noise, share)
+    assert share >= {3: 0.2, 5: 0.5, 8: 0.85}[seeds]
+
+
 @pytest.mark.parametrize("settings", [{}, {"seeds": 8, "of_seeds": 0.015, "left": 0.3}], ids=str)
 def test_an_effect_of_five_points_is_found_four_times_of_five(settings, without_intervals):
     assert found_in(200, effect=0.05, **settings) >= 0.8
