@@ -1,6 +1,8 @@
-"""Compares runs: `python -m rlhf_jax.compare runs/ppo runs/grpo runs/dpo [--out=compare.html]`.
+"""Compares runs: `python -m rlhf_jax.compare runs/ppo runs/grpo 'runs/abl/*' [--out=compare.html]`.
 
-Prints a table and writes a self-contained page. Exit codes: 0 done, 2 the user's mistake, 1 a bug.
+Prints a table and writes a self-contained page. Runs that differ in their seed alone stand as one;
+what a pattern matches that is no run is left out. Exit codes: 0 done, 2 the user's mistake, 1 a
+bug.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ def compare_runs(given: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (default: this process's) and returns the exit code."""
     parser = Parser(prog="python -m rlhf_jax.compare", description="Sets runs side by side.")
-    parser.add_argument("runs", nargs="+", help="run directories")
+    parser.add_argument("runs", nargs="+", help="run directories, or patterns")
     parser.add_argument("--out", default="compare.html", help="the page (default: %(default)s)")
     return run(parser, compare_runs, argv)
 

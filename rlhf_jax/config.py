@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, config_dict
 
 from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.losses.checks import check_choice
+from rlhf_jax.own_code import make_variant
 
 _TYPES = {"float": float, "int": int, "str": str, "bool": bool}
 _LARGEST = 3.4028234663852886e38  # of float32
@@ -99,12 +100,13 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def variants(table: Mapping[str, type]) -> dict[str, Any]:
+def variants(table: Mapping[str, type], base: type) -> dict[str, Any]:
     """Metadata of a field that holds a dataclass of `table`, chosen by the section's `name`.
 
-    Its options are spelled as fields of the section itself.
+    Its options are spelled as fields of the section itself. Where the section's `file` names a
+    function of the user's, it is a dataclass that calls it, a subclass of `base`.
     """
-    return {"variants": table}
+    return {"variants": table, "base": base}
 
 
 def others(prefix: str) -> dict[str, Any]:
@@ -157,6 +159,9 @@ def build(section: type, given: Mapping[str, Any], path: str) -> Any:
                 rest = {}
             elif "variants" in each.metadata:
                 name, table = values.get("name", own["name"].default), each.metadata["variants"]
+                if file := values.get("file"):
+                    made = make_variant(file, f"{path}.file", each.metadata["base"])
+                    name, table = file, {file: made}
                 _check_variant(name, table, list(rest), path)
                 values[each.name] = part = build(table[name], rest, path)
                 for name, value in vars(part).items():
@@ -187,7 +192,7 @@ def _check_variant(name: str, table: Mapping[str, type], options: Sequence[str],
         if stated not in known:
             having = [other for other, kind in table.items() if stated in own_fields(kind)]
             raise UserError(
-                f"config: {path}.{stated} is an option of {', '.join(having)}; {name!r} "
+                f"config: {path}.{stated} is an option of {', '.join(having) or 'none'}; {name!r} "
                 f"has no option {stated}, only {', '.join(known) or 'those of all'}"
             )
 

@@ -17,8 +17,9 @@ BOUNDS = {
     "functions over 80 lines": 0,
     "functions over 8 parameters": 3,
     "functions over 10 parameters": 0,
-    "fields of all stages": 118,
-    "fields of PPO": 76,
+    # 2 more: the user's own loss and advantage, loss.file and advantage.file.
+    "fields of all stages": 120,
+    "fields of PPO": 78,
     "files that name a policy loss": 4,
     "files that name an advantage": 9,
     "functions on the walk of beta": 17,
@@ -49,7 +50,8 @@ def test_a_count_is_of_what_is_there(tmp_path, monkeypatch):
     (tmp_path / "core.py").write_text(f"def f(self, a, *b, c=1, **d):\n{body}\n")
     monkeypatch.setattr(house, "PACKAGE", tmp_path)
     assert [*house.functions()] == [house.Function("core.py", "f", 62, 4)]
-    assert house.lines() == {"core": 62, "tasks": 1, "hub": 0, "report": 0, "oracle": 0, "plan": 0}
+    assert house.lines() == {"core": 62, "tasks": 1, "hub": 0, "report": 0, "oracle": 0, "plan": 0,
+                             "sweep": 0}  # fmt: skip
     assert house.files_that_name({"gae"}) == {"tasks/set.py"}
 
 

@@ -1,5 +1,8 @@
 """Several runs on one page: reward against KL, their numbers, configurations and answers.
 
+Runs that differ in their seed alone stand as one, with the mean of each number and its standard
+deviation over them.
+
 The files of each run directory are read as `run_files.py` says; the points of its frontier are
 those of the first of these that has any:
 
@@ -11,7 +14,12 @@ those of the first of these that has any:
 
 from __future__ import annotations
 
+import glob
+import json
 import os
+import re
+import shutil
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite, sqrt
@@ -25,13 +33,21 @@ from rlhf_jax.report.frontier import draw_frontier, find_peak
 from rlhf_jax.report.page import render_page
 from rlhf_jax.report.report import SAMPLES
 from rlhf_jax.report.run_files import Run, flatten, read_run
-from rlhf_jax.report.tables import format_metric, join_turns, make_printable, print_table
+from rlhf_jax.report.tables import (
+    format_metric,
+    format_seconds,
+    join_turns,
+    make_printable,
+    print_table,
+)
 
 COLUMNS = (
     "run", "stage", "steps", "wall time", "gold reward", "proxy reward", "√KL", "KL",
     "peak gold", "at KL", "gold win rate", "response length",
 )  # fmt: skip
 REWARDS = {"gold": "eval/gold_reward", "proxy": "eval/proxy_reward"}
+_SEED = re.compile(r"[-_,. ]*seed[=_-]?\d+")
+_LABEL, _COLUMN = 18, 14  # characters of the console's table
 
 
 @dataclass(frozen=True)
@@ -39,7 +55,7 @@ class Comparison:
     """The contents of the page.
 
     Attributes:
-        names: the runs'.
+        names: the runs', or those of seeds together.
         rows: a run's cells in the order of COLUMNS, for each run.
         plot: the frontier; None where no run has points.
         fields, partial: a config field and its text in every run, where runs differ: the fields
@@ -61,19 +77,27 @@ def compare(workdirs: Sequence[str | os.PathLike[str]]) -> Comparison:
     Raises:
         UserError: when one is no run directory, is named twice, or holds a broken file.
     """
-    runs = read_runs(workdirs)
-    points = {name: read_frontier(name, run) for name, run in runs.items()}
-    series = {name: each for name, each in points.items() if each["kl"]}
+    groups = group_seeds(read_runs(workdirs))
+    runs = {name: next(iter(seeds.values())) for name, seeds in groups.items()}
+    points = {
+        name: [read_frontier(each, run) for each, run in seeds.items()]
+        for name, seeds in groups.items()
+    }
+    means = {name: _mean_frontier(each) for name, each in points.items()}
+    series = {name: each for name, each in means.items() if each["kl"]}
     plot = None
     if series:
         plot = draw_frontier("Gold and proxy reward against √KL", series=series, wide=True)
         if without := [name for name in runs if name not in series]:
             note = f"No KL to the reference was measured of {', '.join(without)}."
             plot = replace(plot, note=note)
-    fields, partial = find_config_differences({name: run.config for name, run in runs.items()})
+    configs = {name: run.config for name, run in runs.items()}
+    if any(len(seeds) > 1 for seeds in groups.values()):
+        configs = {name: _without_seed(config) for name, config in configs.items()}
+    fields, partial = find_config_differences(configs)
     return Comparison(
         names=list(runs),
-        rows=[format_run(name, run, points[name]) for name, run in runs.items()],
+        rows=[format_runs(name, [*groups[name].values()], points[name]) for name in groups],
         plot=plot,
         fields=fields,
         partial=partial,
@@ -100,15 +124,39 @@ def write_comparison(comparison: Comparison, path: str | os.PathLike[str]) -> Pa
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """Prints the table, with a column for each run."""
+    """Prints the table, with a column for each run, in parts where they are too many for a line."""
     across = zip(COLUMNS, zip(*comparison.rows, strict=True), strict=True)
-    rows = [(label, *map(make_printable, cells)) for label, cells in across]
-    print_table("Comparison", ["", *map(make_printable, comparison.names)], rows[1:])
+    rows = [(label, *map(make_printable, cells)) for label, cells in across][1:]
+    names, each = [*map(make_printable, comparison.names)], shutil.get_terminal_size().columns
+    each = max(1, (each - _LABEL) // _COLUMN)
+    for start in range(0, len(names), each):
+        part = slice(start + 1, start + 1 + each)
+        shown = [[label, *cells[start : start + each]] for label, *cells in rows]
+        print_table("Comparison", ["", *["", *names][part]], shown)
 
 
 def read_runs(workdirs: Sequence[str | os.PathLike[str]]) -> dict[str, Run]:
-    """Reads the runs, by the name of their directory, or its path where two have one name."""
-    paths = [Path(workdir) for workdir in workdirs]
+    """Reads the runs, by the name of their directory, or its path where two have one name.
+
+    A pattern such as "runs/abl/*" stands for what it matches. What is there and is no run is left
+    out, which is said.
+
+    Raises:
+        UserError: a path does not exist or is named twice, a pattern matches nothing, or none of it
+            is a run.
+    """
+    matched: list[Path] = []
+    for workdir in map(str, workdirs):
+        found = [workdir] if os.path.exists(workdir) else sorted(glob.glob(workdir))
+        if not found and glob.has_magic(workdir):
+            raise UserError(f"{workdir} matches nothing")
+        matched += map(Path, found or [workdir])
+    skipped = [path for path in matched if path.exists() and not (path / "config.json").is_file()]
+    paths = [path for path in matched if path not in skipped]
+    if skipped and not paths:
+        raise UserError(f"{skipped[0]} is not a run directory: it has no config.json")
+    if skipped:
+        print(f"left out, being no runs: {', '.join(map(str, skipped))}", flush=True)
     places = [path.resolve() for path in paths]
     names = [place.name for place in places]
     runs: dict[str, Run] = {}
@@ -135,39 +183,102 @@ def read_frontier(name: str, run: Run) -> dict[str, Any]:
     return {"kl": kl, **rewards, "bound": False}
 
 
-def format_run(name: str, run: Run, points: Mapping[str, Any]) -> list[str]:
-    """Returns a run's line of the table, in the order of `COLUMNS`.
+def group_seeds(runs: Mapping[str, Run]) -> dict[str, dict[str, Run]]:
+    """{name: runs by their names} of those whose configs differ in the seed alone, in their order.
+
+    Several are named after the first, without its seed, and their number.
+    """
+    groups: dict[str, dict[str, Run]] = {}
+    for name, run in runs.items():
+        key = json.dumps(_without_seed(run.config), sort_keys=True)
+        groups.setdefault(key, {})[name] = run
+    named: dict[str, dict[str, Run]] = {}
+    for seeds in groups.values():
+        first, *others = seeds
+        if others:
+            first = f"{re.sub(_SEED, '', first) or first}, {len(seeds)} seeds"
+        named[first if first not in named else ", ".join(seeds)] = seeds
+    return named
+
+
+def _without_seed(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name != "seed"}
+
+
+def _mean_frontier(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The frontier of a run, or of several with as many points each the mean of theirs."""
+    if len(points) == 1 or len({len(each["kl"]) for each in points}) > 1:
+        return dict(points[0])
+    keys = [key for key in ("kl", *REWARDS) if all(each.get(key) for each in points)]
+    means = {
+        key: [
+            statistics.fmean(map(to_float, values))
+            for values in zip(*(each[key] for each in points), strict=True)
+        ]
+        for key in keys
+    }
+    return {"kl": [], "bound": points[0]["bound"]} | means
+
+
+def format_runs(name: str, runs: Sequence[Run], points: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the line of a run, or of several that differ in their seed, as `COLUMNS` has it.
 
     Rewards and KL are those of the frontier's last point, or without a frontier the summary's. The
-    summary's may be of greedy answers, not sampled ones, or even of another model.
+    summary's may be of greedy answers, not sampled ones, or even of another model. Several runs
+    have the mean ± standard deviation of each number over those that have it.
     """
+    numbers = [_numbers_of(run, each) for run, each in zip(runs, points, strict=True)]
+    bound = bool(points[0]["kl"]) and points[0]["bound"]
+
+    def show(key: str, metric: str) -> str:
+        values = [each[key] for each in numbers if isfinite(each[key])]
+        if len(values) < 2:
+            return format_metric(metric, values[0] if values else None)
+        spread = format_metric(metric, statistics.stdev(values))
+        return f"{format_metric(metric, statistics.fmean(values))} ± {spread}"
+
+    def show_kl(key: str) -> str:
+        text = show(key, "eval/kl")
+        return f"≤ {text}" if bound and text != "–" else text
+
+    wins, low, high = (show(f"wins{end}", "eval/gold_win_rate") for end in ("", "_low", "_high"))
+    alone = len(runs) == 1 and "–" not in (low, high)
+    seconds = [run.summary["wall_seconds"] for run in runs if "wall_seconds" in run.summary]
+    return [
+        name,
+        str(runs[0].summary.get("stage", "–")),
+        " or ".join(dict.fromkeys(run.steps for run in runs)),
+        format_seconds(sum(seconds) if len(seconds) == len(runs) else None),
+        *(show(key, metric) for key, metric in REWARDS.items()),
+        show_kl("root"),
+        show_kl("kl"),
+        show("peak", REWARDS["gold"]),
+        show_kl("at"),
+        f"{wins} ({low} – {high})" if alone else wins,
+        show("length", "eval/response_length"),
+    ]
+
+
+def _numbers_of(run: Run, points: Mapping[str, Any]) -> dict[str, float]:
+    """What `format_runs` shows of a run, NaN for what it has not."""
     metrics = run.metrics
     if points["kl"]:
         final = {key: to_float((points.get(key) or [None])[-1]) for key in ("kl", *REWARDS)}
     else:
         names = {"kl": "eval/kl", **REWARDS}
         final = {key: to_float(metrics.get(metric)) for key, metric in names.items()}
-    kl, bound = final["kl"], bool(points["kl"]) and points["bound"]
-    peak, gold = None, points.get("gold") or []
-    if len(gold) > 1:  # a single point has no peak
-        peak = find_peak(gold)
-    rate = "eval/gold_win_rate"
-    wins, low, high = (
-        format_metric(rate, to_float(metrics.get(rate + end))) for end in ("", "_low", "_high")
-    )
-    return [
-        name,
-        str(run.summary.get("stage", "–")),
-        run.steps,
-        run.wall,
-        *(format_metric(metric, final[key]) for key, metric in REWARDS.items()),
-        _format_kl(sqrt(max(0.0, kl)) if isfinite(kl) else kl, bound),
-        _format_kl(kl, bound),
-        "–" if peak is None else format_metric(REWARDS["gold"], to_float(gold[peak])),
-        "–" if peak is None else _format_kl(to_float(points["kl"][peak]), points["bound"]),
-        wins if "–" in (low, high) else f"{wins} ({low} – {high})",
-        format_metric("eval/response_length", to_float(metrics.get("eval/response_length"))),
-    ]
+    kl, gold = final["kl"], points.get("gold") or []
+    peak = find_peak(gold) if len(gold) > 1 else None  # a single point has no peak
+    return final | {
+        "root": sqrt(max(0.0, kl)) if isfinite(kl) else kl,
+        "peak": to_float(None if peak is None else gold[peak]),
+        "at": to_float(None if peak is None else points["kl"][peak]),
+        "length": to_float(metrics.get("eval/response_length")),
+        **{
+            f"wins{end}": to_float(metrics.get(f"eval/gold_win_rate{end}"))
+            for end in ("", "_low", "_high")
+        },
+    }
 
 
 def find_config_differences(
@@ -226,8 +337,3 @@ def _check_frontier(name: str, points: Any) -> dict[str, Any]:
             raise UserError(f"{file}: frontier.{key}: {error}") from error
         frontier[key] = values
     return frontier
-
-
-def _format_kl(value: float, bound: bool) -> str:
-    text = format_metric("eval/kl", value)
-    return f"≤ {text}" if bound and text != "–" else text

@@ -92,7 +92,7 @@ def open_axes(
     import matplotlib
     from matplotlib.figure import Figure
 
-    data = _write_csv(header, rows)
+    data = csv_text(header, rows)
     salt = hashlib.sha256(f"{title}\n{data}".encode()).hexdigest()
     buffer = io.StringIO()
     style: Any = {**STYLE, "svg.hashsalt": salt}
@@ -167,7 +167,8 @@ def _clean_svg(text: str, title: str) -> str:
     return text.replace("<svg", attributes, 1)
 
 
-def _write_csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def csv_text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Returns a CSV whose texts no spreadsheet takes for formulas."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(map(_guard_cell, header))

@@ -121,7 +121,7 @@ def print_table(
     console.print(Text(make_printable(title), style="bold"), soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
     for i, heading in enumerate(columns):
-        table.add_column(Text(heading), justify="right" if i else "left")
+        table.add_column(Text(heading), justify="right" if i else "left", overflow="fold")
     for label, *values in rows:
         table.add_row(Text(str(label)), *map(Text, format_numbers(values)))
     console.print(table)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.config import Config
+from rlhf_jax.errors import UserError
 from rlhf_jax.losses.advantages import (
     gae,
     group_advantages,
@@ -39,6 +40,7 @@ from rlhf_jax.losses.shaping import (
     overlong_penalty,
     token_rewards,
 )
+from rlhf_jax.own_code import load_function
 from rlhf_jax.rl.layout import Array, Rollout
 from rlhf_jax.training.metrics import Metrics
 
@@ -120,7 +122,14 @@ def advantages(
     if config.kl.placement == "reward":
         kl = kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, config.kl.estimator)
     rewards = token_rewards(shape_scores(config, rollout), mask, kl, coefficient=coefficient)
-    result, returns = ADVANTAGES[options.name](config, rollout, rewards, mask)
+    own = load_function(options.file, "advantage.file") if options.file else None
+    result, returns = (own or ADVANTAGES[options.name])(config, rollout, rewards, mask)
+    if own and not result.shape == returns.shape == mask.shape:
+        shapes = f"{result.shape} and {returns.shape}"
+        raise UserError(
+            f"{options.file} returned the shapes {shapes} where advantages and returns of "
+            f"{mask.shape} are needed"
+        )
     mean = _mean(result, mask)
     metrics = {
         "advantages/mean": mean,

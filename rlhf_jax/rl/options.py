@@ -9,12 +9,14 @@ from typing import Any
 
 from rlhf_jax.config import Only, option, variants
 from rlhf_jax.losses.advantages import BASELINES, SCALES
-from rlhf_jax.losses.policy import AGGREGATIONS, LEVELS, OBJECTIVES
+from rlhf_jax.losses.policy import AGGREGATIONS, LEVELS, OBJECTIVES, Objective
 from rlhf_jax.losses.shaping import EOS_MODES, ESTIMATORS
+from rlhf_jax.own_code import load_function
 from rlhf_jax.rewards.ensemble import COMBINATIONS
 from rlhf_jax.rl.objectives import ADVANTAGES, PLACEMENTS
 from rlhf_jax.training.optimizer import OptimizerConfig
 
+NO_FILE = Only("file", ("",), told="file empty")
 _GROUP = Only("name", ("group",))
 _MODEL = Only("scorers", containing="model")
 _FUNCTION = Only("scorers", containing=".py:")
@@ -142,7 +144,9 @@ class KlOptions:
 class AdvantageOptions:
     """How rewards become the factors of log-probs: losses/advantages.py."""
 
-    name: str = option("gae", choices=tuple(ADVANTAGES))  # gae, reward_to_go, group, remax
+    # gae, reward_to_go, group, remax
+    name: str = option("gae", choices=tuple(ADVANTAGES), only=NO_FILE)
+    file: str = ""  # "mine.py:centred": a function of yours in the place of one by name
     # Discount per token.
     gamma: float = option(1.0, within="[0, 1]", only=Only("name", ("gae", "reward_to_go")))
     # How far the critic's errors carry: 1 trusts rewards alone, 0 the next value alone.
@@ -153,13 +157,20 @@ class AdvantageOptions:
     scale: str = option("none", choices=SCALES, only=_GROUP)  # none, group, batch
     whiten: bool = False  # to mean 0 and deviation 1 over all tokens
 
+    def settled(self) -> AdvantageOptions:
+        """These options, of no name where there is a file; UserError for one that is none."""
+        if self.file:
+            load_function(self.file, "advantage.file")
+        return dataclasses.replace(self, name="") if self.file else self
+
 
 @dataclass(frozen=True)
 class PolicyOptions:
     """The loss: an objective of losses/policy.py, and terms beside it."""
 
-    name: str = "ppo"  # one of `OBJECTIVES`
-    objective: Any = field(default=None, metadata=variants(OBJECTIVES))
+    name: str = option("ppo", only=NO_FILE)  # one of `OBJECTIVES`
+    objective: Any = field(default=None, metadata=variants(OBJECTIVES, Objective))
+    file: str = ""  # "mine.py:clipped": a function of yours in the place of one by name
     aggregation: str = option("token_mean", choices=AGGREGATIONS)  # of tokens' losses
     entropy_coefficient: float = option(0.0, within="[0, inf)")  # of the bonus, per nat
     # Corrects for the sampler's log-probs, by token or by sequence.

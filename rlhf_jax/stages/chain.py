@@ -150,7 +150,7 @@ def prepare(given: ConfigDict, stated: Sequence[str] = ()) -> Config:
     if given.stage not in STAGES:
         raise UserError(f"config.stage = {given.stage!r}: choose one of {', '.join(STAGES)}")
     for name in stated:
-        if line := unknown_field(given.stage, name):
+        if line := unknown_field(given.stage, name, given):
             raise UserError(f"in the command line: {line}")
     if given.stage not in PARENTLESS and not given.get("init", {}).get("policy"):
         raise UserError("config: init.policy is empty; set --config.init.policy=/path/to/model")

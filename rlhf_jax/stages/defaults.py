@@ -16,10 +16,11 @@ from rlhf_jax import config as options
 from rlhf_jax.config import Config, option, others, variants
 from rlhf_jax.data.encode import check_stripped_turns
 from rlhf_jax.errors import UserError, nearest
-from rlhf_jax.losses.preference import LOSSES
+from rlhf_jax.losses.preference import LOSSES, PreferenceLoss
 from rlhf_jax.models.config import Shape
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.rl.options import (
+    NO_FILE,
     AdvantageOptions,
     BestOfNOptions,
     CriticOptions,
@@ -146,8 +147,9 @@ class SftLoss(LanguageLoss):
 class PreferenceOptions:
     """A loss of losses/preference.py."""
 
-    name: str = "sigmoid"  # one of `LOSSES`
-    objective: Any = field(default=None, metadata=variants(LOSSES))
+    name: str = option("sigmoid", only=NO_FILE)  # one of `LOSSES`
+    objective: Any = field(default=None, metadata=variants(LOSSES, PreferenceLoss))
+    file: str = ""  # "mine.py:cauchy": a function of yours in the place of a loss by name
     # Of the SFT term added to any loss; rpo, cpo and orpo have their own: leave it 0.
     sft_coefficient: float = option(0.0, within="[0, inf)")
 
@@ -445,7 +447,7 @@ def resolve(config: ConfigDict) -> Config:
             nearest that there is, or a field's value is wrong.
     """
     for name in options.leaves(config):
-        if line := unknown_field(config.stage, name):
+        if line := unknown_field(config.stage, name, config):
             raise UserError(f"config: {line}")
     sections = {
         name: options.build(section, config[name], name)
@@ -465,9 +467,13 @@ def has_field(stage: str, name: str) -> bool:
     return kind is not None and (member or last in options.field_names(kind))
 
 
-def unknown_field(stage: str, name: str) -> str | None:
-    """A line about a dotted name that is no field of the stage: who reads it, or the nearest."""
-    if has_field(stage, name):
+def unknown_field(stage: str, name: str, given: Mapping[str, Any] | None = None) -> str | None:
+    """A line about a dotted name that is no field of the stage: who reads it, or the nearest.
+
+    The options of a loss that `given` names by `loss.file` are known once its file is read.
+    """
+    of_file = name.startswith("loss.") and given and given.get("loss", {}).get("file")
+    if has_field(stage, name) or of_file:
         return None
     readers = [each for each in STAGES if has_field(each, name)]
     if name in GONE:

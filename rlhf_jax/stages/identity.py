@@ -66,10 +66,14 @@ def _contents(config: Config) -> dict[str, str]:
     template = getattr(config.data, "chat_template", "")
     if template.endswith(".jinja"):
         contents[f"data.chat_template: {template}"] = file_digest(Path(template))
-    for name in parse_rewards(config.reward.scorers) if config.reward else ():
-        if ".py:" in name:
-            for file in _with_imports(Path(name.rpartition(":")[0])):
-                contents[f"reward.scorers: {file}"] = file_digest(file)
+    scorers = parse_rewards(config.reward.scorers) if config.reward else ()
+    own = [("reward.scorers", name) for name in scorers if ".py:" in name]
+    for section in ("loss", "advantage"):
+        if target := getattr(getattr(config, section), "file", ""):
+            own.append((f"{section}.file", target))
+    for field, target in own:
+        for file in _with_imports(Path(target.rpartition(":")[0])):
+            contents[f"{field}: {file}"] = file_digest(file)
     return {name: digest for name, digest in contents.items() if digest}
 
 

@@ -52,6 +52,21 @@ def acquire(path: Path) -> int:
         return descriptor
 
 
+def is_held(path: Path) -> bool:
+    """Whether a living process of this host holds the lock that a file is."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _alive(_holder(path).get("pid"))
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _holder(path: Path) -> dict[str, Any]:
     try:
         holder = json.loads(path.read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -17,6 +18,8 @@ from rlhf_jax.report.comparison import (
     compare,
     find_config_differences,
     find_shared_samples,
+    print_comparison,
+    read_runs,
     write_comparison,
 )
 from rlhf_jax.report.run_files import Run
@@ -106,6 +109,62 @@ def test_shared_samples():
         [("a", "ours"), ("b", "theirs")], [("b", "z"), ("c", "z")]
     ]  # fmt: skip
     assert shared[0]["scores"] == {"a": 0.5}
+
+
+def seeded(runs: list[Path], folder: Path) -> Path:
+    """Three seeds of the first run, as a sweep leaves them, beside files of another kind."""
+    sweep = folder / "abl"
+    for seed, gold in enumerate((0.7, 0.74, 0.78)):
+        run = sweep / f"beta=0.1,name=a_rather_long_name,seed={seed}"
+        shutil.copytree(runs[0], run)
+        config = json.loads((run / "config.json").read_text()) | {"seed": seed}
+        (run / "config.json").write_text(json.dumps(config))
+        lines = (run / "metrics.jsonl").read_text().replace("0.74", str(gold))
+        (run / "metrics.jsonl").write_text(lines)
+    (sweep / "logs").mkdir()
+    (sweep / "cells.csv").write_text("")
+    return sweep
+
+
+def test_seeds_stand_as_one_with_their_mean_and_deviation(rl_runs, tmp_path):
+    sweep = seeded(rl_runs, tmp_path)
+    both = compare([*sorted(sweep.glob("beta*")), rl_runs[1]])
+    assert both.names == ["beta=0.1,name=a_rather_long_name, 3 seeds", "grpo"]
+    assert both.rows[0][2:8] == [
+        "100", "3 min 45 s", "0.740 ± 0.040", "1.000 ± 0.000", "3.00 ± 0.00", "9.00 ± 0.00"
+    ]  # fmt: skip
+    assert both.rows[0][10] == "70.0\u00a0% ± 0.0\u00a0%"
+    mean = both.plot.csv.splitlines()[-4].split(",")[-2]  # at the last point
+    assert float(mean) == pytest.approx(0.74)
+    assert not any(field[0] == "seed" for field in both.fields + both.partial)
+    alone = compare([next(sweep.glob("beta*"))])
+    assert alone.names == ["beta=0.1,name=a_rather_long_name,seed=0"]
+
+
+def test_a_pattern_stands_for_the_runs_it_matches(rl_runs, tmp_path, capsys):
+    sweep = seeded(rl_runs, tmp_path)
+    assert len(read_runs([f"{sweep}/*"])) == 3
+    left_out = capsys.readouterr().out
+    assert left_out == f"left out, being no runs: {sweep}/cells.csv, {sweep}/logs\n"
+    with pytest.raises(UserError, match="matches nothing"):
+        read_runs([f"{tmp_path}/nothing*"])
+    with pytest.raises(UserError, match="logs is not a run directory"):
+        read_runs([sweep / "logs"])
+
+
+def test_long_names_are_whole_on_a_narrow_console(rl_runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    paths = []
+    for i in range(9):
+        paths.append(tmp_path / f"cauchy_with_width_{i}")
+        shutil.copytree(rl_runs[0], paths[-1])
+        config = json.loads((paths[-1] / "config.json").read_text()) | {"width": i}
+        (paths[-1] / "config.json").write_text(json.dumps(config))
+    print_comparison(compare(paths))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
+    assert sum("Comparison" in line for line in lines) == 3  # 4, 4 and 1 of 9
+    assert sum(line.strip().startswith("stage") for line in lines) == 3
 
 
 def test_the_page_is_self_contained_and_text_stays_text(rl_runs, tmp_path):

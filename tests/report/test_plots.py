@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from rlhf_jax.report.curves import draw_curves, draw_training_curves
-from rlhf_jax.report.figure import _write_csv
+from rlhf_jax.report.figure import csv_text
 from rlhf_jax.report.plots import draw
 
 SPECS = [
@@ -72,8 +72,8 @@ def test_csv_holds_every_point_and_no_formula():
     plot = draw_curves("t", {"=cmd()": ([1, 2], [-0.5, None])})
     assert plot.csv == "series,step,value\n'=cmd(),1,-0.5\n'=cmd(),2,\n"
     rows = [[f"{start}1"] for start in "=+-@\t\r"]
-    assert _write_csv(["a-1"], rows[:5]) == "a-1\n'=1\n'+1\n'-1\n'@1\n'\t1\n"
-    assert _write_csv(["x\r=cmd()"], rows[5:]) == '"x\n=cmd()"\n"\'\n1"\n'
+    assert csv_text(["a-1"], rows[:5]) == "a-1\n'=1\n'+1\n'-1\n'@1\n'\t1\n"
+    assert csv_text(["x\r=cmd()"], rows[5:]) == '"x\n=cmd()"\n"\'\n1"\n'
 
 
 FRONTIER, BEST_OF_N, ORACLE = ({"title": "t", **spec} for spec in SPECS[-3:])

@@ -133,7 +133,7 @@ def test_options_are_recorded_with_their_defaults(tmp_path):
     assert document(resolve(same))["loss"]["clip_high"] == 0.28
     simpo = dpo.get_config()
     simpo.loss.name = "simpo"
-    expected = {"name": "simpo", "beta": 0.1, "gamma": 0.5, "sft_coefficient": 0.3}
+    expected = {"name": "simpo", "file": "", "beta": 0.1, "gamma": 0.5, "sft_coefficient": 0.3}
     assert document(resolve(simpo))["loss"] == expected
 
 

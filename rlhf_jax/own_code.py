@@ -1,0 +1,82 @@
+"""Functions of the user's own that run in this process: losses and advantages, "mine.py:cauchy"."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.child import load_module
+from rlhf_jax.errors import UserError, mistake_in, nearest
+
+
+@functools.cache
+def load_function(target: str, field: str) -> Callable[..., Any]:
+    """The function that a field names as "path.py:name"; its file is run once.
+
+    What it raises later is a UserError with the line of that file.
+
+    Raises:
+        UserError: there is no such file or function, or the file raises.
+    """
+    path, _, name = target.rpartition(":")
+    if not path.endswith(".py") or not Path(path).is_file():
+        raise UserError(f"config: {field} = {target!r}: there is no file {path or target}")
+    folder = str(Path(path).resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        module = load_module(path)
+    except Exception as error:
+        raise mistake_in(path, error) or error from error
+    function = getattr(module, name, None)
+    if not inspect.isfunction(function):
+        functions = [each for each, _ in inspect.getmembers(module, inspect.isfunction)] or ["none"]
+        near = nearest(name, functions)
+        raise UserError(f"config: {path} has no function {name!r}; did you mean {near}?")
+
+    @functools.wraps(function)
+    def told(*arguments: Any, **options: Any) -> Any:
+        try:
+            return function(*arguments, **options)
+        except Exception as error:
+            raise mistake_in(path, error) or error from error
+
+    return told
+
+
+def make_variant(target: str, field: str, base: type) -> type:
+    """A subclass of the dataclass `base` that calls a function; its options are the class's fields.
+
+    A function (arrays, *, width=1.0) has the option width beside those of `base`, which it is given
+    too if it names them. It returns as many values as the first of the arrays has.
+
+    Raises:
+        UserError: as `load_function`, or an option has no default.
+    """
+    function = load_function(target, field)
+    _, *options = inspect.signature(function).parameters.values()
+    known = {each.name for each in dataclasses.fields(base)}
+    added = [each for each in options if each.name not in known]
+    for each in added:
+        if not isinstance(each.default, bool | int | float | str):
+            raise UserError(f"config: {target}: its option {each.name} needs a default, a number")
+
+    def call(self: Any, given: Any) -> Any:
+        result = function(given, **{each.name: getattr(self, each.name) for each in options})
+        shape = getattr(getattr(result, "values", result), "shape", None)
+        if shape != given[0].shape:
+            raise UserError(
+                f"{target} returned {'no array' if shape is None else f'the shape {shape}'} where "
+                f"{given[0].shape} is needed: each value apart, they are averaged later"
+            )
+        return result
+
+    fields = [(e.name, type(e.default).__name__, e.default) for e in added]
+    namespace = {"__call__": call, "__doc__": function.__doc__}
+    name = target.rpartition(":")[2]
+    return dataclasses.make_dataclass(name, fields, bases=(base,), frozen=True, namespace=namespace)

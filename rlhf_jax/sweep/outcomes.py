@@ -1,0 +1,75 @@
+"""What finished runs came to, prompt by prompt where their files keep that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax.digests import json_digest
+from rlhf_jax.errors import UserError
+from rlhf_jax.report.run_files import read_run
+from rlhf_jax.report.tables import METRICS
+
+# Of these less is better, of all others more.
+LESS = ("loss", "bpb", "ece", "kl")
+
+
+def outcomes(run: Path, metric: str) -> tuple[np.ndarray, str]:
+    """(the values [P] of which a metric of a finished run is the mean, what they are of).
+
+    Prompts have values of the gold reward and of wins (ties ½), held-out pairs of accuracy (ties
+    ½); of any other metric there is the one number, [1], of "". Two runs can be compared value by
+    value if they are of the same: what they are of holds a digest of the prompts.
+
+    Raises:
+        UserError: the run has no such metric, or a broken file.
+    """
+    read = read_run(run)
+    check_metric(run, read.metrics, metric)
+    mean, values, what = read.metrics[metric], np.zeros(0), ""
+    if metric in ("eval/gold_reward", "eval/gold_win_rate"):
+        scores = [[*sample.get("scores", {}).values()] for sample in read.samples]
+        if scores and all(len(each) > 1 for each in scores):
+            theirs, ours = np.array([each[-2:] for each in scores]).T
+            values = ours if metric == "eval/gold_reward" else _wins(ours - theirs, 1e-9)
+            what = f"prompts {json_digest([sample['prompt'] for sample in read.samples])}"
+    elif metric == "eval/accuracy":
+        figures = (each.get("values", {}) for each in read.evaluation.get("plots", []))
+        pairs = next((each for each in figures if {*each} == {"chosen", "rejected"}), None)
+        if pairs:
+            values = _wins(np.array(pairs["chosen"]) - np.array(pairs["rejected"]), 0.0)
+            what = f"{len(values)} pairs of {read.config['data']['validation']}"
+    if len(values) and abs(values.mean() - mean) < 1e-6:
+        return values, what
+    return np.array([mean]), ""
+
+
+def check_metric(run: Path, metrics: Mapping[str, float], metric: str) -> None:
+    """UserError if a run has no such metric; it names those of its evaluation."""
+    if metric not in metrics:
+        known = [name for name in metrics if name.startswith("eval/")]
+        raise UserError(f"{run} has no metric {metric}; it has {', '.join(known)}")
+
+
+def choose_metric(runs: Sequence[dict[str, Any]]) -> str:
+    """The first of the report's metrics that every summary of the runs has.
+
+    Raises:
+        UserError: there is none.
+    """
+    for name in METRICS:
+        if name.startswith("eval/") and all(name in run["metrics"] for run in runs):
+            return name
+    raise UserError("the runs have no metric in common; name one with --metric")
+
+
+def is_less_better(metric: str) -> bool:
+    """Whether the smaller of two values of a metric is the better one."""
+    return metric.rpartition("/")[2] in LESS
+
+
+def _wins(difference: np.ndarray, tolerance: float) -> np.ndarray:
+    return (difference > tolerance) + 0.5 * (np.abs(difference) <= tolerance)

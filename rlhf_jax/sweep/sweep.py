@@ -1,0 +1,214 @@
+"""A sweep from its command line to its table and page: of a grid, or of what a search proposes."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.main import parse
+from rlhf_jax.report.tables import format_metric, format_seconds, print_table
+from rlhf_jax.stages.chain import default_workdir
+from rlhf_jax.sweep.engines import Engine, on_cluster, on_cores
+from rlhf_jax.sweep.grid import Cell, make_cells, parse_grid
+from rlhf_jax.sweep.jobs import Job, run_jobs
+from rlhf_jax.sweep.outcomes import check_metric
+from rlhf_jax.sweep.page import write_page
+from rlhf_jax.sweep.plan import Jobs, Sweep, check_grid, find_cell, make_jobs
+from rlhf_jax.sweep.results import Results, read_results, write_runs, write_tables
+from rlhf_jax.sweep.search import Search, corners, parse_space, search
+from rlhf_jax.sweep.tables import (
+    COLUMNS,
+    DIFFERENCES,
+    differences_of,
+    estimates,
+    of_search,
+    sentences,
+)
+from rlhf_jax.training.run_lock import acquire
+from rlhf_jax.training.summary import read_summary
+
+AS_IT_IS = Cell("as-it-is", {})  # the config without what a search sets
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """How jobs are run: where, how many at a time, and with which flags beside their own."""
+
+    directory: Path
+    workers: int
+    engine: Engine
+    further: tuple[str, ...]
+
+    def run(self, jobs: Jobs, metric: str) -> dict[Job, str]:
+        """Runs shared parents, each on all cores, then the rest; returns what failed, and why.
+
+        Raises:
+            UserError: a shared parent failed, or the first run has no such metric.
+        """
+        runs, total, logs = jobs.seeded, len(jobs.runs), self.directory / "logs"
+        print(f"{total} runs in {self.directory}, {self.workers} at a time", flush=True)
+        shared = [*jobs.shared.values()]
+        lost = run_jobs(shared, 1, logs, lambda job: None, self.further, self.engine)
+        for job, why in lost.items():
+            raise UserError(f"{job.name}, a parent of all, failed: {why} ({logs}/{job.name}.log)")
+        counted = iter(range(1, total + 1))
+
+        def tell(job: Job) -> None:
+            if job in jobs.runs.values():
+                summary = read_summary(job.directory)
+                if metric:
+                    check_metric(job.directory, summary["metrics"], metric)
+                seconds = format_seconds(summary["wall_seconds"])
+                print(f"{next(counted)} of {total}: {job.name} is done ({seconds})", flush=True)
+
+        return run_jobs(runs, self.workers, logs, tell, self.further, self.engine)
+
+
+def run_sweep(given: argparse.Namespace) -> None:
+    """Runs what is missing of a sweep, prints its table and writes its files.
+
+    Args:
+        given: the flags of `rlhf_jax.sweep`; those of `rlhf_jax.main` in `rest`.
+
+    Raises:
+        UserError: a mistake in the grid or the config, before anything runs; another sweep works in
+            the directory; a shared parent failed, or no run has finished.
+    """
+    config, source, _, others = parse(given.rest)
+    if others.preflight or others.coordinator:
+        raise UserError("--preflight and --coordinator are of rlhf_jax.main")
+    if given.search and (given.grid or given.baseline or not given.metric):
+        raise UserError("--search needs --metric, and has no --grid and no --baseline")
+    default = default_workdir(source, Path("runs"))
+    directory = Path(given.workdir or default.with_name(f"{default.name}-sweep"))
+    flags = tuple(flag for flag in given.rest if flag.startswith(("--config.", "--noconfig.")))
+    space = parse_space(given.search) if given.search else {}
+    cells = [AS_IT_IS, *corners(space)] if space else make_cells(parse_grid(given.grid))
+    sweep = Sweep(source, flags, tuple(cells), directory, given.seeds_from)
+    baseline = find_cell(cells, given.baseline) if given.baseline else cells[0]
+    check_grid(sweep, given.max_cells)
+    make_jobs(sweep, cells, range(1), Jobs())  # a parent that cannot be had is told here
+    engine: Engine = on_cores
+    if given.engine == "slurm":
+        engine = on_cluster(directory / "slurm", _options(given.slurm))
+    further = ("--rerun",) if given.rerun else ()
+    runner = _Runner(directory, given.workers, engine, further)
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = acquire(directory / "lock")
+    try:
+        if not space:
+            run_grid(sweep, runner, baseline, given.seeds, given.metric)
+        else:
+            storage = Path(given.storage or directory / "search.journal")
+            study = Search(storage, directory, given.metric, config.train.steps)
+            measure = _Measure(sweep, runner, given.metric)
+            search(study, space, given.trials, given.workers, measure)
+            confirm(sweep, runner, study, given.seeds, given.metric)
+    finally:
+        os.ftruncate(lock, 0)
+        os.close(lock)
+
+
+def run_grid(sweep: Sweep, runner: _Runner, baseline: Cell, seeds: int, metric: str) -> None:
+    """Runs every cell with every seed, then the best one and the baseline with as many others."""
+    jobs, cells = Jobs(), sweep.cells
+    make_jobs(sweep, cells, range(seeds), jobs)
+    failed = runner.run(jobs, metric)
+    results = read_results(cells, baseline.name, jobs.runs, failed, metric)
+    if not any(results.outcomes.values()):
+        raise UserError(f"no run has finished: {next(iter(failed.values()))}")
+    fresh, everything = None, dict(jobs.runs)
+    best = results.best
+    if best and seeds > 1 and len(cells) > 1:
+        chosen = [cell for cell in cells if cell.name in (best.name, baseline.name)]
+        again = Jobs()
+        make_jobs(sweep, chosen, range(seeds, 2 * seeds), again)
+        print(f"the best so far, {best.name}, is run again on fresh seeds", flush=True)
+        failed |= runner.run(again, results.metric)
+        fresh = read_results(chosen, baseline.name, again.runs, failed, results.metric)
+        everything |= again.runs
+    write_tables(sweep.directory, results, fresh)
+    write_runs(sweep.directory, cells, everything)
+    told = sentences(results, fresh)
+    print_results(sweep.directory, results, told)
+    page = write_page(sweep.directory, sweep.source, results, fresh, jobs.runs, told)
+    print(f"report: {page}", flush=True)
+
+
+def confirm(sweep: Sweep, runner: _Runner, study: Search, seeds: int, metric: str) -> None:
+    """Runs the best cell of a search, and the config as it is, with seeds that no trial had."""
+    best, trials = study.best(), study.trials()
+    if best is None:
+        raise UserError(f"no trial has finished: {next((why for *_, why in trials if why), '')}")
+    jobs, cells = Jobs(), [AS_IT_IS, best]
+    make_jobs(sweep, cells, range(1, seeds + 1), jobs)
+    print(f"the best of {len(trials)} trials, {best.name}, is run on fresh seeds", flush=True)
+    failed = runner.run(jobs, metric)
+    results = read_results(cells, AS_IT_IS.name, jobs.runs, failed, metric)
+    write_tables(sweep.directory, results, None)
+    write_runs(sweep.directory, cells, jobs.runs)
+    rows = [[cell, steps, format_metric("", value), why] for cell, steps, value, why in trials]
+    print_table("Trials", ("cell", "steps", metric, "failed"), rows)
+    told = of_search(results, best.name, len(trials))
+    print_results(sweep.directory, results, told)
+    page = write_page(sweep.directory, sweep.source, results, None, jobs.runs, told, rows)
+    print(f"report: {page}", flush=True)
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """What cells have that are run for so many steps, with the seed 0."""
+
+    sweep: Sweep
+    runner: _Runner
+    metric: str
+
+    def __call__(self, cells: list[tuple[Cell, int]]) -> list[float | str]:
+        """The metric of each; a text where a run failed, and why."""
+        jobs = Jobs()
+        for cell, steps in cells:
+            at = Cell(f"{cell.name},steps={steps}", {**cell.values, "train.steps": str(steps)})
+            make_jobs(self.sweep, [at], range(1), jobs)
+        failed = self.runner.run(jobs, self.metric) if cells else {}
+        values: list[float | str] = []
+        for cell, steps in cells:
+            job = jobs.runs[f"{cell.name},steps={steps}", 0]
+            if job in failed:
+                values.append(failed[job])
+            else:
+                value = read_summary(job.directory)["metrics"][self.metric]
+                values.append(value if value == value else f"its {self.metric} is {value}")
+        return values
+
+
+def _options(text: str) -> dict[str, Any]:
+    """{name: value} of "slurm_partition=gpu,timeout_min=60"; what is no literal is a text."""
+    options: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise UserError(f"--slurm: {part!r} is no name=value")
+        try:
+            options[name.strip()] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            options[name.strip()] = value
+    return options
+
+
+def print_results(directory: Path, results: Results, told: Sequence[str]) -> None:
+    """Prints the tables, a row a cell, and the sentences that say what they mean."""
+    print_table(f"{results.metric}, {directory}", COLUMNS, estimates(results))
+    compared = differences_of(results)
+    if compared:
+        print_table(f"Over {results.baseline}", DIFFERENCES, compared)
+    for row in results.rows:
+        for seed, why in row.failures.items():
+            print(f"{row.name}, seed {seed} failed: {why}")
+    for line in told:
+        print(line)

@@ -1,0 +1,222 @@
+"""A sweep on the command line: what it refuses, what it runs, and that it survives being killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from rlhf_jax.sweep import jobs as pool
+from rlhf_jax.sweep.__main__ import main
+from rlhf_jax.sweep.grid import Cell, cell_name, make_cells, parse_grid
+from rlhf_jax.sweep.jobs import Job, cores_of, run_jobs
+from rlhf_jax.sweep.plan import Jobs, Sweep, make_jobs
+from rlhf_jax.training.run_lock import acquire, is_held
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_grid_is_every_combination_and_the_last_field_varies_fastest():
+    grid = parse_grid('loss.beta=0.05, 0.1 ;loss.name=sigmoid,ipo; data.train="a=3,b=1"')
+    assert grid == {
+        "loss.beta": ["0.05", "0.1"], "loss.name": ["sigmoid", "ipo"], "data.train": ["a=3,b=1"]
+    }  # fmt: skip
+    cells = make_cells(grid)
+    assert [cell.values["loss.name"] for cell in cells] == ["sigmoid", "ipo", "sigmoid", "ipo"]
+    assert cells[1].name == "beta=0.05,name=ipo,train=a=3,b=1"
+    assert cells[1].flags[0] == "--config.loss.beta=0.05"
+    assert [cell.name for cell in make_cells({})] == ["all"]
+
+
+def test_names_are_whole_where_short_ones_stand_for_two_and_fit_a_directory():
+    cells = make_cells(parse_grid("loss.name=ppo; advantage.name=group"))
+    assert cells[0].name == "loss.name=ppo,advantage.name=group"
+    one, other = (cell_name({"x": "x"}, {"x": text}) for text in ("a/b", "a_b"))
+    assert other == "x=a_b" and one.startswith("x=a_b-") and "/" not in one
+    assert len(cell_name({"x": "x"}, {"x": "y" * 500})) < 200
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            ["--grid=loss.betta=1,2"],
+            "stage has no loss.betta; did you mean loss.beta?",
+        ),
+        (["--grid=loss.beta=1,high"], "beta=high"),
+        (["--grid=loss.beta=0,1"], "beta must be in (0, inf)"),
+        (["--grid=loss.name=sigmoid,simpel"], "did you mean 'simpo'?"),
+        (["--grid=train.steps=1,2,3", "--max-cells=2"], "3 cells, more than --max-cells=2"),
+        (["--grid=train.steps"], "'train.steps' is no field=value,value"),
+        (["--grid=train.steps=1,,2"], "is no field=value,value"),
+        (["--grid=train.steps=1; train.steps=2"], "train.steps is named twice"),
+        (["--grid=seed=1,2"], "seeds are set by --seeds"),
+        (['--grid=data.train="a,b'], "a quote that does not end"),
+        (["--grid=train.steps=1,2", "--baseline=steps=3"], "did you mean steps="),
+        (["--seeds=0"], "--seeds must be at least 1"),
+        (["--seeds=many"], "argument --seeds: invalid int value: 'many'"),
+        (["--seeds-from=sft"], "no parent of"),
+        (["--colour=red"], "Unknown command line flag 'colour'"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_runs(tiny, tmp_path, capsys, flags, message):
+    where = tmp_path / "runs"
+    assert main([f"--config={tiny}:preference", f"--workdir={where}/abl", *flags]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1
+    assert not where.exists() and captured.out == ""
+
+
+def test_a_second_sweep_is_told_who_holds_the_directory(tiny, tmp_path, capsys):
+    lock = acquire(tmp_path / "lock")
+    assert main([f"--config={tiny}:preference", f"--workdir={tmp_path}"]) == 2
+    assert f"is held by pid {os.getpid()}" in capsys.readouterr().err
+    os.close(lock)
+
+
+def planned(tiny: str, directory: Path, seeds_from: str = "") -> Jobs:
+    sweep = Sweep(f"{tiny}:preference", (), (Cell("all", {}),), directory, seeds_from)
+    jobs = Jobs()
+    make_jobs(sweep, sweep.cells, (0, 1), jobs)
+    return jobs
+
+
+def test_parents_are_shared_and_a_seed_is_of_the_run_alone(tiny, tmp_path):
+    jobs = planned(tiny, tmp_path / "abl")
+    assert [job.directory for job in jobs.shared.values()] == [tmp_path / "tiny-pretrain"]
+    assert [job.directory.name for job in jobs.seeded] == ["all,seed=0", "all,seed=1"]
+    start = f"--config.init.policy={tmp_path / 'tiny-pretrain'}"
+    assert all(start in job.flags and not job.needs for job in jobs.seeded)
+    assert "--config.seed=1" in jobs.runs["all", 1].flags
+
+
+def test_whole_chains_have_seeds_where_asked_for(tiny, tmp_path):
+    jobs = planned(tiny, tmp_path / "abl", "pretrain")
+    assert not jobs.shared
+    parents = [job.needs[0] for job in jobs.runs.values()]
+    assert [job.name for job in jobs.seeded[:2]] == ["tiny-pretrain,seed=0", "all,seed=0"]
+    assert "--config.seed=1" in parents[1].flags
+    assert f"--config.init.policy={parents[1].directory}" in jobs.runs["all", 1].flags
+
+
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+
+folder = Path(sys.argv[-1].removeprefix("--workdir="))
+folder.mkdir(parents=True, exist_ok=True)
+tries = folder / "tries"
+tries.write_text((tries.read_text() if tries.exists() else "") + "x")
+kind = sys.argv[1]
+print("first line")
+if kind == "fails":
+    print("error: this one fails\\nand says more")
+    sys.exit(2)
+if kind == "killed" and len(tries.read_text()) < 3:
+    os.kill(os.getpid(), signal.SIGKILL)
+(folder / "cores").write_text(str(sorted(os.sched_getaffinity(0))))
+(folder / "done").touch()
+"""
+
+
+def test_the_pool_goes_on_after_kills_and_says_why_one_failed(tmp_path, monkeypatch):
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT)
+    monkeypatch.setattr(pool, "COMMAND", (sys.executable, str(script)))
+    monkeypatch.setattr(Job, "is_done", lambda job: (job.directory / "done").exists())
+    killed = Job("killed", ("killed",), tmp_path / "killed")
+    after = Job("after", ("runs",), tmp_path / "after", (killed,))
+    fails = Job("fails", ("fails",), tmp_path / "fails")
+    never = Job("never", ("runs",), tmp_path / "never", (fails,))
+    told: list[Job] = []
+    failed = run_jobs([killed, after, fails, never], 2, tmp_path / "logs", told.append)
+    assert told == [killed, after]
+    why = "error: this one fails"
+    assert failed == {fails: why, never: f"fails failed: {why}"}
+    assert not never.directory.exists()
+    tries = {job.name: (job.directory / "tries").read_text() for job in (killed, after, fails)}
+    assert tries == {"killed": "xxx", "after": "x", "fails": "x"}
+    pinned = [(job.directory / "cores").read_text() for job in told]
+    assert all(text in map(str, map(sorted, cores_of(2))) for text in pinned)
+
+
+def test_a_run_that_another_process_holds_is_waited_for(tmp_path, monkeypatch):
+    job = Job("held", ("runs",), tmp_path / "held")
+    job.directory.mkdir()
+    lock = job.directory / "lock"
+    code = (
+        "import sys, time; from pathlib import Path; from rlhf_jax.training.run_lock import *\n"
+        f"acquire(Path({str(lock)!r})); print('held', flush=True); time.sleep(1)\n"
+        f"Path({str(job.directory / 'done')!r}).touch()"
+    )
+    monkeypatch.setattr(Job, "is_done", lambda job: (job.directory / "done").exists())
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)
+    assert holder.stdout.readline() == b"held\n" and is_held(lock)
+    assert run_jobs([job], 1, tmp_path / "logs", lambda job: None) == {}
+    assert holder.wait() == 0 and not is_held(lock) and not (tmp_path / "logs").exists()
+
+
+def sweeping(*arguments: str) -> subprocess.Popen:
+    """A sweep in a process of its own; its runs share a cache with the other tests."""
+    cache = os.path.join(tempfile.gettempdir(), "rlhf_jax_test_derived")
+    return subprocess.Popen(
+        [sys.executable, "-m", "rlhf_jax.sweep", *arguments],
+        cwd=ROOT,
+        env={"RLHF_JAX_CACHE": cache} | os.environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def children_in(folder: Path) -> list[int]:
+    """The processes that work in a folder, by what their command lines name."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if str(folder) in words and "rlhf_jax.main" in words:
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.slow
+def test_whatever_is_killed_the_table_is_the_same_to_the_last_bit(tiny, tmp_path):
+    """The driver is killed six times, its children at least four times."""
+    grid = "--grid=loss.beta=0.1,0.5; optimizer.learning_rate=1e-2,1e30"  # the last one diverges
+    flags = [f"--config={tiny}:preference", grid, "--seeds=2", "--metric=eval/gold_reward"]
+    whole, killed = tmp_path / "whole" / "abl", tmp_path / "killed" / "abl"
+    done = sweeping(*flags, f"--workdir={whole}")
+    output, _ = done.communicate(timeout=1200)
+    assert done.returncode == 0, output
+
+    dice, kills = random.Random(0), {"driver": 0, "child": 0}
+    while True:
+        process = sweeping(*flags, f"--workdir={killed}")
+        if kills["driver"] >= 6 and kills["child"] >= 4:
+            output, _ = process.communicate(timeout=1200)
+            assert process.returncode == 0, output
+            break
+        time.sleep(dice.uniform(3, 12))
+        for pid in children_in(killed.parent)[: dice.randint(0, 2)]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                kills["child"] += 1
+        if process.poll() is None:
+            process.kill()
+        process.communicate(timeout=60)
+        kills["driver"] += 1
+    for name in ("cells.csv", "outcomes.csv"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
