@@ -2,7 +2,7 @@
 
 A parent is "experiments/sft.py[:variant]", run in `sft[-variant]` beside this run's directory and
 reused when a finished run there is made from the same (see `identity`), or the directory of a
-finished run.
+finished run. A run in runs/sweep/cell finds its parents in runs/, too (see `parent_directory`).
 """
 
 from __future__ import annotations
@@ -28,22 +28,21 @@ from rlhf_jax.report.run_files import read_samples
 from rlhf_jax.report.tables import METRICS, print_table
 from rlhf_jax.stages.checks import check, check_devices
 from rlhf_jax.stages.defaults import STAGES, module_of, resolve, unknown_field
+from rlhf_jax.stages.experiments import find_experiment
 from rlhf_jax.stages.identity import made_from
 from rlhf_jax.stages.memory import naming_memory
 from rlhf_jax.stopping import stop_point
 from rlhf_jax.tasks.sources import settle_sources
 from rlhf_jax.training.origin import changes, config_hash, plain, tell_changes
-from rlhf_jax.training.rundir import SUMMARY, AnotherRun, RunDirectory, fault_point
+from rlhf_jax.training.rundir import CONFIG, SUMMARY, AnotherRun, RunDirectory, fault_point
 from rlhf_jax.training.summary import ancestry, read_summary
 
 PARENTLESS = ("pretrain", "oracle")
 
 
 def load_config(source: str) -> ConfigDict:
-    """`get_config(variant)` of "experiments/file.py[:variant]"."""
-    path, _, variant = source.partition(":")
-    if not os.path.isfile(path):
-        raise UserError(f"config.init names {source!r}: there is no file {path}")
+    """`get_config(variant)` of "experiments/file.py[:variant]", see `find_experiment`."""
+    path, _, variant = find_experiment(source).partition(":")
     try:
         get_config = runpy.run_path(path).get("get_config")
         if get_config is None:
@@ -61,12 +60,31 @@ def default_workdir(source: str, runs: Path) -> Path:
     return runs / "-".join(filter(None, (Path(path).stem, variant)))
 
 
+def parent_directory(parent: str, directory: Path, parents: Path | None = None) -> Path:
+    """Where the run of a parent "experiments/file.py[:variant]" is, or is to be.
+
+    That is in `parents`. If none is given it is beside `directory`, the run that starts from it;
+    or, where that lies deeper in the working directory's runs/, in the nearest directory above that
+    holds it already.
+    """
+    if parents is not None:
+        return default_workdir(parent, parents)
+    beside = default_workdir(parent, directory.parent)
+    above = []
+    for place in directory.parent.parents:
+        if not place.resolve().is_relative_to(Path("runs").resolve()):
+            break
+        above.append(default_workdir(parent, place))
+    return next((path for path in (beside, *above) if (path / CONFIG).exists()), beside)
+
+
 def run(
     given: ConfigDict,
     source: str,
     workdir: str | os.PathLike[str] | None = None,
     stated: Sequence[str] = (),
     *,
+    parents: str | os.PathLike[str] | None = None,
     rerun: bool = False,
     descendants: tuple[str, ...] = (),
 ) -> Path:
@@ -79,6 +97,8 @@ def run(
         source: "experiments/file.py[:variant]", where the config is from.
         workdir: the run directory; None: `default_workdir`.
         stated: fields that the command line sets, by their dotted names.
+        parents: the directory of the parents' runs; None: see `parent_directory`.
+        rerun: whether to keep a run that was made from something else, and run this one.
         descendants: sources of the runs that this one is a parent of.
 
     Raises:
@@ -95,9 +115,10 @@ def run(
                 check_devices(config)
         pinned = document(config)
         _check_alike({"config": pinned, "workdir": str(directory)})
-        parents = _run_parents(config, directory.parent, (*descendants, source), rerun)
+        home = Path(parents) if parents else None
+        made = _run_parents(config, directory, home, (*descendants, source), rerun)
         with hosts.agreeing():
-            origin = made_from(config, parents)
+            origin = made_from(config, made)
         _check_alike(origin | {"commit": ""})
         if hosts.by_first(lambda: _is_finished(directory, config_hash(pinned, origin))):
             print(f"reusing {directory}: it is finished and made from the same", flush=True)
@@ -107,10 +128,10 @@ def run(
             with RunDirectory(directory, pinned, origin, rerun=rerun) as held:
                 stop_point(together=True)
                 stage = importlib.import_module(module_of(config.stage))
-                metrics = stage.run(config, held, parents)
+                metrics = stage.run(config, held, made)
                 with hosts.telling():
                     if hosts.is_first():
-                        _finish(config, held, parents, metrics)
+                        _finish(config, held, made, metrics)
         stop_point(together=True)
         if not descendants:
             show(directory)
@@ -166,26 +187,32 @@ def prepare(given: ConfigDict, stated: Sequence[str] = ()) -> Config:
 
 
 def _run_parents(
-    config: Config, runs: Path, lineage: tuple[str, ...], rerun: bool
+    config: Config, directory: Path, home: Path | None, lineage: tuple[str, ...], rerun: bool
 ) -> dict[str, Path]:
     """The run directories of a config's parents by role, run first if they are experiments."""
     parents = {}
-    for role, parent in (section_document(config, "init") if config.init else {}).items():
-        if parent and ".py" not in parent:
-            read_summary(Path(parent))
-            parents[role] = Path(parent)
-        elif parent in lineage:
-            raise UserError(f"config.init runs in a circle: {' <- '.join((*lineage, parent))}")
-        elif parent:
-            directory = default_workdir(parent, runs)
+    for role, named in (section_document(config, "init") if config.init else {}).items():
+        if named and ".py" not in named:
+            read_summary(Path(named))
+            parents[role] = Path(named)
+        elif named:
+            parent = find_experiment(named, lineage[-1])
+            if parent in lineage:
+                circle = " <- ".join((*lineage, parent))
+                raise UserError(f"config.init runs in a circle: {circle}")
+            place = parent_directory(parent, directory, home)
             given = load_config(parent)
             try:
-                parents[role] = run(given, parent, directory, rerun=rerun, descendants=lineage)
+                parents[role] = run(
+                    given, parent, place, parents=home, rerun=rerun, descendants=lineage
+                )
             except AnotherRun as error:
-                if len(lineage) > 1 or not (directory / SUMMARY).exists():
+                if len(lineage) > 1 or not (place / SUMMARY).exists():
                     raise
-                as_it_is = f"--config.init.{role}={directory} starts from what is there"
-                raise UserError(f"{error}; {as_it_is}") from error
+                raise UserError(
+                    f"{error}; --config.init.{role}={place} starts from what is there, and "
+                    "--parents=DIR runs the parents in another directory"
+                ) from error
     return parents
 
 

@@ -475,7 +475,28 @@ def unknown_field(stage: str, name: str) -> str | None:
     if readers:
         why = WHOLE if stage == "policy" and name in TRUNCATION else ""
         return f"the {stage} stage has no {name}; it is read by {', '.join(readers)}{why}"
-    known = ["seed"]
-    for section, kind in STAGES[stage].items():
-        known += [f"{section}.{field}" for field in sorted(options.field_names(kind))]
-    return f"the {stage} stage has no {name}; did you mean {nearest(name, known)}?"
+    section, _, last = name.rpartition(".")
+    kinds = {at: kind for at, kind in STAGES[stage].items() if options.field_names(kind)}
+    own = {at: sorted(options.field_names(kind)) for at, kind in kinds.items()}
+    what = name
+    if name in own:
+        return f"{name} is a section. {_told(name, own)}"
+    if section in own:
+        near = f"{section}.{nearest(last, own[section])}"
+    elif having := [each for each in STAGES if section in STAGES[each] and each != stage]:
+        return f"the {stage} stage has no section {section}; it is of {', '.join(having)}"
+    elif section:
+        near, what = nearest(section, own), f"section {section}"
+    else:  # named without its section
+        every = {field: f"{at}.{field}" for at, names in own.items() for field in names}
+        every |= {at: at for at in [*own, "seed"]}
+        near = every[nearest(name, every)]
+    told = _told(near.partition(".")[0], own)
+    return f"the {stage} stage has no {what}; did you mean {near}? {told}"
+
+
+def _told(section: str, own: Mapping[str, list[str]]) -> str:
+    """A sentence that lists a section's fields, or all sections for what is none."""
+    if section not in own:
+        return f"The sections are: {', '.join(own)}"
+    return f"The fields of {section} are: {', '.join(own[section])}"

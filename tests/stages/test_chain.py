@@ -177,7 +177,7 @@ def test_parent_trained_anew_is_noticed(chain, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.trian.steps=3"], 'Did you mean "train" instead of "trian"?'),
+        (["--config.trian.steps=3"], "no section trian; did you mean train?"),
         (
             ["--config.rollout.top_p=0.5"],
             "no rollout.top_p; it is read by online_preference, best_of",
@@ -270,7 +270,7 @@ def test_a_summary_of_another_shape_is_named(tmp_path, text, said):
 
 def test_missing_config_is_a_mistake():
     result = run_main("--config=experiments/nothing.py")
-    assert result.returncode == 2 and "there is no such file" in result.stderr
+    assert result.returncode == 2 and "there is no file" in result.stderr
 
 
 def test_one_sample_of_each_of_the_largest_families_is_shown():
