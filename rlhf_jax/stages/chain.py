@@ -23,9 +23,10 @@ from rlhf_jax import hosts
 from rlhf_jax.config import Config, document, section_document, unread
 from rlhf_jax.digests import json_digest
 from rlhf_jax.errors import UserError, mistake_in
+from rlhf_jax.report.changes import console_rows, judge_changes
 from rlhf_jax.report.report import describe_environment, write_report
-from rlhf_jax.report.run_files import read_samples
-from rlhf_jax.report.tables import METRICS, print_table
+from rlhf_jax.report.run_files import read_run, read_samples
+from rlhf_jax.report.tables import print_table
 from rlhf_jax.stages.checks import check, check_devices
 from rlhf_jax.stages.defaults import STAGES, module_of, resolve, unknown_field
 from rlhf_jax.stages.experiments import find_experiment
@@ -256,25 +257,17 @@ def show(workdir: Path) -> None:
     """Prints what a run came to: a table of its lineage, three samples, the report's path."""
     runs = ancestry(workdir)
     summaries = [read_summary(path) for path in runs]
-    rows = summary_rows([s["metrics"] for s in summaries])
-    rows.append(["Wall time (s)", *(s["wall_seconds"] for s in summaries)])
-    chosen = pick_samples(read_samples(workdir))
-    print_table(f"{workdir}", ["", *(path.name for path in runs)], rows, chosen)
+    names, metrics = [path.name for path in runs], summaries[-1]["metrics"]
+    others = read_run(workdir).evaluation.get("others", {})
+    rows = console_rows(metrics, others, names[:-1])
+    rows.append(["Wall time (s)", *(s["wall_seconds"] for s in summaries), "–", "–"])
+    columns = ["", *names, "change", "95 % interval"]
+    if len(runs) == 1:
+        columns, rows = columns[:-2], [row[:-2] for row in rows]
+    print_table(f"{workdir}", columns, rows, pick_samples(read_samples(workdir)))
+    for sentence in judge_changes(metrics):
+        print(sentence)
     print(f"report: {workdir / 'report.html'}", flush=True)
-
-
-def summary_rows(metrics: Sequence[Mapping[str, float]]) -> list[list[Any]]:
-    """Rows of the console's table, a column a run: what any run reports, with its 95 % interval."""
-    rows: list[list[Any]] = []
-    for name, (label, *_) in METRICS.items():
-        if not any(name in each for each in metrics):
-            continue
-        rows.append([label, *(each.get(name) for each in metrics)])
-        bounds = [(each.get(f"{name}_low"), each.get(f"{name}_high")) for each in metrics]
-        if any(low is not None for low, _ in bounds):
-            texts = (None if low is None else f"{low:.3g}–{high:.3g}" for low, high in bounds)
-            rows.append(["  95 % interval", *texts])
-    return rows
 
 
 def pick_samples(samples: list[dict[str, Any]], count: int = 3) -> list[dict[str, Any]]:

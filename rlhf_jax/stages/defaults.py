@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rlhf_jax import config as options
-from rlhf_jax.config import Config, option, others, variants
+from rlhf_jax.config import Config, Only, option, others, variants
 from rlhf_jax.data.encode import check_stripped_turns
 from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.losses.preference import LOSSES
@@ -124,7 +124,7 @@ class Vocabulary:
 
     kind: str = option("bpe", choices=("bpe", "chars"))  # "chars": all of the text
     # Tokens, those of chats among them.
-    vocab_size: int = option(2048, least=1, only=options.Only("kind", ("bpe",)))
+    vocab_size: int = option(2048, least=1, only=Only("kind", ("bpe",)))
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class AveragedTrain(Train):
-    """The training loop of a stage that may keep an average."""
+    """The training loop of a stage whose data are there before it begins."""
 
+    # Updates; without train.epochs.
+    steps: int = option(100, least=1, only=Only("epochs", (0.0,)))
+    # Passes over the training rows, those of all sources together; 0: so many steps as are stated.
+    epochs: float = option(0.0, within="[0, inf)")
     # 0: no moving average of the parameters; else it is the average that is kept.
     ema_decay: float = option(0.0, within="[0, 1)")
 

@@ -22,14 +22,21 @@ from rlhf_jax import console
 from rlhf_jax.config import Config
 from rlhf_jax.data.packing import Arrays
 from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.before_after import Evaluated, Values
 from rlhf_jax.evaluation.chat_evaluation import evaluate_chat, held_out_prompts, sampled_metrics
-from rlhf_jax.evaluation.pair_scores import evaluate_pairs, label_metrics, pair_values
+from rlhf_jax.evaluation.pair_scores import (
+    Judged,
+    evaluate_pairs,
+    label_metrics,
+    pair_values,
+    right_values,
+)
 from rlhf_jax.evaluation.row_passes import in_record_order, response_logprobs
 from rlhf_jax.losses.preference import Pairs, kto_baseline, preference_loss, unpaired_kto
 from rlhf_jax.losses.reductions import weighted_sum
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import sequence_logprobs
-from rlhf_jax.stages.fit import Evaluated, batches_of, fit
+from rlhf_jax.stages.fit import batches_of, fit
 from rlhf_jax.stages.preference_rows import CHOSEN, MISMATCHED, REJECTED, pack_preferences
 from rlhf_jax.stages.reference_logprobs import reference_logprobs
 from rlhf_jax.stages.start import load_start
@@ -46,14 +53,15 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
     reference = load_start(config, parents["policy"])
     sources = parse_sources(config.data.train)
     pack = partial(pack_preferences, config, tokenizer=reference.tokenizer)
-    rows = [pack(source, "train", mismatched=config.loss.name == "kto") for source in sources]
+    kto = config.loss.name == "kto"
+    rows = {source: pack(source, "train", mismatched=kto) for source in sources}
     held_out = pack(config.data.validation, "validation", mismatched=False)
     unpaired = "labels" in held_out
-    if any(("labels" in arrays) != unpaired for arrays in rows):
+    if any(("labels" in arrays) != unpaired for arrays in rows.values()):
         raise UserError("data: train and validation mix pairs and unpaired records; use one kind")
 
     start, tokens = parents["policy"], step_tokens(config)
-    for arrays in rows:
+    for arrays in rows.values():
         arrays["reference_logprobs"] = reference_logprobs(reference, start, arrays, tokens)
     held_out_reference = reference_logprobs(reference, start, held_out, tokens)
 
@@ -66,15 +74,19 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
         if config.train.eval_every:
             model = dataclasses.replace(reference, params=params)
             metrics |= sampled_metrics(config, model, reference, prompts)
-        return metrics, figures
+        return Evaluated(metrics, figures, values(policy))
+
+    def values(logprobs: np.ndarray) -> dict[str, Values]:
+        return logprob_values(config, logprobs, held_out)
 
     batches = batches_of(config, reference, rows, [*sources.values()])
     loss_fn = partial(loss, config, reference.config)
     # From here on only the KL of answers sampled on the way asks the reference itself.
     keeps_start = config.train.eval_every > 0
     model, metrics, plots = fit(
-        config, run, reference, loss_fn, batches, evaluate, keeps_start=keeps_start
-    )
+        config, run, reference, loss_fn, batches, evaluate,
+        before=lambda params: values(held_out_reference), keeps_start=keeps_start,
+    )  # fmt: skip
     save_model(run.path, model)
     tables = console.few_records("held-out preferences", int(held_out["valid"].sum()))
     further = {"plots": plots, "tables": tables}
@@ -140,9 +152,30 @@ def _loss_of_logprobs(config: Config, logprobs: jax.Array, batch: Mapping[str, j
     return (total, weight), metrics | {"loss": (total, weight)}
 
 
+def logprob_values(config: Config, logprobs: np.ndarray, rows: Arrays) -> dict[str, Values]:
+    """What a model by itself says of each held-out record, with its log-probs [B, P, K] in nats.
+
+    Those of a pair's replies, or of a labelled one's. Where the loss has no reference, also whether
+    the chosen reply is the likelier one, per token if the loss is; against a reference that is no
+    property of one model, and the model it is nothing can be told of by it.
+    """
+    if "labels" in rows:
+        return {"logps": Values.of(in_record_order(logprobs, rows)[:, 0])}
+    each = pair_values(logprobs, rows)
+    measured = {
+        "logps/chosen": Values.of(each[:, CHOSEN]),
+        "logps/rejected": Values.of(each[:, REJECTED]),
+    }
+    objective = config.loss.objective
+    if not objective.uses_reference:
+        lengths = in_record_order(rows["lengths"], rows) if objective.per_token else 1
+        measured |= right_values(logprobs, rows, divisors=lengths)
+    return measured
+
+
 def labelled_rewards(
     config: Config, logprobs: np.ndarray, reference_logprobs: np.ndarray, rows: Arrays
-) -> Evaluated:
+) -> Judged:
     """(metrics, plots) of β(log π − log π_ref) as scores of held-out replies and their labels."""
     rewards = config.loss.objective.beta * (logprobs - reference_logprobs)
     metrics, plots = label_metrics(rewards, rows)
@@ -152,7 +185,7 @@ def labelled_rewards(
 
 def implicit_rewards(
     config: Config, logprobs: np.ndarray, reference_logprobs: np.ndarray, rows: Arrays
-) -> Evaluated:
+) -> Judged:
     """(metrics, plots) on held-out pairs of what the configured loss takes for a reward.
 
     That is β(log π − log π_ref), or β log π without a reference, per token if the loss is.

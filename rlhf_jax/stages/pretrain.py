@@ -22,7 +22,7 @@ from rlhf_jax.evaluation.language_loss import language_evaluation
 from rlhf_jax.models import transformer
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import target_cross_entropy
-from rlhf_jax.stages.fit import batches_of, fit, pack_texts
+from rlhf_jax.stages.fit import Batches, batches_of, fit, pack_texts
 from rlhf_jax.stages.start import check_kernel
 from rlhf_jax.tasks.sources import parse_sources, read_records
 from rlhf_jax.training.mesh import step_tokens
@@ -48,13 +48,15 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
         raise UserError(f"data.layout = {config.data.layout!r}: choose {' or '.join(LAYOUTS)}")
     if config.data.layout == "windows":
         stream = tokenizer.encode("".join(texts))
-        batches = make_iterator(make_windows(stream, length, config.batch.rows, seed=config.seed))
+        drawn = make_iterator(make_windows(stream, length, config.batch.rows, seed=config.seed))
+        batches = Batches(drawn, {"": max(1, len(stream) // length)}, [1.0])
         held_out, _ = pack_stream(tokenizer.encode(validation[0].text), length)
     else:
         policy = config.data.over_long
-        rows = [
-            pack_texts(config, "training text", records, tokenizer, policy) for records in train
-        ]
+        rows = {
+            source: pack_texts(config, "training text", records, tokenizer, policy)
+            for source, records in zip(sources, train, strict=True)
+        }
         batches = batches_of(config, model, rows, [*sources.values()])
         held_out = pack_texts(config, "validation text", validation, tokenizer, policy)
 

@@ -23,15 +23,16 @@ from rlhf_jax.config import Config
 from rlhf_jax.data.conversation import render_prompt
 from rlhf_jax.data.packing import Group, pack_groups
 from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.before_after import Evaluated
 from rlhf_jax.evaluation.held_out_answers import answer
-from rlhf_jax.evaluation.pair_scores import label_metrics, score_metrics
+from rlhf_jax.evaluation.pair_scores import label_metrics, right_values, score_metrics
 from rlhf_jax.evaluation.row_passes import in_record_order, map_rows
 from rlhf_jax.losses.reward import bradley_terry, pointwise_logistic
 from rlhf_jax.models import transformer
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import sequence_scores
 from rlhf_jax.rewards.ensemble import normalization_of
-from rlhf_jax.stages.fit import Evaluated, batches_of, fit
+from rlhf_jax.stages.fit import batches_of, fit
 from rlhf_jax.stages.preference_rows import CHOSEN, REJECTED, pack_labelled, pack_pairs
 from rlhf_jax.stages.start import load_start
 from rlhf_jax.tasks.sources import parse_sources, read_records
@@ -51,19 +52,21 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
     sources = parse_sources(config.data.train)
     pointwise = config.loss.name == "pointwise"
     pack = partial(pack_labelled if pointwise else pack_pairs, config, tokenizer=policy.tokenizer)
-    rows = [pack(source, "train") for source in sources]
+    rows = {source: pack(source, "train") for source in sources}
     held_out = pack(config.data.validation, "validation")
     score = jax.jit(partial(sequence_scores, initial.config))
 
     def evaluate(params: Any) -> Evaluated:
         scores = map_rows(score, params, held_out, step_tokens(config))
-        return (label_metrics if pointwise else score_metrics)(scores, held_out)
+        measure = label_metrics if pointwise else score_metrics
+        return Evaluated(*measure(scores, held_out), right_values(scores, held_out))
 
     batches = batches_of(config, initial, rows, [*sources.values()])
     loss_fn = partial(loss, config, initial.config)
     model, metrics, plots = fit(
-        config, run, initial, loss_fn, batches, evaluate, keeps_start=config.normalize.prompts > 0
-    )
+        config, run, initial, loss_fn, batches, evaluate,
+        before=lambda params: evaluate(params).values, keeps_start=config.normalize.prompts > 0,
+    )  # fmt: skip
     if config.normalize.prompts:
         mean, std = reference_scores(config, model, policy, [*sources])
         model = dataclasses.replace(model, normalization=(mean, std))

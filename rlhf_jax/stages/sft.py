@@ -33,18 +33,21 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
     """Fine-tunes `init.policy` and returns the metrics of summary.json."""
     base = load_start(config, parents["policy"])
     sources = parse_sources(config.data.train)
-    rows = [_pack(config, source, "train", base.tokenizer) for source in sources]
+    rows = {source: _pack(config, source, "train", base.tokenizer) for source in sources}
     replayed = parse_sources(config.data.replay) if config.data.replay else {}
     for source in replayed:
         texts = read_records(config, source, "text", "train")
-        rows.append(pack_texts(config, f"{source} (replay)", texts, base.tokenizer, "split"))
+        what = f"{source} (replay)"
+        rows[what] = pack_texts(config, what, texts, base.tokenizer, "split")
     weights = [*sources.values(), *replayed.values()]
     held_out = _pack(config, config.data.validation, "validation", base.tokenizer)
 
     evaluate = language_evaluation(base.config, held_out, tokens=step_tokens(config))
     batches = batches_of(config, base, rows, weights)
     loss_fn = partial(loss, config, base.config)
-    model, metrics, _ = fit(config, run, base, loss_fn, batches, evaluate)
+    model, metrics, _ = fit(
+        config, run, base, loss_fn, batches, evaluate, before=lambda params: evaluate(params).values
+    )
     save_model(run.path, model)
     tables = console.few_records(
         "held-out conversations", int(held_out["segment_ids"].max(1).sum())
