@@ -1,4 +1,4 @@
-"""Before and after as rows of a table and as sentences; what is in one row is of the same records."""
+"""Before and after, in rows that are each of the same records, and in sentences."""
 
 from __future__ import annotations
 
@@ -72,12 +72,11 @@ def rows_of(
 def judge_changes(metrics: Mapping[str, float]) -> list[str]:
     """A sentence for each change that can be for better or worse, as strong as its interval."""
     sentences = []
-    for name in [name for name in metrics if name.startswith("change/")]:
-        short = name.removeprefix("change/")
+    for short in [n.removeprefix("before/") for n in metrics if n.startswith("before/")]:
+        full, name = f"eval/{short}", f"change/{short}"
         better = 1 if short.startswith("correct/") else BETTER.get(short)
-        if better is None or f"eval/{short}" not in metrics:
+        if better is None or full not in metrics:
             continue
-        full = f"eval/{short}"
         low, high = (better * metrics[f"{name}_{end}"] for end in ("low", "high"))
         verdict = "no difference that so few records could show"
         if min(low, high) > 0:
@@ -104,9 +103,8 @@ def console_rows(
         if label not in labels:
             continue
         rows.append([label, *cells])
-        low, high = (metrics.get(f"{labels[label]}_{end}") for end in ("low", "high"))
-        if low is not None and high is not None:
-            rows.append(
-                ["  95 % interval", *["–"] * len(models), f"{low:.3g}–{high:.3g}", "–", "–"]
-            )
+        ends = [metrics.get(f"{labels[label]}_{end}") for end in ("low", "high")]
+        if None not in ends:
+            dashes, own = ["–"] * len(models), "–".join(format(end, ".3g") for end in ends)
+            rows.append(["  95 % interval", *dashes, own, "–", "–"])
     return rows

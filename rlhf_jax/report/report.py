@@ -106,7 +106,7 @@ def models_before(run: Run) -> list[str]:
 
 
 def list_tiles(run: Run) -> list[dict[str, str]]:
-    """Returns the first numbers of the report, with interval, what it was before, and the change."""
+    """Returns the first numbers of the report, with interval, value before, and change."""
     tiles = []
     for name in [name for name in METRICS if name in run.metrics][:TILES]:
         label, unit, _ = METRICS[name]

@@ -260,6 +260,8 @@ def show(workdir: Path) -> None:
     names, metrics = [path.name for path in runs], summaries[-1]["metrics"]
     others = read_run(workdir).evaluation.get("others", {})
     rows = console_rows(metrics, others, names[:-1])
+    rates = [s["metrics"].get("train/tokens_per_second") for s in summaries]
+    rows.append(["Throughput", *rates, "–", "–"])
     rows.append(["Wall time (s)", *(s["wall_seconds"] for s in summaries), "–", "–"])
     columns = ["", *names, "change", "95 % interval"]
     if len(runs) == 1:

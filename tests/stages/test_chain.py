@@ -12,7 +12,7 @@ import pytest
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.statistics import wilson_interval
 from rlhf_jax.main import main
-from rlhf_jax.stages.chain import load_config, pick_samples, prepare, summary_rows
+from rlhf_jax.stages.chain import load_config, pick_samples, prepare
 from rlhf_jax.training.checkpoint import seal
 from rlhf_jax.training.saved_model import load_model
 from rlhf_jax.training.summary import read_summary
@@ -64,6 +64,30 @@ def test_reported_numbers_are_recomputable(chain):
     low, high = wilson_interval(wins, 8)
     assert metrics["eval/gold_win_rate_low"] == pytest.approx(low)
     assert metrics["eval/gold_win_rate_high"] == pytest.approx(high)
+
+
+def test_before_and_after_are_of_the_same_records(chain):
+    """The change of gold reward is that of the scores in samples.jsonl, of loss that of the text."""
+    _, runs, out = chain
+    samples = [json.loads(line) for line in (runs / "dpo/samples.jsonl").read_text().splitlines()]
+    ours, theirs = (
+        np.array([s["scores"][name] for s in samples]) for name in ("dpo", "sft")
+    )  # fmt: skip
+    metrics = summary(runs / "dpo")["metrics"]
+    assert metrics["before/gold_reward"] == pytest.approx(theirs.mean())
+    assert metrics["change/gold_reward"] == pytest.approx((ours - theirs).mean())
+    low, high = (metrics[f"change/gold_reward_{end}"] for end in ("low", "high"))
+    assert low <= metrics["change/gold_reward"] <= high
+    chosen = metrics["eval/logps/chosen"] - metrics["before/logps/chosen"]
+    assert chosen == pytest.approx(metrics["eval/logps/chosen_change"], abs=1e-4)
+    assert "before/accuracy" not in metrics  # which DPO measures against the model it began as
+    metrics = summary(runs / "sft")["metrics"]
+    assert metrics["eval/loss"] == pytest.approx(metrics["before/loss"] + metrics["change/loss"])
+    assert metrics["change/loss_high"] < 0 < metrics["change/token_accuracy_low"]
+    others = json.loads((runs / "dpo/evaluation.json").read_text())["others"]
+    assert [*others] == ["pretrain", "sft", "dpo"]
+    assert not any(name.startswith("before/") for name in summary(runs / "pretrain")["metrics"])
+    assert re.search(r"Gold reward on the same 8 held-out records: \S+ before", out)
 
 
 def test_a_second_run_reuses_everything(chain):
@@ -285,13 +309,3 @@ def test_one_sample_of_each_of_the_largest_families_is_shown():
     assert pick_samples(samples) == [samples[2], samples[5], samples[0]]
     plain = [{"responses": s["responses"]} for s in samples]
     assert pick_samples(plain) == [plain[0], plain[2], plain[3]]
-
-
-def test_rows_of_the_table_have_their_intervals_below():
-    sft = {"eval/loss": 0.5, "eval/accuracy": 0.25, "other": 1.0}
-    dpo = {"eval/accuracy": 0.5, "eval/accuracy_low": 0.4012, "eval/accuracy_high": 0.5988}
-    assert summary_rows([sft, dpo]) == [
-        ["Accuracy", 0.25, 0.5],
-        ["  95 % interval", None, "0.401–0.599"],
-        ["Loss", 0.5, None],
-    ]
