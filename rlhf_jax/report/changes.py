@@ -13,6 +13,7 @@ BETTER = {
     **dict.fromkeys(("gold_reward", "proxy_reward", "pass_at_1", "accuracy", "token_accuracy"), 1),
     **dict.fromkeys(("bpb", "loss"), -1),
 }
+POINTS = "\u00a0points"  # what a difference of percentages is counted in
 Others = Mapping[str, Mapping[str, float]]  # model: metric without "eval/": value
 
 
@@ -26,14 +27,17 @@ def label_of(name: str) -> str:
 
 def format_change(name: str, value: float | None) -> str:
     """A difference of a metric, with its sign, in the metric's own format; a dash for none."""
-    text = format_metric(name, value)
+    text = format_metric(name, value).replace("\u00a0%", POINTS)
     return f"+{text}" if value is not None and isfinite(value) and value > 0 else text
 
 
 def format_interval(name: str, metrics: Mapping[str, float]) -> str:
     """The 95 % interval of a metric's change, "" where there is none."""
     ends = [metrics.get(f"change/{name.removeprefix('eval/')}_{end}") for end in ("low", "high")]
-    return "" if None in ends else " to ".join(format_change(name, end) for end in ends)
+    if None in ends:
+        return ""
+    low, high = (format_change(name, end) for end in ends)
+    return f"{low.removesuffix(POINTS)} to {high}"
 
 
 def rows_of(

@@ -186,6 +186,11 @@ class AveragedTrain(Train):
     steps: int = option(100, least=1, only=Only("epochs", (0.0,)))
     # Passes over the training rows, those of all sources together; 0: so many steps as are stated.
     epochs: float = option(0.0, within="[0, inf)")
+    # The metric of the evaluations on the way, as eval/loss, whose best model is kept in place of
+    # the last.
+    best: str = ""
+    # Evaluations without a better one after which the run ends; 0: none does.
+    patience: int = option(0, least=0, only=Only("best"))
     # 0: no moving average of the parameters; else it is the average that is kept.
     ema_decay: float = option(0.0, within="[0, 1)")
 

@@ -21,12 +21,13 @@ from rlhf_jax.devices import training_devices
 from rlhf_jax.evaluation.before_after import Evaluated, Measured, changes, from_json, to_json
 from rlhf_jax.files import check_fields, read_object, write_json
 from rlhf_jax.models.lora import has_adapter, param_count, split
+from rlhf_jax.training.best import Best
 from rlhf_jax.training.learner import make_learner
 from rlhf_jax.training.loop import Loop
 from rlhf_jax.training.mesh import mesh_of, placed
 from rlhf_jax.training.progress import Clock
 from rlhf_jax.training.rundir import RunDirectory
-from rlhf_jax.training.saved_model import Model
+from rlhf_jax.training.saved_model import Model, load_model, save_model
 from rlhf_jax.training.state import release
 from rlhf_jax.trees import matches, named_leaves
 
@@ -110,10 +111,13 @@ def fit(
         ema_decay=config.train.ema_decay,
     )
     newest: Evaluated | None = None
+    best = Best(run.path, options.best, options.patience) if options.best else None
 
     def evaluation(state):
         nonlocal newest
         newest = evaluate(learner.params(state))
+        if best is not None and best.is_found(int(state.step), newest.metrics):
+            save_model(best.path, dataclasses.replace(model, params=learner.params(state)))
         return newest.metrics
 
     state = learner.init()
@@ -128,11 +132,17 @@ def fit(
         mesh=mesh,
         clock=Clock(model.flops_per_token()),
         tokenizer_hash=model.tokenizer.hash,
+        ends=(lambda step: False) if best is None else best.ends,
     )
     state, rates = loop.train(state)
-    # None where the run was interrupted after its last evaluation.
-    metrics, figures, values = newest or evaluate(learner.params(state))
-    trained = dataclasses.replace(model, params=learner.params(state), normalization=None)
+    params = learner.params(state)
+    if best is not None:
+        changed = {} if config.compute is None else dataclasses.asdict(config.compute)
+        params, newest = load_model(best.path, mesh=mesh, **changed).params, None
+        rates |= best.tell()
+    # None where the run was interrupted after its last evaluation, too.
+    metrics, figures, values = newest or evaluate(params)
+    trained = dataclasses.replace(model, params=params, normalization=None)
     return trained, metrics | rates | changes(started, values, config.seed), figures
 
 

@@ -9,7 +9,7 @@ the next run on the same data, and travel with the rows. A reward model of the s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from rlhf_jax.stages.start import load_start
 from rlhf_jax.tasks.sources import parse_sources
 from rlhf_jax.training.mesh import step_tokens
 from rlhf_jax.training.rundir import RunDirectory
-from rlhf_jax.training.saved_model import save_model
+from rlhf_jax.training.saved_model import Model, save_model
 from rlhf_jax.training.step import Coupled
 from rlhf_jax.training.summary import read_summary
 
@@ -67,17 +67,14 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
 
     prompts = held_out_prompts(config, reference).records[: config.eval.during]
 
+    measure = evaluation(config, reference, held_out, held_out_reference)
+
     def evaluate(params: Any) -> Evaluated:
-        policy = response_logprobs(reference.config, params, held_out, tokens)
-        measure = labelled_rewards if unpaired else implicit_rewards
-        metrics, figures = measure(config, policy, held_out_reference, held_out)
+        evaluated = measure(params)
         if config.train.eval_every:
             model = dataclasses.replace(reference, params=params)
-            metrics |= sampled_metrics(config, model, reference, prompts)
-        return Evaluated(metrics, figures, values(policy))
-
-    def values(logprobs: np.ndarray) -> dict[str, Values]:
-        return logprob_values(config, logprobs, held_out)
+            evaluated.metrics.update(sampled_metrics(config, model, reference, prompts))
+        return evaluated
 
     batches = batches_of(config, reference, rows, [*sources.values()])
     loss_fn = partial(loss, config, reference.config)
@@ -85,7 +82,8 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
     keeps_start = config.train.eval_every > 0
     model, metrics, plots = fit(
         config, run, reference, loss_fn, batches, evaluate,
-        before=lambda params: values(held_out_reference), keeps_start=keeps_start,
+        before=lambda params: logprob_values(config, held_out_reference, held_out),
+        keeps_start=keeps_start,
     )  # fmt: skip
     save_model(run.path, model)
     tables = console.few_records("held-out preferences", int(held_out["valid"].sum()))
@@ -96,6 +94,21 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
         for name in ("accuracy", "accuracy_low", "accuracy_high"):
             metrics[f"eval/reward_model/{name}"] = judge[f"eval/{name}"]
     return metrics
+
+
+def evaluation(
+    config: Config, reference: Model, held_out: Arrays, reference_logprobs: np.ndarray
+) -> Callable[[Any], Evaluated]:
+    """The metrics of held-out preferences, as a function of parameters of the reference's shape."""
+    unpaired, tokens = "labels" in held_out, step_tokens(config)
+
+    def evaluate(params: Any) -> Evaluated:
+        policy = response_logprobs(reference.config, params, held_out, tokens)
+        measure = labelled_rewards if unpaired else implicit_rewards
+        metrics, figures = measure(config, policy, reference_logprobs, held_out)
+        return Evaluated(metrics, figures, logprob_values(config, policy, held_out))
+
+    return evaluate
 
 
 def loss(config: Config, shape: ModelConfig, params: Any, batch, rng):

@@ -74,9 +74,14 @@ def finish(
     for name in ("gold_reward", "kl"):
         if f"eval/{name}" in last:
             metrics[f"eval/sampled_{name}"] = last[f"eval/{name}"]
+    return last | metrics | reward_changes(config, run)
+
+
+def reward_changes(config: Config, run: Path) -> dict[str, float]:
+    """How the rewards of sampled answers changed from the first evaluation to the last."""
     points = [line for _, line in read_lines(run / "timeline.jsonl", _at_step)]
     first, newest = (from_json(points[i]["values"]) for i in (0, -1))
-    return last | metrics | changes(first, newest, config.seed)
+    return changes(first, newest, config.seed)
 
 
 def first_evaluation(

@@ -6,9 +6,11 @@ import json
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
+from rlhf_jax import evaluate
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.statistics import wilson_interval
 from rlhf_jax.main import main
@@ -67,7 +69,7 @@ def test_reported_numbers_are_recomputable(chain):
 
 
 def test_before_and_after_are_of_the_same_records(chain):
-    """The change of gold reward is that of the scores in samples.jsonl, of loss that of the text."""
+    """The change of gold reward is that of the scores in samples.jsonl."""
     _, runs, out = chain
     samples = [json.loads(line) for line in (runs / "dpo/samples.jsonl").read_text().splitlines()]
     ours, theirs = (
@@ -83,11 +85,84 @@ def test_before_and_after_are_of_the_same_records(chain):
     assert "before/accuracy" not in metrics  # which DPO measures against the model it began as
     metrics = summary(runs / "sft")["metrics"]
     assert metrics["eval/loss"] == pytest.approx(metrics["before/loss"] + metrics["change/loss"])
-    assert metrics["change/loss_high"] < 0 < metrics["change/token_accuracy_low"]
+    assert metrics["change/loss_high"] < 0 and metrics["change/loss_records"] == 200
     others = json.loads((runs / "dpo/evaluation.json").read_text())["others"]
     assert [*others] == ["pretrain", "sft", "dpo"]
     assert not any(name.startswith("before/") for name in summary(runs / "pretrain")["metrics"])
     assert re.search(r"Gold reward on the same 8 held-out records: \S+ before", out)
+
+
+def test_evaluating_again_on_the_same_records_gives_what_the_run_reported(chain, tmp_path, capsys):
+    experiments, runs, _ = chain
+    data = {"pretrain": "texts", "sft": "chats", "dpo": "pairs"}
+    for name, file in data.items():
+        flags = (f"--workdir={runs / name}", f"--data={experiments}/{file}.jsonl")
+        assert evaluate.main([*flags, f"--out={tmp_path / name}", "--count=3"]) == 0
+        reported, found = summary(runs / name)["metrics"], summary(tmp_path / name)["metrics"]
+        of_data = [n for n in found if re.search("loss|accuracy|logps|bpb|ece", n)]
+        assert len(of_data) >= 3
+        for metric in of_data:
+            assert found[metric] == pytest.approx(reported[metric], rel=1e-5, abs=1e-6), metric
+        assert (tmp_path / name / "report.html").is_file()
+    assert len((tmp_path / "dpo/samples.jsonl").read_text().splitlines()) == 3
+    assert "Gold reward on" not in capsys.readouterr().err
+    assert evaluate.main([*flags, f"--out={tmp_path / 'dpo'}"]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_to_more_steps_is_the_longer_run(chain, tmp_path):
+    experiments, runs, _ = chain
+    copy_parents(runs, tmp_path)
+    flags = ["--config.optimizer.schedule=constant", f"--config={experiments}/dpo.py"]
+    for name, steps in (("longer", 5), ("longer", 9), ("whole", 9)):
+        result = run_main(*flags, f"--workdir={tmp_path}/{name}", f"--config.train.steps={steps}")
+        assert result.returncode == 0, result.stderr[-2000:]
+    longer, whole = (load_model(tmp_path / name).params for name in ("longer", "whole"))
+    jax.tree.map(np.testing.assert_array_equal, longer, whole)
+    ours, theirs = (summary(tmp_path / name) for name in ("longer", "whole"))
+    assert ours["metrics"]["eval/accuracy"] == theirs["metrics"]["eval/accuracy"]
+    assert ours["config_hash"] == theirs["config_hash"]
+    result = run_main(*flags[1:], f"--workdir={tmp_path}/sft", "--config.train.steps=99")
+    assert result.returncode == 2
+
+
+@pytest.mark.slow
+def test_the_best_model_is_kept_and_a_run_ends_without_a_better_one(chain, tmp_path):
+    experiments, runs, _ = chain
+    copy_parents(runs, tmp_path)
+    flags = [
+        f"--config={experiments}/sft.py", f"--workdir={tmp_path}/best",
+        "--config.train.eval_every=1", "--config.train.best=eval/loss",
+        "--config.train.patience=2", "--config.optimizer.learning_rate=0.3",
+    ]  # fmt: skip
+    result = run_main(*flags, fault="step:2")
+    assert result.returncode == -9
+    result = run_main(*flags)
+    assert result.returncode == 0, result.stderr[-2000:]
+    lines = comparable(tmp_path / "best")
+    losses = {line["step"]: line["eval/loss"] for line in lines if "eval/loss" in line}
+    best = min(losses, key=losses.get)
+    metrics = summary(tmp_path / "best")["metrics"]
+    assert metrics["eval/best_step"] == best and max(losses) == best + 2 < 12
+    assert metrics["eval/loss"] == pytest.approx(losses[best], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_epochs_are_passes_over_the_rows(chain, tmp_path):
+    experiments, runs, _ = chain
+    copy_parents(runs, tmp_path)
+    flags = (f"--config={experiments}/dpo.py", f"--workdir={tmp_path}/dpo")
+    result = run_main(*flags, "--config.train.epochs=1.5")
+    assert result.returncode == 0, result.stderr[-2000:]
+    (told,) = re.findall(r"([0-9]+) steps are ([0-9.]+) epochs of ([0-9]+) rows", result.stdout)
+    steps, epochs, rows = map(float, told)
+    assert steps == np.ceil(1.5 * rows / 4) and epochs == pytest.approx(4 * steps / rows, rel=1e-2)
+    assert (
+        json.loads((tmp_path / "dpo/metrics.jsonl").read_text().splitlines()[-1])["step"] == steps
+    )
+    config = json.loads((tmp_path / "dpo/config.json").read_text())
+    assert config["train"]["epochs"] == 1.5 and "steps" not in config["train"]
 
 
 def test_a_second_run_reuses_everything(chain):
