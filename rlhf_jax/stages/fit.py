@@ -117,6 +117,7 @@ def fit(
         nonlocal newest
         newest = evaluate(learner.params(state))
         if best is not None and best.is_found(int(state.step), newest.metrics):
+            best.path.mkdir(exist_ok=True)
             save_model(best.path, dataclasses.replace(model, params=learner.params(state)))
         return newest.metrics
 
