@@ -22,10 +22,10 @@ from rlhf_jax.files import read_lines, read_object, write_jsonl
 from rlhf_jax.rl.judge import Judge
 from rlhf_jax.rl.layout import Rollout
 from rlhf_jax.rl.rollouts import read_prompts, sample_answers
-from rlhf_jax.stages.fit import kept_before
+from rlhf_jax.stages.fit import kept_before, say_devices
 from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.tasks.sources import parse_sources
-from rlhf_jax.training.mesh import step_tokens
+from rlhf_jax.training.mesh import mesh_of, step_tokens
 from rlhf_jax.training.metrics import read_metrics
 from rlhf_jax.training.rundir import RunDirectory
 from rlhf_jax.training.saved_model import Model
@@ -44,7 +44,17 @@ def training_prompts(config: Config, policy: Model) -> tuple[PromptSet, Any]:
         rows.append({"tokens": np.zeros((len(ids), 1), np.int32), "row_ids": ids})
     weights = [*sources.values()] if len(sets) > 1 else None
     batches = make_iterator(make_dataset(rows, drawn, seed=config.seed, weights=weights))
-    return PromptSet.joined(sets), batches
+    prompts, options = PromptSet.joined(sets), config.rollout
+    say_devices(config, policy.params, mesh_of(config))
+    answers, count = options.prompts * options.samples, len(prompts.records)
+    print(
+        f"a step samples {options.samples} answers of up to {options.max_new_tokens} tokens to "
+        f"each of {options.prompts} prompts, {answers * options.max_new_tokens:,} together; "
+        f"{config.train.steps:,} steps are {config.train.steps * drawn / count:.3g} epochs of "
+        f"{count:,} prompts",
+        flush=True,
+    )
+    return prompts, batches
 
 
 def sampled_tokens(batch: Any, metrics: Mapping[str, Any]) -> int:
