@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -98,26 +99,18 @@ def fit(
     start = placed(mesh, model.params)
     options = settled_steps(config, batches.epoch)
     say_start(config, start, mesh, batches, options.steps)
-    started: Measured = {}
-    if before is not None:
-        started = measured_before(run, partial(before, start))
+    started = measured_before(run, partial(before, start)) if before else {}
     learner = make_learner(
-        config,
-        config.optimizer,
-        start,
-        loss_fn,
-        updates=options.steps,
-        mesh=mesh,
-        ema_decay=config.train.ema_decay,
-    )
+        config, config.optimizer, start, loss_fn,
+        updates=options.steps, mesh=mesh, ema_decay=config.train.ema_decay,
+    )  # fmt: skip
     newest: Evaluated | None = None
-    best = Best(run.path, options.best, options.patience) if options.best else None
+    best = Best(run.path, options.best, options.patience)
 
     def evaluation(state):
         nonlocal newest
         newest = evaluate(learner.params(state))
-        if best is not None and best.is_found(int(state.step), newest.metrics):
-            best.path.mkdir(exist_ok=True)
+        if best.is_found(int(state.step), newest.metrics):
             save_model(best.path, dataclasses.replace(model, params=learner.params(state)))
         return newest.metrics
 
@@ -125,26 +118,24 @@ def fit(
     if not keeps_start and not has_adapter(start):
         release((model.params, start))
     loop = Loop(
-        options,
-        run,
-        learner.step,
-        batches.iterator,
-        evaluation,
-        mesh=mesh,
-        clock=Clock(model.flops_per_token()),
-        tokenizer_hash=model.tokenizer.hash,
-        ends=(lambda step: False) if best is None else best.ends,
-    )
+        options, run, learner.step, batches.iterator, evaluation, mesh=mesh,
+        clock=Clock(model.flops_per_token()), tokenizer_hash=model.tokenizer.hash, ends=best.ends,
+    )  # fmt: skip
     state, rates = loop.train(state)
     params = learner.params(state)
-    if best is not None:
-        changed = {} if config.compute is None else dataclasses.asdict(config.compute)
-        params, newest = load_model(best.path, mesh=mesh, **changed).params, None
+    if options.best:
+        params, newest = load_like(config, best.path, mesh).params, None
         rates |= best.tell()
     # None where the run was interrupted after its last evaluation, too.
     metrics, figures, values = newest or evaluate(params)
     trained = dataclasses.replace(model, params=params, normalization=None)
     return trained, metrics | rates | changes(started, values, config.seed), figures
+
+
+def load_like(config: Config, directory: Path, mesh: Mesh | None) -> Model:
+    """The model of a directory, computed as the config says."""
+    changes = {} if config.compute is None else dataclasses.asdict(config.compute)
+    return load_model(directory, mesh=mesh, **changes)
 
 
 def settled_steps(config: Config, epoch: int) -> Any:

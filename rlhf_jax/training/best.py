@@ -24,7 +24,7 @@ class Best:
 
     Attributes:
       run: the run's directory, in whose directory `best` the best model is kept.
-      metric: of the evaluations.
+      metric: of the evaluations; "": none is looked for.
       patience: evaluations without a better one after which the run ends; 0: none does.
     """
 
@@ -38,11 +38,13 @@ class Best:
         return self.run / "best"
 
     def is_found(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Whether the evaluation after that step is better than all before; a first one is.
+        """Whether the evaluation after that step is better than all before; the first one is.
 
         Raises:
             UserError: it has no such metric; the nearest that it has is named.
         """
+        if not self.metric:
+            return False
         if self.metric not in metrics:
             near = nearest(self.metric, metrics)
             raise UserError(
@@ -50,7 +52,10 @@ class Best:
                 f"{near}? There are: {', '.join(sorted(metrics))}"
             )
         before = [value for at, value in self._values() if at < step]
-        return not before or self._worth(metrics[self.metric]) > max(map(self._worth, before))
+        if before and self._worth(metrics[self.metric]) <= max(map(self._worth, before)):
+            return False
+        self.path.mkdir(exist_ok=True)
+        return True
 
     def ends(self, step: int) -> bool:
         """Whether the run ends after that step, with `patience` evaluations since the best."""

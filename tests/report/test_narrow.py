@@ -39,7 +39,7 @@ def test_no_table_is_clipped_on_a_phone(bare_run, tmp_path):
     result = subprocess.run(
         [*command, f"file://{tmp_path}/phone.html"], capture_output=True, text=True, timeout=120
     )
-    assert "<title>390 beyond 0 clipped </title>" in result.stdout, result.stdout[:500]
+    assert "<title>390 beyond 0 clipped</title>" in result.stdout, result.stdout[:500]
 
 
 def places(svg: str) -> list[str]:
