@@ -100,15 +100,18 @@ def judge_changes(metrics: Mapping[str, float]) -> list[str]:
 def console_rows(
     metrics: Mapping[str, float], others: Others, models: Sequence[str]
 ) -> list[list[Any]]:
-    """The rows of `rows_of` that have a place in `METRICS`, an interval of the run's own below."""
+    """The rows of `rows_of` that have a place in `METRICS`, below them the 95 % intervals.
+
+    They are of the models before, the run's own, and the change.
+    """
     labels = {label_of(name): name for name in METRICS if name in metrics}
     rows: list[list[Any]] = []
-    for label, cells in rows_of(metrics, others, models):
+    for label, (*cells, change, interval) in rows_of(metrics, others, models):
         if label not in labels:
             continue
-        rows.append([label, *cells])
+        rows.append([label, *cells, change])
         ends = [metrics.get(f"{labels[label]}_{end}") for end in ("low", "high")]
-        if None not in ends:
-            dashes, own = ["–"] * len(models), "–".join(format(end, ".3g") for end in ends)
-            rows.append(["  95 % interval", *dashes, own, "–", "–"])
+        own = "–" if None in ends else "–".join(format(end, ".3g") for end in ends)
+        if (own, interval) != ("–", "–"):
+            rows.append(["  95 % interval", *["–"] * len(models), own, interval])
     return rows

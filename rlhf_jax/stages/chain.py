@@ -261,11 +261,11 @@ def show(workdir: Path) -> None:
     others = read_run(workdir).evaluation.get("others", {})
     rows = console_rows(metrics, others, names[:-1])
     rates = [s["metrics"].get("train/tokens_per_second") for s in summaries]
-    rows.append(["Throughput", *rates, "–", "–"])
-    rows.append(["Wall time (s)", *(s["wall_seconds"] for s in summaries), "–", "–"])
-    columns = ["", *names, "change", "95 % interval"]
+    rows.append(["Throughput", *rates, "–"])
+    rows.append(["Wall time (s)", *(s["wall_seconds"] for s in summaries), "–"])
+    columns = ["", *names, "change"]
     if len(runs) == 1:
-        columns, rows = columns[:-2], [row[:-2] for row in rows]
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
     print_table(f"{workdir}", columns, rows, pick_samples(read_samples(workdir)))
     for sentence in judge_changes(metrics):
         print(sentence)

@@ -27,11 +27,12 @@ def test_a_row_holds_what_was_measured_on_the_same_records_and_nothing_else():
     assert alone["Accuracy"] == ["72.9\u00a0%", "–", "–"]
 
 
-def test_the_consoles_rows_have_the_runs_own_interval_below():
+def test_the_consoles_rows_have_intervals_below():
     assert console_rows(METRICS, OTHERS, ["pretrain", "sft"]) == [
-        ["Gold reward", "0.200", "0.758", "0.811", "+0.053", "+0.030 to +0.080"],
-        ["Accuracy", "50.0\u00a0%", "–", "72.9\u00a0%", "–", "–"],
-        ["  95 % interval", "–", "–", "0.701–0.756", "–", "–"],
+        ["Gold reward", "0.200", "0.758", "0.811", "+0.053"],
+        ["  95 % interval", "–", "–", "–", "+0.030 to +0.080"],
+        ["Accuracy", "50.0\u00a0%", "–", "72.9\u00a0%", "–"],
+        ["  95 % interval", "–", "–", "0.701–0.756", "–"],
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 
 import pytest
@@ -27,7 +28,8 @@ addEventListener("load", () => {
 
 @needs_browser
 def test_no_table_is_clipped_on_a_phone(bare_run, tmp_path):
-    (bare_run / "evaluation.json").write_text('{"others": {"pretrain": {"gold_reward": 0.1}}}')
+    others = {name: {"gold_reward": 0.1, "eos_rate": 1.0} for name in ("pretrain", "sft")}
+    (bare_run / "evaluation.json").write_text(json.dumps({"others": others}))
     page = write_report(bare_run).read_text()
     policy = page[page.index('<meta http-equiv="Content-Security') :].partition(">")[0] + ">"
     (tmp_path / "page.html").write_text(page.replace(policy, MEASURE))
