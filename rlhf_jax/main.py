@@ -13,6 +13,7 @@ mistake, 1 a bug, 130 stopped at once by a second signal.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import sys
@@ -149,7 +150,9 @@ def _shown(config: ConfigDict | None, source: str, stated: list[str], values: An
         from rlhf_jax.config import document
         from rlhf_jax.stages.chain import prepare
 
-        return json.dumps(document(prepare(config, stated)), indent=2, ensure_ascii=False)
+        with contextlib.redirect_stdout(sys.stderr):  # what is said of the data, beside the JSON
+            prepared = prepare(config, stated)
+        return json.dumps(document(prepared), indent=2, ensure_ascii=False)
     return ""
 
 

@@ -69,7 +69,7 @@ def test_every_field_of_a_stage_is_there_with_its_comment(stage):
             assert line_of(part, f"{field}=").partition(" ")[2].startswith(comments[field][:20])
 
 
-def test_print_is_the_config_that_would_be_run_and_version_what_this_is(capsys):
+def test_print_is_the_config_that_would_be_run_and_version_what_this_is(tmp_path, capsys):
     printed = said(capsys, "--config=grpo:rloo", "--print", "--config.kl.coefficient=0.5")
     config = load_config("grpo:rloo")
     config.kl.coefficient = 0.5
@@ -77,6 +77,10 @@ def test_print_is_the_config_that_would_be_run_and_version_what_this_is(capsys):
     assert said(capsys, "--version").startswith("rlhf_jax 0.")
     own = ("--config=dpo:own", "--print")
     assert "init.policy is empty" in refused(capsys, *own)
+    (tmp_path / "pairs.jsonl").write_text('{"chosen": "Yes", "rejected": "No"}\n' * 40)
+    flags = (f"--config.data.train={tmp_path}/pairs.jsonl", "--config.init.policy=x")
+    printed = said(capsys, *own, *flags)  # what is held out is told beside it
+    assert json.loads(printed)["data"]["validation"].endswith("pairs.jsonl[95%:]")
 
 
 @pytest.mark.parametrize(
