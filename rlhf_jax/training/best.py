@@ -59,10 +59,9 @@ class Best:
 
     def ends(self, step: int) -> bool:
         """Whether the run ends after that step, with `patience` evaluations since the best."""
-        values = [(at, value) for at, value in self._values() if at <= step]
-        if not self.patience or not values:
+        worths = [self._worth(v) for at, v in self._values() if at <= step] if self.patience else []
+        if not worths:
             return False
-        worths = [self._worth(value) for _, value in values]
         since = len(worths) - 1 - worths.index(max(worths))
         if since >= self.patience:
             print(f"{self.run} ends at step {step}: {since} evaluations without a better "
