@@ -1,15 +1,20 @@
 """Talk to a model: `python -m rlhf_jax.chat --workdir=runs/dpo [--compare=runs/sft]`.
 
 Answers appear as they are sampled; with `--compare` two models answer each message, side by side,
-each with its own history. `/new` starts over, `/quit` or the end of input ends. Exit codes: 0 done,
-2 the user's mistake, 1 a bug.
+each with its own history. Ctrl-C ends an answer, whose words so far stay in the conversation;
+`/help` lists what else there is. Exit codes: 0 done, 2 the user's mistake, 1 a bug.
 """
 
 from __future__ import annotations
 
 import argparse
+import queue
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +28,16 @@ if TYPE_CHECKING:
     from rlhf_jax.training.saved_model import Model
 
 HALF = "\ufffd"  # a part of a character whose other bytes are still to come
+HELP = """\
+/new            forget the conversation
+/system TEXT    start over under that system message; without a text, say what it is
+/help           this
+/quit           end, as Ctrl-D does; Ctrl-C ends only an answer
+"""
+
+
+class Interrupted(Exception):
+    """The user has heard enough of an answer."""
 
 
 @dataclass
@@ -34,6 +49,7 @@ class Speaker:
     system: str
     options: dict[str, Any]  # of `Sampling`, and the seed
     messages: list[Message] = field(default_factory=list)
+    enough: Callable[[], bool] = lambda: False  # whether the answer is to end here
 
     def start_over(self) -> None:
         """Forgets the conversation."""
@@ -41,6 +57,8 @@ class Speaker:
 
     def answer(self, text: str, number: int, show: Callable[[str], object]) -> str:
         """The reply to a message; `show` gets each further piece of it as it comes.
+
+        Once there is `enough` the reply is what has been shown of it.
 
         Raises:
             UserError: the conversation has no room left in the model's context.
@@ -70,23 +88,55 @@ class Speaker:
             if sofar.startswith(shown) and len(sofar) > len(shown):
                 show(sofar[len(shown) :])
                 shown = sofar
+            if self.enough():
+                raise Interrupted
 
         options = {name: value for name, value in self.options.items() if name != "seed"}
         options["max_new_tokens"] = min(options["max_new_tokens"], room)
-        (completion,) = generate(
-            model.config,
-            model.params,
-            [prompt],
-            Sampling(**options, stop_ids=model.tokenizer.ends, batch_size=1),
-            seed=self.options["seed"],
-            prompt_ids=[number],
-            on_tokens=on_tokens,
-            chunk=4,
-        )
-        reply = model.tokenizer.decode_text(completion.tokens)
-        show(reply[len(shown) :])
+        try:
+            (completion,) = generate(
+                model.config,
+                model.params,
+                [prompt],
+                Sampling(**options, stop_ids=model.tokenizer.ends, batch_size=1),
+                seed=self.options["seed"],
+                prompt_ids=[number],
+                on_tokens=on_tokens,
+                chunk=4,
+            )
+        except Interrupted:
+            reply = shown
+        else:
+            reply = model.tokenizer.decode_text(completion.tokens)
+            show(reply[len(shown) :])
         self.messages = [*asked, Message("assistant", reply)]
         return reply
+
+
+@contextmanager
+def interruptible(speakers: Sequence[Speaker]) -> Iterator[None]:
+    """Lets Ctrl-C end the answers inside; a second one is what it is elsewhere.
+
+    A handler only sets a flag, which is looked at between tokens: an exception raised in one would
+    come up anywhere, in a library too.
+    """
+    came: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        came.append(number)
+        if len(came) > 1:
+            signal.default_int_handler(number, frame)
+
+    for speaker in speakers:
+        speaker.enough = lambda: bool(came)
+    before = None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
 
 
 def converse(speakers: list[Speaker], read: Callable[[], str], write: Callable[[str], object]):
@@ -95,40 +145,78 @@ def converse(speakers: list[Speaker], read: Callable[[], str], write: Callable[[
     while True:
         try:
             text = read().strip()
-        except (EOFError, KeyboardInterrupt):
+        except KeyboardInterrupt:
+            write("\n(/quit or Ctrl-D ends)\n")
+            continue
+        except EOFError:
             return
         if text == "/quit":
             return
-        if text == "/new":
-            for speaker in speakers:
-                speaker.start_over()
+        if text.startswith("/"):
+            command(speakers, text, write)
             continue
         if not text:
             continue
         try:
-            if len(speakers) == 1:
-                speakers[0].answer(text, number, write)
-                write("\n")
-            else:
-                _side_by_side(speakers, text, number)
-        except UserError as error:
+            with interruptible(speakers):
+                if len(speakers) == 1:
+                    speakers[0].answer(text, number, write)
+                    write("\n")
+                else:
+                    _side_by_side(speakers, text, number)
+        except (UserError, KeyboardInterrupt) as error:
             write(f"{error}\n")
         number += 1
 
 
+def command(speakers: list[Speaker], text: str, write: Callable[[str], object]) -> None:
+    """Does what a line that begins with / asks for."""
+    name, _, rest = text.partition(" ")
+    if name == "/help":
+        write(HELP)
+    elif name == "/system" and not rest:
+        write(f"the system message is {speakers[0].system!r}\n")
+    elif name in ("/new", "/system"):
+        for speaker in speakers:
+            speaker.start_over()
+            speaker.system = rest.strip() if name == "/system" else speaker.system
+    else:
+        write(f"there is no {name}; /help says what there is\n")
+
+
 def _side_by_side(speakers: list[Speaker], text: str, number: int) -> None:
-    from rich.console import Console
+    """All answers at once, each in a column that grows as it is sampled."""
+    from rich.live import Live
     from rich.table import Table
     from rich.text import Text
 
-    answers = [speaker.answer(text, number, lambda piece: None) for speaker in speakers]
+    pieces: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
+    columns = [Text() for _ in speakers]
     table = Table(*(speaker.name for speaker in speakers), expand=True)
-    table.add_row(*(Text(answer) for answer in answers))
-    Console().print(table)
+    table.add_row(*columns)
+
+    def answer(i: int) -> None:
+        try:
+            speakers[i].answer(text, number, lambda piece: pieces.put((i, piece)))
+        except UserError as error:
+            pieces.put((i, str(error)))
+
+    with Live(table, refresh_per_second=8), ThreadPoolExecutor(len(speakers)) as pool:
+        answers = [pool.submit(answer, i) for i in range(len(speakers))]
+        while not (all(each.done() for each in answers) and pieces.empty()):
+            try:
+                i, piece = pieces.get(timeout=0.1)
+            except queue.Empty:
+                continue
+            columns[i].append(piece)
+        for each in answers:
+            each.result()
 
 
 def talk(given: argparse.Namespace) -> None:
     """Loads the models of a command line and converses at the terminal."""
+    import jax
+
     from rlhf_jax.training.saved_model import load_model
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
@@ -139,6 +227,10 @@ def talk(given: argparse.Namespace) -> None:
         if model.config.head != "lm":
             raise UserError(f"{path} is a reward model; it does not speak")
         speakers.append(Speaker(Path(path).name, model, given.system, options))
+        count = sum(x.size for x in jax.tree.leaves(model.params))
+        print(f"{Path(path).name}: {count:,} parameters, a context of {model.config.max_length:,} "
+              f"tokens, on {jax.devices()[0].device_kind}", flush=True)  # fmt: skip
+    print("/help says what there is beside talking", flush=True)
     prompt = "> " if sys.stdin.isatty() else ""
     converse(speakers, lambda: input(prompt), partial(print, end="", flush=True))
 

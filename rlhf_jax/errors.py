@@ -30,8 +30,12 @@ class UserError(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name that is most like `name`, for a hint."""
-    return difflib.get_close_matches(str(name), [*known], n=1, cutoff=0.0)[0]
+    """The known name that is most like `name`, or whose words have these initials, for a hint."""
+    known = [*known]
+    initials = {"".join(word[0] for word in re.split("_+", each) if word): each for each in known}
+    if len(name) > 1 and name in initials:
+        return initials[name]
+    return difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
 
 
 class Preempted(Exception):

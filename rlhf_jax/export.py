@@ -3,16 +3,20 @@
 The directory loads in transformers: a language model, or a reward model for sequence
 classification, with its tokenizer and chat template, and a card that says how it was made. A model
 under an adapter is written as PEFT's adapter; with `--merge` as a whole model. What other readers
-make of it is in benchmarks/READERS.md. Exit codes: 0 done, 2 the user's mistake, 1 a bug.
+make of it is in benchmarks/READERS.md. `--push=owner/name` uploads it to the Hugging Face Hub, as
+who is logged in there (`hf auth login`, or $HF_TOKEN). Exit codes: 0 done, 2 the user's mistake,
+1 a bug.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlhf_jax import __version__
 from rlhf_jax.commands import Parser, run
 from rlhf_jax.errors import UserError
 
@@ -74,6 +78,53 @@ def export(
     tokenizer.export(out)  # last, so that a model that cannot be written leaves an empty directory
 
 
+def check_push(name: str) -> None:
+    """UserError for what is seen to be wrong before a model is written: name, library, login."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"--push={name}: a repository of the Hub is named owner/name")
+    try:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    except ImportError as error:
+        raise UserError("--push needs the package huggingface_hub: pip install it") from error
+    try:
+        HfApi().whoami()
+    except LocalTokenNotFoundError as error:
+        raise UserError("--push needs a login: run `hf auth login`, or set HF_TOKEN") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(f"--push: the Hub says {_line(error)}") from error
+
+
+def push(out: Path, name: str, *, public: bool) -> str:
+    """Uploads a directory as the model `owner/name`, which is made if need be; returns its address.
+
+    Raises:
+        UserError: the Hub refuses, or it is an adapter; what is written stays.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if (out / "adapter_config.json").exists():
+        raise UserError(
+            f"{out} is an adapter, which names its base by a path on this machine; with --merge "
+            "the whole model is written and uploaded"
+        )
+    api = HfApi()
+    try:
+        address = api.create_repo(name, private=not public, exist_ok=True)
+        message = f"Written by rlhf_jax {__version__}"
+        api.upload_folder(repo_id=name, folder_path=out, commit_message=message)
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"--push={name}: the Hub says {_line(error)}; {out} is whole: `hf upload {name} {out}`"
+        ) from error
+    return str(address)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (default: this process's) and returns the exit code."""
     parser = Parser(prog="python -m rlhf_jax.export", description="Writes a model for others.")
@@ -82,11 +133,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: as weights came")
     parser.add_argument("--shard-bytes", type=int, default=5 * 10**9, help="the most a file holds")
     parser.add_argument("--merge", action="store_true", help="fold the adapter into the weights")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload it to the Hugging Face Hub")
+    parser.add_argument("--public", action="store_true", help="a repository that is made is public")
 
     def command(given: argparse.Namespace) -> None:
         out, options = Path(given.out), {"dtype": given.dtype, "shard_bytes": given.shard_bytes}
+        if given.push:
+            check_push(given.push)
         export(Path(given.workdir), out, merge=given.merge, **options)
         print(f"written: {out}", flush=True)
+        if given.push:
+            print(f"uploaded: {push(out, given.push, public=given.public)}", flush=True)
 
     return run(parser, command, argv)
 

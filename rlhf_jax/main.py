@@ -1,10 +1,11 @@
-"""The front door: `python -m rlhf_jax.main --config=experiments/dpo.py [--config.train.steps=100]`.
+"""Runs an experiment, its parents first: `python -m rlhf_jax.main --config=experiments/dpo.py`.
 
 Flags become a config, the config names a stage, the stage runs in a run directory; parents named
-by `config.init` run first. With --preflight nothing runs: what it would train on is shown. With
---rerun a run that was made from something else is kept under another name and run again. On a
-cluster the same line runs in one process per host (see `hosts`); JAX finds the processes by itself,
-or --coordinator, --processes and --process name them.
+by `config.init` run first. With --help, --print or --preflight nothing runs: the config's fields,
+its values, or what it would train on are shown. With --rerun a run that was made from something
+else is kept under another name and run again. On a cluster the same line runs in one process per
+host (see `hosts`); JAX finds the processes by itself, or --coordinator, --processes and --process
+name them.
 
 Exit codes: 0 done, 75 stopped but resumable (it was told to, or a disk is full), 2 the user's
 mistake, 1 a bug, 130 stopped at once by a second signal.
@@ -12,9 +13,14 @@ mistake, 1 a bug, 130 stopped at once by a second signal.
 
 from __future__ import annotations
 
-import os
+import contextlib
+import json
+import platform
 import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
+from rlhf_jax import __version__
 from rlhf_jax.commands import show_warnings
 from rlhf_jax.errors import (
     EXIT_DONE,
@@ -30,12 +36,16 @@ from rlhf_jax.files import tolerate_full_logs
 from rlhf_jax.malloc import tune_collector, tune_malloc
 from rlhf_jax.stopping import listen, stop_point
 
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
 
 def parse(argv: list[str]):
     """Returns (config, its source "file.py[:variant]", names of fields set, the other flags)."""
     from absl import flags
     from ml_collections import config_flags
 
+    argv = [*_with_found_config(argv)]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config",
@@ -45,6 +55,10 @@ def parse(argv: list[str]):
         accept_new_attributes=True,
     )
     flags.DEFINE_string("workdir", None, "run directory", flag_values=values)
+    flags.DEFINE_string("parents", None, "directory of the parents' runs", flag_values=values)
+    flags.DEFINE_boolean("help", False, "say what there is", short_name="h", flag_values=values)
+    flags.DEFINE_boolean("version", False, "say which this is", flag_values=values)
+    flags.DEFINE_boolean("print", False, "print the config and run nothing", flag_values=values)
     flags.DEFINE_boolean("preflight", False, "show the data and run nothing", flag_values=values)
     flags.DEFINE_boolean("rerun", False, "run again what has changed", flag_values=values)
     flags.DEFINE_string("coordinator", None, "host:port of process 0", flag_values=values)
@@ -62,7 +76,7 @@ def parse(argv: list[str]):
         if not isinstance(error, known):
             raise
         text = " ".join(str(error.args[0] if error.args else error).split())
-        if " " not in text:  # the bare name of a section that the stage lacks
+        if not isinstance(error, ValueError):  # which is of a value
             text = _unknown_field(argv) or text
         raise UserError(f"in the command line: {text}") from error
     if rest:
@@ -70,10 +84,10 @@ def parse(argv: list[str]):
             f"unexpected argument {rest[0]!r}; overrides look like --config.train.steps=9"
         )
     if values.config is None:
-        raise UserError("no --config given; try --config=experiments/dpo.py")
+        if values.help or values.version:
+            return None, "", [], values
+        raise UserError("no --config given; try --config=dpo, or --help")
     source = config_flags.get_config_filename(values["config"])
-    if not os.path.isfile(source.partition(":")[0]):
-        raise UserError(f"--config={source}: there is no such file")
     return values.config, source, _stated(argv), values
 
 
@@ -97,6 +111,22 @@ def _unknown_field(argv: list[str]) -> str | None:
     return next(filter(None, lines), None)
 
 
+def _with_found_config(argv: list[str]) -> Iterator[str]:
+    """The arguments with the file of the experiment that --config names in place of its name."""
+    from rlhf_jax.stages.experiments import find_experiment
+
+    follows = False
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        is_flag = name in ("-config", "--config")
+        if follows:
+            argument = find_experiment(argument)
+        elif is_flag and equals:
+            argument = f"{name}={find_experiment(value)}"
+        follows = is_flag and not equals
+        yield argument
+
+
 def _config_file(argv: list[str]) -> str:
     """The file that --config names, without its variant; "" for none."""
     for flag, following in zip(argv, [*argv[1:], ""], strict=True):
@@ -106,11 +136,34 @@ def _config_file(argv: list[str]) -> str:
     return ""
 
 
+def _shown(config: ConfigDict | None, source: str, stated: list[str], values: Any) -> str:
+    """What --version, --help or --print asks to see; "" if none of them is given."""
+    if values.version:
+        import jax
+
+        return f"rlhf_jax {__version__}, jax {jax.__version__}, Python {platform.python_version()}"
+    if values.help:
+        from rlhf_jax.usage import config_help, overview
+
+        return overview() if config is None else config_help(config, source)
+    if values.print and config is not None:
+        from rlhf_jax.config import document
+        from rlhf_jax.stages.chain import prepare
+
+        with contextlib.redirect_stdout(sys.stderr):  # what is said of the data, beside the JSON
+            prepared = prepare(config, stated)
+        return json.dumps(document(prepared), indent=2, ensure_ascii=False)
+    return ""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line (default: this process's) and returns the exit code."""
     values = None
     try:
         config, source, stated, values = parse(sys.argv[1:] if argv is None else argv)
+        if shown := _shown(config, source, stated, values):
+            print(shown)
+            return EXIT_DONE
         from rlhf_jax import hosts
         from rlhf_jax.cache import keep_compilations
         from rlhf_jax.devices import split_cores
@@ -125,9 +178,10 @@ def main(argv: list[str] | None = None) -> int:
             keep_compilations()
         if values.preflight:
             with naming_memory(config):
-                preflight.preflight(config, source, values.workdir, stated)
+                preflight.preflight(config, source, values.workdir, stated, values.parents)
         else:
-            chain.run(config, source, values.workdir, stated, rerun=values.rerun)
+            places = {"workdir": values.workdir, "parents": values.parents}
+            chain.run(config, source, **places, stated=stated, rerun=values.rerun)
         stop_point(together=True)
         return EXIT_DONE
     except UserError as error:

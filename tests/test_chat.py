@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 
 from rlhf_jax.chat import Speaker, converse, main
@@ -52,6 +55,54 @@ def test_a_conversation_that_is_too_long_says_so(run):
     assert len(render_prompt(it.messages[:1], it.model.tokenizer)) < 256
 
 
+def test_commands_of_the_chat_say_and_do_what_they_say(run):
+    it, written = speaker(run), []
+    words = ["/help", "/system", "One", "/system Be brief.", "/system", "Two", "/nwe", "/quit"]
+    converse([it], iter(words).__next__, written.append)
+    said = "".join(written)
+    for part in ("/new  ", "the system message is ''", "is 'Be brief.'", "no /nwe; /help"):
+        assert part in said
+    assert [m.content for m in it.messages[:1]] == ["Two"] and it.system == "Be brief."
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_an_interrupt_ends_the_answer_and_not_the_chat(run, both, capsys):
+    """The signal comes with the first piece; what was said stays, and the next message is heard."""
+    speakers = [speaker(run, max_new_tokens=40, temperature=1.0) for _ in range(1 + both)]
+    for i, each in enumerate(speakers):
+        each.name, whole = f"model {i}", each.answer
+
+        def answer(text, number, show, whole=whole, i=i):
+            def shown(piece):
+                show(piece)
+                if text == "One" and piece and not i and not heard:
+                    heard.append(1)
+                    os.kill(os.getpid(), signal.SIGINT)
+
+            return whole(text, number, shown)
+
+        each.answer = answer
+    heard, words = [], iter(["One", KeyboardInterrupt, "Two", "/quit"])
+
+    def read():
+        word = next(words)
+        if word is KeyboardInterrupt:
+            raise word
+        return word
+
+    written = []
+    converse(speakers, read, written.append)
+    for each in speakers:
+        assert [m.role for m in each.messages] == ["user", "assistant"] * 2
+    contents = [m.content for m in speakers[0].messages[1::2]]
+    heard_of, whole = map(len, speakers[0].model.tokenizer.encode_texts(contents))
+    assert 0 < heard_of < 20 < whole
+    assert "(/quit or Ctrl-D ends)" in "".join(written)
+    if both:
+        shown = capsys.readouterr().out
+        assert "model 0" in shown and "model 1" in shown
+
+
 def test_the_command(run, monkeypatch, capsys):
     words = iter(["One", "Two"])
 
@@ -63,7 +114,8 @@ def test_the_command(run, monkeypatch, capsys):
 
     monkeypatch.setattr("builtins.input", read)
     assert main([f"--workdir={run}", "--max-new-tokens=4", "--temperature=0"]) == 0
-    assert capsys.readouterr().out.count("\n") >= 2
+    out = capsys.readouterr().out
+    assert out.count("\n") >= 4 and out.startswith("run: ") and "a context of 256 tokens" in out
     words = iter(["One"])
     assert main([f"--workdir={run}", f"--compare={run}", "--max-new-tokens=4"]) == 0
     assert "run" in capsys.readouterr().out

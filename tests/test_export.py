@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from rlhf_jax.data.conversation import render_prompt, render_replies
 from rlhf_jax.data.records import Message
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.errors import UserError
-from rlhf_jax.export import main
+from rlhf_jax.export import main, push
 from rlhf_jax.hub.hf_weights import write_weights
 from rlhf_jax.models import PRESETS, apply, init, logits, scores
 from rlhf_jax.models.lora import AdapterConfig
@@ -337,3 +338,69 @@ def test_a_card_claims_nothing_it_does_not_know(tmp_path):
     _, head, body = (tmp_path / "out/README.md").read_text().split("---\n")
     assert set(yaml.safe_load(head)) == {"library_name", "pipeline_tag", "tags"}
     assert "Base model" not in body and "Trained" not in body
+
+
+class Hub:
+    """The Hub as huggingface_hub's HfApi is to it: what is created and uploaded is noted."""
+
+    def __init__(self, monkeypatch):
+        api, self.created, self.uploaded = "huggingface_hub.HfApi.", {}, {}
+        self.fails: Exception | None = None
+        monkeypatch.setattr(api + "whoami", lambda _: {"name": "me"})
+        monkeypatch.setattr(api + "create_repo", lambda _, name, **given: self.create(name, given))
+        monkeypatch.setattr(api + "upload_folder", lambda _, **given: self.upload(**given))
+
+    def create(self, name, given):
+        self.created[name] = given
+        return f"https://hub/{name}"
+
+    def upload(self, repo_id, folder_path, commit_message):
+        if self.fails:
+            raise self.fails
+        assert commit_message == f"Written by rlhf_jax {rlhf_jax.__version__}"
+        self.uploaded[repo_id] = {path.name: path.read_bytes() for path in folder_path.iterdir()}
+
+
+def test_push_uploads_what_is_written_with_its_card(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("huggingface_hub")
+    hub = Hub(monkeypatch)
+    run, *_ = saved(tmp_path, "tiny")
+    assert main([f"--workdir={run}", f"--out={tmp_path}/out", "--push=me/dpo"]) == 0
+    assert hub.created == {"me/dpo": {"private": True, "exist_ok": True}}
+    files = hub.uploaded["me/dpo"]
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= files.keys()
+    assert (
+        files["README.md"].startswith(b"---\nlibrary_name") and b"\n# out\n" in files["README.md"]
+    )
+    assert "uploaded: https://hub/me/dpo" in capsys.readouterr().out
+    public = [f"--workdir={run}", f"--out={tmp_path}/again", "--push=me/open", "--public"]
+    assert main(public) == 0 and hub.created["me/open"]["private"] is False
+
+
+def test_a_push_that_cannot_be_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    errors = pytest.importorskip("huggingface_hub").errors
+    hub = Hub(monkeypatch)
+    run, *_ = saved(tmp_path, "tiny")
+    flags = [f"--workdir={run}", f"--out={tmp_path}/out"]
+    assert main([*flags, "--push=dpo"]) == 2
+    assert "is named owner/name" in capsys.readouterr().err
+
+    def nobody(_):
+        raise errors.LocalTokenNotFoundError("no token")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.HfApi.whoami", nobody)
+        assert main([*flags, "--push=me/dpo"]) == 2
+        assert "hf auth login" in capsys.readouterr().err
+        patch.setitem(sys.modules, "huggingface_hub", None)
+        assert main([*flags, "--push=me/dpo"]) == 2
+        assert "pip install it" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not hub.uploaded
+
+    hub.fails = OSError("503\nService Unavailable")
+    assert main([*flags, "--push=me/dpo"]) == 2
+    said = capsys.readouterr().err
+    assert "the Hub says 503 Service Unavailable; " in said and "hf upload me/dpo" in said
+    (tmp_path / "out/adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="--merge the whole model"):
+        push(tmp_path / "out", "me/dpo", public=False)

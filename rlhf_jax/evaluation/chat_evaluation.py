@@ -1,6 +1,8 @@
 """How a chat model is judged: held-out prompts answered by every model of its lineage.
 
-The answers that are judged are those a user would get, by default the greedy ones. The KL to the
+The answers that are judged are those a user would get, by default the greedy ones; what they come
+to is told of every model beside the others, and how the last differs from the one it started from
+with an interval over the prompts, which all answer (see `before_after`). The KL to the
 model it started from is estimated from answers sampled at temperature 1, where that estimate is
 unbiased. Where the prompts' task has an exact verifier, its verdict is the gold reward.
 """
@@ -16,17 +18,20 @@ from rlhf_jax import console
 from rlhf_jax.config import Config
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.before_after import Values, changes
 from rlhf_jax.evaluation.gold_reward import (
     correct_metrics,
     correct_table,
     gold_metrics,
     gold_plots,
+    gold_values,
     verdicts_of,
 )
 from rlhf_jax.evaluation.held_out_answers import (
     Answer,
     answer,
     ending_metrics,
+    ending_values,
     kl_metrics,
     log_ratios,
     pack_answers,
@@ -64,18 +69,26 @@ def evaluate_chat(
     answers = {name: _answer(config, each, prompts) for name, each in models.items()}
     metrics = _sampled_kl(config, model, models[start.name], prompts)[0]
     metrics |= ending_metrics(answers[run.name])
+    measured = {name: ending_values(each) for name, each in answers.items()}
     task, verdicts, group = verifier_of(prompts), {}, ""
     if task:
         group = task.group
         verdicts = {n: verdicts_of(prompts, [a.text for a in each]) for n, each in answers.items()}
         metrics |= gold_metrics(verdicts[run.name], verdicts[start.name])
+        for name in verdicts:
+            measured[name] |= gold_values(verdicts[name])
         for name, source in task.probes.items():
             asked = read_records(config, source, "prompt", "validation")
-            texts = [each.text for each in _answer(config, model, asked)]
-            metrics |= correct_metrics(name, verdicts_of(asked, texts))
+            for each in (start.name, run.name):
+                texts = [reply.text for reply in _answer(config, models[each], asked)]
+                told = verdicts_of(asked, texts)
+                measured[each][f"correct/{name}"] = Values.of([verdict.right for verdict in told])
+            metrics |= correct_metrics(name, told)
         plots = [*gold_plots(prompts, verdicts, group), *plots]
         tables.append(correct_table(prompts, verdicts, group))
-    write_evaluation(run, tables, plots, **further)
+    metrics |= changes(measured[start.name], measured[run.name], config.seed)
+    others = {name: {n: v.mean for n, v in each.items()} for name, each in measured.items()}
+    write_evaluation(run, tables, plots, others=others, **further)
     write_jsonl(run / "samples.jsonl", _samples(prompts, answers, verdicts, group))
     return metrics
 

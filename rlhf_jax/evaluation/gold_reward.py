@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.data.records import Prompt
+from rlhf_jax.evaluation.before_after import Values
 from rlhf_jax.evaluation.statistics import wilson_interval, win_rate
 from rlhf_jax.tasks.builders import verifier_of
 from rlhf_jax.tasks.task import Verdict
@@ -37,6 +38,14 @@ def gold_metrics(verdicts: Sequence[Verdict], rivals: Sequence[Verdict] = ()) ->
         metrics["eval/gold_win_rate_low"] = won.low
         metrics["eval/gold_win_rate_high"] = won.high
     return metrics
+
+
+def gold_values(verdicts: Sequence[Verdict]) -> dict[str, Values]:
+    """The gold reward and its components, answer by answer."""
+    values = {"gold_reward": Values.of([verdict.total for verdict in verdicts])}
+    for name in verdicts[0].components:
+        values[f"gold_reward/{name}"] = Values.of([v.components[name] for v in verdicts])
+    return values
 
 
 def correct_metrics(name: str, verdicts: Sequence[Verdict]) -> dict[str, float]:

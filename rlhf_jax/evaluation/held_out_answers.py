@@ -10,6 +10,7 @@ import numpy as np
 from rlhf_jax.data.conversation import render_prompt
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.data.records import Prompt
+from rlhf_jax.evaluation.before_after import Values
 from rlhf_jax.evaluation.row_passes import in_record_order, response_logprobs, rows_of
 from rlhf_jax.evaluation.statistics import bootstrap_interval
 from rlhf_jax.sampling.arguments import Sampling
@@ -91,4 +92,12 @@ def ending_metrics(answers: Sequence[Answer] | Sequence[Completion]) -> dict[str
     return {
         "eval/response_length": float(np.mean([len(each.tokens) for each in answers])),
         "eval/eos_rate": float(np.mean([each.finished for each in answers])),
+    }
+
+
+def ending_values(answers: Sequence[Answer]) -> dict[str, Values]:
+    """What `ending_metrics` averages, answer by answer."""
+    return {
+        "response_length": Values.of([len(each.tokens) for each in answers]),
+        "eos_rate": Values.of([each.finished for each in answers]),
     }

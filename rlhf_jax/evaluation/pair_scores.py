@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.data.packing import Arrays
+from rlhf_jax.evaluation.before_after import Values
 from rlhf_jax.evaluation.row_passes import in_record_order
 from rlhf_jax.evaluation.statistics import (
     accuracy_by_bins,
@@ -18,7 +19,7 @@ from rlhf_jax.evaluation.statistics import (
     wilson_interval,
 )
 
-Evaluated = tuple[dict[str, float], list[dict[str, Any]]]  # metrics, and figures to draw
+Judged = tuple[dict[str, float], list[dict[str, Any]]]  # metrics, and figures to draw
 LENGTH_EDGES = (-20.5, -10.5, -5.5, -0.5, 0.5, 5.5, 10.5, 20.5)  # tokens, chosen − rejected
 
 
@@ -35,7 +36,7 @@ def pair_values(values: np.ndarray, rows: Arrays) -> np.ndarray:
     return ordered
 
 
-def evaluate_pairs(scores: np.ndarray, rows: Arrays) -> Evaluated:
+def evaluate_pairs(scores: np.ndarray, rows: Arrays) -> Judged:
     """(metrics, plots) of how scores judge labelled pairs.
 
     These are accuracy, ties ½, with its 95 % interval, and calibration. Pairs of one reply twice
@@ -84,7 +85,7 @@ def evaluate_pairs(scores: np.ndarray, rows: Arrays) -> Evaluated:
     return metrics, plots
 
 
-def score_metrics(scores: np.ndarray, rows: Arrays) -> Evaluated:
+def score_metrics(scores: np.ndarray, rows: Arrays) -> Judged:
     """(metrics, plots) of scores [B, P, 2] on held-out pairs."""
     ordered = pair_values(scores, rows)
     metrics, plots = evaluate_pairs(ordered, rows)
@@ -92,7 +93,7 @@ def score_metrics(scores: np.ndarray, rows: Arrays) -> Evaluated:
     return metrics | spread, plots
 
 
-def label_metrics(scores: np.ndarray, rows: Arrays) -> Evaluated:
+def label_metrics(scores: np.ndarray, rows: Arrays) -> Judged:
     """(metrics, plots) of scores [B, P, 1] on held-out labelled replies.
 
     Right is a score with the sign of label − ½ (0 counts ½); a label of ½ is left out of accuracy
@@ -126,3 +127,19 @@ def label_metrics(scores: np.ndarray, rows: Arrays) -> Evaluated:
         },
     ]
     return metrics, plots
+
+
+def right_values(
+    scores: np.ndarray, rows: Arrays, divisors: np.ndarray | int = 1
+) -> dict[str, Values]:
+    """Which records scores [B, P, K] get right, as `evaluate_pairs` and `label_metrics` count it.
+
+    `divisors`, [N, K] in the order of the records: what scores are divided by first.
+    """
+    if "labels" in rows:
+        score = in_record_order(scores, rows)[:, 0] / np.maximum(divisors, 1)
+        sides = in_record_order(rows["labels"], rows)[:, 0] - 0.5
+        right = (1 + np.sign(score * sides)) / 2
+        return {"accuracy": Values.of(right * (sides != 0), sides != 0)}
+    chosen, rejected = (pair_values(scores, rows) / np.maximum(divisors, 1)).T
+    return {"accuracy": Values.of((1 + np.sign(chosen - rejected)) / 2)}

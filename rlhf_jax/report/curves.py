@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import pairwise
+from math import isfinite
 from typing import Any
 
 from rlhf_jax.report.figure import LINES, Plot, add_legend, label_axes, open_axes, to_floats
@@ -80,6 +82,8 @@ def draw_curves(
 ) -> Plot:
     """Draws lines through the points of each series; a non-finite value is a gap.
 
+    Where points scatter the line is their running mean, and they are drawn beneath it.
+
     Args:
         title: of the figure.
         series: name → (steps, values). Points are marked where they are few, or where the name ends
@@ -89,14 +93,36 @@ def draw_curves(
     rows = [(name, x, y) for name, (xs, ys) in series.items() for x, y in zip(xs, ys, strict=True)]
     with open_axes(title, ("series", "step", "value"), rows) as (axes, done):
         for i, (name, (xs, ys)) in enumerate(series.items()):
+            color, raw = LINES[i % len(LINES)], to_floats(ys)
+            if (mean := running_mean(raw)) is not raw:
+                axes.plot(xs, raw, "o", color=color, alpha=0.3, markersize=1.8, markeredgewidth=0)
             axes.plot(
-                xs, to_floats(ys), linestyle=DASHES[i % len(DASHES)], color=LINES[i % len(LINES)],
+                xs, mean, linestyle=DASHES[i % len(DASHES)], color=color,
                 marker="o" if len(ys) <= 12 or name.endswith("held-out") else "", label=name,
             )  # fmt: skip
         label_axes(axes, "step", ylabel)
         if len(series) > 1:
             add_legend(axes)
     return done()
+
+
+def running_mean(values: list[float]) -> list[float]:
+    """The mean of each value and its neighbours, a twentieth of all, where values go up and down.
+
+    Up and down they go if at least a quarter of their steps turn; a smooth curve, or one of a dozen
+    points, is returned as it is. NaN stays NaN, and is in no mean.
+    """
+    steps = [b - a for a, b in pairwise(v for v in values if isfinite(v))]
+    turns = sum(a * b < 0 for a, b in pairwise(steps))
+    if len(values) <= 12 or 4 * turns < len(steps):
+        return values
+    reach = max(1, len(values) // 40)
+    means = []
+    for i, value in enumerate(values):
+        side = min(reach, i, len(values) - 1 - i)  # as many on either side, so ends are not bent
+        near = [v for v in values[i - side : i + side + 1] if isfinite(v)]
+        means.append(sum(near) / len(near) if isfinite(value) else value)
+    return means
 
 
 def _match_keys(logged: Sequence[str], names: Sequence[str]) -> dict[str, tuple[str, str]]:

@@ -19,6 +19,7 @@ MODELS = (
     figure.BLUE,
 )  # read from the end: the run's own model is blue
 BINS = 30  # of a histogram
+LETTERS = 60  # that fit below an axis
 
 
 def draw(spec: Mapping[str, Any]) -> figure.Plot:
@@ -82,19 +83,33 @@ def draw_grouped_bars(
     series: Mapping[str, Sequence[float]],
     ylabel: str,
 ) -> figure.Plot:
-    """Draws a bar for each series (model) side by side in each group (reward component)."""
+    """Draws a bar for each series (model) side by side in each group (reward component).
+
+    Bars lie where the groups' names would not fit below standing ones.
+    """
     names = list(series)
     rows = [(group, name, series[name][g]) for g, group in enumerate(groups) for name in names]
-    with figure.open_axes(title, ("group", "series", "value"), rows) as (axes, done):
+    lies = sum(len(group) + 2 for group in groups) > LETTERS
+    height = 0.9 + len(groups) * (0.09 * len(names) + 0.08) if lies else figure.SIZE[1]
+    with figure.open_axes(title, ("group", "series", "value"), rows, height) as (axes, done):
         width = 0.8 / len(names)
         for i, name in enumerate(names):
-            x = [g - 0.4 + (i + 0.5) * width for g in range(len(groups))]
+            places = [g - 0.4 + (i + 0.5) * width for g in range(len(groups))]
+            bars = axes.barh if lies else axes.bar
             color = MODELS[(i - len(names)) % len(MODELS)]
-            axes.bar(x, figure.to_floats(series[name]), width * 0.92, color=color, label=name)
-        axes.axhline(0, color=figure.INK, linewidth=0.6)
-        figure.label_axes(axes, "", ylabel)
-        axes.set_xticks(range(len(groups)), groups)
-        axes.tick_params(axis="x", length=0)
+            bars(places, figure.to_floats(series[name]), width * 0.92, color=color, label=name)
+        if lies:
+            axes.axvline(0, color=figure.INK, linewidth=0.6)
+            axes.grid(False, axis="y")
+            axes.grid(True, axis="x")
+            figure.label_axes(axes, ylabel, "")
+            axes.set_yticks(range(len(groups)), groups)
+            axes.set_ylim(len(groups) - 0.4, -0.6)  # the first one on top
+        else:
+            axes.axhline(0, color=figure.INK, linewidth=0.6)
+            figure.label_axes(axes, "", ylabel)
+            axes.set_xticks(range(len(groups)), groups)
+            axes.tick_params(axis="x", length=0)
         figure.add_legend(axes)
     return done()
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import write_whole
+from rlhf_jax.report.changes import format_change, format_interval, judge_changes, rows_of
 from rlhf_jax.report.curves import draw_training_curves
 from rlhf_jax.report.figure import to_float
 from rlhf_jax.report.page import render_page
@@ -33,7 +34,6 @@ from rlhf_jax.report.tables import (
 
 SAMPLES = 12  # shown in file order
 DROPS = 4  # shown because their score fell most
-NOT_COMPARED = ("eval/gold_win_rate", "eval/loss", "eval/token_accuracy", "train/tokens_per_second")
 TILES = 8
 ABOVE, BELOW = "230 159 0", "0 114 178"  # orange and blue of the figures
 OPACITY = 0.5  # of the fullest colour behind a token: text stays readable on it, light or dark
@@ -53,13 +53,16 @@ def write_report(workdir: str | os.PathLike[str], summary: Mapping[str, Any] | N
     directory = Path(workdir)
     run = read_run(directory, summary)
     lineage = read_lineage(run, directory)
+    models = models_before(run)
     page = render_page(
         "report.html.jinja",
         run=run,
         lineage=lineage,
-        tiles=list_tiles(run, lineage[:-1]),
+        tiles=list_tiles(run),
         verdict=judge_win_rate(run.metrics),
-        stages=compare_stages(lineage),
+        judged=judge_changes(run.metrics),
+        models=models,
+        compared=rows_of(run.metrics, run.evaluation.get("others", {}), models),
         entries={name: draw_section(run.evaluation, name) for name in ("changes", "evaluation")},
         token_views=colour_tokens(run.evaluation.get("token_views", [])),
         timeline=[format_timeline(entry) for entry in run.evaluation.get("timeline", [])],
@@ -95,8 +98,15 @@ def describe_environment() -> dict[str, str]:
     }
 
 
-def list_tiles(run: Run, ancestors: Sequence[Run]) -> list[dict[str, str]]:
-    """Returns the first numbers of the report, with interval and the nearest ancestor's value."""
+def models_before(run: Run) -> list[str]:
+    """The names of the models that a run measured beside its own, the one it started from last."""
+    others = [name for name in run.evaluation.get("others", {}) if name != run.name]
+    start = run.summary.get("parents", {}).get("policy")
+    return others or ([Path(start).name] if start else [])
+
+
+def list_tiles(run: Run) -> list[dict[str, str]]:
+    """Returns the first numbers of the report, with interval, value before, and change."""
     tiles = []
     for name in [name for name in METRICS if name in run.metrics][:TILES]:
         label, unit, _ = METRICS[name]
@@ -104,10 +114,11 @@ def list_tiles(run: Run, ancestors: Sequence[Run]) -> list[dict[str, str]]:
         if f"{name}_low" in run.metrics and f"{name}_high" in run.metrics:
             ends = (format_metric(name, run.metrics[f"{name}_{end}"]) for end in ("low", "high"))
             tile["interval"] = " – ".join(ends)
-        before = [ancestor for ancestor in ancestors if name in ancestor.metrics]
-        if before and name not in NOT_COMPARED:
-            value = format_metric(name, before[-1].metrics[name])
-            tile["before"] = f"{value} after {before[-1].name}"
+        short = name.removeprefix("eval/")
+        if f"before/{short}" in run.metrics:
+            tile["before"] = f"{format_metric(name, run.metrics[f'before/{short}'])} before"
+            change = format_change(name, run.metrics[f"change/{short}"])
+            tile["change"] = f"{change} ({format_interval(name, run.metrics)})"
         tiles.append(tile)
     return tiles
 
@@ -127,24 +138,6 @@ def judge_win_rate(metrics: Mapping[str, float]) -> str:
     if metrics[f"{name}_high"] < 0.5:
         return f"{text}: it got worse."
     return f"{text}: no difference that this many prompts could show."
-
-
-def compare_stages(lineage: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Returns rows (metric, its value in each stage) of every `eval/` metric of any stage."""
-    order = list(METRICS)
-
-    def rank(name: str) -> tuple[int, str]:
-        whole = "/".join(name.split("/")[:2])
-        return (order.index(whole) if whole in order else len(order), name)
-
-    rows = []
-    for name in sorted({name for run in lineage for name in run.metrics}, key=rank):
-        if not name.startswith("eval/") or name.endswith(("_low", "_high")):
-            continue
-        label = METRICS[name][0] if name in METRICS else name.removeprefix("eval/")
-        label = label.replace("gold_reward/", "\u2003").replace("_", " ")
-        rows.append((label, [format_metric(name, run.metrics.get(name)) for run in lineage]))
-    return rows
 
 
 def draw_section(evaluation: Mapping[str, Any], name: str) -> dict[str, list[Any]]:

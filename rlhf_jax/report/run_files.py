@@ -20,6 +20,8 @@ All but config.json may be missing, and their sections are then left out:
                      "timeline": [{"prompt": as in samples.jsonl,
                        "answers": [{"step", "text", "scores": {name: number} (optional)}]}],
                        the answers to the same prompts as training went on;
+                     "others": {model: {metric without "eval/": number}}, what the run measured of
+                       the models before its own;
                      "frontier": see comparison.py, which alone reads it
 
 A damaged line of metrics.jsonl or samples.jsonl is left out, with a warning.

@@ -19,6 +19,8 @@ METRICS: dict[str, tuple[str, str, str]] = {
     "eval/bpb": ("Bits per byte", "held out", ".3f"),
     "eval/loss": ("Loss", "nats per token, held out", ".3f"),
     "eval/token_accuracy": ("Token accuracy", "held out", ".1%"),
+    "eval/logps/chosen": ("Log-prob of chosen", "nats per reply", ".2f"),
+    "eval/logps/rejected": ("Log-prob of rejected", "nats per reply", ".2f"),
     "eval/kl": ("KL to the reference", "nats per sequence", ".2f"),
     "eval/response_length": ("Response length", "tokens", ".1f"),
     "eval/proxy_reward": ("Proxy reward", "what was trained on", ".3f"),

@@ -67,7 +67,7 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
         rows, held = winners(config, policy, prompts, judge)
 
     evaluate = language_evaluation(policy.config, held, tokens=step_tokens(config))
-    batches = batches_of(config, policy, [rows], [1.0])
+    batches = batches_of(config, policy, {"": rows}, [1.0])
     loss_fn = partial(loss, config, policy.config)
     model, trained, _ = fit(config, run, policy, loss_fn, batches, evaluate)
     save_model(run.path, model)

@@ -2,7 +2,7 @@
 
 A parent is "experiments/sft.py[:variant]", run in `sft[-variant]` beside this run's directory and
 reused when a finished run there is made from the same (see `identity`), or the directory of a
-finished run.
+finished run. A run in runs/sweep/cell finds its parents in runs/, too (see `parent_directory`).
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from rlhf_jax import hosts
 from rlhf_jax.config import Config, document, section_document, unread
 from rlhf_jax.digests import json_digest
 from rlhf_jax.errors import UserError, mistake_in
+from rlhf_jax.report.changes import console_rows, judge_changes
 from rlhf_jax.report.report import describe_environment, write_report
-from rlhf_jax.report.run_files import read_samples
-from rlhf_jax.report.tables import METRICS, print_table
+from rlhf_jax.report.run_files import read_run, read_samples
+from rlhf_jax.report.tables import print_table
 from rlhf_jax.stages.checks import check, check_devices
 from rlhf_jax.stages.defaults import STAGES, module_of, resolve, unknown_field
+from rlhf_jax.stages.experiments import find_experiment
 from rlhf_jax.stages.identity import made_from
 from rlhf_jax.stages.memory import naming_memory
 from rlhf_jax.stopping import stop_point
 from rlhf_jax.tasks.sources import settle_sources
 from rlhf_jax.training.origin import changes, config_hash, plain, tell_changes
-from rlhf_jax.training.rundir import SUMMARY, AnotherRun, RunDirectory, fault_point
+from rlhf_jax.training.rundir import CONFIG, SUMMARY, AnotherRun, RunDirectory, fault_point
 from rlhf_jax.training.summary import ancestry, read_summary
 
 PARENTLESS = ("pretrain", "oracle")
 
 
 def load_config(source: str) -> ConfigDict:
-    """`get_config(variant)` of "experiments/file.py[:variant]"."""
-    path, _, variant = source.partition(":")
-    if not os.path.isfile(path):
-        raise UserError(f"config.init names {source!r}: there is no file {path}")
+    """`get_config(variant)` of "experiments/file.py[:variant]", see `find_experiment`."""
+    path, _, variant = find_experiment(source).partition(":")
     try:
         get_config = runpy.run_path(path).get("get_config")
         if get_config is None:
@@ -61,12 +61,31 @@ def default_workdir(source: str, runs: Path) -> Path:
     return runs / "-".join(filter(None, (Path(path).stem, variant)))
 
 
+def parent_directory(parent: str, directory: Path, parents: Path | None = None) -> Path:
+    """Where the run of a parent "experiments/file.py[:variant]" is, or is to be.
+
+    That is in `parents`. If none is given it is beside `directory`, the run that starts from it;
+    or, where that lies deeper in the working directory's runs/, in the nearest directory above that
+    holds it already.
+    """
+    if parents is not None:
+        return default_workdir(parent, parents)
+    beside = default_workdir(parent, directory.parent)
+    above = []
+    for place in directory.parent.parents:
+        if not place.resolve().is_relative_to(Path("runs").resolve()):
+            break
+        above.append(default_workdir(parent, place))
+    return next((path for path in (beside, *above) if (path / CONFIG).exists()), beside)
+
+
 def run(
     given: ConfigDict,
     source: str,
     workdir: str | os.PathLike[str] | None = None,
     stated: Sequence[str] = (),
     *,
+    parents: str | os.PathLike[str] | None = None,
     rerun: bool = False,
     descendants: tuple[str, ...] = (),
 ) -> Path:
@@ -79,6 +98,8 @@ def run(
         source: "experiments/file.py[:variant]", where the config is from.
         workdir: the run directory; None: `default_workdir`.
         stated: fields that the command line sets, by their dotted names.
+        parents: the directory of the parents' runs; None: see `parent_directory`.
+        rerun: whether to keep a run that was made from something else, and run this one.
         descendants: sources of the runs that this one is a parent of.
 
     Raises:
@@ -95,9 +116,10 @@ def run(
                 check_devices(config)
         pinned = document(config)
         _check_alike({"config": pinned, "workdir": str(directory)})
-        parents = _run_parents(config, directory.parent, (*descendants, source), rerun)
+        home = Path(parents) if parents else None
+        made = _run_parents(config, directory, home, (*descendants, source), rerun)
         with hosts.agreeing():
-            origin = made_from(config, parents)
+            origin = made_from(config, made)
         _check_alike(origin | {"commit": ""})
         if hosts.by_first(lambda: _is_finished(directory, config_hash(pinned, origin))):
             print(f"reusing {directory}: it is finished and made from the same", flush=True)
@@ -107,10 +129,10 @@ def run(
             with RunDirectory(directory, pinned, origin, rerun=rerun) as held:
                 stop_point(together=True)
                 stage = importlib.import_module(module_of(config.stage))
-                metrics = stage.run(config, held, parents)
+                metrics = stage.run(config, held, made)
                 with hosts.telling():
                     if hosts.is_first():
-                        _finish(config, held, parents, metrics)
+                        _finish(config, held, made, metrics)
         stop_point(together=True)
         if not descendants:
             show(directory)
@@ -166,26 +188,32 @@ def prepare(given: ConfigDict, stated: Sequence[str] = ()) -> Config:
 
 
 def _run_parents(
-    config: Config, runs: Path, lineage: tuple[str, ...], rerun: bool
+    config: Config, directory: Path, home: Path | None, lineage: tuple[str, ...], rerun: bool
 ) -> dict[str, Path]:
     """The run directories of a config's parents by role, run first if they are experiments."""
     parents = {}
-    for role, parent in (section_document(config, "init") if config.init else {}).items():
-        if parent and ".py" not in parent:
-            read_summary(Path(parent))
-            parents[role] = Path(parent)
-        elif parent in lineage:
-            raise UserError(f"config.init runs in a circle: {' <- '.join((*lineage, parent))}")
-        elif parent:
-            directory = default_workdir(parent, runs)
+    for role, named in (section_document(config, "init") if config.init else {}).items():
+        if named and ".py" not in named:
+            read_summary(Path(named))
+            parents[role] = Path(named)
+        elif named:
+            parent = find_experiment(named, lineage[-1])
+            if parent in lineage:
+                circle = " <- ".join((*lineage, parent))
+                raise UserError(f"config.init runs in a circle: {circle}")
+            place = parent_directory(parent, directory, home)
             given = load_config(parent)
             try:
-                parents[role] = run(given, parent, directory, rerun=rerun, descendants=lineage)
+                parents[role] = run(
+                    given, parent, place, parents=home, rerun=rerun, descendants=lineage
+                )
             except AnotherRun as error:
-                if len(lineage) > 1 or not (directory / SUMMARY).exists():
+                if len(lineage) > 1 or not (place / SUMMARY).exists():
                     raise
-                as_it_is = f"--config.init.{role}={directory} starts from what is there"
-                raise UserError(f"{error}; {as_it_is}") from error
+                raise UserError(
+                    f"{error}; --config.init.{role}={place} starts from what is there, and "
+                    "--parents=DIR runs the parents in another directory"
+                ) from error
     return parents
 
 
@@ -229,25 +257,19 @@ def show(workdir: Path) -> None:
     """Prints what a run came to: a table of its lineage, three samples, the report's path."""
     runs = ancestry(workdir)
     summaries = [read_summary(path) for path in runs]
-    rows = summary_rows([s["metrics"] for s in summaries])
-    rows.append(["Wall time (s)", *(s["wall_seconds"] for s in summaries)])
-    chosen = pick_samples(read_samples(workdir))
-    print_table(f"{workdir}", ["", *(path.name for path in runs)], rows, chosen)
+    names, metrics = [path.name for path in runs], summaries[-1]["metrics"]
+    others = read_run(workdir).evaluation.get("others", {})
+    rows = console_rows(metrics, others, names[:-1])
+    rates = [s["metrics"].get("train/tokens_per_second") for s in summaries]
+    rows.append(["Throughput", *rates, "–"])
+    rows.append(["Wall time (s)", *(s["wall_seconds"] for s in summaries), "–"])
+    columns = ["", *names, "change"]
+    if len(runs) == 1:
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    print_table(f"{workdir}", columns, rows, pick_samples(read_samples(workdir)))
+    for sentence in judge_changes(metrics):
+        print(sentence)
     print(f"report: {workdir / 'report.html'}", flush=True)
-
-
-def summary_rows(metrics: Sequence[Mapping[str, float]]) -> list[list[Any]]:
-    """Rows of the console's table, a column a run: what any run reports, with its 95 % interval."""
-    rows: list[list[Any]] = []
-    for name, (label, *_) in METRICS.items():
-        if not any(name in each for each in metrics):
-            continue
-        rows.append([label, *(each.get(name) for each in metrics)])
-        bounds = [(each.get(f"{name}_low"), each.get(f"{name}_high")) for each in metrics]
-        if any(low is not None for low, _ in bounds):
-            texts = (None if low is None else f"{low:.3g}–{high:.3g}" for low, high in bounds)
-            rows.append(["  95 % interval", *texts])
-    return rows
 
 
 def pick_samples(samples: list[dict[str, Any]], count: int = 3) -> list[dict[str, Any]]:

@@ -31,6 +31,10 @@ def check(config: Config) -> None:
     updates = config.train.steps
     if config.stage in ("policy", "online_preference"):
         updates *= config.train.epochs * config.train.minibatches
+    elif config.train.best and not config.train.eval_every:
+        raise UserError("config: train.best needs evaluations on the way: set train.eval_every")
+    elif config.train.epochs:
+        updates = config.optimizer.warmup_steps + 1  # how many it will be, the data say
     make_optimizer(config.optimizer, updates)
     if config.critic is not None:
         make_optimizer(config.critic.optimizer(config.optimizer), updates)

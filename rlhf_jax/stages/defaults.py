@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rlhf_jax import config as options
-from rlhf_jax.config import Config, option, others, variants
+from rlhf_jax.config import Config, Only, option, others, variants
 from rlhf_jax.data.encode import check_stripped_turns
 from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.losses.preference import LOSSES, PreferenceLoss
@@ -125,7 +125,7 @@ class Vocabulary:
 
     kind: str = option("bpe", choices=("bpe", "chars"))  # "chars": all of the text
     # Tokens, those of chats among them.
-    vocab_size: int = option(2048, least=1, only=options.Only("kind", ("bpe",)))
+    vocab_size: int = option(2048, least=1, only=Only("kind", ("bpe",)))
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class AveragedTrain(Train):
-    """The training loop of a stage that may keep an average."""
+    """The training loop of a stage whose data are there before it begins."""
 
+    # Updates; without train.epochs.
+    steps: int = option(100, least=1, only=Only("epochs", (0.0,)))
+    # Passes over the training rows, those of all sources together; 0: so many steps as are stated.
+    epochs: float = option(0.0, within="[0, inf)")
+    # The metric of the evaluations on the way, as eval/loss, whose best model is kept in place of
+    # the last.
+    best: str = ""
+    # Evaluations without a better one after which the run ends; 0: none does.
+    patience: int = option(0, least=0, only=Only("best"))
     # 0: no moving average of the parameters; else it is the average that is kept.
     ema_decay: float = option(0.0, within="[0, 1)")
 
@@ -481,7 +490,28 @@ def unknown_field(stage: str, name: str, given: Mapping[str, Any] | None = None)
     if readers:
         why = WHOLE if stage == "policy" and name in TRUNCATION else ""
         return f"the {stage} stage has no {name}; it is read by {', '.join(readers)}{why}"
-    known = ["seed"]
-    for section, kind in STAGES[stage].items():
-        known += [f"{section}.{field}" for field in sorted(options.field_names(kind))]
-    return f"the {stage} stage has no {name}; did you mean {nearest(name, known)}?"
+    section, _, last = name.rpartition(".")
+    kinds = {at: kind for at, kind in STAGES[stage].items() if options.field_names(kind)}
+    own = {at: sorted(options.field_names(kind)) for at, kind in kinds.items()}
+    what = name
+    if name in own:
+        return f"{name} is a section. {_told(name, own)}"
+    if section in own:
+        near = f"{section}.{nearest(last, own[section])}"
+    elif having := [each for each in STAGES if section in STAGES[each] and each != stage]:
+        return f"the {stage} stage has no section {section}; it is of {', '.join(having)}"
+    elif section:
+        near, what = nearest(section, own), f"section {section}"
+    else:  # named without its section
+        every = {field: f"{at}.{field}" for at, names in own.items() for field in names}
+        every |= {at: at for at in [*own, "seed"]}
+        near = every[nearest(name, every)]
+    told = _told(near.partition(".")[0], own)
+    return f"the {stage} stage has no {what}; did you mean {near}? {told}"
+
+
+def _told(section: str, own: Mapping[str, list[str]]) -> str:
+    """A sentence that lists a section's fields, or all sections for what is none."""
+    if section not in own:
+        return f"The sections are: {', '.join(own)}"
+    return f"The fields of {section} are: {', '.join(own[section])}"

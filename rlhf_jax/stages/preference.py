@@ -9,7 +9,7 @@ the next run on the same data, and travel with the rows. A reward model of the s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,21 +22,28 @@ from rlhf_jax import console
 from rlhf_jax.config import Config
 from rlhf_jax.data.packing import Arrays
 from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.before_after import Evaluated, Values
 from rlhf_jax.evaluation.chat_evaluation import evaluate_chat, held_out_prompts, sampled_metrics
-from rlhf_jax.evaluation.pair_scores import evaluate_pairs, label_metrics, pair_values
+from rlhf_jax.evaluation.pair_scores import (
+    Judged,
+    evaluate_pairs,
+    label_metrics,
+    pair_values,
+    right_values,
+)
 from rlhf_jax.evaluation.row_passes import in_record_order, response_logprobs
 from rlhf_jax.losses.preference import Pairs, kto_baseline, preference_loss, unpaired_kto
 from rlhf_jax.losses.reductions import weighted_sum
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import sequence_logprobs
-from rlhf_jax.stages.fit import Evaluated, batches_of, fit
+from rlhf_jax.stages.fit import batches_of, fit
 from rlhf_jax.stages.preference_rows import CHOSEN, MISMATCHED, REJECTED, pack_preferences
 from rlhf_jax.stages.reference_logprobs import reference_logprobs
 from rlhf_jax.stages.start import load_start
 from rlhf_jax.tasks.sources import parse_sources
 from rlhf_jax.training.mesh import step_tokens
 from rlhf_jax.training.rundir import RunDirectory
-from rlhf_jax.training.saved_model import save_model
+from rlhf_jax.training.saved_model import Model, save_model
 from rlhf_jax.training.step import Coupled
 from rlhf_jax.training.summary import read_summary
 
@@ -46,35 +53,38 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
     reference = load_start(config, parents["policy"])
     sources = parse_sources(config.data.train)
     pack = partial(pack_preferences, config, tokenizer=reference.tokenizer)
-    rows = [pack(source, "train", mismatched=config.loss.name == "kto") for source in sources]
+    kto = config.loss.name == "kto"
+    rows = {source: pack(source, "train", mismatched=kto) for source in sources}
     held_out = pack(config.data.validation, "validation", mismatched=False)
     unpaired = "labels" in held_out
-    if any(("labels" in arrays) != unpaired for arrays in rows):
+    if any(("labels" in arrays) != unpaired for arrays in rows.values()):
         raise UserError("data: train and validation mix pairs and unpaired records; use one kind")
 
     start, tokens = parents["policy"], step_tokens(config)
-    for arrays in rows:
+    for arrays in rows.values():
         arrays["reference_logprobs"] = reference_logprobs(reference, start, arrays, tokens)
     held_out_reference = reference_logprobs(reference, start, held_out, tokens)
 
     prompts = held_out_prompts(config, reference).records[: config.eval.during]
 
+    measure = evaluation(config, reference, held_out, held_out_reference)
+
     def evaluate(params: Any) -> Evaluated:
-        policy = response_logprobs(reference.config, params, held_out, tokens)
-        measure = labelled_rewards if unpaired else implicit_rewards
-        metrics, figures = measure(config, policy, held_out_reference, held_out)
+        evaluated = measure(params)
         if config.train.eval_every:
             model = dataclasses.replace(reference, params=params)
-            metrics |= sampled_metrics(config, model, reference, prompts)
-        return metrics, figures
+            evaluated.metrics.update(sampled_metrics(config, model, reference, prompts))
+        return evaluated
 
     batches = batches_of(config, reference, rows, [*sources.values()])
     loss_fn = partial(loss, config, reference.config)
     # From here on only the KL of answers sampled on the way asks the reference itself.
     keeps_start = config.train.eval_every > 0
     model, metrics, plots = fit(
-        config, run, reference, loss_fn, batches, evaluate, keeps_start=keeps_start
-    )
+        config, run, reference, loss_fn, batches, evaluate,
+        before=lambda params: logprob_values(config, held_out_reference, held_out),
+        keeps_start=keeps_start,
+    )  # fmt: skip
     save_model(run.path, model)
     tables = console.few_records("held-out preferences", int(held_out["valid"].sum()))
     further = {"plots": plots, "tables": tables}
@@ -84,6 +94,21 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
         for name in ("accuracy", "accuracy_low", "accuracy_high"):
             metrics[f"eval/reward_model/{name}"] = judge[f"eval/{name}"]
     return metrics
+
+
+def evaluation(
+    config: Config, reference: Model, held_out: Arrays, reference_logprobs: np.ndarray
+) -> Callable[[Any], Evaluated]:
+    """The metrics of held-out preferences, as a function of parameters of the reference's shape."""
+    unpaired, tokens = "labels" in held_out, step_tokens(config)
+
+    def evaluate(params: Any) -> Evaluated:
+        policy = response_logprobs(reference.config, params, held_out, tokens)
+        measure = labelled_rewards if unpaired else implicit_rewards
+        metrics, figures = measure(config, policy, reference_logprobs, held_out)
+        return Evaluated(metrics, figures, logprob_values(config, policy, held_out))
+
+    return evaluate
 
 
 def loss(config: Config, shape: ModelConfig, params: Any, batch, rng):
@@ -140,9 +165,30 @@ def _loss_of_logprobs(config: Config, logprobs: jax.Array, batch: Mapping[str, j
     return (total, weight), metrics | {"loss": (total, weight)}
 
 
+def logprob_values(config: Config, logprobs: np.ndarray, rows: Arrays) -> dict[str, Values]:
+    """What a model by itself says of each held-out record, with its log-probs [B, P, K] in nats.
+
+    Those of a pair's replies, or of a labelled one's. Where the loss has no reference, also whether
+    the chosen reply is the likelier one, per token if the loss is; against a reference that is no
+    property of one model, and the model it is nothing can be told of by it.
+    """
+    if "labels" in rows:
+        return {"logps": Values.of(in_record_order(logprobs, rows)[:, 0])}
+    each = pair_values(logprobs, rows)
+    measured = {
+        "logps/chosen": Values.of(each[:, CHOSEN]),
+        "logps/rejected": Values.of(each[:, REJECTED]),
+    }
+    objective = config.loss.objective
+    if not objective.uses_reference:
+        lengths = in_record_order(rows["lengths"], rows) if objective.per_token else 1
+        measured |= right_values(logprobs, rows, divisors=lengths)
+    return measured
+
+
 def labelled_rewards(
     config: Config, logprobs: np.ndarray, reference_logprobs: np.ndarray, rows: Arrays
-) -> Evaluated:
+) -> Judged:
     """(metrics, plots) of β(log π − log π_ref) as scores of held-out replies and their labels."""
     rewards = config.loss.objective.beta * (logprobs - reference_logprobs)
     metrics, plots = label_metrics(rewards, rows)
@@ -152,7 +198,7 @@ def labelled_rewards(
 
 def implicit_rewards(
     config: Config, logprobs: np.ndarray, reference_logprobs: np.ndarray, rows: Arrays
-) -> Evaluated:
+) -> Judged:
     """(metrics, plots) on held-out pairs of what the configured loss takes for a reward.
 
     That is β(log π − log π_ref), or β log π without a reference, per token if the loss is.

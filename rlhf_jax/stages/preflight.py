@@ -21,7 +21,8 @@ from rlhf_jax.data.records import Conversation, Pair, Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.statistics import auc, wilson_interval
 from rlhf_jax.report.tables import format_percent, make_printable, print_table
-from rlhf_jax.stages.chain import PARENTLESS, default_workdir, prepare
+from rlhf_jax.stages.chain import PARENTLESS, default_workdir, parent_directory, prepare
+from rlhf_jax.stages.experiments import find_experiment
 from rlhf_jax.stages.preference_rows import label_of, read_preferences
 from rlhf_jax.stages.start import with_chat_template
 from rlhf_jax.tasks.sources import check_unrendered, parse_sources, read_records
@@ -72,7 +73,11 @@ class Measured:
 
 
 def preflight(
-    given: ConfigDict, source: str, workdir: str | None, stated: Sequence[str] = ()
+    given: ConfigDict,
+    source: str,
+    workdir: str | None,
+    stated: Sequence[str] = (),
+    parents: str | None = None,
 ) -> None:
     """Prints what the config's stage would read from each source of `data.train`; runs nothing.
 
@@ -87,8 +92,14 @@ def preflight(
         raise UserError(
             f"--preflight is for stages that start from a model, which {config.stage!r} does not"
         )
-    runs = (Path(workdir) if workdir else default_workdir(source, Path("runs"))).parent
-    tokenizer = load_tokenizer(_find_parent(config.init.policy, runs))
+    directory = Path(workdir) if workdir else default_workdir(source, Path("runs"))
+    policy = config.init.policy
+    if ".py" in policy:
+        home = Path(parents) if parents else None
+        place = parent_directory(find_experiment(policy, source), directory, home)
+    else:
+        place = Path(policy)
+    tokenizer = load_tokenizer(_checked_parent(policy, place))
     tokenizer = with_chat_template(tokenizer, config.data.chat_template)
     prompts_only = config.stage not in ("sft", "reward", "preference")
     limit = config.rollout.max_prompt_tokens if prompts_only else config.data.row_length
@@ -125,9 +136,8 @@ def _read_source(config: Config, source: str) -> Sequence[ChatRecord]:
     return read_records(config, source, kind, "train")
 
 
-def _find_parent(policy: str, runs: Path) -> Path:
+def _checked_parent(policy: str, directory: Path) -> Path:
     """Returns the directory of the model that config.init.policy names; UserError if not there."""
-    directory = default_workdir(policy, runs) if ".py" in policy else Path(policy)
     try:
         read_summary(directory, whole=False)
     except UserError as error:

@@ -6,7 +6,7 @@ windows of one stream of characters as nanoGPT does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from rlhf_jax.data.batches import make_iterator, make_windows
 from rlhf_jax.data.packing import pack_stream
 from rlhf_jax.data.tokenizer import OwnTokenizer, train_bpe, train_chars
 from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.before_after import Evaluated
 from rlhf_jax.evaluation.language_loss import language_evaluation
 from rlhf_jax.models import transformer
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import target_cross_entropy
-from rlhf_jax.stages.fit import batches_of, fit, pack_texts
+from rlhf_jax.stages.fit import Batches, batches_of, fit, pack_texts
 from rlhf_jax.stages.start import check_kernel
 from rlhf_jax.tasks.sources import parse_sources, read_records
 from rlhf_jax.training.mesh import step_tokens
@@ -36,7 +37,6 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
     """Trains from scratch and returns the metrics of summary.json."""
     sources = parse_sources(config.data.train)
     train = [read_records(config, source, "text", "train") for source in sources]
-    validation = read_records(config, config.data.validation, "text", "validation")
     texts = [record.text for records in train for record in records]
     tokenizer = _train_tokenizer(config, texts)
 
@@ -48,26 +48,37 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
         raise UserError(f"data.layout = {config.data.layout!r}: choose {' or '.join(LAYOUTS)}")
     if config.data.layout == "windows":
         stream = tokenizer.encode("".join(texts))
-        batches = make_iterator(make_windows(stream, length, config.batch.rows, seed=config.seed))
-        held_out, _ = pack_stream(tokenizer.encode(validation[0].text), length)
+        drawn = make_iterator(make_windows(stream, length, config.batch.rows, seed=config.seed))
+        batches = Batches(drawn, {"": max(1, len(stream) // length)}, [1.0])
     else:
         policy = config.data.over_long
-        rows = [
-            pack_texts(config, "training text", records, tokenizer, policy) for records in train
-        ]
+        rows = {
+            source: pack_texts(config, "training text", records, tokenizer, policy)
+            for source, records in zip(sources, train, strict=True)
+        }
         batches = batches_of(config, model, rows, [*sources.values()])
-        held_out = pack_texts(config, "validation text", validation, tokenizer, policy)
 
-    evaluate = language_evaluation(
-        shape,
+    loss_fn = partial(loss, config, shape)
+    model, metrics, _ = fit(config, run, model, loss_fn, batches, evaluation(config, model))
+    save_model(run.path, model)
+    return metrics
+
+
+def evaluation(config: Config, model: Model) -> Callable[[Any], Evaluated]:
+    """The held-out metrics of text, as a function of parameters of the model's shape."""
+    validation = read_records(config, config.data.validation, "text", "validation")
+    if config.data.layout == "windows":
+        stream = model.tokenizer.encode(validation[0].text)
+        held_out, _ = pack_stream(stream, config.data.row_length)
+    else:
+        policy = config.data.over_long
+        held_out = pack_texts(config, "validation text", validation, model.tokenizer, policy)
+    return language_evaluation(
+        model.config,
         held_out,
         text_bytes=sum(len(record.text.encode()) for record in validation),
         tokens=step_tokens(config),
     )
-    loss_fn = partial(loss, config, shape)
-    model, metrics, _ = fit(config, run, model, loss_fn, batches, evaluate)
-    save_model(run.path, model)
-    return metrics
 
 
 def loss(config: Config, shape: ModelConfig, params: Any, batch, rng):

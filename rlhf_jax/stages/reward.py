@@ -10,7 +10,7 @@ own.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,18 @@ import numpy as np
 from rlhf_jax import console
 from rlhf_jax.config import Config
 from rlhf_jax.data.conversation import render_prompt
-from rlhf_jax.data.packing import Group, pack_groups
+from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.before_after import Evaluated
 from rlhf_jax.evaluation.held_out_answers import answer
-from rlhf_jax.evaluation.pair_scores import label_metrics, score_metrics
+from rlhf_jax.evaluation.pair_scores import label_metrics, right_values, score_metrics
 from rlhf_jax.evaluation.row_passes import in_record_order, map_rows
 from rlhf_jax.losses.reward import bradley_terry, pointwise_logistic
 from rlhf_jax.models import transformer
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import sequence_scores
 from rlhf_jax.rewards.ensemble import normalization_of
-from rlhf_jax.stages.fit import Evaluated, batches_of, fit
+from rlhf_jax.stages.fit import batches_of, fit
 from rlhf_jax.stages.preference_rows import CHOSEN, REJECTED, pack_labelled, pack_pairs
 from rlhf_jax.stages.start import load_start
 from rlhf_jax.tasks.sources import parse_sources, read_records
@@ -49,29 +50,42 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
     policy = load_start(config, parents["policy"])
     initial = with_score_head(policy, config.seed)
     sources = parse_sources(config.data.train)
-    pointwise = config.loss.name == "pointwise"
-    pack = partial(pack_labelled if pointwise else pack_pairs, config, tokenizer=policy.tokenizer)
-    rows = [pack(source, "train") for source in sources]
-    held_out = pack(config.data.validation, "validation")
-    score = jax.jit(partial(sequence_scores, initial.config))
-
-    def evaluate(params: Any) -> Evaluated:
-        scores = map_rows(score, params, held_out, step_tokens(config))
-        return (label_metrics if pointwise else score_metrics)(scores, held_out)
-
+    pack = packer(config, policy)
+    rows = {source: pack(source, "train") for source in sources}
+    evaluate = evaluation(config, initial)
     batches = batches_of(config, initial, rows, [*sources.values()])
     loss_fn = partial(loss, config, initial.config)
     model, metrics, plots = fit(
-        config, run, initial, loss_fn, batches, evaluate, keeps_start=config.normalize.prompts > 0
-    )
+        config, run, initial, loss_fn, batches, evaluate,
+        before=lambda params: evaluate(params).values, keeps_start=config.normalize.prompts > 0,
+    )  # fmt: skip
     if config.normalize.prompts:
         mean, std = reference_scores(config, model, policy, [*sources])
         model = dataclasses.replace(model, normalization=(mean, std))
         metrics |= {"eval/reference_score_mean": mean, "eval/reference_score_std": std}
     save_model(run.path, model)
-    tables = console.few_records("held-out preferences", int(held_out["valid"].sum()))
+    tables = console.few_records("held-out preferences", int(metrics["change/accuracy_records"]))
     write_evaluation(run.path, tables, plots)
     return metrics
+
+
+def packer(config: Config, model: Model) -> Callable[[str, str], Arrays]:
+    """(source, split) → packed pairs, or labelled replies."""
+    pack = pack_labelled if config.loss.name == "pointwise" else pack_pairs
+    return partial(pack, config, tokenizer=model.tokenizer)
+
+
+def evaluation(config: Config, model: Model) -> Callable[[Any], Evaluated]:
+    """The held-out metrics of scores, as a function of parameters of the model's shape."""
+    held_out = packer(config, model)(config.data.validation, "validation")
+    score = jax.jit(partial(sequence_scores, model.config))
+
+    def evaluate(params: Any) -> Evaluated:
+        scores = map_rows(score, params, held_out, step_tokens(config))
+        measure = label_metrics if config.loss.name == "pointwise" else score_metrics
+        return Evaluated(*measure(scores, held_out), right_values(scores, held_out))
+
+    return evaluate
 
 
 def _check_loss(config: Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,18 @@ from rlhf_jax import hosts
 from rlhf_jax.config import Config
 from rlhf_jax.data.batches import make_dataset, make_iterator
 from rlhf_jax.data.packing import Arrays
+from rlhf_jax.evaluation.before_after import Values, changes, from_json, to_json
 from rlhf_jax.evaluation.chat_evaluation import evaluate_chat
 from rlhf_jax.evaluation.gold_reward import verdicts_of
 from rlhf_jax.evaluation.held_out_answers import ending_metrics, kl_metrics, log_ratios
-from rlhf_jax.files import check_fields, read_lines, read_object, write_json, write_jsonl
+from rlhf_jax.files import read_lines, read_object, write_jsonl
 from rlhf_jax.rl.judge import Judge
 from rlhf_jax.rl.layout import Rollout
 from rlhf_jax.rl.rollouts import read_prompts, sample_answers
+from rlhf_jax.stages.fit import kept_before, say_devices
 from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.tasks.sources import parse_sources
-from rlhf_jax.training.mesh import step_tokens
+from rlhf_jax.training.mesh import mesh_of, step_tokens
 from rlhf_jax.training.metrics import read_metrics
 from rlhf_jax.training.rundir import RunDirectory
 from rlhf_jax.training.saved_model import Model
@@ -41,7 +44,17 @@ def training_prompts(config: Config, policy: Model) -> tuple[PromptSet, Any]:
         rows.append({"tokens": np.zeros((len(ids), 1), np.int32), "row_ids": ids})
     weights = [*sources.values()] if len(sets) > 1 else None
     batches = make_iterator(make_dataset(rows, drawn, seed=config.seed, weights=weights))
-    return PromptSet.joined(sets), batches
+    prompts, options = PromptSet.joined(sets), config.rollout
+    say_devices(config, policy.params, mesh_of(config))
+    answers, count = options.prompts * options.samples, len(prompts.records)
+    print(
+        f"a step samples {options.samples} answers of up to {options.max_new_tokens} tokens to "
+        f"each of {options.prompts} prompts, {answers * options.max_new_tokens:,} together; "
+        f"{config.train.steps:,} steps are {config.train.steps * drawn / count:.3g} epochs of "
+        f"{count:,} prompts",
+        flush=True,
+    )
+    return prompts, batches
 
 
 def sampled_tokens(batch: Any, metrics: Mapping[str, Any]) -> int:
@@ -71,28 +84,22 @@ def finish(
     for name in ("gold_reward", "kl"):
         if f"eval/{name}" in last:
             metrics[f"eval/sampled_{name}"] = last[f"eval/{name}"]
-    return last | metrics
+    return last | metrics | reward_changes(config, run)
+
+
+def reward_changes(config: Config, run: Path) -> dict[str, float]:
+    """How the rewards of sampled answers changed from the first evaluation to the last."""
+    points = [line for _, line in read_lines(run / "timeline.jsonl", _at_step)]
+    first, newest = (from_json(points[i]["values"]) for i in (0, -1))
+    return changes(first, newest, config.seed)
 
 
 def first_evaluation(
     config: Config, run: RunDirectory, policy: Model, held_out: PromptSet, judge: Judge
 ) -> dict[str, float]:
     """Evaluates the model a run starts from; a resumed run with the same evaluation reads it."""
-    path = run.path / "before.json"
-
-    def read() -> dict[str, Any]:
-        if not path.exists():
-            return {}
-        before = read_object(path)
-        check_fields(path, before, {"config_hash": str, "metrics": {"name": int | float}})
-        return before
-
-    before = hosts.by_first(read)
-    if before.get("config_hash") != run.config_hash:
-        metrics = evaluate(config, run.path, policy, policy, held_out, judge, 0)
-        before = {"config_hash": run.config_hash, "metrics": metrics}
-        write_json(path, before)
-    return before["metrics"]
+    first = partial(evaluate, config, run.path, policy, policy, held_out, judge, 0)
+    return kept_before(run, first)
 
 
 def evaluate(
@@ -136,7 +143,10 @@ def evaluate(
 
 
 def keep_timeline(run: Path, step: int, answers: Rollout, scores: Mapping[str, np.ndarray]) -> None:
-    """Appends the answers to the first few prompts; a step that is done again replaces its own."""
+    """Appends the scores, with the answers to the first few prompts; NaN where there is no score.
+
+    A step that is done again replaces its own.
+    """
     path = run / "timeline.jsonl"
     new = {
         "step": step,
@@ -149,6 +159,10 @@ def keep_timeline(run: Path, step: int, answers: Rollout, scores: Mapping[str, n
             for i in range(min(TIMELINE, len(answers.texts)))
         ],
     }
+    scored = np.isfinite(scores["proxy"])
+    if scored.any():
+        proxy = Values.of(np.where(scored, scores["proxy"], 0), scored)
+        new["values"] = to_json({"proxy_reward": proxy})
     others = [line for _, line in read_lines(path, _at_step) if line["step"] != step]
     write_jsonl(path, sorted([*others, new], key=lambda line: line["step"]))
 
@@ -160,6 +174,7 @@ def _at_step(line: dict[str, Any]) -> dict[str, Any]:
         "prompts": list(line["prompts"]),
         "answers": list(line["answers"]),
         "scores": list(line["scores"]),
+        "values": dict(line.get("values", {})),
     }
 
 

@@ -7,7 +7,7 @@ for Continual Learning", https://arxiv.org/abs/1811.11682.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from rlhf_jax.config import Config
 from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.data.encode import check_trained_share, encode_conversations
 from rlhf_jax.data.packing import Arrays, pack_documents
+from rlhf_jax.evaluation.before_after import Evaluated
 from rlhf_jax.evaluation.chat_evaluation import evaluate_chat
 from rlhf_jax.evaluation.language_loss import language_evaluation
 from rlhf_jax.models.config import ModelConfig
@@ -26,32 +27,37 @@ from rlhf_jax.stages.start import load_start
 from rlhf_jax.tasks.sources import check_unrendered, parse_sources, read_records
 from rlhf_jax.training.mesh import step_tokens
 from rlhf_jax.training.rundir import RunDirectory
-from rlhf_jax.training.saved_model import save_model
+from rlhf_jax.training.saved_model import Model, save_model
 
 
 def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Fine-tunes `init.policy` and returns the metrics of summary.json."""
     base = load_start(config, parents["policy"])
     sources = parse_sources(config.data.train)
-    rows = [_pack(config, source, "train", base.tokenizer) for source in sources]
+    rows = {source: _pack(config, source, "train", base.tokenizer) for source in sources}
     replayed = parse_sources(config.data.replay) if config.data.replay else {}
     for source in replayed:
         texts = read_records(config, source, "text", "train")
-        rows.append(pack_texts(config, f"{source} (replay)", texts, base.tokenizer, "split"))
+        what = f"{source} (replay)"
+        rows[what] = pack_texts(config, what, texts, base.tokenizer, "split")
     weights = [*sources.values(), *replayed.values()]
-    held_out = _pack(config, config.data.validation, "validation", base.tokenizer)
-
-    evaluate = language_evaluation(base.config, held_out, tokens=step_tokens(config))
+    evaluate = evaluation(config, base)
     batches = batches_of(config, base, rows, weights)
     loss_fn = partial(loss, config, base.config)
-    model, metrics, _ = fit(config, run, base, loss_fn, batches, evaluate)
-    save_model(run.path, model)
-    tables = console.few_records(
-        "held-out conversations", int(held_out["segment_ids"].max(1).sum())
+    model, metrics, _ = fit(
+        config, run, base, loss_fn, batches, evaluate, before=lambda params: evaluate(params).values
     )
+    save_model(run.path, model)
+    tables = console.few_records("held-out conversations", int(metrics["change/loss_records"]))
     return metrics | evaluate_chat(
         config, run.path, model, parents["policy"], further={"tables": tables}
     )
+
+
+def evaluation(config: Config, model: Model) -> Callable[[Any], Evaluated]:
+    """The held-out metrics of replies, as a function of parameters of the model's shape."""
+    held_out = _pack(config, config.data.validation, "validation", model.tokenizer)
+    return language_evaluation(model.config, held_out, tokens=step_tokens(config))
 
 
 def loss(config: Config, shape: ModelConfig, params: Any, batch, rng):

@@ -80,6 +80,7 @@ class Loop:
       mesh: of the step.
       clock: counts the tokens and the time of the steps.
       tokenizer_hash: kept in the checkpoints and compared on resume.
+      ends: of the number of a step whose evaluation is written: whether the run ends with it.
     """
 
     options: Train
@@ -90,6 +91,7 @@ class Loop:
     mesh: Mesh | None = None
     clock: Clock = field(default_factory=Clock)
     tokenizer_hash: str | None = None
+    ends: Callable[[int], bool] = lambda step: False
 
     def train(self, state: Any) -> tuple[Any, dict[str, float]]:
         """Trains a state from `init_state`, or any tree a step maps to the next; it is donated.
@@ -126,8 +128,10 @@ class Loop:
                     means.take()  # the checkpoint was begun before that line
                 elif done and is_evaluated(options, done):
                     self._evaluate(done)
-                self._saved_at = time.monotonic()
-                for number in range(done + 1, options.steps + 1):
+                self._saved_at, last = time.monotonic(), options.steps
+                if done and is_evaluated(options, done) and self.ends(done):
+                    last = done
+                for number in range(done + 1, last + 1):
                     with self._saved_at_the_end(number - 1, self.batches.get_state()):
                         batch = self._next_batch(number)
                         rows = shard_batch(self.mesh, batch)
@@ -136,7 +140,11 @@ class Loop:
                     if number == done + 1:
                         give_back()  # what compiling took
                     self._finish_step(number, batch, metrics)
-                with self._saved_at_the_end(options.steps, self.batches.get_state()):
+                    if is_evaluated(options, number) and self.ends(number):
+                        last = number
+                        self._save(number, self.batches.get_state(), wait=True)
+                        break
+                with self._saved_at_the_end(last, self.batches.get_state()):
                     pass
         return self._state, self.clock.rates()
 

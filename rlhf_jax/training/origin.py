@@ -44,6 +44,25 @@ def is_free(name: str) -> bool:
     return any(name == prefix or name.startswith(prefix + ".") for prefix in FREE)
 
 
+def lengthens(changed: Mapping[str, tuple[Any, Any]]) -> bool:
+    """Whether all that differs, but for what is free, is that the run is to take more steps."""
+    decides = {name: pair for name, pair in changed.items() if not is_free(name)}
+    if not decides or not set(decides) <= {"train.steps", "train.epochs"}:
+        return False
+    return all("absent" not in pair and pair[0] < pair[1] for pair in decides.values())
+
+
+def decaying(config: Mapping[str, Any]) -> list[str]:
+    """The learning rates that depend on how many steps there are, as "optimizer.schedule = …"."""
+    sections = [name for name in ("optimizer", "critic") if name in config]
+    schedules = {name: config[name].get("schedule") for name in sections}
+    return [
+        f"{name}.schedule = {schedule!r}"
+        for name, schedule in schedules.items()
+        if schedule != "constant"
+    ]
+
+
 def config_hash(config: Mapping[str, Any], made_from: Mapping[str, Any]) -> str:
     """A digest of a run's config and what else decides its result, which the commit does not."""
     return json_digest([config, {k: v for k, v in made_from.items() if k != "commit"}])

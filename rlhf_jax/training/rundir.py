@@ -18,7 +18,15 @@ from rlhf_jax import hosts
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import check_fields, read_object, room_for, sync_directory, write_json
 from rlhf_jax.stopping import listening
-from rlhf_jax.training.origin import changes, config_hash, is_free, plain, tell_changes
+from rlhf_jax.training.origin import (
+    changes,
+    config_hash,
+    decaying,
+    is_free,
+    lengthens,
+    plain,
+    tell_changes,
+)
 from rlhf_jax.training.run_lock import acquire
 
 CONFIG, MADE_FROM, SUMMARY = "config.json", "made_from.json", "summary.json"
@@ -52,7 +60,8 @@ class RunDirectory:
     `made_from`, and listens for SIGTERM and SIGINT, if that isn't done already (see `stopping`). Of
     several processes the first one holds the directory for all.
 
-    A run that differs is not continued, nor a finished one replaced. With `rerun` its directory is
+    A run that differs is not continued, nor a finished one replaced, but for one thing: under a
+    constant learning rate a run goes on to more steps than it had. With `rerun` its directory is
     kept under another name, <path>.1 or the next that is free, and a new one begun; where all that
     differs is in `origin.FREE`, a copy is kept and the run goes on from its last checkpoint, to
     another evaluation. One that has neither a checkpoint nor a summary is set aside without being
@@ -147,16 +156,29 @@ class RunDirectory:
                 self._set_aside(move=True)
             return
         refused = changed if done else decides  # a finished run's results are not replaced
+        longer, decays = lengthens(changed), decaying(self.config)
+        if longer and not decays and not self.rerun:
+            self._extend(changed, done)
+            return
         if refused and not self.rerun:
+            why = f"; {decays[0]} depends on the number of steps" if longer else ""
             raise AnotherRun(
                 f"{self.path} holds {'a finished' if done else 'an unfinished'} run that was made "
-                f"from something else ({tell_changes(refused)}); --rerun keeps it under another "
-                "name and runs this one, or use another --workdir"
+                f"from something else ({tell_changes(refused)}{why}); --rerun keeps it under "
+                "another name and runs this one, or use another --workdir"
             )
         if changed:
             print(f"{self.path}: {tell_changes(changed, limit=len(changed))}", flush=True)
         if refused:
             self._set_aside(move=bool(decides))
+
+    def _extend(self, changed: Mapping[str, tuple[Any, Any]], done: bool) -> None:
+        """Lets the run go on for more steps; the summary of a finished one is kept beside."""
+        print(f"{self.path} goes on: {tell_changes(changed, limit=len(changed))}", flush=True)
+        if done:
+            before = "-".join(str(old) for name, (old, _) in changed.items() if not is_free(name))
+            os.rename(self.path / SUMMARY, self.path / f"summary-{before}.json")
+            sync_directory(self.path)
 
     def _set_aside(self, *, move: bool) -> None:
         """Renames or copies the directory to <path>.1, or the next number that is free.

@@ -101,7 +101,13 @@ def evaluation(rng) -> dict:
         "sft": [0.931, 0.62, 0.31, 0.874, 0.71],
         "dpo": [0.938, 0.91, 0.83, 0.952, 0.93],
     }
+    others = {
+        name: {f"gold_reward/{k}": x for k, x in zip(COMPONENTS, values, strict=True)}
+        for name, values in gold.items()
+    }
+    others["pretrain"]["gold_reward"] = 0.268
     return {
+        "others": others,
         "token_views": token_views(),
         "timeline": [
             {"prompt": SAMPLES[4][0], "answers": [
@@ -195,7 +201,9 @@ def write_runs(runs: Path) -> Path:
             "eval/gold_win_rate_high": rate.high, "eval/accuracy": 0.7825,
             "eval/accuracy_low": 0.7394, "eval/accuracy_high": 0.8202, "eval/ece": 0.041,
             "eval/kl": 6.31, "eval/response_length": 8.2, "eval/eos_rate": 0.997,
-            "train/tokens_per_second": 12480.3,
+            "train/tokens_per_second": 12480.3, "before/gold_reward": 0.689,
+            "change/gold_reward": 0.225, "change/gold_reward_low": 0.2009,
+            "change/gold_reward_high": 0.249, "change/gold_reward_records": 300.0,
         },
     })  # fmt: skip
     return run

@@ -96,7 +96,8 @@ def test_has_every_section_and_number(page):
     }  # fmt: skip
     for expected in (
         "On held-out prompts the gold scorer prefers this model",
-        "0.914", "0.689 after sft", "73.9\u00a0% – 82.0\u00a0%", "Mara Lindqvist is a baker.",
+        "0.914", "0.689 before", "+0.225 (+0.201 to +0.249)",
+        "73.9\u00a0% – 82.0\u00a0%", "Mara Lindqvist is a baker.",
         "By task family", "−0.052", "0c55e2d4f1a8", "loss.beta", "Loss · pretrain",
         "python -m rlhf_jax.main --config=experiments/dpo.py", "Where it got worse",
     ):  # fmt: skip

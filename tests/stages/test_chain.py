@@ -6,13 +6,15 @@ import json
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
+from rlhf_jax import evaluate
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.statistics import wilson_interval
 from rlhf_jax.main import main
-from rlhf_jax.stages.chain import load_config, pick_samples, prepare, summary_rows
+from rlhf_jax.stages.chain import load_config, pick_samples, prepare
 from rlhf_jax.training.checkpoint import seal
 from rlhf_jax.training.saved_model import load_model
 from rlhf_jax.training.summary import read_summary
@@ -64,6 +66,106 @@ def test_reported_numbers_are_recomputable(chain):
     low, high = wilson_interval(wins, 8)
     assert metrics["eval/gold_win_rate_low"] == pytest.approx(low)
     assert metrics["eval/gold_win_rate_high"] == pytest.approx(high)
+
+
+def test_before_and_after_are_of_the_same_records(chain):
+    """The change of gold reward is that of the scores in samples.jsonl."""
+    _, runs, out = chain
+    samples = [json.loads(line) for line in (runs / "dpo/samples.jsonl").read_text().splitlines()]
+    ours, theirs = (
+        np.array([s["scores"][name] for s in samples]) for name in ("dpo", "sft")
+    )  # fmt: skip
+    metrics = summary(runs / "dpo")["metrics"]
+    assert metrics["before/gold_reward"] == pytest.approx(theirs.mean())
+    assert metrics["change/gold_reward"] == pytest.approx((ours - theirs).mean())
+    low, high = (metrics[f"change/gold_reward_{end}"] for end in ("low", "high"))
+    assert low <= metrics["change/gold_reward"] <= high
+    chosen = metrics["eval/logps/chosen"] - metrics["before/logps/chosen"]
+    assert chosen == pytest.approx(metrics["eval/logps/chosen_change"], abs=1e-4)
+    assert "before/accuracy" not in metrics  # which DPO measures against the model it began as
+    metrics = summary(runs / "sft")["metrics"]
+    assert metrics["eval/loss"] == pytest.approx(metrics["before/loss"] + metrics["change/loss"])
+    assert metrics["change/loss_high"] < 0 and metrics["change/loss_records"] == 200
+    others = json.loads((runs / "dpo/evaluation.json").read_text())["others"]
+    assert [*others] == ["pretrain", "sft", "dpo"]
+    assert not any(name.startswith("before/") for name in summary(runs / "pretrain")["metrics"])
+    assert re.search(r"Gold reward on the same 8 held-out records: \S+ before", out)
+
+
+def test_evaluating_again_on_the_same_records_gives_what_the_run_reported(chain, tmp_path, capsys):
+    experiments, runs, _ = chain
+    data = {"pretrain": "texts", "sft": "chats", "dpo": "pairs"}
+    for name, file in data.items():
+        flags = [f"--workdir={runs / name}", f"--data={experiments}/{file}.jsonl"]
+        flags += [] if name == "pretrain" else ["--count=3"]
+        assert evaluate.main([*flags, f"--out={tmp_path / name}"]) == 0
+        reported, found = summary(runs / name)["metrics"], summary(tmp_path / name)["metrics"]
+        of_data = [n for n in found if re.search("loss|accuracy|logps|bpb|ece", n)]
+        assert len(of_data) >= 3
+        for metric in of_data:
+            assert found[metric] == pytest.approx(reported[metric], rel=1e-5, abs=1e-6), metric
+        assert (tmp_path / name / "report.html").is_file()
+    assert len((tmp_path / "dpo/samples.jsonl").read_text().splitlines()) == 3
+    assert "Gold reward on" not in capsys.readouterr().err
+    assert evaluate.main([*flags, f"--out={tmp_path / 'dpo'}"]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_to_more_steps_is_the_longer_run(chain, tmp_path):
+    experiments, runs, _ = chain
+    copy_parents(runs, tmp_path)
+    flags = [f"--config={experiments}/dpo.py", "--config.optimizer.schedule=constant"]
+    for name, steps in (("longer", 5), ("longer", 9), ("whole", 9)):
+        result = run_main(*flags, f"--workdir={tmp_path}/{name}", f"--config.train.steps={steps}")
+        assert result.returncode == 0, result.stderr[-2000:]
+    longer, whole = (load_model(tmp_path / name).params for name in ("longer", "whole"))
+    jax.tree.map(np.testing.assert_array_equal, longer, whole)
+    ours, theirs = (summary(tmp_path / name) for name in ("longer", "whole"))
+    assert ours["metrics"]["eval/accuracy"] == theirs["metrics"]["eval/accuracy"]
+    assert ours["config_hash"] == theirs["config_hash"]
+    result = run_main(flags[0], f"--workdir={tmp_path}/dpo", "--config.train.steps=2")
+    assert result.returncode == 0, result.stderr[-2000:]
+    result = run_main(flags[0], f"--workdir={tmp_path}/dpo", "--config.train.steps=4")
+    assert "optimizer.schedule = 'cosine' depends on the number of steps" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_best_model_is_kept_and_a_run_ends_without_a_better_one(chain, tmp_path):
+    experiments, runs, _ = chain
+    copy_parents(runs, tmp_path)
+    flags = [
+        f"--config={experiments}/sft.py", f"--workdir={tmp_path}/best",
+        "--config.train.eval_every=1", "--config.train.best=eval/loss",
+        "--config.train.patience=2", "--config.optimizer.learning_rate=0.3",
+    ]  # fmt: skip
+    result = run_main(*flags, fault="step:2")
+    assert result.returncode == -9
+    result = run_main(*flags)
+    assert result.returncode == 0, result.stderr[-2000:]
+    lines = comparable(tmp_path / "best")
+    losses = {line["step"]: line["eval/loss"] for line in lines if "eval/loss" in line}
+    best = min(losses, key=losses.get)
+    metrics = summary(tmp_path / "best")["metrics"]
+    assert metrics["eval/best_step"] == best and max(losses) == best + 2 < 12
+    assert metrics["eval/loss"] == pytest.approx(losses[best], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_epochs_are_passes_over_the_rows(chain, tmp_path):
+    experiments, runs, _ = chain
+    copy_parents(runs, tmp_path)
+    flags = (f"--config={experiments}/dpo.py", f"--workdir={tmp_path}/dpo")
+    result = run_main(*flags, "--config.train.epochs=1.5")
+    assert result.returncode == 0, result.stderr[-2000:]
+    (told,) = re.findall(r"([0-9]+) steps are ([0-9.]+) epochs of ([0-9]+) rows", result.stdout)
+    steps, epochs, rows = map(float, told)
+    assert steps == np.ceil(1.5 * rows / 4) and epochs == pytest.approx(4 * steps / rows, rel=1e-2)
+    assert (
+        json.loads((tmp_path / "dpo/metrics.jsonl").read_text().splitlines()[-1])["step"] == steps
+    )
+    config = json.loads((tmp_path / "dpo/config.json").read_text())
+    assert config["train"]["epochs"] == 1.5 and "steps" not in config["train"]
 
 
 def test_a_second_run_reuses_everything(chain):
@@ -177,7 +279,7 @@ def test_parent_trained_anew_is_noticed(chain, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.trian.steps=3"], 'Did you mean "train" instead of "trian"?'),
+        (["--config.trian.steps=3"], "no section trian; did you mean train?"),
         (
             ["--config.rollout.top_p=0.5"],
             "no rollout.top_p; it is read by online_preference, best_of",
@@ -270,7 +372,7 @@ def test_a_summary_of_another_shape_is_named(tmp_path, text, said):
 
 def test_missing_config_is_a_mistake():
     result = run_main("--config=experiments/nothing.py")
-    assert result.returncode == 2 and "there is no such file" in result.stderr
+    assert result.returncode == 2 and "there is no file" in result.stderr
 
 
 def test_one_sample_of_each_of_the_largest_families_is_shown():
@@ -285,13 +387,3 @@ def test_one_sample_of_each_of_the_largest_families_is_shown():
     assert pick_samples(samples) == [samples[2], samples[5], samples[0]]
     plain = [{"responses": s["responses"]} for s in samples]
     assert pick_samples(plain) == [plain[0], plain[2], plain[3]]
-
-
-def test_rows_of_the_table_have_their_intervals_below():
-    sft = {"eval/loss": 0.5, "eval/accuracy": 0.25, "other": 1.0}
-    dpo = {"eval/accuracy": 0.5, "eval/accuracy_low": 0.4012, "eval/accuracy_high": 0.5988}
-    assert summary_rows([sft, dpo]) == [
-        ["Accuracy", 0.25, 0.5],
-        ["  95 % interval", None, "0.401–0.599"],
-        ["Loss", 0.5, None],
-    ]

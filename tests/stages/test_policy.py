@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from rlhf_jax import evaluate
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.rl.judge import Judge
@@ -75,6 +76,23 @@ def test_ppo_reports_what_a_researcher_watches(chain):
     assert {"eval/gold_reward", "eval/proxy_reward"} <= set(evaluated[0])
     metrics = summary(runs / "ppo")
     assert {"eval/gold_win_rate", "eval/kl", "eval/proxy_reward"} <= set(metrics)
+    before = json.loads((runs / "ppo/before.json").read_text())["measured"]
+    assert metrics["before/proxy_reward"] == pytest.approx(before["eval/proxy_reward"])
+    after = metrics["before/proxy_reward"] + metrics["change/proxy_reward"]
+    assert after == pytest.approx(metrics["eval/proxy_reward"])
+    assert metrics["change/proxy_reward_low"] <= metrics["change/proxy_reward_high"]
+
+
+def test_evaluating_again_without_training_says_the_same(chain, tmp_path):
+    experiments, runs = chain
+    flags = [f"--workdir={runs}/ppo", f"--data={experiments}/prompts.jsonl"]
+    assert evaluate.main([*flags, f"--out={tmp_path}/ppo"]) == 0
+    found, reported = (
+        json.loads((path / "summary.json").read_text())["metrics"]
+        for path in (tmp_path / "ppo", runs / "ppo")
+    )
+    for name in ("eval/proxy_reward", "before/proxy_reward", "change/gold_reward", "eval/kl"):
+        assert found[name] == pytest.approx(reported[name], rel=1e-4, abs=1e-5), name
 
 
 def test_the_report_has_what_was_sampled(chain):

@@ -40,7 +40,7 @@ def train(
 
 def start(run, state, step, batches, evaluation=lambda state: {}, **options):
     """`Loop.train` of options that are all named alike."""
-    own = ("mesh", "clock", "tokenizer_hash")
+    own = ("mesh", "clock", "tokenizer_hash", "ends")
     others = {name: options.pop(name) for name in own if name in options}
     section = loop.Train(**{"checkpoint_minutes": 0.0} | options)
     return loop.Loop(section, run, step, batches, evaluation, **others).train(state)
@@ -423,3 +423,20 @@ def test_evaluations_and_checkpoints_take_no_training_time(tmp_path, monkeypatch
     assert [line["time/step_seconds"] for line in lines] == pytest.approx([0.01] * 5)
     assert rates["train/steps_per_second"] == pytest.approx(100)
     assert rates["train/tokens_per_second"] == pytest.approx(700)
+
+
+def test_a_run_ends_with_the_step_that_it_is_told_to_and_is_whole(tmp_path):
+    def ends(step):
+        return step >= 4
+
+    state, _ = train(tmp_path, eval_every=2, evaluation=lambda state: {"eval/x": 1.0}, ends=ends)
+    assert int(state.step) == 4
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [2, 3, 4]
+    seen = []
+    again, _ = train(
+        tmp_path, eval_every=2, evaluation=lambda state: seen.append(1) or {}, ends=ends
+    )
+    assert int(again.step) == 4 and not seen
+    whole, _ = train(tmp_path / "whole", eval_every=2, evaluation=lambda state: {"eval/x": 1.0})
+    assert int(whole.step) == 7

@@ -397,3 +397,50 @@ def test_a_run_directory_on_a_full_disk(tmp_path, monkeypatch):
         RunDirectory(tmp_path / "run", changed, rerun=True).__enter__()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == CONFIG
+
+
+def constant(steps, **further):
+    optimizer = {"learning_rate": 0.1, "schedule": "constant"}
+    return {"optimizer": optimizer, "train": {"steps": steps}} | further
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_a_run_goes_on_to_more_steps_under_a_constant_rate(tmp_path, done, capsys):
+    with RunDirectory(tmp_path / "run", constant(5)) as run:
+        (run.path / "checkpoints/00000005").mkdir(parents=True)
+        if done:
+            run.write_summary({"status": "done"})
+    with RunDirectory(tmp_path / "run", constant(9)) as run:
+        assert json.loads((run.path / "config.json").read_text())["train"] == {"steps": 9}
+        assert not (run.path / "summary.json").exists()
+        assert (run.path / "summary-5.json").exists() == done
+        assert (run.path / "checkpoints/00000005").is_dir()
+    assert "run goes on: train.steps: 5 -> 9" in capsys.readouterr().out
+    assert not (tmp_path / "run.1").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (constant(3), r"train\.steps: 5 -> 3\); --rerun"),
+        (constant(9, seed=2), r"seed: 'absent' -> 2, train\.steps: 5 -> 9\); --rerun"),
+    ],
+)
+def test_a_run_goes_on_to_nothing_else(tmp_path, config, said):
+    with RunDirectory(tmp_path / "run", constant(5)) as run:
+        run.write_summary({"status": "done"})
+    with pytest.raises(UserError, match=said), RunDirectory(tmp_path / "run", config):
+        pass
+    assert (tmp_path / "run/summary.json").exists()
+
+
+@pytest.mark.parametrize("section", ["optimizer", "critic"])
+def test_a_rate_that_decays_over_the_steps_does_not_go_on(tmp_path, section):
+    def config(steps):
+        return constant(steps) | {section: {"schedule": "cosine"}}
+
+    with RunDirectory(tmp_path / "run", config(5)) as run:
+        run.write_summary({"status": "done"})
+    said = rf"train\.steps: 5 -> 9; {section}\.schedule = 'cosine' depends on the number of steps"
+    with pytest.raises(UserError, match=said), RunDirectory(tmp_path / "run", config(9)):
+        pass
