@@ -10,9 +10,10 @@ from tests import house
 # Measured; a change that lowers one lowers its bound, a change that must raise one says why.
 BOUNDS = {
     # Meshes took 370: `models/sharding`, and splash attention for shared prompts. Several hosts
-    # took 620 more, decoding on a mesh and long rows 200; `plan/`, an annex, 1,310.
-    "lines of the core": 19_300,
-    "lines with the annexes": 29_050,
+    # took 620 more, decoding on a mesh and long rows 200; `plan/`, an annex, 1,310. The first hour
+    # (help, packaging, before and after, evaluation, longer runs) took 1,000, a sweep's annex 1,800.
+    "lines of the core": 20_640,
+    "lines with the annexes": 32_680,
     "functions over 60 lines": 1,
     "functions over 80 lines": 0,
     "functions over 8 parameters": 3,
