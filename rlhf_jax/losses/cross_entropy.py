@@ -45,27 +45,28 @@ class TokenStatistics(NamedTuple):
     correct: jax.Array
 
 
-class _Options(NamedTuple):
-    """The static part of a call."""
+class Words(NamedTuple):
+    """Which words logits are of, and how the unembedding [V, D] lies.
 
-    vocab: int
-    temperature: float
-    softcap: float | None
-    layout: str  # "vd" or "dv", the axes of the unembedding
-    unused: Ranges
-    axis: str | None  # the mapped axis over whose devices the words are split
+    Attributes:
+      layout: "vd", or "dv" for an unembedding that is [D, V], as a kernel is.
+      unused: ids that are no words, in order and not all: no field counts their logits, whose
+        gradient is 0, and a target that is one has a log-prob near the lowest of all floats.
+      axis: a mapped axis, such as a `shard_map`'s, over whose devices the words are split in order.
+        The unembedding is then this device's, of V/n words, and a bias is theirs, while hidden
+        states, targets and weights are of this device's tokens, as many as any other's.
+    """
 
-    @property
-    def words(self) -> int:
-        """How many ids are words."""
-        return self.vocab - sum(stop - start for start, stop in self.unused)
+    layout: str = "vd"
+    unused: Ranges = ()
+    axis: str | None = None
 
     def ids(self, count: int) -> jax.Array:
         """int32 [count]: the ids of this device's words."""
         ids = jnp.arange(count)
         return ids if self.axis is None else ids + count * jax.lax.axis_index(self.axis)
 
-    def are_words(self, count: int) -> jax.Array:
+    def are_used(self, count: int) -> jax.Array:
         """Bool [count]: which of this device's ids are words."""
         ids = self.ids(count)
         used = ids >= 0
@@ -87,6 +88,23 @@ class _Options(NamedTuple):
         return parts[jax.lax.axis_index(self.axis)]
 
 
+ALL_WORDS = Words()
+
+
+class _Options(NamedTuple):
+    """The static part of a call."""
+
+    vocab: int
+    temperature: float
+    softcap: float | None
+    words: Words
+
+    @property
+    def used(self) -> int:
+        """How many ids are words."""
+        return self.vocab - sum(stop - start for start, stop in self.words.unused)
+
+
 def token_statistics(
     hidden: jax.Array,
     unembedding: jax.Array,
@@ -95,9 +113,7 @@ def token_statistics(
     bias: jax.Array | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
-    layout: str = "vd",
-    unused: Ranges = (),
-    axis: str | None = None,
+    words: Words = ALL_WORDS,
     chunk_tokens: int | None = None,
 ) -> TokenStatistics:
     """Statistics of softmax(l) with l = cap(hidden · unembeddingᵀ + bias) / temperature.
@@ -115,12 +131,7 @@ def token_statistics(
       bias: [V], finite; −1e9 bans a word (if there is no softcap).
       targets: [...] integers. Outside [0, V): logprobs is NaN there and correct is 0.
       temperature, softcap: Python numbers > 0.
-      layout: "dv" for an unembedding that is [D, V], as a kernel is.
-      unused: ids that are no words, in order and not all: no field counts their logits, whose
-        gradient is 0, and a target that is one has a log-prob near the lowest of all floats.
-      axis: a mapped axis, such as a `shard_map`'s, over whose devices the words are split in order.
-        `unembedding` then holds this device's, V/n of them, and `bias` theirs, while `hidden` and
-        `targets` are this device's tokens, as many as any other's.
+      words: which words these are, and how the unembedding lies.
       chunk_tokens: most tokens per chunk; None: 1024, or more while they have at most KEPT_LOGITS.
 
     Returns:
@@ -129,7 +140,7 @@ def token_statistics(
     Raises:
       ValueError: shapes do not fit, or a number is not positive.
     """
-    part, vocab, width = _sizes(hidden, unembedding, targets, layout, axis)
+    part, vocab, width = _sizes(hidden, unembedding, targets, words)
     if bias is not None and bias.shape != (part,):
         raise ValueError(f"bias must have shape ({part},), got {bias.shape}")
     if chunk_tokens is None:
@@ -141,7 +152,7 @@ def token_statistics(
 
     hidden, unembedding, bias, targets = _vary_alike(hidden, unembedding, bias, targets)
     statistics = _statistics(
-        _Options(vocab, temperature, softcap, layout, unused, axis),
+        _Options(vocab, temperature, softcap, words),
         _strided(hidden.reshape(-1, width), chunk_tokens),
         unembedding,
         bias,
@@ -197,9 +208,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
-    layout: str = "vd",
-    unused: Ranges = (),
-    axis: str | None = None,
+    words: Words = ALL_WORDS,
     chunk_tokens: int | None = None,
 ) -> tuple[Reduction, dict[str, Reduction]]:
     """`token_cross_entropy` of `token_statistics`, its gradient taken in the forward pass.
@@ -210,7 +219,7 @@ def cross_entropy(
     none. As in "Liger Kernel", https://arxiv.org/abs/2410.10989.
 
     Args:
-      hidden: [..., D]. unembedding: [V, D], or [D, V] with layout "dv". targets: [...] integers.
+      hidden: [..., D]. unembedding: [V, D], or as `words` say. targets: [...] integers.
       weights: [...], 0 = not a target.
       chunk_tokens: most tokens per chunk; None: 512, or more while they have at most
         PASSING_LOGITS. The others are those of the two functions.
@@ -222,7 +231,7 @@ def cross_entropy(
       ValueError: shapes do not fit, or chunk_tokens is not positive.
     """
     check_same_shape(weights=weights, targets=targets)
-    _, vocab, width = _sizes(hidden, unembedding, targets, layout, axis)
+    _, vocab, width = _sizes(hidden, unembedding, targets, words)
     if chunk_tokens is None:
         chunk_tokens = max(512, PASSING_LOGITS // vocab)
     if chunk_tokens < 1:
@@ -230,7 +239,7 @@ def cross_entropy(
     hidden, unembedding, targets, weights = _vary_alike(hidden, unembedding, targets, weights)
     flat = hidden.reshape(-1, width), targets.reshape(-1), weights.reshape(-1)
     total, (weight, metrics) = _summed_cross_entropy(
-        _Options(vocab, 1.0, softcap, layout, unused, axis),
+        _Options(vocab, 1.0, softcap, words),
         (label_smoothing, z_loss),
         unembedding,
         *(_strided(x, chunk_tokens) for x in flat),
@@ -238,18 +247,19 @@ def cross_entropy(
     return (total, weight), metrics
 
 
-def _sizes(hidden, unembedding, targets, layout: str, axis: str | None) -> tuple[int, int, int]:
+def _sizes(hidden, unembedding, targets, words: Words) -> tuple[int, int, int]:
     """(words of this device, V, D), checked."""
     check_rank("unembedding", unembedding, 2)
-    if layout not in ("vd", "dv"):
-        raise ValueError(f"layout must be 'vd' or 'dv', got {layout!r}")
-    part, width = unembedding.shape if layout == "vd" else unembedding.shape[::-1]
+    if words.layout not in ("vd", "dv"):
+        raise ValueError(f"layout must be 'vd' or 'dv', got {words.layout!r}")
+    part, width = unembedding.shape if words.layout == "vd" else unembedding.shape[::-1]
     if hidden.shape != (*targets.shape, width):
         raise ValueError(
             "hidden must have the shape of targets and the width of unembedding, "
             f"{(*targets.shape, width)}, got {hidden.shape}"
         )
-    return part, part * (1 if axis is None else jax.lax.axis_size(axis)), width
+    devices = 1 if words.axis is None else jax.lax.axis_size(words.axis)
+    return part, part * devices, width
 
 
 def _strided(x: jax.Array, size: int) -> jax.Array:
@@ -289,7 +299,7 @@ def _logits(options: _Options, hidden, unembedding, bias) -> jax.Array:
     then no logit equals the highest.
     """
     dtype = at_least_f32(hidden, unembedding)
-    spec = f"cd,{options.layout}->cv"
+    spec = f"cd,{options.words.layout}->cv"
     logits = jnp.einsum(spec, hidden, unembedding, preferred_element_type=dtype)
     if bias is not None:
         logits += bias.astype(dtype)
@@ -297,8 +307,8 @@ def _logits(options: _Options, hidden, unembedding, bias) -> jax.Array:
         logits = options.softcap * jnp.tanh(logits / options.softcap)
     if options.temperature != 1:
         logits = logits / options.temperature
-    if options.unused:
-        logits = jnp.where(options.are_words(logits.shape[-1]), logits, _lowest(dtype))
+    if options.words.unused:
+        logits = jnp.where(options.words.are_used(logits.shape[-1]), logits, _lowest(dtype))
     return jax.lax.optimization_barrier(logits)
 
 
@@ -320,13 +330,13 @@ class _Sums(NamedTuple):
 
 def _sums(options: _Options, logits: jax.Array, targets: jax.Array) -> _Sums:
     """Sums over this device's words: logits [c, V], targets [c]."""
-    ids = options.ids(logits.shape[-1])
+    ids = options.words.ids(logits.shape[-1])
     top = logits.max(-1)
     shifted = logits - top[:, None]
     exps = jnp.exp(shifted)
     words = logits
-    if options.unused:
-        words = jnp.where(options.are_words(logits.shape[-1]), logits, 0)
+    if options.words.unused:
+        words = jnp.where(options.words.are_used(logits.shape[-1]), logits, 0)
     column = targets - ids[0]
     known = (column >= 0) & (column < len(ids))
     at_target = jnp.take_along_axis(logits, jnp.where(known, column, 0)[:, None], -1)[:, 0]
@@ -367,14 +377,14 @@ def _chunk_statistics(options: _Options, hidden, unembedding, bias, targets):
     """
     logits = _logits(options, hidden, unembedding, bias)
     sums = _sums(options, logits, targets)
-    if options.axis is not None:
-        sums, targets = _joined(options.axis, sums), options.own(targets)
+    if options.words.axis is not None:
+        sums, targets = _joined(options.words.axis, sums), options.words.own(targets)
     known = (targets >= 0) & (targets < options.vocab)
     log_mass = jnp.log(sums.mass)
     statistics = TokenStatistics(
         logprobs=(jnp.where(known, sums.at_target, jnp.nan) - sums.top) - log_mass,
         logsumexp=sums.top + log_mass,
-        mean_logit=sums.total / options.words,
+        mean_logit=sums.total / options.used,
         entropy=log_mass - sums.moment / sums.mass,
         correct=(-sums.first == targets).astype(logits.dtype),
     )
@@ -389,16 +399,16 @@ def _logit_gradient(options: _Options, logits, targets, statistics, cotangents):
     to_target, to_sum, to_mean, to_entropy, _ = (x[:, None] for x in cotangents)
     logprobs = logits - statistics.logsumexp[:, None]
     entropy = statistics.entropy[:, None]
-    columns = options.ids(logits.shape[-1]).astype(targets.dtype)
+    columns = options.words.ids(logits.shape[-1]).astype(targets.dtype)
     gradient = jnp.exp(logprobs) * (to_sum - to_target - to_entropy * (logprobs + entropy))
-    gradient += jnp.where(columns == targets[:, None], to_target, 0) + to_mean / options.words
+    gradient += jnp.where(columns == targets[:, None], to_target, 0) + to_mean / options.used
     if options.softcap is not None:
         gradient *= 1 - (logits * options.temperature / options.softcap) ** 2
     if options.temperature != 1:
         gradient = gradient / options.temperature
     used = _used(cotangents)
-    if options.unused:
-        used &= options.are_words(logits.shape[-1])
+    if options.words.unused:
+        used &= options.words.are_used(logits.shape[-1])
     return jnp.where(used, gradient, 0)
 
 
@@ -416,15 +426,15 @@ def _products(options: _Options, to_logits, hidden, unembedding) -> tuple[jax.Ar
     dtype = at_least_f32(hidden, unembedding)
     to_logits = to_logits.astype(jnp.result_type(hidden, unembedding))
     product = partial(jnp.einsum, preferred_element_type=dtype)
-    to_hidden = product(f"cv,{options.layout}->cd", to_logits, unembedding)
-    if options.axis is not None:
-        to_hidden = jax.lax.psum_scatter(to_hidden, options.axis, tiled=True)
+    to_hidden = product(f"cv,{options.words.layout}->cd", to_logits, unembedding)
+    if options.words.axis is not None:
+        to_hidden = jax.lax.psum_scatter(to_hidden, options.words.axis, tiled=True)
     return to_hidden.astype(hidden.dtype), product("cd,cv->dv", hidden, to_logits)
 
 
 def _laid_out(options: _Options, to_words: jax.Array) -> jax.Array:
     """A gradient [D, V] as the unembedding lies; the barrier keeps its product as it is."""
-    return jax.lax.optimization_barrier(to_words).T if options.layout == "vd" else to_words
+    return jax.lax.optimization_barrier(to_words).T if options.words.layout == "vd" else to_words
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -437,7 +447,7 @@ def _statistics_forward(options: _Options, hidden, unembedding, bias, targets):
     keep = len(hidden) == 1
 
     def step(_, chunk):
-        hidden, targets = options.gather(chunk)
+        hidden, targets = options.words.gather(chunk)
         statistics, logits = _chunk_statistics(options, hidden, unembedding, bias, targets)
         return None, (statistics, logits if keep else None)
 
@@ -451,7 +461,7 @@ def _statistics_backward(options: _Options, residuals, cotangents):
 
     def step(gradients, chunk):
         *mine, logits = chunk
-        hidden, targets, statistics, cotangents = options.gather(tuple(mine))
+        hidden, targets, statistics, cotangents = options.words.gather(tuple(mine))
         hidden = jnp.where(_used(cotangents), hidden, 0)
         if logits is None:
             logits = _logits(options, hidden, unembedding, bias)
@@ -460,7 +470,7 @@ def _statistics_backward(options: _Options, residuals, cotangents):
         to_bias = None if bias is None else gradient.sum(0)
         return jax.tree.map(jnp.add, gradients, (to_words, to_bias)), to_hidden
 
-    shape = unembedding.shape if options.layout == "dv" else unembedding.shape[::-1]
+    shape = unembedding.shape if options.words.layout == "dv" else unembedding.shape[::-1]
     zeros = (
         jnp.zeros_like(unembedding, dtype, shape=shape),
         None if bias is None else jnp.zeros_like(bias, dtype),
@@ -477,7 +487,7 @@ _statistics.defvjp(_statistics_forward, _statistics_backward)
 def _cross_entropy_chunk(options: _Options, terms, unembedding, chunk, gradient: bool):
     """(total, (weight, metrics)) of a chunk, and its gradients to hidden and unembedding [D, V]."""
     *inputs, weights = chunk
-    hidden, targets = options.gather(tuple(inputs))
+    hidden, targets = options.words.gather(tuple(inputs))
     statistics, logits = _chunk_statistics(options, hidden, unembedding, None, targets)
 
     def loss(statistics: TokenStatistics):
@@ -490,7 +500,7 @@ def _cross_entropy_chunk(options: _Options, terms, unembedding, chunk, gradient:
         return loss(statistics), None
     total, pull, aux = jax.vjp(loss, statistics, has_aux=True)
     (cotangents,) = pull(jnp.ones_like(total))
-    statistics, cotangents = options.gather((statistics, cotangents))
+    statistics, cotangents = options.words.gather((statistics, cotangents))
     to_logits = _logit_gradient(options, logits, targets, statistics, cotangents)
     hidden = jnp.where(_used(cotangents), hidden, 0)
     return (total, aux), _products(options, to_logits, hidden, unembedding)

@@ -13,7 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.losses.cross_entropy import TokenStatistics, cross_entropy, token_statistics
+from rlhf_jax.losses.cross_entropy import (
+    TokenStatistics,
+    Words,
+    cross_entropy,
+    token_statistics,
+)
 from rlhf_jax.losses.reductions import Reduction, segment_logprobs
 from rlhf_jax.losses.shaping import exact_kl
 from rlhf_jax.models.config import ModelConfig
@@ -40,19 +45,18 @@ def _target_hidden(config: ModelConfig, params: Any, batch: Batch) -> jax.Array:
     return jnp.take_along_axis(hidden, batch["sources"][..., None], axis=1)
 
 
-def _words(config: ModelConfig, params: Any) -> tuple[jax.Array, dict[str, Any]]:
-    """(the unembedding in the compute dtype, how the losses are to read it).
+def _unembedding(config: ModelConfig, params: Any) -> tuple[jax.Array, Words]:
+    """The unembedding in the compute dtype, and how the losses are to read it.
 
-    What lies in parts is split by words: each device has its words' logits of all devices' tokens.
+    One that lies in parts is split by words: each device has its words' logits of all tokens.
     """
     table, layout = unembedding(config, params)
-    options: dict[str, Any] = {"softcap": config.logit_softcap, "layout": layout}
     if not isinstance(table, Shard):
-        return table.astype(config.compute_dtype), options | {"unused": config.unused}
-    words = split_words(table, -2 if layout == "vd" else -1, config.compute_dtype)
-    count = words.size // config.width * jax.lax.axis_size(FSDP)
+        return table.astype(config.compute_dtype), Words(layout, config.unused)
+    mine = split_words(table, -2 if layout == "vd" else -1, config.compute_dtype)
+    count = mine.size // config.width * jax.lax.axis_size(FSDP)
     added = ((config.vocab_size, count),) if count > config.vocab_size else ()
-    return words, options | {"unused": (*config.unused, *added), "axis": FSDP}
+    return mine, Words(layout, (*config.unused, *added), FSDP)
 
 
 @by_rows
@@ -75,13 +79,18 @@ def target_statistics(
         TokenStatistics of [B, M] arrays; unused slots (weight 0) hold finite numbers.
     """
     hidden = _target_hidden(config, params, batch)
-    words, options = _words(config, params)
-    if bias is not None and "axis" in options:
-        count = words.size // config.width
-        mine = jnp.arange(count) + count * jax.lax.axis_index(FSDP)
+    table, words = _unembedding(config, params)
+    if bias is not None and words.axis is not None:
+        mine = words.ids(table.size // config.width)
         bias = jnp.take(bias, mine, mode="fill", fill_value=0)
     return token_statistics(
-        hidden, words, batch["targets"], bias=bias, temperature=temperature, **options
+        hidden,
+        table,
+        batch["targets"],
+        bias=bias,
+        temperature=temperature,
+        softcap=config.logit_softcap,
+        words=words,
     )
 
 
@@ -96,9 +105,17 @@ def target_cross_entropy(
 ) -> tuple[Reduction, dict[str, Reduction]]:
     """Returns the cross-entropy of a batch's targets and its metrics, as `cross_entropy` does."""
     hidden = _target_hidden(config, params, batch)
-    words, options = _words(config, params)
-    options |= {"label_smoothing": label_smoothing, "z_loss": z_loss}
-    return cross_entropy(hidden, words, batch["targets"], batch["weights"], **options)
+    table, words = _unembedding(config, params)
+    return cross_entropy(
+        hidden,
+        table,
+        batch["targets"],
+        batch["weights"],
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=config.logit_softcap,
+        words=words,
+    )
 
 
 def sequence_logprobs(

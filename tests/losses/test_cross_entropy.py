@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.losses.cross_entropy import (
     TokenStatistics,
+    Words,
     cross_entropy,
     token_cross_entropy,
     token_statistics,
@@ -319,10 +320,10 @@ def test_words_that_are_split_over_devices(loss_of, options, layout):
     weights = jax.random.uniform(jax.random.key(9), targets.shape) * (targets > 2)
     weights *= targets < len(unembedding) * 7 // 8
     words = unembedding if layout == "vd" else unembedding.T
-    options = options | {"unused": unused, "layout": layout}
 
     def loss(axis, hidden, words, targets, weights):
-        return loss_of(hidden, words, targets, weights, z_loss=0.1, axis=axis, **options)
+        read = Words(layout, unused, axis)
+        return loss_of(hidden, words, targets, weights, z_loss=0.1, words=read, **options)
 
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
     rows = P("fsdp")
@@ -363,7 +364,7 @@ def test_one_pass_equals_two(options, layout):
     def step(loss_of):
         def scaled(hidden, unembedding):
             (total, weight), metrics = loss_of(
-                hidden, unembedding, targets, weights, layout=layout, **options
+                hidden, unembedding, targets, weights, words=Words(layout), **options
             )
             return 3 * total, (total, weight, metrics)
 
@@ -447,19 +448,25 @@ WORDS = np.array([v for v in range(VOCAB) if not any(a <= v < b for a, b in UNUS
 
 @both_ways
 @pytest.mark.parametrize(
-    "options", [{}, {"softcap": 2.0}, {"chunk_tokens": 8}, {"layout": "dv", "chunk_tokens": 8}]
+    ("layout", "options"),
+    [
+        ("vd", {}),
+        ("vd", {"softcap": 2.0}),
+        ("vd", {"chunk_tokens": 8}),
+        ("dv", {"chunk_tokens": 8}),
+    ],
 )
-def test_unused_ids_count_nowhere(loss_of, options):
+def test_unused_ids_count_nowhere(loss_of, layout, options):
     """The loss and its gradient are those of a vocabulary without them."""
     hidden, words, _, _ = arrays()
-    layout = options.get("layout", "vd")
     places = jax.random.randint(jax.random.key(5), (ROWS, SLOTS), 0, len(WORDS))
     weights = jnp.ones((ROWS, SLOTS)).at[0].set(0)
     terms = {"label_smoothing": 0.1, "z_loss": 0.01}
 
     def loss(hidden, words, targets, unused):
         words = words.T if layout == "dv" else words
-        result = loss_of(hidden, words, targets, weights, **terms, **options, unused=unused)
+        read = Words(layout, unused)
+        result = loss_of(hidden, words, targets, weights, **terms, **options, words=read)
         return result[0][0], result[1]
 
     run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
@@ -477,7 +484,7 @@ def test_statistics_are_of_the_used_ids(chunk_tokens):
     places = jax.random.randint(jax.random.key(5), (ROWS, SLOTS), 0, len(WORDS))
     options = {"temperature": 0.7, "softcap": 3.0}
     found = token_statistics(
-        hidden, words, jnp.asarray(WORDS)[places], bias=bias, unused=UNUSED,
+        hidden, words, jnp.asarray(WORDS)[places], bias=bias, words=Words(unused=UNUSED),
         chunk_tokens=chunk_tokens, **options,
     )  # fmt: skip
     wanted = naive(hidden, words[WORDS], places, bias=bias[WORDS], **options)
