@@ -60,11 +60,7 @@ def changes(before: Measured, after: Measured, seed: int) -> dict[str, float]:
         if old.sums.shape != new.sums.shape:
             raise ValueError(f"{name}: {old.sums.shape} records before, {new.sums.shape} after")
         count = len(new.sums)
-        draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES)
-        with np.errstate(invalid="ignore"):  # a draw of records without any weight
-            each = (draws @ new.sums) / (draws @ new.weights)
-            each -= (draws @ old.sums) / (draws @ old.weights)
-        low, high = np.nanquantile(each, [0.025, 0.975])
+        low, high = np.nanquantile(_resample(old, new, seed), [0.025, 0.975])
         metrics |= {
             f"before/{name}": old.mean,
             f"change/{name}": new.mean - old.mean,
@@ -73,6 +69,19 @@ def changes(before: Measured, after: Measured, seed: int) -> dict[str, float]:
             f"change/{name}_records": float(count),
         }
     return metrics
+
+
+def _resample(old: Values, new: Values, seed: int) -> np.ndarray:
+    """[RESAMPLES] differences of the metric, each of as many records drawn with replacement."""
+    random, count = np.random.default_rng(seed), len(new.sums)
+    found = []
+    each = max(1, 10**7 // count)  # draws at a time: 80 MB of them, however many records there are
+    for rows in (min(each, RESAMPLES - i) for i in range(0, RESAMPLES, each)):
+        draws = random.multinomial(count, np.full(count, 1 / count), rows)
+        with np.errstate(invalid="ignore"):  # a draw of records without any weight
+            after = (draws @ new.sums) / (draws @ new.weights)
+            found.append(after - (draws @ old.sums) / (draws @ old.weights))
+    return np.concatenate(found)
 
 
 def to_json(measured: Measured) -> dict[str, list[list[float]]]:

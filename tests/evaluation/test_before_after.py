@@ -41,6 +41,14 @@ def test_the_interval_covers_as_often_as_it_says():
     assert 88 <= inside <= 99
 
 
+def test_many_records_are_drawn_in_parts():
+    count = 60_000
+    after = np.random.default_rng(2).normal(0, 1, count)
+    metrics = changes({"x": Values.of(np.zeros(count))}, {"x": Values.of(after)}, 3)
+    width = metrics["change/x_high"] - metrics["change/x_low"]
+    assert width == pytest.approx(2 * 1.96 * after.std() / count**0.5, rel=0.1)
+
+
 def test_other_records_are_refused_and_json_keeps_them():
     with pytest.raises(ValueError, match=r"loss: \(2,\) records before, \(1,\) after"):
         changes({"loss": Values.of([1.0, 2.0])}, {"loss": Values.of([1.0])}, 0)
