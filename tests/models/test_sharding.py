@@ -61,7 +61,12 @@ def compiled(config, axes, params):
     return jax.jit(split_over(mesh, function)).lower(*arguments).compile(), *arguments
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+def quick(name, *others):
+    """Parameters of a test, of which only one is quick."""
+    return [name, *(pytest.param(other, marks=pytest.mark.slow) for other in others)]
+
+
+@pytest.mark.parametrize("shape", ["dots", *quick("untied", "experts")])
 def test_every_mesh_computes_the_loss_and_gradient_of_one_device(shape):
     config = model(**SHAPES[shape])
     params = init(config, jax.random.key(0))
@@ -76,8 +81,8 @@ def test_every_mesh_computes_the_loss_and_gradient_of_one_device(shape):
         )
 
 
-@pytest.mark.parametrize("base", ["float32", "int8", "nf4"])
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("base", quick("int8", "float32", "nf4"))
+@pytest.mark.parametrize("kind", quick("dora", "lora"))
 def test_an_adapters_gradient_is_that_of_one_device(base, kind):
     config, keys = model(remat="dots"), jax.random.split(jax.random.key(0), 3)
     params = lora.quantize(init(config, keys[0]), base)
@@ -109,7 +114,7 @@ def test_rows_and_words_that_the_devices_do_not_divide_are_padded_and_cut():
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", quick("full", "none", "dots"))
 def test_weights_are_gathered_and_gradients_scattered_once_per_use(remat):
     config = model(remat=remat, tied_embeddings=False)
     params, mesh = init(config, jax.random.key(0)), make_mesh({"fsdp": 8})

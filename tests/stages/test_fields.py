@@ -186,8 +186,9 @@ def every_section():
 
 def test_fields_are_few():
     fields = {stage: set(leaves(defaults.fields_of(stage))) for stage in defaults.STAGES}
-    assert len(set().union(*fields.values())) <= 120
-    assert len(fields["policy"]) <= 78  # two are files of the user's own code
+    # Two are files of the user's own code, one is train.best.
+    assert len(set().union(*fields.values())) <= 121
+    assert len(fields["policy"]) <= 78
 
 
 @pytest.mark.parametrize("kind", sorted(every_section(), key=lambda kind: kind.__name__))

@@ -83,6 +83,7 @@ def test_ppo_reports_what_a_researcher_watches(chain):
     assert metrics["change/proxy_reward_low"] <= metrics["change/proxy_reward_high"]
 
 
+@pytest.mark.slow
 def test_evaluating_again_without_training_says_the_same(chain, tmp_path):
     experiments, runs = chain
     flags = [f"--workdir={runs}/ppo", f"--data={experiments}/prompts.jsonl"]
