@@ -5,7 +5,8 @@ over fsdp and tensor, by regex rules on their "/"-joined names. `by_rows` has ea
 its own rows. What lies in parts over fsdp (`Shard`) is then gathered just before it is used,
 one layer after the other, in the dtype it is used in, and its gradient is summed in float32 into
 the same parts: "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (stage 3),
-https://arxiv.org/abs/1910.02054. Products that are split over tensor are left to XLA.
+https://arxiv.org/abs/1910.02054. The unembedding is not gathered: losses split it by words
+(`split_words`). Products that are split over tensor are left to XLA.
 """
 
 from __future__ import annotations
