@@ -90,11 +90,13 @@ class Search:
     def __init__(self, storage: Path, owner: Path, metric: str, steps: int) -> None:
         try:
             import optuna
+            from optuna.storages.journal import JournalFileBackend
         except ImportError:
             raise UserError(f"--search needs optuna: {NEEDED}") from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        backend = optuna.storages.journal.JournalFileBackend(str(storage))
-        direction = "minimize" if is_less_better(metric) else "maximize"
+        backend = JournalFileBackend(str(storage))
+        directions = optuna.study.StudyDirection
+        direction = directions.MINIMIZE if is_less_better(metric) else directions.MAXIMIZE
         self._optuna, self._owner = optuna, f"{socket.gethostname()}:{owner.resolve()}"
         self._study = optuna.create_study(
             storage=optuna.storages.JournalStorage(backend),
@@ -136,7 +138,7 @@ class Search:
         for field, each in space.items():
             if not isinstance(each, Range):
                 values[field] = str(trial.suggest_categorical(field, each))
-            elif isinstance(each.low, int):
+            elif isinstance(each.low, int) and isinstance(each.high, int):
                 values[field] = str(trial.suggest_int(field, each.low, each.high, log=each.log))
             else:
                 drawn = trial.suggest_float(field, each.low, each.high, log=each.log)
