@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-RESAMPLES = 2000
+from rlhf_jax.evaluation.statistics import resample
 
 
 class Values(NamedTuple):
@@ -60,7 +60,7 @@ def changes(before: Measured, after: Measured, seed: int) -> dict[str, float]:
         if old.sums.shape != new.sums.shape:
             raise ValueError(f"{name}: {old.sums.shape} records before, {new.sums.shape} after")
         count = len(new.sums)
-        low, high = np.nanquantile(_resample(old, new, seed), [0.025, 0.975])
+        low, high = np.nanquantile(_differences(old, new, seed), [0.025, 0.975])
         metrics |= {
             f"before/{name}": old.mean,
             f"change/{name}": new.mean - old.mean,
@@ -71,13 +71,10 @@ def changes(before: Measured, after: Measured, seed: int) -> dict[str, float]:
     return metrics
 
 
-def _resample(old: Values, new: Values, seed: int) -> np.ndarray:
-    """[RESAMPLES] differences of the metric, each of as many records drawn with replacement."""
-    random, count = np.random.default_rng(seed), len(new.sums)
+def _differences(old: Values, new: Values, seed: int) -> np.ndarray:
+    """The metric's difference for each resampling of the records, [2000]."""
     found = []
-    each = max(1, 10**7 // count)  # draws at a time: 80 MB of them, however many records there are
-    for rows in (min(each, RESAMPLES - i) for i in range(0, RESAMPLES, each)):
-        draws = random.multinomial(count, np.full(count, 1 / count), rows)
+    for draws in resample(len(new.sums), seed):
         with np.errstate(invalid="ignore"):  # a draw of records without any weight
             after = (draws @ new.sums) / (draws @ new.weights)
             found.append(after - (draws @ old.sums) / (draws @ old.weights))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import nan, sqrt
 from typing import NamedTuple
@@ -92,9 +93,20 @@ def bootstrap_interval(
         raise ValueError(f"values must be [prompts] or [prompts, samples], got {array.shape}")
     means = array.reshape(len(array), -1).mean(axis=1)
     n = len(means)
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
-    low, high = np.quantile(draws @ means / n, [(1 - confidence) / 2, (1 + confidence) / 2])
+    found = np.concatenate([draws @ means / n for draws in resample(n, seed, resamples)])
+    low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def resample(n: int, seed: int, resamples: int = 2000) -> Iterator[np.ndarray]:
+    """How often each of n records is drawn in n draws with replacement, [some, n] at a time.
+
+    All of them together are [resamples, n]; 80 MB are held, however many records there are.
+    """
+    random, most = np.random.default_rng(seed), max(1, 10**7 // n)
+    for start in range(0, resamples, most):
+        count = min(most, resamples - start)
+        yield random.multinomial(n, np.full(n, 1 / n), size=count)
 
 
 def calibration(probabilities: ArrayLike, outcomes: ArrayLike, bins: int = 15) -> Calibration:

@@ -197,13 +197,14 @@ def take_rows(table: jax.Array | Shard, ids: jax.Array) -> jax.Array:
 
 
 def split_words(table: Shard, words: int, dtype: Any) -> jax.Array:
-    """Of n devices the i-th's ⌈V/n⌉ words of a table, in that dtype and in their whole width.
+    """Of n devices the i-th's ⌈V/n⌉ words of a table [V, D] or [D, V], in their whole width.
 
     The table lies in parts of the width; each device sends every other its part of their words.
     After the last word there are zeros.
 
     Args:
-      words: which axis of the table is the words, counted from the end.
+      words: which axis of the table is the words, counted from the end: −2 or −1.
+      dtype: in which they travel, and are returned: [⌈V/n⌉, D] or [D, ⌈V/n⌉].
     """
     part, axis = table.part.astype(dtype), words % 2
     missing = -part.shape[axis] % jax.lax.axis_size(FSDP)

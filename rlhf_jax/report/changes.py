@@ -7,12 +7,10 @@ from math import isfinite
 from typing import Any
 
 from rlhf_jax.report.tables import METRICS, format_metric
+from rlhf_jax.training.metrics import is_less_better
 
-# What is better, more (1) or less (−1), of the metrics of which that can be said.
-BETTER = {
-    **dict.fromkeys(("gold_reward", "proxy_reward", "pass_at_1", "accuracy", "token_accuracy"), 1),
-    **dict.fromkeys(("bpb", "loss"), -1),
-}
+# The metrics of which it can be said that a change is for better or worse.
+JUDGED = ("gold_reward", "proxy_reward", "pass_at_1", "accuracy", "token_accuracy", "bpb", "loss")
 POINTS = "\u00a0points"  # what a difference of percentages is counted in
 Others = Mapping[str, Mapping[str, float]]  # model: metric without "eval/": value
 
@@ -78,9 +76,9 @@ def judge_changes(metrics: Mapping[str, float]) -> list[str]:
     sentences = []
     for short in [n.removeprefix("before/") for n in metrics if n.startswith("before/")]:
         full, name = f"eval/{short}", f"change/{short}"
-        better = 1 if short.startswith("correct/") else BETTER.get(short)
-        if better is None or full not in metrics:
+        if not (short in JUDGED or short.startswith("correct/")) or full not in metrics:
             continue
+        better = -1 if is_less_better(full) else 1
         low, high = (better * metrics[f"{name}_{end}"] for end in ("low", "high"))
         verdict = "no difference that so few records could show"
         if min(low, high) > 0:

@@ -19,7 +19,7 @@ from pathlib import Path
 from rlhf_jax.config import document, section_document
 from rlhf_jax.errors import EXIT_AT_ONCE, EXIT_DONE, EXIT_RESUMABLE, UserError
 from rlhf_jax.main import parse
-from rlhf_jax.stages.chain import default_workdir, prepare
+from rlhf_jax.stages.chain import parent_directory, prepare
 from rlhf_jax.stages.identity import made_from
 from rlhf_jax.stopping import stop_point
 from rlhf_jax.sweep.engines import Engine, Process, on_cores
@@ -50,9 +50,7 @@ class Job:
         config = prepare(given, stated)
         named = section_document(config, "init") if config.init else {}
         parents = {
-            role: default_workdir(parent, self.directory.parent)
-            if ".py" in parent
-            else Path(parent)
+            role: parent_directory(parent, self.directory) if ".py" in parent else Path(parent)
             for role, parent in named.items()
             if parent
         }

@@ -13,9 +13,6 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.report.run_files import read_run
 from rlhf_jax.report.tables import METRICS
 
-# Of these less is better, of all others more.
-LESS = ("loss", "bpb", "ece", "kl")
-
 
 def outcomes(run: Path, metric: str) -> tuple[np.ndarray, str]:
     """(the values [P] of which a metric of a finished run is the mean, what they are of).
@@ -64,11 +61,6 @@ def choose_metric(runs: Sequence[dict[str, Any]]) -> str:
         if name.startswith("eval/") and all(name in run["metrics"] for run in runs):
             return name
     raise UserError("the runs have no metric in common; name one with --metric")
-
-
-def is_less_better(metric: str) -> bool:
-    """Whether the smaller of two values of a metric is the better one."""
-    return metric.rpartition("/")[2] in LESS
 
 
 def _wins(difference: np.ndarray, tolerance: float) -> np.ndarray:

@@ -9,7 +9,8 @@ from pathlib import Path
 from rlhf_jax.config import section_document
 from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.main import parse
-from rlhf_jax.stages.chain import default_workdir, load_config, prepare
+from rlhf_jax.stages.chain import load_config, parent_directory, prepare
+from rlhf_jax.stages.experiments import find_experiment
 from rlhf_jax.sweep.grid import Cell
 from rlhf_jax.sweep.jobs import Job
 
@@ -22,7 +23,7 @@ class Sweep:
         source: "experiments/file.py[:variant]". flags: of `rlhf_jax.main`, of every run.
         cells: those that are run, or of a search some that have all values that it may propose.
         seeds_from: the stage from which on runs have seeds of their own; "": the sweep's own.
-        directory: the sweep's; parents that its runs share lie beside it.
+        directory: the sweep's; parents that its runs share lie where a run's would.
     """
 
     source: str
@@ -125,7 +126,7 @@ def _with_parents(
     needs = []
     for role, parent in parents.items():
         if ".py" in parent:
-            job = _parent(sweep, parent, seed, jobs, lineage)
+            job = _parent(sweep, find_experiment(parent, lineage[-1]), seed, jobs, lineage)
             flags = [*flags, f"--config.init.{role}={job.directory}"]
             needs += [job] if job not in jobs.shared.values() else []
     return flags, tuple(needs)
@@ -140,7 +141,7 @@ def _parent(sweep: Sweep, source: str, seed: int, jobs: Jobs, lineage: tuple[str
     flags, needs = _with_parents(
         sweep, named, seed, [f"--config={source}"], jobs, (*lineage, source)
     )
-    shared = default_workdir(source, sweep.directory.parent)
+    shared = parent_directory(source, sweep.directory)
     if needs or given.stage == sweep.seeds_from:
         name = f"{shared.name},seed={seed}"
         flags.append(f"--config.seed={seed}")

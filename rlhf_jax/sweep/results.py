@@ -15,8 +15,9 @@ from rlhf_jax.files import write_whole
 from rlhf_jax.report.figure import csv_text
 from rlhf_jax.sweep.grid import Cell
 from rlhf_jax.sweep.jobs import Job
-from rlhf_jax.sweep.outcomes import choose_metric, is_less_better, outcomes
+from rlhf_jax.sweep.outcomes import choose_metric, outcomes
 from rlhf_jax.sweep.statistics import Estimate, differences, estimate
+from rlhf_jax.training.metrics import is_less_better
 from rlhf_jax.training.summary import read_summary
 
 SIGNIFICANT = 0.05

@@ -13,9 +13,7 @@ from pathlib import Path
 
 from rlhf_jax import hosts
 from rlhf_jax.errors import UserError, nearest
-from rlhf_jax.training.metrics import read_metrics
-
-LESS_IS_BETTER = ("loss", "bpb", "ece", "kl")  # ends of names; of all others more is
+from rlhf_jax.training.metrics import is_less_better, read_metrics
 
 
 @dataclass(frozen=True)
@@ -81,4 +79,4 @@ class Best:
     def _worth(self, value: float) -> float:
         if math.isnan(value):
             return -math.inf
-        return -value if self.metric.endswith(LESS_IS_BETTER) else value
+        return -value if is_less_better(self.metric) else value

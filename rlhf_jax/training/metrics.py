@@ -164,3 +164,8 @@ def merged(name: str, a: Sequence[jax.Array], b: Sequence[jax.Array]) -> tuple[j
 def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl as numbers; damaged ones are left out, with a warning."""
     return [line for _, line in read_lines(Path(path), numbers)]
+
+
+def is_less_better(name: str) -> bool:
+    """Whether the smaller of two values of a metric is the better one, as of "eval/loss"."""
+    return name.rpartition("/")[2] in ("loss", "bpb", "ece", "kl")

@@ -16,10 +16,11 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.report.cells import draw_bands, draw_intervals
 from rlhf_jax.sweep.grid import Cell, make_cells, parse_grid
 from rlhf_jax.sweep.jobs import Job
-from rlhf_jax.sweep.outcomes import choose_metric, is_less_better, outcomes
+from rlhf_jax.sweep.outcomes import choose_metric, outcomes
 from rlhf_jax.sweep.page import write_page
 from rlhf_jax.sweep.results import read_results, write_runs, write_tables
 from rlhf_jax.sweep.tables import differences_of, estimates, of_search, sentences
+from rlhf_jax.training.metrics import is_less_better
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 EFFECTS = {"0.05": 0.0, "0.1": 0.3, "0.5": 0.1}

@@ -44,6 +44,22 @@ def test_names_are_whole_where_short_ones_stand_for_two_and_fit_a_directory():
     assert len(cell_name({"x": "x"}, {"x": "y" * 500})) < 200
 
 
+def test_parents_are_found_as_those_of_a_run_are(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags, jobs = ("--config.init.policy=tiny.py:pretrain",), Jobs()
+    sweep = Sweep(f"{tiny}:preference", flags, (Cell("all", {}),), Path("runs/more/abl"))
+    make_jobs(sweep, sweep.cells, [0], jobs)
+    assert [*jobs.shared] == [f"{tiny}:pretrain"]  # which is beside the config, not here
+    (job,) = jobs.shared.values()
+    assert job.directory == Path("runs/more/tiny-pretrain")
+    Path("runs/tiny-pretrain").mkdir(parents=True)
+    Path("runs/tiny-pretrain/config.json").write_text("{}")
+    jobs = Jobs()
+    make_jobs(sweep, sweep.cells, [0], jobs)
+    (job,) = jobs.shared.values()
+    assert job.directory == Path("runs/tiny-pretrain")
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
