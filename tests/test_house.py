@@ -15,7 +15,7 @@ BOUNDS = {
     # took 620 more, decoding on a mesh and long rows 200; `plan/`, an annex, 1,310. The first hour
     # (help, packaging, before and after, evaluation, longer runs) took 1,240 and a loss over words
     # that are split 90; `sweep/`, an annex, 1,760.
-    "lines of the core": 20_765,
+    "lines of the core": 20_775,
     "lines with the annexes": 32_710,
     "functions over 60 lines": 1,
     "functions over 80 lines": 0,
