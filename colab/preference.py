@@ -17,7 +17,7 @@
 # optimisation* ([paper](https://arxiv.org/abs/2305.18290)) turns it into a loss without a reward
 # model and without sampling. This notebook draws the loss and three of its relatives, trains a
 # small chat model with it, writes a loss of its own in ten lines, and asks with several seeds
-# whether that one is better. It needs no download beside the package and about five minutes on
+# whether that one is better. It needs no download beside the package and about seven minutes on
 # two CPU cores.
 
 # %%
@@ -138,7 +138,7 @@ assert SMALL or low > 0
 samples = [*map(json.loads, Path("runs/dpo/samples.jsonl").read_text().splitlines())]
 differing = [s for s in samples if len(set(list(s["responses"].values())[-2:])) == 2]
 for sample in differing[:3]:
-    print(sample["prompt"])
+    print(sample["prompt"][-1]["content"])
     for model, answer in list(sample["responses"].items())[-2:]:
         print(f"   {model:>4}  {answer}")
 
@@ -187,7 +187,9 @@ command = [sys.executable, "-m", "rlhf_jax.sweep", "--config=dpo"]
 command += ["--config.init.policy=runs/sft", '--grid=loss.file="",mine.py:cauchy', *few]
 if not SMALL:
     command += ["--config.train.steps=32", "--config.eval.count=96"]
-done = subprocess.run(command, capture_output=True, text=True)
+# Wide enough for the table, and without the terminal's colours.
+plain = os.environ | {"COLUMNS": "110", "NO_COLOR": "1", "FORCE_COLOR": "", "TERM": "dumb"}
+done = subprocess.run(command, capture_output=True, text=True, env=plain)
 assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
 print(done.stdout[done.stdout.index("eval/") :])
 
