@@ -7,7 +7,7 @@ from math import isfinite
 from typing import Any
 
 from rlhf_jax.report.tables import METRICS, format_metric
-from rlhf_jax.training.metrics import is_less_better
+from rlhf_jax.training.meanings import is_less_better
 
 # The metrics of which it can be said that a change is for better or worse.
 JUDGED = ("gold_reward", "proxy_reward", "pass_at_1", "accuracy", "token_accuracy", "bpb", "loss")

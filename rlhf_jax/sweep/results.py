@@ -17,7 +17,7 @@ from rlhf_jax.sweep.grid import Cell
 from rlhf_jax.sweep.jobs import Job
 from rlhf_jax.sweep.outcomes import choose_metric, outcomes
 from rlhf_jax.sweep.statistics import Estimate, differences, estimate
-from rlhf_jax.training.metrics import is_less_better
+from rlhf_jax.training.meanings import is_less_better
 from rlhf_jax.training.summary import read_summary
 
 SIGNIFICANT = 0.05

@@ -18,7 +18,7 @@ from typing import Any
 from rlhf_jax.errors import UserError
 from rlhf_jax.sweep.engines import NEEDED
 from rlhf_jax.sweep.grid import Cell, cell_name, parse_grid, short_names
-from rlhf_jax.training.metrics import is_less_better
+from rlhf_jax.training.meanings import is_less_better
 
 FACTOR = 4  # of steps between the two runs of a trial, and of trials between those that have them
 _RANGE = re.compile(r"(?P<low>[^.].*?|\..*?)\.\.(?P<high>.+?)(?P<log>:log)?")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlhf_jax.report.tables import METRICS, format_seconds
 from rlhf_jax.sweep.results import SIGNIFICANT, Results
-from rlhf_jax.training.metrics import is_less_better
+from rlhf_jax.training.meanings import is_less_better
 
 COLUMNS = ("cell", "seeds", "mean", "sd", "95 %", "of prompts alone", "time")
 DIFFERENCES = ("cell", "difference", "95 %", "p", "p (Holm)")

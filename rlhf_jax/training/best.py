@@ -13,7 +13,8 @@ from pathlib import Path
 
 from rlhf_jax import hosts
 from rlhf_jax.errors import UserError, nearest
-from rlhf_jax.training.metrics import is_less_better, read_metrics
+from rlhf_jax.training.meanings import is_less_better
+from rlhf_jax.training.metrics import read_metrics
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,21 +13,7 @@ import numpy as np
 
 from rlhf_jax.files import numbers, read_lines
 from rlhf_jax.global_arrays import to_host
-
-# The meaning of a metric by the end of its name; all others are means.
-_MEANINGS: dict[str, tuple[str, ...]] = {
-    "last": (
-        *("learning_rate", "grad_norm", "param_norm", "update_norm", "train/weight"),
-        *("skipped", "kl_coefficient"),
-    ),
-    "count": (
-        *("rollout/tokens", "rollout/blocks", "rollout/zero_std_groups"),
-        *("rewards/failures", "completions/masked", "pairs/tied"),
-    ),
-    "largest": ("/max", "_max", "/max_length", "_deviation", "rollout/logprob_difference"),
-    "least": ("/min", "_min", "/min_length"),
-}
-
+from rlhf_jax.training.meanings import meaning
 
 @jax.tree_util.register_pytree_node_class
 class Metrics(dict[str, Any]):
@@ -138,12 +123,6 @@ class Means:
         }
 
 
-@functools.cache
-def meaning(name: str) -> str:
-    """The meaning of a metric: "mean", "last", "count", "largest" or "least"."""
-    return next((what for what, ends in _MEANINGS.items() if name.endswith(ends)), "mean")
-
-
 def merged(name: str, a: Sequence[jax.Array], b: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
     """The (total, weight) of two parts of a batch together, by the metric's meaning.
 
@@ -164,8 +143,3 @@ def merged(name: str, a: Sequence[jax.Array], b: Sequence[jax.Array]) -> tuple[j
 def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl as numbers; damaged ones are left out, with a warning."""
     return [line for _, line in read_lines(Path(path), numbers)]
-
-
-def is_less_better(name: str) -> bool:
-    """Whether the smaller of two values of a metric is the better one, as of "eval/loss"."""
-    return name.rpartition("/")[2] in ("loss", "bpb", "ece", "kl")

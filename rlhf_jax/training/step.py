@@ -79,7 +79,7 @@ def make_step(
 
         g = Σ ∇total / Σ weight,   g ← g · min(1, max_grad_norm / ‖g‖)
 
-    A metric that `metrics.meaning` takes for a largest, a least or a count, which comes as
+    A metric that `meanings.meaning` takes for a largest, a least or a count, which comes as
     (value, 1), is that of all microbatches. A loss that is no such sum returns a `Coupled`. A third
     thing, a tree of arrays [rows, …], is returned by the step too, for all rows of the batch.
 

@@ -20,7 +20,7 @@ from rlhf_jax.sweep.outcomes import choose_metric, outcomes
 from rlhf_jax.sweep.page import write_page
 from rlhf_jax.sweep.results import read_results, write_runs, write_tables
 from rlhf_jax.sweep.tables import differences_of, estimates, of_search, sentences
-from rlhf_jax.training.metrics import is_less_better
+from rlhf_jax.training.meanings import is_less_better
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 EFFECTS = {"0.05": 0.0, "0.1": 0.3, "0.5": 0.1}

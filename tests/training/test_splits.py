@@ -17,7 +17,7 @@ import pytest
 
 from rlhf_jax.data.packing import Group, pack_groups
 from rlhf_jax.evaluation.row_passes import response_logprobs
-from rlhf_jax.losses.cross_entropy import TokenStatistics, cross_entropy
+from rlhf_jax.losses.cross_entropy import TokenStatistics, Words, cross_entropy
 from rlhf_jax.losses.policy import AGGREGATIONS, OBJECTIVES
 from rlhf_jax.losses.preference import LOSSES
 from rlhf_jax.losses.reductions import weighted_sum
@@ -147,7 +147,7 @@ def statistics(params, batch):
 def texts(params, batch):
     rows = (batch[f"ptx/{name}"] for name in ("hidden", "targets", "weights"))
     hidden, targets, weights = rows
-    loss, _ = cross_entropy(hidden, params["w"], targets, weights, layout="dv")
+    loss, _ = cross_entropy(hidden, params["w"], targets, weights, words=Words("dv"))
     return loss, {"loss/ptx": loss}
 
 
@@ -158,7 +158,7 @@ def values(params, batch):
 def language_losses():
     def loss(options, params, batch, rng):
         arrays = batch["hidden"], params["w"], batch["targets"], batch["weights"]
-        return cross_entropy(*arrays, layout="dv", **options)
+        return cross_entropy(*arrays, words=Words("dv"), **options)
 
     plain, all_options = {}, {"label_smoothing": 0.1, "z_loss": 0.01}
     return {str(o): functools.partial(loss, o) for o in (plain, all_options)}
