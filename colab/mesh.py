@@ -17,10 +17,10 @@
 #
 # A model that one chip cannot hold is spread over several. This notebook shows how: which part of
 # which array lies on which chip, what the chips tell each other in one step, that nothing of it
-# changes what is learnt, how the TPU's own attention kernel keeps packed texts apart, and whether a
-# run would fit a chip before anyone pays for it. It runs on Colab's TPU, and on a laptop, where
-# eight devices are made of the processor and Google's compiler is asked about the chip. About four
-# minutes on two CPU cores.
+# changes what is learnt, how the TPU's own attention kernel keeps packed texts apart, and whether
+# a run would fit a chip before anyone pays for it. It runs on Colab's TPU, and on a laptop, where
+# eight devices are made of the processor and Google's compiler is asked about the chip. About
+# four minutes on two CPU cores.
 
 # %%
 # On Colab: install the package from a checkout or an address, and restart once if that brings
@@ -52,7 +52,6 @@ print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}")
 import json
 from pathlib import Path
 
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -69,10 +68,10 @@ DEVICES = jax.devices("cpu")[:CHIPS]
 # %% [markdown]
 # ## What lies where
 #
-# A mesh gives the chips names: here two by two by two, along the axes *data*, *fsdp* and *tensor*.
-# Rows of a batch are split over data and fsdp. Parameters are split over fsdp and tensor, by a short
-# table of rules on their names, and every chip along data has the same ones. So a chip of these eight
-# holds a quarter of each large matrix.
+# A mesh gives the chips names: here two by two by two, along the axes *data*, *fsdp* and
+# *tensor*. Rows of a batch are split over data and fsdp. Parameters are split over fsdp and
+# tensor, by a short table of rules on their names, and every chip along data has the same ones.
+# So a chip of these eight holds a quarter of each large matrix.
 
 # %%
 from rlhf_jax.models import transformer
@@ -86,7 +85,7 @@ on_mesh = placed(mesh, params)
 for name, array in named_leaves(on_mesh).items():
     if not name.endswith("scale"):
         here = array.addressable_shards[0].data.shape
-        print(f"{name:29} {str(array.shape):13} a chip has {str(here):13} {array.sharding.spec}")
+        print(f"{name:29} {array.shape!s:13} a chip has {here!s:13} {array.sharding.spec}")
 
 # %%
 figure, panels = plt.subplots(1, 3, figsize=(10, 3.2))
@@ -99,7 +98,8 @@ for axes, name in zip(
     owner = np.zeros(array.shape)
     for shard in reversed(array.addressable_shards):
         owner[shard.index] = shard.device.id  # the first of those that hold it
-    axes.imshow(owner.reshape(-1, *owner.shape[-2:])[0], cmap="tab10", vmin=0, vmax=9, aspect="auto")
+    layer = owner.reshape(-1, *owner.shape[-2:])[0]
+    axes.imshow(layer, cmap="tab10", vmin=0, vmax=9, aspect="auto")
     axes.set(title=name.removeprefix("layers/"), xticks=[], yticks=[])
 figure.suptitle("The same colour lies on the same chip (the other four have a copy)")
 plt.show()
@@ -107,16 +107,16 @@ plt.show()
 # %% [markdown]
 # ## What the chips tell each other
 #
-# With everything split over fsdp a chip holds an eighth of every matrix. Before a layer is computed
-# its eighths are **gathered** from all chips, used, and dropped; in the backward pass they are gathered
-# again, and the gradient of a layer is summed and **scattered**, so that each chip gets the sum for
-# the eighth it holds.
+# With everything split over fsdp a chip holds an eighth of every matrix. Before a layer is
+# computed its eighths are **gathered** from all chips, used, and dropped; in the backward pass
+# they are gathered again, and the gradient of a layer is summed and **scattered**, so that each
+# chip gets the sum for the eighth it holds.
 #
-# The word table is the exception, as it is the largest matrix of a small model. The loss gathers the
-# *hidden states* of all tokens in its place, and each chip computes the logits of its own eighth of the
-# words. So let the layers take $P$ bytes and the hidden states $H$: expect $2P + H$ gathered, and
-# $(P + H)/8$ scattered to each chip. The next cell compiles the update that pre-training runs, and
-# counts the messages in the compiled program.
+# The word table is the exception, as it is the largest matrix of a small model. The loss gathers
+# the *hidden states* of all tokens in its place, and each chip computes the logits of its own
+# eighth of the words. So let the layers take $P$ bytes and the hidden states $H$: expect $2P + H$
+# gathered, and $(P + H)/8$ scattered to each chip. The next cell compiles the update that
+# pre-training runs, and counts the messages in the compiled program.
 
 # %%
 from rlhf_jax.devices import planning_for
@@ -140,13 +140,13 @@ np.testing.assert_allclose(messages["reduce-scatter"][1], (layers + hidden) / CH
 assert messages["all-reduce"][1] < 0.01 * layers  # metrics, and gradients of the norms' scales
 
 # %% [markdown]
-# The embeddings of the tokens that are read come by an all-to-all: every chip sends the others its
-# part of the rows they need.
+# The embeddings of the tokens that are read come by an all-to-all: every chip sends the others
+# its part of the rows they need.
 #
 # ## Nothing of it changes what is learnt
 #
-# The same command on one device and on eight. Sums are added in another order, so the numbers agree
-# to rounding and not to the last bit.
+# The same command on one device and on eight. Sums are added in another order, so the numbers
+# agree to rounding and not to the last bit.
 
 
 # %%
@@ -173,8 +173,8 @@ np.testing.assert_allclose(one, eight, rtol=1e-4)
 # %% [markdown]
 # ## Attention that keeps packed texts apart
 #
-# A row is filled with several texts, and two answers may even share one prompt. Who may see whom is
-# then no plain triangle:
+# A row is filled with several texts, and two answers may even share one prompt. Who may see whom
+# is then no plain triangle:
 
 # %%
 from rlhf_jax.models.attention import attention_bias
@@ -188,10 +188,11 @@ axes.set(xlabel="seen token", ylabel="token that looks", title="who sees whom in
 plt.show()
 
 # %% [markdown]
-# On a TPU the *splash* kernel computes attention without ever storing these scores. It knows texts but
-# not branches, so the model adds a few numbers to queries and keys whose product hides one branch
-# from another (`models/splash.py`). Before a run uses a kernel, it compares it with the plain
-# computation on random packed rows, gradients included. Without a TPU the kernel is interpreted.
+# On a TPU the *splash* kernel computes attention without ever storing these scores. It knows
+# texts but not branches, so the model adds a few numbers to queries and keys whose product hides
+# one branch from another (`models/splash.py`). Before a run uses a kernel, it compares it with
+# the plain computation on random packed rows, gradients included. Without a TPU the kernel is
+# interpreted.
 
 # %%
 import dataclasses
@@ -205,8 +206,8 @@ assert error < (1e-2 if ON_TPU else 1e-5)
 # ## Does it fit?
 #
 # Training in float32 with AdamW keeps four numbers of four bytes for each parameter: itself, two
-# averages and its gradient. A LoRA run keeps two bytes (bfloat16) and little else. That alone, without a
-# single activation, says how many chips of a kind it takes:
+# averages and its gradient. A LoRA run keeps two bytes (bfloat16) and little else. That alone,
+# without a single activation, says how many chips of a kind it takes:
 
 # %%
 from rlhf_jax.plan.chips import CHIPS as KINDS
@@ -226,15 +227,16 @@ plt.show()
 assert 8e9 * 16 / 8 < v5e < 8e9 * 16 / 4  # 8B: on eight, if activations leave room
 
 # %% [markdown]
-# Activations, the loss and temporary copies can only be told by compiling. `rlhf_jax.plan` compiles
-# every step of an experiment with the chip's own compiler, which needs no chip: the TPU's comes with
-# `pip install libtpu`. The same command takes any experiment, model directory and mesh.
+# Activations, the loss and temporary copies can only be told by compiling. `rlhf_jax.plan`
+# compiles every step of an experiment with the chip's own compiler, which needs no chip: the
+# TPU's comes with `pip install libtpu`. The same command takes any experiment, model directory
+# and mesh.
 
 # %%
 CAN_ASK = sys.version_info >= (3, 12) and importlib.util.find_spec("libtpu") is not None
 topology = "v5e:1x1" if CAN_ASK and not SMALL else "cpu"
 if topology == "cpu":
-    print("No libtpu for Python 3.12 or later here, or few steps asked for: a processor is planned.")
+    print("Without libtpu, or for few steps, a processor is planned for.")
 command = [sys.executable, "-m", "rlhf_jax.plan", "--config=pretrain", f"--topology={topology}"]
 command += ["--config.batch.rows=64", "--config.data.row_length=512"]
 plain = os.environ | {"COLUMNS": "110", "NO_COLOR": "1", "TERM": "dumb", "JAX_PLATFORMS": "cpu"}
@@ -245,6 +247,8 @@ print(done.stdout)
 # %% [markdown]
 # ## Try
 #
-# * `--config.compute.remat=full` or `--config.model.remat=full`: what does the backward pass keep?
-# * `--config=llama.py:dpo-8b --topology=v5e:4x4 --config.mesh.fsdp=16`: a real size, some minutes.
+# * `--config.compute.remat=full` or `--config.model.remat=full`: what does the backward pass
+#   keep?
+# * `--config=llama.py:dpo-8b --topology=v5e:4x4 --config.mesh.fsdp=16`: a real size, some
+#   minutes.
 # * `--search`: let it try meshes, microbatches and rematerialisation until the fastest that fits.

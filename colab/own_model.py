@@ -13,11 +13,12 @@
 # %% [markdown]
 # # Your own model and data, with LoRA
 #
-# You have a model from the Hugging Face Hub and a file of examples. This notebook takes both through
-# the usual two steps, fine-tuning and DPO, without training any of the model's own weights: a
-# *low-rank adapter* ([LoRA](https://arxiv.org/abs/2106.09685)) beside them is trained instead. It
-# looks at the data before it spends anything, counts what is trained, asks how much rank the data
-# needs, and ends with files that other libraries read. It takes about six minutes on two CPU cores.
+# You have a model from the Hugging Face Hub and a file of examples. This notebook takes both
+# through the usual two steps, fine-tuning and DPO, without training any of the model's own
+# weights: a *low-rank adapter* ([LoRA](https://arxiv.org/abs/2106.09685)) beside them is trained
+# instead. It looks at the data before it spends anything, counts what is trained, asks how much
+# rank the data needs, and ends with files that other libraries read. It takes about six minutes
+# on two CPU cores.
 
 # %%
 # On Colab: install the package from a checkout or an address, and restart once if that brings
@@ -68,8 +69,8 @@ def metrics_of(name):
 # ## The model
 #
 # SmolLM2-135M-Instruct, if the Hub can be reached, or the directory that `RLHF_JAX_MODEL` names.
-# Without either we make one: the town's small chat model, which two commands train, is exported to a
-# directory of the very same form. From here on nothing depends on which of the three it is.
+# Without either we make one: the town's small chat model, which two commands train, is exported
+# to a directory of the very same form. From here on nothing depends on which of the three it is.
 
 
 # %%
@@ -101,10 +102,10 @@ print({key: shape[key] for key in ("model_type", "hidden_size", "num_hidden_laye
 # %% [markdown]
 # ## The data
 #
-# A ferry company has facts that no model knows: where its boats go, when, and for how much. Each is
-# asked for in six ways; two of the six we keep for the end, so that we measure whether the *fact*
-# was learnt and not the sentence. Half of the clerks who wrote the answers begin with a welcome, half
-# do not. A file has one JSON object a line.
+# A ferry company has facts that no model knows: where its boats go, when, and for how much. Each
+# is asked for in six ways; two of the six we keep for the end, so that we measure whether the
+# *fact* was learnt and not the sentence. Half of the clerks who wrote the answers begin with a
+# welcome, half do not. A file has one JSON object a line.
 
 # %%
 BOATS = {
@@ -163,8 +164,8 @@ print(f"{len(chats)} chats to train on, {len(held_out)} held out; one of them:\n
 
 # %% [markdown]
 # `--preflight` reads the model's tokenizer and chat template and the data, shows what would be
-# trained on, and runs nothing. Look here first when a run goes wrong: a template that does not fit or
-# answers that are cut off show up before a minute is spent.
+# trained on, and runs nothing. Look here first when a run goes wrong: a template that does not
+# fit or answers that are cut off show up before a minute is spent.
 
 # %%
 settings = [f"--config.init.policy={MODEL}", "--config.data.row_length=256"]
@@ -175,11 +176,11 @@ print(shown)
 # %% [markdown]
 # ## What an adapter is
 #
-# Beside a frozen matrix $W$ of $d_{\rm out} \times d_{\rm in}$ an adapter of rank $r$ puts two thin
-# ones, and the layer computes
-# $$ W x + \frac{\alpha}{r}\, B A x, \qquad A: r \times d_{\rm in}, \quad B: d_{\rm out} \times r. $$
-# That is $r\,(d_{\rm in} + d_{\rm out})$ numbers to train in place of $d_{\rm in} d_{\rm out}$. $B$
-# begins as zeros, so at first the model is exactly the one you downloaded.
+# Beside a frozen matrix $W$ of $d_{\rm out} \times d_{\rm in}$ an adapter of rank $r$ puts two
+# thin ones, and the layer computes
+# $$ W x + \frac{\alpha}{r}\, B A x, \quad A: r \times d_{\rm in}, \; B: d_{\rm out} \times r. $$
+# That is $r\,(d_{\rm in} + d_{\rm out})$ numbers to train in place of $d_{\rm in} d_{\rm out}$.
+# $B$ begins as zeros, so at first the model is exactly the one you downloaded.
 
 # %%
 d, r = shape["hidden_size"], 16
@@ -211,7 +212,8 @@ for rank in (1, 4, 16):
 # %%
 figure, axes = plt.subplots(figsize=(5.5, 3.2))
 for rank in (1, 4, 16):
-    lines = [*map(json.loads, Path("runs", f"rank{rank}", "metrics.jsonl").read_text().splitlines())]
+    text = Path("runs", f"rank{rank}", "metrics.jsonl").read_text()
+    lines = [*map(json.loads, text.splitlines())]
     curve = [(line["step"], line["train/loss"]) for line in lines if "train/loss" in line]
     axes.plot(*zip(*curve, strict=True), label=f"rank {rank}")
 axes.set(xlabel="step", ylabel="loss (nats a token)", title="the same 72 chats, three ranks")
@@ -219,8 +221,8 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# Even rank 1 learns much of it: a few new facts are a small change of a model. The answers to the questions that were
-# held out show whether the facts were learnt:
+# Even rank 1 learns much of it: a few new facts are a small change of a model. The answers to the
+# questions that were held out show whether the facts were learnt:
 
 
 # %%
@@ -248,13 +250,13 @@ assert SMALL or share_right(learnt) > 0.6
 # %% [markdown]
 # ## Preferences
 #
-# The company now wants every answer to begin with the welcome. The model says it in about half of its
-# answers, as the clerks did, so this is a choice among things that it says already, and a choice is
-# shown by comparison: of two answers, the one with it is chosen. (What a model never says, DPO teaches
-# badly: it makes both answers rarer, and something else takes their place.)
+# The company now wants every answer to begin with the welcome. The model says it in about half of
+# its answers, as the clerks did, so this is a choice among things that it says already, and a
+# choice is shown by comparison: of two answers, the one with it is chosen. (What a model never
+# says, DPO teaches badly: it makes both answers rarer, and something else takes their place.)
 #
-# DPO goes on with the adapter that fine-tuning left. The reference that it must not leave is the same
-# frozen model under the adapter it began with, which takes no second copy of the weights.
+# DPO goes on with the adapter that fine-tuning left. The reference that it must not leave is the
+# same frozen model under the adapter it began with, which takes no second copy of the weights.
 
 
 # %%
@@ -286,16 +288,17 @@ def share_greeted(answers):
 
 
 for name, answers in (("before", learnt), ("after", welcome)):
-    print(f"{name:6}  welcome {share_greeted(answers):4.0%}   fact right {share_right(answers):4.0%}")
+    greeted, right = share_greeted(answers), share_right(answers)
+    print(f"{name:6}  welcome {greeted:4.0%}   fact right {right:4.0%}")
 assert SMALL or share_greeted(welcome) > max(0.8, share_greeted(learnt))
 assert SMALL or share_right(welcome) > 0.6
 
 # %% [markdown]
 # ## Out again
 #
-# `export` writes the adapter alone, as [PEFT](https://github.com/huggingface/peft) reads it, or with
-# `--merge` a whole model in the dtype that yours came in. Both directories go to the Hub or to another
-# library as they are (`--push=owner/name` uploads one).
+# `export` writes the adapter alone, as [PEFT](https://github.com/huggingface/peft) reads it, or
+# with `--merge` a whole model in the dtype that yours came in. Both directories go to the Hub or
+# to another library as they are (`--push=owner/name` uploads one).
 
 # %%
 run("export", "--workdir=runs/welcome", "--out=adapter")
@@ -327,7 +330,10 @@ else:
 # %% [markdown]
 # ## Try
 #
-# * Talk to it: `python -m rlhf_jax.chat --workdir=runs/welcome --compare=runs/rank16` in a terminal.
-# * `--config.adapter.kind=dora`, `--config.adapter.base=nf4`: another adapter, a base of four bits.
-# * Your own `chats.jsonl`: `messages`, ShareGPT, Alpaca, Parquet and `hf:owner/name` are read as well.
+# * Talk to it: `python -m rlhf_jax.chat --workdir=runs/welcome --compare=runs/rank16` in a
+#   terminal.
+# * `--config.adapter.kind=dora`, `--config.adapter.base=nf4`: another adapter, a base of four
+#   bits.
+# * Your own `chats.jsonl`: `messages`, ShareGPT, Alpaca, Parquet and `hf:owner/name` are read as
+#   well.
 # * `runs/rank16/report.html`: what the model said before and after, beside each other.
