@@ -24,7 +24,7 @@ from typing import Any
 
 from rlhf_jax.data import shapes
 from rlhf_jax.data.records import Record
-from rlhf_jax.data.shapes import EXCERPT, BadLine, Fields
+from rlhf_jax.data.shapes import EXCERPT, BadLine, Fields, Tie
 from rlhf_jax.errors import UserError
 from rlhf_jax.stopping import stop_point
 
@@ -65,7 +65,8 @@ def read_jsonl(
         path, same.convert, max_bad_fraction=max_bad_fraction, skipped=skipped, rows=rows
     )
     how = same.shown + "".join(f", {k} from {v!r}" for k, v in columns.items())
-    print(f"{path}: {len(records):,} records of {how}, read as {kind}", flush=True)
+    ties = f"; {same.ties:,} ties are left out" if same.ties else ""
+    print(f"{path}: {len(records):,} records of {how}, read as {kind}{ties}", flush=True)
     return records
 
 
@@ -76,6 +77,7 @@ class _SameShape:
     kind: str
     columns: Mapping[str, str]
     first: tuple[str, str] = ("", "")
+    ties: int = 0
 
     @property
     def shown(self) -> str:
@@ -84,7 +86,11 @@ class _SameShape:
     def convert(self, fields: Fields, default_id: str) -> Record:
         if self.columns:
             fields = shapes.rename(fields, self.columns)
-        record, (name, keys) = shapes.make_record(fields, self.kind, default_id)
+        try:
+            record, (name, keys) = shapes.make_record(fields, self.kind, default_id)
+        except Tie:
+            self.ties += 1
+            raise
         if not self.shown:
             self.first = (name, keys)
         # A set may have Dolly's rows with a context and without: Alpaca's and Dolly's are the same.
@@ -103,7 +109,8 @@ def read_lines(
 ) -> list[Record]:
     """`read_jsonl` for a shape of one's own.
 
-    `convert(fields, default_id)` makes a record of one line's object, or raises BadLine.
+    `convert(fields, default_id)` makes a record of one line's object, or raises BadLine, or Tie of
+    one that is left out.
     """
     if not 0 <= max_bad_fraction < 1:
         raise UserError(f"max_bad_fraction must be in [0, 1), got {max_bad_fraction}")
@@ -119,6 +126,8 @@ def read_lines(
         try:
             fields = raw if isinstance(raw, dict) else _parse_object(raw)
             records.append(convert(fields, f"{Path(path).name}:{number}"))
+        except Tie:
+            continue
         except BadLine as error:
             reasons[error.reason] += 1
             excerpt = shapes.excerpt(raw)
@@ -134,7 +143,7 @@ def read_lines(
             f"max_bad_fraction={max_bad_fraction} allows; first: {first_error}"
         )
     if not records:
-        raise UserError(f"{path}: no records in the file")
+        raise UserError(f"{path}: no records in the file, or ties alone")
     if bad:
         logging.warning("%s: skipped %d bad lines (%s)", path, bad, counts)
     if skipped is not None:

@@ -10,7 +10,8 @@ Shapes by kind of record. Any other key becomes a `meta` entry, and `id` is opti
     pair          {"prompt", "chosen", "rejected"}: replies as text or as messages,
                   or {"chosen": messages, "rejected": messages} that share all but the last, or as
                   "\\n\\nHuman: …\\n\\nAssistant: …" dialogues, or as texts whose prompt is what
-                  both begin with, up to its last white space
+                  both begin with, up to its last white space; with "tie": true neither side is
+                  preferred, and there is no record of it
     preference    a pair, or a conversation with a "label": true where its last reply is good
     hh            {"chosen", "rejected"} as such dialogues → pairs
 
@@ -55,6 +56,10 @@ _SHARE_GPT_ROLES = {
 }
 
 
+class Tie(Exception):
+    """A vote that prefers neither side of a pair."""
+
+
 class BadLine(Exception):
     """One line that is no record: `reason` is the name it is counted under."""
 
@@ -68,6 +73,7 @@ def make_record(fields: Fields, kind: str, default_id: str) -> tuple[Record, tup
 
     Raises:
         BadLine: it has no shape of that kind, or a part of it is not as it must be.
+        Tie: it is a pair of which neither side is preferred.
     """
     name, ours = "", fields
     if not fields.keys() & {"messages", "prompt"} and not (kind == "text" and "text" in fields):
@@ -157,6 +163,11 @@ def _make(fields: Fields, kind: str, default_id: str, keys: frozenset[str]) -> R
         return Text(name, text, _read_meta(fields, keys))
     if "label" in keys and fields["label"] not in (True, False):
         raise BadLine("bad label", f"field 'label' must be true or false, not {fields['label']!r}")
+    if {"chosen", "rejected", "tie"} <= fields.keys():  # whatever is read of it: slices agree
+        if fields["tie"] not in (True, False):
+            raise BadLine("bad tie", f"field 'tie' must be true or false, not {fields['tie']!r}")
+        if fields["tie"]:
+            raise Tie
     if kind == "hh":
         sides = [_read_dialogue(fields, side) for side in ("chosen", "rejected")]
     else:
@@ -167,7 +178,7 @@ def _make(fields: Fields, kind: str, default_id: str, keys: frozenset[str]) -> R
         messages, margin = messages[:-1], _read_margin(fields)
         if kind != "prompt":
             chosen, rejected = (side[-1].content for side in sides)
-            prompt, meta = _add_tools(messages, fields), _read_meta(fields, used | {"margin"})
+            prompt, meta = _add_tools(messages, fields), _read_meta(fields, used | {"margin", "tie"})
             return Pair(name, prompt, chosen, rejected, margin, meta)
     if kind == "prompt":
         if messages and messages[-1].role == "assistant":

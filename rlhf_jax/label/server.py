@@ -121,12 +121,14 @@ def make_app(book: Book, retraining: Retraining, port: int, token: str) -> Starl
         Route(f"/api/{name}", partial(_call, action), methods=["POST"])
         for name, action in actions.items()
     ]
-    return Starlette(
+    app = Starlette(
         routes=routes,
         middleware=[Middleware(Guard, hosts=hosts, token=token)],
         exception_handlers={HTTPException: _on_http, Refused: _on_refused, OSError: _on_disk,
                             NoRoom: _on_disk},
     )  # fmt: skip
+    app.router.redirect_slashes = False
+    return app
 
 
 async def _static(body: str, kind: str, request: Request) -> Response:

@@ -111,7 +111,8 @@ class Tab:
     def wait(self, condition: str, seconds: float = 30.0) -> None:
         """Returns once a condition holds."""
         end = time.monotonic() + seconds
-        while not self.value(f"Boolean({condition})"):
+        holds = f"(() => {{ try {{ return Boolean({condition}) }} catch {{ return false }} }})()"
+        while not self.value(holds):
             assert time.monotonic() < end, (condition, self.value("document.body.innerText"))
             time.sleep(0.01)
 
