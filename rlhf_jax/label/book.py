@@ -67,7 +67,7 @@ class _Labeler:
 class Book:
     """The pairs of a labelling directory, and what every labeler has answered.
 
-    Its methods may be called from any thread. `changed` is notified of every answer.
+    Its methods may be called from any thread. `changed` is notified of new pairs and answers.
 
     Args:
         files: where it is kept.
@@ -103,6 +103,7 @@ class Book:
             if new:
                 self.files.add_comparisons([*new.values()])
                 self.pairs |= new
+                self.changed.notify_all()
 
     def wanted(self, ahead: int) -> bool:
         """Whether a labeler, or a new one, has fewer than `ahead` pairs before him."""

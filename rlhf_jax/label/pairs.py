@@ -139,7 +139,8 @@ class Source:
             tuple(model.tokenizer.decode_text(each.tokens) for each in answers)
             for model, answers in ((self.models[0], first), (self.models[-1], second))
         ]
-        apart = [i for i in range(len(numbers)) if texts[0][i] != texts[1][i]]
+        # A NUL could stand in no file of records.
+        apart = [i for i, (a, b) in enumerate(zip(*texts, strict=True)) if a != b and "\0" not in a + b]
         more: dict[int, dict[str, Any]] = {i: {"select": "random"} for i in apart}
         if self.ensemble is not None and apart:
             values = self.ensemble.disagreements(

@@ -9,6 +9,7 @@ is in is read from its folder: the server may be killed and the run goes on.
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import sys
 import threading
@@ -20,12 +21,11 @@ from rlhf_jax.digests import json_digest
 from rlhf_jax.files import read_lines, write_jsonl
 from rlhf_jax.label.book import Refused
 from rlhf_jax.label.files import Line
-from rlhf_jax.training.run_lock import is_held
 from rlhf_jax.training.rundir import SUMMARY
 from rlhf_jax.training.summary import read_summary
 
 _HELD_OUT = 5  # one prompt of so many
-_TRAIN, _JUDGE, _LOG = "train.jsonl", "held_out.jsonl", "log.txt"
+_TRAIN, _JUDGE, _LOG, _LOCK = "train.jsonl", "held_out.jsonl", "log.txt", "lock"
 
 
 def split_votes(votes: Sequence[Line]) -> tuple[list[Line], list[Line]]:
@@ -63,7 +63,7 @@ class Retraining:
         train, held_out = split_votes(votes)
         with self._lock:
             rounds = self._rounds()
-            if rounds and self._runs(rounds[-1]):
+            if rounds and _runs(rounds[-1]):
                 raise Refused(409, "a reward model is being trained already")
             if len(train) < 2 or not held_out:
                 raise Refused(
@@ -98,7 +98,7 @@ class Retraining:
                 for name, file in (("trained", _TRAIN), ("held_out", _JUDGE))
             }
             said: dict[str, Any] = {"round": number, **counts}
-            if self._runs(newest):
+            if _runs(newest):
                 return said | {"state": "running"}
             if not (newest / "reward" / SUMMARY).exists():
                 return said | {"state": "failed", "why": _last_words(newest / _LOG)}
@@ -128,10 +128,6 @@ class Retraining:
         done = [each for each in rounds[:-1] if (each / "reward" / SUMMARY).exists()]
         return done[-1] if done else None
 
-    def _runs(self, folder: Path) -> bool:
-        mine = self._child is not None and self._child.poll() is None
-        return mine or is_held(folder / "reward" / "lock")
-
     def _judge(self, newest: Path, before: Path) -> None:
         self._run(
             newest,
@@ -144,15 +140,30 @@ class Retraining:
         )
 
     def _run(self, folder: Path, module: str, *arguments: str, log: str = _LOG) -> None:
-        """Starts a command in a session of its own, which outlives this server."""
-        with open(folder / log, "wb") as file:
+        """Starts a command in a session of its own, which outlives this server.
+
+        It inherits the lock on the folder, which is held as long as it lives.
+        """
+        with open(folder / log, "wb") as file, open(folder / _LOCK, "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             self._child = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=[lock.fileno()],
             )
+
+
+def _runs(folder: Path) -> bool:
+    """Whether a command works in the folder of a round."""
+    with open(folder / _LOCK, "ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _last_words(log: Path) -> str:
