@@ -47,6 +47,7 @@ Fields = dict[str, Any]
 Messages = tuple[Message, ...]
 EXCERPT = 80  # characters
 _OPTIONAL = {"tool_calls": "assistant", "name": "tool", "tool_call_id": "tool"}  # key → its role
+_OF_PAIRS = {"margin", "tie"}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _SHARE_GPT_ROLES = {
@@ -178,7 +179,7 @@ def _make(fields: Fields, kind: str, default_id: str, keys: frozenset[str]) -> R
         messages, margin = messages[:-1], _read_margin(fields)
         if kind != "prompt":
             chosen, rejected = (side[-1].content for side in sides)
-            prompt, meta = _add_tools(messages, fields), _read_meta(fields, used | {"margin", "tie"})
+            prompt, meta = _add_tools(messages, fields), _read_meta(fields, used | _OF_PAIRS)
             return Pair(name, prompt, chosen, rejected, margin, meta)
     if kind == "prompt":
         if messages and messages[-1].role == "assistant":

@@ -161,14 +161,11 @@ class LabelFiles:
 
     def comparisons(self) -> list[Comparison]:
         """The pairs that were sampled, in order."""
-        lines = self.read(PAIRS)
+        texts = ("answers", "models")
         try:
             return [
-                Comparison(
-                    **line
-                    | {"answers": tuple(line["answers"]), "models": tuple(line["models"])}
-                )
-                for line in lines
+                Comparison(**line | {name: tuple(line[name]) for name in texts})
+                for line in self.read(PAIRS)
             ]
         except (KeyError, TypeError) as error:
             raise UserError(f"{self.folder / PAIRS} is not as this package writes it") from error

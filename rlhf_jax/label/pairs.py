@@ -1,15 +1,16 @@
 """Pairs of answers to compare: sampled by the engine, at random or where reward models disagree.
 
 Every answer has a random stream of its own, so what is compared is a function of the seed and the
-settings, not of when the server was killed. Answers that are the same text are no comparison, and left
-out.
+settings, not of when the server was killed. Two answers that are the same text are no comparison,
+and left out.
 """
 
 from __future__ import annotations
 
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -139,8 +140,10 @@ class Source:
             tuple(model.tokenizer.decode_text(each.tokens) for each in answers)
             for model, answers in ((self.models[0], first), (self.models[-1], second))
         ]
-        # A NUL could stand in no file of records.
-        apart = [i for i, (a, b) in enumerate(zip(*texts, strict=True)) if a != b and "\0" not in a + b]
+        both = enumerate(zip(*texts, strict=True))
+        apart = [
+            i for i, (a, b) in both if a != b and "\0" not in a + b
+        ]  # which no record may hold
         more: dict[int, dict[str, Any]] = {i: {"select": "random"} for i in apart}
         if self.ensemble is not None and apart:
             values = self.ensemble.disagreements(
@@ -190,36 +193,44 @@ class Source:
         )
 
 
-def keep_ahead(source: Source, book: Book) -> threading.Thread:
-    """Starts a thread that samples pairs before labelers come to them, until there are enough.
+@contextmanager
+def keep_ahead(source: Source, book: Book) -> Iterator[threading.Thread]:
+    """Samples pairs in a thread before labelers come to them, until there are enough, or the end.
 
     What goes wrong in it is printed, and becomes the `problem` that pages show.
     """
-
-    def work() -> None:
-        window = max((each.candidate // source.window + 1 for each in book.pairs.values()), default=0)
-        barren = 0
-        try:
-            while len(book.pairs) < book.design.pairs:
-                with book.changed:
-                    book.changed.wait_for(lambda: book.wanted(AHEAD))
-                missing = book.design.pairs - len(book.pairs)
-                new = source.sample(window)[:missing]
-                book.add(new)
-                window += 1
-                barren = 0 if new else barren + source.window
-                if barren > max(64, len(source.prompts[0].records)):
-                    raise UserError(
-                        f"of {barren} prompts one after the other both answers are the same text: "
-                        "take a higher --temperature"
-                    )
-        except Exception as error:
-            if not isinstance(error, UserError):
-                traceback.print_exc()
-            print(f"error: no more pairs are sampled: {error}", flush=True)
-            with book.changed:
-                book.problem = f"no more pairs are sampled: {error}"
-
-    thread = threading.Thread(target=work, name="sampling", daemon=True)
+    stop = threading.Event()
+    thread = threading.Thread(target=_sample_ahead, args=(source, book, stop), daemon=True)
     thread.start()
-    return thread
+    try:
+        yield thread
+    finally:
+        with book.changed:
+            stop.set()
+            book.changed.notify_all()
+        thread.join()
+
+
+def _sample_ahead(source: Source, book: Book, stop: threading.Event) -> None:
+    done = [each.candidate // source.window for each in book.pairs.values()]
+    window, barren = max(done, default=-1) + 1, 0
+    try:
+        while len(book.pairs) < book.design.pairs:
+            with book.changed:
+                book.changed.wait_for(lambda: stop.is_set() or book.wanted(AHEAD))
+            if stop.is_set():
+                return
+            new = source.sample(window)[: book.design.pairs - len(book.pairs)]
+            book.add(new)
+            window, barren = window + 1, 0 if new else barren + source.window
+            if barren > max(64, len(source.prompts[0].records)):
+                raise UserError(
+                    f"the two answers to each of {barren} prompts, one after the other, are the "
+                    "same text; take a higher --temperature"
+                )
+    except Exception as error:
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+        print(f"error: no more pairs are sampled: {error}", flush=True)
+        with book.changed:
+            book.problem = f"no more pairs are sampled: {error}"

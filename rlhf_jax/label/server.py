@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import unicodedata
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import partial
 from importlib import resources
 from typing import Any
@@ -90,7 +90,7 @@ class Guard:
 class Impatient(H11Protocol):
     """uvicorn's protocol, which hangs up where no request has come whole after some seconds."""
 
-    def connection_made(self, transport: Any) -> None:  # noqa: D102
+    def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.loop.call_later(_SECONDS, self._hang_up)
 
@@ -102,13 +102,11 @@ class Impatient(H11Protocol):
 def make_app(book: Book, retraining: Retraining, port: int, token: str) -> Starlette:
     """The application that serves a labelling directory on a port of this machine."""
     hosts = frozenset(f"{name}:{port}" for name in ("127.0.0.1", "localhost"))
+    style = _file("palette.css", of="rlhf_jax.report") + _file("label.css")
     routes = [
-        Route(path, partial(_static, body, kind), methods=["GET"])
-        for path, body, kind in (
-            ("/", _file("label.html"), "text/html"),
-            ("/label.css", _file("palette.css", of="rlhf_jax.report") + _file("label.css"), "text/css"),
-            ("/label.js", _file("label.js"), "text/javascript"),
-        )
+        Route("/", partial(_static, _file("label.html"), "text/html"), methods=["GET"]),
+        Route("/label.css", partial(_static, style, "text/css"), methods=["GET"]),
+        Route("/label.js", partial(_static, _file("label.js"), "text/javascript"), methods=["GET"]),
     ]
     actions: dict[str, Callable[[str, Line], Line]] = {
         "next": lambda name, asked: book.showing(name),
@@ -181,7 +179,7 @@ def _answer(book: Book, name: str, asked: Line) -> Line:
     choice, seconds = _text(asked, "choice"), asked.get("seconds")
     if choice not in CHOICES:
         raise Refused(400, f"'choice' is one of {', '.join(CHOICES)}")
-    if type(seconds) not in (int, float) or not 0 <= seconds <= _WEEK:
+    if not isinstance(seconds, int | float) or not 0 <= seconds <= _WEEK:
         raise Refused(400, "'seconds' must be a number, at least 0 and at most those of a week")
     stored = book.answer(name, _text(asked, "shown"), choice, round(float(seconds), 3))
     note = "" if stored else "This pair had your answer already, from another window: that stays."

@@ -1,4 +1,4 @@
-"""A headless Chromium that a test drives over pipes, by its DevTools protocol; no library is needed.
+"""A headless Chromium that a test drives over pipes, by its DevTools protocol.
 
 https://chromedevtools.github.io/devtools-protocol/: messages are JSON, each ended by a NUL.
 """
@@ -20,7 +20,13 @@ from typing import Any
 from tests.report.test_report import BROWSER, FLAGS
 
 STAYING = tuple(flag for flag in FLAGS if not flag.startswith("--virtual-time"))  # else it ends
-PLUG = "import os, sys; a = sys.argv; os.dup2(int(a[1]), 3); os.dup2(int(a[2]), 4); os.execv(a[3], a[3:])"
+# What runs before the browser, in its process: it expects its pipes at 3 and 4.
+PLUG = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.dup2(int(sys.argv[2]), 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Browser:

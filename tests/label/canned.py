@@ -1,6 +1,6 @@
-"""The page's server on pairs that were sampled before: what `python -m rlhf_jax.label` is without a model.
+"""The page's server on pairs that were sampled before, without a model.
 
-    python -m tests.label.canned FOLDER PORT
+python -m tests.label.canned FOLDER PORT
 """
 
 from __future__ import annotations

@@ -216,7 +216,7 @@ def test_a_pair_before_one_labeler_is_not_given_to_another_while_there_are_other
 
 def test_other_settings_are_another_directory(tmp_path):
     open_book(tmp_path)
-    with pytest.raises(UserError, match="was begun with made = 'by hand'.*--out"):
+    with pytest.raises(UserError, match=r"was begun with made = 'by hand'.*--out"):
         LabelFiles(tmp_path, {"made": "otherwise"})
 
 

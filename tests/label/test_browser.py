@@ -1,4 +1,4 @@
-"""The page in a real Chromium: by keyboard, on a phone, beside another labeler, over a killed server."""
+"""The page in a real Chromium: by keyboard, on a phone, by two at once, over a killed server."""
 
 from __future__ import annotations
 
@@ -163,6 +163,7 @@ def test_undo_skip_reload_and_markup_that_stays_text(browser, tmp_path):
     assert not [event for event in browser.events if event["method"] in said]
 
 
+@pytest.mark.slow
 def test_two_labelers_at_once(browser, tmp_path):
     with Server(tmp_path / "labels") as server:
         tabs = [begin(browser, server, name) for name in ("Ann", "Ben")]
@@ -178,6 +179,7 @@ def test_two_labelers_at_once(browser, tmp_path):
     assert len(set(firsts)) == len(firsts)  # each pair to one of the two
 
 
+@pytest.mark.slow
 def test_an_address_without_its_secret_shows_nothing(browser, tmp_path):
     with Server(tmp_path / "labels") as server:
         tab = browser.open(server.url.partition("#")[0])

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.label.__main__ import main, read_prompts
+from rlhf_jax.label.__main__ import main
 from rlhf_jax.label.pairs import Source, disagreement, keep_ahead, load_ensemble
+from rlhf_jax.label.source import read_prompts
 from rlhf_jax.models import apply, scores
 from rlhf_jax.stages.reward import with_score_head
 from rlhf_jax.training.saved_model import load_model, save_model
@@ -61,8 +62,9 @@ def test_answers_that_are_the_same_text_are_no_pair(tmp_path):
     assert given.sample(0) == []
     book = open_book(tmp_path / "labels", pairs=1)
     book.design = dataclasses.replace(book.design, pairs=9)
-    keep_ahead(given, book).join(60)
-    assert "both answers are the same text" in book.problem
+    with keep_ahead(given, book) as thread:
+        thread.join(60)
+    assert "are the same text" in book.problem
     shown = book.showing("Ann")
     assert shown["shown"] and shown["state"] == "ready"  # what there is can be voted on
     book.answer("Ann", shown["shown"]["id"], "1", 1.0)
@@ -104,16 +106,25 @@ def test_the_pairs_that_are_shown_are_those_on_which_reward_models_disagree(tmp_
 def test_pairs_are_sampled_ahead_of_who_is_fastest(tmp_path):
     book = open_book(tmp_path / "labels", pairs=1, repeat_every=0)
     book.design = dataclasses.replace(book.design, pairs=41)
-    thread = keep_ahead(source(tmp_path), book)
-    with book.changed:
-        assert book.changed.wait_for(lambda: len(book.pairs) >= 17, 30)
-    shown = 0
-    while (said := book.showing("Ann"))["state"] != "done":
-        if said["shown"]:
-            book.answer("Ann", said["shown"]["id"], "1", 1.0)
-            shown += 1
-    thread.join(10)
-    assert not thread.is_alive() and shown == 41 == len(open_book(tmp_path / "labels").pairs)
+    with keep_ahead(source(tmp_path), book) as thread:
+        with book.changed:
+            assert book.changed.wait_for(lambda: len(book.pairs) >= 17, 30)
+        shown = 0
+        while (said := book.showing("Ann"))["state"] != "done":
+            if said["shown"]:
+                book.answer("Ann", said["shown"]["id"], "1", 1.0)
+                shown += 1
+        thread.join(10)
+        assert not thread.is_alive()
+    assert shown == 41 == len(open_book(tmp_path / "labels").pairs)
+
+
+def test_the_end_of_the_server_ends_the_sampling(tmp_path):
+    book = open_book(tmp_path / "labels", pairs=1)
+    book.design = dataclasses.replace(book.design, pairs=41)
+    with keep_ahead(source(tmp_path), book) as thread, book.changed:
+        assert book.changed.wait_for(lambda: not book.wanted(16), 30)
+    assert not thread.is_alive() and len(book.pairs) < 41 and not book.problem
 
 
 @pytest.mark.parametrize(
@@ -121,8 +132,14 @@ def test_pairs_are_sampled_ahead_of_who_is_fastest(tmp_path):
     [
         (["--pairs=0"], "--pairs=0: at least 1"),
         (["--select=disagreement"], "--select=disagreement and --rewards need each other"),
-        (["--select=disagreement", "--rewards={run}"], "two reward models or more"),
-        (["--select=disagreement", "--rewards={run},{run}"], "is not a reward model"),
+        (
+            ["--prompts={prompts}", "--select=disagreement", "--rewards={run}"],
+            "two reward models or more",
+        ),
+        (
+            ["--prompts={prompts}", "--select=disagreement", "--rewards={run},{run}"],
+            "is not a reward model but a language model",
+        ),
         (["--tempature=1"], "there is no --tempature=1"),
         (["--prompts=none.jsonl"], "none.jsonl"),
         ([], "does not say what it was trained on; name --prompts=file.jsonl"),

@@ -40,9 +40,10 @@ def test_a_second_round_is_compared_with_the_first_on_the_same_votes(tmp_path):
     run, *_ = saved(tmp_path, "tiny", max_length=256)
     summary = {"stage": "sft", "status": "done", "config_hash": "0", "parents": {}, "metrics": {}}
     write_json(run / SUMMARY, summary | {"wall_seconds": 1.0})
-    flags = ["--config.train.steps=3", "--config.optimizer.warmup_steps=1", "--config.batch.rows=2", "--config.data.row_length=256",
-             "--config.normalize.prompts=8", "--config.normalize.max_new_tokens=8",
-             "--config.optimizer.learning_rate=1e-3"]  # fmt: skip
+    options = ["train.steps=3", "optimizer.warmup_steps=1", "optimizer.learning_rate=1e-3",
+               "batch.rows=2", "data.row_length=256", "normalize.prompts=8",
+               "normalize.max_new_tokens=8"]  # fmt: skip
+    flags = [f"--config.{option}" for option in options]
     book = open_book(tmp_path / "labels", pairs=60)
     vote(book, "Ann", 30)
     rounds = Retraining(tmp_path / "labels" / "rounds", run, flags)
