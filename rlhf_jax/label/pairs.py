@@ -9,99 +9,26 @@ from __future__ import annotations
 
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 
-from rlhf_jax.data.batches import pad_rows
-from rlhf_jax.data.packing import Group, pack_groups
+from rlhf_jax.data.packing import Group
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.row_passes import in_record_order, map_rows
 from rlhf_jax.label.book import Book
+from rlhf_jax.label.disagreement import Ensemble
 from rlhf_jax.label.files import Comparison, make_comparison
-from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.rewards.ensemble import Members, member_scores, same_config, stack_members
 from rlhf_jax.sampling.arguments import Sampling
 from rlhf_jax.sampling.generate import Completion, generate
 from rlhf_jax.tasks.prompts import PromptSet
-from rlhf_jax.training.saved_model import Model, load_model
+from rlhf_jax.training.saved_model import Model
 
 AHEAD = 16  # pairs that are sampled before a labeler comes to them
 _BATCH = 8  # pairs sampled together
 _POOL = 4  # candidates of which the one with the largest disagreement is shown
-
-
-@dataclass(frozen=True)
-class Ensemble:
-    """Reward models whose disagreement on a pair says how much a vote on it would teach.
-
-    Attributes:
-      members: see `rewards.ensemble`.
-      tokens: of a forward pass.
-    """
-
-    config: ModelConfig
-    members: Members
-    tokens: int = 8192
-
-    def disagreements(
-        self, prompts: Sequence[Sequence[int]], answers: Sequence[tuple[Completion, Completion]]
-    ) -> np.ndarray:
-        """[N] nats: the mutual information of a vote and of the member that would predict it.
-
-        That is H(mean p) − mean H(p) over members whose p = σ(difference of scores), BALD of
-        "Bayesian Active Learning for Classification and Preference Learning",
-        https://arxiv.org/abs/1112.5745.
-        """
-        groups = [
-            Group(prompt, (a.tokens, b.tokens), i)
-            for i, (prompt, (a, b)) in enumerate(zip(prompts, answers, strict=True))
-        ]
-        longest = max(group.size for group in groups)
-        rows, _ = pack_groups(groups, -(-longest // 64) * 64, branches=2, most=1)
-        rows = pad_rows(rows, rows=1, slots=64, groups=1)
-        score = jax.jit(partial(_scores_by_row, self.config))
-        by_row = map_rows(score, self.members, rows, self.tokens)  # [R, members, 1, 2]
-        scores = np.stack([in_record_order(by_row[:, k], rows) for k in range(by_row.shape[1])])
-        return disagreement(scores[..., 0] - scores[..., 1])
-
-
-def disagreement(margins: np.ndarray) -> np.ndarray:
-    """H(mean p) − mean H(p) over members, p = σ(margins): [K, N] → [N], nats, f64."""
-    p = 1 / (1 + np.exp(-margins.astype(np.float64)))
-    return _entropy(p.mean(axis=0)) - _entropy(p).mean(axis=0)
-
-
-def _entropy(p: np.ndarray) -> np.ndarray:
-    p = np.clip(p, 1e-12, 1 - 1e-12)
-    return -p * np.log(p) - (1 - p) * np.log1p(-p)
-
-
-def _scores_by_row(config: ModelConfig, members: Members, rows: Any) -> jax.Array:
-    return member_scores(config, members, rows).swapaxes(0, 1)
-
-
-def load_ensemble(paths: Sequence[str], tokenizer_hash: str) -> Ensemble:
-    """The reward models of finished runs.
-
-    Raises:
-        UserError: there are fewer than two, one is no reward model, or they do not fit together.
-    """
-    if len(paths) < 2:
-        raise UserError("--select=disagreement needs two reward models or more: --rewards=a,b,…")
-    models = [load_model(path) for path in paths]
-    for path, model in zip(paths, models, strict=True):
-        if model.config.head != "scalar":
-            raise UserError(f"--rewards: {path} is not a reward model but a language model")
-        if model.tokenizer.hash != tokenizer_hash:
-            raise UserError(f"--rewards: {path} has another tokenizer than the model that answers")
-    same_config([model.config for model in models], paths)
-    return Ensemble(models[0].config, stack_members([model.params for model in models]))
 
 
 @dataclass(frozen=True)
@@ -140,23 +67,11 @@ class Source:
             tuple(model.tokenizer.decode_text(each.tokens) for each in answers)
             for model, answers in ((self.models[0], first), (self.models[-1], second))
         ]
+        # No record may hold a NUL.
         both = enumerate(zip(*texts, strict=True))
-        apart = [
-            i for i, (a, b) in both if a != b and "\0" not in a + b
-        ]  # which no record may hold
-        more: dict[int, dict[str, Any]] = {i: {"select": "random"} for i in apart}
-        if self.ensemble is not None and apart:
-            values = self.ensemble.disagreements(
-                [self.prompts[0].tokens[chosen[i]] for i in apart],
-                [(first[i], second[i]) for i in apart],
-            )
-            best = sorted(range(len(apart)), key=lambda k: -values[k])[:_BATCH]
-            more = {
-                apart[k]: {"select": "disagreement", "disagreement": round(float(values[k]), 6)}
-                for k in sorted(best)
-            }
+        apart = [i for i, (a, b) in both if a != b and "\0" not in a + b]
         comparisons = []
-        for i, said in more.items():
+        for i, said in self._choose(chosen, first, second, apart).items():
             record = self.prompts[0].records[chosen[i]]
             cut = [k for k, each in enumerate((first[i], second[i])) if not each.finished]
             comparisons.append(
@@ -171,6 +86,28 @@ class Source:
                 )
             )
         return comparisons
+
+    def _choose(
+        self,
+        chosen: list[int],
+        first: list[Completion],
+        second: list[Completion],
+        apart: list[int],
+    ) -> dict[int, dict[str, Any]]:
+        """Which of the candidates `apart` are shown, and what their votes say of why."""
+        if self.ensemble is None or not apart:
+            return {i: {"select": "random"} for i in apart}
+        tokens = self.prompts[0].tokens
+        groups = [
+            Group(tokens[chosen[i]], (first[i].tokens, second[i].tokens), k)
+            for k, i in enumerate(apart)
+        ]
+        values = self.ensemble.disagreements(groups)
+        best = sorted(np.argsort(-values, kind="stable")[:_BATCH].tolist())
+        return {
+            apart[k]: {"select": "disagreement", "disagreement": round(float(values[k]), 6)}
+            for k in best
+        }
 
     def _prompt_of(self, number: int, count: int) -> int:
         """The prompt of a candidate: all of them in a random order, then in another one."""

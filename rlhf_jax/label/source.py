@@ -14,8 +14,9 @@ from rlhf_jax.data.records import Prompt
 from rlhf_jax.digests import json_digest
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import read_object
+from rlhf_jax.label.disagreement import Ensemble
 from rlhf_jax.label.files import Comparison, make_comparison
-from rlhf_jax.label.pairs import Source, load_ensemble
+from rlhf_jax.label.pairs import Source
 from rlhf_jax.tasks.prompts import PromptSet, prompts_within
 from rlhf_jax.tasks.sources import parse_sources, read_records
 from rlhf_jax.training.rundir import CONFIG
@@ -40,7 +41,7 @@ def read_source(given: argparse.Namespace) -> tuple[Source, dict[str, Any]]:
     sets = read_prompts(prompts, models, given.max_new_tokens)
     source = Source(
         tuple(names), tuple(models), sets, given.temperature, given.max_new_tokens, given.seed,
-        load_ensemble(rewards, models[0].tokenizer.hash) if rewards else None,
+        Ensemble.load(rewards, models[0].tokenizer.hash) if rewards else None,
     )  # fmt: skip
     asked = [[message.to_json() for message in r.messages] for r in sets[0].records]
     settings = {

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.data.packing import Group
 from rlhf_jax.label.__main__ import main
-from rlhf_jax.label.pairs import Source, disagreement, keep_ahead, load_ensemble
+from rlhf_jax.label.disagreement import Ensemble, disagreement
+from rlhf_jax.label.pairs import Source, keep_ahead
 from rlhf_jax.label.source import read_prompts
 from rlhf_jax.models import apply, scores
 from rlhf_jax.stages.reward import with_score_head
@@ -79,13 +81,17 @@ def test_the_pairs_that_are_shown_are_those_on_which_reward_models_disagree(tmp_
         Path(path).mkdir()
         save_model(path, model)
     tokenizer = given.models[0].tokenizer
-    given = dataclasses.replace(given, ensemble=load_ensemble(paths, tokenizer.hash))
+    given = dataclasses.replace(given, ensemble=Ensemble.load(paths, tokenizer.hash))
     pairs = given.sample(0)
     values = [each.more["disagreement"] for each in pairs]
     assert len(pairs) == 8 and max(each.candidate for each in pairs) > 8
     answers = [given._answers(0, [0, 1], streams) for streams in ([0, 2], [1, 3])]
     prompts = given.prompts[0].tokens[:2]
-    said = given.ensemble.disagreements(prompts, [*zip(*answers, strict=True)])
+    groups = [
+        Group(prompt, (answers[0][i].tokens, answers[1][i].tokens), i)
+        for i, prompt in enumerate(prompts)
+    ]
+    said = given.ensemble.disagreements(groups)
 
     def score(model, tokens):
         hidden = apply(model.config, model.params, jnp.asarray([tokens], jnp.int32)).hidden
