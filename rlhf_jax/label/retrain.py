@@ -117,7 +117,7 @@ class Retraining:
                 "before": metrics["before/accuracy"],
                 "after": metrics["eval/accuracy"],
                 "interval": [metrics["eval/accuracy_low"], metrics["eval/accuracy_high"]],
-                "against": "an untrained one" if before is None else before.name,
+                "against": "untrained" if before is None else before.name.replace("-", " "),
             }
 
     def _rounds(self) -> list[Path]:

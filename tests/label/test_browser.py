@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 
 from rlhf_jax.label.files import SETTINGS, VOTES, LabelFiles
+from rlhf_jax.tasks.sources import read_records
 from tests.label.browser import Browser
 from tests.label.canned import MARKUP
+from tests.label.test_book import READING
 from tests.report.test_report import needs_browser
 from tests.test_export import saved
 
@@ -128,6 +130,8 @@ def test_thirty_votes_by_keyboard_over_a_killed_server(browser, tmp_path, capsys
     made = ["0" if v.get("tie") else "21"[v["order"] == "chosen_first"] for v in votes]
     assert "".join(made) == "".join(keys)
     assert all(v["labeler"] == "Ann" and 0 <= v["seconds"] < 60 for v in votes)
+    pairs = read_records(READING, str(server.folder / VOTES), "preference", "train")
+    assert [p.chosen for p in pairs] == [v["chosen"] for v in votes if not v.get("tie")]
     report(capsys, took)
 
 

@@ -49,12 +49,12 @@ def test_a_second_round_is_compared_with_the_first_on_the_same_votes(tmp_path):
     rounds = Retraining(tmp_path / "labels" / "rounds", run, flags)
     rounds.start(book.votes())
     first = wait(rounds)
-    assert first["state"] == "done" and first["against"] == "an untrained one", first
+    assert first["state"] == "done" and first["against"] == "untrained", first
     vote(book, "Ann", 20)
     rounds.start(book.votes())
     # Another server, as after a kill: the run goes on, and the comparison is made all the same.
     second = wait(Retraining(tmp_path / "labels" / "rounds", run, flags))
-    assert second["state"] == "done" and second["against"] == "round-1", second
+    assert second["state"] == "done" and second["against"] == "round 1", second
     assert second["held_out"] > first["held_out"] and second["trained"] > first["trained"]
     low, high = second["interval"]
     assert 0 <= low <= second["after"] <= high <= 1 and 0 <= second["before"] <= 1

@@ -116,6 +116,15 @@ def test_limits_of_a_request(site):
         assert slow.recv(100) == b""
 
 
+def test_many_idle_connections_keep_nobody_out(site):
+    idle = [socket.create_connection(("127.0.0.1", site[0])) for _ in range(300)]
+    assert ask(site)[0] == 200
+    for connection in idle:
+        connection.settimeout(5)
+        assert connection.recv(1) == b""  # it hung up
+        connection.close()
+
+
 def mangled(chance: random.Random, good: bytes) -> bytes:
     """A request's body with something wrong about it."""
     kind = chance.randrange(6)
