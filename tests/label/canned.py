@@ -5,18 +5,24 @@ python -m tests.label.canned FOLDER PORT
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import uvicorn
 
 from rlhf_jax.data.records import Message
 from rlhf_jax.label.book import Book, Design
-from rlhf_jax.label.files import PAIRS, LabelFiles, make_comparison
+from rlhf_jax.label.files import PAIRS, VOTES, LabelFiles, make_comparison
 from rlhf_jax.label.retrain import Retraining
 from rlhf_jax.label.server import Impatient, make_app
 
+ROOT = Path(__file__).resolve().parents[2]
 MARKUP = '</p><script>document.title="owned"</script><img src=x onerror="document.title=\'owned\'">'
 
 
@@ -50,6 +56,51 @@ def server_on(folder: Path, listener: socket.socket, book: Book) -> uvicorn.Serv
     app = make_app(book, retraining, listener.getsockname()[1], book.files.token())
     options = {"http": Impatient, "ws": "none", "lifespan": "off", "log_level": "critical"}
     return uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=1, **options))
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Server:
+    """A labelling server as a process, which can be killed and started again on its port."""
+
+    def __init__(self, folder: Path, *command: str) -> None:
+        self.folder, self.port = folder, free_port()
+        self.command = [sys.executable, "-m", *command] if command else None
+        self.process: subprocess.Popen | None = None
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def start(self) -> None:
+        canned = [sys.executable, "-m", "tests.label.canned", str(self.folder), str(self.port)]
+        command = [*self.command, f"--port={self.port}"] if self.command else canned
+        self.process = subprocess.Popen(command, cwd=ROOT)
+        for _ in range(1200):
+            assert self.process.poll() is None
+            with socket.socket() as connection:
+                if not connection.connect_ex(("127.0.0.1", self.port)):
+                    return
+            time.sleep(0.05)
+        raise AssertionError("it does not listen")
+
+    def kill(self) -> None:
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/#{(self.folder / 'token').read_text()}"
+
+    def votes(self) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / VOTES).read_text().splitlines()]
 
 
 def main() -> None:

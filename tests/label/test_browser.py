@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
 import statistics
 import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 
 from rlhf_jax.label.files import SETTINGS, VOTES, LabelFiles
 from rlhf_jax.tasks.sources import read_records
 from tests.label.browser import Browser
-from tests.label.canned import MARKUP
+from tests.label.canned import MARKUP, ROOT, Server
 from tests.label.test_book import READING
 from tests.report.test_report import needs_browser
 from tests.test_export import saved
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = needs_browser
 
 
@@ -30,51 +23,6 @@ pytestmark = needs_browser
 def _browser(tmp_path):
     with Browser(tmp_path / "profile") as browser:
         yield browser
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-class Server:
-    """A labelling server as a process, which can be killed and started again on its port."""
-
-    def __init__(self, folder: Path, *command: str) -> None:
-        self.folder, self.port = folder, free_port()
-        self.command = [sys.executable, "-m", *command] if command else None
-        self.process: subprocess.Popen | None = None
-
-    def __enter__(self) -> Server:
-        self.start()
-        return self
-
-    def start(self) -> None:
-        canned = [sys.executable, "-m", "tests.label.canned", str(self.folder), str(self.port)]
-        command = [*self.command, f"--port={self.port}"] if self.command else canned
-        self.process = subprocess.Popen(command, cwd=ROOT)
-        for _ in range(1200):
-            assert self.process.poll() is None
-            with socket.socket() as connection:
-                if not connection.connect_ex(("127.0.0.1", self.port)):
-                    return
-            time.sleep(0.05)
-        raise AssertionError("it does not listen")
-
-    def kill(self) -> None:
-        os.kill(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/#{(self.folder / 'token').read_text()}"
-
-    def votes(self) -> list[dict]:
-        return [json.loads(line) for line in (self.folder / VOTES).read_text().splitlines()]
 
 
 def begin(browser, server, name, **size):

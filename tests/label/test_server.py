@@ -14,7 +14,7 @@ import pytest
 
 from rlhf_jax.label import server as served
 from rlhf_jax.label.files import VOTES
-from tests.label.canned import open_book, server_on
+from tests.label.canned import Server, open_book, server_on
 
 
 @pytest.fixture(name="site")
@@ -192,3 +192,43 @@ def test_a_full_disk_is_said_and_nothing_is_counted(site, monkeypatch):
     assert status == 507 and "nothing is stored: " in json.loads(said)["error"]
     status, _, said = ask(site, "/api/answer", body)
     assert status == 200 and json.loads(said)["yours"] == 1
+
+
+@pytest.mark.slow
+def test_at_whatever_moment_it_is_killed_every_vote_is_stored_once(tmp_path):
+    chance, sent = random.Random(0), []
+    with Server(tmp_path / "labels") as server:
+        token = (tmp_path / "labels" / "token").read_text()
+
+        def call(action, **fields):
+            """What the server answers, however often it must be asked."""
+            body = json.dumps({"labeler": "Ann"} | fields).encode()
+            while True:
+                try:
+                    status, _, said = ask((server.port, token, None), f"/api/{action}", body)
+                except (OSError, http.client.HTTPException):
+                    time.sleep(0.02)
+                    continue
+                assert status == 200, said
+                return json.loads(said)
+
+        def kill_again_and_again():
+            for _ in range(6):
+                time.sleep(chance.uniform(0.0, 0.3))
+                server.kill()
+                server.start()
+
+        killer = threading.Thread(target=kill_again_and_again)
+        killer.start()
+        said = call("next")
+        while said["shown"]:
+            choice = chance.choice("120")
+            sent.append((said["shown"]["id"], choice))
+            said = call("answer", shown=said["shown"]["id"], choice=choice, seconds=1)
+            assert not said["note"]
+            time.sleep(0.02)
+        killer.join()
+    votes = server.votes()
+    made = ["0" if v.get("tie") else "21"[v["order"] == "chosen_first"] for v in votes]
+    names = [v["pair"] + (".again" if v.get("repeat") else "") for v in votes]
+    assert [*zip(names, made, strict=True)] == sent and len(sent) == 72
