@@ -55,6 +55,11 @@ class _Labeler:
     answered: dict[str, tuple[str, Line]] = field(default_factory=dict)
     open: str | None = None  # the showing on the page
 
+    @property
+    def last(self) -> str | None:
+        """The showing that was answered last."""
+        return next(reversed(self.answered), None)
+
     def lines(self, *, repeat: bool = False) -> list[Line]:
         """Votes on sampled pairs, those of the second time or of the first, in order."""
         return [
@@ -148,8 +153,8 @@ class Book:
                 raise Refused(409, "that pair was not answered the first time")
             file = SKIPS if choice == "s" else VOTES
             line: Line = {} if choice == "s" else _vote(pair, first, choice)
-            line |= {"labeler": name, "seconds": seconds, "pair": pair.pair}
-            line |= {"number": self._next_number(labeler)}
+            number = labeler.answered[labeler.last][1]["number"] + 1 if labeler.last else 0
+            line |= {"labeler": name, "seconds": seconds, "pair": pair.pair, "number": number}
             line |= {"repeat": True} if repeat else {}
             self.files.append(file, [line])
             labeler.answered[showing] = file, line
@@ -170,7 +175,7 @@ class Book:
             self._sides(name, showing)
             if showing not in labeler.answered:
                 return
-            if showing != [*labeler.answered][-1]:
+            if showing != labeler.last:
                 raise Refused(409, "only the last answer can be taken back")
             file, line = labeler.answered[showing]
             self.files.remove(file, line)
@@ -186,10 +191,6 @@ class Book:
 
     def _labeler(self, name: str) -> _Labeler:
         return self._labelers.setdefault(name, _Labeler())
-
-    def _next_number(self, labeler: _Labeler) -> int:
-        last = [line["number"] for _, line in labeler.answered.values()][-1:]
-        return last[0] + 1 if last else 0
 
     def _sides(self, name: str, showing: str) -> tuple[Comparison, int]:
         """The pair of a showing, and which of its answers is shown first."""
@@ -236,7 +237,7 @@ class Book:
         overlap = self.design.overlap
         return {
             "problem": self.problem,
-            "last": [*labeler.answered, None][-2] if labeler.answered else None,
+            "last": labeler.last,
             "yours": len(labeler.lines()) + len(again) + len(checks),
             "skipped": sum(name == SKIPS for name, _ in labeler.answered.values()),
             "done": sum(min(self._votes[pair], overlap) for pair in self.pairs),

@@ -123,9 +123,13 @@ class LabelFiles:
         new = not path.exists()
         data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        end = os.fstat(descriptor).st_size
         try:
             append_whole(descriptor, data, path)
             os.fsync(descriptor)
+        except OSError:
+            os.ftruncate(descriptor, end)  # it is not stored, and nobody may read that it is
+            raise
         finally:
             os.close(descriptor)
         if new:

@@ -123,6 +123,21 @@ def test_a_torn_last_line_is_cut_off_and_another_one_is_the_users(tmp_path, caps
         open_book(tmp_path)
 
 
+def test_a_vote_that_the_disk_did_not_take_is_not_in_the_file(tmp_path, monkeypatch):
+    book = open_book(tmp_path)
+    vote(book, "Ann", 1)
+
+    def fail(_):
+        raise OSError(5, "Input/output error")
+
+    shown = book.showing("Ann")["shown"]
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
+        patch.setattr("rlhf_jax.label.files.os.fsync", fail)
+        book.answer("Ann", shown["id"], "1", 1.0)
+    assert len(lines_of(tmp_path)) == 1
+    assert book.answer("Ann", shown["id"], "2", 1.0) and len(lines_of(tmp_path)) == 2
+
+
 def test_undo_takes_back_the_last_answers_one_by_one(tmp_path):
     book = open_book(tmp_path)
     first, second = vote(book, "Ann", 2)
