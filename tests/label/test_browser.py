@@ -11,7 +11,7 @@ import pytest
 from rlhf_jax.label.files import SETTINGS, VOTES, LabelFiles
 from rlhf_jax.tasks.sources import read_records
 from tests.label.browser import Browser
-from tests.label.canned import MARKUP, ROOT, Server
+from tests.label.canned import MARKUP, ROOT, Server, open_book
 from tests.label.test_book import READING
 from tests.report.test_report import needs_browser
 from tests.test_export import saved
@@ -132,14 +132,29 @@ def test_two_labelers_at_once(browser, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_address_without_its_secret_shows_nothing(browser, tmp_path):
+def test_without_its_secret_or_from_another_site_the_page_shows_and_takes_nothing(
+    browser, tmp_path
+):
     with Server(tmp_path / "labels") as server:
-        tab = browser.open(server.url.partition("#")[0])
+        address, _, token = server.url.partition("#")
+        tab = browser.open(address)
         tab.wait("document.activeElement.id === 'name'")
         tab.type("Mallory")
         tab.press("Enter")
         tab.wait("document.querySelector('#message').textContent.includes('lacks its secret')")
         assert tab.value("document.querySelector('#vote').hidden") is True
+        pair = open_book(server.folder).showing("Ann")["shown"]["id"]
+        vote = json.dumps({"labeler": "Ann", "shown": pair, "choice": "1", "seconds": 1})
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        elsewhere = browser.open("about:blank")
+        for options in ({"headers": headers}, {"mode": "no-cors"}):
+            options = json.dumps({"method": "POST", "body": vote} | options)
+            said = elsewhere.value(
+                f"fetch('{address}api/answer', {options})"
+                ".then(answer => answer.type, error => error.name)"
+            )
+            assert said == "TypeError", options  # not even that there was an answer
+        assert not (server.folder / VOTES).exists()
 
 
 @pytest.mark.slow
