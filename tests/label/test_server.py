@@ -20,7 +20,7 @@ from tests.label.canned import Server, open_book, server_on
 @pytest.fixture(name="site")
 def _site(tmp_path, monkeypatch):
     """(port, secret, folder) of a server that runs."""
-    monkeypatch.setattr(served, "_SECONDS", 1.0)
+    monkeypatch.setattr(served, "_SECONDS", 0.5)
     book = open_book(tmp_path)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
