@@ -24,7 +24,7 @@ from typing import Any
 
 from rlhf_jax.data import shapes
 from rlhf_jax.data.records import Record
-from rlhf_jax.data.shapes import EXCERPT, BadLine, Fields, Tie
+from rlhf_jax.data.shapes import EXCERPT, BadLine, Fields
 from rlhf_jax.errors import UserError
 from rlhf_jax.stopping import stop_point
 
@@ -65,8 +65,8 @@ def read_jsonl(
         path, same.convert, max_bad_fraction=max_bad_fraction, skipped=skipped, rows=rows
     )
     how = same.shown + "".join(f", {k} from {v!r}" for k, v in columns.items())
-    ties = f"; {same.ties:,} ties are left out" if same.ties else ""
-    print(f"{path}: {len(records):,} records of {how}, read as {kind}{ties}", flush=True)
+    how += f", read as {kind}" + (f"; ties left out: {same.ties:,}" if same.ties else "")
+    print(f"{path}: {len(records):,} records of {how}", flush=True)
     return records
 
 
@@ -83,14 +83,13 @@ class _SameShape:
     def shown(self) -> str:
         return self.first[0] or self.first[1]
 
-    def convert(self, fields: Fields, default_id: str) -> Record:
+    def convert(self, fields: Fields, default_id: str) -> Record | None:
         if self.columns:
             fields = shapes.rename(fields, self.columns)
-        try:
-            record, (name, keys) = shapes.make_record(fields, self.kind, default_id)
-        except Tie:
+        if shapes.is_tie(fields):
             self.ties += 1
-            raise
+            return None
+        record, (name, keys) = shapes.make_record(fields, self.kind, default_id)
         if not self.shown:
             self.first = (name, keys)
         # A set may have Dolly's rows with a context and without: Alpaca's and Dolly's are the same.
@@ -101,7 +100,7 @@ class _SameShape:
 
 def read_lines(
     path: str | os.PathLike,
-    convert: Callable[[Fields, str], Record],
+    convert: Callable[[Fields, str], Record | None],
     *,
     max_bad_fraction: float = 0.0,
     skipped: Counter[str] | None = None,
@@ -109,8 +108,8 @@ def read_lines(
 ) -> list[Record]:
     """`read_jsonl` for a shape of one's own.
 
-    `convert(fields, default_id)` makes a record of one line's object, or raises BadLine, or Tie of
-    one that is left out.
+    `convert(fields, default_id)` makes a record of one line's object, None of one that is left out,
+    or raises BadLine.
     """
     if not 0 <= max_bad_fraction < 1:
         raise UserError(f"max_bad_fraction must be in [0, 1), got {max_bad_fraction}")
@@ -125,9 +124,8 @@ def read_lines(
         stop_point()
         try:
             fields = raw if isinstance(raw, dict) else _parse_object(raw)
-            records.append(convert(fields, f"{Path(path).name}:{number}"))
-        except Tie:
-            continue
+            if (record := convert(fields, f"{Path(path).name}:{number}")) is not None:
+                records.append(record)
         except BadLine as error:
             reasons[error.reason] += 1
             excerpt = shapes.excerpt(raw)

@@ -10,8 +10,7 @@ Shapes by kind of record. Any other key becomes a `meta` entry, and `id` is opti
     pair          {"prompt", "chosen", "rejected"}: replies as text or as messages,
                   or {"chosen": messages, "rejected": messages} that share all but the last, or as
                   "\\n\\nHuman: …\\n\\nAssistant: …" dialogues, or as texts whose prompt is what
-                  both begin with, up to its last white space; with "tie": true neither side is
-                  preferred, and there is no record of it
+                  both begin with, up to its last white space; "tie": true prefers neither
     preference    a pair, or a conversation with a "label": true where its last reply is good
     hh            {"chosen", "rejected"} as such dialogues → pairs
 
@@ -57,10 +56,6 @@ _SHARE_GPT_ROLES = {
 }
 
 
-class Tie(Exception):
-    """A vote that prefers neither side of a pair."""
-
-
 class BadLine(Exception):
     """One line that is no record: `reason` is the name it is counted under."""
 
@@ -74,7 +69,6 @@ def make_record(fields: Fields, kind: str, default_id: str) -> tuple[Record, tup
 
     Raises:
         BadLine: it has no shape of that kind, or a part of it is not as it must be.
-        Tie: it is a pair of which neither side is preferred.
     """
     name, ours = "", fields
     if not fields.keys() & {"messages", "prompt"} and not (kind == "text" and "text" in fields):
@@ -97,6 +91,14 @@ def make_record(fields: Fields, kind: str, default_id: str) -> tuple[Record, tup
         "Dolly {'instruction', 'response'} are read too, and "
         "data.columns=prompt:question,… names columns",
     )
+
+
+def is_tie(fields: Fields) -> bool:
+    """Whether an object is a pair of which neither side is preferred: there is no record of it."""
+    tie = {"chosen", "rejected"} <= fields.keys() and fields.get("tie", False)
+    if tie not in (True, False):
+        raise BadLine("bad tie", f"field 'tie' must be true or false, not {excerpt(tie)}")
+    return bool(tie)
 
 
 def parse_columns(spec: str) -> dict[str, str]:
@@ -164,11 +166,6 @@ def _make(fields: Fields, kind: str, default_id: str, keys: frozenset[str]) -> R
         return Text(name, text, _read_meta(fields, keys))
     if "label" in keys and fields["label"] not in (True, False):
         raise BadLine("bad label", f"field 'label' must be true or false, not {fields['label']!r}")
-    if {"chosen", "rejected", "tie"} <= fields.keys():  # whatever is read of it: slices agree
-        if fields["tie"] not in (True, False):
-            raise BadLine("bad tie", f"field 'tie' must be true or false, not {fields['tie']!r}")
-        if fields["tie"]:
-            raise Tie
     if kind == "hh":
         sides = [_read_dialogue(fields, side) for side in ("chosen", "rejected")]
     else:

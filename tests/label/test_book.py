@@ -69,7 +69,7 @@ def test_the_stages_read_the_file_as_it_is_and_leave_ties_out(tmp_path, capsys):
     vote(book, "Ann", 1, lambda shown: "s")
     pairs = read_records(READING, str(tmp_path / VOTES), "preference", "train")
     assert "4 records of {'chosen', 'prompt', 'rejected'}" in (said := capsys.readouterr().out)
-    assert "1 ties are left out" in said
+    assert "ties left out: 1" in said
     assert [type(each) for each in pairs] == [Pair] * 4
     for pair, line in zip(pairs, lines_of(tmp_path), strict=False):
         assert pair.prompt == (Message("user", line["prompt"]),)
