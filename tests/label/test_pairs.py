@@ -73,6 +73,7 @@ def test_answers_that_are_the_same_text_are_no_pair(tmp_path):
     assert book.showing("Ann")["state"] == "failed"
 
 
+@pytest.mark.slow
 def test_the_pairs_that_are_shown_are_those_on_which_reward_models_disagree(tmp_path):
     given = source(tmp_path)
     paths = [str(tmp_path / f"reward{seed}") for seed in range(2)]
