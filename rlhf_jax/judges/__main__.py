@@ -1,16 +1,18 @@
-"""AI feedback: a judge's report card against gold, and pairs that a judge labels.
+"""AI feedback: a judge's report card against gold, pairs that a judge labels, revised answers.
 
     python -m rlhf_jax.judges card --judge=gold,sensitivity=0.9,specificity=0.8
     python -m rlhf_jax.judges examples --out=judging.jsonl
     python -m rlhf_jax.judges label --judge=runs/judge --workdir=runs/sft --out=pairs.jsonl
+    python -m rlhf_jax.judges critique --workdir=runs/sft --critic=runs/critic --out=revised.jsonl
 
 A judge is `gold` (the town's exact scorer, with mistakes of chosen rates: sensitivity, specificity,
 position, gullibility), the directory of a language model or of a reward model, or a function of
 yours as mine.py:function, called as f(prompts, responses, rivals, principles) for the probability
 that a response is better than its rival. `card` measures one on pairs whose better side is known:
 town's, a file's, or answers of two models to town's prompts. `examples` writes gold-labelled
-comparisons, from which sft.py:own makes a judge of a language model. `label` has a judge compare
-a model's own answers; reward.py:own and dpo.py:own read the file as it is.
+comparisons, from which sft.py:own makes a judge of a language model (with --of=critique a critic).
+`label` has a judge compare a model's own answers; reward.py:own and dpo.py:own read the file as it
+is. `critique` has a critic find fault with a model's answers and revise them, for sft.py:own.
 Exit codes: 0 done, 2 the user's mistake, 1 a bug.
 """
 
@@ -26,8 +28,9 @@ from rlhf_jax.commands import Parser, run
 from rlhf_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from rlhf_jax.data.records import Prompt
     from rlhf_jax.judges.constitution import Principle
-    from rlhf_jax.judges.sampled import Pairs
+    from rlhf_jax.judges.sampled import Pairs, Policy
 
 
 def card(given: argparse.Namespace) -> None:
@@ -49,9 +52,7 @@ def card(given: argparse.Namespace) -> None:
             pairs = read_pairs(given.data, "validation", given.count, given.seed)
         truth = {each.name: better_side(pairs, each) for each in principles}
         cards = {
-            each.name: measure(
-                ask(judge, pairs.of, each), truth[each.name], pairs, given.calibrate
-            )
+            each.name: measure(ask(judge, pairs.of, each), truth[each.name], pairs, given.calibrate)
             for each in principles
         }
     kind = f"answers of {' and '.join(pairs.models)}" if given.workdir else given.data
@@ -65,13 +66,13 @@ def card(given: argparse.Namespace) -> None:
 
 
 def examples(given: argparse.Namespace) -> None:
-    """Writes gold-labelled comparisons as SFT data."""
-    from rlhf_jax.judges.labels import examples as make
+    """Writes gold-labelled comparisons, or critiques, as SFT data."""
+    from rlhf_jax.judges import labels, revision
     from rlhf_jax.judges.sampled import read_pairs
 
     pairs = read_pairs(given.data, "train", given.count, given.seed)
-    lines, counts = make(pairs, _principles(given), given.seed)
-    _write(given, lines, counts, {})
+    make = labels.examples if given.of == "judging" else revision.examples
+    _write(given, *make(pairs, _principles(given), given.seed), {})
 
 
 def label(given: argparse.Namespace) -> None:
@@ -86,22 +87,45 @@ def label(given: argparse.Namespace) -> None:
     _write(given, lines, counts, labels.agreement(lines, pairs))
 
 
+def critique(given: argparse.Namespace) -> None:
+    """Writes a policy's answers as a critic revises them, as SFT data."""
+    from rlhf_jax.judges.revision import gold_table, revise
+    from rlhf_jax.report.tables import print_table
+
+    principles = _principles(given)
+    policy = _policy(given, given.workdir)
+    critic = _policy(given, given.critic) if given.critic else policy
+    prompts = _prompts(given, [policy], "train")
+    lines, counts = revise(policy, critic, prompts, principles)
+    _write(given, lines, counts, {})
+    columns, rows = gold_table(lines, prompts, principles)
+    if rows:
+        print_table("Answers and their revisions by gold", columns, rows)
+
+
 def _principles(given: argparse.Namespace) -> list[Principle]:
     from rlhf_jax.judges.constitution import DEFAULT, choose, read_constitution
 
     return choose(read_constitution(Path(given.constitution or DEFAULT)), given.principles)
 
 
-def _sampled(given: argparse.Namespace, split: str) -> Pairs:
-    from rlhf_jax.judges.sampled import Policy, read_prompts, sample_pairs
+def _policy(given: argparse.Namespace, name: str) -> Policy:
+    from rlhf_jax.judges.sampled import Policy
 
-    drawn = {name: getattr(given, name) for name in ("max_new_tokens", "temperature", "seed")}
-    first = Policy.load(given.workdir, **drawn)
-    second = Policy.load(given.compare, **drawn) if given.compare else first
-    prompts = read_prompts(
-        given.prompts, [first, second], split, given.count, given.max_new_tokens
-    )
-    return sample_pairs(first, second, prompts)
+    return Policy.load(name, given.max_new_tokens, given.temperature, given.seed)
+
+
+def _prompts(given: argparse.Namespace, policies: list[Policy], split: str) -> list[Prompt]:
+    from rlhf_jax.judges.sampled import read_prompts
+
+    return read_prompts(given.prompts, policies, split, given.count, given.max_new_tokens)
+
+
+def _sampled(given: argparse.Namespace, split: str) -> Pairs:
+    from rlhf_jax.judges.sampled import sample_pairs
+
+    policies = [_policy(given, name) for name in (given.workdir, given.compare) if name]
+    return sample_pairs(policies[0], policies[-1], _prompts(given, policies, split))
 
 
 def _write(
@@ -118,8 +142,10 @@ def _write(
     if not lines:
         raise UserError(f"nothing is left to be written to {out}: {counts}")
     made: dict[str, Any] = {k: v for k, v in vars(given).items() if k not in ("run", "out")}
-    named = {made.get(name) for name in ("judge", "workdir", "compare")} - {"", None}
-    made["models"] = {name: fingerprint(Path(name)) for name in named if Path(name).is_dir()}
+    named = [str(made.get(name, "")) for name in ("judge", "workdir", "compare", "critic")]
+    made["models"] = {
+        name: fingerprint(Path(name)) for name in named if name and Path(name).is_dir()
+    }
     files = [given.constitution or str(DEFAULT), *(name.rpartition(":")[0] for name in named)]
     made["files"] = {name: file_digest(Path(name)) for name in files if Path(name).is_file()}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -132,30 +158,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (default: this process's) and returns the exit code."""
     plain = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="python -m rlhf_jax.judges", description=__doc__, formatter_class=plain)
-    commands = parser.add_subparsers(required=True, metavar="card, examples or label")
+    names = parser.add_subparsers(required=True, metavar="card, examples, label or critique")
+    commands = ((card, 600, ""), (examples, 400, ""), (label, 1000, "overall"), (critique, 400, ""))
     default = "(default: %(default)s)"
-    for command, count in ((card, 600), (examples, 400), (label, 1000)):
+    for command, count, principles in commands:
         about = command.__doc__
-        option = commands.add_parser(
+        option = names.add_parser(
             command.__name__, help=about, description=about, allow_abbrev=False
         ).add_argument
+        samples = command in (label, critique)
         option("--constitution", default="", help="a file of principles (default: the packaged)")
-        option("--principles", default="overall" if command is label else "",
-               help="their names, a,b,… (default: %(default)s; empty: all)")  # fmt: skip
-        option("--count", type=int, default=count, help=f"of pairs {default}")
+        option("--principles", default=principles,
+               help=f"names, a,b,… (default: {principles or 'all'})")  # fmt: skip
+        option("--count", type=int, default=count, help=f"of pairs or prompts {default}")
         option("--seed", type=int, default=0, help=f"of all that is drawn {default}")
-        if command is not examples:
+        if command in (card, label):
             option("--judge", required=True, help="gold[,…], a directory, or file.py:function")
-            option("--workdir", default="", required=command is label,
-                   help="the model whose answers are compared: a run, or a Hub directory")  # fmt: skip
-            option("--compare", default="", help="another, which gives the other answer")
+            option("--compare", default="", help="a model that gives the other answer")
+        if command is not examples:
+            option("--workdir", default="", required=samples, help="the model that answers")
             option("--prompts", default="town", help=f"a file or data set {default}")
             option("--max-new-tokens", type=int, default=64, help=f"of an answer {default}")
             option("--temperature", type=float, default=1.0, help=f"of answers {default}")
-        if command is not label:
+        if not samples:
             option("--data", default="town", help=f"pairs whose better side is known {default}")
         if command is card:
             option("--calibrate", type=int, default=200, help=f"of the pairs {default}")
+        if command is examples:
+            option("--of", choices=("judging", "critique"), default="judging", help=default)
+        if command is critique:
+            option("--critic", default="", help="the model that revises (default: the same)")
         option("--out", required=command is not card, default="", help="the file that is written")
         option("--run", default=command, help=argparse.SUPPRESS)
     return run(parser, lambda given: given.run(given), argv)

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.data.records import Prompt
+from rlhf_jax.judges.card import better_side
 from rlhf_jax.judges.constitution import Principle
 from rlhf_jax.judges.judge import Comparison, Judge, ask
 from rlhf_jax.judges.kinds import FIRST, SECOND, question
-from rlhf_jax.judges.card import better_side
 from rlhf_jax.judges.sampled import Pairs
 from rlhf_jax.label.files import make_comparison
 from rlhf_jax.tasks.builders import verifier_of, verify
@@ -41,7 +41,7 @@ def label(
     counts: Counter[str] = Counter(pairs.left_out)
     for each in said:
         counts.update({f"no verdict: {reason}": n for reason, n in each.masked.items()})
-    lines = []
+    lines: list[Line] = []
     for i in np.flatnonzero(~np.isnan(values)).tolist():
         shown = pairs.of[i]
         made = make_comparison(
@@ -85,7 +85,8 @@ def examples(
     Each pair is asked about under every principle by which gold prefers a side, in one order by
     lot; a principle that prefers neither is left out and counted.
     """
-    rng, lines, counts = Random(seed), [], Counter[str]()
+    rng, counts = Random(seed), Counter[str]()
+    lines: list[Line] = []
     for principle in principles:
         for shown, better in zip(pairs.of, better_side(pairs, principle), strict=True):
             if not better:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,7 @@ class Policy:
     seed: int
 
     @classmethod
-    def load(cls, name: str, **drawn: Any) -> Policy:
+    def load(cls, name: str, max_new_tokens: int, temperature: float, seed: int) -> Policy:
         """That of a run or a Hub directory.
 
         Raises:
@@ -46,7 +46,7 @@ class Policy:
         model = load_model(name)
         if model.config.head != "lm":
             raise UserError(f"{name} is a reward model; it does not speak")
-        return cls(name, model, **drawn)
+        return cls(name, model, max_new_tokens, temperature, seed)
 
     def answers(self, prompts: list[Prompt], stream: int) -> list[Answer]:
         """An answer to each; `stream` tells the times apart that a policy is asked."""
@@ -106,14 +106,16 @@ def read_pairs(source: str, split: str, count: int, seed: int) -> Pairs:
     return Pairs(pairs, labels=first)
 
 
-def read_prompts(source: str, policies: list[Policy], split: str, count: int, room: int) -> list:
+def read_prompts(
+    source: str, policies: list[Policy], split: str, count: int, room: int
+) -> list[Prompt]:
     """`count` prompts of a source, drawn at random, that leave each policy `room` tokens.
 
     Raises:
         UserError: there are fewer.
     """
     config = ConfigDict({"data": {"max_bad_fraction": 0.0, "columns": ""}})
-    records = read_records(config, source, "prompt", split)
+    records: Sequence[Prompt] = read_records(config, source, "prompt", split)
     for policy in policies:
         limit = policy.model.config.max_length - room
         why = f"left out: the context of {policy.name} leaves {limit} for a prompt"

@@ -19,9 +19,7 @@ def test_a_rate_by_hand():
     assert rate.low < rate.rate < rate.high
     # Each end is just not contradicted: its distance is z standard errors, by the formula.
     z2 = 1.959964**2
-    p, q1, q0 = (
-        ((x + z2 / 2) / (n + z2), n + z2) for x, n in ((450, 1000), (80, 100), (90, 100))
-    )
+    p, q1, q0 = (((x + z2 / 2) / (n + z2), n + z2) for x, n in ((450, 1000), (80, 100), (90, 100)))
     for theta in rate[1:]:
         terms = ((p, 1.0), (q1, theta), (q0, 1 - theta))
         variance = sum(w * w * s * (1 - s) / n for (s, n), w in terms)
