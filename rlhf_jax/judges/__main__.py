@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 def card(given: argparse.Namespace) -> None:
     """Prints the report card of a judge, and writes it as JSON if a file is named."""
+    from rlhf_jax.console import say
     from rlhf_jax.files import write_json
     from rlhf_jax.judges.card import better_side, measure, table
     from rlhf_jax.judges.judge import ask
@@ -42,22 +43,25 @@ def card(given: argparse.Namespace) -> None:
     from rlhf_jax.judges.sampled import read_pairs
     from rlhf_jax.report.tables import print_table
 
-    if not 0 < given.calibrate < given.count:
-        raise UserError(f"--calibrate={given.calibrate}: some of the {given.count} pairs, not all")
     principles = _principles(given)
     with open_judge(given.judge, given.seed) as judge:
         if given.workdir:
             pairs = _sampled(given, "validation")
         else:
             pairs = read_pairs(given.data, "validation", given.count, given.seed)
+        count = len(pairs.of)
+        if not 0 < given.calibrate < count:
+            raise UserError(f"--calibrate={given.calibrate}: some of the {count} pairs, not all")
         truth = {each.name: better_side(pairs, each) for each in principles}
         cards = {
             each.name: measure(ask(judge, pairs.of, each), truth[each.name], pairs, given.calibrate)
             for each in principles
         }
     kind = f"answers of {' and '.join(pairs.models)}" if given.workdir else given.data
-    title = f"{given.judge} on {given.count} pairs: {kind}; the first {given.calibrate} calibrate"
+    title = f"{given.judge} on {count} pairs: {kind}; the first {given.calibrate} calibrate"
     print_table(title, ("", *cards), table(cards))
+    if pairs.left_out:
+        say("left out", pairs.left_out)
     for name, each in cards.items():
         for reason, count in each.masked.items():
             print(f"{name}: {count:,} pairs without a verdict: {reason}")
@@ -83,8 +87,8 @@ def label(given: argparse.Namespace) -> None:
     principles = _principles(given)
     with open_judge(given.judge, given.seed) as judge:
         pairs = _sampled(given, "train")
-        lines, counts = labels.label(judge, given.judge, pairs, principles, given.seed)
-    _write(given, lines, counts, labels.agreement(lines, pairs))
+        made = labels.label(judge, given.judge, pairs, principles, given.seed)
+    _write(given, *made)
 
 
 def critique(given: argparse.Namespace) -> None:
@@ -163,9 +167,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     default = "(default: %(default)s)"
     for command, count, principles in commands:
         about = command.__doc__
-        option = names.add_parser(
-            command.__name__, help=about, description=about, allow_abbrev=False
-        ).add_argument
+        each = names.add_parser(command.__name__, help=about, description=about, allow_abbrev=False)
+        each.set_defaults(run=command)
+        option = each.add_argument
         samples = command in (label, critique)
         option("--constitution", default="", help="a file of principles (default: the packaged)")
         option("--principles", default=principles,
@@ -189,7 +193,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command is critique:
             option("--critic", default="", help="the model that revises (default: the same)")
         option("--out", required=command is not card, default="", help="the file that is written")
-        option("--run", default=command, help=argparse.SUPPRESS)
     return run(parser, lambda given: given.run(given), argv)
 
 

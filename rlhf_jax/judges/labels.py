@@ -16,9 +16,10 @@ from rlhf_jax.judges.judge import Comparison, Judge, ask
 from rlhf_jax.judges.kinds import FIRST, SECOND, question
 from rlhf_jax.judges.sampled import Pairs
 from rlhf_jax.label.files import make_comparison
-from rlhf_jax.tasks.builders import verifier_of, verify
+from rlhf_jax.tasks.builders import verifier_of
 
 Line = dict[str, Any]
+_TOTAL = Principle("total", "", "", "", "total")
 
 
 def prompt_fields(prompt: Prompt) -> Line:
@@ -29,8 +30,8 @@ def prompt_fields(prompt: Prompt) -> Line:
 
 def label(
     judge: Judge, name: str, pairs: Pairs, principles: Sequence[Principle], seed: int
-) -> tuple[list[Line], dict[str, int]]:
-    """Pairs as a judge prefers them, a line each, and how many there are of what.
+) -> tuple[list[Line], dict[str, int], dict[str, float]]:
+    """Pairs as a judge prefers them, a line each; how many there are of what; agreement with gold.
 
     P(a ≻ b) is the mean over the principles and both orders; ½ is a tie, which readers of the file
     leave out. A pair that lacks a verdict under any principle is left out, and counted by reason.
@@ -58,23 +59,18 @@ def label(
         line |= {"cut": [sides[k] for k in pairs.cut[i]]} if i in pairs.cut else {}
         lines.append(line | made.more)
         counts["ties" if values[i] == 0.5 else "labelled"] += 1
-    return lines, dict(counts)
+    return lines, dict(counts), _agreement(values, pairs)
 
 
-def agreement(lines: Sequence[Line], pairs: Pairs) -> dict[str, float]:
-    """How often labels are as the verifier's total has it, where one knows the prompts."""
-    prompts = {each.prompt.id: each.prompt for each in pairs.of}
-    if not lines or verifier_of([*prompts.values()]) is None:
+def _agreement(values: np.ndarray, pairs: Pairs) -> dict[str, float]:
+    """How often P(a ≻ b) and the verifier's total prefer the same side; {} where none knows it."""
+    if verifier_of([each.prompt for each in pairs.of]) is None:
         return {}
-    known = {(str(prompt_fields(each.prompt)["prompt"]), text): verify(each.prompt, text).total
-             for each in pairs.of for text in (each.first, each.second)}  # fmt: skip
-    totals = [
-        [known[str(line["prompt"]), line[side]] for side in ("chosen", "rejected")]
-        for line in lines
-        if "tie" not in line
-    ]
-    apart = [one > two for one, two in totals if abs(one - two) > 1e-9]
-    return {"agrees with gold": float(np.mean(apart)), "of": len(apart)} if apart else {}
+    sides, better = np.sign(values - 0.5), better_side(pairs, _TOTAL)
+    both = ~np.isnan(values) & (sides != 0) & (better != 0)
+    if not both.any():
+        return {}
+    return {"agrees with gold": float((sides == better)[both].mean()), "of": int(both.sum())}
 
 
 def examples(
