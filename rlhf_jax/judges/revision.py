@@ -76,7 +76,7 @@ def _said(model: Policy, turns: Sequence[Sequence[Message]], stream: int) -> lis
                if each and len(render_prompt(each, tokenizer)) <= room]  # fmt: skip
     replies: list[Answer | None] = [None] * len(turns)
     asked = [Prompt(str(i), tuple(turns[i])) for i in fitting]
-    for i, reply in zip(fitting, model.answers(asked, stream), strict=True):
+    for i, reply in zip(fitting, model.answers(asked, stream) if asked else [], strict=True):
         replies[i] = reply
     return replies
 
