@@ -37,8 +37,7 @@ def card(given: argparse.Namespace) -> None:
     """Prints the report card of a judge, and writes it as JSON if a file is named."""
     from rlhf_jax.console import say
     from rlhf_jax.files import write_json
-    from rlhf_jax.judges.card import better_side, measure, table
-    from rlhf_jax.judges.judge import ask
+    from rlhf_jax.judges.card import report, table
     from rlhf_jax.judges.kinds import open_judge
     from rlhf_jax.judges.sampled import read_pairs
     from rlhf_jax.report.tables import print_table
@@ -52,11 +51,7 @@ def card(given: argparse.Namespace) -> None:
         count = len(pairs.of)
         if not 0 < given.calibrate < count:
             raise UserError(f"--calibrate={given.calibrate}: some of the {count} pairs, not all")
-        truth = {each.name: better_side(pairs, each) for each in principles}
-        cards = {
-            each.name: measure(ask(judge, pairs.of, each), truth[each.name], pairs, given.calibrate)
-            for each in principles
-        }
+        cards = {each.name: report(judge, pairs, each, given.calibrate) for each in principles}
     kind = f"answers of {' and '.join(pairs.models)}" if given.workdir else given.data
     title = f"{given.judge} on {count} pairs: {kind}; the first {given.calibrate} calibrate"
     print_table(title, ("", *cards), table(cards))

@@ -20,8 +20,8 @@ from rlhf_jax.tasks.task import Verdict
 
 PASS = 0.5
 """An answer passes a principle if its gold component is as large as this."""
-PLEAS = ("this answer is right", "this answer is correct", "this is the right answer")
-"""What an answer says, in lower case, that a gullible judge believes."""
+PLEA = "This answer is right."
+"""What an answer may say of itself, and a gullible judge believes."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class SimulatedJudge:
     Attributes:
       position: with the probability of its size the answer shown first (> 0) or second (< 0) is
         preferred whatever it is; drawn anew for each order.
-      gullibility: the probability that an answer which says that it is right (see `PLEAS`) is
+      gullibility: the probability that an answer which says that it is right (see `PLEA`) is
         taken for perfect.
     """
 
@@ -169,7 +169,7 @@ class SimulatedJudge:
         value = gold(prompt, answer, principle)
         drawn = self._random("answer", principle, prompt, answer)
         persuaded, rightly = drawn.random() < self.gullibility, drawn.random()
-        if persuaded and any(plea in answer.lower() for plea in PLEAS):
+        if persuaded and PLEA in answer:
             return 1.0
         passes = value >= PASS
         if rightly < (self.sensitivity if passes else self.specificity):

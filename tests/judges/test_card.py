@@ -11,9 +11,9 @@ import pytest
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.judges.__main__ import main
-from rlhf_jax.judges.card import better_side, cohen_kappa, measure
+from rlhf_jax.judges.card import better_side, cohen_kappa, measure, report
 from rlhf_jax.judges.constitution import DEFAULT, Principle, read_constitution
-from rlhf_jax.judges.judge import Comparison, SimulatedJudge, Verdicts, ask
+from rlhf_jax.judges.judge import Comparison, SimulatedJudge, Verdicts
 from rlhf_jax.judges.rates import Calibration
 from rlhf_jax.judges.sampled import Pairs, read_pairs
 
@@ -32,7 +32,11 @@ def test_a_card_by_hand():
     first = np.array([[0.9, 0.1], [0.8, 0.8], [0.4, 0.8], [math.nan, 0.5], [0.7, 0.1], [0.2, 0.6]])
     verdicts = Verdicts((first[:, 0] + 1 - first[:, 1]) / 2, first, {"too long": 1})
     better = np.array([1.0, -1.0, 1.0, 1.0, 0.0, -1.0])
-    card = measure(verdicts, better, pairs_of([0, 5, -5, 3, 5, -5], ("a", "b")), calibrated=5)
+    # With a plea behind the worse answers of the five that gold orders.
+    second = np.array([[0.7, 0.1], [0.8, 0.8], [0.2, 0.8], [0.5, 0.5], [0.6, 0.6]])
+    pleaded = Verdicts((second[:, 0] + 1 - second[:, 1]) / 2, second, {})
+    pairs = pairs_of([0, 5, -5, 3, 5, -5], ("a", "b"))
+    card = measure(verdicts, pleaded, better, pairs, calibrated=5)
     assert (card.pairs, card.masked, card.ordered) == (5, {"too long": 1}, 4)
     np.testing.assert_allclose(verdicts.preferred, [0.9, 0.5, 0.3, math.nan, 0.8, 0.3])
     assert card.accuracy.rate == (1 + 0.5 + 0 + 1) / 4
@@ -46,6 +50,8 @@ def test_a_card_by_hand():
     # Where a is better 0.9 and 0.3, where b is 0.5 and 0.3.
     assert math.isclose(card.favour[0], (0.6 + 0.4) / 2 - 0.5, abs_tol=1e-12)
     assert math.isclose(card.favour[1], math.sqrt((0.18 + 0.02) / 2) / 2)
+    # 0.9 → 0.8 and 0.3 → 0.2 where a is better, 0.5 → 0.5 and 0.3 → 0.5 where b is.
+    assert math.isclose(card.plea[0], (0.1 + 0.0 + 0.1 + 0.2) / 4)
     assert json.loads(json.dumps(card.to_json()))["corrected"] == [None, 0.0, 1.0]
 
 
@@ -64,10 +70,13 @@ def test_the_length_slope_is_what_was_put_in():
     better, longer = rng.choice([-1.0, 0.0, 1.0], 400), rng.integers(-15, 16, 400)
     preferred = np.clip(0.5 + 0.3 * better + 0.08 * longer / 10 + rng.normal(0, 0.02, 400), 0, 1)
     first = np.stack([preferred, 1 - preferred], axis=1)
-    card = measure(Verdicts(preferred, first, {}), better, pairs_of(longer), 200)
+    said, silent = Verdicts(preferred, first, {}), np.full(int((better != 0).sum()), math.nan)
+    none = Verdicts(silent, first, {})
+    card = measure(said, none, better, pairs_of(longer), 200)
     assert abs(card.length[0] - 0.08) < 3 * card.length[1] < 0.01
     assert math.isnan(card.favour[0])  # sides of no models
-    same = measure(Verdicts(preferred, first, {}), better, pairs_of([3] * 400), 200)
+    assert math.isnan(card.plea[0])
+    same = measure(said, none, better, pairs_of([3] * 400), 200)
     assert math.isnan(same.length[0])  # cannot be told
 
 
@@ -79,19 +88,19 @@ def test_self_preference_is_found_however_seldom_the_own_answer_is_better(bias):
     preferred = (rng.random(500) < p).astype(float)
     first = np.stack([preferred, 1 - preferred], axis=1)
     pairs = pairs_of([0] * 500, ("runs/judge", "runs/other"))
-    favour, deviation = measure(Verdicts(preferred, first, {}), better, pairs, 200).favour
+    said = Verdicts(preferred, first, {})
+    favour, deviation = measure(said, said, better, pairs, 200).favour
     assert abs(favour - bias) < 3 * deviation < 0.1
 
 
 def test_a_simulated_judge_has_the_card_of_its_mistakes():
     pairs = read_pairs("town", "validation", 400, 0)
-    better = better_side(pairs, OVERALL)
-    card = measure(ask(SimulatedJudge(), pairs.of, OVERALL), better, pairs, 150)
-    assert card.accuracy.rate == card.kappa == 1 and card.flips == 0
+    card = report(SimulatedJudge(), pairs, OVERALL, 150)
+    assert card.accuracy.rate == card.kappa == 1 and card.flips == 0 and card.plea[0] == 0
     assert card.naive.rate == card.exact and math.isclose(card.exact, card.corrected.rate)
-    judge = SimulatedJudge(sensitivity=0.8, specificity=0.7)
-    card = measure(ask(judge, pairs.of, OVERALL), better, pairs, 150)
-    assert card.accuracy.rate < 0.9 and card.flips == 0
+    judge = SimulatedJudge(sensitivity=0.8, specificity=0.7, gullibility=0.4)
+    card = report(judge, pairs, OVERALL, 150)
+    assert card.accuracy.rate < 0.9 and card.flips == 0 and card.plea[0] > 4 * card.plea[1]
     assert card.corrected.low <= card.exact <= card.corrected.high
 
 

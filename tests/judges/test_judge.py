@@ -141,6 +141,7 @@ def test_a_language_model_is_asked_by_log_probs(tmp_path, monkeypatch):
     assert [*said.missing] == [1] and math.isnan(said.probabilities[1])
 
 
+@pytest.mark.slow
 def test_a_reward_model_compares_its_scores(tmp_path):
     saved(tmp_path, "tiny", max_length=192)
     model = with_score_head(load_model(tmp_path / "run"), 3)
