@@ -80,7 +80,8 @@ def better_side(pairs: Pairs, principle: Principle) -> np.ndarray:
     if verifier_of([each.prompt for each in pairs.of]) is None:
         if pairs.labels is None:
             raise UserError("nothing says which answer is better: no verifier knows these prompts")
-        return np.where(pairs.labels, 1.0, -1.0)
+        apart = [each.first != each.second for each in pairs.of]
+        return np.where(pairs.labels, 1.0, -1.0) * apart
     a = np.array([gold(each.prompt, each.first, principle) for each in pairs.of])
     b = np.array([gold(each.prompt, each.second, principle) for each in pairs.of])
     return np.where(np.isclose(a, b), 0.0, np.sign(a - b))

@@ -75,27 +75,26 @@ class Pairs:
     left_out: Mapping[str, int] = field(default_factory=dict)
 
 
-def read(source: str, kind: str, split: str, count: int, seed: int) -> list[Any]:
-    """`count` records of a source, drawn at random; see `tasks.sources.read_records`.
-
-    Raises:
-        UserError: there are fewer.
-    """
+def _records(source: str, kind: str, split: str) -> list[Any]:
+    """All records of a source; see `tasks.sources.read_records`."""
     config = ConfigDict({"data": {"max_bad_fraction": 0.0, "columns": ""}})
-    records = read_records(config, source, kind, split)
-    return _drawn(records, source, count, seed)
+    return read_records(config, source, kind, split)
 
 
-def _drawn(records: list[Any], source: str, count: int, seed: int) -> list[Any]:
-    if count > len(records):
+def _drawn(records: Sequence[Any], source: str, count: int, seed: int) -> list[Any]:
+    if not 0 < count <= len(records):
         raise UserError(f"--count={count}: there are {len(records)} records of {source}")
     chosen = np.random.default_rng(seed).permutation(len(records))[:count]
     return [records[i] for i in chosen]
 
 
 def read_pairs(source: str, split: str, count: int, seed: int) -> Pairs:
-    """Pairs of a source, each with the side it prefers as a or as b, by lot."""
-    records = read(source, "pair", split, count, seed)
+    """`count` pairs of a source, drawn at random, the side that each prefers as a or as b by lot.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    records = _drawn(_records(source, "pair", split), source, count, seed)
     first = np.random.default_rng([seed, 1]).random(count) < 0.5
     pairs = []
     for record, chosen_first in zip(records, first, strict=True):
@@ -114,14 +113,13 @@ def read_prompts(
     Raises:
         UserError: there are fewer.
     """
-    config = ConfigDict({"data": {"max_bad_fraction": 0.0, "columns": ""}})
-    records: Sequence[Prompt] = read_records(config, source, "prompt", split)
+    records: Sequence[Prompt] = _records(source, "prompt", split)
     for policy in policies:
         limit = policy.model.config.max_length - room
         why = f"left out: the context of {policy.name} leaves {limit} for a prompt"
         tokenizer = policy.model.tokenizer
         records = prompts_within(limit, f"{source} prompts", records, tokenizer, why).records
-    return _drawn([*records], source, count, policies[0].seed)
+    return _drawn(records, source, count, policies[0].seed)
 
 
 def sample_pairs(first: Policy, second: Policy, prompts: list[Prompt]) -> Pairs:

@@ -129,6 +129,7 @@ def test_a_file_says_itself_which_is_better(tmp_path, capsys):
         (["--calibrate=600"], "--calibrate=600: some of the 600 pairs, not all"),
         (["--principles=kind"], "--principles: there is no 'kind'"),
         (["--count=100000"], "--count=100000: there are"),
+        (["--count=-1"], "--count=-1: there are"),
         (["--data=none.jsonl"], "none.jsonl"),
         (["--constitution=none.json"], "cannot read none.json"),
     ],
