@@ -230,7 +230,7 @@ def table(cards: Mapping[str, Card]) -> list[list[str]]:
         ("  ±", lambda c: _number(1.96 * c.favour[1])),
         ("Sensitivity", lambda c: _percent(c.known.sensitivity)),
         ("Specificity", lambda c: _percent(c.known.specificity)),
-        ("a is better", lambda c: _percent(c.exact)),
+        ("a better: exact", lambda c: _percent(c.exact)),
         ("judge says", lambda c: _percent(c.naive.rate)),
         ("  95 %", lambda c: _interval(c.naive)),
         ("corrected", lambda c: _percent(c.corrected.rate)),
