@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
@@ -13,7 +13,7 @@ import numpy as np
 
 from rlhf_jax.child import ChildFault
 from rlhf_jax.data.conversation import render_replies
-from rlhf_jax.data.packing import Group, pack_groups
+from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.data.records import Message
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.row_passes import in_record_order, map_rows, response_logprobs
@@ -61,7 +61,7 @@ class LanguageModelJudge:
             missing.setdefault(i, f"says neither {FIRST} nor {SECOND}")
         return Answers(np.exp(values[:, 0] - both), missing)
 
-    def _logprobs(self, rows) -> np.ndarray:
+    def _logprobs(self, rows: Arrays) -> np.ndarray:
         model = self.model
         return response_logprobs(model.config, model.params, rows, _TOKENS, "judging")
 
@@ -83,14 +83,18 @@ class RewardModelJudge:
         difference = np.where(same, 0.0, values[:, 0] - values[:, 1])
         return Answers(np.exp(-np.logaddexp(0, -difference)), missing)
 
-    def _scores(self, rows) -> np.ndarray:
+    def _scores(self, rows: Arrays) -> np.ndarray:
         model = self.model
         return map_rows(partial(_score, model.config.forward), model.params, rows, _TOKENS)
 
 
-def _by_rows(model: Model, asked, read) -> tuple[np.ndarray, dict[int, str]]:
+def _by_rows(
+    model: Model,
+    asked: Sequence[tuple[Sequence[Message], tuple[str, str]]],
+    read: Callable[[Arrays], np.ndarray],
+) -> tuple[np.ndarray, dict[int, str]]:
     """[N, 2] f64 of two replies to each prompt, NaN of what is too long, and what is missing."""
-    groups, missing = [], {}
+    groups, missing = [], dict[int, str]()
     for i, (messages, replies) in enumerate(asked):
         prompt, branches = render_replies(messages, replies, model.tokenizer)
         if len(prompt) + max(map(len, branches)) > model.config.max_length:
@@ -109,9 +113,9 @@ def _by_rows(model: Model, asked, read) -> tuple[np.ndarray, dict[int, str]]:
 class FunctionJudge:
     """A user's function f(prompts, responses, rivals, principles) in a process of its own.
 
-    It returns for each response P(it ≻ its rival), and is given what `rewards.worker` gives a
-    reward function, with the questions of the principles. A call that fails leaves the verdicts
-    that it was to have missing.
+    It returns for each response P(it ≻ its rival). `prompts` are lists of {"role", "content"},
+    `principles` the questions; it may leave parameters out, and name `ids`, the prompts', as well.
+    A call that fails leaves the verdicts missing that were asked for.
     """
 
     worker: Worker

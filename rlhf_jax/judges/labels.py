@@ -34,14 +34,15 @@ def label(
     """Pairs as a judge prefers them, a line each; how many there are of what; agreement with gold.
 
     P(a ≻ b) is the mean over the principles and both orders; ½ is a tie, which readers of the file
-    leave out. A pair that lacks a verdict under any principle is left out, and counted by reason.
+    leave out. A pair that lacks a verdict under any principle is left out, and counted for each such one.
     """
     said = [ask(judge, pairs.of, principle) for principle in principles]
     values = np.mean([each.preferred for each in said], axis=0)
     turned = np.any([each.flipped for each in said], axis=0)
     counts: Counter[str] = Counter(pairs.left_out)
-    for each in said:
-        counts.update({f"no verdict: {reason}": n for reason, n in each.masked.items()})
+    for principle, each in zip(principles, said, strict=True):
+        for reason, masked in each.masked.items():
+            counts[f"no verdict, {principle.name}: {reason}"] = masked
     lines: list[Line] = []
     for i in np.flatnonzero(~np.isnan(values)).tolist():
         shown = pairs.of[i]

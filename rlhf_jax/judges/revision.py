@@ -88,7 +88,7 @@ def examples(
 
     Where one answer of a pair passes a principle (see `judge.PASS`) and the other does not, this is
     called faulty, and that is its revision. As many answers that pass, drawn from all pairs, are
-    called fine and left as they are. What is used of no pair is counted.
+    called fine and left as they are; the others are counted.
     """
     lines: list[Line] = []
     rng, counts = Random(seed), Counter[str]()
@@ -135,6 +135,7 @@ def gold_table(
     groups: dict[str, list[Line]] = {}
     for line in lines:
         groups.setdefault(by_id[line["id"]].meta.get(task.group, ""), []).append(line)
+    columns = [f"{name}{part}" for name in known for part in ("", ", revised")]
     rows = [
         [name, f"{len(chosen):,}"]
         + [
@@ -144,8 +145,4 @@ def gold_table(
         ]
         for name, chosen in [*sorted(groups.items()), ("all", [*lines])]
     ]
-    return [
-        "group",
-        "prompts",
-        *(f"{name}{part}" for name in known for part in ("", ", revised")),
-    ], rows
+    return ["group", "prompts", *columns], rows

@@ -47,7 +47,7 @@ def test_pairs_are_labelled_by_the_mean_of_principles_and_what_lacks_a_verdict_i
     lines, counts, measured = label(judge, "mine", pairs, [ONE, TWO], seed=7)
     assert measured == {}  # no verifier knows these prompts
     assert counts == {
-        "the same answer twice": 2, "no verdict: mute": 1, "labelled": 2, "ties": 1,
+        "the same answer twice": 2, "no verdict, two: mute": 1, "labelled": 2, "ties": 1,
     }  # fmt: skip
     assert [line["probability"] for line in lines] == [0.75, 0.7, 0.5]
     assert lines[0]["models"] == {"chosen": "runs/x", "rejected": "runs/y"}
