@@ -34,7 +34,7 @@ def label(
     """Pairs as a judge prefers them, a line each; how many there are of what; agreement with gold.
 
     P(a ≻ b) is the mean over the principles and both orders; ½ is a tie, which readers of the file
-    leave out. A pair that lacks a verdict under any principle is left out, and counted for each such one.
+    leave out. A pair that lacks a verdict under any principle is left out, and counted for each.
     """
     said = [ask(judge, pairs.of, principle) for principle in principles]
     values = np.mean([each.preferred for each in said], axis=0)
