@@ -93,7 +93,7 @@ def critique(given: argparse.Namespace) -> None:
 
     principles = _principles(given)
     policy = _policy(given, given.workdir)
-    critic = _policy(given, given.critic) if given.critic else policy
+    critic = _policy(given, given.critic or given.workdir, temperature=0.0)
     prompts = _prompts(given, [policy], "train")
     lines, counts = revise(policy, critic, prompts, principles)
     _write(given, lines, counts, {})
@@ -108,10 +108,11 @@ def _principles(given: argparse.Namespace) -> list[Principle]:
     return choose(read_constitution(Path(given.constitution or DEFAULT)), given.principles)
 
 
-def _policy(given: argparse.Namespace, name: str) -> Policy:
+def _policy(given: argparse.Namespace, name: str, temperature: float | None = None) -> Policy:
     from rlhf_jax.judges.sampled import Policy
 
-    return Policy.load(name, given.max_new_tokens, given.temperature, given.seed)
+    drawn = given.temperature if temperature is None else temperature
+    return Policy.load(name, given.max_new_tokens, drawn, given.seed)
 
 
 def _prompts(given: argparse.Namespace, policies: list[Policy], split: str) -> list[Prompt]:
@@ -186,7 +187,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command is examples:
             option("--of", choices=("judging", "critique"), default="judging", help=default)
         if command is critique:
-            option("--critic", default="", help="the model that revises (default: the same)")
+            option(
+                "--critic", default="", help="the model that revises, greedily (default: the same)"
+            )
         option("--out", required=command is not card, default="", help="the file that is written")
     return run(parser, lambda given: given.run(given), argv)
 

@@ -22,7 +22,7 @@ from rlhf_jax.report.tables import join_turns
 from rlhf_jax.tasks.builders import verifier_of
 
 FAULTY, FINE = "Something is wrong with it.", "Nothing is wrong with it."
-"""The critiques of `examples`, whose truth is gold's."""
+"""The critiques of `examples`; an answer of which a critic says the latter is not revised."""
 
 
 def asked_to_criticise(prompt: Prompt, answer: str, principle: Principle) -> Message:
@@ -36,8 +36,9 @@ def revise(
 ) -> tuple[list[Line], dict[str, int]]:
     """A revised answer to each prompt under a principle drawn by lot, as a line of SFT data.
 
-    The policy answers, the critic criticises and revises. Left out, and counted, are prompts that
-    its context does not hold with answer and critique, and revisions that did not end or are empty.
+    The policy answers, the critic criticises and revises; what it finds `FINE` stays as it is. Left
+    out, and counted, are prompts that its context does not hold with answer and critique, and
+    answers or revisions that did not end or are empty.
     """
     counts: Counter[str] = Counter()
     rng = Random(policy.seed)
@@ -48,24 +49,28 @@ def revise(
         for prompt, answer, principle in zip(prompts, answers, drawn, strict=True)
     ]
     critiques = _said(critic, turns, 2)
+    fine = [said is not None and said.text.strip() == FINE for said in critiques]
     turns = [
-        (*turn, Message("assistant", said.text), Message("user", each.revision)) if said else ()
-        for turn, said, each in zip(turns, critiques, drawn, strict=True)
+        (*turn, Message("assistant", said.text), Message("user", each.revision))
+        if said and not kept
+        else ()
+        for turn, said, each, kept in zip(turns, critiques, drawn, fine, strict=True)
     ]
-    revisions = _said(critic, turns, 3)
+    revised = _said(critic, turns, 3)
+    revisions = [a if kept else r for a, r, kept in zip(answers, revised, fine, strict=True)]
     lines: list[Line] = []
     for i, revision in enumerate(revisions):
         said = critiques[i]
         if said is None or revision is None:
             counts["too long to be revised"] += 1
         elif not revision.finished or not revision.text.strip() or "\0" in revision.text:
-            counts["no finished revision"] += 1
+            counts["not finished"] += 1
         else:
             line = prompt_fields(prompts[i]) | {"completion": revision.text}
             line |= {"answer": answers[i].text, "critique": said.text, "principle": drawn[i].name}
             line |= {"models": {"answer": policy.name, "completion": critic.name}}
             lines.append(line | {"seed": policy.seed, "id": prompts[i].id})
-            counts["revised" if revision.text != answers[i].text else "left as it was"] += 1
+            counts["found fine" if fine[i] else "revised"] += 1
     return lines, dict(counts)
 
 

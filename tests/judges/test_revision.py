@@ -48,16 +48,16 @@ def test_an_answer_is_criticised_then_revised_in_one_conversation(tmp_path):
 
     def revised(messages, stream):
         seen.append(messages)
-        if stream == 2:
-            return said("It harms.")
         number = int(messages[0].content[4])
-        return said("Fine." if number == 3 else f"Revised {number}.", finished=number != 1)
+        if stream == 2:
+            return said(FINE if number == 3 else "It harms.")
+        return said(f"Revised {number}.", finished=number != 1)
 
     policy = Scripted("runs/sft", model, 16, 1.0, 5, answered)
     critic = Scripted("runs/critic", model, 16, 1.0, 5, revised)
     lines, counts = revise(policy, critic, prompts, [SAFE])
     assert counts == {
-        "revised": 1, "no finished revision": 1, "too long to be revised": 1, "left as it was": 1,
+        "revised": 1, "not finished": 1, "too long to be revised": 1, "found fine": 1,
     }  # fmt: skip
     first = lines[0]
     assert first["prompt"] == "How 0?" and first["completion"] == "Revised 0."
