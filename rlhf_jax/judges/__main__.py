@@ -102,6 +102,28 @@ def critique(given: argparse.Namespace) -> None:
         print_table("Answers and their revisions by gold", columns, rows)
 
 
+def _check(given: argparse.Namespace) -> None:
+    """Finds mistakes before anything is computed, and makes the directory of the output."""
+    if given.seed < 0:
+        raise UserError(f"--seed={given.seed}: at least 0")
+    out = Path(given.out)
+    if not given.out:
+        return
+    if given.run is not card and out.suffix != ".jsonl":
+        raise UserError(f"--out={out}: a name that ends in .jsonl, as stages read it")
+    if out.is_dir() or (out.exists() and given.run is not card and not _made(out).exists()):
+        raise UserError(f"--out={out} is there, and not made by this command; name another")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={out}: {error}") from None
+
+
+def _made(out: Path) -> Path:
+    """The file beside an output that says what it was made from."""
+    return out.with_suffix(".made.json")
+
+
 def _principles(given: argparse.Namespace) -> list[Principle]:
     from rlhf_jax.judges.constitution import DEFAULT, choose, read_constitution
 
@@ -148,8 +170,7 @@ def _write(
     }
     files = [given.constitution or str(DEFAULT), *(name.rpartition(":")[0] for name in named)]
     made["files"] = {name: file_digest(Path(name)) for name in files if Path(name).is_file()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out.with_suffix(".made.json"), {"made_from": made, "counts": counts} | measured)
+    write_json(_made(out), {"made_from": made, "counts": counts} | measured)
     write_jsonl(out, lines)
     say(str(out), counts | measured)
 
@@ -191,7 +212,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "--critic", default="", help="the model that revises, greedily (default: the same)"
             )
         option("--out", required=command is not card, default="", help="the file that is written")
-    return run(parser, lambda given: given.run(given), argv)
+
+    def checked(given: argparse.Namespace) -> None:
+        _check(given)
+        given.run(given)
+
+    return run(parser, checked, argv)
 
 
 if __name__ == "__main__":

@@ -164,6 +164,8 @@ def open_judge(spec: str, seed: int) -> Iterator[Judge]:
             yield FunctionJudge(worker)
         finally:
             worker.close()
+    elif spec.endswith(".py"):
+        raise UserError(f"--judge={spec} names no function; write file.py:function")
     else:
         model = load_model(spec)
         yield (LanguageModelJudge if model.config.head == "lm" else RewardModelJudge)(model)

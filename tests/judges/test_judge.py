@@ -96,6 +96,7 @@ def test_a_plea_is_believed_as_often_as_it_is_told_to():
         ("gold,position=x", "position is a number, not 'x'"),
         ("gold,bias=1", "write each of sensitivity, specificity, position, gullibility once"),
         ("none.py:f", "can't be loaded"),
+        ("none.py", "names no function; write file.py:function"),
         ("no/such/run", "no/such/run"),
     ],
 )

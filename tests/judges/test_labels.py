@@ -104,6 +104,14 @@ def test_the_command_labels_a_policys_answers_and_says_what_from(tmp_path, capsy
     assert str(out) in capsys.readouterr().out
 
 
+def test_votes_of_people_are_not_written_over(tmp_path, capsys):
+    votes = tmp_path / "votes.jsonl"
+    votes.write_text("{}\n")
+    assert main(["examples", f"--out={votes}"]) == 2
+    assert "and not made by this command" in capsys.readouterr().err
+    assert votes.read_text() == "{}\n"
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -111,6 +119,9 @@ def test_the_command_labels_a_policys_answers_and_says_what_from(tmp_path, capsy
         (["label", "--judge=gold", "--workdir=none", "--out=x.jsonl"], "none"),
         (["examples"], "--out"),
         (["labels"], "invalid choice"),
+        (["examples", "--out=pairs"], "--out=pairs: a name that ends in .jsonl"),
+        (["examples", "--out=x.jsonl", "--seed=-1"], "--seed=-1: at least 0"),
+        (["examples", "--out=/dev/null/x.jsonl"], "--out=/dev/null/x.jsonl: "),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, flags, said):
