@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -28,7 +27,7 @@ from rlhf_jax.training.run_lock import is_held
 from rlhf_jax.training.rundir import SUMMARY
 from rlhf_jax.training.summary import read_summary
 
-COMMAND = (sys.executable, "-m", "rlhf_jax.main")
+MODULE = "rlhf_jax.main"
 TRIES = 5  # of a run that was killed or stopped from outside, before it counts as failed
 _POLL_SECONDS = 0.1
 
@@ -161,7 +160,7 @@ class _Running:
         self.tries += 1
         self.log.parent.mkdir(parents=True, exist_ok=True)
         flags = [*self.job.flags, *self.further, f"--workdir={self.job.directory}"]
-        self.child = self.engine([*COMMAND, *flags], self.log, self.cores)
+        self.child = self.engine([MODULE, *flags], self.log, self.cores)
 
 
 def _last_words(log: Path) -> str:
