@@ -1,7 +1,7 @@
 """Where the runs of a sweep take place: on cores of this machine, or in the queue of a cluster.
 
-An engine is a function (words, log, cores) that starts `python -m` of these words, whose output goes
-to a file, and returns what can be polled, signalled and waited for, as `subprocess.Popen` can.
+An engine is a function (words, log, cores) that starts `python -m` of these words, whose output
+goes to a file, and returns what can be polled, signalled and waited for, as `subprocess.Popen` can.
 """
 
 from __future__ import annotations

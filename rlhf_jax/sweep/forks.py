@@ -70,7 +70,7 @@ class _Loaded:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 bufsize=0,
-                start_new_session=True,  # Ctrl-C in a terminal is for the sweep, which tells the run
+                start_new_session=True,  # Ctrl-C in a terminal is for the sweep
             )
         return _Loaded(process, files)
 
@@ -102,7 +102,8 @@ class Fork:
 
     def __init__(self, answers: IO[bytes]) -> None:
         self._answers = answers
-        self._pid, self._code = 0, None
+        self._pid = 0
+        self._code: int | None = None
 
     def poll(self) -> int | None:
         while self._code is None and select.select([self._answers], [], [], 0)[0]:
@@ -117,9 +118,9 @@ class Fork:
 
     def wait(self) -> int:
         """Its exit code, once it has ended."""
-        while self._code is None:
+        while (code := self._code) is None:
             self._read()
-        return self._code
+        return code
 
     def _read(self) -> None:
         line = self._answers.readline()
