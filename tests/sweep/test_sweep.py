@@ -198,7 +198,7 @@ while not (folder / "go").exists():
 def test_a_fork_is_a_process_of_its_own(scripted, tmp_path, monkeypatch):
     (tmp_path / "scripted_run.py").write_text(WAITS)
     job, log = Job("all", (), tmp_path / "all"), tmp_path / "all.log"
-    lock, cores = job.directory / "lock", {min(os.sched_getaffinity(0))}
+    lock, (cores,) = job.directory / "lock", cores_of(1)
     with forks() as engine:
         ended = engine(["scripted_run", f"--workdir={job.directory}"], log, cores)
         wait_for(lambda: is_held(lock))
