@@ -88,12 +88,16 @@ def run_sweep(given: argparse.Namespace) -> None:
         raise UserError("--preflight and --coordinator are of rlhf_jax.main")
     if given.search and (given.grid or given.baseline or not given.metric):
         raise UserError("--search needs --metric, and has no --grid and no --baseline")
+    if given.vmap_seeds and (given.search or given.seeds_from):
+        raise UserError(
+            "--vmap-seeds trains the seeds of a grid's cells, which share their parents"
+        )
     default = default_workdir(source, Path("runs"))
     directory = Path(given.workdir or default.with_name(f"{default.name}-sweep"))
     flags = tuple(flag for flag in given.rest if flag.startswith(("--config.", "--noconfig.")))
     space = parse_space(given.search) if given.search else {}
     cells = [AS_IT_IS, *corners(space)] if space else make_cells(parse_grid(given.grid))
-    sweep = Sweep(source, flags, tuple(cells), directory, given.seeds_from)
+    sweep = Sweep(source, flags, tuple(cells), directory, given.seeds_from, given.vmap_seeds)
     baseline = find_cell(cells, given.baseline) if given.baseline else cells[0]
     check_grid(sweep, given.max_cells)
     make_jobs(sweep, cells, range(1), Jobs())  # a parent that cannot be had is told here
