@@ -88,10 +88,8 @@ def run_sweep(given: argparse.Namespace) -> None:
         raise UserError("--preflight and --coordinator are of rlhf_jax.main")
     if given.search and (given.grid or given.baseline or not given.metric):
         raise UserError("--search needs --metric, and has no --grid and no --baseline")
-    if given.vmap_seeds and (given.search or given.seeds_from):
-        raise UserError(
-            "--vmap-seeds trains the seeds of a grid's cells, which share their parents"
-        )
+    if given.vmap_seeds and (given.search or given.seeds_from or given.seeds < 2):
+        raise UserError("--vmap-seeds needs --seeds=2 or more, and has no --search or --seeds-from")
     default = default_workdir(source, Path("runs"))
     directory = Path(given.workdir or default.with_name(f"{default.name}-sweep"))
     flags = tuple(flag for flag in given.rest if flag.startswith(("--config.", "--noconfig.")))
