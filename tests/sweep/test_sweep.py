@@ -274,7 +274,7 @@ def parent_of(process: int) -> int:
 def children_in(folder: Path) -> list[int]:
     """The processes of the runs in a folder, and those that they were forked from."""
     found = set()
-    for lock in folder.rglob("*,seed=*/lock"):
+    for lock in folder.rglob("*,seed*/lock"):
         with suppress(ValueError, OSError):  # it is let go
             process = holder(lock)
             found |= {process, parent_of(process)}
@@ -287,10 +287,17 @@ def words_of(process: int) -> bytes:
 
 
 @pytest.mark.slow
-def test_whatever_is_killed_the_table_is_the_same_to_the_last_bit(tiny, tmp_path):
+@pytest.mark.parametrize("together", [(), ("--vmap-seeds",)])
+def test_whatever_is_killed_the_table_is_the_same_to_the_last_bit(tiny, tmp_path, together):
     """The driver is killed six times, its children at least four times."""
     grid = "--grid=loss.beta=0.1,0.5; optimizer.learning_rate=1e-2,1e30"  # the last one diverges
-    flags = [f"--config={tiny}:preference", grid, "--seeds=2", "--metric=eval/gold_reward"]
+    flags = [
+        f"--config={tiny}:preference",
+        grid,
+        "--seeds=2",
+        "--metric=eval/gold_reward",
+        *together,
+    ]
     whole, killed = tmp_path / "whole" / "abl", tmp_path / "killed" / "abl"
     done = sweeping(*flags, f"--workdir={whole}")
     output, _ = done.communicate(timeout=1200)
