@@ -44,7 +44,7 @@ def forks() -> Iterator[Engine]:
         if key not in loaded or not loaded[key].is_usable():
             if key in loaded:
                 loaded[key].close()
-            loaded[key] = _Loaded.on(cores)
+            loaded[key] = _Loaded.on(cores, log)
         return loaded[key].fork(words, log)
 
     try:
@@ -62,13 +62,15 @@ class _Loaded:
     files: dict[str, int]
 
     @staticmethod
-    def on(cores: set[int]) -> _Loaded:
+    def on(cores: set[int], log: Path) -> _Loaded:
+        """Starts one; what it says if it cannot load is in the log of the run that it was for."""
         files = _package_files()  # before it loads them
-        with pinned(cores):
+        with pinned(cores), open(log, "wb") as errors:
             process = subprocess.Popen(
                 [sys.executable, "-m", __name__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                stderr=errors,
                 bufsize=0,
                 start_new_session=True,  # Ctrl-C in a terminal is for the sweep
             )

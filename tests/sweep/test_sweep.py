@@ -291,13 +291,8 @@ def words_of(process: int) -> bytes:
 def test_whatever_is_killed_the_table_is_the_same_to_the_last_bit(tiny, tmp_path, together):
     """The driver is killed six times, its children at least four times."""
     grid = "--grid=loss.beta=0.1,0.5; optimizer.learning_rate=1e-2,1e30"  # the last one diverges
-    flags = [
-        f"--config={tiny}:preference",
-        grid,
-        "--seeds=2",
-        "--metric=eval/gold_reward",
-        *together,
-    ]
+    flags = [f"--config={tiny}:preference", grid, "--seeds=2", *together]
+    flags.append("--metric=eval/gold_reward")
     whole, killed = tmp_path / "whole" / "abl", tmp_path / "killed" / "abl"
     done = sweeping(*flags, f"--workdir={whole}")
     output, _ = done.communicate(timeout=1200)
