@@ -66,7 +66,7 @@ def main() -> None:
     given, further = parser.parse_known_args()
     flags = [*FLAGS, *further, f"--config.init.policy={given.policy.resolve()}"]
     sides = [("a process a run", given.checkout, ())] if given.checkout else []
-    sides += [("", ROOT, ()), ("--vmap-seeds", ROOT, ("--vmap-seeds",))]
+    sides += [("forks", ROOT, ()), ("--vmap-seeds", ROOT, ("--vmap-seeds",))]
     lines = [["sweep", "runs", "seconds", "its runs' / 2", "ratio", "CPU"]]
     with tempfile.TemporaryDirectory() as temporary:
         for i, (name, root, more) in enumerate(sides):
