@@ -65,8 +65,10 @@ def main() -> None:
     parser.add_argument("--checkout", type=Path, help="of an earlier commit")
     given, further = parser.parse_known_args()
     flags = [*FLAGS, *further, f"--config.init.policy={given.policy.resolve()}"]
-    sides = [("a process a run", given.checkout, ())] if given.checkout else []
-    sides += [("forks", ROOT, ()), ("--vmap-seeds", ROOT, ("--vmap-seeds",))]
+    sides: list[tuple[str, Path, tuple[str, ...]]] = []
+    if given.checkout:
+        sides.append(("earlier commit", given.checkout, ()))
+    sides += [("this one", ROOT, ()), ("this one, --vmap-seeds", ROOT, ("--vmap-seeds",))]
     lines = [["sweep", "runs", "seconds", "its runs' / 2", "ratio", "CPU"]]
     with tempfile.TemporaryDirectory() as temporary:
         for i, (name, root, more) in enumerate(sides):

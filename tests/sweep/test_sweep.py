@@ -282,8 +282,10 @@ def children_in(folder: Path) -> list[int]:
 
 
 def words_of(process: int) -> bytes:
-    """The command line of a process."""
-    return Path(f"/proc/{process}/cmdline").read_bytes()
+    """The command line of a process, b"" of one that has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    return b""
 
 
 @pytest.mark.slow
