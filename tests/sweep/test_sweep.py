@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,18 @@ def test_whole_chains_have_seeds_where_asked_for(tiny, tmp_path):
     assert f"--config.init.policy={parents[1].directory}" in jobs.runs["all", 1].flags
 
 
+def test_seeds_that_are_trained_together_come_after_one_job(tiny, tmp_path):
+    sweep = Sweep(f"{tiny}:preference", (), (Cell("all", {}),), tmp_path / "abl", together=True)
+    jobs = Jobs()
+    make_jobs(sweep, sweep.cells, (0, 1), jobs)
+    first, *runs = jobs.seeded
+    assert [run.needs for run in runs] == [(first,)] * 2
+    words = first.words(["--rerun"])
+    assert words[:2] == ["rlhf_jax.sweep.together", f"--workdir={first.directory}"]
+    assert words.count("--") == words.count("--rerun") == 2
+    assert words[-1] == f"--workdir={runs[1].directory}"
+
+
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
@@ -176,6 +189,19 @@ def test_the_pool_goes_on_after_kills_and_says_why_one_failed(scripted, tmp_path
     assert tries == {"killed": "xxx", "after": "x", "fails": "x"}
     pinned = [(job.directory / "cores").read_text() for job in told]
     assert all(text in map(str, map(sorted, cores_of(2))) for text in pinned)
+
+
+def test_runs_that_are_not_trained_together_are_run_one_by_one(
+    scripted, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(pool, "TOGETHER", "no_such_module")
+    alone = [Job(str(seed), ("runs",), tmp_path / str(seed)) for seed in range(2)]
+    first = Job("both", (), tmp_path / "both", runs=tuple(alone))
+    jobs, told = [first, *(replace(job, needs=(first,)) for job in alone)], list[Job]()
+    assert run_jobs(jobs, 2, tmp_path / "logs", told.append) == {}
+    assert told == jobs[1:]
+    printed = capsys.readouterr().out
+    assert "both, one by one: " in printed and "No module named no_such_module" in printed
 
 
 WAITS = """
