@@ -25,7 +25,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "rlhf_jax"
-ANNEXES = ("tasks", "hub", "report", "oracle", "plan", "sweep")
+ANNEXES = ("tasks", "hub", "report", "oracle", "plan", "sweep", "label")
 
 
 @dataclass(frozen=True)
@@ -270,20 +270,20 @@ def walks() -> dict[str, Walk]:
     return {"beta": _on_the_way(beta), "clip": _on_the_way(clip), "prompt": prompt}
 
 
-def counts() -> dict[str, int]:
-    """Returns every count of the house that tests/test_house.py bounds, by name."""
+def sizes() -> dict[str, int]:
+    """Returns the counts that the sources tell, by name."""
     from rlhf_jax.config import leaves
     from rlhf_jax.losses.policy import OBJECTIVES
     from rlhf_jax.rl.objectives import ADVANTAGES
     from rlhf_jax.stages.defaults import STAGES, fields_of
 
-    every, sizes = list(functions()), lines()
+    every, of_parts = list(functions()), lines()
     fields = {stage: set(leaves(fields_of(stage))) for stage in STAGES}
     losses = set(OBJECTIVES) - {"ppo"}  # which is an algorithm's name too
     kinds = set(ADVANTAGES) - {"group"}  # which is a scale's name too
-    table = {
-        "lines of the core": sizes["core"],
-        "lines with the annexes": sum(sizes.values()),
+    return {
+        "lines of the core": of_parts["core"],
+        "lines with the annexes": sum(of_parts.values()),
         "functions over 60 lines": sum(f.lines > 60 for f in every),
         "functions over 80 lines": sum(f.lines > 80 for f in every),
         "functions over 8 parameters": sum(f.parameters > 8 for f in every),
@@ -293,6 +293,11 @@ def counts() -> dict[str, int]:
         "files that name a policy loss": len(files_that_name(losses)),
         "files that name an advantage": len(files_that_name(kinds)),
     }
+
+
+def walked() -> dict[str, int]:
+    """Returns the counts that the walks tell, by name."""
+    table = {}
     for name, walk in walks().items():
         table[f"functions on the walk of {name}"] = len(walk.functions)
         table[f"files on the walk of {name}"] = len(walk.files)
@@ -308,7 +313,7 @@ if __name__ == "__main__":
             for file, function in sorted(walk.functions):
                 print(f"  {file:32} {function}")
     elif "--json" in sys.argv:
-        print(json.dumps(counts()))
+        print(json.dumps(walked()))
     else:
-        for name, count in counts().items():
+        for name, count in (sizes() | walked()).items():
             print(f"{count:7,}  {name}")

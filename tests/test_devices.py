@@ -119,6 +119,7 @@ def cores(**environment: str) -> dict:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts cores its own way")
+@pytest.mark.slow
 def test_cores_of_a_cpu_decode_many_rows_and_train_as_one():
     found, asked = cores(), cores(JAX_NUM_CPU_DEVICES="3")
     assert (found["devices"], found["training"], found["mesh"]) == (4, 1, 1)

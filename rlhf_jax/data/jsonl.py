@@ -65,7 +65,8 @@ def read_jsonl(
         path, same.convert, max_bad_fraction=max_bad_fraction, skipped=skipped, rows=rows
     )
     how = same.shown + "".join(f", {k} from {v!r}" for k, v in columns.items())
-    print(f"{path}: {len(records):,} records of {how}, read as {kind}", flush=True)
+    how += f", read as {kind}" + (f"; ties left out: {same.ties:,}" if same.ties else "")
+    print(f"{path}: {len(records):,} records of {how}", flush=True)
     return records
 
 
@@ -76,14 +77,18 @@ class _SameShape:
     kind: str
     columns: Mapping[str, str]
     first: tuple[str, str] = ("", "")
+    ties: int = 0
 
     @property
     def shown(self) -> str:
         return self.first[0] or self.first[1]
 
-    def convert(self, fields: Fields, default_id: str) -> Record:
+    def convert(self, fields: Fields, default_id: str) -> Record | None:
         if self.columns:
             fields = shapes.rename(fields, self.columns)
+        if shapes.is_tie(fields):
+            self.ties += 1
+            return None
         record, (name, keys) = shapes.make_record(fields, self.kind, default_id)
         if not self.shown:
             self.first = (name, keys)
@@ -95,7 +100,7 @@ class _SameShape:
 
 def read_lines(
     path: str | os.PathLike,
-    convert: Callable[[Fields, str], Record],
+    convert: Callable[[Fields, str], Record | None],
     *,
     max_bad_fraction: float = 0.0,
     skipped: Counter[str] | None = None,
@@ -103,7 +108,8 @@ def read_lines(
 ) -> list[Record]:
     """`read_jsonl` for a shape of one's own.
 
-    `convert(fields, default_id)` makes a record of one line's object, or raises BadLine.
+    `convert(fields, default_id)` makes a record of one line's object, None of one that is left out,
+    or raises BadLine.
     """
     if not 0 <= max_bad_fraction < 1:
         raise UserError(f"max_bad_fraction must be in [0, 1), got {max_bad_fraction}")
@@ -118,7 +124,8 @@ def read_lines(
         stop_point()
         try:
             fields = raw if isinstance(raw, dict) else _parse_object(raw)
-            records.append(convert(fields, f"{Path(path).name}:{number}"))
+            if (record := convert(fields, f"{Path(path).name}:{number}")) is not None:
+                records.append(record)
         except BadLine as error:
             reasons[error.reason] += 1
             excerpt = shapes.excerpt(raw)
@@ -134,7 +141,7 @@ def read_lines(
             f"max_bad_fraction={max_bad_fraction} allows; first: {first_error}"
         )
     if not records:
-        raise UserError(f"{path}: no records in the file")
+        raise UserError(f"{path}: no records in the file, or ties alone")
     if bad:
         logging.warning("%s: skipped %d bad lines (%s)", path, bad, counts)
     if skipped is not None:

@@ -129,7 +129,13 @@ def test_mistakes_are_named(options, said):
         AdapterConfig(**{"rank": 4} | options).validate()
 
 
-@pytest.mark.parametrize("base", lora.STORED)
+@pytest.mark.parametrize(
+    "base",
+    [
+        base if base == "int8" else pytest.param(base, marks=pytest.mark.slow)
+        for base in lora.STORED
+    ],
+)
 def test_a_step_trains_the_adapter_alone_as_full_gradients_say(base):
     """The gradient of A and B is that of the same loss by jax.grad of everything."""
     params = adapted(base=base)

@@ -66,7 +66,7 @@ def quick(name, *others):
     return [name, *(pytest.param(other, marks=pytest.mark.slow) for other in others)]
 
 
-@pytest.mark.parametrize("shape", ["dots", *quick("untied", "experts")])
+@pytest.mark.parametrize("shape", quick("dots", "untied", "experts"))
 def test_every_mesh_computes_the_loss_and_gradient_of_one_device(shape):
     config = model(**SHAPES[shape])
     params = init(config, jax.random.key(0))

@@ -121,7 +121,7 @@ def whole_outcome(name):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * ("transformer" in n)) for n in SPLIT],
+    [pytest.param(n, marks=[pytest.mark.slow] * (n != "rloo_four_parts")) for n in SPLIT],
 )
 def test_a_row_that_is_split_goes_where_the_whole_one_goes(name):
     split = outcome(ROWS[name], **FEW)

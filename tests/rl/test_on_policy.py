@@ -183,7 +183,9 @@ def counting(task, calls):
     return dataclasses.replace(task, statistics=statistics)
 
 
-@pytest.mark.parametrize("split", ["whole", "microbatches", "devices"])
+@pytest.mark.parametrize(
+    "split", ["whole", "microbatches", pytest.param("devices", marks=pytest.mark.slow)]
+)
 def test_a_single_update_scores_its_own_samples(split):
     in_loss = {"placement": "loss", "estimator": "k3", "coefficient": 0.1}
     config, task, start, _ = letters("grpo", kl=in_loss)

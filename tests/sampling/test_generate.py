@@ -391,7 +391,7 @@ WORDS = np.array([1, 2, 3, 4, 7, 8, 9])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("softcap", [pytest.param(None, marks=pytest.mark.slow), 3.0])
 def test_what_is_sampled_and_scored_is_of_the_ids_in_use(temperature, softcap):
     """A padded vocabulary: never drawn, and both say the log-probs of softmax over the others."""
     config = dataclasses.replace(CONFIG, logit_softcap=softcap, unused=UNUSED)

@@ -51,6 +51,7 @@ def timeless(run):
     ]
 
 
+@pytest.mark.slow
 def test_ppo_reports_what_a_researcher_watches(chain):
     _, runs = chain
     logged = lines(runs / "ppo/metrics.jsonl")
@@ -193,6 +194,7 @@ def test_online_pairs_labelled_by_a_judge_that_compares(chain, tmp_path):
     assert "eval/gold_win_rate" in summary(runs / "online")
 
 
+@pytest.mark.slow
 def test_best_of_n_measures_and_trains(chain):
     experiments, runs = chain
     result = run_main(f"--config={experiments}/best_of_n.py", f"--workdir={runs}/best_of_n")
