@@ -284,7 +284,7 @@ def run(config, *flags):
 
 few = ["--config.train.steps=24"] if SMALL else []
 run("pretrain", *few)
-run("sft", "--config.init.policy=runs/pretrain", *few)
+run("sft", "--config.init.policy=runs/pretrain", "--config.eval.count=16", *few)
 judge = run("reward", "--config.init.policy=runs/sft", *few)
 print(f"the reward model is right about {judge['eval/accuracy']:.0%} of held-out pairs")
 assert SMALL or judge["eval/accuracy_low"] > 0.6
@@ -299,6 +299,7 @@ assert SMALL or judge["eval/accuracy_low"] > 0.6
 # %%
 few = ["--config.train.steps=2", "--config.eval.count=16"] if SMALL else []
 few += ["--config.train.eval_every=1", "--config.eval.during=16"] if SMALL else []
+few += ["--config.optimizer.warmup_steps=0"] if SMALL else []
 parents = ["--config.init.policy=runs/sft", "--config.init.reward=runs/reward"]
 metrics = {name: run(name, *parents, *few) for name in ("ppo", "grpo")}
 for name, its in metrics.items():
@@ -343,7 +344,8 @@ for axes, name in zip(both, metrics, strict=True):
     axes.bar(range(len(own)), own)
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set(title=f"{name}: {view['prompt'][-1]['content']}", ylabel="advantage")
-    axes.set_xticks(range(len(own)), view["tokens"], rotation=45)
+    tokens = [token.replace("⏹", "(end)") for token in view["tokens"]]
+    axes.set_xticks(range(len(own)), tokens, rotation=45)
     assert (np.ptp(own) == 0) == (name == "grpo")
 figure.tight_layout()
 plt.show()

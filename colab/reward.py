@@ -141,7 +141,7 @@ def run(config, name, *flags):
 
 few = ["--config.train.steps=24"] if SMALL else []
 run("pretrain", "pretrain", *few)
-run("sft", "sft", "--config.init.policy=runs/pretrain", *few)
+run("sft", "sft", "--config.init.policy=runs/pretrain", "--config.eval.count=16", *few)
 learnt = {}
 for name, pairs in labelled.items():
     lines = (
