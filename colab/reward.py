@@ -225,7 +225,7 @@ left.legend()
 plt.show()
 
 # %% [markdown]
-# The scores rise for ever. The worth rises with the first few choices, and then falls: among many
+# The scores go on rising. The worth rises with the first few choices, and then falls: among many
 # answers there is one that the reward model is wrong about, and that is the one it picks. This is
 # *over-optimisation* ([paper](https://arxiv.org/abs/2210.10760)), or Goodhart's law: it happens to
 # the careful labeler's model, too. From the length-loving labeler's model there was less to gain in
@@ -273,3 +273,11 @@ right.set(title="gold of the chosen answer", xlabel="best of n", xscale="log")
 left.legend()
 plt.show()
 print({name: round(curve["gold"][-1], 3) for name, curve in chosen.items()})
+
+# %% [markdown]
+# ## Try
+#
+# * Other tastes: `Labeler(courtesy=3)` likes politeness, `Labeler(position=1)` what it sees first.
+# * The same with training: `--config=ppo --config.init.reward=runs/lengthy`, then with
+#   `--config.reward.scorers=model=1,length=-0.1`. `python -m rlhf_jax.compare runs/ppo …` draws both.
+# * Several reward models that must agree: `--config=ppo:ensemble`.
