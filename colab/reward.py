@@ -279,5 +279,5 @@ print({name: round(curve["gold"][-1], 3) for name, curve in chosen.items()})
 #
 # * Other tastes: `Labeler(courtesy=3)` likes politeness, `Labeler(position=1)` what it sees first.
 # * The same with training: `--config=ppo --config.init.reward=runs/lengthy`, then with
-#   `--config.reward.scorers=model=1,length=-0.1`. `python -m rlhf_jax.compare runs/ppo …` draws both.
+#   `--config.reward.scorers=model=1,length=-0.1`. `python -m rlhf_jax.compare` draws both.
 # * Several reward models that must agree: `--config=ppo:ensemble`.
