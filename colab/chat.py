@@ -17,7 +17,7 @@
 # This notebook does both with a model of about a million parameters: it is *pre-trained* on the
 # gossip of a small made-up town and *fine-tuned* on dialogues, and each step shows what it gave. A
 # base model completes, a chat model answers, and what it answers it has read before. It needs no
-# download beside the package and about MINUTES minutes on two CPU cores.
+# download beside the package and a few minutes on two CPU cores.
 
 # %%
 # On Colab: install the package from a checkout or an address, and restart once if that brings

@@ -18,8 +18,7 @@
 # numbers small enough to check by hand, puts them together in a world of three answers whose best
 # policy is known, and then trains a small chat model with [PPO](https://arxiv.org/abs/1707.06347)
 # and with [GRPO](https://arxiv.org/abs/2402.03300). Every number comes from the functions that
-# train the chat model. It needs no download beside the package and about MINUTES minutes on two
-# CPU cores.
+# train the chat model. It needs no download beside the package and a few minutes on two CPU cores.
 
 # %%
 # On Colab: install the package from a checkout or an address, and restart once if that brings
@@ -292,14 +291,15 @@ assert SMALL or judge["eval/accuracy_low"] > 0.6
 # %% [markdown]
 # ## PPO and GRPO on the chat model
 #
-# Both sample 128 or more answers a step and take them twice or four times; both are judged on the
-# way: by the reward model, which they see, and by the town's exact scorer, the *gold* reward, which
-# they don't.
+# A step of PPO samples an answer to each of 128 prompts and goes over them twice; a step of GRPO
+# samples eight answers to each of 32 prompts. Both are judged on the way: by the reward model,
+# which they see, and by the town's exact scorer, the *gold* reward, which they don't.
 
 # %%
-few = ["--config.train.steps=2", "--config.eval.count=16"] if SMALL else []
-few += ["--config.train.eval_every=1", "--config.eval.during=16"] if SMALL else []
-few += ["--config.optimizer.warmup_steps=0"] if SMALL else []
+few = ["--config.train.steps=12", "--config.train.eval_every=3"]
+if SMALL:
+    few = ["--config.train.steps=2", "--config.train.eval_every=1", "--config.eval.count=16"]
+    few += ["--config.eval.during=16", "--config.optimizer.warmup_steps=0"]
 parents = ["--config.init.policy=runs/sft", "--config.init.reward=runs/reward"]
 metrics = {name: run(name, *parents, *few) for name in ("ppo", "grpo")}
 for name, its in metrics.items():
@@ -308,7 +308,7 @@ for name, its in metrics.items():
         f"{name:>4}: better than the model it started from on {its['eval/gold_win_rate']:.0%} of "
         f"held-out prompts ({low:.0%} to {high:.0%}), for {its['eval/kl']:.1f} nats of KL"
     )
-    assert SMALL or (low > 0.6 and 0.2 < its["eval/kl"] < 10)
+    assert SMALL or (low > 0.55 and 0.2 < its["eval/kl"] < 10)
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2))
@@ -316,7 +316,7 @@ for name in metrics:
     path = json.loads(Path(f"runs/{name}/evaluation.json").read_text())["frontier"]
     left.plot(path["kl"], path["proxy"], marker="o", label=name)
     right.plot(path["kl"], path["gold"], marker="o")
-    assert SMALL or path["proxy"][-1] > path["proxy"][0] + 0.5
+    assert SMALL or path["proxy"][-1] > path["proxy"][0] + 0.3
 left.set(title="what they are trained on: the reward model", xlabel="KL to the start (nats)")
 right.set(title="what their answers are worth: gold", xlabel="KL to the start (nats)")
 left.legend()

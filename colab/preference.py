@@ -17,7 +17,7 @@
 # optimisation* ([paper](https://arxiv.org/abs/2305.18290)) turns it into a loss without a reward
 # model and without sampling. This notebook draws the loss and three of its relatives, trains a
 # small chat model with it, writes a loss of its own in ten lines, and asks with several seeds
-# whether that one is better. It needs no download beside the package and about seven minutes on
+# whether that one is better. It needs no download beside the package and a few minutes on
 # two CPU cores.
 
 # %%

@@ -19,7 +19,7 @@
 # it was trained and wrong elsewhere, and whoever optimises against it finds where. In this notebook
 # the truth is known exactly, so one can watch: how labelers' taste gets into a reward model, how
 # its favourite answers become worse while its scores rise, and what helps. It needs no download
-# beside the package and about MINUTES minutes on two CPU cores.
+# beside the package and a few minutes on two CPU cores.
 
 # %%
 # On Colab: install the package from a checkout or an address, and restart once if that brings
@@ -163,7 +163,7 @@ for name, pairs in labelled.items():
 
 # %%
 of_length = {name: its["eval/length_correlation"] for name, its in learnt.items()}
-assert SMALL or of_length["lengthy"] > of_length["careful"] + 0.2
+assert SMALL or of_length["lengthy"] > of_length["careful"] + 0.4
 assert SMALL or learnt["careful"]["eval/accuracy_low"] > 0.6
 
 # %% [markdown]
@@ -183,6 +183,9 @@ from rlhf_jax.stages import defaults
 from rlhf_jax.training.saved_model import load_model
 
 PROMPTS, SAMPLES = (8, 8) if SMALL else (96, 64)
+
+# %%
+# %%capture
 # Scores as the models give them, in the units of u.
 options = defaults.resolve(defaults.best_of_n(reward={"normalize": False}))
 model = load_model("runs/sft")
@@ -212,6 +215,13 @@ def draw(axes, curve, **how):
     axes.fill_between(NS, curve["low"], curve["high"], color=line.get_color(), alpha=0.12)
 
 
+def name_axes(axes, title):
+    """What is drawn, and over which n."""
+    axes.set(title=title, xlabel="best of n", xscale="log")
+    axes.set_xticks(NS, NS)
+    axes.minorticks_off()
+
+
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
 chosen = {}
 for name in learnt:
@@ -219,8 +229,8 @@ for name in learnt:
     chosen[name] = {"score": score["mean"], "gold": gold["mean"], "words": words["mean"]}
     draw(left, score, label=name)
     draw(right, gold)
-left.set(title="what the reward model says", xlabel="best of n", xscale="log")
-right.set(title="what the answers are worth (gold)", xlabel="best of n", xscale="log")
+name_axes(left, "what the reward model says")
+name_axes(right, "what the answers are worth (gold)")
 left.legend()
 plt.show()
 
@@ -228,8 +238,8 @@ plt.show()
 # The scores go on rising. The worth rises with the first few choices, and then falls: among many
 # answers there is one that the reward model is wrong about, and that is the one it picks. This is
 # *over-optimisation* ([paper](https://arxiv.org/abs/2210.10760)), or Goodhart's law: it happens to
-# the careful labeler's model, too. From the length-loving labeler's model there was less to gain in
-# the first place.
+# the careful labeler's model, too. With the length-loving labeler's there was less to gain in the
+# first place, and it falls far below what a single answer is worth.
 
 # %%
 for name, curve in chosen.items():
@@ -239,8 +249,9 @@ for name, curve in chosen.items():
         f"best of {NS[peak]}, {curve['gold'][-1]:.3f} for the best of {NS[-1]}"
     )
     assert SMALL or (np.diff(curve["score"]) > 0).all()
-    assert SMALL or curve["gold"][-1] < curve["gold"][peak] - 0.01
-assert SMALL or max(chosen["careful"]["gold"]) > max(chosen["lengthy"]["gold"])
+    assert SMALL or curve["gold"][-1] < curve["gold"][peak] - 0.03
+assert SMALL or max(chosen["careful"]["gold"]) > max(chosen["lengthy"]["gold"]) + 0.01
+assert SMALL or chosen["careful"]["gold"][-1] > chosen["lengthy"]["gold"][-1] + 0.05
 
 # %% [markdown]
 # What does it pick? Here are the answers that the length-loving labeler's model likes best of all,
@@ -268,11 +279,22 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
 for name in ("careful", "lengthy", "corrected"):
     left.plot(NS, chosen[name]["words"], marker="o", label=name)
     right.plot(NS, chosen[name]["gold"], marker="o")
-left.set(title="words of the chosen answer", xlabel="best of n", xscale="log")
-right.set(title="gold of the chosen answer", xlabel="best of n", xscale="log")
+name_axes(left, "words of the chosen answer")
+name_axes(right, "what it is worth (gold)")
 left.legend()
 plt.show()
-print({name: round(curve["gold"][-1], 3) for name, curve in chosen.items()})
+
+last = {name: (curve["gold"][-1], curve["words"][-1]) for name, curve in chosen.items()}
+for name, (worth, length) in last.items():
+    print(f"{name}: the best of {NS[-1]} is worth {worth:.3f} and has {length:.1f} words")
+assert SMALL or last["corrected"][0] > last["lengthy"][0] + 0.1
+assert SMALL or last["corrected"][1] < last["lengthy"][1] / 2
+assert SMALL or last["corrected"][0] < max(chosen["corrected"]["gold"])
+
+# %% [markdown]
+# One number that is known of the labeler brings nearly everything back. It does not end
+# over-optimisation: what is taken away is the error that somebody knew of, and the best of many
+# finds the others.
 
 # %% [markdown]
 # ## Try
