@@ -122,7 +122,8 @@ assert SMALL or (loss < 1.6 and bits < 0.6)
 # ## A base model completes
 #
 # Give it the beginning of a document, and it goes on, one token after the other. Ask it a question,
-# and it goes on as well: in the town's texts, questions are followed by all sorts of things.
+# and it goes on as well: with an answer perhaps, because there are quizzes in the town's texts, and
+# perhaps past it. It does not know that anybody has asked.
 
 # %%
 from rlhf_jax.sampling.arguments import Sampling
