@@ -323,8 +323,9 @@ left.legend()
 plt.show()
 
 # %% [markdown]
-# Each point is an evaluation on the way. The reward model's score and the gold reward both rise;
-# they need not. How they part is the subject of the [notebook on reward models](reward.ipynb).
+# Each point is an evaluation on the way, of 128 sampled answers. The score that is trained on rises,
+# and so does what the answers are worth; the second need not follow the first. How they part is the
+# subject of the [notebook on reward models](reward.ipynb).
 #
 # Last, one answer of each, token by token, from the last step. PPO's tokens have advantages of
 # their own; GRPO's all have that of their answer.
@@ -332,9 +333,9 @@ plt.show()
 
 # %%
 def view_of(name):
-    """An answer that was trained on: its tokens, and the advantage of each."""
+    """The answer, of some that were trained on, of which a token has the largest advantage."""
     views = [*map(json.loads, Path(f"runs/{name}/views.jsonl").read_text().splitlines())]
-    return max(views, key=lambda view: len(view["tokens"]))
+    return max(views, key=lambda view: max(map(abs, view["values"]["advantage"])))
 
 
 figure, both = plt.subplots(2, 1, figsize=(10, 4.4))
@@ -345,7 +346,7 @@ for axes, name in zip(both, metrics, strict=True):
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set(title=f"{name}: {view['prompt'][-1]['content']}", ylabel="advantage")
     tokens = [token.replace("⏹", "(end)") for token in view["tokens"]]
-    axes.set_xticks(range(len(own)), tokens, rotation=45)
+    axes.set_xticks(range(len(own)), tokens, rotation=45, fontsize=8)
     assert (np.ptp(own) == 0) == (name == "grpo")
 figure.tight_layout()
 plt.show()
