@@ -323,9 +323,9 @@ left.legend()
 plt.show()
 
 # %% [markdown]
-# Each point is an evaluation on the way, of 128 sampled answers. The score that is trained on rises,
-# and so does what the answers are worth; the second need not follow the first. How they part is the
-# subject of the [notebook on reward models](reward.ipynb).
+# Each point is an evaluation on the way, of 128 sampled answers. The score that is trained on
+# rises, and so does what the answers are worth; the second need not follow the first. How they part
+# is the subject of the [notebook on reward models](reward.ipynb).
 #
 # Last, one answer of each, token by token, from the last step. PPO's tokens have advantages of
 # their own; GRPO's all have that of their answer.
