@@ -27,6 +27,14 @@ def test_the_notebook_is_of_its_source(source):
     assert source.with_suffix(".ipynb").stat().st_size < 500_000
 
 
+def test_all_begin_alike():
+    # What installs on Colab is put right in all of them or in none.
+    firsts = {
+        next(c.source for c in make.read(s).cells if c.cell_type == "code") for s in make.SOURCES
+    }
+    assert len(firsts) == 1
+
+
 @pytest.mark.slow
 @names
 def test_all_cells_run(source, tmp_path):
