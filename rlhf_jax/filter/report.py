@@ -1,0 +1,107 @@
+"""What a filtering writes: what is kept, where each record came from, and what went and why."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.files import write_json, write_jsonl, write_whole
+from rlhf_jax.filter.pipeline import Fate, Step
+from rlhf_jax.filter.records import Bad, Item, to_json, turns_of
+from rlhf_jax.report.page import render_page
+from rlhf_jax.report.tables import format_percent, print_table
+
+EXAMPLES = 3  # of a reason
+SHOWN = 400  # characters of an example
+BAD = "bad line"
+
+
+def write_report(
+    out: Path,
+    source: str,
+    items: Sequence[Item],
+    bad: Sequence[Bad],
+    steps: Sequence[Step],
+    fates: Mapping[int, Fate],
+) -> None:
+    """Writes the files of `out` and prints the counts.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    counts = _count(items, bad, steps, fates)
+    kept = [i for i in range(len(items)) if i not in fates]
+    if not kept:
+        went = ", ".join(f"{each['gone']:,} {each['reason']}" for each in counts if each["gone"])
+        raise UserError(f"{source}: no records are left of {len(items) + len(bad):,}: {went}")
+    out.mkdir(parents=True, exist_ok=True)
+    write_jsonl(out / "kept.jsonl", [to_json(items[i].record) for i in kept])
+    write_jsonl(out / "lineage.jsonl", _lineage(items, bad, fates))
+    read = len(items) + len(bad)
+    said = {"data": source, "read": read, "kept": len(kept), "reasons": counts}
+    write_json(out / "report.json", said)
+    command = shlex.join(["python", "-m", "rlhf_jax.filter", *sys.argv[1:]])
+    page = render_page(
+        "filter.html.jinja", **said, columns=_COLUMNS, command=command, rows=_rows(said)
+    )
+    write_whole(out / "report.html", page.encode())
+    print_table(
+        f"{source}: what went, by its first reason", _COLUMNS[:3], [r[:3] for r in _rows(said)]
+    )
+    print(f"{out / 'kept.jsonl'} has {len(kept):,} records; {out / 'report.html'} says what went")
+
+
+_COLUMNS = ("reason", "records", "of all", "what goes")
+
+
+def _rows(said: Mapping[str, Any]) -> list[list[Any]]:
+    """The table: a row a reason, then what is kept and what was read."""
+    rows = [[each["reason"], each["gone"], each["rule"]] for each in said["reasons"]]
+    rows += [["kept", said["kept"], ""], ["read", said["read"], ""]]
+    return [[name, count, format_percent(count / said["read"]), rule] for name, count, rule in rows]
+
+
+def _count(
+    items: Sequence[Item], bad: Sequence[Bad], steps: Sequence[Step], fates: Mapping[int, Fate]
+) -> list[dict[str, Any]]:
+    """Each reason's name, rule, count and first examples, in the order of the filters."""
+    counts: list[dict[str, Any]] = []
+    if bad:
+        shown = [
+            {"place": f"{b.source}:{b.line}", "why": b.why, "text": ""} for b in bad[:EXAMPLES]
+        ]
+        counts.append({"reason": BAD, "rule": "not a record", "gone": len(bad), "examples": shown})
+    for step in steps:
+        gone = [i for i, fate in fates.items() if fate.reason == step.reason]
+        shown = [
+            {"place": items[i].place, "why": fates[i].why, "text": _excerpt(items[i])}
+            for i in gone[:EXAMPLES]
+        ]
+        entry = {"reason": step.reason, "rule": step.rule, "gone": len(gone), "examples": shown}
+        counts.append(entry)
+    return counts
+
+
+def _excerpt(item: Item) -> str:
+    """The end of a record's text, as long as is shown."""
+    text = "\n".join(turns_of(item.record))
+    return text if len(text) <= SHOWN else "…" + text[1 - SHOWN :]
+
+
+def _lineage(
+    items: Sequence[Item], bad: Sequence[Bad], fates: Mapping[int, Fate]
+) -> list[dict[str, Any]]:
+    """A line for each that was read: where it stood, and its line in kept.jsonl or why it went."""
+    lines, kept = [], 0
+    for index, item in enumerate(items):
+        where = {"source": item.source, "line": item.line, "id": item.record.id}
+        if index in fates:
+            lines.append(where | {"reason": fates[index].reason, "why": fates[index].why})
+        else:
+            kept += 1
+            lines.append(where | {"kept": kept})
+    return lines + [{"source": b.source, "line": b.line, "reason": BAD, "why": b.why} for b in bad]
