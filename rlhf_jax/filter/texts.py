@@ -25,6 +25,7 @@ CHARACTERS = 5  # of the n-grams that near duplicates share
 WORDS = 8  # of the n-grams that an evaluation set shares, as Tülu 3 counts them
 LOOP = 4  # words of the n-grams that repetition counts
 PERMUTATIONS = 128  # of a MinHash
+MISSED = 0.01  # of the pairs that are just as similar as --near says
 _PIECE = 2**16  # n-grams that are permuted together
 _BAND = re.compile(r"(?P<low>[^%]*?)(?P<low_share>%?)\.\.(?P<high>[^%]*?)(?P<high_share>%?)")
 # Unicode's letters, digits, dashes, and what opens a bracket or a quotation.
@@ -63,8 +64,7 @@ def near_duplicates(items: Sequence[Item], threshold: float) -> Gone:
     except ImportError:
         needed = "pip install -r requirements-filter.txt"
         raise UserError(f"--near needs datasketch: {needed}") from None
-    # A candidate too many costs a comparison, one too few stays.
-    index = MinHashLSH(threshold, PERMUTATIONS, weights=(0.1, 0.9))
+    index = MinHashLSH(num_perm=PERMUTATIONS, params=_bands(threshold))
     blank = MinHash(PERMUTATIONS, hashfunc=int)
     kept: dict[int, np.ndarray] = {}
     gone = {}
@@ -81,6 +81,17 @@ def near_duplicates(items: Sequence[Item], threshold: float) -> Gone:
             kept[number] = grams
             index.insert(number, sketch)
     return gone
+
+
+def _bands(threshold: float) -> tuple[int, int]:
+    """How many bands of how many rows: as few candidates as a missed share of `MISSED` allows.
+
+    Texts of similarity s are candidates with a probability of 1 − (1 − sʳ)ᵇ.
+    """
+    for rows in range(PERMUTATIONS // 2, 1, -1):
+        if (1 - threshold**rows) ** (PERMUTATIONS // rows) <= MISSED:
+            return PERMUTATIONS // rows, rows
+    return PERMUTATIONS, 1
 
 
 def _character_grams(item: Item) -> np.ndarray:
