@@ -52,19 +52,19 @@ def runs(tmp_path_factory):
 
 
 @partial(jax.jit, static_argnums=0)
-def outputs(config: ModelConfig, params, row):
+def outputs(config: ModelConfig, params, row, segments):
     """[64, …] log-probs of all next tokens, or scores, of a row that holds one document."""
     places = np.arange(64, dtype=np.int32)[None]
-    hidden = apply(config, params, row, positions=places, segment_ids=(row > 0) * 1).hidden
+    hidden = apply(config, params, row, positions=places, segment_ids=segments).hidden
     if config.head == "scalar":
         return head(config, params, hidden)[0]
     return jax.nn.log_softmax(logits(config, params, hidden)[0])
 
 
 def output(model: Model, tokens: list[int]) -> np.ndarray:
-    row = np.zeros((1, 64), np.int32)
-    row[0, : len(tokens)] = tokens
-    return np.asarray(outputs(model.config, model.params, row))
+    row, segments = np.zeros((2, 1, 64), np.int32)
+    row[0, : len(tokens)], segments[0, : len(tokens)] = tokens, 1
+    return np.asarray(outputs(model.config, model.params, row, segments))
 
 
 def expected(model: Model, tokens: list[int], places: range) -> float:
@@ -90,9 +90,7 @@ def test_a_reward_models_scores_are_on_its_normal_scale(runs):
     want = []
     for record in CHATS:
         tokens, _ = render_turns(record.messages, TOKENIZER)
-        want.append(
-            (float(head(model.config, model.params, hidden(model, tokens))[0, -1]) - 0.5) / 2
-        )
+        want.append((output(model, tokens)[len(tokens) - 1] - 0.5) / 2)
     np.testing.assert_allclose(scores(items(CHATS), directory), want, rtol=1e-3, atol=1e-5)
 
 
