@@ -58,16 +58,27 @@ def scores(items: Sequence[Item], scorer: str) -> np.ndarray:
         given = map_rows(score, model.params, rows, TOKENS, "scores")
         mean, deviation = model.normalization or (0.0, 1.0)
         return (in_record_order(given, rows)[:, 0].astype(np.float64) - mean) / deviation
+    prompts: list[Any] = [convert(item.record, "prompt") for item in items]
+    with TextScorers(weights_of(scorer)) as judge:
+        replies = [trained_text(item.record) for item in items]
+        return judge.score(prompts, replies, lengths=np.zeros(len(items))).total
+
+
+def weights_of(scorer: str) -> dict[str, float]:
+    """The weights of the scorers of texts that an option names; none for a directory.
+
+    Raises:
+        UserError: it names a scorer that does not exist, or that needs more than texts.
+    """
+    if Path(scorer).is_dir():
+        return {}
     weights = parse_rewards(scorer)
     if wrong := sorted(weights.keys() & set(_NOT_TEXTS)):
         raise UserError(
             f"--scorer={scorer}: {wrong[0]!r} is no scorer here; name a reward model's directory, "
             "gold, correct, number, math, exact or file.py:function"
         )
-    prompts: list[Any] = [convert(item.record, "prompt") for item in items]
-    with TextScorers(weights) as judge:
-        replies = [trained_text(item.record) for item in items]
-        return judge.score(prompts, replies, lengths=np.zeros(len(items))).total
+    return weights
 
 
 def unworthy(items: Sequence[Item], band: Band, scorer: str) -> Gone:

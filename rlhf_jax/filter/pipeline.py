@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.filter import texts
+from rlhf_jax.filter import models, texts
 from rlhf_jax.filter.records import Item
 from rlhf_jax.filter.texts import Band, Find
 
@@ -39,6 +40,13 @@ def steps_of(given: argparse.Namespace) -> list[Step]:
     Raises:
         UserError: an option is out of its range, or lacks another that it needs.
     """
+    for band, judge in (("perplexity", "model"), ("score", "scorer")):
+        if (getattr(given, band) is None) != (getattr(given, judge) is None):
+            raise UserError(f"--{band} and --{judge} need each other")
+    if given.model is not None and not Path(given.model).is_dir():
+        raise UserError(f"--model={given.model} is no directory of a run or of a model")
+    if given.scorer is not None:
+        models.weights_of(given.scorer)
     steps = [Step("duplicate", "turns and label of an earlier record", texts.duplicates)]
     if given.against:
         _check_share("overlap", given.overlap)
@@ -56,48 +64,23 @@ def steps_of(given: argparse.Namespace) -> list[Step]:
     if given.words is not None:
         find = partial(texts.wrong_length, band=Band.parse("words", given.words))
         steps.append(Step("length", f"words of the reply outside {given.words}", find))
-    steps += _model_steps(given)
+    if given.perplexity is not None:
+        find = partial(
+            models.unlikely, band=Band.parse("perplexity", given.perplexity), run=given.model
+        )
+        steps.append(Step("perplexity", f"outside {given.perplexity} under {given.model}", find))
+    if given.score is not None:
+        find = partial(models.unworthy, band=Band.parse("score", given.score), scorer=given.scorer)
+        steps.append(Step("score", f"outside {given.score} by {given.scorer}", find))
     if given.near is not None:
         _check_share("near", given.near)
+        if importlib.util.find_spec("datasketch") is None:
+            raise UserError("--near needs datasketch: pip install -r requirements-filter.txt")
         find = partial(texts.near_duplicates, threshold=given.near)
         grams = f"{texts.CHARACTERS}-grams of characters"
         rule = f"Jaccard similarity of {grams} to a kept record of {given.near:g} or more"
         steps.append(Step("near duplicate", rule, find))
     return steps
-
-
-def _model_steps(given: argparse.Namespace) -> list[Step]:
-    steps: list[Step] = []
-    for band, judge in (("perplexity", "model"), ("score", "scorer")):
-        if (getattr(given, band) is None) != (getattr(given, judge) is None):
-            raise UserError(f"--{band} and --{judge} need each other")
-    if given.perplexity is not None:
-        limits, run = Band.parse("perplexity", given.perplexity), given.model
-        if not Path(run).is_dir():
-            raise UserError(f"--model={run} is no directory of a run or of a model")
-        steps.append(
-            Step(
-                "perplexity",
-                f"outside {given.perplexity} under {run}",
-                _later("unlikely", limits, run),
-            )
-        )
-    if given.score is not None:
-        limits = Band.parse("score", given.score)
-        find = _later("unworthy", limits, given.scorer)
-        steps.append(Step("score", f"outside {given.score} by {given.scorer}", find))
-    return steps
-
-
-def _later(name: str, band: Band, judge: str) -> Find:
-    """A filter of `filter.models`, which loads JAX, once it is used."""
-
-    def find(items: Sequence[Item]) -> texts.Gone:
-        from rlhf_jax.filter import models
-
-        return getattr(models, name)(items, band, judge)
-
-    return find
 
 
 def _check_share(name: str, value: float) -> None:

@@ -8,8 +8,7 @@ import unicodedata
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +26,8 @@ LOOP = 4  # words of the n-grams that repetition counts
 PERMUTATIONS = 128  # of a MinHash
 MISSED = 0.01  # of the pairs that are just as similar as --near says
 _PIECE = 2**16  # n-grams that are permuted together
-_BAND = re.compile(r"(?P<low>[^%]*?)(?P<low_share>%?)\.\.(?P<high>[^%]*?)(?P<high_share>%?)")
+_END = r"(-?(?:\d+(?:\.\d+)?|\.\d+)(?:e-?\d+)?|\d?\d(?:\.\d+)?%|100%|)"
+_BAND = re.compile(rf"{_END}\.\.{_END}")
 # Unicode's letters, digits, dashes, and what opens a bracket or a quotation.
 _GOES_ON = ("Ll", "Lu", "Lt", "Lm", "Lo", "Nd", "Pd", "Ps", "Pi")
 _ANSWER = re.compile(r"(?:^|[=#:\n])[ \t]*[-+$€£]?\d[\d.,/]*$")
@@ -55,15 +55,9 @@ def near_duplicates(items: Sequence[Item], threshold: float) -> Gone:
     Candidates come from MinHash signatures in an LSH index (Broder 1997,
     https://doi.org/10.1109/SEQUEN.1997.666900); what goes has a Jaccard similarity of at least
     `threshold`, which is counted, not estimated.
-
-    Raises:
-        UserError: datasketch is not installed.
     """
-    try:
-        from datasketch import MinHash, MinHashLSH
-    except ImportError:
-        needed = "pip install -r requirements-filter.txt"
-        raise UserError(f"--near needs datasketch: {needed}") from None
+    from datasketch import MinHash, MinHashLSH
+
     index = MinHashLSH(num_perm=PERMUTATIONS, params=_bands(threshold))
     blank = MinHash(PERMUTATIONS, hashfunc=int)
     kept: dict[int, np.ndarray] = {}
@@ -211,47 +205,37 @@ def repetitive(items: Sequence[Item], most: float) -> Gone:
     return gone
 
 
-@dataclass(frozen=True)
-class Band:
-    """What numbers may be, ends included; an end that is a share, in [0, 1], is their quantile."""
+class Band(NamedTuple):
+    """What numbers may be, ends included: each end a number, a quantile as "5%", or "" for none."""
 
-    low: float
-    high: float
-    low_share: bool = False
-    high_share: bool = False
+    low: str
+    high: str
 
     @classmethod
     def parse(cls, name: str, text: str) -> Band:
         """The band that an option states, "3..40", "..40", "5%..95%"; UserError if it is none."""
         found = _BAND.fullmatch(text)
-        wrong = UserError(f"--{name}={text}: write LOW..HIGH, as in 3..40, ..40 or 5%..95%")
-        if found is None or not found["low"] + found["high"]:
-            raise wrong
-        shares = [bool(found["low_share"]), bool(found["high_share"])]
-        try:
-            low = float(found["low"]) if found["low"] else -math.inf
-            high = float(found["high"]) if found["high"] else math.inf
-        except ValueError:
-            raise wrong from None
-        ends = [end / 100 if share else end for end, share in zip((low, high), shares, strict=True)]
-        if any(share and not 0 <= end <= 1 for end, share in zip(ends, shares, strict=True)):
-            raise UserError(f"--{name}={text}: a share is between 0% and 100%")
-        if not low <= high and shares[0] == shares[1]:
-            raise UserError(f"--{name}={text}: the first number must not be above the second")
-        return cls(ends[0], ends[1], *shares)
+        if found is None or not any(found.groups()):
+            raise UserError(f"--{name}={text}: write LOW..HIGH, as in 3..40, ..40 or 5%..95%")
+        return cls(*found.groups())
 
     def outside(self, values: Sequence[float] | np.ndarray, what: str) -> Gone:
         """The indices of values [N] beyond the ends, with what each is."""
-        given = np.asarray(values, np.float64)
-        if not len(given):
+        if not len(values):
             return {}
-        low = np.quantile(given, self.low) if self.low_share else self.low
-        high = np.quantile(given, self.high) if self.high_share else self.high
-        gone = {i: f"{what} {given[i]:.4g}, below {low:.4g}" for i in np.flatnonzero(given < low)}
-        gone |= {
-            i: f"{what} {given[i]:.4g}, above {high:.4g}" for i in np.flatnonzero(given > high)
-        }
-        return {int(index): why for index, why in sorted(gone.items())}
+        low, high = _bound(self.low, values, -math.inf), _bound(self.high, values, math.inf)
+        gone = {}
+        for index, value in enumerate(values):
+            if not low <= value <= high:
+                beyond = f"below {low:.4g}" if value < low else f"above {high:.4g}"
+                gone[index] = f"{what} {value:.4g}, {beyond}"
+        return gone
+
+
+def _bound(end: str, values: Sequence[float] | np.ndarray, none: float) -> float:
+    if end.endswith("%"):
+        return float(np.quantile(values, float(end[:-1]) / 100))
+    return float(end) if end else none
 
 
 def wrong_length(items: Sequence[Item], band: Band) -> Gone:

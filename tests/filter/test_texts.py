@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 
 from rlhf_jax.data.records import Conversation, Message, Pair, Prompt, Text
+from rlhf_jax.errors import UserError
 from rlhf_jax.filter import texts
 from rlhf_jax.filter.records import Item, turns_of
 from rlhf_jax.filter.texts import Band, EvaluationSet
@@ -132,12 +131,20 @@ def test_repetition_is_the_share_of_n_grams_that_came_before():
 
 
 def test_a_band_is_of_numbers_or_of_shares_of_all():
-    assert Band.parse("words", "3..40") == Band(3, 40)
-    assert Band.parse("words", "..4e1") == Band(-math.inf, 40)
-    assert Band.parse("score", "-1..") == Band(-1, math.inf)
-    assert Band.parse("score", "25%..3") == Band(0.25, 3, True, False)
+    assert Band.parse("words", "3..40") == ("3", "40")
+    assert Band.parse("score", "-1.5e-3..") == ("-1.5e-3", "")
+    assert Band.parse("score", "2.5%..3") == ("2.5%", "3")
     values = np.array([5.0, 1.0, 3.0, 2.0, 4.0])
-    assert Band(2, 4).outside(values, "v") == {0: "v 5, above 4", 1: "v 1, below 2"}
+    assert Band("2", "4").outside(values, "v") == {0: "v 5, above 4", 1: "v 1, below 2"}
     assert Band.parse("v", "50%..").outside(values, "v") == {1: "v 1, below 3", 3: "v 2, below 3"}
-    assert Band(2, 4).outside([], "v") == {}
-    assert texts.wrong_length(items("a b c", "a"), Band(2, 3)) == {1: "words: 1, below 2"}
+    assert Band.parse("v", "..-1").outside([0, -1], "v") == {0: "v 0, above -1"}
+    assert Band("2", "4").outside([], "v") == {}
+    assert texts.wrong_length(items("a b c", "a"), Band("2", "3")) == {1: "words: 1, below 2"}
+
+
+@pytest.mark.parametrize(
+    "text", ["7", "..", "1..2..3", "120%..", "..-5%", "a..b", "1e3%..", "nan.."]
+)
+def test_what_is_no_band_is_refused(text):
+    with pytest.raises(UserError, match=r"write LOW\.\.HIGH"):
+        Band.parse("words", text)
