@@ -34,19 +34,17 @@ import sys
 SOURCE = os.environ.get("RLHF_JAX_SOURCE", "..")  # or "git+https://…", where your copy is
 if importlib.util.find_spec("rlhf_jax") is None:
     before = importlib.metadata.version("jax") if importlib.util.find_spec("jax") else None
-    has_tpu = os.path.exists("/dev/vfio/0") or os.path.exists("/dev/accel0")
-    tpu = ["jax[tpu]"] if has_tpu else ["libtpu"]  # whose compiler needs no chip
+    tpu = ["jax[tpu]"] if os.path.exists("/dev/vfio/0") or os.path.exists("/dev/accel0") else []
     subprocess.check_call([sys.executable, "-m", "pip", "install", "--quiet", SOURCE, *tpu])
     if before not in (None, importlib.metadata.version("jax")):
         os.kill(os.getpid(), 9)  # Colab starts the kernel again; then run the cells from here
 
+# A process takes a chip for itself: the commands below shall have it, and this notebook the CPU.
 import jax
 
-CHIPS = 8
-# Beside what there is, eight devices of the processor: they exchange what eight chips would.
-jax.config.update("jax_num_cpu_devices", CHIPS)
-ON_TPU = jax.default_backend() == "tpu"
-print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}")
+found = "import jax; print(f'jax {jax.__version__} on {jax.devices()[0].device_kind}')"
+print(subprocess.check_output([sys.executable, "-c", found], text=True).strip())
+jax.config.update("jax_platforms", "cpu")
 
 # %%
 import json
@@ -63,6 +61,12 @@ from rlhf_jax.trees import named_leaves
 
 # A check of this repository executes the notebook with few steps.
 SMALL = os.environ.get("RLHF_JAX_NOTEBOOK") == "small"
+CHIPS = 8
+# This notebook takes the chip itself, if there is one. Beside it there are eight devices of the
+# processor, which exchange what eight chips would.
+jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS"))
+jax.config.update("jax_num_cpu_devices", CHIPS)
+ON_TPU = jax.default_backend() == "tpu"
 DEVICES = jax.devices("cpu")[:CHIPS]
 
 # %% [markdown]
@@ -233,6 +237,8 @@ assert 8e9 * 16 / 8 < v5e < 8e9 * 16 / 4  # 8B: on eight, if activations leave r
 # and mesh.
 
 # %%
+if "google.colab" in sys.modules and importlib.util.find_spec("libtpu") is None:
+    subprocess.check_call([sys.executable, "-m", "pip", "install", "--quiet", "libtpu"])
 CAN_ASK = sys.version_info >= (3, 12) and importlib.util.find_spec("libtpu") is not None
 topology = "v5e:1x1" if CAN_ASK and not SMALL else "cpu"
 if topology == "cpu":

@@ -37,9 +37,12 @@ if importlib.util.find_spec("rlhf_jax") is None:
     if before not in (None, importlib.metadata.version("jax")):
         os.kill(os.getpid(), 9)  # Colab starts the kernel again; then run the cells from here
 
+# A process takes a chip for itself: the commands below shall have it, and this notebook the CPU.
 import jax
 
-print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}")
+found = "import jax; print(f'jax {jax.__version__} on {jax.devices()[0].device_kind}')"
+print(subprocess.check_output([sys.executable, "-c", found], text=True).strip())
+jax.config.update("jax_platforms", "cpu")
 
 # %%
 import json

@@ -55,7 +55,7 @@ def read_jsonl(
       skipped: if given, receives those counts.
       rows: objects to read in place of the file's; `path` then only names them.
       columns: field of the shape → column of the file, where names differ.
-      told: called with each line's number and what is wrong with it, "" if it is read.
+      told: called with each line's number and why it makes no record, "" if it does.
 
     Raises UserError naming file, line, field and an excerpt.
     """
@@ -64,15 +64,11 @@ def read_jsonl(
         raise UserError(f"unknown kind {kind!r} of JSONL file; known: {known}")
     same = _SameShape(kind, columns)
     records = read_lines(
-        path,
-        same.convert,
-        max_bad_fraction=max_bad_fraction,
-        skipped=skipped,
-        rows=rows,
-        told=told,
+        path, same.convert, max_bad_fraction=max_bad_fraction, skipped=skipped, rows=rows, told=told
     )
     how = same.shown + "".join(f", {k} from {v!r}" for k, v in columns.items())
-    print(f"{path}: {len(records):,} records of {how}, read as {kind}", flush=True)
+    how += f", read as {kind}" + (f"; ties left out: {same.ties:,}" if same.ties else "")
+    print(f"{path}: {len(records):,} records of {how}", flush=True)
     return records
 
 
@@ -83,14 +79,18 @@ class _SameShape:
     kind: str
     columns: Mapping[str, str]
     first: tuple[str, str] = ("", "")
+    ties: int = 0
 
     @property
     def shown(self) -> str:
         return self.first[0] or self.first[1]
 
-    def convert(self, fields: Fields, default_id: str) -> Record:
+    def convert(self, fields: Fields, default_id: str) -> Record | None:
         if self.columns:
             fields = shapes.rename(fields, self.columns)
+        if shapes.is_tie(fields):
+            self.ties += 1
+            return None
         record, (name, keys) = shapes.make_record(fields, self.kind, default_id)
         if not self.shown:
             self.first = (name, keys)
@@ -102,7 +102,7 @@ class _SameShape:
 
 def read_lines(
     path: str | os.PathLike,
-    convert: Callable[[Fields, str], Record],
+    convert: Callable[[Fields, str], Record | None],
     *,
     max_bad_fraction: float = 0.0,
     skipped: Counter[str] | None = None,
@@ -111,7 +111,8 @@ def read_lines(
 ) -> list[Record]:
     """`read_jsonl` for a shape of one's own.
 
-    `convert(fields, default_id)` makes a record of one line's object, or raises BadLine.
+    `convert(fields, default_id)` makes a record of one line's object, None of one that is left out,
+    or raises BadLine.
     """
     if not 0 <= max_bad_fraction < 1:
         raise UserError(f"max_bad_fraction must be in [0, 1), got {max_bad_fraction}")
@@ -126,18 +127,21 @@ def read_lines(
         stop_point()
         try:
             fields = raw if isinstance(raw, dict) else _parse_object(raw)
-            records.append(convert(fields, f"{Path(path).name}:{number}"))
-            if told is not None:
-                told(number, "")
+            record, why = convert(fields, f"{Path(path).name}:{number}"), ""
+            if record is None:
+                why = "a tie, which is left out"
+            else:
+                records.append(record)
         except BadLine as error:
+            why = str(error)
             reasons[error.reason] += 1
-            if told is not None:
-                told(number, str(error))
             excerpt = shapes.excerpt(raw)
             first_error = first_error or f"{path}:{number}: {error}; the line: {excerpt}"
             if max_bad_fraction == 0:
                 knob = "data.max_bad_fraction lets a share of bad lines be skipped"
                 raise UserError(f"{first_error}; {knob}") from error
+        if told is not None:
+            told(number, why)
     bad = reasons.total()
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     if bad > max_bad_fraction * (bad + len(records)):
@@ -146,7 +150,7 @@ def read_lines(
             f"max_bad_fraction={max_bad_fraction} allows; first: {first_error}"
         )
     if not records:
-        raise UserError(f"{path}: no records in the file")
+        raise UserError(f"{path}: no records in the file, or ties alone")
     if bad:
         logging.warning("%s: skipped %d bad lines (%s)", path, bad, counts)
     if skipped is not None:

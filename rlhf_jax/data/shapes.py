@@ -10,7 +10,7 @@ Shapes by kind of record. Any other key becomes a `meta` entry, and `id` is opti
     pair          {"prompt", "chosen", "rejected"}: replies as text or as messages,
                   or {"chosen": messages, "rejected": messages} that share all but the last, or as
                   "\\n\\nHuman: …\\n\\nAssistant: …" dialogues, or as texts whose prompt is what
-                  both begin with, up to its last white space
+                  both begin with, up to its last white space; "tie": true prefers neither
     preference    a pair, or a conversation with a "label": true where its last reply is good
     hh            {"chosen", "rejected"} as such dialogues → pairs
 
@@ -46,6 +46,7 @@ Fields = dict[str, Any]
 Messages = tuple[Message, ...]
 EXCERPT = 80  # characters
 _OPTIONAL = {"tool_calls": "assistant", "name": "tool", "tool_call_id": "tool"}  # key → its role
+_OF_PAIRS = {"margin", "tie"}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _SHARE_GPT_ROLES = {
@@ -90,6 +91,14 @@ def make_record(fields: Fields, kind: str, default_id: str) -> tuple[Record, tup
         "Dolly {'instruction', 'response'} are read too, and "
         "data.columns=prompt:question,… names columns",
     )
+
+
+def is_tie(fields: Fields) -> bool:
+    """Whether an object is a pair of which neither side is preferred: there is no record of it."""
+    tie = {"chosen", "rejected"} <= fields.keys() and fields.get("tie", False)
+    if tie not in (True, False):
+        raise BadLine("bad tie", f"field 'tie' must be true or false, not {excerpt(tie)}")
+    return bool(tie)
 
 
 def parse_columns(spec: str) -> dict[str, str]:
@@ -167,7 +176,7 @@ def _make(fields: Fields, kind: str, default_id: str, keys: frozenset[str]) -> R
         messages, margin = messages[:-1], _read_margin(fields)
         if kind != "prompt":
             chosen, rejected = (side[-1].content for side in sides)
-            prompt, meta = _add_tools(messages, fields), _read_meta(fields, used | {"margin"})
+            prompt, meta = _add_tools(messages, fields), _read_meta(fields, used | _OF_PAIRS)
             return Pair(name, prompt, chosen, rejected, margin, meta)
     if kind == "prompt":
         if messages and messages[-1].role == "assistant":

@@ -17,7 +17,8 @@ from rlhf_jax.report.tables import format_percent, print_table
 
 EXAMPLES = 3  # of a reason
 SHOWN = 400  # characters of an example
-BAD = "bad line"
+BAD = "not read"
+_COLUMNS = ("reason", "records", "of all")
 
 
 def write_report(
@@ -44,25 +45,21 @@ def write_report(
     read = len(items) + len(bad)
     said = {"data": source, "read": read, "kept": len(kept), "reasons": counts}
     write_json(out / "report.json", said)
-    command = shlex.join(["python", "-m", "rlhf_jax.filter", *sys.argv[1:]])
+    table = [[each["reason"], each["gone"], format_percent(each["gone"] / read)] for each in counts]
+    table += [["kept", len(kept), format_percent(len(kept) / read)], ["read", read, ""]]
+    rules = [f": {each['rule']}" for each in counts] + ["", ""]
     page = render_page(
-        "filter.html.jinja", **said, columns=_COLUMNS, command=command, rows=_rows(said)
+        "filter.html.jinja",
+        **said,
+        columns=_COLUMNS,
+        rows=[
+            [row[0] + rule, f"{row[1]:,}", row[2]] for row, rule in zip(table, rules, strict=True)
+        ],
+        command=shlex.join(["python", "-m", "rlhf_jax.filter", *sys.argv[1:]]),
     )
     write_whole(out / "report.html", page.encode())
-    print_table(
-        f"{source}: what went, by its first reason", _COLUMNS[:3], [r[:3] for r in _rows(said)]
-    )
+    print_table(f"{source}: what went, by its first reason", _COLUMNS, table)
     print(f"{out / 'kept.jsonl'} has {len(kept):,} records; {out / 'report.html'} says what went")
-
-
-_COLUMNS = ("reason", "records", "of all", "what goes")
-
-
-def _rows(said: Mapping[str, Any]) -> list[list[Any]]:
-    """The table: a row a reason, then what is kept and what was read."""
-    rows = [[each["reason"], each["gone"], each["rule"]] for each in said["reasons"]]
-    rows += [["kept", said["kept"], ""], ["read", said["read"], ""]]
-    return [[name, count, format_percent(count / said["read"]), rule] for name, count, rule in rows]
 
 
 def _count(
@@ -74,7 +71,9 @@ def _count(
         shown = [
             {"place": f"{b.source}:{b.line}", "why": b.why, "text": ""} for b in bad[:EXAMPLES]
         ]
-        counts.append({"reason": BAD, "rule": "not a record", "gone": len(bad), "examples": shown})
+        counts.append(
+            {"reason": BAD, "rule": "no record, or a tie", "gone": len(bad), "examples": shown}
+        )
     for step in steps:
         gone = [i for i, fate in fates.items() if fate.reason == step.reason]
         shown = [

@@ -65,7 +65,7 @@ def test_every_line_is_kept_or_went_for_one_reason(tmp_path, capsys):
              for f in read(out / "lineage.jsonl")}  # fmt: skip
     assert fates == {
         ("chats.jsonl", 1): 1,
-        ("chats.jsonl", 2): "bad line",
+        ("chats.jsonl", 2): "not read",
         ("chats.jsonl", 3): "truncated",
         ("chats.jsonl", 5): "duplicate",
         ("chats.jsonl", 6): 2,
@@ -76,12 +76,21 @@ def test_every_line_is_kept_or_went_for_one_reason(tmp_path, capsys):
     report = json.loads((out / "report.json").read_text())
     assert (report["read"], report["kept"]) == (8, 2)
     assert {each["reason"]: each["gone"] for each in report["reasons"]} == dict.fromkeys(
-        ("bad line", "duplicate", "contaminated", "truncated", "repetition", "length"), 1
+        ("not read", "duplicate", "contaminated", "truncated", "repetition", "length"), 1
     )
     (example,) = report["reasons"][1]["examples"]
     assert example == {"place": f"{data}:5", "why": f"a copy of {data}:1",
                        "text": "Who?\nAnn lives on  Elm Lane."}  # fmt: skip
     assert "kept" in capsys.readouterr().out
+
+
+def test_a_tie_is_counted_as_not_read(tmp_path):
+    pair = {"prompt": "Who?", "chosen": "Ann.", "rejected": "No."}
+    data, out = write(tmp_path / "a.jsonl", [pair, pair | {"tie": True}]), tmp_path / "out"
+    assert main([f"--data={data}", "--kind=pair", f"--out={out}"]) == 0
+    report = json.loads((out / "report.json").read_text())
+    counts = {each["reason"]: each["gone"] for each in report["reasons"]}
+    assert (report["read"], report["kept"], counts) == (2, 1, {"not read": 1, "duplicate": 0})
 
 
 def test_the_page_shows_texts_as_texts_and_three_of_a_reason(tmp_path):
