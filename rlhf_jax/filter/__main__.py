@@ -29,10 +29,17 @@ def _parser() -> Parser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     option = parser.add_argument
     option("--data", required=True, help="files and data sets as data.train names them")
-    option("--out", required=True, help="the directory to write")
     option("--kind", choices=KINDS, default="conversation", help="of record (default: %(default)s)")
     option("--columns", default="", help="field:column,… where a file's names differ")
     option("--max-bad-fraction", type=float, default=0.0, help="of lines that are no records")
+    add_filters(parser)
+    return parser
+
+
+def add_filters(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that ask for filters, in the filters' order, and --out."""
+    option = parser.add_argument
+    option("--out", required=True, help="the directory to write")
     option("--against", default="", help="evaluation sets whose prompts are not to be trained on")
     option("--overlap", type=float, default=0.5, help="share of a prompt's words that makes it one "
            "(default: %(default)s; 1: all of them)")  # fmt: skip
@@ -44,7 +51,6 @@ def _parser() -> Parser:
     option("--score", help="LOW..HIGH, or shares as in 50%%.., of a reply by --scorer")
     option("--scorer", help="a reward model's run, gold, math, …, or file.py:function")
     option("--near", type=float, help="Jaccard similarity of near duplicates, of which one is kept")
-    return parser
 
 
 def command(given: argparse.Namespace) -> None:
@@ -53,11 +59,9 @@ def command(given: argparse.Namespace) -> None:
     from rlhf_jax.errors import UserError
     from rlhf_jax.filter.pipeline import run_filters, steps_of
     from rlhf_jax.filter.records import read_items
-    from rlhf_jax.filter.report import write_report
+    from rlhf_jax.filter.report import check_out, write_report
 
-    out = Path(given.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty; name another directory with --out")
+    check_out(Path(given.out))
     try:
         columns = parse_columns(given.columns)
     except ValueError as error:
@@ -65,7 +69,7 @@ def command(given: argparse.Namespace) -> None:
     steps = steps_of(given)
     items, bad = read_items(given.data, given.kind, given.max_bad_fraction, columns)
     fates = run_filters(items, steps)
-    write_report(out, given.data, items, bad, steps, fates)
+    write_report(Path(given.out), given.data, items, bad, steps, fates)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,6 +21,12 @@ BAD = "not read"
 _COLUMNS = ("reason", "records", "of all")
 
 
+def check_out(out: Path) -> None:
+    """UserError if the directory that is to be written holds something."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty; name another directory with --out")
+
+
 def write_report(
     out: Path,
     source: str,
@@ -55,7 +61,7 @@ def write_report(
         rows=[
             [row[0] + rule, f"{row[1]:,}", row[2]] for row, rule in zip(table, rules, strict=True)
         ],
-        command=shlex.join(["python", "-m", "rlhf_jax.filter", *sys.argv[1:]]),
+        command=shlex.join(["python", *sys.orig_argv[1:]]),
     )
     write_whole(out / "report.html", page.encode())
     print_table(f"{source}: what went, by its first reason", _COLUMNS, table)
