@@ -78,7 +78,12 @@ def _count(
             {"place": f"{b.source}:{b.line}", "why": b.why, "text": ""} for b in bad[:EXAMPLES]
         ]
         counts.append(
-            {"reason": BAD, "rule": "no record, or a tie", "gone": len(bad), "examples": shown}
+            {
+                "reason": BAD,
+                "rule": "no record, a tie, or a prompt without an answer",
+                "gone": len(bad),
+                "examples": shown,
+            }
         )
     for step in steps:
         gone = [i for i, fate in fates.items() if fate.reason == step.reason]
