@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_jax.data.records import Pair
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import write_json, write_jsonl, write_whole
 from rlhf_jax.filter.pipeline import Fate, Step
@@ -97,8 +98,9 @@ def _count(
 
 
 def _excerpt(item: Item) -> str:
-    """The end of a record's text, as long as is shown."""
-    text = "\n".join(turns_of(item.record))
+    """The end of a record's text, as long as is shown, of a pair with the chosen reply."""
+    turns = turns_of(item.record)
+    text = "\n".join(turns[:-1] if isinstance(item.record, Pair) else turns)
     return text if len(text) <= SHOWN else "…" + text[1 - SHOWN :]
 
 
