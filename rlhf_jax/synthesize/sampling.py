@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 
 from rlhf_jax.data.conversation import render_prompt
@@ -49,10 +48,13 @@ def sample_answers(
     for number, reply in enumerate(replies):
         seed, sample = fitting[number // samples][0], number % samples
         assert isinstance(seed.record, Prompt)
-        answer = Message("assistant", model.tokenizer.decode_text(reply.tokens))
+        text = model.tokenizer.decode_text(reply.tokens)
+        if "\0" in text:  # which no reader of records takes
+            bad.append(Bad(seed.source, seed.line, "an answer has a NUL character"))
+            continue
         ended = "stop" if reply.finished else "length"
         meta = {**seed.record.meta, "model": run, "finish_reason": ended}
-        turns = (*seed.record.messages, answer)
+        turns = (*seed.record.messages, Message("assistant", text))
         record = Conversation(f"{seed.record.id}#{sample + 1}", turns, meta)
         items.append(Item(record, seed.source, seed.line))
     return items, bad
@@ -82,16 +84,16 @@ def write_prompts(
     fitting, bad = _fitting(model, asks, draw)
     known = {_text(seed).casefold() for seed in single}
     items = []
-    for (ask, _), reply in zip(
-        fitting, _generate(model, [tokens for _, tokens in fitting], 1, draw), strict=True
-    ):
+    replies = _generate(model, [tokens for _, tokens in fitting], 1, draw)
+    for (ask, _), reply in zip(fitting, replies, strict=True):
         text = _NUMBER.sub("", model.tokenizer.decode_text(reply.tokens).strip())
-        again = text.casefold() in known
-        if not text or not reply.finished or again:
-            why = "there already" if again else "empty" if not text else "without an end"
+        key = " ".join(text.split()).casefold()
+        ended = reply.finished and "\0" not in text
+        if not text or not ended or key in known:
+            why = "there already" if key in known else "without an end" if text else "empty"
             bad.append(Bad(ask.source, ask.line, f"a written prompt is {why}: {text[:80]!r}"))
             continue
-        known.add(text.casefold())
+        known.add(key)
         meta = {"seeds": shown[ask.line - 1], "prompt_model": run}
         prompt = Prompt(f"written-{ask.line}", (Message("user", text),), meta)
         items.append(Item(prompt, ask.source, ask.line))
@@ -133,7 +135,7 @@ def _generate(
     return generate(model.config, model.params, prompts, sampling, seed=draw.seed)
 
 
-def check_speaks(model: Model, run: str | Path) -> None:
+def check_speaks(model: Model, run: str) -> None:
     """UserError unless the model can answer prompts."""
     if model.config.head != "lm":
         raise UserError(f"--workdir: {run} is a reward model; it does not speak")
