@@ -19,7 +19,7 @@ from rlhf_jax.report.tables import format_percent, print_table
 EXAMPLES = 3  # of a reason
 SHOWN = 400  # characters of an example
 BAD = "not read"
-_COLUMNS = ("reason", "records", "of all")
+_COLUMNS = ("reason", "count", "of all")
 
 
 def check_out(out: Path) -> None:
