@@ -74,6 +74,9 @@ def main() -> None:
 
             for cell in notebook.cells:
                 cell.metadata.pop("execution", None)  # the times of its making
+                if cell.cell_type == "code":
+                    # Warnings and progress bars are of the machine and not of the story.
+                    cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
             nbformat.write(notebook, source.with_suffix(".ipynb"))
         seconds = round(time.monotonic() - start)
         minutes = f"{seconds // 60} min {seconds % 60:02} s"

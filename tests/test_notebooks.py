@@ -24,6 +24,7 @@ def test_the_notebook_is_of_its_source(source):
     assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)]
     shown = [output for cell in code for output in cell["outputs"]]
     assert all(output["output_type"] != "error" for output in shown)
+    assert all(output.get("name") != "stderr" for output in shown)
     assert source.with_suffix(".ipynb").stat().st_size < 500_000
 
 
