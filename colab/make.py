@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -65,6 +66,7 @@ def main() -> None:
     for source in SOURCES:
         if given.names and source.stem not in given.names:
             continue
+        start = time.monotonic()
         with tempfile.TemporaryDirectory() as directory:
             notebook = execute(read(source), directory, given.small)
         if not given.small:
@@ -72,8 +74,13 @@ def main() -> None:
 
             for cell in notebook.cells:
                 cell.metadata.pop("execution", None)  # the times of its making
+                if cell.cell_type == "code":
+                    # Warnings and progress bars are of the machine and not of the story.
+                    cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
             nbformat.write(notebook, source.with_suffix(".ipynb"))
-        print(f"{source.stem}: all cells ran", flush=True)
+        seconds = round(time.monotonic() - start)
+        minutes = f"{seconds // 60} min {seconds % 60:02} s"
+        print(f"{source.stem}: all cells ran in {minutes}", flush=True)
 
 
 if __name__ == "__main__":

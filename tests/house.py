@@ -25,7 +25,10 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "rlhf_jax"
-ANNEXES = ("tasks", "hub", "report", "oracle", "plan", "sweep", "label", "judges")
+ANNEXES = (
+    *("tasks", "hub", "report", "oracle", "plan", "sweep"),
+    *("label", "filter", "synthesize", "judges"),
+)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import before, ours, profile, readers, run, work
+from benchmarks import before, ours, profile, readers, run, sweeps, work
 
 TINY = work.SHAPES["tiny"]
 REDUCED = work.Shape(2, 32, 2, 64, 96, 64, rows=2, steps=2)
@@ -218,3 +218,8 @@ def test_before_runs_the_first_command_of_both_checkouts_in_turns(monkeypatch, t
 def test_before_takes_the_median_of_each_rounds_ratio():
     line = before.cells("sft tiny", [(2.0, 1.0), (3.0, 2.0), (9.0, 3.0)])
     assert line == ["sft tiny", "3", "2", "2.000× (1.500–3.000)"]
+
+
+def test_a_sweep_is_compared_with_its_runs_on_all_workers():
+    line = sweeps.cells("forks", 66.0, 90.5, [50.0, 30.0, 40.0])
+    assert line == ["forks", "3", "66 s", "60 s", "1.10", "90 s"]

@@ -24,7 +24,16 @@ def test_the_notebook_is_of_its_source(source):
     assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)]
     shown = [output for cell in code for output in cell["outputs"]]
     assert all(output["output_type"] != "error" for output in shown)
+    assert all(output.get("name") != "stderr" for output in shown)
     assert source.with_suffix(".ipynb").stat().st_size < 500_000
+
+
+def test_all_begin_alike():
+    # What installs on Colab is put right in all of them or in none.
+    firsts = {
+        next(c.source for c in make.read(s).cells if c.cell_type == "code") for s in make.SOURCES
+    }
+    assert len(firsts) == 1
 
 
 @pytest.mark.slow

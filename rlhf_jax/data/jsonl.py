@@ -44,6 +44,7 @@ def read_jsonl(
     skipped: Counter[str] | None = None,
     rows: Iterable[Mapping[str, Any]] | None = None,
     columns: Mapping[str, str] = MappingProxyType({}),
+    told: Callable[[int, str], object] | None = None,
 ) -> list[Record]:
     """The records of a file, all of one shape.
 
@@ -54,6 +55,7 @@ def read_jsonl(
       skipped: if given, receives those counts.
       rows: objects to read in place of the file's; `path` then only names them.
       columns: field of the shape → column of the file, where names differ.
+      told: called with each line's number and why it makes no record, "" if it does.
 
     Raises UserError naming file, line, field and an excerpt.
     """
@@ -62,7 +64,7 @@ def read_jsonl(
         raise UserError(f"unknown kind {kind!r} of JSONL file; known: {known}")
     same = _SameShape(kind, columns)
     records = read_lines(
-        path, same.convert, max_bad_fraction=max_bad_fraction, skipped=skipped, rows=rows
+        path, same.convert, max_bad_fraction=max_bad_fraction, skipped=skipped, rows=rows, told=told
     )
     how = same.shown + "".join(f", {k} from {v!r}" for k, v in columns.items())
     how += f", read as {kind}" + (f"; ties left out: {same.ties:,}" if same.ties else "")
@@ -105,6 +107,7 @@ def read_lines(
     max_bad_fraction: float = 0.0,
     skipped: Counter[str] | None = None,
     rows: Iterable[Mapping[str, Any]] | None = None,
+    told: Callable[[int, str], object] | None = None,
 ) -> list[Record]:
     """`read_jsonl` for a shape of one's own.
 
@@ -124,15 +127,21 @@ def read_lines(
         stop_point()
         try:
             fields = raw if isinstance(raw, dict) else _parse_object(raw)
-            if (record := convert(fields, f"{Path(path).name}:{number}")) is not None:
+            record, why = convert(fields, f"{Path(path).name}:{number}"), ""
+            if record is None:
+                why = "a tie, which is left out"
+            else:
                 records.append(record)
         except BadLine as error:
+            why = str(error)
             reasons[error.reason] += 1
             excerpt = shapes.excerpt(raw)
             first_error = first_error or f"{path}:{number}: {error}; the line: {excerpt}"
             if max_bad_fraction == 0:
                 knob = "data.max_bad_fraction lets a share of bad lines be skipped"
                 raise UserError(f"{first_error}; {knob}") from error
+        if told is not None:
+            told(number, why)
     bad = reasons.total()
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     if bad > max_bad_fraction * (bad + len(records)):
@@ -154,7 +163,7 @@ def count_rows(path: str | os.PathLike) -> int:
     return sum(1 for _ in _read_numbered(path))
 
 
-def take_slice(records: Sequence[Record], part: str, name: str) -> list[Record]:
+def take_slice(records: Sequence[Any], part: str, name: str) -> list[Any]:
     """The records that a slice names, as TFDS reads slices: "[:95%]", "[100:200]", "[-10:]".
 
     A per cent is that of all records, to the nearest record.

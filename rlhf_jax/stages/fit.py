@@ -72,6 +72,14 @@ def batches_of(
     return Batches(make_iterator(dataset), counts, weights)
 
 
+class Training(NamedTuple):
+    """What `fit` trains, by which loss and on which batches: its arguments of these names."""
+
+    model: Model
+    loss_fn: Callable
+    batches: Batches
+
+
 def fit(
     config: Config,
     run: RunDirectory,

@@ -36,7 +36,7 @@ from rlhf_jax.losses.preference import Pairs, kto_baseline, preference_loss, unp
 from rlhf_jax.losses.reductions import weighted_sum
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import sequence_logprobs
-from rlhf_jax.stages.fit import batches_of, fit
+from rlhf_jax.stages.fit import Training, batches_of, fit
 from rlhf_jax.stages.preference_rows import CHOSEN, MISMATCHED, REJECTED, pack_preferences
 from rlhf_jax.stages.reference_logprobs import reference_logprobs
 from rlhf_jax.stages.start import load_start
@@ -51,19 +51,12 @@ from rlhf_jax.training.summary import read_summary
 def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Optimises `init.policy` on pairs and returns the metrics of summary.json."""
     reference = load_start(config, parents["policy"])
-    sources = parse_sources(config.data.train)
-    pack = partial(pack_preferences, config, tokenizer=reference.tokenizer)
-    kto = config.loss.name == "kto"
-    rows = {source: pack(source, "train", mismatched=kto) for source in sources}
-    held_out = pack(config.data.validation, "validation", mismatched=False)
-    unpaired = "labels" in held_out
-    if any(("labels" in arrays) != unpaired for arrays in rows.values()):
-        raise UserError("data: train and validation mix pairs and unpaired records; use one kind")
-
-    start, tokens = parents["policy"], step_tokens(config)
-    for arrays in rows.values():
-        arrays["reference_logprobs"] = reference_logprobs(reference, start, arrays, tokens)
-    held_out_reference = reference_logprobs(reference, start, held_out, tokens)
+    what, tokenizer = config.data.validation, reference.tokenizer
+    held_out = pack_preferences(config, what, "validation", tokenizer, mismatched=False)
+    trained = training(config, reference, parents, unpaired="labels" in held_out)
+    held_out_reference = reference_logprobs(
+        reference, parents["policy"], held_out, step_tokens(config)
+    )
 
     prompts = held_out_prompts(config, reference).records[: config.eval.during]
 
@@ -76,12 +69,10 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
             evaluated.metrics.update(sampled_metrics(config, model, reference, prompts))
         return evaluated
 
-    batches = batches_of(config, reference, rows, [*sources.values()])
-    loss_fn = partial(loss, config, reference.config)
     # From here on only the KL of answers sampled on the way asks the reference itself.
     keeps_start = config.train.eval_every > 0
     model, metrics, plots = fit(
-        config, run, reference, loss_fn, batches, evaluate,
+        config, run, *trained, evaluate,
         before=lambda params: logprob_values(config, held_out_reference, held_out),
         keeps_start=keeps_start,
     )  # fmt: skip
@@ -94,6 +85,31 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
         for name in ("accuracy", "accuracy_low", "accuracy_high"):
             metrics[f"eval/reward_model/{name}"] = judge[f"eval/{name}"]
     return metrics
+
+
+def training(
+    config: Config, reference: Model, parents: Mapping[str, Path], unpaired: bool | None = None
+) -> Training:
+    """What is trained, by which loss and on which batches; log-probs of `reference` are in them.
+
+    Args:
+        unpaired: whether records are to be labelled one by one; None: they need not be of one kind
+            with those held out.
+    """
+    sources, kto = parse_sources(config.data.train), config.loss.name == "kto"
+    rows = {
+        source: pack_preferences(config, source, "train", reference.tokenizer, mismatched=kto)
+        for source in sources
+    }
+    kinds = {unpaired, *("labels" in arrays for arrays in rows.values())} - {None}
+    if len(kinds) > 1:
+        raise UserError("data: train and validation mix pairs and unpaired records; use one kind")
+    for arrays in rows.values():
+        arrays["reference_logprobs"] = reference_logprobs(
+            reference, parents["policy"], arrays, step_tokens(config)
+        )
+    batches = batches_of(config, reference, rows, [*sources.values()])
+    return Training(reference, partial(loss, config, reference.config), batches)
 
 
 def evaluation(

@@ -32,7 +32,7 @@ from rlhf_jax.models import transformer
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import sequence_scores
 from rlhf_jax.rewards.ensemble import normalization_of
-from rlhf_jax.stages.fit import batches_of, fit
+from rlhf_jax.stages.fit import Training, batches_of, fit
 from rlhf_jax.stages.preference_rows import CHOSEN, REJECTED, pack_labelled, pack_pairs
 from rlhf_jax.stages.start import load_start
 from rlhf_jax.tasks.sources import parse_sources, read_records
@@ -48,25 +48,30 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
     """Trains a reward model on the body of `init.policy`; returns the metrics of summary.json."""
     _check_loss(config)
     policy = load_start(config, parents["policy"])
-    initial = with_score_head(policy, config.seed)
-    sources = parse_sources(config.data.train)
-    pack = packer(config, policy)
-    rows = {source: pack(source, "train") for source in sources}
-    evaluate = evaluation(config, initial)
-    batches = batches_of(config, initial, rows, [*sources.values()])
-    loss_fn = partial(loss, config, initial.config)
+    trained = training(config, policy, parents)
+    evaluate = evaluation(config, trained.model)
     model, metrics, plots = fit(
-        config, run, initial, loss_fn, batches, evaluate,
+        config, run, *trained, evaluate,
         before=lambda params: evaluate(params).values, keeps_start=config.normalize.prompts > 0,
     )  # fmt: skip
     if config.normalize.prompts:
-        mean, std = reference_scores(config, model, policy, [*sources])
+        mean, std = reference_scores(config, model, policy, [*trained.batches.rows])
         model = dataclasses.replace(model, normalization=(mean, std))
         metrics |= {"eval/reference_score_mean": mean, "eval/reference_score_std": std}
     save_model(run.path, model)
     tables = console.few_records("held-out preferences", int(metrics["change/accuracy_records"]))
     write_evaluation(run.path, tables, plots)
     return metrics
+
+
+def training(config: Config, policy: Model, parents: Mapping[str, Path]) -> Training:
+    """What is trained, by which loss and on which batches, where `policy` has the body."""
+    initial = with_score_head(policy, config.seed)
+    sources = parse_sources(config.data.train)
+    pack = packer(config, policy)
+    rows = {source: pack(source, "train") for source in sources}
+    batches = batches_of(config, initial, rows, [*sources.values()])
+    return Training(initial, partial(loss, config, initial.config), batches)
 
 
 def packer(config: Config, model: Model) -> Callable[[str, str], Arrays]:

@@ -22,7 +22,7 @@ from rlhf_jax.evaluation.chat_evaluation import evaluate_chat
 from rlhf_jax.evaluation.language_loss import language_evaluation
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import target_cross_entropy
-from rlhf_jax.stages.fit import batches_of, fit, pack_texts
+from rlhf_jax.stages.fit import Training, batches_of, fit, pack_texts
 from rlhf_jax.stages.start import load_start
 from rlhf_jax.tasks.sources import check_unrendered, parse_sources, read_records
 from rlhf_jax.training.mesh import step_tokens
@@ -33,6 +33,20 @@ from rlhf_jax.training.saved_model import Model, save_model
 def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Fine-tunes `init.policy` and returns the metrics of summary.json."""
     base = load_start(config, parents["policy"])
+    trained = training(config, base, parents)
+    evaluate = evaluation(config, base)
+    model, metrics, _ = fit(
+        config, run, *trained, evaluate, before=lambda params: evaluate(params).values
+    )
+    save_model(run.path, model)
+    tables = console.few_records("held-out conversations", int(metrics["change/loss_records"]))
+    return metrics | evaluate_chat(
+        config, run.path, model, parents["policy"], further={"tables": tables}
+    )
+
+
+def training(config: Config, base: Model, parents: Mapping[str, Path]) -> Training:
+    """What is trained, by which loss and on which batches, where `base` is what it starts from."""
     sources = parse_sources(config.data.train)
     rows = {source: _pack(config, source, "train", base.tokenizer) for source in sources}
     replayed = parse_sources(config.data.replay) if config.data.replay else {}
@@ -40,18 +54,8 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
         texts = read_records(config, source, "text", "train")
         what = f"{source} (replay)"
         rows[what] = pack_texts(config, what, texts, base.tokenizer, "split")
-    weights = [*sources.values(), *replayed.values()]
-    evaluate = evaluation(config, base)
-    batches = batches_of(config, base, rows, weights)
-    loss_fn = partial(loss, config, base.config)
-    model, metrics, _ = fit(
-        config, run, base, loss_fn, batches, evaluate, before=lambda params: evaluate(params).values
-    )
-    save_model(run.path, model)
-    tables = console.few_records("held-out conversations", int(metrics["change/loss_records"]))
-    return metrics | evaluate_chat(
-        config, run.path, model, parents["policy"], further={"tables": tables}
-    )
+    batches = batches_of(config, base, rows, [*sources.values(), *replayed.values()])
+    return Training(base, partial(loss, config, base.config), batches)
 
 
 def evaluation(config: Config, model: Model) -> Callable[[Any], Evaluated]:

@@ -8,8 +8,9 @@ Parents are run once, beside the sweep's directory, and shared; a seed changes t
 data, what is sampled and what is initialised, not them. The best cell is run again on seeds that it
 was not chosen by. Flags of `rlhf_jax.main`, such as --config.train.steps=40, are of every run.
 
-With --search optuna proposes the cells, and with --engine=slurm runs are jobs of a cluster
-(requirements-sweep.txt); --workers is how many are in its queue.
+With --vmap-seeds all seeds of a cell are trained by one vmapped step, equal to runs by themselves
+but for rounding. With --search optuna proposes the cells, and with --engine=slurm runs are jobs of
+a cluster (requirements-sweep.txt); --workers is how many are in its queue.
 
 Whatever is killed, the same command goes on. Exit codes: 0 done, also where runs have failed, of
 which the table says why; 75 stopped but resumable, 2 the user's mistake, 1 a bug.
@@ -44,6 +45,7 @@ def _parser() -> _Parser:
     option("--workers", type=int, default=2, help="runs at a time (default: %(default)s)")
     option("--workdir", help="the sweep's directory (default: runs/<config>-sweep)")
     option("--seeds-from", default="", help="the stage from which on seeds differ: pretrain")
+    option("--vmap-seeds", action="store_true", help="train the seeds of a cell in one program")
     option("--metric", default="", help="what is compared (default: the report's first)")
     option("--baseline", default="", help="the cell that others are compared with: the first")
     option("--max-cells", type=int, default=64, help="more are refused (default: %(default)s)")

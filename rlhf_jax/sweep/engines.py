@@ -1,7 +1,7 @@
 """Where the runs of a sweep take place: on cores of this machine, or in the queue of a cluster.
 
-An engine is a function (command, log, cores) that starts a command whose output goes to a file, and
-returns what can be polled, signalled and waited for, as `subprocess.Popen` can.
+An engine is a function (words, log, cores) that starts `python -m` of these words, whose output
+goes to a file, and returns what can be polled, signalled and waited for, as `subprocess.Popen` can.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,11 +36,11 @@ class Process(Protocol):
 Engine = Callable[[Sequence[str], Path, set[int]], Process]
 
 
-def on_cores(command: Sequence[str], log: Path, cores: set[int]) -> Process:
-    """Starts a command on some cores of this machine."""
-    with _pinned(cores), open(log, "wb") as file:
+def on_cores(words: Sequence[str], log: Path, cores: set[int]) -> Process:
+    """Starts a process on some cores of this machine."""
+    with pinned(cores), open(log, "wb") as file:
         return subprocess.Popen(
-            command,
+            _command(words),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -48,7 +49,7 @@ def on_cores(command: Sequence[str], log: Path, cores: set[int]) -> Process:
 
 
 def on_cluster(folder: Path, options: Mapping[str, Any], cluster: str = "slurm") -> Engine:
-    """Starts commands as jobs of a cluster, by submitit.
+    """Starts processes as jobs of a cluster, by submitit.
 
     Args:
         folder: for submitit's files, on a disk that all nodes share.
@@ -67,7 +68,11 @@ def on_cluster(folder: Path, options: Mapping[str, Any], cluster: str = "slurm")
         executor.update_parameters(**options)
     except (NameError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"--slurm: {' '.join(str(error).split())}") from error
-    return lambda command, log, cores: _Submitted(executor.submit(_run, [*command], str(log)))
+    return lambda words, log, cores: _Submitted(executor.submit(_run, _command(words), str(log)))
+
+
+def _command(words: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", *words]
 
 
 def _run(command: list[str], log: str) -> int:
@@ -100,7 +105,7 @@ class _Submitted:
 
 
 @contextmanager
-def _pinned(cores: set[int]) -> Iterator[None]:
+def pinned(cores: set[int]) -> Iterator[None]:
     """Within it this process, and what it starts, may use these cores only; any if there are none.
 
     They are inherited: a child that set its own could have started its threads already.

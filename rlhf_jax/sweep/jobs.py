@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from rlhf_jax.config import document, section_document
@@ -28,22 +28,36 @@ from rlhf_jax.training.run_lock import is_held
 from rlhf_jax.training.rundir import SUMMARY
 from rlhf_jax.training.summary import read_summary
 
-COMMAND = (sys.executable, "-m", "rlhf_jax.main")
+MODULE, TOGETHER = "rlhf_jax.main", "rlhf_jax.sweep.together"
 TRIES = 5  # of a run that was killed or stopped from outside, before it counts as failed
 _POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run: its name, the flags of `rlhf_jax.main`, its directory, and the runs it starts from."""
+    """A run: its name, the flags of `rlhf_jax.main`, its directory, and the runs it starts from.
+
+    Or what runs the `runs` together, before each of them is looked at by itself.
+    """
 
     name: str
     flags: tuple[str, ...]
     directory: Path
     needs: tuple[Job, ...] = ()
+    runs: tuple[Job, ...] = ()
+
+    def words(self, further: Sequence[str]) -> list[str]:
+        """What stands after `python -m` for it, where `further` flags are of every run."""
+        own = f"--workdir={self.directory}"
+        if not self.runs:
+            return [MODULE, *self.flags, *further, own]
+        lines = (["--", *run.words(further)[1:]] for run in self.runs)
+        return [TOGETHER, own, *chain.from_iterable(lines)]
 
     def is_done(self) -> bool:
         """Whether its directory holds a finished run that is made from the same."""
+        if self.runs:
+            return all(run.is_done() for run in self.runs)
         if not (self.directory / SUMMARY).exists():
             return False
         given, _, stated, _ = parse([*self.flags])
@@ -107,7 +121,10 @@ def run_jobs(
                 if (why := each.look()) is not None:
                     running.remove(each)
                     free.append(each.cores)
-                    if why:
+                    if why and each.job.runs:
+                        print(f"{each.job.name}, one by one: {why}", flush=True)
+                        done.add(each.job)
+                    elif why:
                         failed[each.job] = why
                     else:
                         done.add(each.job)
@@ -160,8 +177,7 @@ class _Running:
     def _start(self) -> None:
         self.tries += 1
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        flags = [*self.job.flags, *self.further, f"--workdir={self.job.directory}"]
-        self.child = self.engine([*COMMAND, *flags], self.log, self.cores)
+        self.child = self.engine(self.job.words(self.further), self.log, self.cores)
 
 
 def _last_words(log: Path) -> str:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from rlhf_jax.config import section_document
+from rlhf_jax.config import Config, section_document
 from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.main import parse
 from rlhf_jax.stages.chain import load_config, parent_directory, prepare
 from rlhf_jax.stages.experiments import find_experiment
 from rlhf_jax.sweep.grid import Cell
 from rlhf_jax.sweep.jobs import Job
+from rlhf_jax.sweep.together import check as check_together
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Sweep:
         cells: those that are run, or of a search some that have all values that it may propose.
         seeds_from: the stage from which on runs have seeds of their own; "": the sweep's own.
         directory: the sweep's; parents that its runs share lie where a run's would.
+        together: whether the seeds of a cell are trained as one program.
     """
 
     source: str
@@ -31,6 +33,7 @@ class Sweep:
     cells: tuple[Cell, ...]
     directory: Path
     seeds_from: str = ""
+    together: bool = False
 
 
 @dataclass
@@ -71,7 +74,9 @@ def check_grid(sweep: Sweep, most: int) -> None:
         raise UserError(f"--grid has {count} cells, more than --max-cells={most}")
     for cell in sweep.cells:
         try:
-            _parents(sweep, cell)
+            config = _config(sweep, cell)
+            if sweep.together:
+                check_together(config)
         except UserError as error:
             raise UserError(f"cell {cell.name}: {error}") from error
 
@@ -93,7 +98,7 @@ def make_jobs(sweep: Sweep, cells: Sequence[Cell], seeds: Sequence[int], jobs: J
         UserError: a parent that cannot be had, or a stage `seeds_from` that none of them has.
     """
     for cell in cells:
-        parents = _parents(sweep, cell)
+        parents, alone = _parents(sweep, cell), {}
         for seed in seeds:
             flags = [f"--config={sweep.source}", *sweep.flags, *cell.flags, f"--config.seed={seed}"]
             flags, needs = _with_parents(sweep, parents, seed, flags, jobs, (sweep.source,))
@@ -102,14 +107,23 @@ def make_jobs(sweep: Sweep, cells: Sequence[Cell], seeds: Sequence[int], jobs: J
                     f"--seeds-from={sweep.seeds_from}: no parent of {sweep.source} is of that stage"
                 )
             name = f"{cell.name},seed={seed}"
-            directory = sweep.directory / name
-            jobs.runs[cell.name, seed] = Job(name, tuple(flags), directory, needs)
+            alone[cell.name, seed] = Job(name, tuple(flags), sweep.directory / name, needs)
+        if sweep.together and len(alone) > 1:
+            name = f"{cell.name},seeds={seeds[0]}-{seeds[-1]}"
+            place = sweep.directory / "together" / name
+            first = Job(name, (), place, runs=tuple(alone.values()))
+            alone = {key: replace(job, needs=(first,)) for key, job in alone.items()}
+        jobs.runs |= alone
+
+
+def _config(sweep: Sweep, cell: Cell) -> Config:
+    given, _, stated, _ = parse([f"--config={sweep.source}", *sweep.flags, *cell.flags])
+    return prepare(given, stated)
 
 
 def _parents(sweep: Sweep, cell: Cell) -> dict[str, str]:
     """What a cell's config starts from, by role: experiments and directories."""
-    given, _, stated, _ = parse([f"--config={sweep.source}", *sweep.flags, *cell.flags])
-    config = prepare(given, stated)
+    config = _config(sweep, cell)
     named = section_document(config, "init") if config.init else {}
     return {role: parent for role, parent in named.items() if parent}
 

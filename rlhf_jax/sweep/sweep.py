@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import ast
 import os
+import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from rlhf_jax.main import parse
 from rlhf_jax.report.tables import format_metric, format_seconds, print_table
 from rlhf_jax.stages.chain import default_workdir
 from rlhf_jax.sweep.engines import Engine, on_cluster, on_cores
+from rlhf_jax.sweep.forks import forks
 from rlhf_jax.sweep.grid import Cell, make_cells, parse_grid
 from rlhf_jax.sweep.jobs import Job, run_jobs
 from rlhf_jax.sweep.outcomes import check_metric
@@ -85,34 +88,44 @@ def run_sweep(given: argparse.Namespace) -> None:
         raise UserError("--preflight and --coordinator are of rlhf_jax.main")
     if given.search and (given.grid or given.baseline or not given.metric):
         raise UserError("--search needs --metric, and has no --grid and no --baseline")
+    if given.vmap_seeds and (given.search or given.seeds_from or given.seeds < 2):
+        raise UserError("--vmap-seeds needs --seeds=2 or more, and has no --search or --seeds-from")
     default = default_workdir(source, Path("runs"))
     directory = Path(given.workdir or default.with_name(f"{default.name}-sweep"))
     flags = tuple(flag for flag in given.rest if flag.startswith(("--config.", "--noconfig.")))
     space = parse_space(given.search) if given.search else {}
     cells = [AS_IT_IS, *corners(space)] if space else make_cells(parse_grid(given.grid))
-    sweep = Sweep(source, flags, tuple(cells), directory, given.seeds_from)
+    sweep = Sweep(source, flags, tuple(cells), directory, given.seeds_from, given.vmap_seeds)
     baseline = find_cell(cells, given.baseline) if given.baseline else cells[0]
     check_grid(sweep, given.max_cells)
     make_jobs(sweep, cells, range(1), Jobs())  # a parent that cannot be had is told here
-    engine: Engine = on_cores
-    if given.engine == "slurm":
-        engine = on_cluster(directory / "slurm", _options(given.slurm))
+    engines = _engine(given, directory)
     further = ("--rerun",) if given.rerun else ()
-    runner = _Runner(directory, given.workers, engine, further)
     directory.mkdir(parents=True, exist_ok=True)
     lock = acquire(directory / "lock")
     try:
-        if not space:
-            run_grid(sweep, runner, baseline, given.seeds, given.metric)
-        else:
-            storage = Path(given.storage or directory / "search.journal")
-            study = Search(storage, directory, given.metric, config.train.steps)
-            measure = _Measure(sweep, runner, given.metric)
-            search(study, space, given.trials, given.workers, measure)
-            confirm(sweep, runner, study, given.seeds, given.metric)
+        with engines as engine:
+            runner = _Runner(directory, given.workers, engine, further)
+            if not space:
+                run_grid(sweep, runner, baseline, given.seeds, given.metric)
+            else:
+                storage = Path(given.storage or directory / "search.journal")
+                study = Search(storage, directory, given.metric, config.train.steps)
+                measure = _Measure(sweep, runner, given.metric)
+                search(study, space, given.trials, given.workers, measure)
+                confirm(sweep, runner, study, given.seeds, given.metric)
     finally:
         os.ftruncate(lock, 0)
         os.close(lock)
+
+
+def _engine(given: argparse.Namespace, directory: Path) -> AbstractContextManager[Engine]:
+    """What starts runs, while it is entered."""
+    if given.engine == "slurm":
+        return nullcontext(on_cluster(directory / "slurm", _options(given.slurm)))
+    if sys.platform == "linux":
+        return forks()
+    return nullcontext(on_cores)  # libraries of macOS do not survive a fork
 
 
 def run_grid(sweep: Sweep, runner: _Runner, baseline: Cell, seeds: int, metric: str) -> None:

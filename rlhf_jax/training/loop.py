@@ -122,7 +122,7 @@ class Loop:
                 wandb=options.wandb,
             )
             progress = Progress(path.name, done, options.steps)
-            log = _Log(writer, self.clock, progress, means, options.max_skipped)
+            log = Log(writer, self.clock, progress, means, options.max_skipped)
             with closing(log) as self._log:
                 if hosts.by_first(lambda: _has_line(path / "metrics.jsonl", done)):
                     means.take()  # the checkpoint was begun before that line
@@ -215,14 +215,7 @@ class Loop:
         self._log.write(number, evaluated)
 
     def _meta(self) -> dict[str, Any]:
-        """The document that a checkpoint keeps beside the state, for `_resume`."""
-        return {
-            "means": self._log.means.state(),
-            "unwritten": list(self._log.writer.unwritten),
-            "config": self.run.config,
-            "tokenizer_hash": self.tokenizer_hash,
-            "wall_seconds": self.run.wall_seconds(),
-        }
+        return meta(self.run, self._log, self.tokenizer_hash, self.run.wall_seconds())
 
     def _resume(self, state: Any) -> tuple[Any, int, Means, list[dict[str, Any]]]:
         """Returns (state, steps done, means, lines of metrics that are not in their file yet).
@@ -253,11 +246,22 @@ class Loop:
         return restored.state, meta["step"], means, unwritten
 
 
+def meta(run: RunDirectory, log: Log, tokenizer: str | None, seconds: float) -> dict[str, Any]:
+    """The document that a checkpoint keeps beside the state, with which a run goes on."""
+    return {
+        "means": log.means.state(),
+        "unwritten": list(log.writer.unwritten),
+        "config": run.config,
+        "tokenizer_hash": tokenizer,
+        "wall_seconds": seconds,
+    }
+
+
 def _has_line(path: Path, step: int) -> bool:
     return any(line["step"] == step for line in read_metrics(path))
 
 
-class _Log:
+class Log:
     """Takes each step's metrics when the next step is on its way, so that nothing waits."""
 
     def __init__(

@@ -26,12 +26,15 @@ def get_config(stage):
                       row_length=128, over_long="split"),
             batch=dict(rows=1), optimizer=dict(learning_rate=1e-2), train=TRAIN,
         )
-    return defaults.base(
-        "preference", init=dict(policy="{folder}/tiny.py:pretrain"), batch=dict(rows=2),
-        data=dict(train="{folder}/pairs.jsonl", validation="{folder}/pairs.jsonl", row_length=512),
+    records = "{folder}/chats.jsonl" if stage == "sft" else "{folder}/pairs.jsonl"
+    config = defaults.base(
+        stage, init=dict(policy="{folder}/tiny.py:pretrain"), batch=dict(rows=2),
+        data=dict(train=records, validation=records, row_length=512),
         optimizer=dict(learning_rate=1e-2), train=TRAIN,
-        eval=dict(source="{folder}/prompts.jsonl", count=4, max_new_tokens=4),
     )
+    if stage != "reward":
+        config.eval = dict(source="{folder}/prompts.jsonl", count=4, max_new_tokens=4)
+    return config
 """
 
 
@@ -41,6 +44,10 @@ def tiny(tmp_path_factory) -> str:
     folder, town = tmp_path_factory.mktemp("tiny"), Town()
     records = {
         "texts": [{"text": record.text} for record in town.texts("train", 40)],
+        "chats": [
+            {"messages": [turn.to_json() for turn in record.messages]}
+            for record in town.demonstrations("train", 40)
+        ],
         "pairs": [
             {
                 "prompt": [turn.to_json() for turn in record.prompt],

@@ -126,14 +126,14 @@ def test_a_trial_that_fails_has_ended_and_says_why(optuna, tmp_path):
 
 def test_runs_are_jobs_of_a_cluster(tmp_path, monkeypatch):
     pytest.importorskip("submitit", reason="requirements-sweep.txt is not installed")
-    script = tmp_path / "run.py"
-    script.write_text(
+    (tmp_path / "scripted_run.py").write_text(
         "import sys; from pathlib import Path; kind = sys.argv[1]; print('said', kind)\n"
         "if kind == 'fails': print('error: it fails'); sys.exit(2)\n"
         "folder = Path(sys.argv[-1].partition('=')[2]); folder.mkdir()\n"
         "(folder / 'done').touch()"
     )
-    monkeypatch.setattr(pool, "COMMAND", (sys.executable, str(script)))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(pool, "MODULE", "scripted_run")
     monkeypatch.setattr(Job, "is_done", lambda job: (job.directory / "done").exists())
     engine = on_cluster(tmp_path / "slurm", {"timeout_min": 5}, cluster="local")
     jobs = [Job(name, (name,), tmp_path / name) for name in ("runs", "fails")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -9,13 +10,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from rlhf_jax.sweep import forks as forked
 from rlhf_jax.sweep import jobs as pool
 from rlhf_jax.sweep.__main__ import main
+from rlhf_jax.sweep.engines import on_cores
+from rlhf_jax.sweep.forks import forks
 from rlhf_jax.sweep.grid import Cell, cell_name, make_cells, parse_grid
 from rlhf_jax.sweep.jobs import Job, cores_of, run_jobs
 from rlhf_jax.sweep.plan import Jobs, Sweep, make_jobs
@@ -123,6 +129,18 @@ def test_whole_chains_have_seeds_where_asked_for(tiny, tmp_path):
     assert f"--config.init.policy={parents[1].directory}" in jobs.runs["all", 1].flags
 
 
+def test_seeds_that_are_trained_together_come_after_one_job(tiny, tmp_path):
+    sweep = Sweep(f"{tiny}:preference", (), (Cell("all", {}),), tmp_path / "abl", together=True)
+    jobs = Jobs()
+    make_jobs(sweep, sweep.cells, (0, 1), jobs)
+    first, *runs = jobs.seeded
+    assert [run.needs for run in runs] == [(first,)] * 2
+    words = first.words(["--rerun"])
+    assert words[:2] == ["rlhf_jax.sweep.together", f"--workdir={first.directory}"]
+    assert words.count("--") == words.count("--rerun") == 2
+    assert words[-1] == f"--workdir={runs[1].directory}"
+
+
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
@@ -143,25 +161,95 @@ if kind == "killed" and len(tries.read_text()) < 3:
 """
 
 
-def test_the_pool_goes_on_after_kills_and_says_why_one_failed(tmp_path, monkeypatch):
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
-    monkeypatch.setattr(pool, "COMMAND", (sys.executable, str(script)))
+@pytest.fixture
+def scripted(tmp_path, monkeypatch):
+    """A module that stands for `rlhf_jax.main`; its runs are done with a file "done"."""
+    (tmp_path / "scripted_run.py").write_text(SCRIPT)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    monkeypatch.setattr(pool, "MODULE", "scripted_run")
     monkeypatch.setattr(Job, "is_done", lambda job: (job.directory / "done").exists())
+
+
+@pytest.mark.parametrize("engines", [forks, lambda: nullcontext(on_cores)])
+def test_the_pool_goes_on_after_kills_and_says_why_one_failed(scripted, tmp_path, engines):
     killed = Job("killed", ("killed",), tmp_path / "killed")
     after = Job("after", ("runs",), tmp_path / "after", (killed,))
     fails = Job("fails", ("fails",), tmp_path / "fails")
     never = Job("never", ("runs",), tmp_path / "never", (fails,))
     told: list[Job] = []
-    failed = run_jobs([killed, after, fails, never], 2, tmp_path / "logs", told.append)
+    with engines() as engine:
+        jobs = [killed, after, fails, never]
+        failed = run_jobs(jobs, 2, tmp_path / "logs", told.append, engine=engine)
     assert told == [killed, after]
     why = "error: this one fails"
     assert failed == {fails: why, never: f"fails failed: {why}"}
+    assert (tmp_path / "logs" / "fails.log").read_text() == f"first line\n{why}\nand says more\n"
     assert not never.directory.exists()
     tries = {job.name: (job.directory / "tries").read_text() for job in (killed, after, fails)}
     assert tries == {"killed": "xxx", "after": "x", "fails": "x"}
     pinned = [(job.directory / "cores").read_text() for job in told]
     assert all(text in map(str, map(sorted, cores_of(2))) for text in pinned)
+
+
+def test_runs_that_are_not_trained_together_are_run_one_by_one(
+    scripted, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(pool, "TOGETHER", "no_such_module")
+    alone = [Job(str(seed), ("runs",), tmp_path / str(seed)) for seed in range(2)]
+    first = Job("both", (), tmp_path / "both", runs=tuple(alone))
+    jobs, told = [first, *(replace(job, needs=(first,)) for job in alone)], list[Job]()
+    assert run_jobs(jobs, 2, tmp_path / "logs", told.append) == {}
+    assert told == jobs[1:]
+    printed = capsys.readouterr().out
+    assert "both, one by one: " in printed and "No module named no_such_module" in printed
+
+
+WAITS = """
+import json, os, sys, threading, time
+from pathlib import Path
+from jax._src import xla_bridge
+from rlhf_jax.training.run_lock import acquire
+
+print(json.dumps([threading.active_count(), [*xla_bridge._backends], os.getpgrp() == os.getpid()]))
+folder = Path(sys.argv[-1].removeprefix("--workdir="))
+folder.mkdir(parents=True, exist_ok=True)
+lock = acquire(folder / "lock")
+(folder / "tries").open("a").write("x")
+while not (folder / "go").exists():
+    time.sleep(0.02)
+(folder / "done").touch()
+"""
+
+
+def test_a_fork_is_a_process_of_its_own(scripted, tmp_path, monkeypatch):
+    (tmp_path / "scripted_run.py").write_text(WAITS)
+    job, log = Job("all", (), tmp_path / "all"), tmp_path / "all.log"
+    lock, (cores,) = job.directory / "lock", cores_of(1)
+    with forks() as engine:
+        ended = engine(["scripted_run", f"--workdir={job.directory}"], log, cores)
+        wait_for(lambda: is_held(lock))
+        first = parent_of(holder(lock))
+        ended.send_signal(signal.SIGTERM)
+        assert ended.wait() == -signal.SIGTERM
+        monkeypatch.setattr(forked, "_package_files", dict)  # code has changed, and is loaded again
+
+        def forked_and_killed(words, log, cores):
+            """Kills what a run was forked from once that holds its directory."""
+            fork = engine(words, log, cores)
+            wait_for(lambda: is_held(lock))
+            parent = parent_of(holder(lock))
+            assert parent != first and not Path(f"/proc/{first}").exists()
+            os.kill(parent, signal.SIGKILL)
+            assert fork.wait() == -signal.SIGKILL
+            fork.send_signal(signal.SIGTERM)  # is of no one
+            (job.directory / "go").touch()
+            return fork
+
+        # The run lives, and is waited for.
+        assert run_jobs([job], 1, tmp_path, lambda job: None, engine=forked_and_killed) == {}
+    assert (job.directory / "tries").read_text() == "xx"
+    # No thread and no backend of JAX's was there to be forked, and Ctrl-C is for the sweep.
+    assert json.loads(log.read_text()) == [1, [], True]
 
 
 def test_a_run_that_another_process_holds_is_waited_for(tmp_path, monkeypatch):
@@ -194,25 +282,45 @@ def sweeping(*arguments: str) -> subprocess.Popen:
     )
 
 
+def wait_for(happened: Callable[[], bool]) -> None:
+    while not happened():
+        time.sleep(0.01)
+
+
+def holder(lock: Path) -> int:
+    """The process that holds a lock."""
+    return json.loads(lock.read_text())["pid"]
+
+
+def parent_of(process: int) -> int:
+    """The process that has started a process."""
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def children_in(folder: Path) -> list[int]:
-    """The processes that work in a folder, by what their command lines name."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                words = (entry / "cmdline").read_bytes().decode(errors="replace")
-            except OSError:
-                continue
-            if str(folder) in words and "rlhf_jax.main" in words:
-                found.append(int(entry.name))
-    return found
+    """The processes of the runs in a folder, and those that they were forked from."""
+    found = set()
+    for lock in folder.rglob("*,seed*/lock"):
+        with suppress(ValueError, OSError):  # it is let go
+            process = holder(lock)
+            found |= {process, parent_of(process)}
+    return [each for each in sorted(found) if b"sweep.forks" in words_of(each)]
+
+
+def words_of(process: int) -> bytes:
+    """The command line of a process, b"" of one that has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    return b""
 
 
 @pytest.mark.slow
-def test_whatever_is_killed_the_table_is_the_same_to_the_last_bit(tiny, tmp_path):
+@pytest.mark.parametrize("together", [(), ("--vmap-seeds",)])
+def test_whatever_is_killed_the_table_is_the_same_to_the_last_bit(tiny, tmp_path, together):
     """The driver is killed six times, its children at least four times."""
     grid = "--grid=loss.beta=0.1,0.5; optimizer.learning_rate=1e-2,1e30"  # the last one diverges
-    flags = [f"--config={tiny}:preference", grid, "--seeds=2", "--metric=eval/gold_reward"]
+    flags = [f"--config={tiny}:preference", grid, "--seeds=2", *together]
+    flags.append("--metric=eval/gold_reward")
     whole, killed = tmp_path / "whole" / "abl", tmp_path / "killed" / "abl"
     done = sweeping(*flags, f"--workdir={whole}")
     output, _ = done.communicate(timeout=1200)

@@ -1,0 +1,1 @@
+"""Records that are left out of a training set, and why."""
