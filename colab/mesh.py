@@ -3,7 +3,7 @@
 #   accelerator: TPU
 #   colab:
 #     machine_shape: hm
-#     name: A mesh of TPUs: what lies where, and what fits
+#     name: A mesh of TPUs, what lies where, and what fits
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -11,8 +11,6 @@
 # ---
 
 # %% [markdown]
-# # A mesh of TPUs: what lies where, and what fits
-#
 # # A mesh of TPUs: what lies where, and what fits
 #
 # A model that one chip cannot hold is spread over several. This notebook shows how: which part of
