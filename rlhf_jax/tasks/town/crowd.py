@@ -4,7 +4,9 @@ What a person sees of a reply's worth is u(a) of `labelers`, with Gumbel noise, 
 of two is what Bradley–Terry says. A comparison tells which one it is. A rating tells the worth in
 units of gold score on the person's own scale from 1 to 5, which is rounded and cut at its ends:
 
-    3 + offset + drift · (t − ½) + slope · (u(a) / sharpness − 0.75) / 0.125,    t in [0, 1]: how far on
+    3 + offset + drift · (t − ½) + slope · (u(a) / sharpness − 0.75) / 0.125
+
+where t goes from 0 to 1.
 """
 
 from __future__ import annotations
@@ -82,13 +84,12 @@ def votes(
     """Comparisons of three replies to each prompt, every pair by several people in both orders.
 
     `meta` is that of `labelers.compare` and "labeler", "order" ("chosen_first" or
-    "rejected_first"), "pair", "polite_chosen", "polite_rejected", and "truth", JSON of what the
-    labeler is. `REPEATED` of the votes come once more, by the same person with sides swapped.
+    "rejected_first"), "pair", and "truth", JSON of what the labeler is. `REPEATED` of the votes
+    come once more, by the same person with sides swapped.
     """
     truths = {name: json.dumps(asdict(person.compares)) for name, person in people.items()}
     for prompt, replies in town.compared(split, prompts):
         rng = Random(f"votes {seed} {prompt.id}")
-        polite = {reply: gold_score(prompt, reply).components["polite"] for reply in replies}
         for i, j in combinations(range(len(replies)), 2):
             name = f"{prompt.id}-{i}{j}"
             swapped = rng.random() < 0.5
@@ -103,8 +104,6 @@ def votes(
                         "labeler": labeler,
                         "order": f"{'chosen' if pair.chosen == shown[0] else 'rejected'}_first",
                         "pair": name,
-                        "polite_chosen": str(polite[pair.chosen]),
-                        "polite_rejected": str(polite[pair.rejected]),
                         "truth": truths[labeler],
                     }
                     record = f"{name}-{labeler}-{again}"
