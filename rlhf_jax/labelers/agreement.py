@@ -14,11 +14,11 @@ LEVELS = ("nominal", "ordinal", "interval")
 
 
 class Measured(NamedTuple):
-    """A number, or None and why there is none; `count` is of how many it is."""
+    """A number, or None and why there is none; `of` is of how many it is."""
 
     value: float | None
     why: str
-    count: int
+    of: int
 
 
 def krippendorff_alpha(table: np.ndarray, level: str = "nominal") -> Measured:
@@ -68,22 +68,12 @@ def vote_table(votes: Votes) -> np.ndarray:
 def self_consistency(votes: Votes) -> list[Measured]:
     """For each labeler, how often a pair that came again was judged as it was the first time."""
     first: dict[tuple[int, int], float] = {}
-    same = defaultdict(list)
+    agreed: list[list[bool]] = [[] for _ in votes.labelers]
     for who, pair, wins in zip(votes.labeler, votes.pair, votes.wins, strict=True):
-        before = (
-            first.setdefault((who, pair), wins) if (who, pair) not in first else first[who, pair]
-        )
-        same[who].append(wins == before)
-    seen = defaultdict(int)
-    for who, _ in first:
-        seen[who] += 1
-    results = []
-    for who in range(len(votes.labelers)):
-        again = len(same[who]) - seen[who]
-        agreed = sum(same[who]) - seen[who]
-        why = "" if again else "no pair came to this labeler twice"
-        results.append(Measured(agreed / again if again else None, why, again))
-    return results
+        if (who, pair) in first:
+            agreed[who].append(bool(wins == first[who, pair]))
+        first.setdefault((who, pair), wins)
+    return [_share(sum(each), len(each), "no pair came to this labeler twice") for each in agreed]
 
 
 def cycles(votes: Votes) -> list[Measured]:
@@ -102,9 +92,13 @@ def cycles(votes: Votes) -> list[Measured]:
                     triples += 1
                     around = {np.sign(graph[a][b]), np.sign(graph[b][c]), np.sign(graph[c][a])}
                     cyclic += around in ({1.0}, {-1.0})
-        why = "" if triples else "no three replies were all compared by this labeler"
-        results.append(Measured(cyclic / triples if triples else None, why, triples))
+        why = "no three replies were all compared by this labeler"
+        results.append(_share(cyclic, triples, why))
     return results
+
+
+def _share(count: int, of: int, why: str) -> Measured:
+    return Measured(count / of, "", of) if of else Measured(None, why, 0)
 
 
 def majority(votes: Votes) -> np.ndarray:

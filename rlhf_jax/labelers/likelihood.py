@@ -149,8 +149,7 @@ class _Problem:
         self.weight[tied] = self.weight[len(votes.wins) :] = 0.5
         self.labeler, pair = votes.labeler[order], votes.pair[order]
         spread = _spread(votes.features)
-        known = votes.quality is not None
-        scale = _spread(votes.quality) if known else 1.0
+        scale = 1.0 if votes.quality is None else float(_spread(votes.quality))
         fixed = [votes.features[pair] / spread, votes.first[order][:, None]]
         self.fixed = np.concatenate(fixed, axis=1)
         self.units = np.concatenate([[1 / scale], 1 / spread, [1, 1]])
@@ -159,11 +158,11 @@ class _Problem:
         self.center = np.array([0.0] * (len(self.prior) - 1) + [LAPSE_PRIOR[0]])
         self.grid = np.linspace(-REACH, REACH, NODES)
         log_mass = -0.5 * self.grid**2
-        self.log_mass = log_mass - np.logaddexp.reduce(log_mass)
+        self.log_mass = log_mass - np.log(np.exp(log_mass).sum())
         self.nodes = self.grid[None, :]
-        if known:
+        if votes.quality is not None:
             self.nodes, self.log_mass = votes.quality[pair][:, None] / scale, np.zeros(1)
-        self.scale, self.known = scale, votes.quality
+        self.known = votes.quality
         ones, at = np.ones(len(order)), np.arange(len(order))
         pairs = len(votes.features)
         self.by_pair = sparse.csr_matrix((ones, (pair, at)), (pairs, len(order)))

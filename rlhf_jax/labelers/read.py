@@ -91,7 +91,7 @@ def arrays_of(votes: Sequence[Vote], *, judged: bool) -> Votes:
         [replies.setdefault((prompt, side), len(replies)) for side in sides]
         for prompt, sides in zip(prompts, sides_of, strict=True)
     ]
-    words = [[len(side.split()) for side in sides] for sides in sides_of]
+    words = [[float(len(side.split())) for side in sides] for sides in sides_of]
     features, quality = {"length": words}, None
     task = verifier_of([vote.record for vote in votes]) if judged else None
     if task and task.verify:

@@ -55,7 +55,7 @@ class Person:
 CROWD: Mapping[str, Person] = {
     "careful": Person(),
     "hasty": Person(Labeler(sharpness=12, lapses=0.05), offset=0.5, slope=0.7, drift=0.8),
-    "length-loving": Person(Labeler(sharpness=15, length=0.3), offset=-0.5, slope=0.8),
+    "length-loving": Person(Labeler(sharpness=15, length=0.2), offset=-0.5, slope=0.8),
     "courtesy-loving": Person(Labeler(sharpness=15, courtesy=4), offset=1.0, slope=0.8),
     "first-position": Person(Labeler(position=1), offset=-1.0, drift=-0.8),
     "last-position": Person(Labeler(position=-1), slope=1.4),
