@@ -113,7 +113,7 @@ def beliefs(votes: Votes, report: CrowdReport) -> Beliefs:
         "labelers fitted": blind.belief,
     }
     sides = {name: np.sign(np.where(np.abs(b) < 1e-9, 0, b)) for name, b in methods.items()}
-    most = int(np.bincount(votes.pair).max())
+    most = max(np.bincount(votes.pair).tolist())
     told = []
     if most == 1:
         told.append(

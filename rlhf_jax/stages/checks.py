@@ -52,6 +52,12 @@ def check(config: Config) -> None:
     if config.stage == "reward" and config.loss.name not in ("bradley_terry", "pointwise"):
         name = config.loss.name
         raise UserError(f"config.loss.name = {name!r}: choose one of bradley_terry, pointwise")
+    how = getattr(config.data, "labelers", "pooled")
+    if how == "nuisance" and (config.stage != "reward" or config.loss.name == "pointwise"):
+        raise UserError(
+            "config: data.labelers = 'nuisance' is for the reward stage's loss of pairs; choose one "
+            "of pooled, majority, weighted"
+        )
     if config.stage == "online_preference" and config.loss.name == "kto":
         raise UserError(
             "config: loss.name = 'kto' needs an answer to another prompt beside each pair, which "

@@ -116,30 +116,30 @@ def ratings(
     people: Mapping[str, Person] = CROWD,
     *,
     prompts: int = 650,
-    ratings_per_reply: int = VOTES_PER_PAIR,
+    ratings_per_reply: int = 2 * VOTES_PER_PAIR,
     seed: int = 0,
 ) -> Iterator[Conversation]:
-    """Ratings by the same people of the same replies as in `votes`.
+    """Ratings by the same people of the same replies as in `votes`, at the same cost.
 
-    To rate a reply costs half of what it costs to compare two: the same people read as many replies
-    here as there, where each of three replies is in two pairs, for half as many prompts.
-
-    `meta` has "labeler", "rating" from 1 to 5 and "label", the rating in [0, 1].
+    Each reply is rated as often as it is read there, where it is in two pairs of three; `REPEATED`
+    of the ratings too come once more. `meta` has "labeler", "rating" from 1 to 5 and "label", the
+    rating in [0, 1].
     """
     asked: list[tuple[Prompt, Sequence[str]]] = [*town.compared(split, prompts)]
     for index, (prompt, replies) in enumerate(asked):
         rng = Random(f"ratings {seed} {prompt.id}")
         for i, reply in enumerate(replies):
             for labeler in rng.sample([*people], ratings_per_reply):
-                rating = people[labeler].rate(rng, prompt, reply, index / len(asked))
-                meta = {
-                    **prompt.meta,
-                    "labeler": labeler,
-                    "rating": str(rating),
-                    "label": str((rating - 1) / 4),
-                }
-                turns = (*prompt.messages, Message("assistant", reply))
-                yield Conversation(f"{prompt.id}-{i}-{labeler}", turns, meta)
+                for again in range(2 if rng.random() < REPEATED else 1):
+                    rating = people[labeler].rate(rng, prompt, reply, index / len(asked))
+                    meta = {
+                        **prompt.meta,
+                        "labeler": labeler,
+                        "rating": str(rating),
+                        "label": str((rating - 1) / 4),
+                    }
+                    turns = (*prompt.messages, Message("assistant", reply))
+                    yield Conversation(f"{prompt.id}-{i}-{labeler}-{again}", turns, meta)
 
 
 def ordered(town: Town, split: str, prompts: int | None = None) -> Iterator[Pair]:
