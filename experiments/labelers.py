@@ -1,8 +1,8 @@
 """Reward models from the votes of people who differ: what they are biased by is taken out, or not.
 
 python -m rlhf_jax.main --config=experiments/labelers.py
-    ten people of whom three prefer what is longer (town/biased_votes); their effects are fitted from
-    the votes alone and dropped at scoring; judged by the order of gold scores (town/ordered)
+    ten people of whom three prefer what is longer (town/biased_votes); their effects are fitted
+    from the votes alone and dropped at scoring; judged by the order of gold scores (town/ordered)
 … --config=experiments/labelers.py:pooled, :majority, :weighted
     the same votes as they are, by majority, or by Dawid–Skene
 … --config=experiments/labelers.py:pairs, :ratings

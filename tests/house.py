@@ -25,7 +25,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "rlhf_jax"
-ANNEXES = ("tasks", "hub", "report", "oracle", "plan", "sweep")
+ANNEXES = ("tasks", "hub", "report", "oracle", "plan", "sweep", "labelers")
 
 
 @dataclass(frozen=True)

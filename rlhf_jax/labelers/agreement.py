@@ -7,6 +7,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import expit
 
 from rlhf_jax.labelers.likelihood import Votes
 
@@ -61,7 +62,8 @@ def krippendorff_alpha(table: np.ndarray, level: str = "nominal") -> Measured:
 def vote_table(votes: Votes) -> np.ndarray:
     """[L, P] each labeler's first vote about each pair: 1 for a, 0 for b, ½ for a tie, else NaN."""
     table = np.full((len(votes.labelers), len(votes.features)), np.nan)
-    table[votes.labeler[::-1], votes.pair[::-1]] = votes.wins[::-1]
+    first = np.unique(votes.labeler * table.shape[1] + votes.pair, return_index=True)[1]
+    table[votes.labeler[first], votes.pair[first]] = votes.wins[first]
     return table
 
 
@@ -112,8 +114,9 @@ def dawid_skene(votes: Votes, *, most: int = 200, tolerance: float = 1e-6) -> np
 
     "Maximum Likelihood Estimation of Observer Error-Rates Using the EM Algorithm" (1979),
     https://www.jstor.org/stable/2346806, with one vote more of each kind, which keeps rates from
-    0 and 1. It starts from the majority's shares and ends where no probability changes by more
-    than `tolerance`, or after `most` rounds.
+    0 and 1. Both sides are as likely beforehand, since it means nothing which of them is a. It
+    starts from the majority's shares and ends where no probability changes by more than
+    `tolerance`, or after `most` rounds.
     """
     labelers, pairs = len(votes.labelers), len(votes.features)
     belief = majority(votes)
@@ -123,11 +126,9 @@ def dawid_skene(votes: Votes, *, most: int = 200, tolerance: float = 1e-6) -> np
             weight = better[votes.pair]
             total = np.bincount(votes.labeler, weight, labelers) + 2
             rates.append((np.bincount(votes.labeler, weight * votes.wins, labelers) + 1) / total)
-        logit = np.full(pairs, np.log(belief.mean() / (1 - belief.mean())))
         of_a, of_b = (np.log(rates[0] / rates[1]), np.log((1 - rates[0]) / (1 - rates[1])))
         each = votes.wins * of_a[votes.labeler] + (1 - votes.wins) * of_b[votes.labeler]
-        logit += np.bincount(votes.pair, each, pairs)
-        before, belief = belief, 1 / (1 + np.exp(-logit))
+        before, belief = belief, expit(np.bincount(votes.pair, each, pairs))
         if np.abs(belief - before).max() < tolerance:
             break
     return belief

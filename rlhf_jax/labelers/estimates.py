@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import expit
@@ -18,6 +18,7 @@ MOST_PAIRS = 1000  # that expected accuracy is averaged over, evenly spaced amon
 _Z = 1.96
 GUESSING = "answers as a coin does: who sees nothing and who does not look are the same"
 UNTOLD = "the votes say little more than the prior"
+TOGETHER = "a blunter labeler and one who lapses more vote alike here"
 FEW = "whether a bias is a labeler's own needs three labelers, or replies with known scores"
 
 
@@ -84,13 +85,9 @@ def estimate(votes: Votes) -> CrowdReport:
     for i, name in enumerate(votes.labelers):
         covariance = fitted.covariance[i * width : (i + 1) * width, i * width : (i + 1) * width]
         accuracy = _accuracy(votes, fitted.theta[i], covariance, shared)
-        effects = _effects(votes, fitted.theta[i], np.sqrt(np.diag(covariance)), fitted.prior)
-        if few:
-            for feature in votes.names:
-                effects[feature] = _untold(effects[feature], FEW)
-        if accuracy.low <= 0.5 <= accuracy.high:
-            for effect in ("sharpness", "lapses"):
-                effects[effect] = _untold(effects[effect], GUESSING)
+        found = _effects(votes, fitted.theta[i], np.sqrt(np.diag(covariance)))
+        why = _untold(found, fitted.prior, accuracy, votes.names if few else ())
+        effects = {effect: replace(x, why=why.get(effect, "")) for effect, x in found.items()}
         reports.append(
             LabelerReport(
                 name, int((votes.labeler == i).sum()), effects, accuracy, again[i], own[i],
@@ -105,7 +102,7 @@ def take_shared(fitted: Fitted) -> tuple[Fitted, np.ndarray]:
     """Moves into quality what most labelers have of each feature per sharpness.
 
     That is the mean of effect_l / sharpness_l, by precision, of the labelers within 2.5 standard
-    errors of it, begun at the median by precision.
+    errors of it, begun at their median.
 
     Returns:
       (the fit with effects beyond what is shared, [F] what is shared in quality per unit).
@@ -121,9 +118,7 @@ def take_shared(fitted: Fitted) -> tuple[Fitted, np.ndarray]:
     for f in range(1, width - 2):
         ratio = fitted.theta[:, f] / np.where(seeing, sharpness, 1.0)
         precision = seeing * sharpness**2 / variance[:, f]
-        order = np.argsort(ratio)
-        middle = np.searchsorted(np.cumsum(precision[order]), precision.sum() / 2)
-        center = ratio[order][middle]
+        center = float(np.median(ratio[seeing]))
         for _ in range(5):
             near = np.abs(ratio - center) * np.sqrt(precision) <= 2.5
             weight = near * precision / max((near * precision).sum(), 1e-300)
@@ -140,20 +135,28 @@ def take_shared(fitted: Fitted) -> tuple[Fitted, np.ndarray]:
     return Fitted(theta, covariance, fitted.prior, fitted.quality, fitted.converged), shared
 
 
-def _effects(
-    votes: Votes, theta: np.ndarray, errors: np.ndarray, prior: np.ndarray
-) -> dict[str, Estimate]:
+def _effects(votes: Votes, theta: np.ndarray, errors: np.ndarray) -> dict[str, Estimate]:
     effects = {}
     for k, name in enumerate(votes.effects):
-        low, high = theta[k] - _Z * errors[k], theta[k] + _Z * errors[k]
-        if name == "lapses":
-            value, low, high = (float(expit(x)) for x in (theta[k], low, high))
-            untold = high - low > 2 * WIDEST_LAPSE
-        else:
-            value, untold = float(theta[k]), errors[k] > prior[k] / 2
-        why = UNTOLD if untold else ""
-        effects[name] = Estimate(value, float(low), float(high), float(errors[k]), why)
+        ends = (theta[k], theta[k] - _Z * errors[k], theta[k] + _Z * errors[k])
+        value, low, high = map(float, expit(ends) if name == "lapses" else ends)
+        effects[name] = Estimate(value, low, high, float(errors[k]))
     return effects
+
+
+def _untold(
+    effects: dict[str, Estimate], prior: np.ndarray, accuracy: Estimate, unknown: Sequence[str]
+) -> dict[str, str]:
+    """Why effects cannot be told, by name; `unknown` are features whose effects are shared."""
+    why = dict.fromkeys(unknown, FEW)
+    for (name, effect), spread in zip(effects.items(), prior, strict=True):
+        if name != "lapses" and effect.error > spread / 2:
+            why[name] = UNTOLD
+    if effects["lapses"].high - effects["lapses"].low > 2 * WIDEST_LAPSE:
+        why |= dict.fromkeys(("sharpness", "lapses"), TOGETHER)
+    if accuracy.low <= 0.5 <= accuracy.high:
+        why |= dict.fromkeys(("sharpness", "lapses"), GUESSING)
+    return why
 
 
 def _verdict(accuracy: Estimate) -> str:
@@ -161,10 +164,6 @@ def _verdict(accuracy: Estimate) -> str:
     if accuracy.high < COIN[0]:
         return "contrary"
     return "spammer" if accuracy.low > COIN[0] and accuracy.high < COIN[1] else ""
-
-
-def _untold(effect: Estimate, why: str) -> Estimate:
-    return Estimate(effect.value, effect.low, effect.high, effect.error, why)
 
 
 def _accuracy(

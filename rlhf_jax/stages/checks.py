@@ -55,8 +55,8 @@ def check(config: Config) -> None:
     how = getattr(config.data, "labelers", "pooled")
     if how == "nuisance" and (config.stage != "reward" or config.loss.name == "pointwise"):
         raise UserError(
-            "config: data.labelers = 'nuisance' is for the reward stage's loss of pairs; choose one "
-            "of pooled, majority, weighted"
+            "config: data.labelers = 'nuisance' is for the reward stage's loss of pairs; there are "
+            "pooled, majority and weighted"
         )
     if config.stage == "online_preference" and config.loss.name == "kto":
         raise UserError(
