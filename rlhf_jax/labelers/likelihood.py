@@ -15,6 +15,8 @@ The parameters have a weak normal prior, which is what is left of one that the v
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +24,8 @@ import numpy as np
 from scipy import optimize, sparse
 from scipy.special import expit
 
-REACH, NODES = 3.75, 31  # of the grid, in standard deviations of quality
+REACH, NODES = 3.5, 21  # of the grid, in standard deviations of quality
+PART = 2000  # votes that are computed together
 # Standard deviations of the prior, in logits per standard deviation of what an effect is of.
 SHARPNESS_PRIOR, EFFECT_PRIOR, POSITION_PRIOR = 10.0, 5.0, 3.0
 LAPSE_PRIOR = (-3.0, 1.5)  # mean and standard deviation of logit(lapses)
@@ -93,7 +96,7 @@ def fit(votes: Votes) -> Fitted:
         theta=theta.reshape(count, width) * problem.units,
         covariance=np.linalg.inv(information) * units[:, None] * units,
         prior=problem.prior * problem.units,
-        quality=problem.quality(theta),
+        quality=problem.quality(theta) if votes.quality is None else votes.quality,
         converged=converged,
     )
 
@@ -102,9 +105,9 @@ def _search(problem: _Problem, theta: np.ndarray, most: int) -> tuple[np.ndarray
     """(parameters, whether they are the mode) after at most so many iterations of L-BFGS.
 
     It walks in coordinates in which what the votes would tell, were q known, is the identity: so
-    it ends where no parameter is further from the mode than a hundredth of its standard error.
+    it ends where no parameter is further from the mode than a few hundredths of its standard error.
     """
-    count, width = problem.by_labeler.shape[0], len(problem.prior)
+    count, width = problem.labelers, len(problem.prior)
     root = np.linalg.cholesky(np.linalg.inv(problem.complete_information(theta)))
 
     def to_theta(step: np.ndarray) -> np.ndarray:
@@ -116,95 +119,61 @@ def _search(problem: _Problem, theta: np.ndarray, most: int) -> tuple[np.ndarray
 
     found = optimize.minimize(
         objective, np.zeros_like(theta), jac=True, method="L-BFGS-B",
-        options={"maxiter": most, "maxcor": 20, "ftol": 0.0, "gtol": 0.01},
+        options={"maxiter": most, "maxcor": 20, "ftol": 0.0, "gtol": 0.03},
     )  # fmt: skip
     return to_theta(found.x), found.status == 0
-
-
-class _Derivatives(NamedTuple):
-    """Of the log of each vote's probability, [V, nodes]; and the nodes' mass [P, nodes].
-
-    `logit` and `lapse` are the first by η and by the logit of the lapses; `second` has "logit",
-    "both" and "lapse".
-    """
-
-    logit: np.ndarray
-    lapse: np.ndarray
-    mass: np.ndarray
-    second: dict[str, np.ndarray]
 
 
 class _Problem:
     """The likelihood in standard units: each feature, and a known quality, divided by its spread.
 
-    A tie is half a vote for each side.
+    Pairs are in parts that a processor's cache holds.
     """
 
     def __init__(self, votes: Votes) -> None:
-        tied = np.flatnonzero((votes.wins > 0) & (votes.wins < 1))
-        order = np.concatenate([np.arange(len(votes.wins)), tied])
-        self.sign = np.where(votes.wins > 0, 1.0, -1.0)[order]
-        self.sign[len(votes.wins) :] = -1
-        self.weight = np.ones(len(order))
-        self.weight[tied] = self.weight[len(votes.wins) :] = 0.5
-        self.labeler, pair = votes.labeler[order], votes.pair[order]
         spread = _spread(votes.features)
         scale = 1.0 if votes.quality is None else float(_spread(votes.quality))
-        fixed = [votes.features[pair] / spread, votes.first[order][:, None]]
-        self.fixed = np.concatenate(fixed, axis=1)
+        self.threads = ThreadPoolExecutor(os.cpu_count())
+        self.labelers, self.pairs = len(votes.labelers), len(votes.features)
         self.units = np.concatenate([[1 / scale], 1 / spread, [1, 1]])
         effects = [EFFECT_PRIOR] * len(spread)
         self.prior = np.array([SHARPNESS_PRIOR, *effects, POSITION_PRIOR, LAPSE_PRIOR[1]])
         self.center = np.array([0.0] * (len(self.prior) - 1) + [LAPSE_PRIOR[0]])
-        self.grid = np.linspace(-REACH, REACH, NODES)
-        log_mass = -0.5 * self.grid**2
-        self.log_mass = log_mass - np.log(np.exp(log_mass).sum())
-        self.nodes = self.grid[None, :]
-        if votes.quality is not None:
-            self.nodes, self.log_mass = votes.quality[pair][:, None] / scale, np.zeros(1)
-        self.known = votes.quality
-        ones, at = np.ones(len(order)), np.arange(len(order))
-        pairs = len(votes.features)
-        self.by_pair = sparse.csr_matrix((ones, (pair, at)), (pairs, len(order)))
-        self.by_labeler = sparse.csr_matrix(
-            (ones, (self.labeler, at)), (len(votes.labelers), len(order))
-        )
-        self.pair = pair
-
-    def _votes(self, theta: np.ndarray) -> tuple[np.ndarray, ...]:
-        """(σ(±η), P of what was voted, each [V, nodes], lapses [V, 1])."""
-        theta = theta.reshape(self.by_labeler.shape[0], -1)
-        mine = theta[self.labeler]
-        logit = (self.fixed * mine[:, 1:-1]).sum(1)[:, None] + mine[:, :1] * self.nodes
-        right = expit(self.sign[:, None] * logit)
-        lapses = expit(mine[:, -1:])
-        return right, (1 - lapses) * right + lapses / 2, lapses
-
-    def _posterior(self, chosen: np.ndarray) -> tuple[np.ndarray, float]:
-        """(mass of each node after a pair's votes [P, nodes], log-likelihood)."""
-        joint = self.by_pair @ (self.weight[:, None] * np.log(chosen)) + self.log_mass
-        top = joint.max(1, keepdims=True)
-        mass = np.exp(joint - top)
-        total = mass.sum(1, keepdims=True)
-        return mass / total, float((top + np.log(total)).sum())
+        # A tie is half a vote for each side.
+        tied = np.flatnonzero((votes.wins > 0) & (votes.wins < 1))
+        rows = np.concatenate([np.arange(len(votes.wins)), tied])
+        sign = np.where(votes.wins > 0, 1.0, -1.0)[rows]
+        sign[len(votes.wins) :] = -1
+        weight = np.ones(len(rows))
+        weight[tied] = weight[len(votes.wins) :] = 0.5
+        order = np.argsort(votes.pair[rows], kind="stable")
+        rows, sign, weight = rows[order], sign[order], weight[order]
+        pair = votes.pair[rows]
+        ends = np.flatnonzero(np.diff(pair, append=-1)) + 1  # of each pair's votes
+        cuts = np.unique(np.searchsorted(ends, np.arange(PART, len(pair), PART)))
+        fixed = np.concatenate([votes.features[pair] / spread, votes.first[rows, None]], axis=1)
+        self.parts: list[_Part] = []
+        for own in np.split(ends, cuts):
+            if not len(own):
+                continue
+            begin = self.parts[-1].end if self.parts else 0
+            at = slice(begin, int(own[-1]))
+            known = None if votes.quality is None else votes.quality[pair[at], None] / scale
+            self.parts.append(
+                _Part(
+                    labelers=self.labelers, end=at.stop, sign=sign[at], weight=weight[at],
+                    labeler=votes.labeler[rows[at]], pair=pair[at], fixed=fixed[at], known=known,
+                )
+            )  # fmt: skip
 
     def loss_and_gradient(self, theta: np.ndarray) -> tuple[float, np.ndarray]:
         """Minus the log posterior but for a constant, and its gradient [L · K]."""
-        right, chosen, lapses = self._votes(theta)
-        mass, likelihood = self._posterior(chosen)
-        each = self.weight[:, None] * mass[self.pair] / chosen
-        of_logit = each * (1 - lapses) * right * (1 - right) * self.sign[:, None]
-        of_lapse = (each * (0.5 - right)).sum(1) * (lapses * (1 - lapses))[:, 0]
-        along = of_logit.sum(1)
-        columns = [
-            (of_logit * self.nodes).sum(1)[:, None],
-            along[:, None] * self.fixed,
-            of_lapse[:, None],
-        ]
-        gradient = self.by_labeler @ np.concatenate(columns, axis=1)
-        away = (theta.reshape(gradient.shape) - self.center) / self.prior
-        loss = 0.5 * float((away**2).sum()) - likelihood
-        return loss, (away / self.prior - gradient).ravel()
+        theta = theta.reshape(self.labelers, -1)
+        away = (theta - self.center) / self.prior
+        loss, gradient = 0.5 * float((away**2).sum()), away / self.prior
+        for likelihood, along in self.threads.map(lambda part: part.likelihood(theta), self.parts):
+            loss, gradient = loss - likelihood, gradient - along
+        return loss, gradient.ravel()
 
     def information(self, theta: np.ndarray) -> np.ndarray:
         """Minus the Hessian of the log posterior, [L · K, L · K], by Louis' identity.
@@ -213,45 +182,141 @@ class _Problem:
         https://www.jstor.org/stable/2345828: that of the votes given q, less what q adds, which
         is the covariance over q of a pair's score.
         """
-        found = self._derivatives(theta)
-        count, width = self.by_labeler.shape[0], len(self.prior)
-        information = np.zeros((count, width, count, width))
-        each = np.arange(count)
-        information[each, :, each, :] = -self._blocks(found.second, found.mass)
-        information = information.reshape(count * width, -1)
-        if len(self.log_mass) > 1:
-            information -= self._covariance(found)
-        return information + np.diag(np.tile(self.prior**-2, count))
+        theta = theta.reshape(self.labelers, -1)
+        width, each = theta.shape[1], np.arange(self.labelers)
+        blocks = np.zeros((self.labelers, width, self.labelers, width))
+        blocks[each, :, each, :] = np.diag(self.prior**-2)
+        information = blocks.reshape(theta.size, -1)
+        for block, covariance in self.threads.map(lambda part: part.information(theta), self.parts):
+            blocks[each, :, each, :] += block
+            information -= covariance
+        return information
 
     def complete_information(self, theta: np.ndarray) -> np.ndarray:
         """[L, K, K] the mean over q of the squared score of each vote, and the prior's."""
-        found = self._derivatives(theta)
-        squares = {
-            "logit": found.logit**2,
-            "both": found.logit * found.lapse,
-            "lapse": found.lapse**2,
-        }
-        return self._blocks(squares, found.mass) + np.diag(self.prior**-2)
+        theta = theta.reshape(self.labelers, -1)
+        total = np.tile(np.diag(self.prior**-2), (self.labelers, 1, 1))
+        return sum(self.threads.map(lambda part: part.squares(theta), self.parts), total)
 
-    def _derivatives(self, theta: np.ndarray) -> _Derivatives:
+    def quality(self, theta: np.ndarray) -> np.ndarray:
+        """[P] the mean of each pair's quality after its votes."""
+        quality = np.zeros(self.pairs)
+        for part in self.parts:
+            mass = part.derivatives(theta.reshape(self.labelers, -1)).mass
+            quality[part.pair[part.starts]] = mass @ part.nodes[0]
+        return quality
+
+
+class _Derivatives(NamedTuple):
+    """Of the log of each vote's probability, [v, nodes]; and the nodes' mass [p, nodes].
+
+    `logit` and `lapse` are the first by η and by the logit of the lapses; `second` by η twice, by
+    both, and by the lapse twice.
+    """
+
+    logit: np.ndarray
+    lapse: np.ndarray
+    mass: np.ndarray
+    second: tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+class _Part:
+    """All v votes about p pairs, which stand together: their likelihood and its derivatives."""
+
+    def __init__(
+        self, *, labelers: int, end: int, sign: np.ndarray, weight: np.ndarray,
+        labeler: np.ndarray, pair: np.ndarray, fixed: np.ndarray, known: np.ndarray | None,
+    ) -> None:  # fmt: skip
+        self.end, self.sign, self.weight, self.fixed = end, sign, weight, fixed
+        self.labeler, self.pair, self.known = labeler, pair, known
+        self.starts = np.flatnonzero(np.diff(pair, prepend=-1))
+        self.counts = np.diff(self.starts, append=len(pair))
+        grid = np.linspace(-REACH, REACH, NODES)
+        self.nodes, self.log_mass = grid[None, :], -0.5 * grid**2
+        self.log_mass = self.log_mass - np.log(np.exp(self.log_mass).sum())
+        if known is not None:
+            self.nodes, self.log_mass = known, np.zeros(1)
+        at = np.arange(len(pair))
+        self.by_labeler = sparse.csr_matrix((np.ones(len(at)), (labeler, at)), (labelers, len(at)))
+
+    def _votes(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(σ(±η), P of what was voted, each [v, nodes], lapses [v, 1])."""
+        mine = theta[self.labeler]
+        signed = self.sign[:, None] * mine[:, :-1]
+        right = (-signed[:, :1]) * self.nodes
+        right -= (self.fixed * signed[:, 1:]).sum(1)[:, None]
+        with np.errstate(over="ignore"):  # 1 / (1 + ∞) is right
+            np.exp(right, out=right)
+        right += 1
+        np.reciprocal(right, out=right)
+        lapses = expit(mine[:, -1:])
+        chosen = right * (1 - lapses)
+        chosen += lapses / 2
+        return right, chosen, lapses
+
+    def _posterior(self, chosen: np.ndarray) -> tuple[np.ndarray, float]:
+        """(mass of each node after a pair's votes [p, nodes], log-likelihood)."""
+        logs = np.log(chosen)
+        logs *= self.weight[:, None]
+        joint = np.add.reduceat(logs, self.starts, axis=0)
+        joint += self.log_mass
+        top = joint.max(1, keepdims=True)
+        mass = np.exp(joint - top)
+        total = mass.sum(1, keepdims=True)
+        return mass / total, float((top + np.log(total)).sum())
+
+    def likelihood(self, theta: np.ndarray) -> tuple[float, np.ndarray]:
+        """The log-likelihood of the votes, and its gradient [L, K]."""
+        right, chosen, lapses = self._votes(theta)
+        mass, likelihood = self._posterior(chosen)
+        each = np.repeat(mass, self.counts, axis=0)
+        each /= chosen
+        total = each.sum(1)
+        each *= right
+        of_lapse = total / 2 - each.sum(1)
+        right -= 1
+        each *= right  # −σ(1 − σ) of each node
+        factor = -self.weight * self.sign * (1 - lapses[:, 0])
+        by_quality = each @ self.nodes[0] if self.known is None else (each * self.nodes).sum(1)
+        columns = [
+            (factor * by_quality)[:, None],
+            (factor * each.sum(1))[:, None] * self.fixed,
+            (self.weight * of_lapse * (lapses * (1 - lapses))[:, 0])[:, None],
+        ]
+        return likelihood, self.by_labeler @ np.concatenate(columns, axis=1)
+
+    def derivatives(self, theta: np.ndarray) -> _Derivatives:
+        """The derivatives of each vote by what its probability is made of."""
         right, chosen, lapses = self._votes(theta)
         mass, _ = self._posterior(chosen)
         slope, moved = right * (1 - right), lapses * (1 - lapses)
         of_logit = self.sign[:, None] * (1 - lapses) * slope / chosen
         of_lapse = moved * (0.5 - right) / chosen
-        second = {
-            "logit": (1 - lapses) * slope * (1 - 2 * right) / chosen - of_logit**2,
-            "both": -self.sign[:, None] * moved * slope / chosen - of_logit * of_lapse,
-            "lapse": (1 - 2 * lapses) * of_lapse - of_lapse**2,
-        }
+        second = (
+            (1 - lapses) * slope * (1 - 2 * right) / chosen - of_logit**2,
+            -self.sign[:, None] * moved * slope / chosen - of_logit * of_lapse,
+            (1 - 2 * lapses) * of_lapse - of_lapse**2,
+        )
         return _Derivatives(of_logit, of_lapse, mass, second)
 
-    def _blocks(self, second: dict[str, np.ndarray], mass: np.ndarray) -> np.ndarray:
+    def squares(self, theta: np.ndarray) -> np.ndarray:
+        """[L, K, K] the mean over q of each vote's squared score, summed over a labeler's votes."""
+        found = self.derivatives(theta)
+        squares = (found.logit**2, found.logit * found.lapse, found.lapse**2)
+        return self.blocks(squares, found.mass)
+
+    def information(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray | float]:
+        """Minus the mean second derivatives [L, K, K], and the `covariance`, 0 where q is known."""
+        found = self.derivatives(theta)
+        covariance = self.covariance(found) if self.known is None else 0.0
+        return -self.blocks(found.second, found.mass), covariance
+
+    def blocks(self, second: tuple[np.ndarray, ...], mass: np.ndarray) -> np.ndarray:
         """[L, K, K] the sum over a labeler's votes, and mean over q, of these second moments."""
-        at = self.weight[:, None] * mass[self.pair]
-        width, fixed = len(self.prior), self.fixed
+        at = self.weight[:, None] * np.repeat(mass, self.counts, axis=0)
+        logit, both, lapse = (at * moment for moment in second)
+        width, fixed = self.fixed.shape[1] + 2, self.fixed
         blocks = np.zeros((len(at), width, width))
-        logit, both = at * second["logit"], at * second["both"]
         blocks[:, 0, 0] = (logit * self.nodes**2).sum(1)
         blocks[:, 0, 1:-1] = (logit * self.nodes).sum(1)[:, None] * fixed
         blocks[:, 1:-1, 0] = blocks[:, 0, 1:-1]
@@ -259,33 +324,31 @@ class _Problem:
         blocks[:, 0, -1] = blocks[:, -1, 0] = (both * self.nodes).sum(1)
         blocks[:, 1:-1, -1] = both.sum(1)[:, None] * fixed
         blocks[:, -1, 1:-1] = blocks[:, 1:-1, -1]
-        blocks[:, -1, -1] = (at * second["lapse"]).sum(1)
+        blocks[:, -1, -1] = lapse.sum(1)
         summed = self.by_labeler @ blocks.reshape(len(at), -1)
         return summed.reshape(-1, width, width)
 
-    def _covariance(self, found: _Derivatives) -> np.ndarray:
+    def covariance(self, found: _Derivatives) -> np.ndarray:
         """Σ over pairs of the covariance over q of the gradient by all parameters."""
-        width, pairs = len(self.prior), len(found.mass)
+        mass = np.repeat(found.mass, self.counts, axis=0).T[:, :, None]
+        along = (self.weight[:, None] * found.logit).T[:, :, None]
+        lapse = (self.weight[:, None] * found.lapse).T[:, :, None]
+        of_quality = along * self.nodes.T[:, :, None]
+        scores = np.concatenate([of_quality, along * self.fixed, lapse], axis=2)  # [nodes, v, K]
+        spread = self._by_pair(np.sqrt(mass) * scores)
+        mean = self._by_pair((mass * scores).sum(0, keepdims=True))
+        return (spread.T @ spread - mean.T @ mean).toarray()
+
+    def _by_pair(self, scores: np.ndarray) -> sparse.csr_matrix:
+        """[n · p, L · K] of scores [n, v, K]: a row has those of all votes about a pair."""
+        count, votes, width = scores.shape
         size = self.by_labeler.shape[0] * width
         columns = (self.labeler[:, None] * width + np.arange(width)).ravel()
-        rows = np.repeat(self.pair, width)
-        total, mean = sparse.csr_matrix((size, size)), sparse.csr_matrix((pairs, size))
-        for n, q in enumerate(self.nodes[0]):
-            along = (self.weight * found.logit[:, n])[:, None]
-            lapse = (self.weight * found.lapse[:, n])[:, None]
-            score = np.concatenate([along * q, along * self.fixed, lapse], axis=1)
-            scores = sparse.csr_matrix((score.ravel(), (rows, columns)), (pairs, size))
-            weighted = sparse.diags(found.mass[:, n]) @ scores
-            total = total + scores.T @ weighted
-            mean = mean + weighted
-        return (total - mean.T @ mean).toarray()
-
-    def quality(self, theta: np.ndarray) -> np.ndarray:
-        """[P] what is known of each pair's quality, or its mean after the votes."""
-        if self.known is not None:
-            return self.known
-        mass, _ = self._posterior(self._votes(theta)[1])
-        return mass @ self.grid
+        starts = (np.arange(count)[:, None] * votes + self.starts).ravel() * width
+        return sparse.csr_matrix(
+            (scores.ravel(), np.tile(columns, count), np.append(starts, scores.size)),
+            shape=(len(starts), size),
+        )
 
 
 def _spread(values: np.ndarray) -> np.ndarray:
