@@ -14,7 +14,7 @@ from rlhf_jax.labelers.likelihood import NODES, REACH, Fitted, Votes, fit
 
 COIN = (0.4, 0.6)  # a coin's expected accuracy, as an interval that surely holds it
 WIDEST_LAPSE = 0.15  # half an interval of lapses that still tells something
-MOST_PAIRS = 1000  # that expected accuracy is averaged over, evenly spaced among all
+MOST_PAIRS = 400  # that expected accuracy is averaged over, evenly spaced among all
 _Z = 1.96
 GUESSING = "answers as a coin does: who sees nothing and who does not look are the same"
 UNTOLD = "the votes say little more than the prior"

@@ -72,8 +72,10 @@ def arrays_of(votes: Sequence[Vote], *, judged: bool) -> Votes:
     whose, about, wins, first = [], [], [], []
     for vote in votes:
         record = vote.record
-        sides = tuple(sorted((record.chosen, record.rejected), key=_digest))
-        name = record.meta.get("pair") or _digest(repr((record.prompt, sides)))
+        prompt = repr(record.prompt)
+        # Which one is a must mean nothing, not even over pairs of the same two replies.
+        sides = tuple(sorted((record.chosen, record.rejected), key=lambda x: _digest(prompt + x)))
+        name = record.meta.get("pair") or _digest(repr((prompt, sides)))
         index, known, _ = pairs.setdefault(name, (len(pairs), sides, record))  # type: ignore[arg-type]
         if known != sides:
             raise UserError(f"vote {record.id!r}: pair {name!r} is of other replies elsewhere")

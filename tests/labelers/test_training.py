@@ -1,0 +1,117 @@
+"""What a model is trained on where labelers differ."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from rlhf_jax.data.records import Message, Pair
+from rlhf_jax.data.tokenizer import train_bpe
+from rlhf_jax.errors import UserError
+from rlhf_jax.labelers.training import settle
+from rlhf_jax.stages.chain import load_config
+from rlhf_jax.stages.checks import check
+from rlhf_jax.stages.defaults import resolve
+from rlhf_jax.stages.preference_rows import pack_pairs
+from rlhf_jax.tasks.builders import load_records
+from tests.labelers.test_agreement import votes_of
+
+
+def vote(pair, chosen, rejected, labeler):
+    meta = {"labeler": labeler, "pair": pair, "order": "chosen_first"}
+    name = f"{pair}-{labeler}"
+    return Pair(name, (Message("user", f"{pair}?"),), chosen, rejected, meta=meta)
+
+
+VOTES = [
+    vote("p", "yes", "no", "ann"),
+    vote("p", "no", "yes", "bob"),
+    vote("p", "no", "yes", "cyd"),
+    vote("q", "yes", "no", "ann"),
+    vote("q", "no", "yes", "bob"),
+]
+
+
+def test_pooled_votes_are_pairs_as_they_are():
+    settled = settle(VOTES, "pooled", "votes")
+    assert settled.records == VOTES and settled.effects is None and settled.weights is None
+
+
+def test_a_majority_is_one_pair_and_an_even_vote_is_none(capsys):
+    settled = settle(VOTES, "majority", "votes")
+    assert [(pair.chosen, pair.rejected) for pair in settled.records] == [("no", "yes")]
+    assert settled.weights is None
+    assert "5 votes about 2 pairs, of which 1 are undecided and left out" in capsys.readouterr().out
+
+
+def test_weights_are_how_sure_dawid_skene_is():
+    votes = [vote(f"p{i}", "yes", "no", who) for i in range(20) for who in ("ann", "bob", "cyd")]
+    settled = settle([*votes, *VOTES[:3]], "weighted", "votes")
+    assert len(settled.records) == len(settled.weights) == 21
+    assert settled.weights[:20].min() > 0.99 and 0 < settled.weights[20] < 0.99
+
+
+def test_without_a_decided_pair_there_is_nothing_to_train_on():
+    with pytest.raises(UserError, match="no pair has a majority"):
+        settle(VOTES[3:], "majority", "votes")
+
+
+def test_pairs_without_labelers_are_no_votes():
+    with pytest.raises(UserError, match="has no labeler"):
+        settle([Pair("a", (Message("user", "?"),), "b", "c")], "nuisance", "votes")
+
+
+@pytest.fixture(scope="module")
+def biased():
+    """(votes of ten people of whom three prefer what is longer, what they are fitted to be)."""
+    records = load_records("town/biased_votes", "train")
+    return records, settle(records, "nuisance", "town").effects
+
+
+def test_a_liking_for_length_is_a_bias_for_what_is_longer(biased):
+    records, effects = biased
+    longer = np.array([len(r.chosen.split()) - len(r.rejected.split()) for r in records])
+    loving = np.array(["length-loving" in r.meta["labeler"] for r in records])
+    # Their truth is 0.6 logits per word; of the others it is 0.
+    for mine, per_word in ((loving, 0.6), (~loving, 0.0)):
+        slope = (longer * effects[:, 1])[mine].sum() / (longer**2)[mine].sum()
+        assert slope == pytest.approx(per_word, abs=0.25)
+    honest = np.array(["honest" in r.meta["labeler"] for r in records])
+    assert effects[honest, 0].mean() > effects[loving, 0].mean()
+    assert effects[:, 2].min() >= 0 and effects[:, 2].max() < 0.2
+
+
+def test_rows_have_their_votes_effects_and_held_out_rows_have_none(tmp_path, biased):
+    tokenizer = train_bpe([f"p{i} yes no" for i in range(50)], 300)
+    data = SimpleNamespace(
+        row_length=64, over_long="error", labelers="nuisance", max_bad_fraction=0.0, columns=""
+    )
+    config = SimpleNamespace(data=data, stage="reward")
+    path = tmp_path / "votes.jsonl"
+    path.write_text(
+        '{"prompt": "p?", "chosen": "yes", "rejected": "no", "labeler": "ann"}\n'
+        '{"prompt": "p?", "chosen": "no", "rejected": "yes no yes", "labeler": "bob"}\n'
+    )
+    rows = pack_pairs(config, str(path), "train", tokenizer)
+    assert rows["votes"].shape == (*rows["valid"].shape, 3) and rows["valid"].sum() == 2
+    assert (rows["votes"][rows["valid"] > 0][:, 2] > 0).all()
+    assert "votes" not in pack_pairs(config, str(path), "validation", tokenizer)
+
+
+def test_nuisance_is_for_the_loss_of_pairs(monkeypatch):
+    config = load_config("experiments/labelers.py:ratings")
+    config.data.labelers = "nuisance"
+    with pytest.raises(UserError, match="nuisance"):
+        check(resolve(config))
+
+
+def test_votes_of_one_side_have_the_opposite_bias_of_the_other():
+    from rlhf_jax.labelers.training import vote_effects
+
+    votes = votes_of([(who, pair, pair % 2) for pair in range(40) for who in range(3)])
+    votes = replace(votes, features=np.ones((40, 1)), first=np.ones(120))
+    effects = vote_effects(votes)
+    np.testing.assert_allclose(effects[:3, 1], -effects[3:6, 1])
