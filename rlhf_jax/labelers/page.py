@@ -39,7 +39,7 @@ GOLD, FITTED = "the score", "quality, whose standard deviation over pairs is 1"
 
 def columns(votes: Votes) -> tuple[str, ...]:
     """The headings of the table of labelers."""
-    return ("labeler", "votes", *votes.effects, "accuracy", "again", "cycles", "verdict")
+    return ("labeler", "votes", *votes.effects, "accuracy", "again", "cycles")
 
 
 def table(votes: Votes, report: CrowdReport) -> list[list[str]]:
@@ -52,7 +52,6 @@ def table(votes: Votes, report: CrowdReport) -> list[list[str]]:
             show("accuracy", each.accuracy),
             _share(each.consistency),
             _share(each.cycles),
-            each.verdict,
         ]
         for each in report.labelers
     ]
