@@ -27,7 +27,7 @@ def describe(given: argparse.Namespace) -> None:
     from rlhf_jax.labelers import page
     from rlhf_jax.labelers.estimates import estimate
     from rlhf_jax.labelers.read import arrays_of, read_votes, truths_of
-    from rlhf_jax.report.tables import print_table
+    from rlhf_jax.report.tables import make_printable, print_table
 
     read = read_votes(given.votes)
     votes = arrays_of(read, judged=True)
@@ -36,10 +36,11 @@ def describe(given: argparse.Namespace) -> None:
     truths = truths_of(read)
     path = page.write_page(given.out, given.votes, votes, report, believed, truths)
     for line in page.sentences(votes, report):
-        print(line, flush=True)
-    print_table(given.votes, page.columns(votes), page.table(votes, report))
-    headings, rows, told = believed
-    print_table("what to believe of a pair", headings, rows)
+        print(make_printable(line), flush=True)
+    rows = [[*map(make_printable, row)] for row in page.table(votes, report)]
+    print_table(given.votes, page.columns(votes), rows)
+    headings, beliefs, told = believed
+    print_table("what to believe of a pair", headings, beliefs)
     for line in told:
         print(line, flush=True)
     print(f"page: {path}", flush=True)

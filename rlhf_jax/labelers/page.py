@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -112,9 +111,8 @@ def beliefs(votes: Votes, report: CrowdReport) -> Beliefs:
         "labelers fitted": blind.belief,
     }
     sides = {name: np.sign(np.where(np.abs(b) < 1e-9, 0, b)) for name, b in methods.items()}
-    most = max(np.bincount(votes.pair).tolist())
     told = []
-    if most == 1:
+    if len(votes.wins) == len(votes.features):
         told.append(
             "Each pair has a single vote: majority and Dawid–Skene are both that vote, and nothing "
             "but further votes about the same pairs can say who is right."
@@ -191,7 +189,7 @@ def write_page(
     votes: Votes,
     report: CrowdReport,
     believed: Beliefs,
-    truths: Mapping[str, str],
+    truths: Mapping[str, Mapping[str, float]],
 ) -> Path:
     """Writes the page of a file of votes and returns its path.
 
@@ -201,14 +199,14 @@ def write_page(
         votes: the votes.
         report: `estimate` of them.
         believed: `beliefs` of them.
-        truths: what simulated labelers are, as JSON by name.
+        truths: simulated labelers' true effects by name.
 
     Raises:
         UserError: there cannot be a file of that name.
     """
     headings, rows, told = believed
     plots = [
-        draw_labeler(votes, each, json.loads(truths.get(each.name, "{}")), report.known)
+        draw_labeler(votes, each, truths.get(each.name, {}), report.known)
         for each in report.labelers
     ]
     page = render_page(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -109,9 +110,20 @@ def arrays_of(votes: Sequence[Vote], *, judged: bool) -> Votes:
     )  # fmt: skip
 
 
-def truths_of(votes: Sequence[Vote]) -> Mapping[str, str]:
-    """What simulated labelers are, as JSON by name; nothing of others."""
-    return {_labeler(v): v.record.meta["truth"] for v in votes if "truth" in v.record.meta}
+def truths_of(votes: Sequence[Vote]) -> Mapping[str, Mapping[str, float]]:
+    """Simulated labelers' true effects by name; nothing of others.
+
+    Raises:
+        UserError: a vote's "truth" is no object of numbers.
+    """
+    stated = {_labeler(v): v.record.meta["truth"] for v in votes if "truth" in v.record.meta}
+    try:
+        return {
+            name: {effect: float(x) for effect, x in json.loads(text).items()}
+            for name, text in stated.items()
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f'a labeler\'s "truth" must be an object of numbers: {error}') from None
 
 
 def _labeler(vote: Vote) -> str:

@@ -60,6 +60,7 @@ def test_the_command_writes_a_page_and_names_what_cannot_be_told(tmp_path, capsy
         ([vote("a", "b", "c", "ann", tie="yes")], "'tie' must be true or false"),
         ([vote("a", "b", "c", "ann", pair="x"), vote("a", "b", "d", "ann", pair="x")], "other"),
         ([{"prompt": "a", "chosen": "b", "labeler": "ann"}], "missing"),
+        ([vote("a", "b", "c", "ann", truth="sharp")], "an object of numbers"),
     ],
 )
 def test_what_is_no_vote_is_refused_in_one_line(tmp_path, capsys, votes, line):
