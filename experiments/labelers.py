@@ -5,8 +5,9 @@ python -m rlhf_jax.main --config=experiments/labelers.py
     from the votes alone and dropped at scoring; judged by the order of gold scores (town/ordered)
 … --config=experiments/labelers.py:pooled, :majority, :weighted
     the same votes as they are, by majority, or by Dawid–Skene
-… --config=experiments/labelers.py:pairs, :ratings
-    eight people (town/votes) who compare replies, or rate them from 1 to 5, at equal cost
+… --config=experiments/labelers.py:pairs, :rated, :ratings
+    eight people who compare replies (town/votes), or rate them from 1 to 5 at equal cost, which is
+    trained on as pairs of what a person rated higher, or as labels
 python -m rlhf_jax.labelers town/votes
     who these people are, from their votes
 """
@@ -27,9 +28,11 @@ def get_config(variant="nuisance"):
             return reward("town/biased_votes", {"labelers": variant})
         case "pairs":
             return reward("town/votes", {})
+        case "rated":
+            return reward("town/rated", {})
         case "ratings":
             return reward("town/ratings", {}, name="pointwise")
-    known = "nuisance, pooled, majority, weighted, pairs, ratings"
+    known = "nuisance, pooled, majority, weighted, pairs, rated, ratings"
     raise defaults.no_variant("labelers.py", variant, known)
 
 
@@ -44,8 +47,8 @@ def reward(votes, data, name="bradley_terry"):
         config,
         {
             "data": {"train": votes, "validation": "town/ordered", "row_length": 224, **data},
-            "batch": {"rows": 32},
+            "batch": {"rows": 16},
             "loss": {"name": name},
-            "train": {"steps": 100},
+            "train": {"steps": 40},
         },
     )

@@ -12,11 +12,13 @@ where t goes from 0 to 1.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from math import log
 from random import Random
+from typing import Any
 
 from rlhf_jax.data.records import Conversation, Message, Pair, Prompt
 from rlhf_jax.tasks.town.gold import gold_score
@@ -140,6 +142,24 @@ def ratings(
                     }
                     turns = (*prompt.messages, Message("assistant", reply))
                     yield Conversation(f"{prompt.id}-{i}-{labeler}-{again}", turns, meta)
+
+
+def rated(town: Town, split: str, people: Mapping[str, Person] = CROWD) -> Iterator[Pair]:
+    """The `ratings` as pairs: of two replies to a prompt the one that a person rated higher.
+
+    Whatever a person's scale, it is the same for both. Equal ratings make no pair. `meta` has
+    "labeler".
+    """
+    by_person: dict[tuple[Any, ...], dict[str, str]] = defaultdict(dict)
+    for each in ratings(town, split, people):
+        own = by_person[each.messages[:-1], each.meta["labeler"]]
+        own.setdefault(each.messages[-1].content, each.meta["rating"])
+    for index, ((prompt, labeler), own) in enumerate(by_person.items()):
+        for place, (one, other) in enumerate(combinations(own, 2)):
+            if own[one] != own[other]:
+                chosen, rejected = (one, other) if own[one] > own[other] else (other, one)
+                name = f"{split}-{index}-{place}"
+                yield Pair(name, prompt, chosen, rejected, meta={"labeler": labeler})
 
 
 def ordered(town: Town, split: str, prompts: int | None = None) -> Iterator[Pair]:

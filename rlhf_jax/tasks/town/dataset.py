@@ -9,6 +9,7 @@ solutions                           conversations: the same with the right answe
 votes, ratings                      pairs and labelled conversations: of replies to the same prompts
                                     by the named crowd of `crowd.CROWD`
 biased_votes, biased_ratings        the same by `crowd.BIASED`
+rated                               pairs: what a person rated higher of two replies
 ordered                             pairs in the order of their gold scores, which no labeler makes
 """
 
@@ -40,7 +41,8 @@ _STREAMS: dict[str, tuple[str, Stream, TownConfig | None]] = {
     "ratings": ("conversation", crowd.ratings, None),
     "biased_votes": ("pair", partial(crowd.votes, people=crowd.BIASED), None),
     "biased_ratings": ("conversation", partial(crowd.ratings, people=crowd.BIASED), None),
-    "ordered": ("pair", crowd.ordered, None),
+    "rated": ("pair", crowd.rated, None),
+    "ordered": ("pair", crowd.ordered, TownConfig(heldout_pairs=2_000)),
 }
 """Config → the kind of its records, what makes those of a split, the town's configuration."""
 

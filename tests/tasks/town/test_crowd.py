@@ -7,6 +7,7 @@ from random import Random
 
 import pytest
 
+from rlhf_jax.data.records import Message
 from rlhf_jax.tasks.builders import load_records
 from rlhf_jax.tasks.town.crowd import CROWD, VOTES_PER_PAIR, Person, ratings, votes
 from rlhf_jax.tasks.town.gold import gold_score
@@ -59,6 +60,21 @@ def test_ratings_cost_what_the_votes_cost(voted):
     assert len(rated) == pytest.approx(2 * len(voted), rel=0.05)
     assert {each.meta["rating"] for each in rated} <= set("12345")
     assert all(float(each.meta["label"]) == (int(each.meta["rating"]) - 1) / 4 for each in rated)
+
+
+def test_rated_pairs_are_of_one_persons_ratings():
+    pairs = load_records("town/rated", "validation")
+    stated = {}
+    for each in load_records("town/ratings", "validation"):
+        key = (each.messages, each.meta["labeler"])
+        stated.setdefault(key, int(each.meta["rating"]))
+    for pair in pairs[:300]:
+        chosen, rejected = (
+            stated[(*pair.prompt, Message("assistant", side)), pair.meta["labeler"]]
+            for side in (pair.chosen, pair.rejected)
+        )
+        assert chosen > rejected
+    assert len({pair.id for pair in pairs}) == len(pairs)
 
 
 def mean_rating(person, prompt, reply, time=0.5, count=300):
