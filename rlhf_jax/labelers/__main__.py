@@ -37,8 +37,15 @@ def describe(given: argparse.Namespace) -> None:
     path = page.write_page(given.out, given.votes, votes, report, believed, truths)
     for line in page.sentences(votes, report):
         print(make_printable(line), flush=True)
-    rows = [[*map(make_printable, row)] for row in page.table(votes, report)]
-    print_table(given.votes, page.columns(votes), rows)
+    # In two parts, so that a terminal of 80 columns has room.
+    rows, count = page.table(votes, report), len(votes.effects)
+    for part in (slice(1, count), slice(count, None)):
+        shown = [[make_printable(x) for x in (row[0], *row[part])] for row in rows]
+        shown = [
+            [x.replace(page.CANNOT, "–").replace("\u00a0±\u00a0", "±") for x in row]
+            for row in shown
+        ]
+        print_table(given.votes, ("labeler", *page.columns(votes)[part]), shown)
     headings, beliefs, told = believed
     print_table("what to believe of a pair", headings, beliefs)
     for line in told:

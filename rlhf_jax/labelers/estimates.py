@@ -19,6 +19,7 @@ _Z = 1.96
 GUESSING = "answers as a coin does: who sees nothing and who does not look are the same"
 UNTOLD = "the votes say little more than the prior"
 TOGETHER = "a blunter labeler and one who lapses more vote alike here"
+NOBODY = "no votes tell how good replies are, beyond what features and positions explain"
 FEW = "whether a bias is a labeler's own needs three labelers, or replies with known scores"
 
 
@@ -85,6 +86,8 @@ def estimate(votes: Votes) -> CrowdReport:
     for i, name in enumerate(votes.labelers):
         covariance = fitted.covariance[i * width : (i + 1) * width, i * width : (i + 1) * width]
         accuracy = _accuracy(votes, fitted.theta[i], covariance, shared)
+        if votes.quality is None and not sees(fitted).any():
+            accuracy = replace(accuracy, low=0.0, high=1.0, why=NOBODY)
         found = _effects(votes, fitted.theta[i], np.sqrt(np.diag(covariance)))
         why = _untold(found, fitted.prior, accuracy, votes.names if few else ())
         effects = {effect: replace(x, why=why.get(effect, "")) for effect, x in found.items()}
@@ -112,7 +115,7 @@ def take_shared(fitted: Fitted) -> tuple[Fitted, np.ndarray]:
     variance = np.diag(fitted.covariance).reshape(count, width)
     at, shared = np.arange(count) * width, np.zeros(width - 3)
     sharpness = fitted.theta[:, 0]
-    seeing = np.abs(sharpness) > 2 * np.sqrt(variance[:, 0])
+    seeing = sees(fitted)
     if not seeing.any():
         return fitted, shared
     for f in range(1, width - 2):
@@ -133,6 +136,13 @@ def take_shared(fitted: Fitted) -> tuple[Fitted, np.ndarray]:
         jacobian[at + f, at] -= center
     covariance = jacobian @ fitted.covariance @ jacobian.T
     return Fitted(theta, covariance, fitted.prior, fitted.quality, fitted.converged), shared
+
+
+def sees(fitted: Fitted) -> np.ndarray:
+    """[L] bool: whose sharpness is surely not 0."""
+    count, width = fitted.theta.shape
+    errors = np.sqrt(np.diag(fitted.covariance).reshape(count, width)[:, 0])
+    return np.abs(fitted.theta[:, 0]) > 2 * errors
 
 
 def _effects(votes: Votes, theta: np.ndarray, errors: np.ndarray) -> dict[str, Estimate]:

@@ -38,7 +38,7 @@ GOLD, FITTED = "the score", "quality, whose standard deviation over pairs is 1"
 
 def columns(votes: Votes) -> tuple[str, ...]:
     """The headings of the table of labelers."""
-    return ("labeler", "votes", *votes.effects, "accuracy", "again", "cycles")
+    return ("labeler", *votes.effects, "votes", "accuracy", "again", "cycles")
 
 
 def table(votes: Votes, report: CrowdReport) -> list[list[str]]:
@@ -46,8 +46,8 @@ def table(votes: Votes, report: CrowdReport) -> list[list[str]]:
     return [
         [
             each.name,
-            f"{each.votes:,}",
             *(show(name, effect) for name, effect in each.effects.items()),
+            f"{each.votes:,}",
             show("accuracy", each.accuracy),
             _share(each.consistency),
             _share(each.cycles),

@@ -68,7 +68,7 @@ def arrays_of(votes: Sequence[Vote], *, judged: bool) -> Votes:
         UserError: a vote has no labeler, an order that is none, or the name of another pair.
     """
     labelers = {name: i for i, name in enumerate(sorted({_labeler(vote) for vote in votes}))}
-    pairs: dict[str, tuple[int, tuple[str, str], Pair]] = {}
+    pairs: dict[str, tuple[int, tuple[str, ...], Pair]] = {}
     replies: dict[tuple[str, str], int] = {}
     whose, about, wins, first = [], [], [], []
     for vote in votes:
@@ -77,8 +77,8 @@ def arrays_of(votes: Sequence[Vote], *, judged: bool) -> Votes:
         # Which one is a must mean nothing, not even over pairs of the same two replies.
         sides = tuple(sorted((record.chosen, record.rejected), key=lambda x: _digest(prompt + x)))
         name = record.meta.get("pair") or _digest(repr((prompt, sides)))
-        index, known, _ = pairs.setdefault(name, (len(pairs), sides, record))  # type: ignore[arg-type]
-        if known != sides:
+        index, known, first_of = pairs.setdefault(name, (len(pairs), sides, record))
+        if known != sides or first_of.prompt != record.prompt:
             raise UserError(f"vote {record.id!r}: pair {name!r} is of other replies elsewhere")
         chosen_is_a = record.chosen == sides[0]
         order = record.meta.get("order", "")

@@ -135,6 +135,13 @@ def test_two_labelers_of_unknown_replies_cannot_be_told_a_bias_for_length():
     assert "three labelers" in report.labelers[0].effects["length"].why
 
 
+def test_who_agree_on_all_that_is_longer_are_no_spammers():
+    people = ((0.0, 3.0, 0.0, 0.0),) * 4  # whether they like length or quality nobody can tell
+    report = estimate(replace(simulated(8, people, pairs=300), quality=None))
+    assert not spammers(report.labelers)
+    assert all(each.accuracy.why for each in report.labelers)
+
+
 def test_nothing_is_told_of_a_position_that_was_not_recorded():
     made = simulated(5)
     report = estimate(replace(made, first=np.zeros_like(made.first)))
