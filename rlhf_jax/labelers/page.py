@@ -66,7 +66,7 @@ def show(name: str, effect: Estimate) -> str:
 
 
 def _share(measured: Measured) -> str:
-    return "–" if measured.value is None else f"{format_percent(measured.value)} of {measured.of}"
+    return "–" if measured.value is None else f"{100 * measured.value:.0f}\u00a0% of {measured.of}"
 
 
 def sentences(votes: Votes, report: CrowdReport) -> list[str]:

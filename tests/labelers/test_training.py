@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,9 @@ from rlhf_jax.stages.defaults import resolve
 from rlhf_jax.stages.preference_rows import pack_pairs
 from rlhf_jax.tasks.builders import load_records
 from tests.labelers.test_agreement import votes_of
+
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
 def vote(pair, chosen, rejected, labeler):
@@ -101,10 +105,17 @@ def test_rows_have_their_votes_effects_and_held_out_rows_have_none(tmp_path, bia
     assert "votes" not in pack_pairs(config, str(path), "validation", tokenizer)
 
 
-def test_nuisance_is_for_the_loss_of_pairs(monkeypatch):
-    config = load_config("experiments/labelers.py:ratings")
-    config.data.labelers = "nuisance"
-    with pytest.raises(UserError, match="nuisance"):
+@pytest.mark.parametrize(
+    ("experiment", "how", "why"),
+    [
+        ("labelers.py:ratings", "majority", "votes on pairs"),
+        ("dpo.py", "nuisance", "for reward models"),
+    ],
+)
+def test_what_becomes_of_votes_must_fit_the_loss(experiment, how, why):
+    config = load_config(str(EXPERIMENTS / experiment))
+    config.data.labelers = how
+    with pytest.raises(UserError, match=why):
         check(resolve(config))
 
 
