@@ -20,7 +20,6 @@ from rlhf_jax.stages.preference_rows import pack_pairs
 from rlhf_jax.tasks.builders import load_records
 from tests.labelers.test_agreement import votes_of
 
-
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
