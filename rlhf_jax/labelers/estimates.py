@@ -139,10 +139,13 @@ def take_shared(fitted: Fitted) -> tuple[Fitted, np.ndarray]:
 
 
 def sees(fitted: Fitted) -> np.ndarray:
-    """[L] bool: whose sharpness is surely not 0."""
+    """[L] bool: whose sharpness is further from 0 than its standard error.
+
+    More cannot be asked: where people always agree, it is large and so is its error.
+    """
     count, width = fitted.theta.shape
     errors = np.sqrt(np.diag(fitted.covariance).reshape(count, width)[:, 0])
-    return np.abs(fitted.theta[:, 0]) > 2 * errors
+    return np.abs(fitted.theta[:, 0]) > errors
 
 
 def _effects(votes: Votes, theta: np.ndarray, errors: np.ndarray) -> dict[str, Estimate]:

@@ -18,7 +18,7 @@ from scipy.special import expit
 from rlhf_jax.data.records import Pair
 from rlhf_jax.errors import UserError
 from rlhf_jax.labelers.agreement import dawid_skene, majority
-from rlhf_jax.labelers.estimates import take_shared
+from rlhf_jax.labelers.estimates import sees, take_shared
 from rlhf_jax.labelers.likelihood import Votes, fit
 from rlhf_jax.labelers.read import Vote, arrays_of
 
@@ -66,10 +66,9 @@ def settle(records: Sequence[Pair], how: str, what: str) -> Settled:
     pairs = []
     for pair in decided.tolist():
         record, wins = records[first[pair]], votes.wins[first[pair]]
-        if (belief[pair] > 0.5) != (wins > 0.5):
-            chosen, rejected = record.rejected, record.chosen
-            record = Pair(record.id, record.prompt, chosen, rejected, record.margin, record.meta)
-        pairs.append(record)
+        sides = (record.chosen, record.rejected)
+        chosen, rejected = sides if (belief[pair] > 0.5) == (wins > 0.5) else sides[::-1]
+        pairs.append(Pair(record.id, record.prompt, chosen, rejected))
     weights = np.abs(2 * belief[decided] - 1) if how == "weighted" else None
     return Settled(pairs, weights=weights)
 
@@ -77,9 +76,19 @@ def settle(records: Sequence[Pair], how: str, what: str) -> Settled:
 def vote_effects(votes: Votes) -> np.ndarray:
     """[V, 3] of each vote: its labeler's scale, their bias for what they chose, and lapses.
 
-    A scale of 1 is the median labeler's sharpness.
+    A scale of 1 is the median sharpness of those whose votes depend on how good replies are.
+
+    Raises:
+        UserError: nobody's do.
     """
     fitted = fit(votes)
+    seeing = sees(fitted)
+    if not seeing.any():
+        raise UserError(
+            f"the votes of {len(votes.labelers)} labelers don't tell how good replies are, beyond "
+            "what length and positions explain: they need pairs that several of them judged; "
+            "data.labelers=pooled takes the votes as they are"
+        )
     if len(votes.labelers) > 2:
         fitted, _ = take_shared(fitted)
     theta = fitted.theta.copy()
@@ -87,5 +96,5 @@ def vote_effects(votes: Votes) -> np.ndarray:
         theta[:, 1:-2] = 0
     mine, side = theta[votes.labeler], np.where(votes.wins > 0.5, 1.0, -1.0)
     bias = (mine[:, 1:-2] * votes.features[votes.pair]).sum(1) + mine[:, -2] * votes.first
-    scale = mine[:, 0] / max(float(np.median(theta[:, 0])), 1e-6)
+    scale = mine[:, 0] / np.median(theta[seeing, 0])
     return np.stack([scale, side * bias, expit(mine[:, -1])], axis=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 from rlhf_jax.data.records import Message, Pair
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.errors import UserError
-from rlhf_jax.labelers.training import settle
+from rlhf_jax.labelers.training import settle, vote_effects
 from rlhf_jax.stages.chain import load_config
 from rlhf_jax.stages.checks import check
 from rlhf_jax.stages.defaults import resolve
@@ -87,21 +88,34 @@ def test_a_liking_for_length_is_a_bias_for_what_is_longer(biased):
     assert effects[:, 2].min() >= 0 and effects[:, 2].max() < 0.2
 
 
-def test_rows_have_their_votes_effects_and_held_out_rows_have_none(tmp_path, biased):
+def test_rows_have_their_votes_effects_and_held_out_rows_have_none(tmp_path):
     tokenizer = train_bpe([f"p{i} yes no" for i in range(50)], 300)
     data = SimpleNamespace(
         row_length=64, over_long="error", labelers="nuisance", max_bad_fraction=0.0, columns=""
     )
     config = SimpleNamespace(data=data, stage="reward")
+    lines = [
+        {"prompt": f"{i}?", "chosen": "yes", "rejected": "no", "labeler": who}
+        | ({"chosen": "no", "rejected": "yes"} if (i + 7 * (who == "cyd")) % 2 else {})
+        for i in range(60)
+        for who in ("ann", "bob", "cyd")
+    ]
     path = tmp_path / "votes.jsonl"
-    path.write_text(
-        '{"prompt": "p?", "chosen": "yes", "rejected": "no", "labeler": "ann"}\n'
-        '{"prompt": "p?", "chosen": "no", "rejected": "yes no yes", "labeler": "bob"}\n'
-    )
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = pack_pairs(config, str(path), "train", tokenizer)
-    assert rows["votes"].shape == (*rows["valid"].shape, 3) and rows["valid"].sum() == 2
-    assert (rows["votes"][rows["valid"] > 0][:, 2] > 0).all()
+    valid = rows["valid"] > 0
+    assert rows["votes"].shape == (*valid.shape, 3) and valid.sum() == len(lines)
+    effects = np.zeros((len(lines), 3))
+    effects[rows["example_ids"][valid]] = rows["votes"][valid]
+    assert (effects[:, 2] > 0).all() and not rows["votes"][~valid].any()
+    # Ann and Bob agree on every pair, and Cyd says the opposite.
+    assert (effects[0::3, 0] > 0).all() and (effects[2::3, 0] < 0).all()
     assert "votes" not in pack_pairs(config, str(path), "validation", tokenizer)
+
+
+def test_votes_that_tell_nothing_of_replies_have_no_effects_to_take_out():
+    with pytest.raises(UserError, match="don't tell how good replies are"):
+        settle(VOTES, "nuisance", "votes")
 
 
 @pytest.mark.parametrize(
@@ -118,10 +132,9 @@ def test_what_becomes_of_votes_must_fit_the_loss(experiment, how, why):
         check(resolve(config))
 
 
-def test_votes_of_one_side_have_the_opposite_bias_of_the_other():
-    from rlhf_jax.labelers.training import vote_effects
-
+def test_a_bias_is_for_the_side_that_was_chosen():
     votes = votes_of([(who, pair, pair % 2) for pair in range(40) for who in range(3)])
-    votes = replace(votes, features=np.ones((40, 1)), first=np.ones(120))
+    votes = replace(votes, first=np.where(votes.labeler == 0, 1.0, -1.0) * votes.labeler)
     effects = vote_effects(votes)
-    np.testing.assert_allclose(effects[:3, 1], -effects[3:6, 1])
+    one, other = effects[3:6], effects[:3]  # for a, for b
+    np.testing.assert_allclose(one[:, 1], -other[:, 1], atol=1e-9)

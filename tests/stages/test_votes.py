@@ -29,18 +29,17 @@ MORE = {
 
 @pytest.fixture(scope="module")
 def voted(experiments):
-    """A folder with votes: two of three prefer the short reply, one the first that was shown."""
+    """A folder with votes: two of three always prefer "no", one the reply shown first."""
     lines = []
     for i in range(24):
         for who in ("ann", "bob", "cyd"):
-            first = "short" if (i + (who == "ann")) % 2 else "long"
-            chosen = first if who == "cyd" else "short"
-            texts = {"short": "no", "long": "no no no no no"}
+            first = "no" if (i + (who == "ann")) % 2 else "yes"
+            chosen = first if who == "cyd" else "no"
             lines.append(
                 {
                     "prompt": f"Was it good, number {i}?",
-                    "chosen": texts[chosen],
-                    "rejected": texts["long" if chosen == "short" else "short"],
+                    "chosen": chosen,
+                    "rejected": "yes" if chosen == "no" else "no",
                     "labeler": who,
                     "order": "chosen_first" if first == chosen else "rejected_first",
                 }
@@ -67,5 +66,5 @@ def test_votes_train_a_model_that_agrees_with_most_of_them(voted, stage, how):
     assert result.returncode == 0, result.stderr[-2000:]
     assert "72 votes" in result.stdout
     accuracy = json.loads((run / "summary.json").read_text())["metrics"]["eval/accuracy"]
-    # Ann and bob are always for the short one, cyd on half of the pairs: 5 votes of 6.
+    # Ann and bob are always for "no", cyd on half of the pairs: 5 votes of 6.
     assert accuracy == pytest.approx(5 / 6, abs=0.01)
