@@ -25,7 +25,8 @@ from scipy import optimize, sparse
 from scipy.special import expit
 
 REACH, NODES = 3.5, 21  # of the grid, in standard deviations of quality
-PART = 2000  # votes that are computed together
+PART = 4000  # votes that are computed together
+PRECISION: type = np.float32  # of a vote at a node; sums over votes are in float64
 # Standard deviations of the prior, in logits per standard deviation of what an effect is of.
 SHARPNESS_PRIOR, EFFECT_PRIOR, POSITION_PRIOR = 10.0, 5.0, 3.0
 LAPSE_PRIOR = (-3.0, 1.5)  # mean and standard deviation of logit(lapses)
@@ -121,7 +122,7 @@ def _search(problem: _Problem, theta: np.ndarray, most: int) -> tuple[np.ndarray
         objective, np.zeros_like(theta), jac=True, method="L-BFGS-B",
         options={"maxiter": most, "maxcor": 20, "ftol": 0.0, "gtol": 0.03},
     )  # fmt: skip
-    return to_theta(found.x), found.status == 0
+    return to_theta(found.x), bool(np.abs(found.jac).max() < 0.1)
 
 
 class _Problem:
@@ -193,7 +194,7 @@ class _Problem:
         return information
 
     def complete_information(self, theta: np.ndarray) -> np.ndarray:
-        """[L, K, K] the mean over q of the squared score of each vote, and the prior's."""
+        """[L, K, K] what votes would tell, were q known: the mean over q of each squared score."""
         theta = theta.reshape(self.labelers, -1)
         total = np.tile(np.diag(self.prior**-2), (self.labelers, 1, 1))
         return sum(self.threads.map(lambda part: part.squares(theta), self.parts), total)
@@ -227,23 +228,27 @@ class _Part:
         self, *, labelers: int, end: int, sign: np.ndarray, weight: np.ndarray,
         labeler: np.ndarray, pair: np.ndarray, fixed: np.ndarray, known: np.ndarray | None,
     ) -> None:  # fmt: skip
-        self.end, self.sign, self.weight, self.fixed = end, sign, weight, fixed
-        self.labeler, self.pair, self.known = labeler, pair, known
+        self.end, self.labeler, self.pair, self.known = end, labeler, pair, known
+        self.sign: np.ndarray = sign.astype(PRECISION)
+        self.weight: np.ndarray = weight.astype(PRECISION)
+        self.fixed: np.ndarray = fixed.astype(PRECISION)
         self.starts = np.flatnonzero(np.diff(pair, prepend=-1))
         self.counts = np.diff(self.starts, append=len(pair))
-        grid = np.linspace(-REACH, REACH, NODES)
-        self.nodes, self.log_mass = grid[None, :], -0.5 * grid**2
-        self.log_mass = self.log_mass - np.log(np.exp(self.log_mass).sum())
-        if known is not None:
-            self.nodes, self.log_mass = known, np.zeros(1)
-        at = np.arange(len(pair))
-        self.by_labeler = sparse.csr_matrix((np.ones(len(at)), (labeler, at)), (labelers, len(at)))
+        grid = np.linspace(-REACH, REACH, NODES)[None, :]
+        mass = np.exp(-0.5 * grid[0] ** 2) if known is None else np.ones(1)
+        self.nodes: np.ndarray = (grid if known is None else known).astype(PRECISION)
+        self.log_mass: np.ndarray = np.log(mass / mass.sum()).astype(PRECISION)
+        self.powers = self.nodes[..., None] ** np.arange(3, dtype=PRECISION)
+        ones, at = np.ones(len(pair)), np.arange(len(pair))
+        self.by_labeler = sparse.csr_matrix((ones, (labeler, at)), (labelers, len(at)))
+        among = np.repeat(np.arange(len(self.starts)), self.counts)
+        self.by_pair = sparse.csr_matrix((self.weight, (among, at)))
 
     def _votes(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(σ(±η), P of what was voted, each [v, nodes], lapses [v, 1])."""
-        mine = theta[self.labeler]
+        mine = theta[self.labeler].astype(PRECISION)
         signed = self.sign[:, None] * mine[:, :-1]
-        right = (-signed[:, :1]) * self.nodes
+        right = -signed[:, :1] * self.nodes
         right -= (self.fixed * signed[:, 1:]).sum(1)[:, None]
         with np.errstate(over="ignore"):  # 1 / (1 + ∞) is right
             np.exp(right, out=right)
@@ -256,14 +261,12 @@ class _Part:
 
     def _posterior(self, chosen: np.ndarray) -> tuple[np.ndarray, float]:
         """(mass of each node after a pair's votes [p, nodes], log-likelihood)."""
-        logs = np.log(chosen)
-        logs *= self.weight[:, None]
-        joint = np.add.reduceat(logs, self.starts, axis=0)
+        joint = self.by_pair @ np.log(chosen)
         joint += self.log_mass
         top = joint.max(1, keepdims=True)
         mass = np.exp(joint - top)
         total = mass.sum(1, keepdims=True)
-        return mass / total, float((top + np.log(total)).sum())
+        return mass / total, float((top + np.log(total)).sum(dtype=np.float64))
 
     def likelihood(self, theta: np.ndarray) -> tuple[float, np.ndarray]:
         """The log-likelihood of the votes, and its gradient [L, K]."""
@@ -271,19 +274,22 @@ class _Part:
         mass, likelihood = self._posterior(chosen)
         each = np.repeat(mass, self.counts, axis=0)
         each /= chosen
-        total = each.sum(1)
+        of_lapse = self._moments(each)[:, 0] / 2
         each *= right
-        of_lapse = total / 2 - each.sum(1)
+        of_lapse -= self._moments(each)[:, 0]
         right -= 1
         each *= right  # −σ(1 − σ) of each node
-        factor = -self.weight * self.sign * (1 - lapses[:, 0])
-        by_quality = each @ self.nodes[0] if self.known is None else (each * self.nodes).sum(1)
+        moments = self._moments(each) * (-self.weight * self.sign * (1 - lapses[:, 0]))[:, None]
         columns = [
-            (factor * by_quality)[:, None],
-            (factor * each.sum(1))[:, None] * self.fixed,
+            moments[:, 1:2],
+            moments[:, :1] * self.fixed,
             (self.weight * of_lapse * (lapses * (1 - lapses))[:, 0])[:, None],
         ]
         return likelihood, self.by_labeler @ np.concatenate(columns, axis=1)
+
+    def _moments(self, values: np.ndarray) -> np.ndarray:
+        """[v, 3] the sums over nodes of values [v, nodes], of them times q, and times q²."""
+        return values @ self.powers[0] if self.known is None else values * self.powers[:, 0]
 
     def derivatives(self, theta: np.ndarray) -> _Derivatives:
         """The derivatives of each vote by what its probability is made of."""
@@ -316,14 +322,13 @@ class _Part:
         at = self.weight[:, None] * np.repeat(mass, self.counts, axis=0)
         logit, both, lapse = (at * moment for moment in second)
         width, fixed = self.fixed.shape[1] + 2, self.fixed
-        blocks = np.zeros((len(at), width, width))
-        blocks[:, 0, 0] = (logit * self.nodes**2).sum(1)
-        blocks[:, 0, 1:-1] = (logit * self.nodes).sum(1)[:, None] * fixed
-        blocks[:, 1:-1, 0] = blocks[:, 0, 1:-1]
-        blocks[:, 1:-1, 1:-1] = logit.sum(1)[:, None, None] * fixed[:, :, None] * fixed[:, None, :]
-        blocks[:, 0, -1] = blocks[:, -1, 0] = (both * self.nodes).sum(1)
-        blocks[:, 1:-1, -1] = both.sum(1)[:, None] * fixed
-        blocks[:, -1, 1:-1] = blocks[:, 1:-1, -1]
+        blocks = np.zeros((len(at), width, width), PRECISION)
+        zeroth, first, blocks[:, 0, 0] = self._moments(logit).T
+        blocks[:, 0, 1:-1] = blocks[:, 1:-1, 0] = first[:, None] * fixed
+        blocks[:, 1:-1, 1:-1] = zeroth[:, None, None] * fixed[:, :, None] * fixed[:, None, :]
+        zeroth, first, _ = self._moments(both).T
+        blocks[:, 0, -1] = blocks[:, -1, 0] = first
+        blocks[:, 1:-1, -1] = blocks[:, -1, 1:-1] = zeroth[:, None] * fixed
         blocks[:, -1, -1] = lapse.sum(1)
         summed = self.by_labeler @ blocks.reshape(len(at), -1)
         return summed.reshape(-1, width, width)

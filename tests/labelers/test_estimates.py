@@ -48,6 +48,7 @@ def test_gradient_and_hessian_are_those_of_the_likelihood(known, monkeypatch):
     wins[::7] = 0.5  # ties
     quality = made.quality if known else None
     monkeypatch.setattr(likelihood, "PART", 70)
+    monkeypatch.setattr(likelihood, "PRECISION", np.float64)
     problem = likelihood._Problem(replace(made, wins=wins, quality=quality))
     theta = np.random.default_rng(1).normal(size=12) * 0.5 + np.tile([1.0, 0.2, 0.3, -2.0], 3)
     assert len(problem.parts) == 2
@@ -67,7 +68,7 @@ def test_the_likelihood_is_that_of_its_docstring():
     logit = 2.0 * made.quality[0] + 0.1 * made.features[0, 0] + 0.5 * made.first[0]
     likely = 0.9 / (1 + np.exp(-logit)) + 0.05
     prior = 0.5 * (((theta - problem.center) / problem.prior) ** 2).sum()
-    assert problem.loss_and_gradient(theta)[0] == pytest.approx(prior - np.log(likely), abs=1e-9)
+    assert problem.loss_and_gradient(theta)[0] == pytest.approx(prior - np.log(likely), abs=1e-6)
 
 
 def test_a_named_crowd_is_told_from_a_thousand_votes_each():
