@@ -8,8 +8,18 @@ python -m rlhf_jax.main --config=experiments/labelers.py
 … --config=experiments/labelers.py:pairs, :rated, :ratings
     eight people who compare replies (town/votes), or rate them from 1 to 5 at equal cost, which is
     trained on as pairs of what a person rated higher, or as labels
-python -m rlhf_jax.labelers town/votes
-    who these people are, from their votes
+
+Accuracy against gold order on 1,630 held-out pairs, five seeds of 32 to 115 s each on a busy 2-core
+CPU, with 95 % intervals:
+
+python -m rlhf_jax.sweep --config=experiments/labelers.py --seeds=5 \\
+        --grid "data.labelers=pooled,nuisance"
+    pooled 0.672 (0.649 to 0.694), nuisance 0.723 (0.704 to 0.742): +0.052 (+0.029 to +0.076); on
+    five fresh seeds +0.046 (+0.020 to +0.072): it is better
+python -m rlhf_jax.sweep --config=experiments/labelers.py:pairs --seeds=5 \\
+        --grid "data.train=town/votes,town/rated"
+    comparisons 0.719, ratings as pairs 0.708: +0.011 (−0.008 to +0.031, of seeds alone), which may
+    be chance
 """
 
 from rlhf_jax.stages import defaults
