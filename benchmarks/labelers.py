@@ -24,18 +24,18 @@ PEOPLE = 100
 OURS = """
 import json, sys, time
 import numpy as np
-from rlhf_jax.labelers.estimates import estimate
+from rlhf_jax.labelers.likelihood import fit
 from rlhf_jax.labelers.read import arrays_of, read_votes
 read = read_votes(sys.argv[1])
 votes = arrays_of(read, judged=False)
 start = time.perf_counter()
-report = estimate(votes)
+fitted = fit(votes)
 seconds = time.perf_counter() - start
 gold = np.zeros(len(votes.features))
 for vote, pair, wins in zip(read, votes.pair, votes.wins):
     meta = vote.record.meta
     gold[pair] = (float(meta["gold_chosen"]) - float(meta["gold_rejected"])) * (2 * wins - 1)
-right = (np.sign(report.belief) == np.sign(gold))[gold != 0].mean()
+right = (np.sign(fitted.quality) == np.sign(gold))[gold != 0].mean()
 print(json.dumps({"seconds": seconds, "right": float(right)}))
 """
 PEER = """
