@@ -15,7 +15,6 @@ from rlhf_jax.files import numbers, read_lines
 from rlhf_jax.global_arrays import to_host
 from rlhf_jax.training.meanings import meaning
 
-
 @jax.tree_util.register_pytree_node_class
 class Metrics(dict[str, Any]):
     """Scalars by name, a dict like any other, that reach the host in one transfer.
