@@ -7,6 +7,9 @@ people of the town's crowd about the same pairs of replies, and each fits it in 
 own, one after the other; the time is that of the fit alone, not of reading the file. Ours also
 finds standard errors, effects of length and lapses; the peer a score for each reply. Right is the
 share of pairs, of those that the gold scores tell apart, whose better reply is found.
+
+On two shared virtual CPUs, with others at work, Python 3.13 and crowd-kit 1.4.2: 4.0 s beside 92.0,
+2.4 s of processors' time beside 55.6; right on 94.8 % of pairs beside 92.1.
 """
 
 from __future__ import annotations
@@ -100,7 +103,7 @@ def main() -> None:
             f"{found['right']:.1%} of pairs"
         )
     wall, used = (peer[key] / ours[key] for key in ("seconds", "used"))
-    print(f"{wall:.0f} times as fast, with a {used:.0f}th of the processors' time")
+    print(f"{wall:.0f} times as fast, with 1/{used:.0f} of the processors' time")
 
 
 if __name__ == "__main__":
