@@ -66,7 +66,7 @@ def test_a_count_is_of_what_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(house, "PACKAGE", tmp_path)
     assert [*house.functions()] == [house.Function("core.py", "f", 62, 4)]
     assert house.lines() == {"core": 62, "tasks": 1, "hub": 0, "report": 0, "oracle": 0, "plan": 0,
-                             "sweep": 0, "label": 0, "filter": 0, "synthesize": 0}  # fmt: skip
+                             "sweep": 0, "label": 0, "labelers": 0, "filter": 0, "synthesize": 0}  # fmt: skip
     assert house.files_that_name({"gae"}) == {"tasks/set.py"}
 
 
