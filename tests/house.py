@@ -25,7 +25,18 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "rlhf_jax"
-ANNEXES = ("tasks", "hub", "report", "oracle", "plan", "sweep", "label", "labelers", "filter", "synthesize")
+ANNEXES = (
+    "tasks",
+    "hub",
+    "report",
+    "oracle",
+    "plan",
+    "sweep",
+    "label",
+    "labelers",
+    "filter",
+    "synthesize",
+)
 
 
 @dataclass(frozen=True)
