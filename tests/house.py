@@ -36,6 +36,7 @@ ANNEXES = (
     "labelers",
     "filter",
     "synthesize",
+    "judges",
 )
 
 

@@ -78,6 +78,8 @@ def test_an_installed_wheel_runs_packaged_and_own_experiments_from_any_directory
     assert run(command, tmp_path, "--version").startswith("rlhf_jax 0.")
     assert "dpo" in run(command, tmp_path)
     assert '"hh_rlhf/helpful"' in run(command, tmp_path, "--config=dpo:hh", "--print")
+    told = run(command, tmp_path, "judges", "card", "--judge=gold", "--count=20", "--calibrate=10")
+    assert "format" in told  # a principle of the packaged constitution
 
     flags = [*SMALL, "--config.tokenizer.vocab_size=300", "--config.model.layers=1"]
     flags.append("--config.optimizer.warmup_steps=0")

@@ -1,0 +1,8 @@
+"""Annex: AI feedback. A judge compares two answers under a principle, and we measure how well.
+
+`constitution` reads the principles; `judge` says what a judge is, asks it in both orders, and has a
+simulated one whose mistakes are chosen; `kinds` has language models, reward models and functions of
+the user's as judges; `card` measures a judge against gold labels, with the rates that `rates`
+corrects; `pairs` has a judge label a policy's own answers; `revision` has a model criticise and
+revise them; `__main__` is the command.
+"""

@@ -1,0 +1,224 @@
+"""AI feedback: a judge's report card against gold, pairs that a judge labels, revised answers.
+
+    python -m rlhf_jax.judges card --judge=gold,sensitivity=0.9,specificity=0.8
+    python -m rlhf_jax.judges examples --out=judging.jsonl
+    python -m rlhf_jax.judges label --judge=runs/judge --workdir=runs/sft --out=pairs.jsonl
+    python -m rlhf_jax.judges critique --workdir=runs/sft --critic=runs/critic --out=revised.jsonl
+
+A judge is `gold` (the town's exact scorer, with mistakes of chosen rates: sensitivity, specificity,
+position, gullibility), the directory of a language model or of a reward model, or a function of
+yours as mine.py:function, called as f(prompts, responses, rivals, principles) for the probability
+that a response is better than its rival. `card` measures one on pairs whose better side is known:
+town's, a file's, or answers of two models to town's prompts. `examples` writes gold-labelled
+comparisons, from which sft.py:own makes a judge of a language model (with --of=critique a critic).
+`label` has a judge compare a model's own answers; reward.py:own and dpo.py:own read the file as it
+is. `critique` has a critic find fault with a model's answers and revise them, for sft.py:own.
+Exit codes: 0 done, 2 the user's mistake, 1 a bug.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_jax.commands import Parser, run
+from rlhf_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from rlhf_jax.data.records import Prompt
+    from rlhf_jax.judges.constitution import Principle
+    from rlhf_jax.judges.sampled import Pairs, Policy
+
+
+def card(given: argparse.Namespace) -> None:
+    """Prints the report card of a judge, and writes it as JSON if a file is named."""
+    from rlhf_jax.console import say
+    from rlhf_jax.files import write_json
+    from rlhf_jax.judges.card import report, table
+    from rlhf_jax.judges.kinds import open_judge
+    from rlhf_jax.judges.sampled import read_pairs
+    from rlhf_jax.report.tables import print_table
+
+    principles = _principles(given)
+    with open_judge(given.judge, given.seed) as judge:
+        if given.workdir:
+            pairs = _sampled(given, "validation")
+        else:
+            pairs = read_pairs(given.data, "validation", given.count, given.seed)
+        count = len(pairs.of)
+        if not 0 < given.calibrate < count:
+            raise UserError(f"--calibrate={given.calibrate}: some of the {count} pairs, not all")
+        cards = {each.name: report(judge, pairs, each, given.calibrate) for each in principles}
+    kind = f"answers of {' and '.join(pairs.models)}" if given.workdir else given.data
+    title = f"{given.judge} on {count} pairs: {kind}; the first {given.calibrate} calibrate"
+    print_table(title, ("", *cards), table(cards))
+    if pairs.left_out:
+        say("left out", pairs.left_out)
+    for name, each in cards.items():
+        for reason, count in each.masked.items():
+            print(f"{name}: {count:,} pairs without a verdict: {reason}")
+    if given.out:
+        write_json(Path(given.out), {name: each.to_json() for name, each in cards.items()})
+
+
+def examples(given: argparse.Namespace) -> None:
+    """Writes gold-labelled comparisons, or critiques, as SFT data."""
+    from rlhf_jax.judges import labels, revision
+    from rlhf_jax.judges.sampled import read_pairs
+
+    pairs = read_pairs(given.data, "train", given.count, given.seed)
+    make = labels.examples if given.of == "judging" else revision.examples
+    _write(given, *make(pairs, _principles(given), given.seed), {})
+
+
+def label(given: argparse.Namespace) -> None:
+    """Writes a policy's pairs as a judge prefers them."""
+    from rlhf_jax.judges import labels
+    from rlhf_jax.judges.kinds import open_judge
+
+    principles = _principles(given)
+    with open_judge(given.judge, given.seed) as judge:
+        pairs = _sampled(given, "train")
+        made = labels.label(judge, given.judge, pairs, principles, given.seed)
+    _write(given, *made)
+
+
+def critique(given: argparse.Namespace) -> None:
+    """Writes a policy's answers as a critic revises them, as SFT data."""
+    from rlhf_jax.judges.revision import gold_table, revise
+    from rlhf_jax.report.tables import print_table
+
+    principles = _principles(given)
+    policy = _policy(given, given.workdir)
+    critic = _policy(given, given.critic or given.workdir, temperature=0.0)
+    prompts = _prompts(given, [policy], "train")
+    lines, counts = revise(policy, critic, prompts, principles)
+    _write(given, lines, counts, {})
+    columns, rows = gold_table(lines, prompts, principles)
+    if rows:
+        print_table("Answers and their revisions by gold", columns, rows)
+
+
+def _check(given: argparse.Namespace) -> None:
+    """Finds mistakes before anything is computed, and makes the directory of the output."""
+    if given.seed < 0:
+        raise UserError(f"--seed={given.seed}: at least 0")
+    out = Path(given.out)
+    if not given.out:
+        return
+    if given.run is not card and out.suffix != ".jsonl":
+        raise UserError(f"--out={out}: a name that ends in .jsonl, as stages read it")
+    if out.is_dir() or (out.exists() and given.run is not card and not _made(out).exists()):
+        raise UserError(f"--out={out} is there, and not made by this command; name another")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={out}: {error}") from None
+
+
+def _made(out: Path) -> Path:
+    """The file beside an output that says what it was made from."""
+    return out.with_suffix(".made.json")
+
+
+def _principles(given: argparse.Namespace) -> list[Principle]:
+    from rlhf_jax.judges.constitution import DEFAULT, choose, read_constitution
+
+    return choose(read_constitution(Path(given.constitution or DEFAULT)), given.principles)
+
+
+def _policy(given: argparse.Namespace, name: str, temperature: float | None = None) -> Policy:
+    from rlhf_jax.judges.sampled import Policy
+
+    drawn = given.temperature if temperature is None else temperature
+    return Policy.load(name, given.max_new_tokens, drawn, given.seed)
+
+
+def _prompts(given: argparse.Namespace, policies: list[Policy], split: str) -> list[Prompt]:
+    from rlhf_jax.judges.sampled import read_prompts
+
+    return read_prompts(given.prompts, policies, split, given.count, given.max_new_tokens)
+
+
+def _sampled(given: argparse.Namespace, split: str) -> Pairs:
+    from rlhf_jax.judges.sampled import sample_pairs
+
+    policies = [_policy(given, name) for name in (given.workdir, given.compare) if name]
+    return sample_pairs(policies[0], policies[-1], _prompts(given, policies, split))
+
+
+def _write(
+    given: argparse.Namespace, lines: list[dict], counts: dict[str, int], measured: dict[str, float]
+) -> None:
+    """Writes the lines, and beside them what they were made from and what became of the others."""
+    from rlhf_jax.console import say
+    from rlhf_jax.digests import file_digest
+    from rlhf_jax.files import write_json, write_jsonl
+    from rlhf_jax.judges.constitution import DEFAULT
+    from rlhf_jax.training.saved_model import fingerprint
+
+    out = Path(given.out)
+    if not lines:
+        raise UserError(f"nothing is left to be written to {out}: {counts}")
+    made: dict[str, Any] = {k: v for k, v in vars(given).items() if k not in ("run", "out")}
+    named = [str(made.get(name, "")) for name in ("judge", "workdir", "compare", "critic")]
+    made["models"] = {
+        name: fingerprint(Path(name)) for name in named if name and Path(name).is_dir()
+    }
+    files = [given.constitution or str(DEFAULT), *(name.rpartition(":")[0] for name in named)]
+    made["files"] = {name: file_digest(Path(name)) for name in files if Path(name).is_file()}
+    write_json(_made(out), {"made_from": made, "counts": counts} | measured)
+    write_jsonl(out, lines)
+    say(str(out), counts | measured)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line (default: this process's) and returns the exit code."""
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m rlhf_jax.judges", description=__doc__, formatter_class=plain)
+    names = parser.add_subparsers(required=True, metavar="card, examples, label or critique")
+    commands = ((card, 600, ""), (examples, 400, ""), (label, 1000, "overall"), (critique, 400, ""))
+    default = "(default: %(default)s)"
+    for command, count, principles in commands:
+        about = command.__doc__
+        each = names.add_parser(command.__name__, help=about, description=about, allow_abbrev=False)
+        each.set_defaults(run=command)
+        option = each.add_argument
+        samples = command in (label, critique)
+        option("--constitution", default="", help="a file of principles (default: the packaged)")
+        option("--principles", default=principles,
+               help=f"names, a,b,… (default: {principles or 'all'})")  # fmt: skip
+        option("--count", type=int, default=count, help=f"of pairs or prompts {default}")
+        option("--seed", type=int, default=0, help=f"of all that is drawn {default}")
+        if command in (card, label):
+            option("--judge", required=True, help="gold[,…], a directory, or file.py:function")
+            option("--compare", default="", help="a model that gives the other answer")
+        if command is not examples:
+            option("--workdir", default="", required=samples, help="the model that answers")
+            option("--prompts", default="town", help=f"a file or data set {default}")
+            option("--max-new-tokens", type=int, default=64, help=f"of an answer {default}")
+            option("--temperature", type=float, default=1.0, help=f"of answers {default}")
+        if not samples:
+            option("--data", default="town", help=f"pairs whose better side is known {default}")
+        if command is card:
+            option("--calibrate", type=int, default=200, help=f"of the pairs {default}")
+        if command is examples:
+            option("--of", choices=("judging", "critique"), default="judging", help=default)
+        if command is critique:
+            option(
+                "--critic", default="", help="the model that revises, greedily (default: the same)"
+            )
+        option("--out", required=command is not card, default="", help="the file that is written")
+
+    def checked(given: argparse.Namespace) -> None:
+        _check(given)
+        given.run(given)
+
+    return run(parser, checked, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""What a judge makes for training: labelled pairs, and what a model learns to judge from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax.data.records import Prompt
+from rlhf_jax.judges.card import better_side
+from rlhf_jax.judges.constitution import Principle
+from rlhf_jax.judges.judge import Comparison, Judge, ask
+from rlhf_jax.judges.kinds import FIRST, SECOND, question
+from rlhf_jax.judges.sampled import Pairs
+from rlhf_jax.label.files import make_comparison
+from rlhf_jax.tasks.builders import verifier_of
+
+Line = dict[str, Any]
+_TOTAL = Principle("total", "", "", "", "total")
+
+
+def prompt_fields(prompt: Prompt) -> Line:
+    """The keys of a record that hold its prompt, as a user's file has them."""
+    made = make_comparison(prompt.messages, ("", ""), prompt.meta, models=("", ""), seed=None)
+    return {"prompt": made.prompt} | made.more
+
+
+def label(
+    judge: Judge, name: str, pairs: Pairs, principles: Sequence[Principle], seed: int
+) -> tuple[list[Line], dict[str, int], dict[str, float]]:
+    """Pairs as a judge prefers them, a line each; how many there are of what; agreement with gold.
+
+    P(a ≻ b) is the mean over the principles and both orders; ½ is a tie, which readers of the file
+    leave out. A pair that lacks a verdict under any principle is left out, and counted for each.
+    """
+    said = [ask(judge, pairs.of, principle) for principle in principles]
+    values = np.mean([each.preferred for each in said], axis=0)
+    turned = np.any([each.flipped for each in said], axis=0)
+    counts: Counter[str] = Counter(pairs.left_out)
+    for principle, each in zip(principles, said, strict=True):
+        for reason, masked in each.masked.items():
+            counts[f"no verdict, {principle.name}: {reason}"] = masked
+    lines: list[Line] = []
+    for i in np.flatnonzero(~np.isnan(values)).tolist():
+        shown = pairs.of[i]
+        made = make_comparison(
+            shown.prompt.messages, (shown.first, shown.second), shown.prompt.meta,
+            models=pairs.models, seed=seed,
+        )  # fmt: skip
+        sides = ("chosen", "rejected") if values[i] >= 0.5 else ("rejected", "chosen")
+        line: Line = {"prompt": made.prompt, **dict(zip(sides, made.answers, strict=True))}
+        line |= {"tie": True} if values[i] == 0.5 else {}
+        line |= {"labeler": name, "probability": round(float(max(values[i], 1 - values[i])), 6)}
+        line |= {"models": dict(zip(sides, pairs.models, strict=True)), "seed": seed}
+        line |= {"pair": made.pair, "number": len(lines)}
+        line |= {"flipped": True} if turned[i] else {}
+        line |= {"cut": [sides[k] for k in pairs.cut[i]]} if i in pairs.cut else {}
+        lines.append(line | made.more)
+        counts["ties" if values[i] == 0.5 else "labelled"] += 1
+    return lines, dict(counts), _agreement(values, pairs)
+
+
+def _agreement(values: np.ndarray, pairs: Pairs) -> dict[str, float]:
+    """How often P(a ≻ b) and the verifier's total prefer the same side; {} where none knows it."""
+    if verifier_of([each.prompt for each in pairs.of]) is None:
+        return {}
+    sides, better = np.sign(values - 0.5), better_side(pairs, _TOTAL)
+    both = ~np.isnan(values) & (sides != 0) & (better != 0)
+    if not both.any():
+        return {}
+    return {"agrees with gold": float((sides == better)[both].mean()), "of": int(both.sum())}
+
+
+def examples(
+    pairs: Pairs, principles: Sequence[Principle], seed: int
+) -> tuple[list[Line], dict[str, int]]:
+    """Gold-labelled comparisons as SFT data: from these a language model learns to be asked.
+
+    Each pair is asked about under every principle by which gold prefers a side, in one order by
+    lot; a principle that prefers neither is left out and counted.
+    """
+    rng, counts = Random(seed), Counter[str]()
+    lines: list[Line] = []
+    for principle in principles:
+        for shown, better in zip(pairs.of, better_side(pairs, principle), strict=True):
+            if not better:
+                counts["equal by gold"] += 1
+                continue
+            asked: Comparison = shown if rng.random() < 0.5 else shown.swapped
+            first = (better > 0) == (asked is shown)
+            turns = [message.to_json() for message in question(asked, principle)]
+            turns.append({"role": "assistant", "content": FIRST if first else SECOND})
+            lines.append({"messages": turns, "principle": principle.name})
+    rng.shuffle(lines)
+    return lines, dict(counts) | {"written": len(lines)}

@@ -1,0 +1,153 @@
+"""Answers that a model criticises and revises under a principle: SFT data without new labels.
+
+The first half of Constitutional AI (Bai et al., 2022), https://arxiv.org/abs/2212.08073
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from random import Random
+
+import numpy as np
+
+from rlhf_jax.data.conversation import render_prompt
+from rlhf_jax.data.records import Message, Prompt
+from rlhf_jax.evaluation.held_out_answers import Answer
+from rlhf_jax.judges.constitution import Principle
+from rlhf_jax.judges.judge import PASS, gold
+from rlhf_jax.judges.labels import Line, prompt_fields
+from rlhf_jax.judges.sampled import Pairs, Policy
+from rlhf_jax.report.tables import join_turns
+from rlhf_jax.tasks.builders import verifier_of
+
+FAULTY, FINE = "Something is wrong with it.", "Nothing is wrong with it."
+"""The critiques of `examples`; an answer of which a critic says the latter is not revised."""
+
+
+def asked_to_criticise(prompt: Prompt, answer: str, principle: Principle) -> Message:
+    """The turn that asks for a critique; that for the revision follows the critique."""
+    asked = join_turns([message.to_json() for message in prompt.messages])
+    return Message("user", f"{asked}\nAnswer: {answer}\n{principle.critique}")
+
+
+def revise(
+    policy: Policy, critic: Policy, prompts: Sequence[Prompt], principles: Sequence[Principle]
+) -> tuple[list[Line], dict[str, int]]:
+    """A revised answer to each prompt under a principle drawn by lot, as a line of SFT data.
+
+    The policy answers, the critic criticises and revises; what it finds `FINE` stays as it is. Left
+    out, and counted, are prompts that its context does not hold with answer and critique, and
+    answers or revisions that did not end or are empty.
+    """
+    counts: Counter[str] = Counter()
+    rng = Random(policy.seed)
+    answers = policy.answers([*prompts], 0)
+    drawn = [rng.choice(principles) for _ in prompts]
+    turns: list[tuple[Message, ...]] = [
+        (asked_to_criticise(prompt, answer.text, principle),)
+        for prompt, answer, principle in zip(prompts, answers, drawn, strict=True)
+    ]
+    critiques = _said(critic, turns, 2)
+    fine = [said is not None and said.text.strip() == FINE for said in critiques]
+    turns = [
+        (*turn, Message("assistant", said.text), Message("user", each.revision))
+        if said and not kept
+        else ()
+        for turn, said, each, kept in zip(turns, critiques, drawn, fine, strict=True)
+    ]
+    revised = _said(critic, turns, 3)
+    revisions = [a if kept else r for a, r, kept in zip(answers, revised, fine, strict=True)]
+    lines: list[Line] = []
+    for i, revision in enumerate(revisions):
+        said = critiques[i]
+        if said is None or revision is None:
+            counts["too long to be revised"] += 1
+        elif not revision.finished or not revision.text.strip() or "\0" in revision.text:
+            counts["not finished"] += 1
+        else:
+            line = prompt_fields(prompts[i]) | {"completion": revision.text}
+            line |= {"answer": answers[i].text, "critique": said.text, "principle": drawn[i].name}
+            line |= {"models": {"answer": policy.name, "completion": critic.name}}
+            lines.append(line | {"seed": policy.seed, "id": prompts[i].id})
+            counts["found fine" if fine[i] else "revised"] += 1
+    return lines, dict(counts)
+
+
+def _said(model: Policy, turns: Sequence[Sequence[Message]], stream: int) -> list[Answer | None]:
+    """A reply to each of the conversations; None where there is none or it leaves no room."""
+    room, tokenizer = model.model.config.max_length - model.max_new_tokens, model.model.tokenizer
+    fitting = [i for i, each in enumerate(turns)
+               if each and len(render_prompt(each, tokenizer)) <= room]  # fmt: skip
+    replies: list[Answer | None] = [None] * len(turns)
+    asked = [Prompt(str(i), tuple(turns[i])) for i in fitting]
+    for i, reply in zip(fitting, model.answers(asked, stream) if asked else [], strict=True):
+        replies[i] = reply
+    return replies
+
+
+def examples(
+    pairs: Pairs, principles: Sequence[Principle], seed: int
+) -> tuple[list[Line], dict[str, int]]:
+    """Gold-labelled critiques and revisions as SFT data, from which a model learns to give them.
+
+    Where one answer of a pair passes a principle (see `judge.PASS`) and the other does not, this is
+    called faulty, and that is its revision. As many answers that pass, drawn from all pairs, are
+    called fine and left as they are; the others are counted.
+    """
+    lines: list[Line] = []
+    rng, counts = Random(seed), Counter[str]()
+    for principle in principles:
+        faulty, fine = [], []
+        for shown in pairs.of:
+            sides = [shown.first, shown.second]
+            sides.sort(key=lambda text: gold(shown.prompt, text, principle))
+            worse, better = sides
+            passing = [gold(shown.prompt, text, principle) >= PASS for text in sides]
+            if passing[1]:
+                fine.append((shown.prompt, better, FINE, better))
+            if passing == [False, True]:
+                faulty.append((shown.prompt, worse, FAULTY, better))
+        few = rng.sample(fine, min(len(fine), len(faulty)))
+        counts["faulty"] += len(faulty)
+        counts["fine"] += len(few)
+        counts["fine, not used"] += len(fine) - len(few)
+        for prompt, answer, critique, revision in [*faulty, *few]:
+            turns = [
+                asked_to_criticise(prompt, answer, principle),
+                Message("assistant", critique),
+                Message("user", principle.revision),
+                Message("assistant", revision),
+            ]
+            messages = [turn.to_json() for turn in turns]
+            lines.append({"messages": messages, "principle": principle.name})
+    rng.shuffle(lines)
+    return lines, dict(counts)
+
+
+def gold_table(
+    lines: Sequence[Line], prompts: Sequence[Prompt], principles: Sequence[Principle]
+) -> tuple[list[str], list[list[str]]]:
+    """(columns, rows) of what gold gives answers and their revisions, by the prompts' group.
+
+    Both are empty where no verifier knows the prompts.
+    """
+    by_id, task = {prompt.id: prompt for prompt in prompts}, verifier_of([*prompts])
+    if task is None or not lines:
+        return [], []
+    known = {each.gold: each for each in principles if each.gold}
+    known.setdefault("correct", Principle("correct", "", "", "", "correct"))
+    groups: dict[str, list[Line]] = {}
+    for line in lines:
+        groups.setdefault(by_id[line["id"]].meta.get(task.group, ""), []).append(line)
+    columns = [f"{name}{part}" for name in known for part in ("", ", revised")]
+    rows = [
+        [name, f"{len(chosen):,}"]
+        + [
+            f"{np.mean([gold(by_id[line['id']], line[text], principle) for line in chosen]):.2f}"
+            for principle in known.values()
+            for text in ("answer", "completion")
+        ]
+        for name, chosen in [*sorted(groups.items()), ("all", [*lines])]
+    ]
+    return ["group", "prompts", *columns], rows
