@@ -14,9 +14,9 @@ BOUNDS = {
     # Meshes took 370: `models/sharding`, and splash attention for shared prompts. Several hosts
     # took 620 more, decoding on a mesh and long rows 200; `plan/`, an annex, 1,310. The first hour
     # (help, packaging, before and after, evaluation, longer runs) took 1,240 and a loss over words
-    # that are split 90; `sweep/`, an annex, 2,210. Votes by people who differ took 60 and seeds that
-    # are trained together 45; the annexes of feedback, `label/`, `labelers/`, `filter/`, `synthesize/`
-    # and `judges/`, 5,050, and the town's crowd 240.
+    # that are split 90; `sweep/`, an annex, 2,210. Votes by people who differ took 60 and seeds
+    # trained together 45; feedback, in `label/`, `labelers/`, `filter/`, `synthesize/` and
+    # `judges/`, all annexes, 5,050, and the crowd of the town 240.
     "lines of the core": 20_897,
     "lines with the annexes": 38_540,
     "functions over 60 lines": 1,
