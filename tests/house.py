@@ -26,8 +26,17 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "rlhf_jax"
 ANNEXES = (
-    *("tasks", "hub", "report", "oracle", "plan", "sweep"),
-    *("label", "filter", "synthesize", "judges"),
+    "tasks",
+    "hub",
+    "report",
+    "oracle",
+    "plan",
+    "sweep",
+    "label",
+    "labelers",
+    "filter",
+    "synthesize",
+    "judges",
 )
 
 

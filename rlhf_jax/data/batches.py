@@ -15,7 +15,7 @@ import numpy as np
 from rlhf_jax.data.packing import Arrays
 from rlhf_jax.errors import UserError
 
-_GROUP_AXES = ("last", "lengths", "valid", "example_ids", "reference_logprobs", "labels")
+_GROUP_AXES = ("last", "lengths", "valid", "example_ids", "reference_logprobs", "labels", "votes")
 _SLOT_AXES = ("sources", "targets", "weights", "sequences")
 _ENDLESS = 2**62  # rows; batches of one must still be countable
 _UNUSED = {"row_ids": -1, "example_ids": -1}

@@ -18,8 +18,15 @@ def bradley_terry(
     *,
     margin: jax.Array | None = None,
     centering: float = 0.0,
+    votes: jax.Array | None = None,
 ) -> Loss:
     """Pairwise loss: −log σ(r_c − r_r − margin) + centering·(r_c + r_r)².
+
+    Where who chose is known, the first term is −log of how likely that person was to choose so,
+
+        (1 − lapses) · σ(scale · (r_c − r_r) + bias) + lapses / 2,
+
+    so that the scores don't learn the person's bias: labelers/likelihood.py.
 
     "Learning to summarize from human feedback", https://arxiv.org/abs/2009.01325; the margin says
     how much better the chosen one is ("Llama 2", https://arxiv.org/abs/2307.09288); centering keeps
@@ -29,6 +36,7 @@ def bradley_terry(
     Args:
       chosen, rejected: [N] scores. weights: [N], 0 = no pair (ignored, whatever its scores).
       margin: [N] in score units, or None for 0.
+      votes: [N, 3] the scale, bias (nats, for the chosen one) and lapses of who chose, or None.
 
     Returns:
       (total, weight) in nats and pairs; metrics loss and
@@ -38,7 +46,10 @@ def bradley_terry(
     check_same_shape(chosen=chosen, rejected=rejected, weights=weights, margin=margin)
     chosen, rejected, margin = keep_weighted(weights, chosen, rejected, margin)
     gap = chosen - rejected
-    loss = -jax.nn.log_sigmoid(gap if margin is None else gap - margin)
+    if votes is None:
+        loss = -jax.nn.log_sigmoid(gap if margin is None else gap - margin)
+    else:
+        loss = _vote_loss(gap if margin is None else gap - margin, votes)
     loss += centering * (chosen + rejected) ** 2
     metrics = {
         "loss": loss,
@@ -48,6 +59,13 @@ def bradley_terry(
         "rewards/accuracies": pair_accuracy(gap),
     }
     return weighted_sums(metrics, weights)
+
+
+def _vote_loss(gap: jax.Array, votes: jax.Array) -> jax.Array:
+    """−log((1 − lapses) · σ(scale · gap + bias) + lapses / 2), of [N] and [N, 3]; finite in f32."""
+    scale, bias, lapses = votes[:, 0], votes[:, 1], jnp.clip(votes[:, 2], 1e-6, 1 - 1e-6)
+    looked = jnp.log1p(-lapses) + jax.nn.log_sigmoid(scale * gap + bias)
+    return -jnp.logaddexp(looked, jnp.log(lapses / 2))
 
 
 def pointwise_logistic(scores: jax.Array, labels: jax.Array, weights: jax.Array) -> Loss:

@@ -52,6 +52,14 @@ def check(config: Config) -> None:
     if config.stage == "reward" and config.loss.name not in ("bradley_terry", "pointwise"):
         name = config.loss.name
         raise UserError(f"config.loss.name = {name!r}: choose one of bradley_terry, pointwise")
+    how = getattr(config.data, "labelers", "pooled")
+    if how == "nuisance" and config.stage != "reward":
+        raise UserError(
+            "config: data.labelers = 'nuisance' is for reward models, which are asked without a "
+            "labeler later; there are pooled, majority and weighted"
+        )
+    if how != "pooled" and config.loss.name == "pointwise":
+        raise UserError(f"config: data.labelers = {how!r} is of votes on pairs: pointwise has none")
     if config.stage == "online_preference" and config.loss.name == "kto":
         raise UserError(
             "config: loss.name = 'kto' needs an answer to another prompt beside each pair, which "

@@ -99,6 +99,14 @@ class LabelledData(ChatData):
 
 
 @dataclass(frozen=True)
+class VotedData(LabelledData):
+    """Pairs, which may be the votes of labelers that differ, or conversations with labels."""
+
+    # What becomes of labelers' votes: labelers/training.py.
+    labelers: str = option("pooled", choices=("pooled", "majority", "weighted", "nuisance"))
+
+
+@dataclass(frozen=True)
 class SftData(LabelledData):
     """Conversations."""
 
@@ -290,9 +298,9 @@ STAGES: dict[str, dict[str, type]] = {
     },
     "sft": _TRAINED | {"init": Init, "data": SftData, "loss": SftLoss, "eval": ChatEvaluation},
     "reward": _TRAINED
-    | {"init": Init, "data": LabelledData, "loss": RewardLoss}
+    | {"init": Init, "data": VotedData, "loss": RewardLoss}
     | {"normalize": Normalize, "eval": NoEvaluation},
-    "preference": _TRAINED | {"init": JudgedInit, "data": LabelledData, "loss": PreferenceOptions},
+    "preference": _TRAINED | {"init": JudgedInit, "data": VotedData, "loss": PreferenceOptions},
     "policy": _SAMPLED
     | {"data": PolicyData, "rollout": RolloutOptions, "train": SampledTrain, "loss": PolicyOptions}
     | {"kl": KlOptions, "advantage": AdvantageOptions, "critic": CriticOptions},

@@ -21,6 +21,7 @@ from rlhf_jax.data.encode import (
 from rlhf_jax.data.packing import Arrays, pack_groups
 from rlhf_jax.data.records import Conversation, Pair
 from rlhf_jax.errors import UserError
+from rlhf_jax.labelers.training import settle
 from rlhf_jax.tasks.sources import check_unrendered, read_records
 
 CHOSEN, REJECTED, MISMATCHED = 0, 1, 2  # branches of a group
@@ -90,6 +91,8 @@ def _pair_rows(
 ) -> Arrays:
     what, length, trained = f"{source} ({split})", config.data.row_length, split == "train"
     check_unrendered(what, records, tokenizer)
+    settled = settle(records, config.data.labelers if trained else "pooled", what)
+    records = settled.records
     groups, counts = encode_pairs(
         records, tokenizer, length, over_long=config.data.over_long, mismatched=mismatched
     )
@@ -98,6 +101,12 @@ def _pair_rows(
     if trained:
         groups = [group for group in groups if not is_identical(group)]
     rows, packing = pack_groups(groups, length, branches=3 if mismatched else 2)
+    if settled.effects is not None:
+        votes = np.where(rows["valid"][..., None] > 0, settled.effects[rows["example_ids"]], 0)
+        rows["votes"] = votes.astype(np.float32)
+    if settled.weights is not None:
+        weights = np.where(rows["valid"] > 0, settled.weights[rows["example_ids"]], 0)
+        rows["valid"] = weights.astype(np.float32)
     if identical and not trained:
         rows["identical"] = np.isin(rows["example_ids"], identical)
     console.say_encoded(config, what + BESIDE * mismatched, counts, packing)
@@ -127,6 +136,8 @@ def _labelled_rows(
     mismatched: bool,
 ) -> Arrays:
     length, over_long = config.data.row_length, config.data.over_long
+    if getattr(config.data, "labelers", "pooled") != "pooled":
+        raise UserError(f"{what}: data.labelers is of votes on pairs, and these are single replies")
     if over_long not in ("error", "drop"):
         raise UserError(f"data.over_long = {over_long!r}: labelled replies know error and drop")
     check_unrendered(what, records, tokenizer)

@@ -2,7 +2,8 @@
 
 The score is read at the response's last token. It is trained with the Bradley–Terry loss on pairs,
 or, with `loss.name = "pointwise"`, with the logistic loss on conversations whose `meta["label"]`
-says how good the last reply is, from 0 to 1 or false or true. Its mean and standard deviation over
+says how good the last reply is, from 0 to 1 or false or true. Where pairs are the votes of labelers
+that differ, `data.labelers` says what becomes of them. Its mean and standard deviation over
 what `init.policy` answers are kept with the model, since a score has neither zero nor unit of its
 own.
 """
@@ -35,7 +36,7 @@ from rlhf_jax.rewards.ensemble import normalization_of
 from rlhf_jax.stages.fit import Training, batches_of, fit
 from rlhf_jax.stages.preference_rows import CHOSEN, REJECTED, pack_labelled, pack_pairs
 from rlhf_jax.stages.start import load_start
-from rlhf_jax.tasks.sources import parse_sources, read_records
+from rlhf_jax.tasks.sources import names_pairs, parse_sources, read_records
 from rlhf_jax.training.mesh import step_tokens
 from rlhf_jax.training.rundir import RunDirectory
 from rlhf_jax.training.saved_model import Model, save_model
@@ -81,13 +82,20 @@ def packer(config: Config, model: Model) -> Callable[[str, str], Arrays]:
 
 
 def evaluation(config: Config, model: Model) -> Callable[[Any], Evaluated]:
-    """The held-out metrics of scores, as a function of parameters of the model's shape."""
-    held_out = packer(config, model)(config.data.validation, "validation")
+    """The held-out metrics of scores, as a function of parameters of the model's shape.
+
+    What was trained on labels may be judged by pairs: `data.validation` names a data set of them.
+    """
+    source = config.data.validation
+    pack = packer(config, model)
+    if names_pairs(source):
+        pack = partial(pack_pairs, config, tokenizer=model.tokenizer)
+    held_out = pack(source, "validation")
     score = jax.jit(partial(sequence_scores, model.config))
 
     def evaluate(params: Any) -> Evaluated:
         scores = map_rows(score, params, held_out, step_tokens(config))
-        measure = label_metrics if config.loss.name == "pointwise" else score_metrics
+        measure = label_metrics if "labels" in held_out else score_metrics
         return Evaluated(*measure(scores, held_out), right_values(scores, held_out))
 
     return evaluate
@@ -118,8 +126,9 @@ def loss(config: Config, shape: ModelConfig, params: Any, batch, rng):
     valid = batch["valid"].reshape(-1)
     if config.loss.name == "pointwise":
         return pointwise_logistic(scores[:, 0], batch["labels"].reshape(-1), valid)
+    votes = batch["votes"].reshape(-1, 3) if "votes" in batch else None
     return bradley_terry(
-        scores[:, CHOSEN], scores[:, REJECTED], valid, centering=config.loss.centering
+        scores[:, CHOSEN], scores[:, REJECTED], valid, centering=config.loss.centering, votes=votes
     )
 
 

@@ -88,6 +88,16 @@ def read_records(config: ConfigDict, source: str, kind: str, split: str) -> list
     return records
 
 
+def names_pairs(source: str) -> bool:
+    """Whether a source states configs of data sets that hold pairs, such as "town/ordered"."""
+    stated = [parse_source(each) for each in source.split(",")]
+    if any(each.is_file or each.is_hub for each in stated):
+        return False
+    return all(
+        task_of(each.name).kinds.get(each.name.partition("/")[2]) == "pair" for each in stated
+    )
+
+
 def settle_sources(config: ConfigDict) -> ConfigDict:
     """A copy in which an empty data.validation or eval.source has become what it stands for.
 

@@ -37,6 +37,30 @@ def test_bradley_terry_margin_and_centering_by_hand():
     assert float(total) == pytest.approx(nll(1.5 - 2.0) + 0.01 * 0.5**2, abs=1e-6)
 
 
+def test_bradley_terry_of_votes_by_hand():
+    # A gap of 1 at scale 2 with bias −0.5 and lapses 0.1: 0.9 σ(1.5) + 0.05 = 0.7858170.
+    votes = jnp.array([[2.0, -0.5, 0.1], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    chosen, weights = jnp.array([1.0, 2.0, 5.0]), jnp.array([1.0, 1.0, 0.0])
+    (total, weight), metrics = bradley_terry(chosen, jnp.zeros(3), weights, votes=votes)
+    assert float(total) == pytest.approx(-math.log(0.7858170) + nll(2.0), abs=1e-5)
+    assert float(weight) == 2
+    assert float(mean(metrics["rewards/margins"])) == pytest.approx(1.5)  # of scores alone
+
+
+def test_a_vote_that_only_bias_explains_moves_no_score():
+    def slope(bias, lapses):
+        votes = jnp.array([[1.0, bias, lapses]])
+        return float(
+            jax.grad(lambda c: bradley_terry(c, jnp.zeros(1), jnp.ones(1), votes=votes)[0][0])(
+                jnp.zeros(1)
+            )[0]
+        )
+
+    assert slope(0.0, 0.0) == pytest.approx(-0.5, abs=1e-5)
+    assert abs(slope(20.0, 0.02)) < 1e-6  # they would have chosen so in any case
+    assert abs(slope(-200.0, 0.02)) < 1e-6  # a lapse: finite, too
+
+
 def test_bradley_terry_is_free_of_an_offset_and_symmetric_under_swap():
     chosen, rejected = jnp.array([0.3, -1.0]), jnp.array([0.1, 2.0])
 

@@ -6,36 +6,51 @@ facts                               prompts: every fact about a person, asked on
 arithmetic                          prompts: sums and differences only; those of "validation" are
                                     of pairs of numbers that training never asks about
 solutions                           conversations: the same with the right answer
+votes, ratings                      pairs and labelled conversations: of replies to the same prompts
+                                    by the named crowd of `crowd.CROWD`
+biased_votes, biased_ratings        the same by `crowd.BIASED`
+rated                               pairs: what a person rated higher of two replies
+ordered                             pairs in the order of their gold scores, which no labeler makes
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from rlhf_jax.data.records import Record
 from rlhf_jax.tasks.task import Task
+from rlhf_jax.tasks.town import crowd
 from rlhf_jax.tasks.town.gold import gold_score
 from rlhf_jax.tasks.town.town import Town
 from rlhf_jax.tasks.town.world import HELDOUT, TRAIN, TownConfig
 
 _SUMS = TownConfig(families={"arithmetic": 1.0}, prompts=8_000)
-_STREAMS = {  # config → kind, the town's method, the town's configuration
-    "text": ("text", "texts", None),
-    "conversation": ("conversation", "demonstrations", None),
-    "pair": ("pair", "pairs", None),
-    "prompt": ("prompt", "prompts", None),
-    "facts": ("prompt", "fact_prompts", None),
-    "arithmetic": ("prompt", "prompts", _SUMS),
-    "solutions": ("conversation", "solutions", _SUMS),
+Stream = Callable[[Town, str], Iterable[Record]]
+_STREAMS: dict[str, tuple[str, Stream, TownConfig | None]] = {
+    "text": ("text", Town.texts, None),
+    "conversation": ("conversation", Town.demonstrations, None),
+    "pair": ("pair", Town.pairs, None),
+    "prompt": ("prompt", Town.prompts, None),
+    "facts": ("prompt", Town.fact_prompts, None),
+    "arithmetic": ("prompt", Town.prompts, _SUMS),
+    "solutions": ("conversation", Town.solutions, _SUMS),
+    "votes": ("pair", crowd.votes, None),
+    "ratings": ("conversation", crowd.ratings, None),
+    "biased_votes": ("pair", partial(crowd.votes, people=crowd.BIASED), None),
+    "biased_ratings": ("conversation", partial(crowd.ratings, people=crowd.BIASED), None),
+    "rated": ("pair", crowd.rated, None),
+    "ordered": ("pair", crowd.ordered, TownConfig(heldout_pairs=2_000)),
 }
+"""Config → the kind of its records, what makes those of a split, the town's configuration."""
 
 
 def _make(config: str, paths: list[Path], left_out: Counter[str]) -> dict[str, Iterable[Record]]:
     _, stream, options = _STREAMS[config]
-    records = getattr(Town(options), stream)
-    return {"train": records(TRAIN), "validation": records(HELDOUT)}
+    town = Town(options)
+    return {"train": stream(town, TRAIN), "validation": stream(town, HELDOUT)}
 
 
 TOWN = Task(

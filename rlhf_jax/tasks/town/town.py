@@ -111,6 +111,18 @@ class Town:
             meta = {**pair.meta, "styles": styles}
             yield Pair(pair.id, pair.prompt, pair.chosen, pair.rejected, meta=meta)
 
+    def compared(
+        self, split: str, count: int, replies: int = 3
+    ) -> Iterator[tuple[Prompt, tuple[str, ...]]]:
+        """Prompts with so many different replies to each, in the styles of `config.candidates`."""
+        for index in self._range("pairs", split, count):
+            rng = self._rng("compared", split, index)
+            task, prompt = self._task(rng, split, index)
+            made: dict[str, None] = {}
+            while len(made) < replies:
+                made.setdefault(reply(rng, task, draw_style(rng, self.config.candidates)))
+            yield prompt, tuple(made)
+
     def _rng(self, *stream: object) -> Random:
         return Random(f"town {self.config.seed} {stream}")
 

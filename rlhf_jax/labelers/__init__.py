@@ -1,0 +1,1 @@
+"""Who the labelers of a file of votes are: how sharp, how biased, how attentive."""
