@@ -136,7 +136,7 @@ def _labelled_rows(
     mismatched: bool,
 ) -> Arrays:
     length, over_long = config.data.row_length, config.data.over_long
-    if getattr(config.data, "labelers", "pooled") != "pooled":
+    if config.data.labelers != "pooled":
         raise UserError(f"{what}: data.labelers is of votes on pairs, and these are single replies")
     if over_long not in ("error", "drop"):
         raise UserError(f"data.over_long = {over_long!r}: labelled replies know error and drop")

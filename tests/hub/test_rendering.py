@@ -103,6 +103,7 @@ def packed(rows, example):
 
 def settings(**more):
     data = {"row_length": 2048, "over_long": "error", "max_bad_fraction": 0.0, "columns": ""}
+    data["labelers"] = "pooled"
     return ConfigDict({"data": data, "loss": {"name": "kto"}} | more)
 
 

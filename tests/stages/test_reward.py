@@ -106,7 +106,7 @@ def tokenizer():
 
 def settings(row_length=64, over_long="error"):
     data = {"row_length": row_length, "over_long": over_long, "max_bad_fraction": 0.0}
-    data["columns"] = ""
+    data |= {"columns": "", "labelers": "pooled"}
     return ConfigDict({"data": data})
 
 
