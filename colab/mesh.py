@@ -117,7 +117,8 @@ plt.show()
 # The word table is the exception, as it is the largest matrix of a small model. The loss gathers
 # the *hidden states* of all tokens in its place, and each chip computes the logits of its own
 # eighth of the words. So let the layers take $P$ bytes and the hidden states $H$: expect $2P + H$
-# gathered, and $(P + H)/8$ scattered to each chip. The next cell compiles the update that
+# gathered, and $(P + H)/8$ scattered to each chip. (An older compiler for processors keeps what it
+# has gathered for the backward pass, and gathers $P + H$.) The next cell compiles the update that
 # pre-training runs, and counts the messages in the compiled program.
 
 # %%
@@ -137,7 +138,8 @@ print(f"layers: {layers / 1e6:.2f} MB of float32, hidden states: {hidden / 1e6:.
 messages = counted.collectives
 for kind, (times, received) in messages.items():
     print(f"{kind:15} {times:3} times, {received / 1e6:6.2f} MB on each chip")
-np.testing.assert_allclose(messages["all-gather"][1], 2 * layers + hidden, rtol=0.02)
+gathers = (messages["all-gather"][1] - hidden) / layers
+assert np.isclose(gathers, round(gathers), atol=0.02) and round(gathers) in (1, 2)
 np.testing.assert_allclose(messages["reduce-scatter"][1], (layers + hidden) / CHIPS, rtol=0.02)
 assert messages["all-reduce"][1] < 0.01 * layers  # metrics, and gradients of the norms' scales
 
