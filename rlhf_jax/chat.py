@@ -217,15 +217,13 @@ def talk(given: argparse.Namespace) -> None:
     """Loads the models of a command line and converses at the terminal."""
     import jax
 
-    from rlhf_jax.training.saved_model import load_model
+    from rlhf_jax.training.saved_model import load_speaker
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
     options = {name: getattr(given, name) for name in (*names, "repetition_penalty", "seed")}
     speakers = []
     for path in filter(None, (given.workdir, given.compare)):
-        model = load_model(path)
-        if model.config.head != "lm":
-            raise UserError(f"{path} is a reward model; it does not speak")
+        model = load_speaker(path)
         speakers.append(Speaker(Path(path).name, model, given.system, options))
         count = sum(x.size for x in jax.tree.leaves(model.params))
         print(f"{Path(path).name}: {count:,} parameters, a context of {model.config.max_length:,} "

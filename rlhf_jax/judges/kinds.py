@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 import numpy as np
+from scipy.special import expit
 
 from rlhf_jax.child import ChildFault
 from rlhf_jax.data.conversation import render_replies
@@ -81,7 +82,7 @@ class RewardModelJudge:
         values, missing = _by_rows(self.model, answered, self._scores)
         same = np.array([each.first == each.second for each in shown], bool)
         difference = np.where(same, 0.0, values[:, 0] - values[:, 1])
-        return Answers(np.exp(-np.logaddexp(0, -difference)), missing)
+        return Answers(expit(difference), missing)
 
     def _scores(self, rows: Arrays) -> np.ndarray:
         model = self.model

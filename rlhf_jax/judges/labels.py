@@ -5,27 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from random import Random
-from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data.records import Prompt
 from rlhf_jax.judges.card import better_side
 from rlhf_jax.judges.constitution import Principle
 from rlhf_jax.judges.judge import Comparison, Judge, ask
 from rlhf_jax.judges.kinds import FIRST, SECOND, question
 from rlhf_jax.judges.sampled import Pairs
-from rlhf_jax.label.files import make_comparison
+from rlhf_jax.label.files import Line, make_comparison
 from rlhf_jax.tasks.builders import verifier_of
 
-Line = dict[str, Any]
 _TOTAL = Principle("total", "", "", "", "total")
-
-
-def prompt_fields(prompt: Prompt) -> Line:
-    """The keys of a record that hold its prompt, as a user's file has them."""
-    made = make_comparison(prompt.messages, ("", ""), prompt.meta, models=("", ""), seed=None)
-    return {"prompt": made.prompt} | made.more
 
 
 def label(

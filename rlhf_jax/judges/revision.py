@@ -16,8 +16,8 @@ from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.evaluation.held_out_answers import Answer
 from rlhf_jax.judges.constitution import Principle
 from rlhf_jax.judges.judge import PASS, gold
-from rlhf_jax.judges.labels import Line, prompt_fields
 from rlhf_jax.judges.sampled import Pairs, Policy
+from rlhf_jax.label.files import Line, prompt_fields
 from rlhf_jax.report.tables import join_turns
 from rlhf_jax.tasks.builders import verifier_of
 
@@ -66,7 +66,8 @@ def revise(
         elif not revision.finished or not revision.text.strip() or "\0" in revision.text:
             counts["not finished"] += 1
         else:
-            line = prompt_fields(prompts[i]) | {"completion": revision.text}
+            line = prompt_fields(prompts[i].messages, prompts[i].meta)
+            line |= {"completion": revision.text}
             line |= {"answer": answers[i].text, "critique": said.text, "principle": drawn[i].name}
             line |= {"models": {"answer": policy.name, "completion": critic.name}}
             lines.append(line | {"seed": policy.seed, "id": prompts[i].id})

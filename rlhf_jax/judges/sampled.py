@@ -8,15 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.held_out_answers import Answer, answer
 from rlhf_jax.judges.judge import Comparison
 from rlhf_jax.tasks.prompts import prompts_within
-from rlhf_jax.tasks.sources import read_records
-from rlhf_jax.training.saved_model import Model, load_model
+from rlhf_jax.tasks.sources import read_source
+from rlhf_jax.training.saved_model import Model, load_speaker
 
 TOKENS = 8192  # of a training step of this size, by which answers are sampled together
 
@@ -43,10 +42,7 @@ class Policy:
         Raises:
             UserError: there is none, or it is a reward model.
         """
-        model = load_model(name)
-        if model.config.head != "lm":
-            raise UserError(f"{name} is a reward model; it does not speak")
-        return cls(name, model, max_new_tokens, temperature, seed)
+        return cls(name, load_speaker(name), max_new_tokens, temperature, seed)
 
     def answers(self, prompts: list[Prompt], stream: int) -> list[Answer]:
         """An answer to each; `stream` tells the times apart that a policy is asked."""
@@ -75,12 +71,6 @@ class Pairs:
     left_out: Mapping[str, int] = field(default_factory=dict)
 
 
-def _records(source: str, kind: str, split: str) -> list[Any]:
-    """All records of a source; see `tasks.sources.read_records`."""
-    config = ConfigDict({"data": {"max_bad_fraction": 0.0, "columns": ""}})
-    return read_records(config, source, kind, split)
-
-
 def _drawn(records: Sequence[Any], source: str, count: int, seed: int) -> list[Any]:
     if not 0 < count <= len(records):
         raise UserError(f"--count={count}: there are {len(records)} records of {source}")
@@ -94,7 +84,7 @@ def read_pairs(source: str, split: str, count: int, seed: int) -> Pairs:
     Raises:
         UserError: there are fewer.
     """
-    records = _drawn(_records(source, "pair", split), source, count, seed)
+    records = _drawn(read_source(source, "pair", split), source, count, seed)
     first = np.random.default_rng([seed, 1]).random(count) < 0.5
     pairs = []
     for record, chosen_first in zip(records, first, strict=True):
@@ -113,7 +103,7 @@ def read_prompts(
     Raises:
         UserError: there are fewer.
     """
-    records: Sequence[Prompt] = _records(source, "prompt", split)
+    records: Sequence[Prompt] = read_source(source, "prompt", split)
     for policy in policies:
         limit = policy.model.config.max_length - room
         why = f"left out: the context of {policy.name} leaves {limit} for a prompt"

@@ -56,13 +56,13 @@ def label(given: argparse.Namespace) -> None:
     from rlhf_jax.label.files import LabelFiles
     from rlhf_jax.label.pairs import keep_ahead
     from rlhf_jax.label.retrain import Retraining
-    from rlhf_jax.label.source import read_checks, read_source
+    from rlhf_jax.label.source import read_checks, source_of
     from rlhf_jax.training.run_lock import acquire
 
     _check(given)
     names = [Path(path).resolve().name for path in (given.workdir, given.compare) if path]
     out = Path(given.out or Path("labels") / "-".join(names))
-    source, settings = read_source(given)
+    source, settings = source_of(given)
     checks = read_checks(given.gold) if given.gold else []
     files = LabelFiles(out, settings)
     acquire(out / "lock")

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from scipy.special import expit
 
 from rlhf_jax.data.batches import pad_rows
 from rlhf_jax.data.packing import Group, pack_groups
@@ -63,7 +64,7 @@ def disagreement(margins: np.ndarray) -> np.ndarray:
     H(mean p) − mean H(p) over K members, p = σ(margin): BALD of "Bayesian Active Learning for
     Classification and Preference Learning", https://arxiv.org/abs/1112.5745.
     """
-    p = np.exp(-np.logaddexp(0, -margins.astype(np.float64)))
+    p = expit(margins.astype(np.float64))
     return _entropy(p.mean(axis=0)) - _entropy(p).mean(axis=0)
 
 

@@ -64,18 +64,25 @@ class Comparison:
         return self.prompt
 
 
+def prompt_fields(messages: Sequence[Message], meta: Mapping[str, str]) -> Line:
+    """What a line says of a record's prompt: "prompt", and "tools" and "meta" if it has some."""
+    turns = [message.to_json() for message in messages]
+    tools = turns[0].pop("tools", None)
+    alone = len(turns) == 1 and turns[0].keys() == {"role", "content"}
+    fields: Line = {
+        "prompt": turns[0]["content"] if alone and turns[0]["role"] == "user" else turns
+    }
+    return fields | ({"tools": tools} if tools else {}) | ({"meta": dict(meta)} if meta else {})
+
+
 def make_comparison(
     messages: Sequence[Message], answers: tuple[str, str], meta: Mapping[str, str], **fields: Any
 ) -> Comparison:
     """A comparison of two answers to a record's messages; `fields` are the others it has."""
-    turns = [message.to_json() for message in messages]
-    tools = turns[0].pop("tools", None)
-    more = fields.pop("more", {}) | ({"tools": tools} if tools else {})
-    more |= {"meta": dict(meta)} if meta else {}
-    alone = len(turns) == 1 and turns[0].keys() == {"role", "content"}
-    prompt = turns[0]["content"] if alone and turns[0]["role"] == "user" else turns
-    pair = json_digest([prompt, tools, *sorted(answers)])
-    return Comparison(pair, prompt, answers, more=more, **fields)
+    asked = prompt_fields(messages, meta)
+    prompt = asked.pop("prompt")
+    pair = json_digest([prompt, asked.get("tools"), *sorted(answers)])
+    return Comparison(pair, prompt, answers, more=fields.pop("more", {}) | asked, **fields)
 
 
 class LabelFiles:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from rlhf_jax.data.conversation import render_prompt
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.digests import json_digest
@@ -18,22 +16,19 @@ from rlhf_jax.label.disagreement import Ensemble
 from rlhf_jax.label.files import Comparison, make_comparison
 from rlhf_jax.label.pairs import Source
 from rlhf_jax.tasks.prompts import PromptSet, prompts_within
-from rlhf_jax.tasks.sources import parse_sources, read_records
+from rlhf_jax.tasks.sources import parse_sources, read_source
 from rlhf_jax.training.rundir import CONFIG
-from rlhf_jax.training.saved_model import Model, fingerprint, load_model
+from rlhf_jax.training.saved_model import Model, fingerprint, load_speaker
 
 
-def read_source(given: argparse.Namespace) -> tuple[Source, dict[str, Any]]:
+def source_of(given: argparse.Namespace) -> tuple[Source, dict[str, Any]]:
     """(what pairs are sampled from, the settings that decide what they are).
 
     Raises:
         UserError: a model or a file is not as it must be.
     """
     names = [path for path in (given.workdir, given.compare) if path]
-    models = [load_model(path) for path in names]
-    for path, model in zip(names, models, strict=True):
-        if model.config.head != "lm":
-            raise UserError(f"{path} is a reward model; it does not speak")
+    models = [load_speaker(path) for path in names]
     rewards = [path for path in given.rewards.split(",") if path]
     if rewards and len({model.tokenizer.hash for model in models}) > 1:
         raise UserError("--select=disagreement needs models with one tokenizer")
@@ -73,7 +68,7 @@ def read_prompts(
     Raises:
         UserError: there is none.
     """
-    records: Sequence[Prompt] = _records(source, "prompt")
+    records: Sequence[Prompt] = read_source(source, "prompt", "train")
     for model in models:
         limit = model.config.max_length - max_new_tokens
         why = f"left out: --max-new-tokens={max_new_tokens} leaves {limit} of the context"
@@ -91,11 +86,6 @@ def read_checks(path: str) -> list[Comparison]:
     about = {"models": (path, path), "seed": None, "check": True}
     return [
         make_comparison(pair.prompt, (pair.chosen, pair.rejected), {}, **about)
-        for pair in _records(path, "pair")
+        for pair in read_source(path, "pair", "train")
         if pair.chosen != pair.rejected
     ]
-
-
-def _records(source: str, kind: str) -> list[Any]:
-    config = ConfigDict({"data": {"max_bad_fraction": 0.0, "columns": ""}})
-    return read_records(config, source, kind, "train")

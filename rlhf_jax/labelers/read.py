@@ -11,7 +11,7 @@ import numpy as np
 
 from rlhf_jax.data.jsonl import read_lines
 from rlhf_jax.data.records import Pair
-from rlhf_jax.data.shapes import BadLine, Fields, make_record
+from rlhf_jax.data.shapes import BadLine, Fields, is_tie, make_record
 from rlhf_jax.errors import UserError
 from rlhf_jax.labelers.likelihood import Votes
 from rlhf_jax.tasks.builders import load_records, verifier_of
@@ -46,14 +46,10 @@ def read_votes(source: str, split: str = "train") -> list[Vote]:
 
 
 def _vote_of(fields: Fields, default_id: str) -> Any:
-    fields = dict(fields)
-    tie = fields.pop("tie", False)
-    if not isinstance(tie, bool):
-        raise BadLine("bad tie", f"field 'tie' must be true or false, not {tie!r}")
     record, _ = make_record(fields, "pair", default_id)
     if not record.meta.get("labeler"):
         raise BadLine("no labeler", "a vote has a field 'labeler' that says whose it is")
-    return Vote(record, tie)  # type: ignore[arg-type]
+    return Vote(record, is_tie(fields))  # type: ignore[arg-type]
 
 
 def arrays_of(votes: Sequence[Vote], *, judged: bool) -> Votes:

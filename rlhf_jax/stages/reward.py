@@ -66,7 +66,10 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
 
 
 def training(config: Config, policy: Model, parents: Mapping[str, Path]) -> Training:
-    """What is trained, by which loss and on which batches, where `policy` has the body."""
+    """What is trained, by which loss and on which batches, where `policy` has the body.
+
+    It is called as `preference.training` is, which alone reads `parents`.
+    """
     initial = with_score_head(policy, config.seed)
     sources = parse_sources(config.data.train)
     pack = packer(config, policy)

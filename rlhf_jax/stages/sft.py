@@ -46,7 +46,10 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
 
 
 def training(config: Config, base: Model, parents: Mapping[str, Path]) -> Training:
-    """What is trained, by which loss and on which batches, where `base` is what it starts from."""
+    """What is trained, by which loss and on which batches, where `base` is what it starts from.
+
+    It is called as `preference.training` is, which alone reads `parents`.
+    """
     sources = parse_sources(config.data.train)
     rows = {source: _pack(config, source, "train", base.tokenizer) for source in sources}
     replayed = parse_sources(config.data.replay) if config.data.replay else {}

@@ -44,8 +44,8 @@ def command(given: argparse.Namespace) -> None:
     from rlhf_jax.filter.pipeline import run_filters, steps_of
     from rlhf_jax.filter.records import read_items
     from rlhf_jax.filter.report import check_out, write_report
-    from rlhf_jax.synthesize.sampling import Draw, check_speaks, sample_answers, write_prompts
-    from rlhf_jax.training.saved_model import load_model
+    from rlhf_jax.synthesize.sampling import Draw, sample_answers, write_prompts
+    from rlhf_jax.training.saved_model import load_speaker
 
     check_out(Path(given.out))
     for name, least in (("count", 1), ("samples", 1), ("write", 0), ("max_new_tokens", 1)):
@@ -54,8 +54,7 @@ def command(given: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}")
     steps = steps_of(given)
     seeds, bad = read_items(given.seeds, "prompt")
-    model = load_model(given.workdir)
-    check_speaks(model, given.workdir)
+    model = load_speaker(given.workdir)
     draw = Draw(given.max_new_tokens, given.temperature, given.seed)
     prompts = seeds[: given.count]
     if given.write:

@@ -133,9 +133,3 @@ def _generate(
         samples_per_prompt=samples,
     )
     return generate(model.config, model.params, prompts, sampling, seed=draw.seed)
-
-
-def check_speaks(model: Model, run: str) -> None:
-    """UserError unless the model can answer prompts."""
-    if model.config.head != "lm":
-        raise UserError(f"--workdir: {run} is a reward model; it does not speak")

@@ -63,6 +63,14 @@ def parse_source(source: str) -> Source:
 
 
 def read_records(config: ConfigDict, source: str, kind: str, split: str) -> list[Any]:
+    """`read_source` as the data section of a config has it."""
+    bad, columns = config.data.max_bad_fraction, config.data.columns
+    return read_source(source, kind, split, max_bad_fraction=bad, columns=columns)
+
+
+def read_source(
+    source: str, kind: str, split: str, *, max_bad_fraction: float = 0.0, columns: str = ""
+) -> list[Any]:
     """The records of a source, as records of `kind` (see `records.convert`).
 
     A source is a JSON, JSONL or Parquet file, which may be sliced, or a data set, which may state a
@@ -76,8 +84,10 @@ def read_records(config: ConfigDict, source: str, kind: str, split: str) -> list
         own_split = own_split or split
         if parsed.is_file or parsed.is_hub:
             rows = load_rows(name, own_split) if parsed.is_hub else None
-            bad, columns = config.data.max_bad_fraction, parse_columns(config.data.columns)
-            read = read_jsonl(name, kind, max_bad_fraction=bad, rows=rows, columns=columns)
+            read = read_jsonl(
+                name, kind, max_bad_fraction=max_bad_fraction, rows=rows,
+                columns=parse_columns(columns),
+            )  # fmt: skip
             records += take_slice(read, part, name) if part else read
             continue
         paired = "pair" if kind == "preference" else kind  # no data set has unpaired records

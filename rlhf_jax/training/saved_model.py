@@ -165,6 +165,14 @@ def load_model(
     return Model(config, params, tokenizer, normalization, adapter, base)
 
 
+def load_speaker(workdir: str | os.PathLike[str]) -> Model:
+    """`load_model` of a language model; UserError too if it is a reward model."""
+    model = load_model(workdir)
+    if model.config.head != "lm":
+        raise UserError(f"{workdir} is a reward model; it does not speak")
+    return model
+
+
 def _read_document(directory: Path) -> dict[str, Any]:
     """The document that `save_model` wrote, with fields of the right types."""
     document, path = load_document(directory), directory / "data.json"
