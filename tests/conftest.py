@@ -11,6 +11,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "rlhf_jax_test_cache")
 )
+# By default only what took a second to compile is kept; most of the tests' programs take less, and
+# many tests compile the same one.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 # Most of the tests' time is XLA's, and most of that LLVM's optimizations of programs that are run
 # for milliseconds.
 os.environ["XLA_FLAGS"] = " ".join(

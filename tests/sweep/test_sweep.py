@@ -199,7 +199,7 @@ def test_runs_that_are_not_trained_together_are_run_one_by_one(
     first = Job("both", (), tmp_path / "both", runs=tuple(alone))
     jobs, told = [first, *(replace(job, needs=(first,)) for job in alone)], list[Job]()
     assert run_jobs(jobs, 2, tmp_path / "logs", told.append) == {}
-    assert told == jobs[1:]
+    assert sorted(told, key=lambda job: job.name) == jobs[1:]  # two at a time, either ends first
     printed = capsys.readouterr().out
     assert "both, one by one: " in printed and "No module named no_such_module" in printed
 
