@@ -138,7 +138,7 @@ def read_lines(
             excerpt = shapes.excerpt(raw)
             first_error = first_error or f"{path}:{number}: {error}; the line: {excerpt}"
             if max_bad_fraction == 0:
-                knob = "data.max_bad_fraction lets a share of bad lines be skipped"
+                knob = "data.max_bad_fraction (or --max-bad-fraction) lets a share of lines be bad"
                 raise UserError(f"{first_error}; {knob}") from error
         if told is not None:
             told(number, why)
