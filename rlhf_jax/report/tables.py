@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections.abc import Mapping, Sequence
 from math import isfinite
@@ -103,8 +104,9 @@ def print_table(
 ) -> None:
     """Prints a table, then samples side by side.
 
-    Colours and width follow the terminal; into a pipe or a file it is plain text. Text of models
-    and users is printed as text: neither markup nor terminal escapes in it have any effect.
+    Colours and width follow the terminal; into a pipe or a file it is plain text of 120 columns,
+    or of $COLUMNS. Text of models and users is printed as text: neither markup nor terminal escapes
+    in it have any effect.
 
     Args:
         title: one line above the table.
@@ -119,6 +121,8 @@ def print_table(
     from rich.text import Text
 
     console = Console(file=file, highlight=False, markup=False, emoji=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 120
     console.print()
     console.print(Text(make_printable(title), style="bold"), soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")

@@ -73,3 +73,11 @@ def test_print_table():
         "prompt How much? [red]", "sft (empty)", "dpo 4 \ufffd[2Jcoins :smile:",
     ):  # fmt: skip
         assert line in lines
+
+
+def test_a_row_is_one_line_where_there_is_no_terminal(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    out = io.StringIO()
+    cells = ["beta=0.05,name=sigmoid", *["0.637\u00a0to\u00a00.776"] * 5]
+    print_table("t", ["cell", *["95 %"] * 5], [cells], file=out)
+    assert any(all(cell in line for cell in cells) for line in out.getvalue().splitlines())
