@@ -116,6 +116,8 @@ def draw_parallel(
     means = [cell["mean"] for cell in cells]
     low, high = min(means), max(means)
     reach = high - low or 1.0
+    paper = {"facecolor": figure.PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
+    label: dict[str, Any] = {"fontsize": 7, "va": "bottom", "bbox": paper, "zorder": 3}
     with figure.open_axes(title, (*axes, value), rows, 3.0) as (drawing, done):
         last = len(axes)
         for cell in sorted(cells, key=lambda cell: cell["mean"]):
@@ -128,13 +130,12 @@ def draw_parallel(
         for x, values in enumerate(axes.values()):
             drawing.axvline(x, color=figure.INK, linewidth=0.6)
             for i, text in enumerate(values):
-                drawing.text(
-                    x, i / (len(values) - 1 or 1), f" {_fold(text, 16)}", fontsize=7, va="bottom"
-                )
+                height = i / (len(values) - 1 or 1)
+                drawing.text(x + 0.03, height + 0.03, _fold(text, 16), **label)
         drawing.axvline(last, color=figure.INK, linewidth=0.6)
         for share in (0.0, 1.0):
-            text = f"{low + share * (high - low):.3g} ".translate(MINUS)
-            drawing.text(last, share, text, fontsize=7, va="bottom", ha="right")
+            text = f"{low + share * (high - low):.3g}".translate(MINUS)
+            drawing.text(last - 0.03, share + 0.03, text, ha="right", **label)
         drawing.set_xticks(range(last + 1), [*(_fold(field, 18) for field in axes), value])
         drawing.set_yticks([])
         drawing.spines[:].set_visible(False)

@@ -23,7 +23,8 @@ from rlhf_jax.stopping import stop_point
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY = (
     "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9",
 )  # fmt: skip
-GREY, INK = "#999999", "#010203"  # INK stands for currentColor, which Matplotlib does not know
+GREY = "#999999"
+INK, PAPER = "#010203", "#030201"  # stand for currentColor and for the page's background
 LINES = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY)
 SIZE = (4.4, 2.6)  # inches
 
@@ -158,7 +159,8 @@ def _clean_svg(text: str, title: str) -> str:
     text = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", text)
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
     text = text.replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "")
-    text = text.replace("xlink:href", "href").replace(INK, "currentColor")
+    text = text.replace("xlink:href", "href")
+    text = text.replace(INK, "currentColor").replace(PAPER, "var(--paper)")
     text = text.replace("'DejaVu Sans'", "system-ui, sans-serif")
     attributes = (
         f'<svg role="img" aria-label="{escape(title)}" '
