@@ -127,13 +127,20 @@ class OwnTokenizer:
             )
         tokens, turns = [BOS], {}
         for i, message in enumerate(messages):
-            text = "\n".join(filter(None, (message.content, message.more)))
-            ids = [*self.encode_texts([text])[0], END]
-            tokens.append(ROLE_IDS[message.role])
+            ids = self._turn(message)
             if message.role == "assistant":
-                turns[i] = range(len(tokens), len(tokens) + len(ids))
+                turns[i] = range(len(tokens) + 1, len(tokens) + len(ids))
             tokens += ids
         return tokens, turns
+
+    def continuation(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of the turns that answer a reply, up to the next one."""
+        return [*(i for message in messages for i in self._turn(message)), ASSISTANT]
+
+    def _turn(self, message: Message) -> list[int]:
+        """Tokens of a turn, its role first and its end last."""
+        text = "\n".join(filter(None, (message.content, message.more)))
+        return [ROLE_IDS[message.role], *self.encode_texts([text])[0], END]
 
     def with_template(self, template: str) -> NoReturn:
         """Raises UserError: our format is the only one."""
