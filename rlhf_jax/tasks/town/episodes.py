@@ -11,23 +11,23 @@ calls     1 if each call was one that a tool could answer, and there were no mor
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_jax.data.calls import CallError, parse_call, render_error, render_result
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.tasks.task import Verdict
 from rlhf_jax.tasks.town.gold import gold_score, is_right
-from rlhf_jax.tasks.town.tool_exercises import Goal, read_goal
-from rlhf_jax.tasks.town.tools import InvalidCall, Office, open_office, use
+from rlhf_jax.tasks.town.tool_exercises import read_goal
+from rlhf_jax.tasks.town.tools import InvalidCall, open_office, use
 
 MOST_CALLS = 4
 
 
 @dataclass(frozen=True)
 class Episode:
-    """What became of one episode: its verdict, and how many calls it made and needed."""
+    """What became of an episode: its verdict, the calls it made, those invalid, those it needed."""
 
     verdict: Verdict
     calls: int
@@ -36,72 +36,63 @@ class Episode:
 
 
 class TownEnvironment:
-    """An episode of one trajectory; a pure function of the row and of what the assistant says."""
+    """One trajectory's environment, see `environments.environment.Environment`."""
 
-    def __init__(self, office: Office | None = None) -> None:
-        self._office = office or open_office()
-
-    def reset(self, row: Prompt, seed: int) -> tuple[Message, ...]:
+    def reset(self, row: Mapping[str, Any], seed: int) -> Sequence[Mapping[str, Any]]:
         """Begins with the row's question; nothing is left to chance."""
-        self._row = row
-        self._goal = read_goal(row.meta["goal"])
+        messages = tuple(Message(turn["role"], turn["content"]) for turn in row["prompt"])
+        self._goal = read_goal(row["goal"])
+        expectation = {"expectation": self._goal.expectation.dumps()}
+        self._asked = Prompt(row["id"], messages, expectation)
+        self._office = open_office()
         self._bookings = self._goal.full
-        self.calls = self.invalid = 0
-        return row.messages
+        self._calls = self._invalid = 0
+        return row["prompt"]
 
-    def step(self, text: str) -> tuple[tuple[Message, ...], float, bool]:
-        """The tool's turn after a call, or the reward of an answer: (turns, reward, done)."""
-        call = read_call(text)
-        if call is None:
-            return (), self.judge(text).total, True
-        self.calls += 1
+    def step(self, text: str) -> tuple[Sequence[Mapping[str, Any]], float, bool]:
+        """The tool's turn after a call, or the reward of what is none: (turns, reward, done)."""
         try:
-            result, self._bookings = use(self._office, self._bookings, *call)
-        except InvalidCall as error:
-            self.invalid += 1
-            result = json.dumps({"error": str(error)})
-        return (Message("tool", result),), 0.0, self.calls > MOST_CALLS
+            call = parse_call(text)
+            if call is None:
+                return (), self.judge(text).verdict.total, True
+            result, self._bookings = use(self._office, self._bookings, call.name, call.arguments)
+            content = render_result(result)
+        except (CallError, InvalidCall) as error:
+            self._invalid += 1
+            content = render_error(str(error))
+        self._calls += 1
+        return ({"role": "tool", "content": content},), 0.0, self._calls > MOST_CALLS
 
-    def judge(self, answer: str) -> Verdict:
-        """The verdict on an episode that ends here with that answer."""
+    def judge(self, answer: str) -> Episode:
+        """The episode, if it ends here with this answer."""
         goal = self._goal
+        if goal.calls:
+            right = is_right(goal.expectation, answer)
+        else:
+            right = gold_score(self._asked, answer).right
         components = {
-            "correct": float(_answers(goal, self._row, answer)),
+            "correct": float(right),
             "state": float(self._bookings == goal.full | goal.booked),
-            "calls": float(not self.invalid and self.calls <= goal.calls),
+            "calls": float(not self._invalid and self._calls <= goal.calls),
         }
-        return Verdict(min(components.values()), components)
+        verdict = Verdict(min(components.values()), components)
+        return Episode(verdict, self._calls, self._invalid, goal.calls)
 
 
-def replay(row: Prompt, turns: Sequence[str], office: Office | None = None) -> Episode:
-    """The episode of a row in which the assistant said these turns."""
-    world = TownEnvironment(office)
-    world.reset(row, 0)
+def replay(row: Prompt, turns: Sequence[str]) -> Episode:
+    """The episode of a row in which the assistant said these turns, one or more.
+
+    One that was cut off is judged by its last turn as if it were the answer.
+    """
+    world = TownEnvironment()
+    prompt = [message.to_json() for message in row.messages]
+    world.reset({"id": row.id, "prompt": prompt, **row.meta}, 0)
     for text in turns:
-        done = world.step(text)[2]
-        if done:
+        if world.step(text)[2]:
             break
-    return Episode(world.judge(turns[-1]), world.calls, world.invalid, world._goal.calls)
+    return world.judge(text)
 
 
 def verify(row: Prompt, reply: str) -> Verdict:
-    """The verdict on a reply without a call."""
+    """The verdict on a reply in one turn, that is without a tool."""
     return replay(row, [reply]).verdict
-
-
-def _answers(goal: Goal, row: Prompt, answer: str) -> bool:
-    if goal.calls:
-        return is_right(goal.expectation, answer)
-    asked = Prompt(row.id, row.messages, {"expectation": goal.expectation.dumps()})
-    return gold_score(asked, answer).components["correct"] == 1
-
-
-def read_call(text: str) -> tuple[str, Mapping[str, Any]] | None:
-    """The call that a turn is, or None for one that is none."""
-    if not text.startswith("{"):
-        return None
-    try:
-        call = json.loads(text)
-        return call["name"], call["arguments"]
-    except (ValueError, KeyError, TypeError):
-        return "", {}

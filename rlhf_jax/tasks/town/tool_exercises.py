@@ -16,8 +16,8 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from random import Random
-from typing import Any
 
+from rlhf_jax.data.calls import render_call
 from rlhf_jax.data.records import Conversation, Message, Prompt
 from rlhf_jax.tasks.town import families
 from rlhf_jax.tasks.town.families.exercise import Expectation, loads, lower, user
@@ -213,7 +213,7 @@ def dialogues(office: Office, split: str) -> Iterator[Conversation]:
         turns, bookings = list(made.messages), made.full
         for name, arguments in made.calls:
             result, bookings = use(office, bookings, name, arguments)
-            turns += [Message("assistant", write_call(name, arguments)), Message("tool", result)]
+            turns += [Message("assistant", render_call(name, arguments)), Message("tool", result)]
         turns.append(Message("assistant", finish(made.answer)))
         yield Conversation(prompt.id, tuple(turns), prompt.meta)
 
@@ -225,11 +225,6 @@ def direct(office: Office, split: str) -> Iterator[Conversation]:
         made, prompt = draw(office, split, index)
         answer = Message("assistant", finish(made.answer))
         yield Conversation(prompt.id, (*prompt.messages, answer), prompt.meta)
-
-
-def write_call(name: str, arguments: Mapping[str, Any]) -> str:
-    """A call as the assistant says it."""
-    return json.dumps({"name": name, "arguments": arguments})
 
 
 def _search(person: Subject, attribute: str) -> Call:
