@@ -23,7 +23,7 @@ from pathlib import Path
 from rlhf_jax.data.records import Record
 from rlhf_jax.tasks.task import Task
 from rlhf_jax.tasks.town import crowd
-from rlhf_jax.tasks.town.episodes import verify
+from rlhf_jax.tasks.town.episodes import replay, verify
 from rlhf_jax.tasks.town.gold import gold_score
 from rlhf_jax.tasks.town.tool_exercises import dialogues, direct, prompts
 from rlhf_jax.tasks.town.tools import open_office
@@ -87,6 +87,7 @@ TOWN_TOOLS = Task(
     kinds={"prompt": "prompt", "dialogue": "conversation", "direct": "conversation"},
     make=_make_tools,
     verify=verify,
+    replay=replay,
     verifies=lambda meta: "goal" in meta,
     group="family",
 )

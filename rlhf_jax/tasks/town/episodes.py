@@ -12,27 +12,16 @@ calls     1 if each call was one that a tool could answer, and there were no mor
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from rlhf_jax.data.calls import CallError, parse_call, render_error, render_result
 from rlhf_jax.data.records import Message, Prompt
-from rlhf_jax.tasks.task import Verdict
+from rlhf_jax.tasks.task import Episode, Verdict
 from rlhf_jax.tasks.town.gold import gold_score, is_right
 from rlhf_jax.tasks.town.tool_exercises import read_goal
 from rlhf_jax.tasks.town.tools import InvalidCall, open_office, use
 
 MOST_CALLS = 4
-
-
-@dataclass(frozen=True)
-class Episode:
-    """What became of an episode: its verdict, the calls it made, those invalid, those it needed."""
-
-    verdict: Verdict
-    calls: int
-    invalid: int
-    needed: int
 
 
 class TownEnvironment:
