@@ -26,7 +26,7 @@ from rlhf_jax.tasks.town import crowd
 from rlhf_jax.tasks.town.episodes import replay, verify
 from rlhf_jax.tasks.town.gold import gold_score
 from rlhf_jax.tasks.town.tool_exercises import dialogues, direct, prompts
-from rlhf_jax.tasks.town.tools import open_office
+from rlhf_jax.tasks.town.tools import Office, open_office
 from rlhf_jax.tasks.town.town import Town
 from rlhf_jax.tasks.town.world import HELDOUT, TRAIN, TownConfig
 
@@ -66,7 +66,11 @@ TOWN = Task(
     group="family",
 )
 
-_TOOLS = {"prompt": prompts, "dialogue": dialogues, "direct": direct}
+_TOOLS: dict[str, Callable[[Office, str], Iterable[Record]]] = {
+    "prompt": prompts,
+    "dialogue": dialogues,
+    "direct": direct,
+}
 
 
 def _make_tools(

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_jax.data.calls import CallError, parse_call, render_error, render_result
-from rlhf_jax.data.records import Message, Prompt
+from rlhf_jax.data.records import Conversation, Message, Pair, Prompt
 from rlhf_jax.tasks.task import Episode, Verdict
 from rlhf_jax.tasks.town.gold import gold_score, is_right
 from rlhf_jax.tasks.town.tool_exercises import read_goal
@@ -68,20 +68,19 @@ class TownEnvironment:
         return Episode(verdict, self._calls, self._invalid, goal.calls)
 
 
-def replay(row: Prompt, turns: Sequence[str]) -> Episode:
-    """The episode of a row in which the assistant said these turns, one or more.
+def replay(row: Prompt | Pair | Conversation, turns: Sequence[str]) -> Episode:
+    """The episode of a row in which the assistant said these turns, the last of them its answer.
 
-    One that was cut off is judged by its last turn as if it were the answer.
+    One that ends with a call, since it was cut off or made too many, has no answer.
     """
     world = TownEnvironment()
-    prompt = [message.to_json() for message in row.messages]
-    world.reset({"id": row.id, "prompt": prompt, **row.meta}, 0)
-    for text in turns:
-        if world.step(text)[2]:
-            break
-    return world.judge(text)
+    asked = row.prompt if isinstance(row, Pair) else row.messages
+    prompt = [message.to_json() for message in asked]
+    world.reset({**row.meta, "id": row.id, "prompt": prompt}, 0)
+    answers = [text for text in turns if not world.step(text)[0]]
+    return world.judge(answers[-1] if answers else "")
 
 
-def verify(row: Prompt, reply: str) -> Verdict:
+def verify(row: Prompt | Pair | Conversation, reply: str) -> Verdict:
     """The verdict on a reply in one turn, that is without a tool."""
     return replay(row, [reply]).verdict

@@ -35,7 +35,6 @@ RESIDENTS = {TRAIN: 900, HELDOUT: 150}
 MOST_DIGITS = 9
 T = TypeVar("T")
 _TERM = re.compile(r" *([0-9]+) *")
-_OPERATOR = re.compile(r"[+x*-]")
 
 
 class InvalidCall(Exception):
@@ -82,8 +81,10 @@ def _new_names() -> list[str]:
 
 
 def calculate(expression: str) -> str:
-    """The value of an expression in integers, + - and x, products first."""
-    terms, operators, place = [], [], 0
+    """The value of an expression in integers, + - and x (or *), products first."""
+    terms: list[int] = []
+    signs: list[str] = []
+    place = 0
     while True:
         term = _TERM.match(expression, place)
         if term is None:
@@ -94,19 +95,17 @@ def calculate(expression: str) -> str:
         place = term.end()
         if place == len(expression):
             break
-        operator = _OPERATOR.match(expression, place)
-        if operator is None:
+        if expression[place] not in "+-x*":
             raise InvalidCall(f"{expression[place]!r} is none of + - x")
-        operators.append(operator[0])
-        place = operator.end()
-    total, product, sign = 0, terms[0], 1
-    for operator, term in zip(operators, terms[1:], strict=True):
-        if operator in "x*":
-            product *= term
+        signs.append(expression[place])
+        place += 1
+    summands = terms[:1]
+    for sign, value in zip(signs, terms[1:], strict=True):
+        if sign in "x*":
+            summands[-1] *= value
         else:
-            total += sign * product
-            sign, product = 1 if operator == "+" else -1, term
-    return str(total + sign * product)
+            summands.append(value if sign == "+" else -value)
+    return str(sum(summands))
 
 
 def directory(office: Office, name: str, attribute: str) -> str:

@@ -196,3 +196,9 @@ def test_an_environment_answers_calls_and_ends_with_the_answer(made):
     assert [done for *_, done in steps] == [False] * MOST_CALLS + [True]
     assert all(is_error(answered["content"]) for (answered,), *_ in steps)
     assert sum(reward for _, reward, _ in steps) == 0
+
+
+def test_an_episode_that_is_cut_off_has_no_answer(made):
+    dialogue = of_family(made, "sums")
+    episode = replay(prompt_of(dialogue), turns_of(dialogue)[:1])
+    assert (episode.verdict.total, episode.calls) == (0, 1)
