@@ -17,6 +17,7 @@ from typing import Any
 from rlhf_jax import console
 from rlhf_jax.config import Config
 from rlhf_jax.data.records import Prompt
+from rlhf_jax.environments.trajectories import environments_of
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.before_after import Values, changes
 from rlhf_jax.evaluation.gold_reward import (
@@ -148,14 +149,16 @@ def _sampled_kl(
 def _answer(
     config: Config, model: Model, prompts: Sequence[Prompt], temperature: float | None = None
 ) -> list[Answer]:
-    return answer(
-        model,
-        prompts,
-        max_new_tokens=config.eval.max_new_tokens,
-        temperature=config.eval.temperature if temperature is None else temperature,
-        seed=config.seed,
-        tokens=step_tokens(config),
-    )
+    with environments_of(config.environment) as environments:
+        return answer(
+            model,
+            prompts,
+            max_new_tokens=config.eval.max_new_tokens,
+            temperature=config.eval.temperature if temperature is None else temperature,
+            seed=config.seed,
+            tokens=step_tokens(config),
+            environments=environments,
+        )
 
 
 def _samples(

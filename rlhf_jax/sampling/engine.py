@@ -261,6 +261,7 @@ def resume(
         tokens: int32 [B, S], completions with their answers in the places begin … end − 1.
         begin, end: int32 [B].
     """
+    assert slots.given is not None
     place = jnp.arange(slots.tokens.shape[1])
     new = paused[:, None] & (place >= begin[:, None]) & (place < end[:, None])
     return slots._replace(

@@ -46,6 +46,11 @@ class Completion:
     finished: bool
     given: tuple[range, ...] = ()
 
+    @property
+    def last_turn(self) -> list[int]:
+        """The tokens after the last answer; all of them if there is none."""
+        return self.tokens[self.given[-1].stop if self.given else 0 :]
+
 
 def generate(
     config: ModelConfig,
@@ -272,10 +277,7 @@ class _Decoder:
         if respond is None or not paused:
             return {}
         held = {place: work for place, work in enumerate(self.held) if work is not None}
-        turns = []
-        for place, completion in paused.items():
-            said = completion.given[-1].stop if completion.given else 0
-            turns.append(Turn(*held[place].request, completion.tokens[said:]))
+        turns = [Turn(*held[place].request, each.last_turn) for place, each in paused.items()]
         tokens = np.zeros(self.slots.tokens.shape, np.int32)
         begin, end = np.zeros((2, len(tokens)), np.int32)
         for (place, completion), answer in zip(paused.items(), respond(turns), strict=True):

@@ -38,7 +38,9 @@ def answer(turn):
 def answered(prompts=PROMPTS, respond=answer, seed=0, **options):
     options = {"max_new_tokens": LIMIT, "stop_ids": (END,), "samples_per_prompt": 4, **options}
     options = {"batch_size": 8, "cache_length": 64, **options}
-    call = {name: options.pop(name) for name in ("prompt_ids", "on_tokens", "chunk") if name in options}
+    call = {
+        name: options.pop(name) for name in ("prompt_ids", "on_tokens", "chunk") if name in options
+    }
     sampling = Sampling(respond=lambda turns: [respond(turn) for turn in turns], **options)
     return generate(CONFIG, PARAMS, prompts, sampling, seed=seed, **call)
 
@@ -52,7 +54,9 @@ def pieces(completion):
     """(drawn tokens, the answer to them or None) of each turn."""
     begin, found = 0, []
     for given in completion.given:
-        found.append((completion.tokens[begin : given.start], completion.tokens[given.start : given.stop]))
+        found.append(
+            (completion.tokens[begin : given.start], completion.tokens[given.start : given.stop])
+        )
         begin = given.stop
     return [*found, (completion.tokens[begin:], None)]
 
@@ -73,7 +77,11 @@ def test_a_trajectory_is_what_was_drawn_and_what_answered_it_and_nothing_else():
         said = by_request.get((i // 4, i % 4), [])
         for k, (drawn, given) in enumerate(pieces(completion)):
             if given is not None:
-                assert drawn[-1] == END and drawn == said[k] and given == answer(calls[0]._replace(tokens=drawn))
+                assert (
+                    drawn[-1] == END
+                    and drawn == said[k]
+                    and given == answer(calls[0]._replace(tokens=drawn))
+                )
             elif completion.finished:
                 assert drawn == said[k] and answer(calls[0]._replace(tokens=drawn)) == []
             else:
@@ -138,7 +146,9 @@ def test_an_answer_that_leaves_room_for_one_token_is_taken_and_one_that_leaves_n
 
 def test_new_tokens_are_passed_on_once_and_in_order_answers_among_them():
     seen = {}
-    completions = answered(on_tokens=lambda i, k, new: seen.setdefault((i, k), []).extend(new), chunk=3)
+    completions = answered(
+        on_tokens=lambda i, k, new: seen.setdefault((i, k), []).extend(new), chunk=3
+    )
     assert [seen[i, k] for i in range(4) for k in range(4)] == [c.tokens for c in completions]
 
 
