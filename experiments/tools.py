@@ -1,5 +1,11 @@
+from pathlib import Path
+
+import rlhf_jax
 from rlhf_jax.stages import defaults
 
+TOWN = Path(rlhf_jax.__file__).with_name("tasks") / "town" / "episodes.py"
+ENVIRONMENT = {"file": f"{TOWN}:TownEnvironment", "max_calls": 4}
+EVALUATION = {"source": "town_tools", "count": 800, "max_new_tokens": 96}
 ADAMW = {
     "name": "adamw",
     "learning_rate": 3e-3,
@@ -10,15 +16,24 @@ ADAMW = {
 }
 
 
-def get_config(variant="sft"):
+def get_config(variant="grpo"):
     match variant:
         case "base":
             return base()
         case "sft":
-            return sft("town_tools/dialogue")
+            return sft("town_tools/dialogue", environment=ENVIRONMENT)
         case "direct":
             return sft("town_tools/direct")
-    raise defaults.no_variant("tools.py", variant, "base, sft, direct")
+        case "grpo":
+            return policy(
+                "grpo",
+                rollout={"prompts": 32, "samples": 8},
+                kl={"placement": "none"},
+                train={"steps": 30, "minibatches": 2},
+            )
+        case "ppo":
+            return policy("ppo", rollout={"prompts": 256}, train={"steps": 30, "minibatches": 2})
+    raise defaults.no_variant("tools.py", variant, "base, sft, direct, grpo, ppo")
 
 
 def base():
@@ -43,8 +58,8 @@ def base():
     )
 
 
-def sft(data):
-    return defaults.base(
+def sft(data, **sections):
+    config = defaults.base(
         "sft",
         init={"policy": "experiments/tools.py:base"},
         compute={"remat": "none"},
@@ -52,5 +67,22 @@ def sft(data):
         batch={"rows": 8},
         optimizer=ADAMW,
         train={"steps": 430, "log_every": 20},
-        eval={"source": "town_tools"},
+        eval=EVALUATION,
     )
+    return defaults.lay(config, sections)
+
+
+def policy(algorithm, **sections):
+    config = defaults.on_policy(
+        algorithm,
+        init={"policy": "experiments/tools.py:sft"},
+        environment=ENVIRONMENT,
+        data={"train": "town_tools", "validation": "town_tools", "row_length": 320},
+        rollout={"max_prompt_tokens": 48, "max_new_tokens": 96},
+        reward={"scorers": "environment=1"},
+        batch={"rows": 4},
+        optimizer={"learning_rate": 2e-4, "schedule": "linear", "warmup_steps": 5},
+        train={"log_every": 1, "eval_every": 10},
+        eval=EVALUATION,
+    )
+    return defaults.lay(config, sections)

@@ -26,8 +26,8 @@ CACHED = 8  # tokens whose keys and values take about what a training step keeps
 class Answer:
     """A sampled reply: its text, its tokens (with <|end|> if finished), whether it ended itself.
 
-    Of one that an environment answers, `text` is its last turn's, `given` are the places of the
-    answers among its tokens, and `prompt` the tokens before them.
+    Of one that an environment answers, `text` is its last turn's, `turns` are the texts of all,
+    `given` are the places of the answers among its tokens, and `prompt` the tokens before them.
     """
 
     text: str
@@ -35,6 +35,7 @@ class Answer:
     finished: bool
     given: tuple[range, ...] = ()
     prompt: tuple[int, ...] = ()
+    turns: tuple[str, ...] = ()
 
 
 def answer(
@@ -72,6 +73,7 @@ def answer(
         Answer(
             model.tokenizer.decode_text(reply.last_turn),
             *(tuple(reply.tokens), reply.finished, reply.given, tuple(prompt)),
+            tuple(map(model.tokenizer.decode_text, reply.turns)),
         )
         for reply, prompt in zip(replies, rendered, strict=True)
     ]

@@ -6,19 +6,13 @@ row are worth 1, is of several sampled ones.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_jax.data.records import Prompt
-from rlhf_jax.environments.trajectories import EnvironmentOptions, Environments, trajectory_seeds
-from rlhf_jax.evaluation.held_out_answers import CACHED, SLOTS
-from rlhf_jax.evaluation.row_passes import rows_of
 from rlhf_jax.evaluation.statistics import bootstrap_interval, pass_all, wilson_interval
-from rlhf_jax.sampling.arguments import Sampling
-from rlhf_jax.sampling.generate import Completion, generate
-from rlhf_jax.tasks.builders import verifier_of
 from rlhf_jax.tasks.task import Episode
-from rlhf_jax.training.saved_model import Model
 
 IN_A_ROW = (1, 2, 4, 8)
 
@@ -72,47 +66,25 @@ def in_a_row(episodes: Sequence[Sequence[Episode]], seed: int) -> dict[str, floa
     return metrics
 
 
-def play(
-    model: Model,
-    records: Sequence[Prompt],
-    environments: Environments,
-    *,
-    samples: int,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    tokens: int,
-) -> list[list[Episode]]:
-    """`samples` episodes to each record, whose task must have a `replay`: [P][samples].
-
-    `tokens`: of a training step, which bound how many episodes are decoded together.
-    """
-    ids = range(len(records))
-    held = environments.open(model.tokenizer, records, samples, trajectory_seeds(seed, ids))
-    longest = max(map(len, held.prompts), default=0) + max_new_tokens
-    sampling = Sampling(
-        max_new_tokens,
-        temperature,
-        samples_per_prompt=samples,
-        stop_ids=model.tokenizer.ends,
-        batch_size=min(SLOTS, rows_of(CACHED * tokens, longest)),
-        respond=held.respond,
-    )
-    completions = generate(model.config, model.params, held.prompts, sampling, seed=seed)
-    task = verifier_of(records)
-    assert task and task.replay
-    episodes = [
-        task.replay(records[i // samples], spoken(model, completion))
-        for i, completion in enumerate(completions)
+def several(records: Sequence[Prompt]) -> list[Prompt]:
+    """Each record as often as the largest k of `IN_A_ROW`, under names of their own."""
+    return [
+        dataclasses.replace(record, id=f"{record.id} ({k})")
+        for record in records
+        for k in range(IN_A_ROW[-1])
     ]
-    return [episodes[i : i + samples] for i in range(0, len(episodes), samples)]
 
 
-def spoken(model: Model, completion: Completion) -> list[str]:
-    """The texts of the assistant's turns in a trajectory; one that was cut off is left out."""
-    begins = [0, *(given.stop for given in completion.given)]
-    ends = [*(given.start for given in completion.given), len(completion.tokens)]
-    turns = [completion.tokens[a:b] for a, b in zip(begins, ends, strict=True)]
-    if not completion.finished and turns[-1][-1:] != [model.tokenizer.end]:
-        turns.pop()
-    return [model.tokenizer.decode_text(turn) for turn in turns]
+def rate_table(found: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    """The report's table of `rates`."""
+    rows = []
+    for name, (count, total) in found.items():
+        low, high = wilson_interval(count, total)
+        rate = count / total if total else None
+        rows.append([name.replace("/", ", ").replace("_", " "), total, rate, low, high])
+    return {
+        "section": "changes",
+        "title": "Episodes with tools",
+        "columns": ["share of", "number", "rate", "95 % from", "to"],
+        "rows": rows,
+    }

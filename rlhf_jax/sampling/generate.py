@@ -49,7 +49,14 @@ class Completion:
     @property
     def last_turn(self) -> list[int]:
         """The tokens after the last answer; all of them if there is none."""
-        return self.tokens[self.given[-1].stop if self.given else 0 :]
+        return self.turns[-1]
+
+    @property
+    def turns(self) -> list[list[int]]:
+        """The tokens of each turn that was drawn."""
+        begins = [0, *(given.stop for given in self.given)]
+        ends = [*(given.start for given in self.given), len(self.tokens)]
+        return [self.tokens[a:b] for a, b in zip(begins, ends, strict=True)]
 
 
 def generate(
