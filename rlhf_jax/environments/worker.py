@@ -49,7 +49,7 @@ def load(environment: str, tools: Sequence[str], seconds: float) -> Callable[...
     """
     functions = [_find(target) for target in tools]
     blame = str(Path((environment or tools[0]).rpartition(":")[0]).resolve())
-    kind = _find(environment) if environment else None
+    kind: Any = _find(environment) if environment else None
     if kind is not None and not inspect.isclass(kind):
         raise ChildFault("not loaded", f"{environment} is no class")
     try:
@@ -165,7 +165,7 @@ def _within(seconds: float) -> Iterator[None]:
 _load_once = functools.cache(load_module)
 
 
-def _find(target: str) -> Any:
+def _find(target: str) -> Callable[..., Any]:
     """What "path.py:name" names; ChildFault if there is no such file or name."""
     path, _, name = target.rpartition(":")
     if not Path(path).is_file():
