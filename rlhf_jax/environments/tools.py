@@ -113,7 +113,7 @@ def _fits(schema: Mapping[str, Any], value: Any) -> bool:
     kind = schema["type"]
     if not isinstance(value, _JSON[kind]) or (isinstance(value, bool) and kind != "boolean"):
         return False
-    if kind == "array" and "items" in schema:
+    if isinstance(value, list) and "items" in schema:
         return all(_fits(schema["items"], each) for each in value)
     return "enum" not in schema or value in schema["enum"]
 

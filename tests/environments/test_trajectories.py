@@ -1,4 +1,4 @@
-"""Environments in their process: one instance a trajectory, and nothing they do ends unexplained."""
+"""Environments in their process: one instance a trajectory, and no fault without a name."""
 
 from __future__ import annotations
 
