@@ -41,7 +41,8 @@ def schema_of(function: Callable[..., Any]) -> dict[str, Any]:
     summary = re.split(r"\n\s*\n|\n\s*\w+:\s*\n", text)[0].strip()
     if not summary:
         raise TypeError(f"the tool {name} has no docstring that says what it does")
-    hints, properties, required = typing.get_type_hints(function), {}, []
+    hints, properties = typing.get_type_hints(function), dict[str, Any]()
+    required = []
     for argument in inspect.signature(function).parameters.values():
         if argument.name == "self":
             continue
@@ -112,7 +113,7 @@ def _fits(schema: Mapping[str, Any], value: Any) -> bool:
     kind = schema["type"]
     if not isinstance(value, _JSON[kind]) or (isinstance(value, bool) and kind != "boolean"):
         return False
-    if kind == "array" and "items" in schema:
+    if isinstance(value, list) and "items" in schema:
         return all(_fits(schema["items"], each) for each in value)
     return "enum" not in schema or value in schema["enum"]
 
@@ -123,7 +124,8 @@ class ToolEnvironment:
     def __init__(self, functions: Sequence[Callable[..., Any]], owner: Any = None):
         """`owner` is an instance of TRL's class, whose public methods are tools too."""
         self._owner = owner
-        every = [*functions, *(getattr(owner, name) for name in method_names(type(owner)))]
+        methods = [getattr(owner, name) for name in method_names(type(owner))]
+        every: list[Callable[..., Any]] = [*functions, *methods]
         self._tools = {each.__name__: (each, schema_of(each)) for each in every}
 
     def reset(self, row: Mapping[str, Any], seed: int) -> Sequence[Turn]:

@@ -49,15 +49,13 @@ def load(environment: str, tools: Sequence[str], seconds: float) -> Callable[...
     """
     functions = [_find(target) for target in tools]
     blame = str(Path((environment or tools[0]).rpartition(":")[0]).resolve())
-    kind = _find(environment) if environment else None
-    if kind is not None and not inspect.isclass(kind):
-        raise ChildFault("not loaded", f"{environment} is no class")
+    kind: Any = _find(environment) if environment else None
     try:
+        if kind is not None and not hasattr(kind, "__mro__"):
+            raise TypeError(f"{environment} is no class")
         if kind is not None and _answers_texts(kind):
             if functions:
-                raise TypeError(
-                    f"{environment} has step(text), which answers calls: tools go there"
-                )
+                raise TypeError(f"{environment} has step(text), which answers calls itself")
             return functools.partial(play, Loaded(kind, [], seconds, blame))
         methods = [getattr(kind, name) for name in method_names(kind)] if kind else []
         schemas = [schema_of(each) for each in (*functions, *methods)]
@@ -165,7 +163,7 @@ def _within(seconds: float) -> Iterator[None]:
 _load_once = functools.cache(load_module)
 
 
-def _find(target: str) -> Any:
+def _find(target: str) -> Callable[..., Any]:
     """What "path.py:name" names; ChildFault if there is no such file or name."""
     path, _, name = target.rpartition(":")
     if not Path(path).is_file():
@@ -179,7 +177,7 @@ def _find(target: str) -> Any:
     return found
 
 
-def _answers_texts(kind: type) -> bool:
+def _answers_texts(kind: Any) -> bool:
     """Whether a class is an `Environment`, and not one of TRL's whose methods are tools."""
     reset = getattr(kind, "reset", None)
     if reset is None or not callable(getattr(kind, "step", None)):
