@@ -1,5 +1,8 @@
 """Talk to a model: `python -m rlhf_jax.chat --workdir=runs/dpo [--compare=runs/sft]`.
 
+With `--environment=mine.py:Env` or `--tools=mine.py:search` its calls are answered by what a config
+names so, anew for each message; of a message with calls the conversation keeps the answer alone.
+
 Answers appear as they are sampled; with `--compare` two models answer each message, side by side,
 each with its own history. Ctrl-C ends an answer, whose words so far stay in the conversation;
 `/help` lists what else there is. Exit codes: 0 done, 2 the user's mistake, 1 a bug.
@@ -14,7 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,6 +28,8 @@ from rlhf_jax.errors import UserError
 
 if TYPE_CHECKING:
     from rlhf_jax.data.records import Message
+    from rlhf_jax.environments.trajectories import Environments
+    from rlhf_jax.sampling.arguments import Turn
     from rlhf_jax.training.saved_model import Model
 
 HALF = "\ufffd"  # a part of a character whose other bytes are still to come
@@ -50,6 +55,7 @@ class Speaker:
     options: dict[str, Any]  # of `Sampling`, and the seed
     messages: list[Message] = field(default_factory=list)
     enough: Callable[[], bool] = lambda: False  # whether the answer is to end here
+    environments: Environments | None = None  # what answers its calls
 
     def start_over(self) -> None:
         """Forgets the conversation."""
@@ -64,26 +70,45 @@ class Speaker:
             UserError: the conversation has no room left in the model's context.
         """
         from rlhf_jax.data.conversation import render_prompt
-        from rlhf_jax.data.records import Message
+        from rlhf_jax.data.records import Message, Prompt
         from rlhf_jax.sampling.arguments import Sampling
         from rlhf_jax.sampling.generate import generate
 
         model = self.model
         asked = [*self.messages, Message("user", text)]
         opening = [Message("system", self.system)] if self.system else []
-        prompt = render_prompt([*opening, *asked], model.tokenizer)
+        play = None
+        if self.environments is None:
+            prompt = render_prompt([*opening, *asked], model.tokenizer)
+        else:
+            record = Prompt(f"message {number + 1}", (*opening, *asked))
+            play = self.environments.open(model.tokenizer, [record], 1, [self.options["seed"]])
+            (prompt,) = play.prompts
         room = model.config.max_length - len(prompt)
         if room < 1:
             raise UserError(
                 f"{self.name}: the conversation has {len(prompt)} tokens and the model's context "
                 f"{model.config.max_length}; start over with /new"
             )
-        tokens: list[int] = []
+        tokens: list[int] = []  # of the last turn
         shown = ""  # so far
+        given = 0  # tokens to come that answer a call and are shown already
+
+        def respond(turns: Sequence[Turn]) -> Sequence[list[int] | None]:
+            nonlocal shown, given
+            assert play is not None
+            answers = play.respond(turns)
+            if answers[0]:
+                said = model.tokenizer.decode_text(turns[0].tokens)
+                show(f"{said[len(shown) :]}\n{model.tokenizer.decode_text(answers[0])}\n")
+                tokens.clear()
+                shown, given = "", len(answers[0])
+            return answers
 
         def on_tokens(_prompt: int, _sample: int, new: list[int]) -> None:
-            nonlocal shown
-            tokens.extend(new)
+            nonlocal shown, given
+            tokens.extend(new[given:])
+            given = max(0, given - len(new))
             sofar = model.tokenizer.decode_text(tokens).rstrip(HALF)
             if sofar.startswith(shown) and len(sofar) > len(shown):
                 show(sofar[len(shown) :])
@@ -98,7 +123,12 @@ class Speaker:
                 model.config,
                 model.params,
                 [prompt],
-                Sampling(**options, stop_ids=model.tokenizer.ends, batch_size=1),
+                Sampling(
+                    **options,
+                    stop_ids=model.tokenizer.ends,
+                    batch_size=1,
+                    respond=respond if play else None,
+                ),
                 seed=self.options["seed"],
                 prompt_ids=[number],
                 on_tokens=on_tokens,
@@ -107,7 +137,7 @@ class Speaker:
         except Interrupted:
             reply = shown
         else:
-            reply = model.tokenizer.decode_text(completion.tokens)
+            reply = model.tokenizer.decode_text(completion.last_turn)
             show(reply[len(shown) :])
         self.messages = [*asked, Message("assistant", reply)]
         return reply
@@ -217,10 +247,12 @@ def talk(given: argparse.Namespace) -> None:
     """Loads the models of a command line and converses at the terminal."""
     import jax
 
+    from rlhf_jax.environments.trajectories import EnvironmentOptions, environments_of
     from rlhf_jax.training.saved_model import load_speaker
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
     options = {name: getattr(given, name) for name in (*names, "repetition_penalty", "seed")}
+    offered = EnvironmentOptions(given.environment, given.tools, not given.undescribed)
     speakers = []
     for path in filter(None, (given.workdir, given.compare)):
         model = load_speaker(path)
@@ -230,7 +262,10 @@ def talk(given: argparse.Namespace) -> None:
               f"tokens, on {jax.devices()[0].device_kind}", flush=True)  # fmt: skip
     print("/help says what there is beside talking", flush=True)
     prompt = "> " if sys.stdin.isatty() else ""
-    converse(speakers, lambda: input(prompt), partial(print, end="", flush=True))
+    with ExitStack() as held:
+        for speaker in speakers:
+            speaker.environments = held.enter_context(environments_of(offered))
+        converse(speakers, lambda: input(prompt), partial(print, end="", flush=True))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -246,6 +281,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--min-p", type=float)
     parser.add_argument("--repetition-penalty", type=float)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--environment", default="", help="what answers calls: mine.py:Env")
+    parser.add_argument("--tools", default="", help="functions: mine.py:search,mine.py:add")
+    parser.add_argument("--undescribed", action="store_true", help="don't tell it of the tools")
     return run(parser, talk, argv)
 
 

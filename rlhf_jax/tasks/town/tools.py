@@ -171,7 +171,60 @@ def use(
         return book(office, bookings, *values)
     if name == "calculate":
         return calculate(*values), bookings
-    return LOOKUPS[name](office, *values), bookings
+    return _LOOKUPS[name](office, *values), bookings
 
 
-LOOKUPS: Mapping[str, Callable[..., str]] = {"directory": directory, "shop": shop, "price": price}
+_LOOKUPS: Mapping[str, Callable[..., str]] = {"directory": directory, "shop": shop, "price": price}
+
+
+class Desk:
+    """The tools for whoever has no exercise to solve, as in a chat: one desk, its own bookings."""
+
+    def __init__(self) -> None:
+        self._bookings: Bookings = frozenset()
+
+    def calculate(self, expression: str) -> str:
+        """Calculates with integers.
+
+        Args:
+            expression: such as 17 + 25 - 3 x 2
+        """
+        return self._use("calculate", expression=expression)
+
+    def directory(self, name: str, attribute: str) -> str:
+        """Looks up a fact about a person.
+
+        Args:
+            name: whose
+            attribute: job, street, pet, pet_name, food, colour, hobby, age, child or friend
+        """
+        return self._use("directory", name=name, attribute=attribute)
+
+    def shop(self, name: str) -> str:
+        """Looks up when a shop is open.
+
+        Args:
+            name: of the shop
+        """
+        return self._use("shop", name=name)
+
+    def price(self, item: str) -> str:
+        """Looks up what a ware costs.
+
+        Args:
+            item: the ware
+        """
+        return self._use("price", item=item)
+
+    def book(self, shop: str, day: str) -> str:
+        """Books a shop.
+
+        Args:
+            shop: its name
+            day: of the week
+        """
+        return self._use("book", shop=shop, day=day)
+
+    def _use(self, name: str, **arguments: str) -> str:
+        result, self._bookings = use(open_office(), self._bookings, name, arguments)
+        return result
