@@ -203,11 +203,12 @@ class OwnTokenizer:
         return [encoding.ids for encoding in encodings]
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> OwnTokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, *, digits: int = 1) -> OwnTokenizer:
     """Trains a byte-level BPE; the same texts always give the same tokenizer.
 
-    Every byte has an id, so any text round-trips; each digit is a token of its own. The vocabulary
-    is smaller than `vocab_size` where the texts offer too few merges: read `.vocab_size`.
+    Every byte has an id, so any text round-trips. A token has at most so many `digits` of a number,
+    counted from its first, and nothing beside them. The vocabulary is smaller than `vocab_size`
+    where the texts offer too few merges: read `.vocab_size`.
 
     Neural Machine Translation of Rare Words with Subword Units, https://arxiv.org/abs/1508.07909
     """
@@ -219,7 +220,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> OwnTokenizer:
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.Digits(individual_digits=True)
+            if digits == 1
+            else pre_tokenizers.Split(tokenizers.Regex(rf"\p{{N}}{{1,{digits}}}"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )

@@ -135,6 +135,8 @@ class Vocabulary:
     kind: str = option("bpe", choices=("bpe", "chars"))  # "chars": all of the text
     # Tokens, those of chats among them.
     vocab_size: int = option(2048, least=1, only=Only("kind", ("bpe",)))
+    # Digits of a number that one token may have.
+    digits: int = option(1, least=1, only=Only("kind", ("bpe",)))
 
 
 @dataclass(frozen=True)
