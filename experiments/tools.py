@@ -6,7 +6,7 @@ from rlhf_jax.stages import defaults
 TOWN = Path(rlhf_jax.__file__).with_name("tasks") / "town" / "episodes.py"
 ENVIRONMENT = {"file": f"{TOWN}:TownEnvironment", "max_calls": 4}
 EVALUATION = {"source": "town_tools", "count": 400, "max_new_tokens": 96}
-MUON = {"name": "muon", "warmup_steps": 10, "final_fraction": 0.0}
+MUON = {"name": "muon", "b2": 0.99, "warmup_steps": 10, "final_fraction": 0.0}
 
 
 def get_config(variant="grpo"):
@@ -40,7 +40,8 @@ def base():
             "over_long": "split",
         },
         batch={"rows": 8},
-        optimizer=MUON | {"learning_rate": 1e-2, "schedule": "wsd", "decay_fraction": 0.4},
+        optimizer=MUON
+        | {"learning_rate": 1e-2, "warmup_steps": 20, "schedule": "wsd", "decay_fraction": 0.4},
         train={"steps": 560, "log_every": 20},
     )
 

@@ -22,16 +22,13 @@ def rates(
 ) -> dict[str, tuple[int, int]]:
     """(how many, of how many) by name.
 
-    "success": of episodes that are worth 1, and "success/<group>". "needless_calls": of episodes
-    that need no call, with one or more. "invalid_calls": of calls, that no tool could answer.
+    "success/<group>": of its episodes, that are worth 1. "needless_calls": of episodes that need no
+    call, with one or more. "invalid_calls": of calls, that no tool could answer.
     """
-    solved = [episode.verdict.total == 1 for episode in episodes]
-    found = {"success": (sum(solved), len(solved))}
-    places: dict[str, list[bool]] = {}
-    for record, each in zip(records, solved, strict=True):
-        places.setdefault(record.meta.get(group, ""), []).append(each)
-    if group:
-        found |= {f"success/{name}": (sum(v), len(v)) for name, v in sorted(places.items())}
+    solved: dict[str, list[bool]] = {}
+    for record, episode in zip(records, episodes, strict=True):
+        solved.setdefault(record.meta[group], []).append(episode.verdict.total == 1)
+    found = {f"success/{name}": (sum(v), len(v)) for name, v in sorted(solved.items())}
     needless = [episode.calls > 0 for episode in episodes if not episode.needed]
     found["needless_calls"] = sum(needless), len(needless)
     invalid = sum(episode.invalid for episode in episodes)
