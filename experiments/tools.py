@@ -5,7 +5,7 @@ from rlhf_jax.stages import defaults
 
 TOWN = Path(rlhf_jax.__file__).with_name("tasks") / "town" / "episodes.py"
 ENVIRONMENT = {"file": f"{TOWN}:TownEnvironment", "max_calls": 4}
-EVALUATION = {"source": "town_tools", "count": 400, "max_new_tokens": 96}
+EVALUATION = {"source": "town_tools", "count": 300, "max_new_tokens": 96}
 MUON = {"name": "muon", "b2": 0.99, "warmup_steps": 10, "final_fraction": 0.0}
 
 
@@ -20,12 +20,12 @@ def get_config(variant="grpo"):
         case "grpo":
             return policy(
                 "grpo",
-                rollout={"prompts": 32, "samples": 8},
+                rollout={"prompts": 16, "samples": 8},
                 kl={"placement": "none"},
                 train={"steps": 20, "minibatches": 2},
             )
         case "ppo":
-            return policy("ppo", rollout={"prompts": 256}, train={"steps": 20, "minibatches": 2})
+            return policy("ppo", rollout={"prompts": 128}, train={"steps": 20, "minibatches": 2})
     raise defaults.no_variant("tools.py", variant, "base, sft, direct, grpo, ppo")
 
 
