@@ -54,7 +54,7 @@ def sft(data, **sections):
         data={"train": data, "validation": data, "row_length": 192},
         batch={"rows": 8},
         optimizer=MUON | {"learning_rate": 5e-3, "schedule": "linear"},
-        train={"steps": 600, "log_every": 20},
+        train={"steps": 1000, "log_every": 20},
         eval=EVALUATION,
     )
     return defaults.lay(config, sections)

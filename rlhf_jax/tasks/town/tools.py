@@ -31,7 +31,7 @@ from rlhf_jax.tasks.town.world import (
 )
 
 Bookings = frozenset[tuple[str, str]]  # of shops and days
-RESIDENTS = {TRAIN: 900, HELDOUT: 150}
+RESIDENTS = {TRAIN: 9000, HELDOUT: 300}  # so many that no name comes often
 MOST_DIGITS = 9
 T = TypeVar("T")
 _TERM = re.compile(r" *([0-9]+) *")
