@@ -35,14 +35,14 @@ def base():
         # A number of three digits is one token, which a small model copies more easily than three.
         tokenizer={"vocab_size": 3072, "digits": 3},
         data={
-            "train": "town/text=1,town_tools/dialogue=1",
+            "train": "town/text=1,town_tools/dialogue=1,town_tools/drill=1",
             "row_length": 128,
             "over_long": "split",
         },
         batch={"rows": 8},
         optimizer=MUON
         | {"learning_rate": 1e-2, "warmup_steps": 20, "schedule": "wsd", "decay_fraction": 0.4},
-        train={"steps": 560, "log_every": 20},
+        train={"steps": 700, "log_every": 20},
     )
 
 

@@ -25,7 +25,7 @@ from rlhf_jax.tasks.task import Task
 from rlhf_jax.tasks.town import crowd
 from rlhf_jax.tasks.town.episodes import replay, verify
 from rlhf_jax.tasks.town.gold import gold_score
-from rlhf_jax.tasks.town.tool_exercises import dialogues, direct, prompts
+from rlhf_jax.tasks.town.tool_exercises import dialogues, direct, drills, prompts
 from rlhf_jax.tasks.town.tools import Office, open_office
 from rlhf_jax.tasks.town.town import Town
 from rlhf_jax.tasks.town.world import HELDOUT, TRAIN, TownConfig
@@ -70,6 +70,7 @@ _TOOLS: dict[str, Callable[[Office, str], Iterable[Record]]] = {
     "prompt": prompts,
     "dialogue": dialogues,
     "direct": direct,
+    "drill": drills,
 }
 
 
@@ -81,6 +82,7 @@ def _make_tools(
     prompt      what is asked
     dialogue    conversations: the same with calls, their results and the answer
     direct      conversations: the same with the answer alone, which no tool has given
+    drill       text: names and numbers to copy
     """
     made = _TOOLS[config]
     return {"train": made(open_office(), TRAIN), "validation": made(open_office(), HELDOUT)}
@@ -88,7 +90,12 @@ def _make_tools(
 
 TOWN_TOOLS = Task(
     "town_tools",
-    kinds={"prompt": "prompt", "dialogue": "conversation", "direct": "conversation"},
+    kinds={
+        "prompt": "prompt",
+        "dialogue": "conversation",
+        "direct": "conversation",
+        "drill": "text",
+    },
     make=_make_tools,
     verify=verify,
     replay=replay,

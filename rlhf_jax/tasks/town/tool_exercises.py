@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from random import Random
 
 from rlhf_jax.data.calls import render_call
-from rlhf_jax.data.records import Conversation, Message, Prompt
+from rlhf_jax.data.records import Conversation, Message, Prompt, Text
 from rlhf_jax.tasks.town import families
 from rlhf_jax.tasks.town.families.exercise import Expectation, loads, lower, user
 from rlhf_jax.tasks.town.families.knowledge import ask, fact_task
@@ -227,6 +227,21 @@ def direct(office: Office, split: str) -> Iterator[Conversation]:
         made, prompt = draw(office, split, index)
         answer = Message("assistant", finish(made.answer))
         yield Conversation(prompt.id, (*prompt.messages, answer), prompt.meta)
+
+
+def drills(office: Office, split: str) -> Iterator[Text]:
+    """Names and numbers to copy, twice each and once as JSON: what a call is made of."""
+    for index in range(RECORDS[split]):
+        rng = Random(f"town {office.world.config.seed} drills {split} {index}")
+        listed = [
+            pick(rng, office.residents[split]).name
+            if rng.random() < 0.5
+            else str(int(10 ** (1 + 4 * rng.random())))
+            for _ in range(4 + int(rng.random() * 5))
+        ]
+        ways = [", ".join(listed), json.dumps(listed), " and ".join(listed)]
+        rng.shuffle(ways)
+        yield Text(f"{split}-{index}", "\n".join(ways))
 
 
 def _search(person: Subject, attribute: str) -> Call:
