@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from itertools import islice
 
@@ -10,7 +11,7 @@ import pytest
 from rlhf_jax.data.calls import is_error, parse_call, render_call
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.tasks.town.episodes import MOST_CALLS, TownEnvironment, replay, verify
-from rlhf_jax.tasks.town.tool_exercises import FAMILIES, dialogues, direct, prompts
+from rlhf_jax.tasks.town.tool_exercises import FAMILIES, dialogues, direct, drills, prompts
 from rlhf_jax.tasks.town.tools import InvalidCall, calculate, open_office, use
 from rlhf_jax.tasks.town.town import Town
 from rlhf_jax.tasks.town.world import HELDOUT, SPLITS, TRAIN
@@ -135,7 +136,8 @@ def test_held_out_people_are_in_no_training_text(office, made):
     names = {person.name for person in office.residents[HELDOUT]}
     texts = [m.content for d in made[TRAIN] for m in d.messages]
     texts += [text.text for text in Town().texts(TRAIN, 3000)]
-    words = {word.strip(".,!?'\"").removesuffix("'s") for text in texts for word in text.split()}
+    texts += [text.text for text in islice(drills(office, TRAIN), 3000)]
+    words = {word.removesuffix("'s") for text in texts for word in re.findall(r"[\w']+", text)}
     assert not names & words
     asked = " ".join(m.content for d in made[HELDOUT] for m in d.messages)
     assert sum(name in asked for name in names) > 200
