@@ -27,8 +27,9 @@ from rlhf_jax.commands import Parser, run
 from rlhf_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from rlhf_jax.data.conversation import Tokenizer
     from rlhf_jax.data.records import Message
-    from rlhf_jax.environments.trajectories import Environments
+    from rlhf_jax.environments.trajectories import Environments, Play
     from rlhf_jax.sampling.arguments import Turn
     from rlhf_jax.training.saved_model import Model
 
@@ -77,70 +78,75 @@ class Speaker:
         model = self.model
         asked = [*self.messages, Message("user", text)]
         opening = [Message("system", self.system)] if self.system else []
-        play = None
+        shown = Shown(model.tokenizer, show, self.enough)
         if self.environments is None:
             prompt = render_prompt([*opening, *asked], model.tokenizer)
         else:
             record = Prompt(f"message {number + 1}", (*opening, *asked))
-            play = self.environments.open(model.tokenizer, [record], 1, [self.options["seed"]])
-            (prompt,) = play.prompts
+            seeds = [self.options["seed"]]
+            shown.play = self.environments.open(model.tokenizer, [record], 1, seeds)
+            (prompt,) = shown.play.prompts
         room = model.config.max_length - len(prompt)
         if room < 1:
             raise UserError(
                 f"{self.name}: the conversation has {len(prompt)} tokens and the model's context "
                 f"{model.config.max_length}; start over with /new"
             )
-        tokens: list[int] = []  # of the last turn
-        shown = ""  # so far
-        given = 0  # tokens to come that answer a call and are shown already
-
-        def respond(turns: Sequence[Turn]) -> Sequence[list[int] | None]:
-            nonlocal shown, given
-            assert play is not None
-            answers = play.respond(turns)
-            if answers[0]:
-                said = model.tokenizer.decode_text(turns[0].tokens)
-                show(f"{said[len(shown) :]}\n{model.tokenizer.decode_text(answers[0])}\n")
-                tokens.clear()
-                shown, given = "", len(answers[0])
-            return answers
-
-        def on_tokens(_prompt: int, _sample: int, new: list[int]) -> None:
-            nonlocal shown, given
-            tokens.extend(new[given:])
-            given = max(0, given - len(new))
-            sofar = model.tokenizer.decode_text(tokens).rstrip(HALF)
-            if sofar.startswith(shown) and len(sofar) > len(shown):
-                show(sofar[len(shown) :])
-                shown = sofar
-            if self.enough():
-                raise Interrupted
-
         options = {name: value for name, value in self.options.items() if name != "seed"}
         options["max_new_tokens"] = min(options["max_new_tokens"], room)
+        respond = shown.respond if shown.play else None
         try:
             (completion,) = generate(
                 model.config,
                 model.params,
                 [prompt],
-                Sampling(
-                    **options,
-                    stop_ids=model.tokenizer.ends,
-                    batch_size=1,
-                    respond=respond if play else None,
-                ),
+                Sampling(**options, stop_ids=model.tokenizer.ends, batch_size=1, respond=respond),
                 seed=self.options["seed"],
                 prompt_ids=[number],
-                on_tokens=on_tokens,
+                on_tokens=shown.on_tokens,
                 chunk=4,
             )
         except Interrupted:
-            reply = shown
+            reply = shown.text
         else:
             reply = model.tokenizer.decode_text(completion.last_turn)
-            show(reply[len(shown) :])
+            show(reply[len(shown.text) :])
         self.messages = [*asked, Message("assistant", reply)]
         return reply
+
+
+@dataclass
+class Shown:
+    """What has been shown of an answer; `text` is that of its last turn."""
+
+    tokenizer: Tokenizer
+    show: Callable[[str], object]
+    enough: Callable[[], bool]
+    play: Play | None = None  # what answers calls
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)  # of the last turn
+    given: int = 0  # tokens to come that answer a call, and are shown already
+
+    def on_tokens(self, _prompt: int, _sample: int, new: list[int]) -> None:
+        """Shows what these tokens add; Interrupted once that is enough."""
+        self.tokens.extend(new[self.given :])
+        self.given = max(0, self.given - len(new))
+        sofar = self.tokenizer.decode_text(self.tokens).rstrip(HALF)
+        if sofar.startswith(self.text) and len(sofar) > len(self.text):
+            self.show(sofar[len(self.text) :])
+            self.text = sofar
+        if self.enough():
+            raise Interrupted
+
+    def respond(self, turns: Sequence[Turn]) -> Sequence[list[int] | None]:
+        """What answers a turn, which is shown on a line of its own."""
+        assert self.play is not None
+        (answer,) = answers = self.play.respond(turns)
+        if answer:
+            rest = self.tokenizer.decode_text(turns[0].tokens)[len(self.text) :]
+            self.show(f"{rest}\n{self.tokenizer.decode_text(answer)}\n")
+            self.text, self.tokens, self.given = "", [], len(answer)
+        return answers
 
 
 @contextmanager

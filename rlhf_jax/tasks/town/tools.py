@@ -225,6 +225,6 @@ class Desk:
         """
         return self._use("book", shop=shop, day=day)
 
-    def _use(self, name: str, **arguments: str) -> str:
-        result, self._bookings = use(open_office(), self._bookings, name, arguments)
+    def _use(self, tool: str, /, **arguments: str) -> str:
+        result, self._bookings = use(open_office(), self._bookings, tool, arguments)
         return result

@@ -10,9 +10,10 @@ import pytest
 
 from rlhf_jax.data.calls import is_error, parse_call, render_call
 from rlhf_jax.data.records import Prompt
+from rlhf_jax.environments.tools import method_names, schema_of
 from rlhf_jax.tasks.town.episodes import MOST_CALLS, TownEnvironment, replay, verify
 from rlhf_jax.tasks.town.tool_exercises import FAMILIES, dialogues, direct, drills, prompts
-from rlhf_jax.tasks.town.tools import InvalidCall, calculate, open_office, use
+from rlhf_jax.tasks.town.tools import PARAMETERS, Desk, InvalidCall, calculate, open_office, use
 from rlhf_jax.tasks.town.town import Town
 from rlhf_jax.tasks.town.world import HELDOUT, SPLITS, TRAIN
 
@@ -204,3 +205,18 @@ def test_an_episode_that_is_cut_off_has_no_answer(made):
     dialogue = of_family(made, "sums")
     episode = replay(prompt_of(dialogue), turns_of(dialogue)[:1])
     assert (episode.verdict.total, episode.calls) == (0, 1)
+
+
+def test_a_desk_has_the_tools_as_methods_and_bookings_of_its_own(office):
+    desk, shop = Desk(), office.world.shops[0]
+    assert method_names(Desk) == sorted(PARAMETERS)
+    for name, parameters in PARAMETERS.items():
+        told = schema_of(getattr(Desk, name))["function"]["parameters"]
+        assert (*told["properties"],) == parameters == (*told["required"],)
+    day = "Monday" if shop.facts["closed"] != "Monday" else "Tuesday"
+    assert [desk.book(shop.name, day), desk.book(shop.name, day)] == ["booked", "full"]
+    assert Desk().book(shop.name, day) == "booked"
+    person = office.residents[HELDOUT][0]
+    assert desk.directory(person.name, "job") == person.facts["job"]
+    assert desk.calculate("317 + 425") == "742"
+    assert desk.shop(shop.name).startswith("opens at ") and desk.price("lamp").isdigit()
