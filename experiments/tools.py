@@ -5,7 +5,7 @@ from rlhf_jax.stages import defaults
 
 TOWN = Path(rlhf_jax.__file__).with_name("tasks") / "town" / "episodes.py"
 ENVIRONMENT = {"file": f"{TOWN}:TownEnvironment", "max_calls": 4}
-EVALUATION = {"source": "town_tools", "count": 300, "max_new_tokens": 96}
+EVALUATION = {"source": "town_tools", "count": 240, "max_new_tokens": 96}
 MUON = {"name": "muon", "b2": 0.99, "warmup_steps": 10, "final_fraction": 0.0}
 
 
@@ -22,10 +22,10 @@ def get_config(variant="grpo"):
                 "grpo",
                 rollout={"prompts": 16, "samples": 8},
                 kl={"placement": "none"},
-                train={"steps": 20, "minibatches": 2},
+                train={"steps": 16, "minibatches": 2},
             )
         case "ppo":
-            return policy("ppo", rollout={"prompts": 128}, train={"steps": 20, "minibatches": 2})
+            return policy("ppo", rollout={"prompts": 128}, train={"steps": 16, "minibatches": 2})
     raise defaults.no_variant("tools.py", variant, "base, sft, direct, grpo, ppo")
 
 
@@ -54,7 +54,7 @@ def sft(data, **sections):
         data={"train": data, "validation": data, "row_length": 192},
         batch={"rows": 8},
         optimizer=MUON | {"learning_rate": 5e-3, "schedule": "linear"},
-        train={"steps": 1000, "log_every": 20},
+        train={"steps": 700, "log_every": 20},
         eval=EVALUATION,
     )
     return defaults.lay(config, sections)
@@ -69,8 +69,8 @@ def policy(algorithm, **sections):
         rollout={"max_prompt_tokens": 48, "max_new_tokens": 96},
         reward={"scorers": "environment=1"},
         batch={"rows": 4},
-        optimizer={"learning_rate": 2e-4, "schedule": "linear", "warmup_steps": 5},
-        train={"log_every": 1, "eval_every": 10},
-        eval=EVALUATION,
+        optimizer={"learning_rate": 3e-4, "schedule": "linear", "warmup_steps": 5},
+        train={"log_every": 1, "eval_every": 8},
+        eval=EVALUATION | {"during": 64},
     )
     return defaults.lay(config, sections)
