@@ -1,3 +1,20 @@
+"""The town's tools: a calculator, a directory, shops, prices and bookings, taught and rewarded.
+
+python -m rlhf_jax.main --config=experiments/tools.py
+    GRPO with the tools in the loop, from …
+python -m rlhf_jax.main --config=experiments/tools.py:sft
+    … dialogues with calls and results, of which the assistant's turns are trained, from …
+python -m rlhf_jax.main --config=experiments/tools.py:base
+    … a model of the town's text, of such dialogues as text, and of drills in copying
+python -m rlhf_jax.main --config=experiments/tools.py:ppo
+    PPO with a critic in place of GRPO
+python -m rlhf_jax.main --config=experiments/tools.py:direct
+    what a model without tools comes to: the same questions and answers without the calls
+
+Each but the base ends with 240 held-out episodes: eval/success/<family>, eval/needless_calls and
+eval/invalid_calls with 95 % intervals, and eval/pass^k of eight sampled episodes to a prompt.
+"""
+
 from pathlib import Path
 
 import rlhf_jax
