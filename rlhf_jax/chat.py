@@ -1,5 +1,8 @@
 """Talk to a model: `python -m rlhf_jax.chat --workdir=runs/dpo [--compare=runs/sft]`.
 
+With `--environment=mine.py:Env` or `--tools=mine.py:search` its calls are answered by what a config
+names so, anew for each message; of a message with calls the conversation keeps the answer alone.
+
 Answers appear as they are sampled; with `--compare` two models answer each message, side by side,
 each with its own history. Ctrl-C ends an answer, whose words so far stay in the conversation;
 `/help` lists what else there is. Exit codes: 0 done, 2 the user's mistake, 1 a bug.
@@ -14,7 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +27,10 @@ from rlhf_jax.commands import Parser, run
 from rlhf_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from rlhf_jax.data.conversation import Tokenizer
     from rlhf_jax.data.records import Message
+    from rlhf_jax.environments.trajectories import Environments, Play
+    from rlhf_jax.sampling.arguments import Turn
     from rlhf_jax.training.saved_model import Model
 
 HALF = "\ufffd"  # a part of a character whose other bytes are still to come
@@ -50,6 +56,7 @@ class Speaker:
     options: dict[str, Any]  # of `Sampling`, and the seed
     messages: list[Message] = field(default_factory=list)
     enough: Callable[[], bool] = lambda: False  # whether the answer is to end here
+    environments: Environments | None = None  # what answers its calls
 
     def start_over(self) -> None:
         """Forgets the conversation."""
@@ -64,53 +71,82 @@ class Speaker:
             UserError: the conversation has no room left in the model's context.
         """
         from rlhf_jax.data.conversation import render_prompt
-        from rlhf_jax.data.records import Message
+        from rlhf_jax.data.records import Message, Prompt
         from rlhf_jax.sampling.arguments import Sampling
         from rlhf_jax.sampling.generate import generate
 
         model = self.model
         asked = [*self.messages, Message("user", text)]
         opening = [Message("system", self.system)] if self.system else []
-        prompt = render_prompt([*opening, *asked], model.tokenizer)
+        shown = Shown(model.tokenizer, show, self.enough)
+        if self.environments is None:
+            prompt = render_prompt([*opening, *asked], model.tokenizer)
+        else:
+            record = Prompt(f"message {number + 1}", (*opening, *asked))
+            seeds = [self.options["seed"]]
+            shown.play = self.environments.open(model.tokenizer, [record], 1, seeds)
+            (prompt,) = shown.play.prompts
         room = model.config.max_length - len(prompt)
         if room < 1:
             raise UserError(
                 f"{self.name}: the conversation has {len(prompt)} tokens and the model's context "
                 f"{model.config.max_length}; start over with /new"
             )
-        tokens: list[int] = []
-        shown = ""  # so far
-
-        def on_tokens(_prompt: int, _sample: int, new: list[int]) -> None:
-            nonlocal shown
-            tokens.extend(new)
-            sofar = model.tokenizer.decode_text(tokens).rstrip(HALF)
-            if sofar.startswith(shown) and len(sofar) > len(shown):
-                show(sofar[len(shown) :])
-                shown = sofar
-            if self.enough():
-                raise Interrupted
-
         options = {name: value for name, value in self.options.items() if name != "seed"}
         options["max_new_tokens"] = min(options["max_new_tokens"], room)
+        respond = shown.respond if shown.play else None
         try:
             (completion,) = generate(
                 model.config,
                 model.params,
                 [prompt],
-                Sampling(**options, stop_ids=model.tokenizer.ends, batch_size=1),
+                Sampling(**options, stop_ids=model.tokenizer.ends, batch_size=1, respond=respond),
                 seed=self.options["seed"],
                 prompt_ids=[number],
-                on_tokens=on_tokens,
+                on_tokens=shown.on_tokens,
                 chunk=4,
             )
         except Interrupted:
-            reply = shown
+            reply = shown.text
         else:
-            reply = model.tokenizer.decode_text(completion.tokens)
-            show(reply[len(shown) :])
+            reply = model.tokenizer.decode_text(completion.last_turn)
+            show(reply[len(shown.text) :])
         self.messages = [*asked, Message("assistant", reply)]
         return reply
+
+
+@dataclass
+class Shown:
+    """What has been shown of an answer; `text` is that of its last turn."""
+
+    tokenizer: Tokenizer
+    show: Callable[[str], object]
+    enough: Callable[[], bool]
+    play: Play | None = None  # what answers calls
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)  # of the last turn
+    given: int = 0  # tokens to come that answer a call, and are shown already
+
+    def on_tokens(self, _prompt: int, _sample: int, new: list[int]) -> None:
+        """Shows what these tokens add; Interrupted once that is enough."""
+        self.tokens.extend(new[self.given :])
+        self.given = max(0, self.given - len(new))
+        sofar = self.tokenizer.decode_text(self.tokens).rstrip(HALF)
+        if sofar.startswith(self.text) and len(sofar) > len(self.text):
+            self.show(sofar[len(self.text) :])
+            self.text = sofar
+        if self.enough():
+            raise Interrupted
+
+    def respond(self, turns: Sequence[Turn]) -> Sequence[list[int] | None]:
+        """What answers a turn, which is shown on a line of its own."""
+        assert self.play is not None
+        (answer,) = answers = self.play.respond(turns)
+        if answer:
+            rest = self.tokenizer.decode_text(turns[0].tokens)[len(self.text) :]
+            self.show(f"{rest}\n{self.tokenizer.decode_text(answer)}\n")
+            self.text, self.tokens, self.given = "", [], len(answer)
+        return answers
 
 
 @contextmanager
@@ -217,10 +253,12 @@ def talk(given: argparse.Namespace) -> None:
     """Loads the models of a command line and converses at the terminal."""
     import jax
 
+    from rlhf_jax.environments.trajectories import EnvironmentOptions, environments_of
     from rlhf_jax.training.saved_model import load_speaker
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
     options = {name: getattr(given, name) for name in (*names, "repetition_penalty", "seed")}
+    offered = EnvironmentOptions(given.environment, given.tools, not given.undescribed)
     speakers = []
     for path in filter(None, (given.workdir, given.compare)):
         model = load_speaker(path)
@@ -230,7 +268,10 @@ def talk(given: argparse.Namespace) -> None:
               f"tokens, on {jax.devices()[0].device_kind}", flush=True)  # fmt: skip
     print("/help says what there is beside talking", flush=True)
     prompt = "> " if sys.stdin.isatty() else ""
-    converse(speakers, lambda: input(prompt), partial(print, end="", flush=True))
+    with ExitStack() as held:
+        for speaker in speakers:
+            speaker.environments = held.enter_context(environments_of(offered))
+        converse(speakers, lambda: input(prompt), partial(print, end="", flush=True))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -246,6 +287,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--min-p", type=float)
     parser.add_argument("--repetition-penalty", type=float)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--environment", default="", help="what answers calls: mine.py:Env")
+    parser.add_argument("--tools", default="", help="functions: mine.py:search,mine.py:add")
+    parser.add_argument("--undescribed", action="store_true", help="don't tell it of the tools")
     return run(parser, talk, argv)
 
 

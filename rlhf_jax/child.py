@@ -265,7 +265,7 @@ def main() -> None:
         except BaseException as error:  # SystemExit too
             reason = "not loaded" if function is None else "raised"
             name = type(error).__name__
-            answer = json.dumps({"fault": [reason, _describe(error, blame), name]})
+            answer = json.dumps({"fault": [reason, describe(error, blame), name]})
         replies.write(answer.encode() + b"\n")
         replies.flush()
 
@@ -284,7 +284,7 @@ def _receive(requests: IO[bytes], lines: SimpleQueue[bytes]) -> None:
         os._exit(0)  # started by hand, its group is the shell's
 
 
-def _describe(error: BaseException, blame: str) -> str:
+def describe(error: BaseException, blame: str) -> str:
     """In one line, what was raised and the last line of the file `blame` that led there."""
     try:
         message = " ".join(str(error).split())

@@ -34,6 +34,7 @@ class Config:
     model: Any = None
     tokenizer: Any = None
     rollout: Any = None
+    environment: Any = None
     reward: Any = None
     kl: Any = None
     advantage: Any = None

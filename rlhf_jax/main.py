@@ -40,6 +40,13 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 
+# Of the sections that are named by one field of theirs.
+_SHORT = {
+    "config.environment": "config.environment.file",
+    "config.tools": "config.environment.tools",
+}
+
+
 def parse(argv: list[str]):
     """Returns (config, its source "file.py[:variant]", names of fields set, the other flags)."""
     from absl import flags
@@ -123,6 +130,8 @@ def _with_found_config(argv: list[str]) -> Iterator[str]:
             argument = find_experiment(argument)
         elif is_flag and equals:
             argument = f"{name}={find_experiment(value)}"
+        elif short := _SHORT.get(name.lstrip("-")):
+            argument = f"--{short}{equals}{value}"
         follows = is_flag and not equals
         yield argument
 

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "rlhf_jax"
 ANNEXES = (
     "tasks",
+    "environments",
     "hub",
     "report",
     "oracle",

@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 import signal
 
+import numpy as np
 import pytest
 
 from rlhf_jax.chat import Speaker, converse, main
+from rlhf_jax.data.calls import render_call
 from rlhf_jax.data.conversation import render_prompt
 from rlhf_jax.data.records import Message, Prompt
+from rlhf_jax.environments.trajectories import EnvironmentOptions, Environments
 from rlhf_jax.evaluation.held_out_answers import answer
+from rlhf_jax.sampling import generate as sampling
+from rlhf_jax.sampling.arguments import Turn
+from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.training.saved_model import load_model
 from tests.test_export import saved
 
@@ -123,3 +129,38 @@ def test_the_command(run, monkeypatch, capsys):
     assert main([f"--workdir={run}", "--top-p=2"]) == 0  # says what is wrong, and goes on
     assert "top_p = 2" in capsys.readouterr().out
     assert main([f"--workdir={run}/nowhere"]) == 2
+
+
+def scripted(tokenizer, said):
+    """A `generate` whose model says these turns, unless it is not answered."""
+
+    def generate(config, params, prompts, sampling, *, on_tokens, **others):
+        tokens, given, first = [], [], 0
+        for text in said:
+            ids = [*tokenizer.encode_texts([text])[0], tokenizer.end]
+            tokens += ids
+            on_tokens(0, 0, tokens[first:])
+            first = len(tokens)
+            answer = sampling.respond([Turn(0, 0, ids)])[0]
+            if not answer:
+                break
+            given.append(range(first, first + len(answer)))
+            tokens += answer
+        return [Completion(tokens, np.zeros(len(tokens)), True, tuple(given))]
+
+    return generate
+
+
+def test_a_call_is_answered_and_shown_and_the_answer_is_kept(run, tmp_path, monkeypatch):
+    docstring = '"""Adds.\n\n    Args:\n        a: one\n        b: another\n    """'
+    tool = f"def add(a: int, b: int) -> int:\n    {docstring}\n    return a + b\n"
+    (tmp_path / "mine.py").write_text(tool)
+    it, pieces = speaker(run, max_new_tokens=120), []
+    said = [render_call("add", {"a": 17, "b": 25}), "It is 42."]
+    monkeypatch.setattr(sampling, "generate", scripted(it.model.tokenizer, said))
+    options = EnvironmentOptions(tools=f"{tmp_path}/mine.py:add", describe=False)
+    with Environments(options) as it.environments:
+        reply = it.answer("What is 17 + 25?", 0, pieces.append)
+    assert reply == said[1]
+    assert "".join(pieces) == f"{said[0]}\n42\n{said[1]}"
+    assert it.messages == [Message("user", "What is 17 + 25?"), Message("assistant", reply)]

@@ -46,11 +46,15 @@ class Document:
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt and the token sequences that answer it; `example` is the index of its record."""
+    """A prompt and the token sequences that answer it; `example` is the index of its record.
+
+    `given` are the places in each branch of what was told to it and not said by it.
+    """
 
     prompt: Sequence[int]
     branches: tuple[Sequence[int], ...]
     example: int
+    given: tuple[Sequence[range], ...] = ()
 
     @property
     def size(self) -> int:
@@ -90,9 +94,9 @@ def pack_groups(
     """Packs groups of one prompt and exactly `branches` (K) responses, sharing the prompt's tokens.
 
     A group is one segment: prompt, branch 1, …, branch K in row order; the positions of each
-    branch continue from the prompt's end. Every token of a branch is a target; the first is
-    predicted from the prompt's last token, so K slots share that source. A row has at most `most`
-    groups, where that is given.
+    branch continue from the prompt's end. Every token of a branch is a target, of weight 0 if it
+    was `given`; the first is predicted from the prompt's last token, so K slots share that source.
+    A row has at most `most` groups, where that is given.
     Raises UserError where there is no group or one is longer than a row.
     """
     for group in groups:
@@ -127,7 +131,8 @@ def pack_groups(
     arrays["branch_ids"].reshape(-1)[place] = branch
     reply = branch > 0
     sequence = spread(piece_sequence)[reply]
-    _add_targets(arrays, place[reply], source[reply], tokens[reply], sequence)
+    said = _mark_said(groups, size, len(tokens))
+    _add_targets(arrays, place[reply], source[reply], tokens[reply], sequence, said[reply])
 
     per_row = int(in_row.max()) + 1
     arrays["last"] = np.zeros((count, per_row, branches), np.int32)
@@ -231,6 +236,17 @@ def _place(
     return rows, starts
 
 
+def _mark_said(groups: Sequence[Group], size: np.ndarray, count: int) -> np.ndarray:
+    """[count] f32 of the pieces' tokens in order: 0 where a branch was given them, else 1."""
+    said = np.ones(count, np.float32)
+    starts = (np.cumsum(size) - size.ravel()).reshape(size.shape)
+    for group, start in zip(groups, starts[:, 1:], strict=True):
+        for begin, places in zip(start, group.given, strict=False):
+            for place in places:
+                said[begin + place.start : begin + place.stop] = 0
+    return said
+
+
 def _rank_in_row(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
     """0, 1, … for the entries of each row, in ascending `order`."""
     by_row = np.lexsort((order, rows))
@@ -252,6 +268,7 @@ def _add_targets(
     source: np.ndarray,
     targets: np.ndarray,
     sequences: np.ndarray | None = None,
+    weights: np.ndarray | float = 1,
 ) -> None:
     """Adds the target arrays; `place` and `source` index the flattened rows."""
     count, row_length = arrays["tokens"].shape
@@ -266,7 +283,7 @@ def _add_targets(
         arrays[name] = np.zeros((count, width), np.int32)
         arrays[name][rows, slots] = values
     arrays["weights"] = np.zeros((count, width), np.float32)
-    arrays["weights"][rows, slots] = 1
+    arrays["weights"][rows, slots] = weights
 
 
 def _stats(arrays: Arrays, items: int) -> Stats:

@@ -127,13 +127,20 @@ class OwnTokenizer:
             )
         tokens, turns = [BOS], {}
         for i, message in enumerate(messages):
-            text = "\n".join(filter(None, (message.content, message.more)))
-            ids = [*self.encode_texts([text])[0], END]
-            tokens.append(ROLE_IDS[message.role])
+            ids = self._turn(message)
             if message.role == "assistant":
-                turns[i] = range(len(tokens), len(tokens) + len(ids))
+                turns[i] = range(len(tokens) + 1, len(tokens) + len(ids))
             tokens += ids
         return tokens, turns
+
+    def continuation(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of the turns that answer a reply, up to the next one."""
+        return [*(i for message in messages for i in self._turn(message)), ASSISTANT]
+
+    def _turn(self, message: Message) -> list[int]:
+        """Tokens of a turn, its role first and its end last."""
+        text = "\n".join(filter(None, (message.content, message.more)))
+        return [ROLE_IDS[message.role], *self.encode_texts([text])[0], END]
 
     def with_template(self, template: str) -> NoReturn:
         """Raises UserError: our format is the only one."""
@@ -196,11 +203,12 @@ class OwnTokenizer:
         return [encoding.ids for encoding in encodings]
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> OwnTokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, *, digits: int = 1) -> OwnTokenizer:
     """Trains a byte-level BPE; the same texts always give the same tokenizer.
 
-    Every byte has an id, so any text round-trips; each digit is a token of its own. The vocabulary
-    is smaller than `vocab_size` where the texts offer too few merges: read `.vocab_size`.
+    Every byte has an id, so any text round-trips. A token has at most so many `digits` of a number,
+    counted from its first, and nothing beside them. The vocabulary is smaller than `vocab_size`
+    where the texts offer too few merges: read `.vocab_size`.
 
     Neural Machine Translation of Rare Words with Subword Units, https://arxiv.org/abs/1508.07909
     """
@@ -212,7 +220,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> OwnTokenizer:
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.Digits(individual_digits=True)
+            if digits == 1
+            else pre_tokenizers.Split(tokenizers.Regex(rf"\p{{N}}{{1,{digits}}}"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )

@@ -17,6 +17,7 @@ from typing import Any
 from rlhf_jax import console
 from rlhf_jax.config import Config
 from rlhf_jax.data.records import Prompt
+from rlhf_jax.environments.trajectories import environments_of
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.before_after import Values, changes
 from rlhf_jax.evaluation.gold_reward import (
@@ -36,12 +37,20 @@ from rlhf_jax.evaluation.held_out_answers import (
     log_ratios,
     pack_answers,
 )
+from rlhf_jax.evaluation.tool_use import (
+    IN_A_ROW,
+    in_a_row,
+    rate_metrics,
+    rate_table,
+    rates,
+    several,
+)
 from rlhf_jax.files import write_jsonl
 from rlhf_jax.stopping import stop_point
 from rlhf_jax.tasks.builders import verifier_of
 from rlhf_jax.tasks.prompts import PromptSet, prompts_within
 from rlhf_jax.tasks.sources import read_records
-from rlhf_jax.tasks.task import Verdict
+from rlhf_jax.tasks.task import Task, Verdict
 from rlhf_jax.training.mesh import mesh_of, step_tokens
 from rlhf_jax.training.saved_model import Model, load_model
 from rlhf_jax.training.summary import ancestry, write_evaluation
@@ -73,19 +82,22 @@ def evaluate_chat(
     task, verdicts, group = verifier_of(prompts), {}, ""
     if task:
         group = task.group
-        verdicts = {n: verdicts_of(prompts, [a.text for a in each]) for n, each in answers.items()}
+        verdicts = {n: verdicts_of(prompts, [a.turns for a in each]) for n, each in answers.items()}
         metrics |= gold_metrics(verdicts[run.name], verdicts[start.name])
         for name in verdicts:
             measured[name] |= gold_values(verdicts[name])
         for name, source in task.probes.items():
             asked = read_records(config, source, "prompt", "validation")
             for each in (start.name, run.name):
-                texts = [reply.text for reply in _answer(config, models[each], asked)]
-                told = verdicts_of(asked, texts)
+                told = verdicts_of(asked, [a.turns for a in _answer(config, models[each], asked)])
                 measured[each][f"correct/{name}"] = Values.of([verdict.right for verdict in told])
             metrics |= correct_metrics(name, told)
         plots = [*gold_plots(prompts, verdicts, group), *plots]
         tables.append(correct_table(prompts, verdicts, group))
+    if task and task.replay and config.environment is not None and config.environment.named:
+        found, more = _tool_use(config, model, prompts, answers[run.name], task)
+        metrics |= found
+        tables.append(more)
     metrics |= changes(measured[start.name], measured[run.name], config.seed)
     others = {name: {n: v.mean for n, v in each.items()} for name, each in measured.items()}
     write_evaluation(run, tables, plots, others=others, **further)
@@ -101,7 +113,7 @@ def sampled_metrics(
     A point on the way of a run: what `rlhf_jax.compare` draws against those of other runs.
     """
     metrics, sampled = _sampled_kl(config, model, reference, prompts)
-    if verdicts := verdicts_of(prompts, [each.text for each in sampled]):
+    if verdicts := verdicts_of(prompts, [each.turns for each in sampled]):
         metrics["eval/gold_reward"] = gold_metrics(verdicts)["eval/gold_reward"]
     return metrics
 
@@ -148,14 +160,29 @@ def _sampled_kl(
 def _answer(
     config: Config, model: Model, prompts: Sequence[Prompt], temperature: float | None = None
 ) -> list[Answer]:
-    return answer(
-        model,
-        prompts,
-        max_new_tokens=config.eval.max_new_tokens,
-        temperature=config.eval.temperature if temperature is None else temperature,
-        seed=config.seed,
-        tokens=step_tokens(config),
-    )
+    with environments_of(config.environment) as environments:
+        return answer(
+            model,
+            prompts,
+            max_new_tokens=config.eval.max_new_tokens,
+            temperature=config.eval.temperature if temperature is None else temperature,
+            seed=config.seed,
+            tokens=step_tokens(config),
+            environments=environments,
+        )
+
+
+def _tool_use(
+    config: Config, model: Model, prompts: Sequence[Prompt], answers: Sequence[Answer], task: Task
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Metrics and the table of `tool_use`, of these answers and of several sampled ones."""
+    assert task.replay
+    found = rates(prompts, [*map(task.replay, prompts, [a.turns for a in answers])], task.group)
+    asked = several(prompts[: config.eval.count // IN_A_ROW[-1] + 1])
+    sampled = _answer(config, model, asked, temperature=1.0)
+    episodes = [*map(task.replay, asked, [a.turns for a in sampled])]
+    groups = [episodes[i : i + IN_A_ROW[-1]] for i in range(0, len(episodes), IN_A_ROW[-1])]
+    return rate_metrics(found) | in_a_row(groups, config.seed), rate_table(found)
 
 
 def _samples(

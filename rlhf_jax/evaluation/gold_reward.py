@@ -14,17 +14,21 @@ from rlhf_jax.tasks.builders import verifier_of
 from rlhf_jax.tasks.task import Verdict
 
 
-def verdicts_of(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Verdict]:
+def verdicts_of(prompts: Sequence[Prompt], answers: Sequence[str | Sequence[str]]) -> list[Verdict]:
     """The verdict on each answer, or none at all where no verifier can judge answers to them all.
 
     Args:
-        prompts: P of them; texts: P · G answers, those to a prompt together.
+        prompts: P of them; answers: P · G texts, those to a prompt together, or the turns of each,
+            of which the last one is judged unless the prompts' task replays them all.
     """
     task = verifier_of(prompts)
     if task is None or task.verify is None:
         return []
-    each = len(texts) // len(prompts)
-    return [task.verify(prompts[i // each], text) for i, text in enumerate(texts)]
+    turns = [[answer] if isinstance(answer, str) else answer for answer in answers]
+    asked = [prompts[i // (len(turns) // len(prompts))] for i in range(len(turns))]
+    if task.replay:
+        return [task.replay(*each).verdict for each in zip(asked, turns, strict=True)]
+    return [task.verify(prompt, said[-1]) for prompt, said in zip(asked, turns, strict=True)]
 
 
 def gold_metrics(verdicts: Sequence[Verdict], rivals: Sequence[Verdict] = ()) -> dict[str, float]:

@@ -10,6 +10,7 @@ import numpy as np
 from rlhf_jax.data.conversation import render_prompt
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.data.records import Prompt
+from rlhf_jax.environments.trajectories import Environments, trajectory_seeds
 from rlhf_jax.evaluation.before_after import Values
 from rlhf_jax.evaluation.row_passes import in_record_order, response_logprobs, rows_of
 from rlhf_jax.evaluation.statistics import bootstrap_interval
@@ -23,11 +24,18 @@ CACHED = 8  # tokens whose keys and values take about what a training step keeps
 
 @dataclass(frozen=True)
 class Answer:
-    """A sampled reply: its text, its tokens (with <|end|> if finished), whether it ended itself."""
+    """A sampled reply: its text, its tokens (with <|end|> if finished), whether it ended itself.
+
+    Of one that an environment answers, `text` is its last turn's, `turns` are the texts of all,
+    `given` are the places of the answers among its tokens, and `prompt` the tokens before them.
+    """
 
     text: str
     tokens: tuple[int, ...]
     finished: bool
+    given: tuple[range, ...] = ()
+    prompt: tuple[int, ...] = ()
+    turns: tuple[str, ...] = ()
 
 
 def answer(
@@ -38,30 +46,43 @@ def answer(
     temperature: float,
     seed: int = 0,
     tokens: int,
+    environments: Environments | None = None,
 ) -> list[Answer]:
-    """One reply to each prompt; greedy at temperature 0.
+    """One reply to each prompt; greedy at temperature 0. `environments` answer its turns.
 
     `tokens` are those of a training step: as many replies are sampled together, `SLOTS` at most,
     as have `CACHED` times as many in their cache.
     """
-    rendered = [render_prompt(prompt.messages, model.tokenizer) for prompt in prompts]
+    play = None
+    if environments is not None and prompts:
+        seeds = trajectory_seeds(seed, range(len(prompts)))
+        play = environments.open(model.tokenizer, prompts, 1, seeds)
+        rendered = play.prompts
+    else:
+        rendered = [render_prompt(prompt.messages, model.tokenizer) for prompt in prompts]
     longest = max((len(prompt) for prompt in rendered), default=0) + max_new_tokens
     sampling = Sampling(
         max_new_tokens,
         temperature,
         stop_ids=model.tokenizer.ends,
         batch_size=min(SLOTS, rows_of(CACHED * tokens, longest)),
+        respond=None if play is None else play.respond,
     )
+    replies = generate(model.config, model.params, rendered, sampling, seed=seed)
     return [
-        Answer(model.tokenizer.decode_text(reply.tokens), tuple(reply.tokens), reply.finished)
-        for reply in generate(model.config, model.params, rendered, sampling, seed=seed)
+        Answer(
+            model.tokenizer.decode_text(reply.last_turn),
+            *(tuple(reply.tokens), reply.finished, reply.given, tuple(prompt)),
+            tuple(map(model.tokenizer.decode_text, reply.turns)),
+        )
+        for reply, prompt in zip(replies, rendered, strict=True)
     ]
 
 
 def pack_answers(model: Model, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> Arrays:
     """Rows of prompts, each with its one answer."""
     groups = [
-        Group(render_prompt(p.messages, model.tokenizer), (a.tokens,), i)
+        Group(a.prompt or render_prompt(p.messages, model.tokenizer), (a.tokens,), i, (a.given,))
         for i, (p, a) in enumerate(zip(prompts, answers, strict=True))
     ]
     longest = max(len(g.prompt) + len(g.branches[0]) for g in groups)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import nan, sqrt
+from math import comb, nan, sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -210,6 +210,26 @@ def accuracy_by_bins(x: ArrayLike, correct: ArrayLike, edges: ArrayLike) -> Binn
         high=tuple(high for _, high in intervals),
         counts=tuple(counts.tolist()),
     )
+
+
+def pass_all(successes: ArrayLike, n: int, k: int) -> np.ndarray:
+    """The chance that k draws of n tries without replacement all succeeded, C(c, k) / C(n, k): [N].
+
+    Over prompts its mean is the unbiased estimate of pass^k, that k tries in a row succeed.
+
+    τ-bench: A Benchmark for Tool-Agent-User Interaction in Real-World Domains,
+    https://arxiv.org/abs/2406.12045
+
+    Args:
+        successes: [N] whole numbers in [0, n], c of each prompt.
+
+    Raises:
+        ValueError: k is not in [1, n], or a count not in [0, n].
+    """
+    counts = np.asarray(successes)
+    if not 1 <= k <= n or not ((counts >= 0) & (counts <= n)).all():
+        raise ValueError(f"need 1 <= k <= n and 0 <= successes <= n, got k = {k}, n = {n}")
+    return np.array([comb(int(c), k) / comb(n, k) for c in counts])
 
 
 def auc(good: ArrayLike, bad: ArrayLike) -> float:

@@ -217,6 +217,20 @@ class HubTokenizer:
                 turns[i] = range(begins[i], begins[i] + len(self._cut_at_end(tokens[begins[i] :])))
         return tokens[: turns[last].stop], turns
 
+    def continuation(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens between what ends a reply and the next reply, as the template writes them.
+
+        Raises:
+            UserError: as `conversation`.
+        """
+        pool = [Message("user", "a"), Message("assistant", "b"), *messages]
+        parts: list[Part] = [(range(1), True), (range(2), False), (range(len(pool)), True)]
+        prompt, reply, whole = self._render(pool, parts)
+        end = self._find_end(reply, len(prompt), self.ends)
+        if end is None or not whole.startswith(reply[: end[1]]):
+            raise self._explain_break(reply, whole)
+        return self._continue(whole[: end[1]], whole[end[1] :])
+
     def _render(self, messages: Sequence[Message], parts: Sequence[Part] = ()) -> list[str]:
         parts = parts or [(range(len(messages)), False)]
         return render(self._template, self.spelling, messages, parts)

@@ -1,6 +1,7 @@
 """Scorers of (prompt, response) texts, and their weighted sum.
 
     model      a reward model's score, computed elsewhere and given
+    environment  the rewards of the answer's environment, added; given too
     gold       what the exact verifier of the record's task gives, in [0, 1]: the town's scorer, or
                as "number" for GSM8K and every record with a number as meta["answer"]
     correct    1 if that verifier says that the reply is right, else 0
@@ -43,9 +44,10 @@ from rlhf_jax.rewards.worker import Worker
 from rlhf_jax.tasks.builders import verify
 from rlhf_jax.tasks.public_sets import number_verdict
 
-NAMES = ("model", "gold", "correct", "number", "math", "exact", "regex", "length")
+NAMES = ("model", "gold", "correct", "number", "math", "exact", "regex", "length", "environment")
 """The scorers that are no user's function."""
 
+_GIVEN = ("model", "environment")  # computed elsewhere
 _FUNCTION = re.compile(r".+\.py:[^\W\d]\w*")
 MATH_SECONDS = 5.0
 """How long "math" may take for one response."""
@@ -226,8 +228,9 @@ class TextScorers:
             raise ValueError(f"{len(prompts)} prompts, {count} responses, {len(lengths)} lengths")
         if unknown := given.keys() - self._weights.keys():
             raise ValueError(f"given components without a weight: {sorted(unknown)}")
-        if "model" in self._weights and "model" not in given:
-            raise ValueError("the component 'model' has a weight and must be given")
+        for name in _GIVEN:
+            if name in self._weights and name not in given:
+                raise ValueError(f"the component {name!r} has a weight and must be given")
 
         ids, components = [p.id for p in prompts], dict.fromkeys(self._weights, np.zeros(0))
         valid, failures, total = np.ones(count, bool), Counter[str](), np.zeros(count)

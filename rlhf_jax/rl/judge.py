@@ -99,8 +99,13 @@ class Judge:
             self.ties.close()
 
     def score(self, rollout: Rollout) -> Scores:
-        """Scores [N] of the answers; a reward model reads the rows of the rollout."""
+        """Scores [N] of the answers; a reward model reads the rows of the rollout.
+
+        "environment" is the sum of the rewards of the answer's trajectory.
+        """
         given = {} if self._members is None else {"model": self._model_scores(rollout.rows)}
+        if "environment" in self.weights:
+            given["environment"] = np.array([sum(each.rewards) for each in rollout.trajectories])
         prompts = [record for record in rollout.prompts.records for _ in range(rollout.each)]
         lengths = rollout.lengths.astype(int)
         with hosts.telling() as said:
@@ -110,6 +115,10 @@ class Judge:
                     write_json(self._failures, self._texts.failed)
                 said.append(scores.to_json())
         scores = Scores.from_json(said[0])
+        if rollout.trajectories:  # one whose environment failed is left out, whatever it scores
+            played = np.array([not each.fault for each in rollout.trajectories])
+            total = np.where(played, scores.total, np.nan)
+            scores = dataclasses.replace(scores, total=total, valid=scores.valid & played)
         self._add_to_ties(scores, rollout.each)
         return scores
 

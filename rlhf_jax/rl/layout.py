@@ -19,6 +19,7 @@ import numpy as np
 
 from rlhf_jax.data.batches import pad_rows
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
+from rlhf_jax.environments.trajectories import Trajectory
 from rlhf_jax.errors import UserError
 from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.tasks.prompts import PromptSet
@@ -29,7 +30,7 @@ Array = Any  # on the host or a device
 
 _OF_ANSWERS = ("mask", "behaviour_logprobs", "finished", "scores", "weights")  # sampled, scored
 _ARRAYS = (
-    *(*_OF_ANSWERS, "greedy_scores", "old_logprobs", "ref_logprobs", "entropy"),
+    *(*_OF_ANSWERS, "turn_rewards", "greedy_scores", "old_logprobs", "ref_logprobs", "entropy"),
     *("old_values", "last_values", "advantages", "returns"),
 )
 
@@ -38,7 +39,7 @@ _ARRAYS = (
     jax.tree_util.register_dataclass,
     data_fields=_ARRAYS,
     meta_fields=(),
-    drop_fields=("prompts", "completions", "texts", "rows", "metrics"),
+    drop_fields=("prompts", "completions", "texts", "trajectories", "rows", "metrics"),
 )
 @dataclass(frozen=True)
 class Rollout:
@@ -47,17 +48,21 @@ class Rollout:
     JAX sees its arrays alone: what is compiled finds the other fields empty.
 
     Attributes:
-      mask: f32 [N, T], 1 on response tokens, EOS included.
+      mask: f32 [N, T], 1 on response tokens, EOS included; 0 on what an environment answered.
       behaviour_logprobs: f32 [N, T] nats, as the sampler said.
       finished: bool [N], ended by itself.
       scores, weights: [N]; weight 0 leaves a sequence out.
+      turn_rewards: f32 [N, T], None without an environment: its rewards of all turns but the last
+        one, each on its turn's last token. They are part of the score.
       greedy_scores: [P], of the greedy answers, ReMax's baseline; zeros for other algorithms.
       old_logprobs, ref_logprobs, entropy: f32 [N, T] nats, of the policy before the first update
         and of the reference, by the function that trains.
       old_values, last_values: f32 [N, T] and [N], the critic's, before each token and after the
         last one.
       advantages, returns: f32 [N, T].
-      prompts, completions, texts: P, N and N of them; an oracle's table has none.
+      prompts, completions, texts: P, N and N of them; an oracle's table has none. The text of an
+        answer in several turns is that of its last one.
+      trajectories: N, what the environment made of the answers, if there is one.
       rows: arrays [R, …] that a model reads, and of every row its S sequences: members [R, S]
         int32, the sequence's index or −1; slots [R, S, T] int32, the place of its token t among
         the row's M targets; mask [R, S, T].
@@ -69,6 +74,7 @@ class Rollout:
     finished: Array
     scores: Array = None
     weights: Array = None
+    turn_rewards: Array = None
     greedy_scores: Array = None
     old_logprobs: Array = None
     ref_logprobs: Array = None
@@ -80,6 +86,7 @@ class Rollout:
     prompts: PromptSet = field(default_factory=lambda: PromptSet([], []))
     completions: Sequence[Completion] = ()
     texts: Sequence[str] = ()
+    trajectories: Sequence[Trajectory] = ()
     rows: Arrays = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
 
@@ -90,8 +97,12 @@ class Rollout:
 
     @property
     def lengths(self) -> Array:
-        """[N] tokens of each answer."""
+        """[N] sampled tokens of each answer."""
         return self.mask.sum(-1)
+
+    @property
+    def _of_answers(self) -> tuple[str, ...]:
+        return _OF_ANSWERS if self.turn_rewards is None else (*_OF_ANSWERS, "turn_rewards")
 
     @staticmethod
     def of(
@@ -101,6 +112,8 @@ class Rollout:
         mask, logprobs = np.zeros((2, len(completions), limit), np.float32)
         for n, completion in enumerate(completions):
             mask[n, : len(completion.tokens)] = 1
+            for given in completion.given:
+                mask[n, given.start : given.stop] = 0
             logprobs[n, : len(completion.tokens)] = completion.logprobs
         finished = np.array([completion.finished for completion in completions])
         return Rollout(
@@ -110,7 +123,7 @@ class Rollout:
     def take(self, prompts: Sequence[int]) -> Rollout:
         """The scored answers to the prompts at these indices, in their order, not packed yet."""
         answers = [i * self.each + k for i in prompts for k in range(self.each)]
-        arrays: dict[str, Any] = {name: getattr(self, name)[answers] for name in _OF_ANSWERS}
+        arrays: dict[str, Any] = {name: getattr(self, name)[answers] for name in self._of_answers}
         return dataclasses.replace(
             self,
             **arrays,
@@ -118,6 +131,7 @@ class Rollout:
             prompts=self.prompts.take(prompts),
             completions=[self.completions[n] for n in answers],
             texts=[self.texts[n] for n in answers],
+            trajectories=[self.trajectories[n] for n in answers if self.trajectories],
             rows={},
         )
 
@@ -128,13 +142,14 @@ class Rollout:
             return parts[0]
         arrays: dict[str, Any] = {
             name: np.concatenate([getattr(part, name) for part in parts])
-            for name in (*_OF_ANSWERS, "greedy_scores")
+            for name in (*parts[0]._of_answers, "greedy_scores")
         }
         return Rollout(
             **arrays,
             prompts=PromptSet.joined([part.prompts for part in parts]),
             completions=[completion for part in parts for completion in part.completions],
             texts=[text for part in parts for text in part.texts],
+            trajectories=[each for part in parts for each in part.trajectories],
         )
 
 
@@ -155,14 +170,11 @@ def pack_rows(
             f"and rollout.max_new_tokens = {max_new} together"
         )
     share = fitting[-1]
-    groups = [
-        Group(
-            rollout.prompts.tokens[first // each],
-            tuple(completion.tokens for completion in rollout.completions[first : first + share]),
-            first // share,
-        )
-        for first in range(0, len(rollout.completions), share)
-    ]
+    groups = []
+    for n in range(0, len(rollout.completions), share):
+        answers = rollout.completions[n : n + share]
+        branches, given = tuple(a.tokens for a in answers), tuple(a.given for a in answers)
+        groups.append(Group(rollout.prompts.tokens[n // each], branches, n // share, given))
     most = max(1, row_length // (shortest * share))
     rows, _ = pack_groups(groups, row_length, branches=share, most=most)
     rows = pad_rows(rows, rows=multiple, slots=row_length, groups=most)
@@ -170,12 +182,14 @@ def pack_rows(
     lengths = rows["lengths"].reshape(count, -1)
     first = np.cumsum(lengths, axis=1) - lengths
     span = np.arange(max_new)
-    mask = span < lengths[..., None]
+    inside = span < lengths[..., None]
+    slots = np.where(inside, first[..., None] + span, 0)
     sequences = rows["example_ids"][..., None] * share + np.arange(share)
-    members = np.where(rows["valid"][..., None] > 0, sequences, -1)
+    members = np.where(rows["valid"][..., None] > 0, sequences, -1).reshape(count, -1)
+    mask = inside & (to_rows(rollout.mask, members) > 0)
     return rows | {
-        "members": members.reshape(count, -1).astype(np.int32),
-        "slots": np.where(mask, first[..., None] + span, 0).astype(np.int32),
+        "members": members.astype(np.int32),
+        "slots": slots.astype(np.int32),
         "mask": mask.astype(np.float32),
     }
 

@@ -121,7 +121,12 @@ def advantages(
     kl = None
     if config.kl.placement == "reward":
         kl = kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, config.kl.estimator)
-    rewards = token_rewards(shape_scores(config, rollout), mask, kl, coefficient=coefficient)
+    scores, earlier = shape_scores(config, rollout), rollout.turn_rewards
+    if earlier is not None:  # a part of the score, which the last token has not earned
+        scores = scores - earlier.sum(-1)
+    rewards = token_rewards(scores, mask, kl, coefficient=coefficient)
+    if earlier is not None:
+        rewards = rewards + earlier * (mask > 0)
     own = load_function(options.file, "advantage.file") if options.file else None
     result, returns = (own or ADVANTAGES[options.name])(config, rollout, rewards, mask)
     if own and not result.shape == returns.shape == mask.shape:

@@ -19,6 +19,7 @@ from rlhf_jax.config import Config
 from rlhf_jax.data.batches import random_bits
 from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.data.packing import Arrays
+from rlhf_jax.environments.trajectories import Play, Trajectory, trajectory_seeds
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses.advantages import zero_variance
 from rlhf_jax.models.config import ModelConfig
@@ -72,12 +73,18 @@ def sample_answers(
     They are drawn as the rollout says, or with a `temperature` at that one, from the whole
     distribution. `ids` name the prompts in the random numbers, by default their place.
     """
-    options, drawn = config.rollout, dict[str, Any](temperature=temperature)
+    options, drawn, play = config.rollout, dict[str, Any](temperature=temperature), None
     if temperature is None:
         everything = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # which the policy stage always draws
         stated = {name: getattr(options, name, value) for name, value in everything.items()}
         drawn = {name: value for name, value in stated.items() if value != everything[name]}
         drawn["temperature"] = options.temperature
+    if prompts.environments is not None:
+        seeds = trajectory_seeds(seed, range(len(prompts.records)) if ids is None else ids)
+        play = prompts.environments.open(model.tokenizer, prompts.records, samples, seeds)
+        prompts = dataclasses.replace(prompts, records=play.records, tokens=play.prompts)
+        _check_openings(prompts, options.max_prompt_tokens)
+        drawn["respond"] = play.respond
     sampling = Sampling(
         max_new_tokens=options.max_new_tokens,
         stop_ids=model.tokenizer.ends,
@@ -89,10 +96,34 @@ def sample_answers(
     completions = generate(
         model.config, model.params, prompts.tokens, sampling, seed=seed, prompt_ids=ids
     )
-    texts = [model.tokenizer.decode_text(completion.tokens) for completion in completions]
-    return with_rows(
-        config, Rollout.of(prompts, completions, texts, options.max_new_tokens), multiple
-    )
+    texts = [model.tokenizer.decode_text(completion.last_turn) for completion in completions]
+    rollout = Rollout.of(prompts, completions, texts, options.max_new_tokens)
+    if play is not None:
+        play.end(rollout.finished.tolist())
+        rollout = dataclasses.replace(
+            rollout, trajectories=play.trajectories, turn_rewards=_turn_rewards(play, rollout)
+        )
+    return with_rows(config, rollout, multiple)
+
+
+def _turn_rewards(play: Play, rollout: Rollout) -> np.ndarray:
+    """`Rollout.turn_rewards`; an answer's other rewards are its last turn's."""
+    rewards = np.zeros(rollout.mask.shape, np.float32)
+    for n, completion in enumerate(rollout.completions):
+        for given, reward in zip(completion.given, play.trajectories[n].rewards, strict=False):
+            rewards[n, given.start - 1] = reward
+    return rewards
+
+
+def _check_openings(prompts: PromptSet, limit: int) -> None:
+    """UserError for a prompt that is too long with what its environment opens it with."""
+    for record, tokens in zip(prompts.records, prompts.tokens, strict=True):
+        if len(tokens) > limit:
+            raise UserError(
+                f"environment, prompt {record.id!r}: with what opens it, tools among it, it has "
+                f"{len(tokens)} tokens, over rollout.max_prompt_tokens = {limit}: raise that, say "
+                "less, or set environment.describe = False"
+            )
 
 
 def with_rows(config: Config, rollout: Rollout, multiple: int) -> Rollout:
@@ -148,6 +179,8 @@ def text_rollout(
         "rollout/blocks": (len(blocks), 1.0),
         "rollout/zero_std_groups": (0, 1.0),
     }
+    if drawn.trajectories:
+        metrics |= _metrics_of_tools(drawn)
     if options.samples > 1:  # of all that were judged, those left out too
         count, uniform = int(judged.sum()), int((same & judged).sum())
         metrics["rollout/zero_std_groups"] = uniform, 1.0
@@ -184,6 +217,9 @@ def _sample_block(
     counted = scores.valid.copy()
     if config.rollout.truncated == "mask":
         counted &= block.finished
+    if block.turn_rewards is not None:
+        weight = judge.weights.get("environment", 0.0)
+        block = dataclasses.replace(block, turn_rewards=block.turn_rewards * np.float32(weight))
     if getattr(config.advantage, "name", "") == "remax":  # whose baseline is the greedy answer
         answers = sample_answers(
             config, model, prompts, samples=1, seed=0, multiple=multiple, temperature=0.0
@@ -211,6 +247,20 @@ def _metrics_of_scores(scored: Sequence[Scores]) -> dict[str, tuple[float, float
             metrics[f"rewards/{name}/mean"] = float(values.mean()), len(values)
             metrics[f"rewards/{name}/std"] = float(values.std()), len(values)
     return metrics
+
+
+def _metrics_of_tools(rollout: Rollout) -> dict[str, tuple[float, float]]:
+    """Of all trajectories: what they called, and what could not be used; means over them."""
+    played: Sequence[Trajectory] = rollout.trajectories
+    count, calls = float(len(played)), sum(each.calls for each in played)
+    given = sum(len(part) for completion in rollout.completions for part in completion.given)
+    return {
+        "tools/calls": (calls / count, count),
+        "tools/invalid": (sum(each.invalid for each in played) / max(calls, 1), float(calls)),
+        "tools/truncated": (float(1 - np.mean(rollout.finished)), count),
+        "tools/tokens": (given / count, count),
+        "tools/failures": (float(sum(bool(each.fault) for each in played)), 1.0),
+    }
 
 
 def row_multiple(config: Config, mesh: Mesh | None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,19 @@ _REALS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "min_p": ("from 0 to 1", lambda x: 0 <= x <= 1),
     "repetition_penalty": ("a number above 0", lambda x: x > 0),
 }
+
+
+class Turn(NamedTuple):
+    """What a completion of a prompt has said since it was last answered, its stop token too."""
+
+    prompt: int  # index
+    sample: int
+    tokens: list[int]
+
+
+# Answers turns, all at once: [] where the completion has ended, None where it is cut off there,
+# or the tokens that it goes on after.
+Respond = Callable[[Sequence[Turn]], Sequence[list[int] | None]]
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,9 @@ class Sampling:
         but for a U+FFFD at its end.
       samples_per_prompt: completions of each prompt.
       batch_size: slots decoded together; a completion that ends makes room for the next.
+      respond: answers completions that a stop token ended, which then go on in the same cache; all
+        tokens, those of answers too, count to max_new_tokens, and where an answer does not fit
+        the completion is cut off before it. It may not be called in the order of the prompts.
       cache_length: positions of a slot, by default those of the longest prompt and
         max_new_tokens, rounded up to 2ⁿ or 3·2ⁿ; the code is compiled once for each.
     """
@@ -57,6 +74,7 @@ class Sampling:
     decode: Callable[[list[int]], str] | None = None
     samples_per_prompt: int = 1
     batch_size: int = 64
+    respond: Respond | None = None
     cache_length: int | None = None
 
     def validate(self) -> None:
@@ -75,6 +93,11 @@ class Sampling:
             raise UserError("stop_strings: an empty string would end every completion at once")
         if self.stop_strings and self.decode is None:
             raise UserError("stop_strings need decode, which turns tokens into text")
+        if self.respond is not None and (self.stop_strings or self.repetition_penalty is not None):
+            raise UserError(
+                "where turns are answered there are no stop_strings and no repetition_penalty: "
+                "they would read the answers too"
+            )
 
     def masks(self, config: ModelConfig) -> tuple[np.ndarray | None, np.ndarray]:
         """Bool [vocab_size] each: what may be drawn (None: everything), what ends a completion.

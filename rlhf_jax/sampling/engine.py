@@ -71,6 +71,7 @@ class Slots(NamedTuple):
     tokens: jax.Array  # int32 [B, S], the first `drawn` of each row
     logprobs: jax.Array  # f32 [B, S], nats
     steps: jax.Array  # int32 [B], steps of the latest `advance` on the slot's device
+    given: jax.Array | None  # int32 [B], tokens before this one are read, not drawn; see `resume`
 
 
 _WHOLE, _ROWS = P(), P(BATCH_AXES)
@@ -107,11 +108,16 @@ def _split_heads(mesh: Mesh | None, slots: Slots) -> Slots:
     return slots._replace(cache={**slots.cache, "keys": held[0], "values": held[1]})
 
 
-@partial(jax.jit, static_argnames=("config", "batch", "length", "penalised", "mesh"))
+@partial(jax.jit, static_argnames=("config", "batch", "length", "penalised", "mesh", "answered"))
 def empty(
-    config: ModelConfig, batch: int, length: int, penalised: bool, mesh: Mesh | None = None
+    config: ModelConfig,
+    batch: int,
+    length: int,
+    penalised: bool,
+    mesh: Mesh | None = None,
+    answered: bool = False,
 ) -> Slots:
-    """`batch` idle slots with caches of `length` positions."""
+    """`batch` idle slots with caches of `length` positions; if `answered` they can `resume`."""
     slots = Slots(
         cache=init_cache(config, batch, length),
         hidden=jnp.zeros((batch, config.width), config.compute_dtype),
@@ -123,6 +129,7 @@ def empty(
         tokens=jnp.zeros((batch, length), jnp.int32),
         logprobs=jnp.zeros((batch, length), jnp.float32),
         steps=jnp.zeros(batch, jnp.int32),
+        given=jnp.zeros(batch, jnp.int32) if answered else None,
     )
     if mesh is None:
         return slots
@@ -235,8 +242,36 @@ def _insert(
         drawn=put(slots.drawn, 0),
         active=put(slots.active, True),
         finished=put(slots.finished, False),
+        given=None if slots.given is None else put(slots.given, 0),
     )
     return _split_heads(mesh, slots)
+
+
+@partial(jax.jit, donate_argnames="slots")
+def resume(
+    slots: Slots, paused: jax.Array, tokens: jax.Array, begin: jax.Array, end: jax.Array
+) -> Slots:
+    """Goes on with completions that a stop token ended: what answers them is read, then drawn on.
+
+    `advance` reads the answer as it decodes the other slots, one token a step, after the stop token
+    itself, which nothing has read yet.
+
+    Args:
+        paused: bool [B], the slots that go on; the others' values are ignored.
+        tokens: int32 [B, S], completions with their answers in the places begin … end − 1.
+        begin, end: int32 [B].
+    """
+    assert slots.given is not None
+    place = jnp.arange(slots.tokens.shape[1])
+    new = paused[:, None] & (place >= begin[:, None]) & (place < end[:, None])
+    return slots._replace(
+        tokens=jnp.where(new, tokens, slots.tokens),
+        logprobs=jnp.where(new, 0, slots.logprobs),
+        drawn=jnp.where(paused, begin - 1, slots.drawn),
+        given=jnp.where(paused, end, slots.given),
+        active=slots.active | paused,
+        finished=slots.finished & ~paused,
+    )
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames="slots")
@@ -300,10 +335,13 @@ def _step(config: ModelConfig, params: Any, drawing: Drawing, slots: Slots) -> S
         min_p=drawing.min_p,
     )
     batch, room = slots.tokens.shape
-    rows = jnp.arange(batch)
-    place = (rows, jnp.where(slots.active, slots.drawn, room))
+    rows, new = jnp.arange(batch), slots.active
+    if slots.given is not None:
+        new = slots.active & (slots.drawn >= slots.given)
+        token = jnp.where(new, token, slots.tokens[rows, slots.drawn])
+    place = (rows, jnp.where(new, slots.drawn, room))
     drawn = slots.drawn + slots.active
-    finished = slots.finished | (slots.active & drawing.stop[token])
+    finished = slots.finished | (new & drawing.stop[token])
     active = slots.active & ~finished & (drawn < drawing.limit)
     hidden, grown = apply(config, params, token[:, None], cache=slots.cache)
     # A token that ends its completion is never read back: its cache does not grow.

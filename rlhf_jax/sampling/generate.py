@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from rlhf_jax.global_arrays import put, to_host
 from rlhf_jax.models import ModelConfig, decoding_params
 from rlhf_jax.models.sharding import batch_shards
 from rlhf_jax.sampling import engine
-from rlhf_jax.sampling.arguments import Sampling, check_prompts, check_streams
+from rlhf_jax.sampling.arguments import Sampling, Turn, check_prompts, check_streams
 from rlhf_jax.stopping import stop_point
 
 OnTokens = Callable[[int, int, list[int]], object]
@@ -36,11 +37,26 @@ class Completion:
       tokens: up to and including the stop token, or the one that completes a stop string.
       logprobs: f32, nats, of these tokens under the distribution they were drawn from.
       finished: ended by a stop token or string, not by the length limit.
+      given: places of the tokens that were not drawn but answer a turn (see `Sampling.respond`);
+        their log-probs are 0.
     """
 
     tokens: list[int]
     logprobs: np.ndarray
     finished: bool
+    given: tuple[range, ...] = ()
+
+    @property
+    def last_turn(self) -> list[int]:
+        """The tokens after the last answer; all of them if there is none."""
+        return self.turns[-1]
+
+    @property
+    def turns(self) -> list[list[int]]:
+        """The tokens of each turn that was drawn."""
+        begins = [0, *(given.stop for given in self.given)]
+        ends = [*(given.start for given in self.given), len(self.tokens)]
+        return [self.tokens[a:b] for a, b in zip(begins, ends, strict=True)]
 
 
 def generate(
@@ -112,6 +128,7 @@ class _Held:
 
     request: _Request
     looked: int = 0  # tokens the host has looked at
+    given: list[range] = field(default_factory=list)  # places of what answered its turns
 
 
 class _Decoder:
@@ -136,7 +153,8 @@ class _Decoder:
         slots = -(-sampling.batch_size // groups) * groups
         params = decoding_params(config, params)
         self.penalised = sampling.repetition_penalty is not None
-        self.slots = engine.empty(config, slots, length, self.penalised, self.mesh)
+        answered = sampling.respond is not None
+        self.slots = engine.empty(config, slots, length, self.penalised, self.mesh, answered)
         # Where a CPU's cores decode, the prompts are read by the one device that trains.
         self.cores = self.mesh is not None and len(_devices_of(params)) == 1
         self.params = self._on_mesh(params)
@@ -162,6 +180,9 @@ class _Decoder:
             count = len(self.held)
             ended = min(max(1, count // 4), unstarted) if unstarted else count
             live = np.array([work is not None for work in self.held])
+            if self.sampling.respond is not None:  # any that ends may go on
+                count = int(live.sum())
+                ended = max(1, count // 4)
             self.slots = engine.advance(
                 self.config, self.params, self.slots, self.drawing, live,
                 count - ended, self.steps, self.mesh,
@@ -236,7 +257,7 @@ class _Decoder:
                 "training diverged; take an earlier checkpoint, or train it with a lower learning "
                 "rate"
             )
-        completions = {}
+        completions, paused = {}, dict[int, Completion]()
         for place, work in enumerate(self.held):
             if work is None or (active[place] and not self.watches):
                 continue
@@ -245,13 +266,39 @@ class _Decoder:
             row = row[:cut]
             if self.on_tokens is not None:
                 self.on_tokens(*work.request, row[work.looked :])
-            work.looked = len(row)
+            work.looked = max(work.looked, len(row))
             if cut is not None or not active[place]:
                 ended = cut is not None or bool(finished[place])
                 nats = logprobs[place, : len(row)].copy()
-                completions[work.request] = Completion(row, nats, ended)
+                completion = Completion(row, nats, ended, tuple(work.given))
+                if ended and self.sampling.respond is not None:
+                    paused[place] = completion
+                    continue
+                completions[work.request] = completion
                 self.held[place] = None
-        return completions
+        return completions | self._answer(paused)
+
+    def _answer(self, paused: dict[int, Completion]) -> dict[_Request, Completion]:
+        """Has the completions in some slots go on after what answers them; returns the others."""
+        respond, ended = self.sampling.respond, {}
+        if respond is None or not paused:
+            return {}
+        held = {place: work for place, work in enumerate(self.held) if work is not None}
+        turns = [Turn(*held[place].request, each.last_turn) for place, each in paused.items()]
+        tokens = np.zeros(self.slots.tokens.shape, np.int32)
+        begin, end = np.zeros((2, len(tokens)), np.int32)
+        for (place, completion), answer in zip(paused.items(), respond(turns), strict=True):
+            work, start = held[place], len(completion.tokens)
+            if answer and start + len(answer) < self.sampling.max_new_tokens:
+                begin[place], end[place] = start, start + len(answer)
+                tokens[place, begin[place] : end[place]] = answer
+                work.given.append(range(start, start + len(answer)))
+                continue
+            ended[work.request] = dataclasses.replace(completion, finished=answer == [])
+            self.held[place] = None
+        if end.any():
+            self.slots = engine.resume(self.slots, end > 0, tokens, begin, end)
+        return ended
 
     def _on_mesh(self, tree: Any) -> Any:
         """The tree on the devices of the mesh, split over its axis tensor alone as it was."""

@@ -49,6 +49,7 @@ def check(config: Config) -> None:
         _check_sampling(config)
     if config.stage == "policy":
         check_objective(config)
+    _check_environment(config)
     if config.stage == "reward" and config.loss.name not in ("bradley_terry", "pointwise"):
         name = config.loss.name
         raise UserError(f"config.loss.name = {name!r}: choose one of bradley_terry, pointwise")
@@ -118,6 +119,23 @@ def _check_sampling(config: Config) -> None:
             f"config: a prompt of rollout.max_prompt_tokens with {pair} answer(s) of "
             f"rollout.max_new_tokens has {longest} tokens, over data.row_length = "
             f"{config.data.row_length}"
+        )
+
+
+def _check_environment(config: Config) -> None:
+    """UserError for an environment that is no file, and rewards of one that there is not."""
+    named = config.environment.named if config.environment is not None else []
+    for target in named:
+        file, _, name = target.rpartition(":")
+        if not file.endswith(".py") or not name.isidentifier():
+            raise UserError(f"config: environment names {target!r}: write mine.py:Name")
+        if not Path(file).is_file():
+            raise UserError(f"config: environment names {target!r}: there is no file {file}")
+    scorers = parse_rewards(config.reward.scorers) if config.reward is not None else {}
+    if "environment" in scorers and not named:
+        raise UserError(
+            "config: reward.scorers names 'environment', but there is none: name one with "
+            "--config.environment=mine.py:Env"
         )
 
 

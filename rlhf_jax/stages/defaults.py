@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from rlhf_jax import config as options
 from rlhf_jax.config import Config, Only, option, others, variants
 from rlhf_jax.data.encode import check_stripped_turns
+from rlhf_jax.environments.trajectories import EnvironmentOptions
 from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.losses.preference import LOSSES, PreferenceLoss
 from rlhf_jax.models.config import Shape
@@ -134,6 +135,8 @@ class Vocabulary:
     kind: str = option("bpe", choices=("bpe", "chars"))  # "chars": all of the text
     # Tokens, those of chats among them.
     vocab_size: int = option(2048, least=1, only=Only("kind", ("bpe",)))
+    # Digits of a number that one token may have.
+    digits: int = option(1, least=1, only=Only("kind", ("bpe",)))
 
 
 @dataclass(frozen=True)
@@ -296,14 +299,17 @@ STAGES: dict[str, dict[str, type]] = {
         **{"data": RawData, "model": Shape, "tokenizer": Vocabulary},
         **{"loss": LanguageLoss, "eval": NoEvaluation},
     },
-    "sft": _TRAINED | {"init": Init, "data": SftData, "loss": SftLoss, "eval": ChatEvaluation},
+    "sft": _TRAINED
+    | {"init": Init, "data": SftData, "loss": SftLoss, "eval": ChatEvaluation}
+    | {"environment": EnvironmentOptions},
     "reward": _TRAINED
     | {"init": Init, "data": VotedData, "loss": RewardLoss}
     | {"normalize": Normalize, "eval": NoEvaluation},
     "preference": _TRAINED | {"init": JudgedInit, "data": VotedData, "loss": PreferenceOptions},
     "policy": _SAMPLED
     | {"data": PolicyData, "rollout": RolloutOptions, "train": SampledTrain, "loss": PolicyOptions}
-    | {"kl": KlOptions, "advantage": AdvantageOptions, "critic": CriticOptions},
+    | {"kl": KlOptions, "advantage": AdvantageOptions, "critic": CriticOptions}
+    | {"environment": EnvironmentOptions},
     "online_preference": _SAMPLED
     | {"data": ChatData, "rollout": OnlineRolloutOptions, "train": SampledTrain}
     | {"loss": PreferenceOptions},

@@ -71,6 +71,8 @@ def _contents(config: Config) -> dict[str, str]:
     for section in ("loss", "advantage"):
         if target := getattr(getattr(config, section), "file", ""):
             own.append((f"{section}.file", target))
+    if config.environment is not None:
+        own += [("environment", target) for target in config.environment.named]
     for field, target in own:
         for file in _with_imports(Path(target.rpartition(":")[0])):
             contents[f"{field}: {file}"] = file_digest(file)

@@ -17,6 +17,7 @@ import numpy as np
 
 from rlhf_jax.config import Config
 from rlhf_jax.data.batches import make_dataset
+from rlhf_jax.environments.trajectories import environments_of
 from rlhf_jax.files import write_json, write_jsonl
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.rl.judge import Judge
@@ -62,7 +63,13 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
         packed = pack_texts(config, f"{config.data.ptx} (ptx)", records, policy.tokenizer, "split")
         texts = make_dataset(packed, config.batch.rows, seed=config.seed)
 
-    with Judge(config, parents, policy, run.path) as judge:
+    with (
+        Judge(config, parents, policy, run.path) as judge,
+        environments_of(config.environment) as environments,
+    ):
+        prompts, held_out = (
+            dataclasses.replace(each, environments=environments) for each in (prompts, held_out)
+        )
         task = text_task(config, policy, judge, mesh, texts)
         critic = critic_params(config, policy, judge)
         trainer = make_trainer(config, task, policy.params, critic, mesh=mesh)

@@ -89,7 +89,9 @@ def loss(config: Config, shape: ModelConfig, params: Any, batch, rng):
 def _train_tokenizer(config: Config, texts: list[str]) -> OwnTokenizer:
     match config.tokenizer.kind:
         case "bpe":
-            return train_bpe([f" {text}" for text in texts], config.tokenizer.vocab_size)
+            vocabulary = config.tokenizer
+            spaced = [f" {text}" for text in texts]
+            return train_bpe(spaced, vocabulary.vocab_size, digits=vocabulary.digits)
         case "chars":
             return train_chars("".join(texts))
     raise UserError(f"tokenizer.kind = {config.tokenizer.kind!r}: choose bpe or chars")

@@ -134,7 +134,9 @@ def evaluate(
     if scores.valid.any():
         metrics["eval/proxy_reward"] = float(scores.total[scores.valid].mean())
     shown = {"proxy": scores.total}
-    if verdicts := verdicts_of(held_out.records, answers.texts):
+    decode = model.tokenizer.decode_text
+    turns = [[*map(decode, completion.turns)] for completion in answers.completions]
+    if verdicts := verdicts_of(held_out.records, turns):
         shown["gold"] = np.array([verdict.total for verdict in verdicts])
         metrics["eval/gold_reward"] = float(shown["gold"].mean())
         metrics["eval/sampled_correct"] = float(np.mean([verdict.right for verdict in verdicts]))

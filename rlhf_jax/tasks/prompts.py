@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,24 +10,28 @@ from rlhf_jax import console
 from rlhf_jax.data.conversation import Tokenizer, render_prompt
 from rlhf_jax.data.encode import length_of_share
 from rlhf_jax.data.records import Prompt
+from rlhf_jax.environments.trajectories import Environments
 from rlhf_jax.tasks.sources import check_unrendered
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts to sample from: their records and their tokens."""
+    """Prompts to sample from: their records, their tokens and what answers the replies to them."""
 
     records: Sequence[Prompt]
     tokens: Sequence[Sequence[int]]
+    environments: Environments | None = None
 
     def take(self, indices: Sequence[int]) -> PromptSet:
         """The prompts at these indices, in their order."""
-        return PromptSet([self.records[i] for i in indices], [self.tokens[i] for i in indices])
+        records, tokens = [self.records[i] for i in indices], [self.tokens[i] for i in indices]
+        return dataclasses.replace(self, records=records, tokens=tokens)
 
     @staticmethod
     def joined(sets: Sequence[PromptSet]) -> PromptSet:
-        """The prompts of all sets, in order."""
-        return PromptSet([r for s in sets for r in s.records], [t for s in sets for t in s.tokens])
+        """The prompts of all sets, in order, with what answers the replies to the first."""
+        records, tokens = [r for s in sets for r in s.records], [t for s in sets for t in s.tokens]
+        return dataclasses.replace(sets[0], records=records, tokens=tokens)
 
 
 def prompts_within(

@@ -6,7 +6,7 @@ A new data set is one `Task` and its name in `builders.TASKS`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +31,16 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Episode:
+    """What became of an episode with tools: its verdict, the calls made, invalid, and needed."""
+
+    verdict: Verdict
+    calls: int
+    invalid: int
+    needed: int
+
+
+@dataclass(frozen=True)
 class Task:
     """A data set by name.
 
@@ -42,6 +52,7 @@ class Task:
       files: what each config is made from. Without any, records are made where they are read, and
         not stored.
       verify: the verdict on a reply to a record; UserError if `verifies` is false of the record.
+      replay: the episode with tools that a record and the assistant's turns in it make.
       verifies: whether a record with this `meta` has what `verify` needs.
       probes: names of further prompts by data set; the share of right replies to the held-out ones
         is reported as eval/correct/<name>.
@@ -53,6 +64,7 @@ class Task:
     make: Callable[[str, list[Path], Counter[str]], Mapping[str, Iterable[Record]]]
     files: Mapping[str, tuple[DataFile, ...]] = field(default_factory=dict)
     verify: Callable[[Prompt | Pair | Conversation, str], Verdict] | None = None
+    replay: Callable[[Prompt, Sequence[str]], Episode] | None = None
     verifies: Callable[[Mapping[str, str]], bool] = lambda meta: False
     probes: Mapping[str, str] = field(default_factory=dict)
     group: str = ""

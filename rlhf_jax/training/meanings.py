@@ -27,4 +27,7 @@ def meaning(name: str) -> str:
 
 def is_less_better(name: str) -> bool:
     """Whether the smaller of two values of a metric is the better one, as of "eval/loss"."""
-    return name.rpartition("/")[2] in ("loss", "bpb", "ece", "kl")
+    return name.rpartition("/")[2] in (
+        *("loss", "bpb", "ece", "kl"),
+        *("needless_calls", "invalid_calls"),
+    )

@@ -67,6 +67,15 @@ def test_a_corpus_of_control_text_teaches_no_control_id():
     assert min(tokenizer.encode("<|assistant|><|end|><|pad|>")) >= 7
 
 
+def test_a_token_has_no_more_digits_of_a_number_than_asked_for():
+    tokenizer = train_bpe(["12 345 6789 a1"] * 20, 400, digits=3)
+    pieces = {text: [tokenizer.decode([i]) for i in tokenizer.encode(text)] for text in
+              ("345", "6789", "a1", "1234567")}  # fmt: skip
+    assert pieces["345"] == ["345"] and pieces["6789"] == ["678", "9"]
+    assert pieces["a1"] == ["a", "1"] and "".join(pieces["1234567"]) == "1234567"
+    assert all(len(piece) <= 3 for piece in pieces["1234567"])
+
+
 def test_each_digit_is_one_token(tokenizer):
     assert len(tokenizer.encode("12345")) == 5
     assert tokenizer.encode("77") == tokenizer.encode("7") * 2

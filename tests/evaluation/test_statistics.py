@@ -14,6 +14,7 @@ from rlhf_jax.evaluation.statistics import (
     bootstrap_interval,
     calibration,
     correlation,
+    pass_all,
     preference_confidence,
     wilson_interval,
     win_rate,
@@ -158,3 +159,13 @@ def test_correlation():
 def test_wrong_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_pass_all_is_the_share_of_draws_that_all_succeed():
+    # Of 4 tries 2 succeeded: 1 of the 6 pairs did so wholly; 3 never.
+    assert pass_all([0, 2, 4], 4, 1).tolist() == [0, 0.5, 1]
+    assert pass_all([0, 2, 4], 4, 2).tolist() == [0, 1 / 6, 1]
+    assert pass_all([2, 3, 4], 4, 4).tolist() == [0, 0, 1]
+    for k, counts in ((0, [1]), (5, [1]), (1, [5]), (1, [-1])):
+        with pytest.raises(ValueError, match="need 1 <= k"):
+            pass_all(counts, 4, k)

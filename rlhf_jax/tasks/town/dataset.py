@@ -23,7 +23,10 @@ from pathlib import Path
 from rlhf_jax.data.records import Record
 from rlhf_jax.tasks.task import Task
 from rlhf_jax.tasks.town import crowd
+from rlhf_jax.tasks.town.episodes import replay, verify
 from rlhf_jax.tasks.town.gold import gold_score
+from rlhf_jax.tasks.town.tool_exercises import dialogues, direct, drills, prompts
+from rlhf_jax.tasks.town.tools import Office, open_office
 from rlhf_jax.tasks.town.town import Town
 from rlhf_jax.tasks.town.world import HELDOUT, TRAIN, TownConfig
 
@@ -60,5 +63,42 @@ TOWN = Task(
     verify=gold_score,
     verifies=lambda meta: "expectation" in meta,
     probes={"facts": "town/facts"},
+    group="family",
+)
+
+_TOOLS: dict[str, Callable[[Office, str], Iterable[Record]]] = {
+    "prompt": prompts,
+    "dialogue": dialogues,
+    "direct": direct,
+    "drill": drills,
+}
+
+
+def _make_tools(
+    config: str, paths: list[Path], left_out: Counter[str]
+) -> dict[str, Iterable[Record]]:
+    """The exercises that the town's tools solve, held-out as "validation".
+
+    prompt      what is asked
+    dialogue    conversations: the same with calls, their results and the answer
+    direct      conversations: the same with the answer alone, which no tool has given
+    drill       text: names and numbers to copy
+    """
+    made = _TOOLS[config]
+    return {"train": made(open_office(), TRAIN), "validation": made(open_office(), HELDOUT)}
+
+
+TOWN_TOOLS = Task(
+    "town_tools",
+    kinds={
+        "prompt": "prompt",
+        "dialogue": "conversation",
+        "direct": "conversation",
+        "drill": "text",
+    },
+    make=_make_tools,
+    verify=verify,
+    replay=replay,
+    verifies=lambda meta: "goal" in meta,
     group="family",
 )

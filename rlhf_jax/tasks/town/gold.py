@@ -84,6 +84,12 @@ def gold_score(prompt: Prompt | Pair | Conversation, response: str) -> Verdict:
     return Verdict(sum(WEIGHTS[name] * components[name] for name in WEIGHTS), components)
 
 
+def is_right(expected: Expectation, response: str) -> bool:
+    """Whether a brief reply asserts what is required and nothing false, fluent or not."""
+    reply = _Reply(response)
+    return len(reply.words) <= expected.max_words and _correct(reply, expected) == 1
+
+
 class _Reply:
     """A reply taken apart once: tokens, words, sentences, and the text as tokens between spaces."""
 

@@ -6,7 +6,7 @@ The values are those of phrasings/values.toml.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from random import Random
@@ -170,20 +170,7 @@ def build_world(config: TownConfig) -> World:
     names = women + men
     rng.shuffle(names)
     splits = _splits(len(names), config.heldout)
-    ages = [str(age) for age in range(20, 80)]
-    columns = {
-        attribute: _evenly(rng, VALUES[attribute], len(names))
-        for attribute in ("job", "street", "pet", "pet_name", "food", "colour", "hobby", "child")
-    }
-    columns["age"] = _evenly(rng, ages, len(names))
-    columns["friend"] = _friends(rng, names, splits)
-    facts = [
-        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
-    ]
-    people = tuple(
-        Subject("people", name, split, of_person, name in women)
-        for name, split, of_person in zip(names, splits, facts, strict=True)
-    )
+    people = settle(rng, names, splits, women)
 
     def opening_hours() -> dict[str, str]:
         opens, closes = 6 + int(rng.random() * 6), 2 + int(rng.random() * 5)
@@ -202,6 +189,26 @@ def build_world(config: TownConfig) -> World:
     return World(config, people, shops, wares)
 
 
+def settle(
+    rng: Random, names: Sequence[str], splits: Sequence[str], women: Collection[str]
+) -> Subjects:
+    """People of these names and splits, each with a value of every attribute."""
+    ages = [str(age) for age in range(20, 80)]
+    columns = {
+        attribute: _evenly(rng, VALUES[attribute], len(names))
+        for attribute in ("job", "street", "pet", "pet_name", "food", "colour", "hobby", "child")
+    }
+    columns["age"] = _evenly(rng, ages, len(names))
+    columns["friend"] = _friends(rng, names, splits)
+    facts = [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
+    return tuple(
+        Subject("people", name, split, of_person, name in women)
+        for name, split, of_person in zip(names, splits, facts, strict=True)
+    )
+
+
 def _splits(count: int, heldout: float) -> list[str]:
     """`heldout` of `count` places held out, at least two so that each can have a companion."""
     training = count - max(2, round(count * heldout))
@@ -216,7 +223,7 @@ def _evenly(rng: Random, pool: tuple[str, ...] | list[str], count: int) -> list[
     return draws[:count]
 
 
-def _friends(rng: Random, names: list[str], splits: list[str]) -> list[str]:
+def _friends(rng: Random, names: Sequence[str], splits: Sequence[str]) -> list[str]:
     """Everybody's best friend, and the other way round; three friends in a ring if they are odd.
 
     Friends are of the same split, so held-out names stay out of training.
