@@ -6,9 +6,9 @@
     python -m rlhf_jax.judges critique --workdir=runs/sft --critic=runs/critic --out=revised.jsonl
 
 A judge is `gold` (the town's exact scorer, with mistakes of chosen rates: sensitivity, specificity,
-position, gullibility), the directory of a language model or of a reward model, or a function of
-yours as mine.py:function, called as f(prompts, responses, rivals, principles) for the probability
-that a response is better than its rival. `card` measures one on pairs whose better side is known:
+position, gullibility), `people` (the town's labelers), the directory of a language model or of a
+reward model, or a function of yours as mine.py:function, called as f(prompts, responses, rivals,
+principles) for the probability that a response is better than its rival. `card` measures one on pairs whose better side is known:
 town's, a file's, or answers of two models to town's prompts. `examples` writes gold-labelled
 comparisons, from which sft.py:own makes a judge of a language model (with --of=critique a critic).
 `label` has a judge compare a model's own answers; reward.py:own and dpo.py:own read the file as it
@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         option("--count", type=int, default=count, help=f"of pairs or prompts {default}")
         option("--seed", type=int, default=0, help=f"of all that is drawn {default}")
         if command in (card, label):
-            option("--judge", required=True, help="gold[,…], a directory, or file.py:function")
+            option("--judge", required=True, help="gold[,…], people, a directory, or file.py:function")
             option("--compare", default="", help="a model that gives the other answer")
         if command is not examples:
             option("--workdir", default="", required=samples, help="the model that answers")
