@@ -21,8 +21,8 @@ def get_config(variant="town"):
                 data={"train": "town/harmful,town/borderline", "row_length": 192},
                 batch={"rows": 8},
                 optimizer={"learning_rate": 1e-3},
-                feedback={"count": 800},
-                train={"steps": 32},
+                feedback={"count": 600},
+                train={"steps": 24},
                 eval={"source": "town/harmful", "count": 128},
             )
         case "critic":
@@ -33,12 +33,12 @@ def get_config(variant="town"):
 
 
 def taught(of):
-    """A model that learns from 1,500 pairs in the order of gold."""
+    """A model that learns from 2,500 pairs in the order of gold."""
     return written(
         data={"train": "town/judged", "row_length": 320},
         batch={"rows": 16},
         optimizer={"learning_rate": 2e-3},
-        feedback={"of": of, "count": 1500},
+        feedback={"of": of, "count": 2500},
         train={"steps": 80},
         eval={"count": 16},
     )

@@ -51,12 +51,12 @@ def town(judge):
     return rlaif(
         init={"policy": "experiments/sft.py", "judge": "experiments/rlaif.py:judge"},
         compute={"remat": "none"},
-        data={"train": "town/prompt", "validation": "town/ordered", "row_length": 224},
+        data={"train": "town/prompt", "validation": "town/ordered[:600]", "row_length": 224},
         batch={"rows": 16},
         optimizer={"learning_rate": 3.5e-4},
         loss={"sft_coefficient": 0.3},
-        feedback={"judge": judge},
-        train={"steps": 32},
+        feedback={"judge": judge, "count": 600},
+        train={"steps": 24},
         eval={"count": 128},
     )
 
