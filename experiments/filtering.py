@@ -1,4 +1,4 @@
-"""Fine-tuning on answers of which half are spoilt, on the half that filters keep, and on a half by lot.
+"""Fine-tuning on answers of which half are spoilt, or on the half of them that filters keep.
 
 python -m rlhf_jax.main --config=experiments/filtering.py
     the town's demonstrations, half of them with a defect (town/spoilt), as they are

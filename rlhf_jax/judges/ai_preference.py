@@ -1,4 +1,4 @@
-"""Preference optimisation on a policy's own answers, which a judge compares: RLAIF without a critic.
+"""Preference optimisation on a policy's own answers that a judge compares: RLAIF by DPO.
 
 A pair is two answers of `init.policy` to a prompt of `data.train`. Pairs on which the judge has no
 verdict or prefers neither side are left out and counted, and further prompts are answered, until

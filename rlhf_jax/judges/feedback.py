@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rlhf_jax import hosts
+from rlhf_jax.cache import cache_dir
 from rlhf_jax.config import Config
 from rlhf_jax.console import say
+from rlhf_jax.digests import file_digest
 from rlhf_jax.errors import UserError
-from rlhf_jax.files import read_object, write_json, write_jsonl
+from rlhf_jax.files import read_object, write_json, write_jsonl, write_whole
 from rlhf_jax.judges.constitution import DEFAULT, Principle, choose, read_constitution
 from rlhf_jax.judges.sampled import Policy
 from rlhf_jax.label.files import Line
@@ -41,8 +43,16 @@ def keep(run: RunDirectory, make: Callable[[], Made]) -> dict[str, float]:
 
 
 def reading(config: Config, run: RunDirectory) -> Config:
-    """The config with the run's `FILE` as what is trained on."""
-    data = dataclasses.replace(config.data, train=str(run.path / FILE))
+    """The config with a copy of the run's `FILE` as what is trained on.
+
+    It lies under `cache_dir()`, since a run's own path may hold what `data.train` cannot name: the
+    "=" and "," of a sweep's cells.
+    """
+    kept = run.path / FILE
+    copy = cache_dir() / "feedback" / f"{file_digest(kept)}.jsonl"
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(copy, kept.read_bytes())
+    data = dataclasses.replace(config.data, train=str(copy))
     return dataclasses.replace(config, data=data)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from random import Random
 from typing import Protocol
@@ -190,7 +190,7 @@ class People:
     The vote does not depend on the principle or the order, and is a function of the seed.
     """
 
-    labeler: Labeler = Labeler()
+    labeler: Labeler = field(default_factory=Labeler)
     seed: int = 0
 
     def __call__(self, shown: Sequence[Comparison], principle: Principle) -> Answers:

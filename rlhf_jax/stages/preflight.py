@@ -94,9 +94,7 @@ def preflight(
             f"--preflight is for stages that start from a model, which {config.stage!r} does not"
         )
     if config.stage in FED_BACK:
-        raise UserError(
-            f"--preflight shows records, and {config.stage!r} makes its own as it runs"
-        )
+        raise UserError(f"--preflight shows records, and {config.stage!r} makes its own as it runs")
     directory = Path(workdir) if workdir else default_workdir(source, Path("runs"))
     policy = config.init.policy
     if ".py" in policy:
