@@ -55,8 +55,8 @@ def town(judge):
         batch={"rows": 16},
         optimizer={"learning_rate": 3.5e-4},
         loss={"sft_coefficient": 0.3},
-        feedback={"judge": judge, "count": 600},
-        train={"steps": 24},
+        feedback={"judge": judge, "count": 400},
+        train={"steps": 20},
         eval={"count": 128},
     )
 
