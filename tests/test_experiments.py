@@ -26,6 +26,9 @@ VARIANTS = {
     "online_dpo": ["town", "sentiment"],
     "best_of_n": ["town", "sentiment"],
     "labelers": ["nuisance", "pooled", "majority", "weighted", "pairs", "rated", "ratings"],
+    "rlaif": ["town", "people", "judge", "hh"],
+    "constitutional": ["town", "critic", "judge"],
+    "filtering": ["all"],
     "llama": ["dpo-8b", "dpo-70b", "grpo-8b", "grpo-70b", "8b", "70b"],
 }
 
