@@ -21,25 +21,25 @@ def get_config(variant="town"):
                 data={"train": "town/harmful,town/borderline", "row_length": 192},
                 batch={"rows": 8},
                 optimizer={"learning_rate": 1e-3},
-                feedback={"count": 600},
-                train={"steps": 24},
-                eval={"source": "town/harmful", "count": 128},
+                feedback={"count": 300},
+                train={"steps": 20},
+                eval={"source": "town/harmful", "count": 64},
             )
         case "critic":
-            return taught("critiques")
+            return taught("critiques", steps=120)
         case "judge":
-            return taught("judging")
+            return taught("judging", steps=80)
     raise defaults.no_variant("constitutional.py", variant, "town, critic, judge")
 
 
-def taught(of):
+def taught(of, steps):
     """A model that learns from 2,500 pairs in the order of gold."""
     return written(
         data={"train": "town/judged", "row_length": 320},
         batch={"rows": 16},
         optimizer={"learning_rate": 2e-3},
         feedback={"of": of, "count": 2500},
-        train={"steps": 80},
+        train={"steps": steps},
         eval={"count": 16},
     )
 

@@ -152,7 +152,8 @@ def accuracies(
         config: of the reward stage; `data.train` is set here.
     """
     policy = load_start(config, Path(config.init.policy))
-    learner, evaluate, found = None, None, {}
+    learner, evaluate = None, None
+    found: dict[str, list[float]] = {}
     for name, lines in labels.items():
         write_jsonl(folder / f"{name}.jsonl", lines)
         found[name] = []

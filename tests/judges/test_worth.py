@@ -94,8 +94,9 @@ def test_people_vote_once_on_a_pair_whatever_the_order():
 def test_the_command_trains_from_both_and_says_what_a_label_is_worth(tmp_path, capsys):
     saved(tmp_path, "tiny", max_length=256)
     command = [
-        "worth", "--judge=gold,specificity=0.9", f"--workdir={tmp_path / 'run'}", "--counts=40,60", "--seeds=2", "--steps=11",
-        "--count=400", "--max-new-tokens=12", "--data=town/ordered[:40]", f"--out={tmp_path}/w",
+        "worth", "--judge=gold,specificity=0.9", f"--workdir={tmp_path / 'run'}", "--counts=40,60",
+        "--seeds=2", "--steps=11", "--count=400", "--max-new-tokens=12", "--data=town/ordered[:40]",
+        f"--out={tmp_path}/w",
     ]  # fmt: skip
     assert main(command) == 0
     found = json.loads((tmp_path / "w" / "worth.json").read_text())
