@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = parser.add_subparsers(required=True, metavar="card, examples, label, critique, worth")
     commands = (
         (card, 600, ""), (examples, 400, ""), (label, 1000, "overall"), (critique, 400, ""),
-        (worth, 1600, "overall"),
+        (worth, 750, "overall"),
     )  # fmt: skip
     default = "(default: %(default)s)"
     for command, count, principles in commands:
@@ -253,12 +253,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             option("--max-new-tokens", type=int, default=64, help=f"of an answer {default}")
             option("--temperature", type=float, default=1.0, help=f"of answers {default}")
         if not samples or command is worth:
-            data = "town/ordered[:600]" if command is worth else "town"
+            data = "town/ordered[:400]" if command is worth else "town"
             option("--data", default=data, help=f"pairs whose better side is known {default}")
         if command is worth:
             option("--counts", default="60,120,240,480", help=f"of labels {default}")
             option("--seeds", type=int, default=5, help=f"the first is --seed {default}")
-            option("--steps", type=int, default=40, help=f"of each reward model {default}")
+            option("--steps", type=int, default=32, help=f"of each reward model {default}")
         if command is card:
             option("--calibrate", type=int, default=200, help=f"of the pairs {default}")
         if command is examples:
