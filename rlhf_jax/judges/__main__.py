@@ -37,11 +37,12 @@ if TYPE_CHECKING:
 
 
 def card(given: argparse.Namespace) -> None:
-    """Prints the report card of a judge, and writes it as JSON if a file is named."""
+    """Prints the report card of a judge, and writes it as JSON and a page if a file is named."""
     from rlhf_jax.console import say
     from rlhf_jax.files import write_json
     from rlhf_jax.judges.card import report, table
     from rlhf_jax.judges.kinds import open_judge
+    from rlhf_jax.judges.page import write_card
     from rlhf_jax.judges.sampled import read_pairs
     from rlhf_jax.report.tables import print_table
 
@@ -64,7 +65,9 @@ def card(given: argparse.Namespace) -> None:
         for reason, count in each.masked.items():
             print(f"{name}: {count:,} pairs without a verdict: {reason}")
     if given.out:
-        write_json(Path(given.out), {name: each.to_json() for name, each in cards.items()})
+        out = Path(given.out)
+        write_json(out, {name: each.to_json() for name, each in cards.items()})
+        write_card(out.with_suffix(".html"), given.judge, title, cards)
 
 
 def examples(given: argparse.Namespace) -> None:
@@ -95,19 +98,21 @@ def worth(given: argparse.Namespace) -> None:
 
     from rlhf_jax.files import write_json
     from rlhf_jax.judges.kinds import open_judge
+    from rlhf_jax.judges.page import write_worth
     from rlhf_jax.judges.worth import Worth, accuracies, label_both, reward_config, table
     from rlhf_jax.report.tables import print_table
 
     principles, counts = _principles(given), _counts(given.counts)
     out, seeds = Path(given.out), range(given.seed, given.seed + given.seeds)
     found: dict[str, list[list[float]]] = {"gold": [], "judge": []}
-    for given.seed in seeds:
-        with open_judge(given.judge, given.seed) as judge:
+    for seed in seeds:
+        given.seed = seed  # of all that this turn draws
+        with open_judge(given.judge, seed) as judge:
             pairs = _sampled(given, "train")
             both = label_both(judge, pairs, principles, counts[-1])
-        folder = out / f"seed-{given.seed}"
+        folder = out / f"seed-{seed}"
         folder.mkdir(parents=True)
-        config = reward_config(given.workdir, given.data, given.seed, given.steps)
+        config = reward_config(given.workdir, given.data, seed, given.steps)
         labels = dict(zip(found, both, strict=True))
         for name, values in accuracies(folder, labels, counts, config).items():
             found[name].append(values)
@@ -116,7 +121,9 @@ def worth(given: argparse.Namespace) -> None:
     print_table(f"Accuracy on {given.data}, and what a label of {given.judge} is worth in gold "
                 f"labels; {given.seeds} seeds", *table(measured))  # fmt: skip
     value, low, high = measured.whole
-    print(f"Over all counts a label is worth {value:.2f} gold labels ({low:.2f} to {high:.2f}).")
+    told = f"Over all counts a label is worth {value:.2f} gold labels ({low:.2f} to {high:.2f})."
+    print(told)
+    write_worth(out / "report.html", given.judge, told, measured)
 
 
 def _counts(text: str) -> list[int]:
@@ -156,6 +163,8 @@ def _check(given: argparse.Namespace) -> None:
         if out.exists():
             raise UserError(f"--out={out} is there; name a directory that is not")
         return
+    if given.run is card and out.suffix != ".json":
+        raise UserError(f"--out={out}: a name that ends in .json; a page is written beside it")
     if given.run is not card and out.suffix != ".jsonl":
         raise UserError(f"--out={out}: a name that ends in .jsonl, as stages read it")
     if out.is_dir() or (out.exists() and given.run is not card and not _made(out).exists()):
