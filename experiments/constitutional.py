@@ -26,9 +26,9 @@ def get_config(variant="town"):
                 eval={"source": "town/harmful", "count": 64},
             )
         case "critic":
-            return taught("critiques", steps=120)
+            return taught("critiques", steps=80)
         case "judge":
-            return taught("judging", steps=80)
+            return taught("judging", steps=60)
     raise defaults.no_variant("constitutional.py", variant, "town, critic, judge")
 
 

@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = parser.add_subparsers(required=True, metavar="card, examples, label, critique, worth")
     commands = (
         (card, 600, ""), (examples, 400, ""), (label, 1000, "overall"), (critique, 400, ""),
-        (worth, 750, "overall"),
+        (worth, 520, "overall"),
     )  # fmt: skip
     default = "(default: %(default)s)"
     for command, count, principles in commands:
@@ -265,9 +265,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             data = "town/ordered[:400]" if command is worth else "town"
             option("--data", default=data, help=f"pairs whose better side is known {default}")
         if command is worth:
-            option("--counts", default="60,120,240,480", help=f"of labels {default}")
+            option("--counts", default="80,160,320", help=f"of labels {default}")
             option("--seeds", type=int, default=5, help=f"the first is --seed {default}")
-            option("--steps", type=int, default=32, help=f"of each reward model {default}")
+            option("--steps", type=int, default=24, help=f"of each reward model {default}")
         if command is card:
             option("--calibrate", type=int, default=200, help=f"of the pairs {default}")
         if command is examples:
