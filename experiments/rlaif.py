@@ -5,7 +5,17 @@ python -m rlhf_jax.main --config=experiments/rlaif.py
 … --config=experiments/rlaif.py:people
     the same pairs, labelled by the town's labelers: RLHF at equal labels
 … --config=experiments/rlaif.py:hh
-    prompts of HH-RLHF, the judge a reward model of its pairs (reward.py:hh)
+    prompts of HH-RLHF, the judge a reward model of its pairs (reward.py:hh); not run to its end yet
+
+python -m rlhf_jax.sweep --config=experiments/rlaif.py --seeds=5 --metric=eval/gold_reward \\
+        --grid "feedback.judge=people,model"
+    400 labels and 20 steps each, 65 to 106 s a run on a busy 2-core CPU, one judge for all seeds,
+    128 held-out prompts, 95 % intervals over seeds and prompts. To the same prompts the policy that
+    the judge labelled for gives the better answer by gold, ties ½, in 0.754 (0.705 to 0.801); gold
+    reward 0.816 and 0.781, +0.034 (+0.016 to +0.053); win rate over the model both started from
+    0.794 and 0.536. It is courtesy, 0.98 and 0.69: of right answers there are −0.020 (−0.045 to
+    +0.009), of safe ones −0.009 (−0.012 to −0.006). Yet the judge agrees with gold on 69 % of the
+    pairs, people on 94 %: what 400 labels teach this model is manners.
 """
 
 from rlhf_jax.stages import defaults
