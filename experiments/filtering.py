@@ -24,6 +24,6 @@ def get_config(variant="all"):
             "schedule": "linear",
             "final_fraction": 0.0,
         },
-        train={"steps": 120, "log_every": 20},
+        train={"steps": 80, "log_every": 20},
         eval={"count": 96},
     )
