@@ -48,6 +48,7 @@ class Config:
     mesh: Any = None
     normalize: Any = None
     best_of_n: Any = None
+    feedback: Any = None
     eval: Any = None
     oracle: Any = None
 

@@ -130,7 +130,7 @@ def _on_records(
     match config.stage:
         case "pretrain":
             rate = pretrain.evaluation(config, model)
-        case "sft":
+        case "sft" | "ai_sft":
             rate = sft.evaluation(config, model)
         case "reward":
             rate = reward.evaluation(config, model)

@@ -27,6 +27,9 @@ VARIANTS = {
     "best_of_n": ["town", "sentiment"],
     "labelers": ["nuisance", "pooled", "majority", "weighted", "pairs", "rated", "ratings"],
     "tools": ["base", "sft", "direct", "grpo", "ppo"],
+    "rlaif": ["town", "people", "judge", "hh"],
+    "constitutional": ["town", "critic", "judge"],
+    "filtering": ["all"],
     "llama": ["dpo-8b", "dpo-70b", "grpo-8b", "grpo-70b", "8b", "70b"],
 }
 

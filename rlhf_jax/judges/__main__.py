@@ -1,18 +1,21 @@
-"""AI feedback: a judge's report card against gold, pairs that a judge labels, revised answers.
+"""AI feedback: a judge's report card, what its labels are worth, labelled pairs, revised answers.
 
     python -m rlhf_jax.judges card --judge=gold,sensitivity=0.9,specificity=0.8
     python -m rlhf_jax.judges examples --out=judging.jsonl
     python -m rlhf_jax.judges label --judge=runs/judge --workdir=runs/sft --out=pairs.jsonl
     python -m rlhf_jax.judges critique --workdir=runs/sft --critic=runs/critic --out=revised.jsonl
+    python -m rlhf_jax.judges worth --judge=runs/judge --workdir=runs/sft --out=worth
 
 A judge is `gold` (the town's exact scorer, with mistakes of chosen rates: sensitivity, specificity,
-position, gullibility), the directory of a language model or of a reward model, or a function of
-yours as mine.py:function, called as f(prompts, responses, rivals, principles) for the probability
-that a response is better than its rival. `card` measures one on pairs whose better side is known:
-town's, a file's, or answers of two models to town's prompts. `examples` writes gold-labelled
-comparisons, from which sft.py:own makes a judge of a language model (with --of=critique a critic).
-`label` has a judge compare a model's own answers; reward.py:own and dpo.py:own read the file as it
-is. `critique` has a critic find fault with a model's answers and revise them, for sft.py:own.
+position, gullibility), `people` (the town's labelers), the directory of a language model or of a
+reward model, or a function of yours as mine.py:function, called as f(prompts, responses, rivals,
+principles) for the probability that a response is better than its rival. `card` measures one on
+pairs whose better side is known: town's, a file's, or answers of two models to town's prompts.
+`examples` writes gold-labelled comparisons, from which sft.py:own makes a judge of a language model
+(with --of=critique a critic). `label` has a judge compare a model's own answers; reward.py:own and
+dpo.py:own read the file as it is. `critique` has a critic find fault with a model's answers and
+revise them, for sft.py:own. `worth` trains reward models from a judge's labels and from gold ones,
+and says how many of these one of those is worth.
 Exit codes: 0 done, 2 the user's mistake, 1 a bug.
 """
 
@@ -34,11 +37,12 @@ if TYPE_CHECKING:
 
 
 def card(given: argparse.Namespace) -> None:
-    """Prints the report card of a judge, and writes it as JSON if a file is named."""
+    """Prints the report card of a judge, and writes it as JSON and a page if a file is named."""
     from rlhf_jax.console import say
     from rlhf_jax.files import write_json
     from rlhf_jax.judges.card import report, table
     from rlhf_jax.judges.kinds import open_judge
+    from rlhf_jax.judges.page import write_card
     from rlhf_jax.judges.sampled import read_pairs
     from rlhf_jax.report.tables import print_table
 
@@ -61,7 +65,9 @@ def card(given: argparse.Namespace) -> None:
         for reason, count in each.masked.items():
             print(f"{name}: {count:,} pairs without a verdict: {reason}")
     if given.out:
-        write_json(Path(given.out), {name: each.to_json() for name, each in cards.items()})
+        out = Path(given.out)
+        write_json(out, {name: each.to_json() for name, each in cards.items()})
+        write_card(out.with_suffix(".html"), given.judge, title, cards)
 
 
 def examples(given: argparse.Namespace) -> None:
@@ -84,6 +90,48 @@ def label(given: argparse.Namespace) -> None:
         pairs = _sampled(given, "train")
         made = labels.label(judge, given.judge, pairs, principles, given.seed)
     _write(given, *made)
+
+
+def worth(given: argparse.Namespace) -> None:
+    """Says how many gold labels a judge's label is worth, by reward models from both."""
+    import numpy as np
+
+    from rlhf_jax.files import write_json
+    from rlhf_jax.judges.kinds import open_judge
+    from rlhf_jax.judges.page import write_worth
+    from rlhf_jax.judges.worth import Worth, accuracies, label_both, reward_config, table
+    from rlhf_jax.report.tables import print_table
+
+    principles, counts = _principles(given), _counts(given.counts)
+    out, seeds = Path(given.out), range(given.seed, given.seed + given.seeds)
+    found: dict[str, list[list[float]]] = {"gold": [], "judge": []}
+    for seed in seeds:
+        given.seed = seed  # of all that this turn draws
+        with open_judge(given.judge, seed) as judge:
+            pairs = _sampled(given, "train")
+            both = label_both(judge, pairs, principles, counts[-1])
+        folder = out / f"seed-{seed}"
+        folder.mkdir(parents=True)
+        config = reward_config(given.workdir, given.data, seed, given.steps)
+        labels = dict(zip(found, both, strict=True))
+        for name, values in accuracies(folder, labels, counts, config).items():
+            found[name].append(values)
+    measured = Worth(counts, *(np.array(each).T for each in found.values()))
+    write_json(out / "worth.json", measured.to_json())
+    print_table(f"Accuracy on {given.data}, and what a label of {given.judge} is worth in gold "
+                f"labels; {given.seeds} seeds", *table(measured))  # fmt: skip
+    value, low, high = measured.whole
+    told = f"Over all counts a label is worth {value:.2f} gold labels ({low:.2f} to {high:.2f})."
+    print(told)
+    write_worth(out / "report.html", given.judge, told, measured)
+
+
+def _counts(text: str) -> list[int]:
+    """The counts of "60,120": two or more, each larger than the one before."""
+    counts = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if len(counts) < 2 or counts[0] < 1 or sorted({*counts}) != counts:
+        raise UserError(f"--counts={text}: two numbers or more, each larger than that before it")
+    return counts
 
 
 def critique(given: argparse.Namespace) -> None:
@@ -109,6 +157,14 @@ def _check(given: argparse.Namespace) -> None:
     out = Path(given.out)
     if not given.out:
         return
+    if given.run is worth:
+        if given.seeds < 2 or given.steps < 11:
+            raise UserError("--seeds is at least 2, and --steps more than the 10 of the warm-up")
+        if out.exists():
+            raise UserError(f"--out={out} is there; name a directory that is not")
+        return
+    if given.run is card and out.suffix != ".json":
+        raise UserError(f"--out={out}: a name that ends in .json; a page is written beside it")
     if given.run is not card and out.suffix != ".jsonl":
         raise UserError(f"--out={out}: a name that ends in .jsonl, as stages read it")
     if out.is_dir() or (out.exists() and given.run is not card and not _made(out).exists()):
@@ -179,30 +235,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (default: this process's) and returns the exit code."""
     plain = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="python -m rlhf_jax.judges", description=__doc__, formatter_class=plain)
-    names = parser.add_subparsers(required=True, metavar="card, examples, label or critique")
-    commands = ((card, 600, ""), (examples, 400, ""), (label, 1000, "overall"), (critique, 400, ""))
+    names = parser.add_subparsers(required=True, metavar="card, examples, label, critique, worth")
+    commands = (
+        (card, 600, ""), (examples, 400, ""), (label, 1000, "overall"), (critique, 400, ""),
+        (worth, 520, "overall"),
+    )  # fmt: skip
     default = "(default: %(default)s)"
     for command, count, principles in commands:
         about = command.__doc__
         each = names.add_parser(command.__name__, help=about, description=about, allow_abbrev=False)
         each.set_defaults(run=command)
         option = each.add_argument
-        samples = command in (label, critique)
+        samples = command in (label, critique, worth)
         option("--constitution", default="", help="a file of principles (default: the packaged)")
         option("--principles", default=principles,
                help=f"names, a,b,… (default: {principles or 'all'})")  # fmt: skip
         option("--count", type=int, default=count, help=f"of pairs or prompts {default}")
         option("--seed", type=int, default=0, help=f"of all that is drawn {default}")
-        if command in (card, label):
-            option("--judge", required=True, help="gold[,…], a directory, or file.py:function")
+        if command in (card, label, worth):
+            told = "gold[,…], people, a directory, or file.py:function"
+            option("--judge", required=True, help=told)
             option("--compare", default="", help="a model that gives the other answer")
         if command is not examples:
             option("--workdir", default="", required=samples, help="the model that answers")
             option("--prompts", default="town", help=f"a file or data set {default}")
             option("--max-new-tokens", type=int, default=64, help=f"of an answer {default}")
             option("--temperature", type=float, default=1.0, help=f"of answers {default}")
-        if not samples:
-            option("--data", default="town", help=f"pairs whose better side is known {default}")
+        if not samples or command is worth:
+            data = "town/ordered[:400]" if command is worth else "town"
+            option("--data", default=data, help=f"pairs whose better side is known {default}")
+        if command is worth:
+            option("--counts", default="80,160,320", help=f"of labels {default}")
+            option("--seeds", type=int, default=5, help=f"the first is --seed {default}")
+            option("--steps", type=int, default=24, help=f"of each reward model {default}")
         if command is card:
             option("--calibrate", type=int, default=200, help=f"of the pairs {default}")
         if command is examples:

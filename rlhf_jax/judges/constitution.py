@@ -12,9 +12,9 @@ from typing import Any
 
 from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.files import read_object
-from rlhf_jax.stages.experiments import PACKAGED
+from rlhf_jax.stages.experiments import CONSTITUTION
 
-DEFAULT = PACKAGED / "constitution.json"
+DEFAULT = CONSTITUTION
 """The constitution that comes with the package; its principles fit the town."""
 
 

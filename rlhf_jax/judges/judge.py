@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from random import Random
 from typing import Protocol
@@ -15,8 +15,10 @@ import numpy as np
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.judges.constitution import Principle
-from rlhf_jax.tasks.builders import verify
+from rlhf_jax.tasks.builders import verifier_of, verify
 from rlhf_jax.tasks.task import Verdict
+from rlhf_jax.tasks.town.dataset import TOWN
+from rlhf_jax.tasks.town.labelers import Labeler, preference
 
 PASS = 0.5
 """An answer passes a principle if its gold component is as large as this."""
@@ -179,3 +181,33 @@ class SimulatedJudge:
     def _random(self, what: str, principle: Principle, prompt: Prompt, *texts: str) -> Random:
         asked = [message.content for message in prompt.messages]
         return Random(repr((self.seed, what, principle.name, asked, texts)))
+
+
+@dataclass(frozen=True)
+class People:
+    """The town's labelers (`tasks.town.labelers`), one of whom votes on each pair, once.
+
+    The vote does not depend on the principle or the order, and is a function of the seed.
+    """
+
+    labeler: Labeler = field(default_factory=Labeler)
+    seed: int = 0
+
+    def __call__(self, shown: Sequence[Comparison], principle: Principle) -> Answers:
+        """See `Judge`; the vote as 0 or 1, ½ of the same answer twice.
+
+        Raises:
+            UserError: the prompts are not the town's.
+        """
+        if verifier_of([each.prompt for each in shown]) is not TOWN:
+            raise UserError("people are the town's labelers, and know its prompts only")
+        return Answers(np.array([self._prefers(each) for each in shown]), {})
+
+    def _prefers(self, shown: Comparison) -> float:
+        if shown.first == shown.second:
+            return 0.5
+        one, other = sorted((shown.first, shown.second))
+        asked = [message.content for message in shown.prompt.messages]
+        drawn = Random(repr((self.seed, "people", asked, one, other))).random()
+        likes_one = drawn < preference(self.labeler, shown.prompt, one, other)
+        return float(likes_one == (shown.first == one))

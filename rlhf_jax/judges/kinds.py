@@ -19,7 +19,7 @@ from rlhf_jax.data.records import Message
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.row_passes import in_record_order, map_rows, response_logprobs
 from rlhf_jax.judges.constitution import Principle
-from rlhf_jax.judges.judge import Answers, Comparison, Judge, SimulatedJudge
+from rlhf_jax.judges.judge import Answers, Comparison, Judge, People, SimulatedJudge
 from rlhf_jax.models.scoring import sequence_scores
 from rlhf_jax.report.tables import join_turns
 from rlhf_jax.rewards.worker import Worker
@@ -147,7 +147,7 @@ class FunctionJudge:
 
 @contextmanager
 def open_judge(spec: str, seed: int) -> Iterator[Judge]:
-    """The judge of a command line: "gold,sensitivity=0.9,…", "file.py:function", or a directory.
+    """The judge that is named: "gold,sensitivity=0.9,…", "people", "file.py:function", a directory.
 
     In the directory is a language model or a reward model.
 
@@ -156,6 +156,8 @@ def open_judge(spec: str, seed: int) -> Iterator[Judge]:
     """
     if spec.partition(",")[0] == "gold":
         yield _simulated(spec, seed)
+    elif spec == "people":
+        yield People(seed=seed)
     elif _FUNCTION.fullmatch(spec):
         try:
             worker = Worker(spec)

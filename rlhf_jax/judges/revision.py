@@ -15,7 +15,7 @@ from rlhf_jax.data.conversation import render_prompt
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.evaluation.held_out_answers import Answer
 from rlhf_jax.judges.constitution import Principle
-from rlhf_jax.judges.judge import PASS, gold
+from rlhf_jax.judges.judge import PASS, Comparison, Judge, ask, gold
 from rlhf_jax.judges.sampled import Pairs, Policy
 from rlhf_jax.label.files import Line, prompt_fields
 from rlhf_jax.report.tables import join_turns
@@ -126,29 +126,78 @@ def examples(
     return lines, dict(counts)
 
 
-def gold_table(
-    lines: Sequence[Line], prompts: Sequence[Prompt], principles: Sequence[Principle]
-) -> tuple[list[str], list[list[str]]]:
-    """(columns, rows) of what gold gives answers and their revisions, by the prompts' group.
+def keep_preferred(
+    judge: Judge, lines: Sequence[Line], prompts: Sequence[Prompt], principles: Sequence[Principle]
+) -> tuple[list[Line], dict[str, int]]:
+    """The lines with the first answer in place of every revision that a judge does not prefer.
 
-    Both are empty where no verifier knows the prompts.
+    Each is judged under the principle that it was revised by; what the judge has no verdict on
+    stays as it first was, too. Returns them, and how many there are of what.
+    """
+    by_id, counts = {prompt.id: prompt for prompt in prompts}, Counter[str]()
+    kept = [*lines]
+    for principle in principles:
+        asked = [
+            i for i, line in enumerate(lines)
+            if line["principle"] == principle.name and line["completion"] != line["answer"]
+        ]  # fmt: skip
+        if not asked:
+            continue
+        pairs = [
+            Comparison(by_id[lines[i]["id"]], lines[i]["completion"], lines[i]["answer"])
+            for i in asked
+        ]
+        verdicts = ask(judge, pairs, principle)
+        for i, preferred in zip(asked, verdicts.preferred > 0.5, strict=True):
+            counts["revision preferred" if preferred else "answer kept"] += 1
+            if not preferred:
+                kept[i] = lines[i] | {"completion": lines[i]["answer"], "revised": False}
+    return kept, dict(counts)
+
+
+def gold_changes(
+    lines: Sequence[Line], prompts: Sequence[Prompt], principles: Sequence[Principle]
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """{group of prompts: {gold component: means of (answers, revisions)}}, "all" the last group.
+
+    The components are those that the principles stand for, and "correct". It is empty where no
+    verifier knows the prompts.
     """
     by_id, task = {prompt.id: prompt for prompt in prompts}, verifier_of([*prompts])
     if task is None or not lines:
-        return [], []
+        return {}
     known = {each.gold: each for each in principles if each.gold}
     known.setdefault("correct", Principle("correct", "", "", "", "correct"))
     groups: dict[str, list[Line]] = {}
     for line in lines:
         groups.setdefault(by_id[line["id"]].meta.get(task.group, ""), []).append(line)
-    columns = [f"{name}{part}" for name in known for part in ("", ", revised")]
+
+    def mean(chosen: Sequence[Line], text: str, principle: Principle) -> float:
+        return float(np.mean([gold(by_id[line["id"]], line[text], principle) for line in chosen]))
+
+    return {
+        group: {
+            name: (mean(chosen, "answer", each), mean(chosen, "completion", each))
+            for name, each in known.items()
+        }
+        for group, chosen in [*sorted(groups.items()), ("all", [*lines])]
+    }
+
+
+def gold_table(
+    lines: Sequence[Line], prompts: Sequence[Prompt], principles: Sequence[Principle]
+) -> tuple[list[str], list[list[str]]]:
+    """(columns, rows) of `gold_changes`; both are empty where that is."""
+    changes = gold_changes(lines, prompts, principles)
+    if not changes:
+        return [], []
+    task, by_id = verifier_of([*prompts]), {prompt.id: prompt for prompt in prompts}
+    assert task is not None
+    counts = Counter(by_id[line["id"]].meta.get(task.group, "") for line in lines)
+    columns = [f"{name}{part}" for name in changes["all"] for part in ("", ", revised")]
     rows = [
-        [name, f"{len(chosen):,}"]
-        + [
-            f"{np.mean([gold(by_id[line['id']], line[text], principle) for line in chosen]):.2f}"
-            for principle in known.values()
-            for text in ("answer", "completion")
-        ]
-        for name, chosen in [*sorted(groups.items()), ("all", [*lines])]
+        [group, f"{counts[group] if group in counts else len(lines):,}"]
+        + [f"{value:.2f}" for both in components.values() for value in both]
+        for group, components in changes.items()
     ]
     return ["group", "prompts", *columns], rows

@@ -96,9 +96,9 @@ def read_pairs(source: str, split: str, count: int, seed: int) -> Pairs:
 
 
 def read_prompts(
-    source: str, policies: list[Policy], split: str, count: int, room: int
+    source: str, policies: list[Policy], split: str, count: int | None, room: int
 ) -> list[Prompt]:
-    """`count` prompts of a source, drawn at random, that leave each policy `room` tokens.
+    """`count` prompts of a source, or all, drawn at random, that leave each policy `room` tokens.
 
     Raises:
         UserError: there are fewer.
@@ -109,7 +109,7 @@ def read_prompts(
         why = f"left out: the context of {policy.name} leaves {limit} for a prompt"
         tokenizer = policy.model.tokenizer
         records = prompts_within(limit, f"{source} prompts", records, tokenizer, why).records
-    return _drawn(records, source, count, policies[0].seed)
+    return _drawn(records, source, len(records) if count is None else count, policies[0].seed)
 
 
 def sample_pairs(first: Policy, second: Policy, prompts: list[Prompt]) -> Pairs:

@@ -2,6 +2,7 @@
 
     python -m rlhf_jax.labelers votes.jsonl [--out=labelers.html]
     python -m rlhf_jax.labelers town/votes
+    python -m rlhf_jax.labelers --ratings town/ratings
 
 A vote is a line {"prompt", "chosen", "rejected", "labeler"}, and optionally "order" (what was shown
 first, "chosen_first" or "rejected_first"), "tie" (true) and "pair", a name that all votes about the
@@ -10,7 +11,9 @@ simulated crowd. It prints a table and writes a page with a figure for each labe
 don't tell "cannot be told", and the page says why.
 
 Where a task's verifier knows the prompts, how good replies are is known; else it is fitted with the
-labelers, from pairs that several of them judged. Exit codes: 0 done, 2 the user's mistake, 1 a bug.
+labelers, from pairs that several of them judged. With --ratings it reads conversations with a
+"label", how good the last reply is from 0 to 1, and says how far those agree who rated them. Exit
+codes: 0 done, 2 the user's mistake, 1 a bug.
 """
 
 from __future__ import annotations
@@ -53,13 +56,31 @@ def describe(given: argparse.Namespace) -> None:
     print(f"page: {path}", flush=True)
 
 
+def describe_ratings(given: argparse.Namespace) -> None:
+    """Prints how far people agree who rate replies one by one."""
+    from rlhf_jax.labelers.ratings import COLUMNS, alphas, read_ratings, rows
+    from rlhf_jax.report.tables import make_printable, print_table
+
+    labelers, table = read_ratings(given.votes)
+    shown = [[make_printable(cell) for cell in row] for row in rows(labelers, table)]
+    print_table(given.votes, COLUMNS, shown)
+    for level, alpha in alphas(table).items():
+        told = f"undefined: {alpha.why}" if alpha.value is None else f"{alpha.value:.3f}"
+        print(f"Krippendorff's α, {level}: {told}, over {alpha.of:,} replies", flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (default: this process's) and returns the exit code."""
     parser = Parser(prog="python -m rlhf_jax.labelers", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("votes", help="a JSON lines file, or a data set of votes")
+    parser.add_argument("--ratings", action="store_true", help="they are ratings of single replies")
     parser.add_argument("--out", default="labelers.html", help="the page (default: %(default)s)")
-    return run(parser, describe, argv)
+
+    def command(given: argparse.Namespace) -> None:
+        (describe_ratings if given.ratings else describe)(given)
+
+    return run(parser, command, argv)
 
 
 if __name__ == "__main__":

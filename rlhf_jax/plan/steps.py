@@ -42,7 +42,7 @@ from rlhf_jax.sampling.arguments import Sampling
 from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.stages.best_of_n import BLOCK
 from rlhf_jax.stages.chain import load_config
-from rlhf_jax.stages.defaults import SAMPLING, module_of, resolve
+from rlhf_jax.stages.defaults import FED_BACK, SAMPLING, module_of, resolve
 from rlhf_jax.stages.online_preference import pack_best_and_worst
 from rlhf_jax.stages.reward import with_score_head
 from rlhf_jax.tasks.prompts import PromptSet
@@ -94,6 +94,8 @@ def model_shape(config: Config) -> ModelConfig:
     """
     if config.stage == "oracle":
         raise UserError("the oracle's models are made for CPUs: there is nothing to plan")
+    if config.stage in FED_BACK:
+        raise UserError(f"{config.stage} trains as {config.stage.removeprefix('ai_')}: plan that")
     if config.stage == "pretrain":
         words = CHARACTERS if config.tokenizer.kind == "chars" else config.tokenizer.vocab_size
         print(f"vocabulary: {words} tokens, of a tokenizer that is not trained yet", flush=True)

@@ -63,7 +63,11 @@ def draw_intervals(
 
 
 def draw_bands(
-    title: str, *, cells: Mapping[str, Mapping[str, Sequence[Any]]], ylabel: str = ""
+    title: str,
+    *,
+    cells: Mapping[str, Mapping[str, Sequence[Any]]],
+    xlabel: str = "step",
+    ylabel: str = "",
 ) -> figure.Plot:
     """Draws the mean over seeds of a curve for each cell, its 95 % band, and every run underneath.
 
@@ -71,7 +75,7 @@ def draw_bands(
         title: of the figure.
         cells: name → {"steps": […], "mean": […], "low": […], "high": […], "runs": [[…], …]}, a
             number for each step; NaN where there is none.
-        ylabel: of the vertical axis.
+        xlabel: what the steps are. ylabel: of the vertical axis.
     """
     keys = ("steps", "mean", "low", "high")
     rows: list[tuple[Any, ...]] = []
@@ -94,7 +98,7 @@ def draw_bands(
                 linestyle=DASHES[i // len(figure.LINES) % len(DASHES)],
                 marker="o" if len(steps) <= 12 else "",
             )  # fmt: skip
-        figure.label_axes(axes, "step", ylabel)
+        figure.label_axes(axes, xlabel, ylabel)
         figure.add_legend(axes)
     return done()
 

@@ -17,7 +17,7 @@ from rlhf_jax.hub.hub_data import check_hub_name
 from rlhf_jax.models.fused_attention import check_kernel
 from rlhf_jax.models.sharding import batch_shards
 from rlhf_jax.rewards.scorers import parse_rewards
-from rlhf_jax.stages.defaults import SAMPLING
+from rlhf_jax.stages.defaults import FED_BACK, SAMPLING
 from rlhf_jax.tasks.builders import task_of
 from rlhf_jax.tasks.sources import parse_source, parse_sources
 from rlhf_jax.training.mesh import mesh_of
@@ -50,6 +50,11 @@ def check(config: Config) -> None:
     if config.stage == "policy":
         check_objective(config)
     _check_environment(config)
+    if config.stage in FED_BACK and config.data.columns:
+        raise UserError(
+            f"config: data.columns: the {config.stage} stage reads its own file too, whose fields "
+            "have their usual names; rename yours"
+        )
     if config.stage == "reward" and config.loss.name not in ("bradley_terry", "pointwise"):
         name = config.loss.name
         raise UserError(f"config.loss.name = {name!r}: choose one of bradley_terry, pointwise")

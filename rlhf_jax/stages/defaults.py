@@ -35,6 +35,7 @@ from rlhf_jax.training.loop import Train
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 SAMPLING = ("policy", "online_preference", "best_of_n")  # which sample and score answers
+FED_BACK = ("ai_sft", "ai_preference")  # which train on what judges and critics make of answers
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,20 @@ class JudgedInit(Init):
     """The start of the model, and the model it is compared with."""
 
     reward: str = ""  # a model of the same pairs, whose accuracy is shown beside
+
+
+@dataclass(frozen=True)
+class FedBackInit(Init):
+    """The start of the model, which gives the answers too, and who judges them."""
+
+    judge: str = ""  # a language model or a reward model: feedback.judge=model
+
+
+@dataclass(frozen=True)
+class CriticisedInit(FedBackInit):
+    """The start of the model, which gives the answers too, and who criticises and judges them."""
+
+    critic: str = ""  # what criticises and revises answers; "": the policy itself
 
 
 @dataclass(frozen=True)
@@ -273,6 +288,36 @@ class BestOfN:
 
 
 @dataclass(frozen=True)
+class Feedback:
+    """What is asked under the principles of a constitution, and of how many."""
+
+    constitution: str = ""  # a file of principles; "": experiments/constitution.json
+    principles: str = "overall"  # names, "a,b"; "": all
+    # Who says which of two answers is better: "model", that of init.judge; "people", the town's
+    # labelers; "gold", or "gold,sensitivity=0.9,…" as of rlhf_jax.judges.
+    judge: str = "model"
+    count: int = option(1000, least=1)  # of what is made: pairs, prompts or conversations
+    max_new_tokens: int = option(64, least=1)  # of an answer
+    temperature: float = option(1.0, within="(0, inf)")  # of answers
+
+
+_OF_ANSWERS = Only("of", ("revisions",))
+
+
+@dataclass(frozen=True)
+class WrittenFeedback(Feedback):
+    """What conversations are made of, under the principles of a constitution, and how many."""
+
+    # "revisions" of the policy's answers by a critic; from pairs in the order of gold "judging",
+    # conversations in which a judge is asked, or "critiques", in which a critic is.
+    of: str = option("revisions", choices=("revisions", "judging", "critiques"))
+    # As above; "": nobody, and every revision is trained on, not those alone that a judge prefers.
+    judge: str = option("", only=_OF_ANSWERS)
+    max_new_tokens: int = option(64, least=1, only=_OF_ANSWERS)  # of an answer
+    temperature: float = option(1.0, within="(0, inf)", only=_OF_ANSWERS)  # of answers
+
+
+@dataclass(frozen=True)
 class OracleOptions:
     """The oracle's rows."""
 
@@ -316,6 +361,8 @@ STAGES: dict[str, dict[str, type]] = {
     "best_of_n": _SAMPLED | {"data": ChatData, "rollout": BestOfNOptions, "best_of_n": BestOfN},
     "oracle": {"oracle": OracleOptions},
 }
+STAGES["ai_sft"] = STAGES["sft"] | {"init": CriticisedInit, "feedback": WrittenFeedback}
+STAGES["ai_preference"] = STAGES["preference"] | {"init": FedBackInit, "feedback": Feedback}
 TRUNCATION = ("rollout.top_k", "rollout.top_p", "rollout.min_p")
 WHOLE = (
     ": what is trained is the whole distribution, not its truncation, so ratios would not start at "
@@ -340,7 +387,9 @@ GONE = {
 
 def module_of(stage: str) -> str:
     """The module whose `run` is the stage."""
-    return "rlhf_jax.oracle.stage" if stage == "oracle" else f"rlhf_jax.stages.{stage}"
+    if stage == "oracle":
+        return "rlhf_jax.oracle.stage"
+    return f"rlhf_jax.{'judges' if stage in FED_BACK else 'stages'}.{stage}"
 
 
 def base(stage: str, **sections: Mapping[str, Any]) -> ConfigDict:

@@ -8,6 +8,7 @@ from rlhf_jax.errors import UserError, nearest
 
 _BESIDE = Path(__file__).parents[1] / "experiments"  # as setup.py installs them
 PACKAGED = _BESIDE if _BESIDE.is_dir() else _BESIDE.parents[1] / "experiments"
+CONSTITUTION = PACKAGED / "constitution.json"
 
 
 def find_experiment(source: str, named_in: str = "") -> str:

@@ -30,6 +30,7 @@ from rlhf_jax.digests import code_of, commit, file_digest
 from rlhf_jax.hub.hub_data import load_rows
 from rlhf_jax.rewards.scorers import parse_rewards
 from rlhf_jax.stages.defaults import module_of
+from rlhf_jax.stages.experiments import CONSTITUTION
 from rlhf_jax.tasks.builders import sources_digest
 from rlhf_jax.tasks.sources import parse_source, parse_sources
 from rlhf_jax.training.saved_model import fingerprint
@@ -63,6 +64,9 @@ def _contents(config: Config) -> dict[str, str]:
         spec = getattr(getattr(config, section), name, "")
         for source in parse_sources(spec) if spec else ():
             contents[f"{field}: {source}"] = _source_digest(source, split)
+    if config.feedback is not None:
+        path = Path(config.feedback.constitution or CONSTITUTION)
+        contents[f"feedback.constitution: {config.feedback.constitution}"] = file_digest(path)
     template = getattr(config.data, "chat_template", "")
     if template.endswith(".jinja"):
         contents[f"data.chat_template: {template}"] = file_digest(Path(template))

@@ -31,13 +31,13 @@ def outcomes(run: Path, metric: str) -> tuple[np.ndarray, str]:
         scores = [[*sample.get("scores", {}).values()] for sample in read.samples]
         if scores and all(len(each) > 1 for each in scores):
             theirs, ours = np.array([each[-2:] for each in scores]).T
-            values = ours if metric == "eval/gold_reward" else _wins(ours - theirs, 1e-9)
+            values = ours if metric == "eval/gold_reward" else won(ours - theirs, 1e-9)
             what = f"prompts {json_digest([sample['prompt'] for sample in read.samples])}"
     elif metric == "eval/accuracy":
         figures = (each.get("values", {}) for each in read.evaluation.get("plots", []))
         pairs = next((each for each in figures if {*each} == {"chosen", "rejected"}), None)
         if pairs:
-            values = _wins(np.array(pairs["chosen"]) - np.array(pairs["rejected"]), 0.0)
+            values = won(np.array(pairs["chosen"]) - np.array(pairs["rejected"]), 0.0)
             what = f"{len(values)} pairs of {read.config['data']['validation']}"
     if len(values) and abs(values.mean() - mean) < 1e-6:
         return values, what
@@ -63,5 +63,6 @@ def choose_metric(runs: Sequence[dict[str, Any]]) -> str:
     raise UserError("the runs have no metric in common; name one with --metric")
 
 
-def _wins(difference: np.ndarray, tolerance: float) -> np.ndarray:
+def won(difference: np.ndarray, tolerance: float) -> np.ndarray:
+    """1 where a difference is above the tolerance, ½ where it is within it, else 0."""
     return (difference > tolerance) + 0.5 * (np.abs(difference) <= tolerance)

@@ -15,7 +15,7 @@ from rlhf_jax.files import write_whole
 from rlhf_jax.report.figure import csv_text
 from rlhf_jax.sweep.grid import Cell
 from rlhf_jax.sweep.jobs import Job
-from rlhf_jax.sweep.outcomes import choose_metric, outcomes
+from rlhf_jax.sweep.outcomes import choose_metric, outcomes, won
 from rlhf_jax.sweep.statistics import Estimate, differences, estimate
 from rlhf_jax.training.meanings import is_less_better
 from rlhf_jax.training.summary import read_summary
@@ -76,6 +76,17 @@ class Results:
         """The other cells whose difference to this one may be chance, on the same seeds."""
         found = differences(self.outcomes, name)
         return [other for other, (_, p) in found.items() if not p < SIGNIFICANT]
+
+    def wins(self, name: str) -> Estimate | None:
+        """How much more often than ½ a cell's answer has more gold than the baseline's, ties ½.
+
+        None where the metric is another, or the values are not of the same prompts.
+        """
+        theirs, ours = self.outcomes[self.baseline], self.outcomes[name]
+        seeds = sorted(theirs.keys() & ours.keys())
+        if self.metric != "eval/gold_reward" or not self.of or not seeds:
+            return None
+        return estimate(np.stack([won(ours[s] - theirs[s], 1e-9) - 0.5 for s in seeds]))
 
 
 def read_results(

@@ -43,6 +43,25 @@ def differences_of(results: Results) -> list[list[str]]:
 
 def sentences(results: Results, fresh: Results | None) -> list[str]:
     """What the table means, in words."""
+    return [*_of_best(results, fresh), *_of_wins(results), *(_of_wins(fresh) if fresh else ())]
+
+
+def _of_wins(results: Results) -> list[str]:
+    """How often the others' answers are better by gold than the baseline's to the same prompts."""
+    told = []
+    for row in results.rows:
+        wins = results.wins(row.name) if row.difference else None
+        if wins:
+            seeds = ", ".join(map(str, sorted(results.outcomes[row.name])))
+            told.append(
+                f"To the same prompts {row.name} gives the better answer by gold, ties ½, in "
+                f"{wins.mean + 0.5:.3f} ({wins.low + 0.5:.3f} to {wins.high + 0.5:.3f}) against "
+                f"{results.baseline}, seeds {seeds}."
+            )
+    return told
+
+
+def _of_best(results: Results, fresh: Results | None) -> list[str]:
     best = results.best
     if best is None:
         return ["No cell has finished whole, so that none is called the best."]

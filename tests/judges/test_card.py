@@ -14,6 +14,7 @@ from rlhf_jax.judges.__main__ import main
 from rlhf_jax.judges.card import better_side, cohen_kappa, measure, report
 from rlhf_jax.judges.constitution import DEFAULT, Principle, read_constitution
 from rlhf_jax.judges.judge import Comparison, SimulatedJudge, Verdicts
+from rlhf_jax.judges.page import write_card
 from rlhf_jax.judges.rates import Calibration
 from rlhf_jax.judges.sampled import Pairs, read_pairs
 
@@ -121,6 +122,17 @@ def test_a_file_says_itself_which_is_better(tmp_path, capsys):
     card = json.loads((tmp_path / "card.json").read_text())["overall"]
     assert card["accuracy"][0] == card["kappa"] == 1 and card["pairs"] == card["ordered"] == 60
     assert "Accuracy" in capsys.readouterr().out
+    page = (tmp_path / "card.html").read_text()
+    assert "How often it prefers the better answer" in page and "<td>100 %</td>" in page
+    assert main([*command[:-1], f"--out={tmp_path / 'card.html'}"]) == 2
+    assert "a name that ends in .json" in capsys.readouterr().err
+
+
+def test_texts_stay_texts_on_the_page(tmp_path):
+    found = report(SimulatedJudge(), read_pairs("town", "validation", 40, 0), OVERALL, 20)
+    write_card(tmp_path / "card.html", "<b>judge</b>", "<i>pairs</i>", {"<script>": found})
+    page = (tmp_path / "card.html").read_text()
+    assert "&lt;b&gt;judge&lt;/b&gt;" in page and "<script>" not in page and "<i>pairs" not in page
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,20 @@ def test_the_best_is_told_on_fresh_seeds(swept):
         assert [row["eval/accuracy"] for row in csv.DictReader(file)].count("") == 1
 
 
+def test_a_cells_answers_are_set_beside_the_baselines_prompt_by_prompt(swept):
+    results = read(swept, "eval/gold_reward")
+    name, base = "beta=0.1,name=sigmoid", "beta=0.05,name=sigmoid"
+    wins = results.wins(name)
+    better = [results.outcomes[name][s] > results.outcomes[base][s] for s in range(3)]
+    assert wins.mean + 0.5 == pytest.approx(np.mean(better)) and wins.low < wins.mean < wins.high
+    told = f"{name} gives the better answer by gold, ties ½, in {np.mean(better):.3f} ("
+    assert any(told in line and "seeds 0, 1, 2" in line for line in sentences(results, None))
+    assert read(swept, "eval/gold_win_rate").wins(name) is None
+    run = swept.runs[swept.cells[1].name, 0].directory / "samples.jsonl"
+    run.write_text(run.read_text().replace("prompt 3", "question 3"))
+    assert read(swept, "eval/gold_reward").wins(name) is None
+
+
 def test_the_page_has_everything_and_texts_stay_texts(swept):
     results = read(swept, "eval/gold_reward")
     page = write_page(

@@ -1,6 +1,8 @@
 """The embedded town as a task, held-out as "validation". It is made where it is read: no file.
 
 text, conversation, pair, prompt    records of that kind
+harmful, borderline                 prompts of that family only
+judged                              pairs of replies to such prompts, half of each family
 facts                               prompts: every fact about a person, asked once; of those
                                     training may ask about, and ("validation") of the others
 arithmetic                          prompts: sums and differences only; those of "validation" are
@@ -11,6 +13,7 @@ votes, ratings                      pairs and labelled conversations: of replies
 biased_votes, biased_ratings        the same by `crowd.BIASED`
 rated                               pairs: what a person rated higher of two replies
 ordered                             pairs in the order of their gold scores, which no labeler makes
+spoilt                              conversations of which half have a defect, of `defects.DEFECTS`
 """
 
 from __future__ import annotations
@@ -23,11 +26,12 @@ from pathlib import Path
 from rlhf_jax.data.records import Record
 from rlhf_jax.tasks.task import Task
 from rlhf_jax.tasks.town import crowd
+from rlhf_jax.tasks.town.defects import spoilt
 from rlhf_jax.tasks.town.episodes import replay, verify
 from rlhf_jax.tasks.town.gold import gold_score
 from rlhf_jax.tasks.town.tool_exercises import dialogues, direct, drills, prompts
 from rlhf_jax.tasks.town.tools import Office, open_office
-from rlhf_jax.tasks.town.town import Town
+from rlhf_jax.tasks.town.town import JUDGED, Town
 from rlhf_jax.tasks.town.world import HELDOUT, TRAIN, TownConfig
 
 _SUMS = TownConfig(families={"arithmetic": 1.0}, prompts=8_000)
@@ -37,6 +41,8 @@ _STREAMS: dict[str, tuple[str, Stream, TownConfig | None]] = {
     "conversation": ("conversation", Town.demonstrations, None),
     "pair": ("pair", Town.pairs, None),
     "prompt": ("prompt", Town.prompts, None),
+    **{name: ("prompt", Town.prompts, TownConfig(families={name: 1.0})) for name in JUDGED},
+    "judged": ("pair", Town.pairs, TownConfig(families=dict.fromkeys(JUDGED, 1.0))),
     "facts": ("prompt", Town.fact_prompts, None),
     "arithmetic": ("prompt", Town.prompts, _SUMS),
     "solutions": ("conversation", Town.solutions, _SUMS),
@@ -46,6 +52,7 @@ _STREAMS: dict[str, tuple[str, Stream, TownConfig | None]] = {
     "biased_ratings": ("conversation", partial(crowd.ratings, people=crowd.BIASED), None),
     "rated": ("pair", crowd.rated, None),
     "ordered": ("pair", crowd.ordered, TownConfig(heldout_pairs=2_000)),
+    "spoilt": ("conversation", spoilt, None),
 }
 """Config → the kind of its records, what makes those of a split, the town's configuration."""
 
