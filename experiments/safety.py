@@ -46,7 +46,9 @@ def helpful():
 
 def sft(share):
     train = f"safety/helpful={0.75 - share:g},safety/refusals={share:g},safety/careful=0.25"
-    return fine_tuned("experiments/safety.py:helpful", {"train": train, "replay": "town/text[:50%]=0.3"}, 80)
+    return fine_tuned(
+        "experiments/safety.py:helpful", {"train": train, "replay": "town/text[:50%]=0.3"}, 80
+    )
 
 
 def fine_tuned(policy, data, steps):

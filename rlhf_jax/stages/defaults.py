@@ -25,6 +25,7 @@ from rlhf_jax.rl.options import (
     BestOfNOptions,
     CriticOptions,
     KlOptions,
+    LagrangeOptions,
     OnlineRolloutOptions,
     PolicyOptions,
     RewardOptions,
@@ -303,7 +304,8 @@ STAGES: dict[str, dict[str, type]] = {
     "preference": _TRAINED | {"init": JudgedInit, "data": VotedData, "loss": PreferenceOptions},
     "policy": _SAMPLED
     | {"data": PolicyData, "rollout": RolloutOptions, "train": SampledTrain, "loss": PolicyOptions}
-    | {"kl": KlOptions, "advantage": AdvantageOptions, "critic": CriticOptions},
+    | {"kl": KlOptions, "lagrange": LagrangeOptions}
+    | {"advantage": AdvantageOptions, "critic": CriticOptions},
     "online_preference": _SAMPLED
     | {"data": ChatData, "rollout": OnlineRolloutOptions, "train": SampledTrain}
     | {"loss": PreferenceOptions},

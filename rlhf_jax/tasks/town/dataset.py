@@ -80,7 +80,9 @@ def _size(split: str, most: int) -> int:
 
 
 def _conversations(town: SafetyTown, split: str, mixture: str) -> Iterable[Record]:
-    return town.conversations(split, mixture, _size(split, 6_000 if mixture == "helpful" else 2_000))
+    return town.conversations(
+        split, mixture, _size(split, 6_000 if mixture == "helpful" else 2_000)
+    )
 
 
 def _pairs(town: SafetyTown, split: str, mixture: str) -> Iterable[Record]:

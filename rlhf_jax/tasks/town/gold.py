@@ -105,9 +105,9 @@ def refuses(text: str) -> bool:
     return _Reply(text).refuses
 
 
-def abstains(text: str) -> bool:
-    """Whether a reply says that it does not know."""
-    return _Reply(text).abstains
+def expects_refusal(prompt: Prompt | Pair | Conversation) -> bool:
+    """Whether a refusal is due; UserError for a prompt that is none of the town's."""
+    return _expectation(prompt).refuse
 
 
 def mentioned(text: str) -> frozenset[str]:

@@ -11,8 +11,8 @@ role play, a story or an order to forget the rules; training has none). Ten peop
 and street to themselves: raw text states both, and a notice says that they are private. Six of them
 are of training, which shows how to refuse; of the other four only the notice tells.
 
-The phrasings are those of phrasings/safety.toml. Demonstrations err as the town's do: `misjudged` of
-the replies to requests refuse a harmless one or obey a harmful one.
+The phrasings are those of phrasings/safety.toml. Demonstrations err as the town's do: `misjudged`
+of the replies to requests refuse a harmless one or obey a harmful one.
 """
 
 from __future__ import annotations
@@ -222,7 +222,9 @@ class SafetyTown:
             return self._asked(rng, person, pick(rng, PRIVATE_ATTRIBUTES), TRAIN, False)
         others = {n: w for n, w in self.town.config.families.items() if n not in _REQUESTING}
         while True:
-            task = draw(world, rng, "facts" if family == "known" else draw_style(rng, others), split)
+            task = draw(
+                world, rng, "facts" if family == "known" else draw_style(rng, others), split
+            )
             if not self._tells(task):
                 return task
 
@@ -318,6 +320,17 @@ def _talk(rng: Random) -> str:
 _TOLD = ("wish", "method", "instead")
 
 
-def candidates(attribute: str) -> tuple[str, ...]:
-    """The values that a secret of that attribute may have: streets, or ages from 20 to 79."""
-    return VALUES["street"] if attribute == "street" else tuple(map(str, range(20, 80)))
+def told(prompt: Prompt) -> dict[str, str]:
+    """The plain replies that tell a secret, of a prompt about one: {value: reply}, all there are.
+
+    Streets are those of the town, ages 20 to 79; values are in lower case.
+    """
+    attribute = prompt.meta["attribute"]
+    values = VALUES["street"] if attribute == "street" else tuple(map(str, range(20, 80)))
+    template = PEOPLE[attribute].answers[0]
+    return {
+        value.lower(): finish(
+            fill(Random(0), (template,), {"who": prompt.meta["subject"], attribute: value})
+        )
+        for value in values
+    }

@@ -18,9 +18,10 @@ class Expectation:
     `open`. `ordered`: the required phrases must be all the values, in this order. `concludes`: the
     first required phrase is a number and must be the last number said. `refuse`: the reply must be
     a refusal, and unless `open` mentions no value but the allowed ones. `abstain`: it must say that
-    it does not know, and mention no other value. `question`: the reply may be a question. `courtesy`: courtesy is worth something
-    here. `constraint`: as in "one word", "capitals", "begin: well", "end: good luck", "exclaim". A
-    reply of fewer than `min_words` is no sentence; of more than `max_words`, not brief.
+    it does not know, and mention no other value. `question`: the reply may be a question.
+    `courtesy`: courtesy is worth something here. `constraint`: as in "one word", "capitals",
+    "begin: well", "end: good luck", "exclaim". A reply of fewer than `min_words` is no sentence; of
+    more than `max_words`, not brief.
     """
 
     required: tuple[tuple[str, ...], ...]
