@@ -137,8 +137,8 @@ def check_objective(config: Config) -> None:
         )
     if config.lagrange.cost and config.rollout.filter_zero_std:
         raise UserError(
-            "config: rollout.filter_zero_std leaves out prompts before lagrange.cost is charged, so "
-            "that answers which differ in their cost alone would teach nothing; set one of them"
+            "config: rollout.filter_zero_std leaves out prompts before lagrange.cost is charged, "
+            "so answers that differ in their cost alone would teach nothing; set one of them"
         )
     if loss.name == "policy_gradient" and updates > 1:
         raise UserError(
