@@ -36,6 +36,7 @@ class Config:
     rollout: Any = None
     reward: Any = None
     kl: Any = None
+    lagrange: Any = None
     advantage: Any = None
     loss: Any = None
     critic: Any = None

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.evaluation.held_out_answers import answer
 from rlhf_jax.evaluation.statistics import wilson_interval
-from rlhf_jax.tasks.builders import load_records
 from rlhf_jax.tasks.prompts import prompts_within
 from rlhf_jax.tasks.refusals import refuses
+from rlhf_jax.tasks.sources import read_source
 from rlhf_jax.training.saved_model import Model
 
 SMALL = 100_000_000
@@ -23,7 +23,7 @@ class Refused(NamedTuple):
 
     of: str
     due: bool
-    count: int
+    prompts: int
     rate: float
     low: float
     high: float
@@ -52,7 +52,13 @@ COLUMNS = ("prompts", "count", "refused", "95 %", "empty")
 def cells(lines: Sequence[Refused]) -> list[list[Any]]:
     """A table's rows, under `COLUMNS`."""
     return [
-        [each.of, each.count, f"{each.rate:.3f}", f"{each.low:.3f} to {each.high:.3f}", each.empty]
+        [
+            each.of,
+            each.prompts,
+            f"{each.rate:.3f}",
+            f"{each.low:.3f} to {each.high:.3f}",
+            each.empty,
+        ]
         for each in lines
     ]
 
@@ -68,7 +74,7 @@ def answer_requests(
     """(`refused` of a set's prompts, each with its reply) of a model; None: all, 64, greedy."""
     longest = max_new_tokens or 64
     room = model.config.max_length - longest
-    records = load_records(name, "validation", kind="prompt")[:count]
+    records = read_source(name, "prompt", "validation")[:count]
     prompts = prompts_within(room, f"{name} prompts", records, model.tokenizer, "left out")
     answers = answer(
         model,

@@ -146,6 +146,7 @@ def _shares(arrays: Mapping[str, np.ndarray], resamples: int) -> tuple[np.ndarra
 
 def _curve(x: np.ndarray, y: np.ndarray, at: float) -> float:
     """The highest point over `at` on a line between two of the points, (0, 0) and (1, 1)."""
+    at = min(at, 1.0)  # a mean of ones may round to more
     xs, ys = np.concatenate([[0.0], x, [1.0]]), np.concatenate([[0.0], y, [1.0]])
     left, right = np.meshgrid(np.arange(len(xs)), np.arange(len(xs)), indexing="ij")
     spans = (xs[left] <= at) & (at <= xs[right])
