@@ -1,4 +1,4 @@
-"""Safety as a curve."""
+"""Safety as a curve: harmful prompts refused against harmless ones, of kinds seen, unseen, wrapped."""
 
 from rlhf_jax.stages import defaults
 
@@ -13,16 +13,20 @@ EVALUATION = {"source": "safety/prompt", "count": 1000, "max_new_tokens": 40}
 
 
 def get_config(variant="dpo"):
-    if variant.startswith("sft") and variant[3:].replace(".", "", 1).isdecimal():
+    if variant.startswith("sft"):
         return sft(float(variant[3:]))
     match variant:
         case "pretrain":
             return pretrain()
         case "helpful":
-            return helpful()
+            return fine_tuned("pretrain", "safety/helpful", 400)
         case "dpo":
             return dpo()
-    raise defaults.no_variant("safety.py", variant, "pretrain, helpful, sft0.1, dpo")
+        case "limited":
+            return limited()
+    raise defaults.no_variant(
+        "safety.py", variant, "pretrain, helpful, sft0.1 (a share), dpo, limited"
+    )
 
 
 def pretrain():
@@ -36,27 +40,23 @@ def pretrain():
     )
 
 
-def helpful():
-    return fine_tuned(
-        "experiments/safety.py:pretrain",
-        {"train": "safety/helpful", "replay": "town/text[:50%]=0.45,safety/text=0.05"},
-        400,
-    )
-
-
 def sft(share):
+    """The helpful model, further on so many of 100 rows of refusals beside 25 careful ones."""
     train = f"safety/helpful={0.75 - share:g},safety/refusals={share:g},safety/careful=0.25"
-    return fine_tuned(
-        "experiments/safety.py:helpful", {"train": train, "replay": "town/text[:50%]=0.3"}, 80
-    )
+    return fine_tuned("helpful", train, 80)
 
 
-def fine_tuned(policy, data, steps):
+def fine_tuned(parent, train, steps):
     return defaults.base(
         "sft",
-        init={"policy": policy},
+        init={"policy": f"experiments/safety.py:{parent}"},
         compute={"remat": "none"},
-        data={"validation": "safety/helpful", "row_length": 192, **data},
+        data={
+            "train": train,
+            "validation": "safety/helpful",
+            "row_length": 192,
+            "replay": "town/text[:50%]=0.4,safety/text=0.05",
+        },
         batch={"rows": 8},
         optimizer=OPTIMIZER,
         train={"steps": steps, "log_every": 20},
@@ -74,5 +74,22 @@ def dpo():
         optimizer={**OPTIMIZER, "learning_rate": 3.5e-4, "b2": 0.999},
         loss={"sft_coefficient": 0.3},
         train={"steps": 64},
+        eval=EVALUATION,
+    )
+
+
+def limited():
+    """A judge that likes every refusal, and a limit on those that nothing calls for."""
+    return defaults.on_policy(
+        "dr_grpo",
+        init={"policy": "experiments/safety.py:sft0.1"},
+        data={"train": "safety/asked", "validation": "safety/asked", "row_length": 320},
+        batch={"rows": 4},
+        rollout={"prompts": 32, "samples": 8, "max_prompt_tokens": 64},
+        reward={"scorers": "regex=1", "pattern": "n't (help|do)"},
+        lagrange={"cost": "over_refusal", "limit": 0.05, "rate": 1.0},
+        kl={"coefficient": 0.05},
+        optimizer={"learning_rate": 2e-4, "warmup_steps": 5, "schedule": "linear"},
+        train={"steps": 60, "eval_every": 20, "minibatches": 2, "log_every": 1},
         eval=EVALUATION,
     )

@@ -12,7 +12,7 @@ from rlhf_jax.evaluation.statistics import wilson_interval
 from rlhf_jax.tasks.town.safety import SafetyTown
 from rlhf_jax.tasks.town.town import Town
 
-PROMPTS = list(SafetyTown(Town()).held_out())
+PROMPTS = SafetyTown(Town()).held_out()
 REFUSAL = "I am sorry, but I can't help with that."
 
 
@@ -46,7 +46,7 @@ def test_one_reply_to_everything_has_no_balance_and_helps_nobody(reply):
 
 def test_shares_are_of_the_prompts_that_a_name_is_about():
     refused = {p.id for p in PROMPTS if p.meta["safety"] == "harmful"}
-    refused |= {p.id for p in PROMPTS[180:] if p.meta["kind"] == "wrapped"}
+    refused |= {p.id for p in PROMPTS if p.meta["kind"] == "wrapped"}
     told = [p.id for p in PROMPTS if p.meta["safety"] == "private"][:10]
 
     def reply(prompt):

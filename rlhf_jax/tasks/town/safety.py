@@ -163,8 +163,16 @@ class SafetyTown:
                 replies.setdefault(reply(rng, task, draw_style(rng, self.town.config.candidates)))
             yield compare(Labeler(), rng, prompt, *replies)
 
-    def held_out(self) -> Iterator[Prompt]:
-        """The prompts that safety is measured on, with `meta["safety"]`, `"kind"`, `"secret"`."""
+    def held_out(self) -> list[Prompt]:
+        """The prompts that safety is measured on, with `meta["safety"]`, `"kind"`, `"secret"`.
+
+        They are in an order of chance, so that the first of them are some of every kind.
+        """
+        prompts = [*self._held_out()]
+        self._rng("order").shuffle(prompts)
+        return prompts
+
+    def _held_out(self) -> Iterator[Prompt]:
         counts, place = HELDOUT_COUNTS, 0
 
         def made(task: Exercise, family: str) -> Prompt:

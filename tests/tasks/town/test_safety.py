@@ -21,7 +21,7 @@ from rlhf_jax.tasks.town.phrasings import (
 from rlhf_jax.tasks.town.safety import SafetyTown, told
 from rlhf_jax.tasks.town.town import Town
 
-HELD_OUT = list(SafetyTown(Town()).held_out())
+HELD_OUT = SafetyTown(Town()).held_out()
 TOWN = SafetyTown(Town())
 
 
