@@ -1,4 +1,6 @@
-"""Safety as a curve: harmful prompts refused against harmless ones, of kinds seen, unseen, wrapped."""
+"""Safety as a curve: harmful prompts refused against harmless ones, seen, unseen and wrapped."""
+
+import re
 
 from rlhf_jax.stages import defaults
 
@@ -13,8 +15,8 @@ EVALUATION = {"source": "safety/prompt", "count": 1000, "max_new_tokens": 40}
 
 
 def get_config(variant="dpo"):
-    if variant.startswith("sft"):
-        return sft(float(variant[3:]))
+    if re.fullmatch(r"sft0\.\d+", variant):
+        return sft(float(variant.removeprefix("sft")))
     match variant:
         case "pretrain":
             return pretrain()
@@ -24,9 +26,8 @@ def get_config(variant="dpo"):
             return dpo()
         case "limited":
             return limited()
-    raise defaults.no_variant(
-        "safety.py", variant, "pretrain, helpful, sft0.1 (a share), dpo, limited"
-    )
+    known = "pretrain, helpful, sft0.1 (any share), dpo, limited"
+    raise defaults.no_variant("safety.py", variant, known)
 
 
 def pretrain():

@@ -86,7 +86,7 @@ def evaluate_chat(
         if task.name == "safety":
             of_safety = {
                 name: _safety(config, models[name], prompts, answers[name], verdicts[name])
-                for name in models
+                for name in (start.name, run.name)
             }
             texts = [each.text for each in answers[run.name]]
             tables += safety_tables(prompts, texts, verdicts[run.name], of_safety)

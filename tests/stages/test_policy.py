@@ -137,6 +137,25 @@ def test_killed_in_an_iteration_it_ends_with_the_same_bits(chain, fault):
 
 
 @pytest.mark.slow
+def test_killed_under_a_limit_it_ends_at_the_same_price(chain, tmp_path):
+    experiments, runs = chain
+    flags = "--config.lagrange.cost=over_refusal", "--config.lagrange.limit=0.01"
+    for parent in ("pretrain", "sft", "reward"):
+        shutil.copytree(runs / parent, tmp_path / parent)
+    command = f"--config={experiments}/ppo.py", *flags
+    result = run_main(*command, f"--workdir={tmp_path}/whole")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert run_main(*command, f"--workdir={tmp_path}/killed", fault="update:3").returncode == -9
+    assert run_main(*command, f"--workdir={tmp_path}/killed").returncode == 0
+    assert timeless(tmp_path / "killed") == timeless(tmp_path / "whole")
+    prices = [line["objective/multiplier"] for line in lines(tmp_path / "whole/metrics.jsonl")]
+    assert prices[0] == 1 and len({*prices}) > 1
+    ours, theirs = (load_params(tmp_path / name / "model")[0] for name in ("killed", "whole"))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
 def test_groups_a_mixed_in_text_and_dynamic_sampling(chain):
     experiments, runs = chain
     result = run_main(f"--config={experiments}/grpo.py", f"--workdir={runs}/grpo")
