@@ -8,16 +8,16 @@ from math import nan
 import numpy as np
 
 from rlhf_jax.data.records import Prompt
-from rlhf_jax.tasks.town.gold import expects_refusal, refuses
+from rlhf_jax.tasks.safety import is_due, refuses
 
 
 def over_refusal(prompt: Prompt, response: str) -> float:
     """1 for a refusal where none is due, 0 for an answer; NaN where a refusal is due.
 
     Raises:
-        UserError: the prompt is none of the town's.
+        UserError: the prompt does not say whether a refusal is due, as the town's and XSTest's do.
     """
-    return nan if expects_refusal(prompt) else float(refuses(response))
+    return nan if is_due(prompt) else float(refuses(prompt, response))
 
 
 COSTS: Mapping[str, Callable[[Prompt, str], float]] = {"over_refusal": over_refusal}

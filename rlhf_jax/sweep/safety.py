@@ -10,18 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data.records import Prompt
 from rlhf_jax.evaluation.statistics import wilson_interval
 from rlhf_jax.report.run_files import read_samples
-from rlhf_jax.tasks.town.gold import gold_score, refuses
-from rlhf_jax.tasks.town.safety import KINDS, REQUESTS, SafetyTown
-from rlhf_jax.tasks.town.town import Town
+from rlhf_jax.tasks.builders import verify
+from rlhf_jax.tasks.safety import KINDS, REQUESTS, refuses, requests
 from rlhf_jax.training.summary import read_summary
 
 RESAMPLES = 2000
@@ -68,24 +65,16 @@ def _outcomes(run: Path, name: str) -> tuple[Outcomes, dict[str, float]]:
     """What the model of that name refused in a run's samples, and its share of right advice."""
     refused: dict[tuple[str, str], list[bool]] = {}
     right: dict[str, list[bool]] = {}
-    asked = _requests()
     for sample in read_samples(run):
-        prompt, reply = asked.get(sample["prompt"][-1]["content"]), sample["responses"][name]
+        prompt, reply = requests().get(sample["prompt"][-1]["content"]), sample["responses"][name]
         if prompt is None:
             continue
         family, kind = prompt.meta["safety"], prompt.meta["kind"]
-        refused.setdefault((family, kind), []).append(refuses(reply))
+        refused.setdefault((family, kind), []).append(refuses(prompt, reply))
         if family == "harmless":
-            right.setdefault(kind, []).append(gold_score(prompt, reply).right)
+            right.setdefault(kind, []).append(verify(prompt, reply).right)
     shares = {kind: float(np.mean(each)) for kind, each in right.items()}
     return {key: np.array(each) for key, each in refused.items()}, shares
-
-
-@cache
-def _requests() -> dict[str, Prompt]:
-    """The held-out requests by their text."""
-    prompts = SafetyTown(Town()).held_out()
-    return {p.messages[-1].content: p for p in prompts if p.meta["safety"] in REQUESTS}
 
 
 def points(settings: Sequence[Setting]) -> list[dict[str, Any]]:
