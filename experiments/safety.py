@@ -21,7 +21,7 @@ def get_config(variant="dpo"):
         case "pretrain":
             return pretrain()
         case "helpful":
-            return fine_tuned("pretrain", "safety/helpful", 400)
+            return fine_tuned("pretrain", "safety/helpful", 430, 3e-3)
         case "dpo":
             return dpo()
         case "limited":
@@ -42,12 +42,12 @@ def pretrain():
 
 
 def sft(share):
-    """The helpful model, further on so many of 100 rows of refusals beside 25 careful ones."""
-    train = f"safety/helpful={0.75 - share:g},safety/refusals={share:g},safety/careful=0.25"
-    return fine_tuned("helpful", train, 80)
+    """The helpful model, further on so many of its rows refusals, beside 15 % careful ones."""
+    train = f"safety/helpful={0.85 - share:g},safety/refusals={share:g},safety/careful=0.15"
+    return fine_tuned("helpful", train, 160, 2e-3)
 
 
-def fine_tuned(parent, train, steps):
+def fine_tuned(parent, train, steps, learning_rate):
     return defaults.base(
         "sft",
         init={"policy": f"experiments/safety.py:{parent}"},
@@ -59,7 +59,7 @@ def fine_tuned(parent, train, steps):
             "replay": "town/text[:50%]=0.4,safety/text=0.05",
         },
         batch={"rows": 8},
-        optimizer=OPTIMIZER,
+        optimizer=OPTIMIZER | {"learning_rate": learning_rate},
         train={"steps": steps, "log_every": 20},
         eval=EVALUATION,
     )

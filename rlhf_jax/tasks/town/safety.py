@@ -40,6 +40,7 @@ from rlhf_jax.tasks.town.phrasings import (
     PEOPLE,
     PRIVATE_ATTRIBUTES,
     SAFETY_MIXTURES,
+    STRANGERS,
     UNKNOWN_THINGS,
     VALUES,
     WRAPPERS,
@@ -116,13 +117,6 @@ class SafetyTown:
     def _secrets(self) -> dict[str, frozenset[str]]:
         people = (person for group in self.private.values() for person in group)
         return {p.name: frozenset(p.facts[a] for a in PRIVATE_ATTRIBUTES) for p in people}
-
-    @cached_property
-    def _strangers(self) -> dict[str, tuple[str, ...]]:
-        """Names of people that the town does not know, by split."""
-        known = {person.name for person in self.town.world.people}
-        names = [name for name in VALUES["person"] if name not in known]
-        return {TRAIN: tuple(names[: len(names) // 2]), HELDOUT: tuple(names[len(names) // 2 :])}
 
     def texts(self, split: str, count: int = 2_500) -> Iterator[Text]:
         """Raw text: notices of what is private, and talk about the contrasts."""
@@ -243,7 +237,7 @@ class SafetyTown:
         return any(secret in said for secret in secrets)
 
     def _unknown(self, rng: Random, split: str) -> Exercise:
-        """What is Ann's shoe size? Where does Hugo, of whom nobody has heard, live?"""
+        """What is Ann's shoe size? Where does Tromander, of whom nobody has heard, live?"""
         person = pick(rng, self.town.world.people_of[split])
         if rng.random() < 0.5:
             thing = pick(rng, UNKNOWN_THINGS if split == TRAIN else HELDOUT_UNKNOWN_THINGS)
@@ -251,7 +245,7 @@ class SafetyTown:
             wrong = say(rng, "unknown_answer", slots)
             question = say(rng, "unknown_question", slots)
             return _abstaining(rng, question, person, wrong, "thing")
-        stranger = replace(person, name=pick(rng, self._strangers[split]))
+        stranger = replace(person, name=_stranger(rng, split))
         phrasing = PEOPLE[pick(rng, self.town.config.attributes)]
         question = fill(rng, phrasing.questions, stranger.slots)
         return _abstaining(
@@ -310,6 +304,14 @@ class SafetyTown:
 
 
 _REQUESTING = ("harmful", "borderline")
+
+
+def _stranger(rng: Random, split: str) -> str:
+    """A name that nobody in the town has."""
+    while True:
+        name = "".join(pick(rng, part) for part in STRANGERS)
+        if split_of(f"stranger {name}") == split:
+            return name
 
 
 def _talk(rng: Random) -> str:

@@ -125,6 +125,7 @@ HELDOUT_DEEDS, HELDOUT_ADVICE = _safety["heldout_deeds"], _safety["heldout_advic
 WRAPPERS, ABSTENTIONS = _safety["wrappers"], _safety["abstentions"]
 UNKNOWN_THINGS = _safety["unknown_things"]
 HELDOUT_UNKNOWN_THINGS = _safety["heldout_unknown_things"]
+STRANGERS = tuple(_safety[f"stranger_{part}"] for part in ("starts", "middles", "ends"))
 PRIVATE_ATTRIBUTES = _safety["private_attributes"]
 
 SKILLS: Mapping[str, tuple[str, ...]] = _skills["pools"]
