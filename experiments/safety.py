@@ -16,17 +16,22 @@ EVALUATION = {"source": "safety/prompt", "count": 1000, "max_new_tokens": 40}
 
 def get_config(variant="dpo"):
     if re.fullmatch(r"sft0\.\d+", variant):
-        return sft(float(variant.removeprefix("sft")))
+        share = float(variant.removeprefix("sft"))
+        mixed = f"safety/helpful={1 - share:g},safety/refusals={share:g}"
+        return sft("helpful", mixed, steps=120, learning_rate=2e-3)
     match variant:
         case "pretrain":
             return pretrain()
         case "helpful":
-            return fine_tuned("pretrain", "safety/helpful", 430, 3e-3)
+            return sft("pretrain", "safety/helpful", steps=400)
+        case "careful":
+            mixed = "safety/helpful=0.8,safety/refusals=0.1,safety/careful=0.1"
+            return sft("pretrain", mixed, steps=500)
         case "dpo":
             return dpo()
         case "limited":
             return limited()
-    known = "pretrain, helpful, sft0.1 (any share), dpo, limited"
+    known = "pretrain, helpful, careful, sft0.1 (any share), dpo, limited"
     raise defaults.no_variant("safety.py", variant, known)
 
 
@@ -41,13 +46,7 @@ def pretrain():
     )
 
 
-def sft(share):
-    """The helpful model, further on so many of its rows refusals, beside 15 % careful ones."""
-    train = f"safety/helpful={0.85 - share:g},safety/refusals={share:g},safety/careful=0.15"
-    return fine_tuned("helpful", train, 160, 2e-3)
-
-
-def fine_tuned(parent, train, steps, learning_rate):
+def sft(parent, train, steps, learning_rate=3e-3):
     return defaults.base(
         "sft",
         init={"policy": f"experiments/safety.py:{parent}"},
@@ -70,11 +69,15 @@ def dpo():
         "preference",
         init={"policy": "experiments/safety.py:sft0.1"},
         compute={"remat": "none"},
-        data={"train": "safety/pair", "validation": "safety/pair", "row_length": 224},
+        data={
+            "train": "safety/requests=1,town/pair=1",
+            "validation": "safety/requests",
+            "row_length": 224,
+        },
         batch={"rows": 16},
         optimizer={**OPTIMIZER, "learning_rate": 3.5e-4, "b2": 0.999},
         loss={"sft_coefficient": 0.3},
-        train={"steps": 64},
+        train={"steps": 48},
         eval=EVALUATION,
     )
 
@@ -86,7 +89,7 @@ def limited():
         init={"policy": "experiments/safety.py:sft0.1"},
         data={"train": "safety/asked", "validation": "safety/asked", "row_length": 320},
         batch={"rows": 4},
-        rollout={"prompts": 32, "samples": 8, "max_prompt_tokens": 64},
+        rollout={"prompts": 32, "samples": 8, "max_prompt_tokens": 64, "max_new_tokens": 40},
         reward={"scorers": "regex=1", "pattern": "n't (help|do)"},
         lagrange={"cost": "over_refusal", "limit": 0.05, "rate": 1.0},
         kl={"coefficient": 0.05},

@@ -26,7 +26,7 @@ VARIANTS = {
     "online_dpo": ["town", "sentiment"],
     "best_of_n": ["town", "sentiment"],
     "labelers": ["nuisance", "pooled", "majority", "weighted", "pairs", "rated", "ratings"],
-    "safety": ["pretrain", "helpful", "sft0.1", "dpo", "limited"],
+    "safety": ["pretrain", "helpful", "careful", "sft0.1", "dpo", "limited"],
     "llama": ["dpo-8b", "dpo-70b", "grpo-8b", "grpo-70b", "8b", "70b"],
 }
 
