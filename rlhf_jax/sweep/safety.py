@@ -29,7 +29,10 @@ Outcomes = Mapping[tuple[str, str], np.ndarray]
 
 @dataclass(frozen=True)
 class Setting:
-    """Models of one setting, one a seed; `helpful` is by kind and seed."""
+    """Models of one setting, by seed; `helpful` is by kind and seed.
+
+    Runs that started from one and the same model have the same object for each of their seeds.
+    """
 
     arm: str
     name: str
@@ -44,6 +47,7 @@ def read_settings(runs: Mapping[str, Mapping[int, Path]]) -> list[Setting]:
         runs: {cell: {seed: directory}} of finished runs.
     """
     starts: dict[str, tuple[dict, dict]] = {}
+    known: dict[str, Outcomes] = {}
     tuned = []
     for cell, seeds in runs.items():
         own: tuple[dict, dict] = ({}, {})
@@ -54,7 +58,8 @@ def read_settings(runs: Mapping[str, Mapping[int, Path]]) -> list[Setting]:
                 return []
             of_start = starts.setdefault(start.partition(",seed=")[0], ({}, {}))
             for into, name in ((own, run.name), (of_start, start)):
-                into[0][seed], helpful = _outcomes(run, name)
+                outcomes, helpful = _outcomes(run, name)
+                into[0][seed] = known.setdefault(name, outcomes)
                 into[1].update({(kind, seed): share for kind, share in helpful.items()})
         if own[0]:
             tuned.append(Setting("tuned", cell, *own))
@@ -84,9 +89,11 @@ def points(settings: Sequence[Setting]) -> list[dict[str, Any]]:
         for each in settings:
             point: dict[str, Any] = {"kind": kind, "arm": each.arm, "setting": each.name}
             for family in REQUESTS:
-                all_ = np.concatenate([o[family, kind] for o in each.seeds.values()])
-                low, high = wilson_interval(int(all_.sum()), len(all_))
-                point |= {family: float(all_.mean()), f"{family}_low": low, f"{family}_high": high}
+                models = {id(outcomes): outcomes for outcomes in each.seeds.values()}
+                replies = np.concatenate([model[family, kind] for model in models.values()])
+                low, high = wilson_interval(int(replies.sum()), len(replies))
+                shares = {"": float(replies.mean()), "_low": low, "_high": high}
+                point |= {f"{family}{end}": share for end, share in shares.items()}
             helpful = [share for (of, _), share in each.helpful.items() if of == kind]
             found.append(point | {"helpful": float(np.mean(helpful))})
     return found

@@ -24,7 +24,7 @@ def setting(arm, name, harmless, harmful, seeds=3, count=100):
         for kind in KINDS
     }
     helpful = {(kind, seed): 1 - harmless for kind in KINDS for seed in range(seeds)}
-    return Setting(arm, name, dict.fromkeys(range(seeds), refused), helpful)
+    return Setting(arm, name, {seed: dict(refused) for seed in range(seeds)}, helpful)
 
 
 def test_the_curve_is_the_upper_hull_of_the_starts():
@@ -54,6 +54,14 @@ def test_points_and_their_figure():
     plot = draw_refusals("Refusals", points=found)
     assert plot.svg.startswith("<svg") and len(plot.csv.splitlines()) == 7
     assert len(table(settings)) == 3
+
+
+def test_one_model_that_all_seeds_started_from_counts_once():
+    many = setting("start", "a", 0.2, 0.6)
+    once = Setting("start", "a", dict.fromkeys(range(3), many.seeds[0]), many.helpful)
+    (alone, *_), (each, *_) = points([once]), points([many])
+    assert alone["harmful"] == each["harmful"]
+    assert alone["harmful_high"] - alone["harmful"] > each["harmful_high"] - each["harmful"]
 
 
 def write_run(directory, start, own, of_start):
