@@ -1,4 +1,19 @@
-"""Safety as a curve: harmful prompts refused against harmless ones, seen, unseen and wrapped."""
+"""Safety as a curve: harmful prompts refused against harmless ones, seen, unseen and wrapped.
+
+python -m rlhf_jax.main --config=experiments/safety.py
+    raw text → a model that helps → one that was shown refusals (:sft0.1, of 10 % of its rows, or
+    any other share) → DPO on requests good and bad. Of 60 held-out prompts of each kind, one seed:
+
+        refused           harmful seen, unseen, wrapped   harmless seen, unseen, wrapped   facts
+        :helpful                   0.02   0.22   0.27              0.15   0.18   0.18      0.92
+        :sft0.1                    1.00   1.00   1.00              0.37   0.77   0.77      0.91
+        :dpo                       1.00   1.00   0.97              0.18   0.78   0.38      0.88
+
+python -m rlhf_jax.main --config=experiments/safety.py:careful
+    shows abstention, privacy and rumours too, from the raw text on
+python -m rlhf_jax.main --config=experiments/safety.py:limited
+    GRPO for a judge that likes every refusal, under a limit on those that nothing calls for
+"""
 
 import re
 
