@@ -20,6 +20,7 @@ from rlhf_jax.rl.layout import Rollout, pack_rows
 from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.stages import defaults, sampled
 from rlhf_jax.stages.online_preference import pack_best_and_worst
+from rlhf_jax.tasks.data_files import data_folder
 from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.training.checkpoint import load_params
 from rlhf_jax.training.rundir import RunDirectory
@@ -95,6 +96,23 @@ def test_evaluating_again_without_training_says_the_same(chain, tmp_path):
     )
     for name in ("eval/proxy_reward", "before/proxy_reward", "change/gold_reward", "eval/kl"):
         assert found[name] == pytest.approx(reported[name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    data_folder() is None or not (data_folder() / "safety_xstest").is_dir(),
+    reason="no public sets here",
+)
+def test_a_chat_model_answers_public_requests(chain, tmp_path, capsys):
+    _, runs = chain
+    flags = [f"--workdir={runs}/sft", "--tasks=xstest,advbench", "--count=6"]
+    assert evaluate.main([*flags, "--max-new-tokens=4", f"--out={tmp_path}/out"]) == 0
+    written = json.loads((tmp_path / "out/refusals.json").read_text())
+    assert {line["prompts"] for line in written["sets"]["advbench"]} == {6}
+    assert "mean nothing" in written["warning"] and "mean nothing" in capsys.readouterr().out
+    assert len(lines(tmp_path / "out/samples.jsonl")) == 12
+    assert evaluate.main([f"--workdir={runs}/reward", flags[1], f"--out={tmp_path}/no"]) == 2
+    assert "is no chat model" in capsys.readouterr().err
 
 
 def test_the_report_has_what_was_sampled(chain):
