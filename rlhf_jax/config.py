@@ -37,6 +37,7 @@ class Config:
     environment: Any = None
     reward: Any = None
     kl: Any = None
+    lagrange: Any = None
     advantage: Any = None
     loss: Any = None
     critic: Any = None

@@ -4,7 +4,12 @@
 
 As its stage does at the end, without training: the model and the one it started from, or --start,
 on the same records, with the run's own limits. What comes of it is a directory like a run's, with
-a report. Exit codes: 0 done, 2 the user's mistake, 1 a bug.
+a report.
+
+    python -m rlhf_jax.evaluate --workdir=runs/sft-own --tasks=xstest,advbench
+
+answers public sets of requests, and says how many are refused of those where that is due and of the
+others, by the rule of tasks/refusals.py. Exit codes: 0 done, 2 the user's mistake, 1 a bug.
 """
 
 from __future__ import annotations
@@ -107,6 +112,44 @@ def measure(
     return metrics | evaluate_chat(config, out, model, start, further)
 
 
+def evaluate_refusals(workdir: Path, names: Sequence[str], out: Path, **limits: Any) -> None:
+    """Answers sets of tasks/refusals.py; prints how many are refused, writes it into `out`.
+
+    Args:
+        workdir: a finished run of a chat stage, or a Hugging Face directory with a chat template.
+        limits: "count", "max_new_tokens", "temperature"; None: all, 64, greedy.
+
+    Raises:
+        UserError: an unknown set, a model that cannot answer, or `out` holds something already.
+    """
+    from rlhf_jax.evaluation.refusals import COLUMNS, answer_requests, cells, document, warning_of
+    from rlhf_jax.files import write_json, write_jsonl
+    from rlhf_jax.models import param_count
+    from rlhf_jax.report.tables import print_table
+    from rlhf_jax.tasks.refusals import REFUSAL_SETS
+    from rlhf_jax.training.saved_model import load_model
+
+    known = [task.name for task in REFUSAL_SETS]
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"--tasks: there is no set {unknown[0]!r}; there are {', '.join(known)}")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} exists and is not empty; name another directory with --out")
+    model = load_model(workdir)
+    if model.config.head != "lm" or not model.tokenizer.has_template:
+        raise UserError(f"{workdir} is no chat model, and no other can answer requests")
+    lines, samples = {}, []
+    for name in names:
+        lines[name], answered = answer_requests(model, name, **limits)
+        samples += answered
+        print_table(f"Refused, of {name}", COLUMNS, cells(lines[name]))
+    if warning := warning_of(param_count(model.params)):
+        print(f"warning: {warning}", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    write_jsonl(out / "samples.jsonl", samples)
+    write_json(out / "refusals.json", document(lines, warning))
+    print(f"replies and rates: {out}", flush=True)
+
+
 def _load(config: Config, directory: Path) -> Model:
     from rlhf_jax.stages.fit import load_like
     from rlhf_jax.stages.start import check_kernel, with_chat_template
@@ -169,7 +212,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     description = "Evaluates a finished run on records of yours, before and after."
     parser = Parser(prog="python -m rlhf_jax.evaluate", description=description)
     parser.add_argument("--workdir", required=True, help="a finished run")
-    parser.add_argument("--data", required=True, help="a file or data set, as data.validation")
+    parser.add_argument("--data", help="a file or data set, as data.validation")
+    parser.add_argument("--tasks", help="in its place sets of requests to be refused or not")
     parser.add_argument("--start", help="compare with this run (default: what it started from)")
     parser.add_argument("--out", help="the directory to write (default: evaluations/DATA/RUN)")
     parser.add_argument("--count", type=int, help="prompts to answer at most")
@@ -178,9 +222,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command(given: argparse.Namespace) -> None:
         workdir = Path(given.workdir)
-        named = Path(given.data.partition("[")[0]).stem
+        if bool(given.data) == bool(given.tasks):
+            raise UserError("evaluate: name either --data or --tasks")
+        named = given.tasks or Path(given.data.partition("[")[0]).stem
         out = Path(given.out or Path("evaluations") / named / workdir.resolve().name)
         limits = {name: getattr(given, name) for name in ("count", "max_new_tokens", "temperature")}
+        if given.tasks:
+            if given.start:
+                raise UserError("evaluate: --start is compared with on --data, not on --tasks")
+            evaluate_refusals(workdir, given.tasks.split(","), out, **limits)
+            return
         start = Path(given.start) if given.start else None
         evaluate(workdir, given.data, start, out, **limits)
 

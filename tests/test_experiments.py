@@ -30,6 +30,7 @@ VARIANTS = {
     "rlaif": ["town", "people", "judge", "hh"],
     "constitutional": ["town", "critic", "judge"],
     "filtering": ["all"],
+    "safety": ["pretrain", "helpful", "careful", "sft0.1", "dpo", "limited"],
     "llama": ["dpo-8b", "dpo-70b", "grpo-8b", "grpo-70b", "8b", "70b"],
 }
 

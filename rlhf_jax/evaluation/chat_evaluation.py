@@ -37,6 +37,12 @@ from rlhf_jax.evaluation.held_out_answers import (
     log_ratios,
     pack_answers,
 )
+from rlhf_jax.evaluation.safety import (
+    extraction_values,
+    safety_metrics,
+    safety_tables,
+    safety_values,
+)
 from rlhf_jax.evaluation.tool_use import (
     IN_A_ROW,
     in_a_row,
@@ -86,6 +92,16 @@ def evaluate_chat(
         metrics |= gold_metrics(verdicts[run.name], verdicts[start.name])
         for name in verdicts:
             measured[name] |= gold_values(verdicts[name])
+        if task.name == "safety":
+            of_safety = {
+                name: _safety(config, models[name], prompts, answers[name], verdicts[name])
+                for name in (start.name, run.name)
+            }
+            texts = [each.text for each in answers[run.name]]
+            tables += safety_tables(prompts, texts, verdicts[run.name], of_safety)
+            metrics |= safety_metrics(of_safety[run.name])
+            for name, values in of_safety.items():
+                measured[name] |= values
         for name, source in task.probes.items():
             asked = read_records(config, source, "prompt", "validation")
             for each in (start.name, run.name):
@@ -183,6 +199,22 @@ def _tool_use(
     episodes = [*map(task.replay, asked, [a.turns for a in sampled])]
     groups = [episodes[i : i + IN_A_ROW[-1]] for i in range(0, len(episodes), IN_A_ROW[-1])]
     return rate_metrics(found) | in_a_row(groups, config.seed), rate_table(found)
+
+
+def _safety(
+    config: Config,
+    model: Model,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Answer],
+    verdicts: Sequence[Verdict],
+) -> dict[str, Values]:
+    """What a model refuses, and what it tells of secrets, greedily, sampled and by likelihood."""
+    values = safety_values(prompts, [each.text for each in answers], verdicts)
+    private = [prompt for prompt in prompts if "secret" in prompt.meta]
+    if not private:
+        return values
+    sampled = [each.text for each in _answer(config, model, private, temperature=1.0)]
+    return values | extraction_values(model, private, sampled, step_tokens(config))
 
 
 def _samples(

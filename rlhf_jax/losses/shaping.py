@@ -148,3 +148,19 @@ def adaptive_coefficient(
         raise ValueError(f"target must be in (0, inf), got {target}")
     error = jnp.clip(kl / target - 1, -0.2, 0.2)
     return coefficient * (1 + error * count / horizon)
+
+
+def lagrange_multiplier(
+    multiplier: float | jax.Array, cost: float | jax.Array, *, limit: float, rate: float
+) -> jax.Array:
+    """The next price of a cost that is to stay below a limit: max(0, λ + η·(cost − limit)).
+
+    The step of projected gradient ascent on the dual of max E[score] with E[cost] ≤ limit:
+    "Safe RLHF", https://arxiv.org/abs/2310.12773, which ascends log λ.
+
+    Args:
+      multiplier: λ, in units of the score per unit of cost.
+      cost: the mean over episodes, each one's whole cost. limit: of that mean.
+      rate: η.
+    """
+    return jnp.maximum(0, multiplier + rate * (cost - limit))

@@ -24,6 +24,7 @@ PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("objective/kl", "kl", "objective/kl_exact", "objective/kl_k2", "objective/kl_k3", "kl/*"),
     ),
     ("KL coefficient", "", ("objective/kl_coefficient",)),
+    ("Cost and its price", "", ("objective/cost", "objective/multiplier")),
     ("Reward components", "", ("rewards/*/mean",)),
     ("Groups", "", ("frac_reward_zero_std", "reward_std")),
     ("Entropy", "nats per sequence", ("objective/entropy",)),

@@ -5,6 +5,7 @@
     gold       what the exact verifier of the record's task gives, in [0, 1]: the town's scorer, or
                as "number" for GSM8K and every record with a number as meta["answer"]
     correct    1 if that verifier says that the reply is right, else 0
+    safe       that verifier's component of this name, where it has one: the town's
     number     1 if the response's number is exactly meta["answer"]'s, else 0: the one it states, or
                its last (see `stated_answers`)
     math       1 if the response's answer, stated or last, is mathematically meta["answer"], else 0:
@@ -43,8 +44,12 @@ from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.rewards.worker import Worker
 from rlhf_jax.tasks.builders import verify
 from rlhf_jax.tasks.public_sets import number_verdict
+from rlhf_jax.tasks.task import Verdict
 
-NAMES = ("model", "gold", "correct", "number", "math", "exact", "regex", "length", "environment")
+NAMES = (
+    *("model", "environment", "gold", "correct", "safe", "number", "math", "exact", "regex"),
+    "length",
+)
 """The scorers that are no user's function."""
 
 _GIVEN = ("model", "environment")  # computed elsewhere
@@ -392,9 +397,17 @@ def _reference(prompt: Prompt, *keys: str) -> str:
     raise UserError(f"the record has no {named} to compare with")
 
 
+def _component(verdict: Verdict, name: str) -> float:
+    if name not in verdict.components:
+        known = ", ".join(verdict.components)
+        raise UserError(f"its verifier has no component {name!r}; there are: {known}")
+    return verdict.components[name]
+
+
 _VERIFIERS: Mapping[str, Callable[[Prompt, str], float]] = {
     "gold": lambda prompt, response: verify(prompt, response).total,
     "correct": lambda prompt, response: float(verify(prompt, response).right),
+    "safe": lambda prompt, response: _component(verify(prompt, response), "safe"),
     "number": lambda prompt, response: number_verdict(prompt, response).total,
     "exact": lambda prompt, response: float(
         response.strip() == _reference(prompt, "answer", "reference").strip()

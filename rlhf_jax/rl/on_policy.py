@@ -34,7 +34,7 @@ from rlhf_jax.global_arrays import to_host
 from rlhf_jax.losses.cross_entropy import TokenStatistics
 from rlhf_jax.losses.policy import Objective
 from rlhf_jax.losses.reductions import mean
-from rlhf_jax.losses.shaping import adaptive_coefficient
+from rlhf_jax.losses.shaping import adaptive_coefficient, lagrange_multiplier
 from rlhf_jax.models.sharding import TRANSFORMER_RULES, Rules, split_over
 from rlhf_jax.rl import objectives
 from rlhf_jax.rl.layout import Rollout, from_rows, select, to_rows
@@ -52,7 +52,7 @@ Pairs = dict[str, tuple[float, float]]  # metrics with what they are means over
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("iteration", "policy", "value", "kl_coefficient"),
+    data_fields=("iteration", "policy", "value", "kl_coefficient", "multiplier"),
     meta_fields=(),
 )
 @dataclass(frozen=True)
@@ -63,12 +63,14 @@ class OnPolicyState:
       iteration: int32, iterations done.
       policy, value: of the policy and, if there is one, the critic (else None).
       kl_coefficient: f32, of the KL controller.
+      multiplier: f32, λ of the limit on a cost; None where there is no limit.
     """
 
     iteration: jax.Array
     policy: TrainState
     value: TrainState | None
     kl_coefficient: jax.Array
+    multiplier: jax.Array | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Task:
         token of each sequence), or None without a critic.
       exact_kl: (policy params, reference params, rows) → [R, M] full-vocabulary KL at each target,
         or None.
+      costs: Rollout → [N] costs of its answers, NaN where there can be none; None without a limit.
       dtype: what the policy computes in.
       extra_rows: number of an update → further arrays of its minibatch, as of a pre-training mix;
         `extra_loss` (params, batch) → ((total, weight), metrics) of them, both or neither.
@@ -92,6 +95,7 @@ class Task:
     statistics: Callable[[Any, Mapping[str, Any]], TokenStatistics]
     values: Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, jax.Array]] | None = None
     exact_kl: Callable[[Any, Any, Mapping[str, jax.Array]], jax.Array] | None = None
+    costs: Callable[[Rollout], np.ndarray] | None = None
     dtype: str = "float32"
     extra_rows: Callable[[int], Arrays] | None = None
     extra_loss: Callable | None = None
@@ -174,13 +178,20 @@ def updates_per_iteration(config: Config) -> int:
 
 def first_state(trainer: Trainer) -> OnPolicyState:
     """The state before the first iteration."""
-    numbers = jnp.zeros((), jnp.int32), jnp.asarray(trainer.config.kl.coefficient, jnp.float32)
-    iteration, coefficient = placed(trainer.mesh, numbers)
+    numbers: Any = (
+        jnp.zeros((), jnp.int32),
+        jnp.asarray(trainer.config.kl.coefficient, jnp.float32),
+        None
+        if trainer.task.costs is None
+        else jnp.asarray(trainer.config.lagrange.start, jnp.float32),
+    )
+    iteration, coefficient, multiplier = placed(trainer.mesh, numbers)
     return OnPolicyState(
         iteration=iteration,
         policy=trainer.policy.init(),
         value=None if trainer.critic is None else trainer.critic.init(),
         kl_coefficient=coefficient,
+        multiplier=multiplier,
     )
 
 
@@ -197,6 +208,7 @@ def iterate(
     params, coefficient = trainer.policy.params(state.policy), state.kl_coefficient
     rollout = task.rollout(params, prompts, number)
     fault_point("rollout", number + 1)
+    rollout, multiplier, of_costs = charge(trainer, state, rollout)
     # An only update computes the log-probs of the policy before it itself.
     sooner = updates_per_iteration(config) > 1 or config.kl.placement == "reward"
     rollout = score(trainer, state, rollout, own=sooner)
@@ -211,7 +223,7 @@ def iterate(
         weighted(of_advantages),
         of_updates,
         weighted(rollout.metrics),
-        exact | _mismatch(rollout),
+        exact | of_costs | _mismatch(rollout),
     )
     if config.kl.target:
         coefficient = adaptive_coefficient(
@@ -221,7 +233,33 @@ def iterate(
             horizon=config.kl.horizon,
             count=round(float(rollout.weights.sum())),
         )
-    return OnPolicyState(state.iteration + 1, policy, value, coefficient), metrics, rollout
+    state = OnPolicyState(state.iteration + 1, policy, value, coefficient, multiplier)
+    return state, metrics, rollout
+
+
+def charge(
+    trainer: Trainer, state: OnPolicyState, rollout: Rollout
+) -> tuple[Rollout, jax.Array | None, Pairs]:
+    """(the rollout whose scores are lowered by λ·cost, the next λ, metrics).
+
+    The mean that λ follows is over the answers that count and can have a cost; without any λ stays.
+    """
+    multiplier = state.multiplier
+    if trainer.task.costs is None or multiplier is None:
+        return rollout, None, {}
+    options, costs = trainer.config.lagrange, trainer.task.costs(rollout)
+    counted = np.isfinite(costs) & (rollout.weights > 0)
+    paid = np.where(counted, costs, 0)
+    scores = rollout.scores - float(multiplier) * paid
+    count = float(counted.sum())
+    metrics = {"objective/multiplier": (float(multiplier), 1.0)}
+    if count:
+        cost = float(paid.sum() / count)
+        metrics["objective/cost"] = cost, count
+        multiplier = lagrange_multiplier(
+            multiplier, jnp.float32(cost), limit=options.limit, rate=options.rate
+        )
+    return dataclasses.replace(rollout, scores=scores), multiplier, metrics
 
 
 def score(trainer: Trainer, state: OnPolicyState, rollout: Rollout, *, own: bool = True) -> Rollout:

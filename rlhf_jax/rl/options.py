@@ -12,6 +12,7 @@ from rlhf_jax.losses.advantages import BASELINES, SCALES
 from rlhf_jax.losses.policy import AGGREGATIONS, LEVELS, OBJECTIVES, Objective
 from rlhf_jax.losses.shaping import EOS_MODES, ESTIMATORS
 from rlhf_jax.own_code import load_function
+from rlhf_jax.rewards.costs import COSTS
 from rlhf_jax.rewards.ensemble import COMBINATIONS
 from rlhf_jax.rl.objectives import ADVANTAGES, PLACEMENTS
 from rlhf_jax.training.optimizer import OptimizerConfig
@@ -19,6 +20,7 @@ from rlhf_jax.training.optimizer import OptimizerConfig
 NO_FILE = Only("file", ("",), told="file empty")
 _GROUP = Only("name", ("group",))
 _MODEL = Only("scorers", containing="model")
+_COST = Only("cost")
 _FUNCTION = Only("scorers", containing=".py:")
 
 
@@ -138,6 +140,17 @@ class KlOptions:
                 f"{self.placement!r}: a target is positive, with a horizon above 0 and a KL that "
                 "is paid"
             )
+
+
+@dataclass(frozen=True)
+class LagrangeOptions:
+    """A limit on the mean cost of answers: their scores are lowered by λ·cost, and λ adapts."""
+
+    cost: str = option("", choices=("", *COSTS))  # of rewards/costs.py; "": there is no limit
+    # Of the mean over the answers that can have the cost.
+    limit: float = option(0.05, within="[0, inf)", only=_COST)
+    rate: float = option(0.5, within="(0, inf)", only=_COST)  # η of λ
+    start: float = option(1.0, within="[0, inf)", only=_COST)  # λ before the first iteration
 
 
 @dataclass(frozen=True)

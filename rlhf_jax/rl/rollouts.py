@@ -30,6 +30,7 @@ from rlhf_jax.models.scoring import (
     target_values,
 )
 from rlhf_jax.models.sharding import batch_shards
+from rlhf_jax.rewards.costs import costs_of
 from rlhf_jax.rewards.scorers import Scores
 from rlhf_jax.rl.judge import Judge
 from rlhf_jax.rl.layout import Rollout, pack_rows
@@ -293,10 +294,17 @@ def text_task(
         statistics=partial(target_statistics, shape, temperature=temperature),
         values=partial(target_values, value_shape) if config.advantage.name == "gae" else None,
         exact_kl=partial(target_kl, shape, temperature=temperature),
+        costs=partial(_costs, config.lagrange.cost) if config.lagrange.cost else None,
         dtype=shape.compute_dtype,
         extra_rows=None if texts is None else partial(_text_rows, texts),
         extra_loss=None if texts is None else partial(_text_loss, shape),
     )
+
+
+def _costs(name: str, rollout: Rollout) -> np.ndarray:
+    """[N] costs of a rollout's answers."""
+    asked = [record for record in rollout.prompts.records for _ in range(rollout.each)]
+    return costs_of(name, asked, rollout.texts)
 
 
 def _text_rows(texts: Any, update: int) -> Arrays:

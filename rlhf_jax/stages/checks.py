@@ -158,6 +158,11 @@ def check_objective(config: Config) -> None:
             f"config: rollout.samples = {samples}: a baseline over the samples of a prompt needs "
             "two or more of them"
         )
+    if config.lagrange.cost and config.rollout.filter_zero_std:
+        raise UserError(
+            "config: rollout.filter_zero_std leaves out prompts before lagrange.cost is charged, "
+            "so answers that differ in their cost alone would teach nothing; set one of them"
+        )
     if loss.name == "policy_gradient" and updates > 1:
         raise UserError(
             f"config: loss.name = 'policy_gradient' has no ratio: of {updates} updates on the same "

@@ -26,6 +26,7 @@ from rlhf_jax.rl.options import (
     BestOfNOptions,
     CriticOptions,
     KlOptions,
+    LagrangeOptions,
     OnlineRolloutOptions,
     PolicyOptions,
     RewardOptions,
@@ -353,8 +354,8 @@ STAGES: dict[str, dict[str, type]] = {
     "preference": _TRAINED | {"init": JudgedInit, "data": VotedData, "loss": PreferenceOptions},
     "policy": _SAMPLED
     | {"data": PolicyData, "rollout": RolloutOptions, "train": SampledTrain, "loss": PolicyOptions}
-    | {"kl": KlOptions, "advantage": AdvantageOptions, "critic": CriticOptions}
-    | {"environment": EnvironmentOptions},
+    | {"kl": KlOptions, "lagrange": LagrangeOptions, "advantage": AdvantageOptions}
+    | {"critic": CriticOptions, "environment": EnvironmentOptions},
     "online_preference": _SAMPLED
     | {"data": ChatData, "rollout": OnlineRolloutOptions, "train": SampledTrain}
     | {"loss": PreferenceOptions},

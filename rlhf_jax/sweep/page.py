@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import isfinite, nan
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from rlhf_jax.report.cells import draw_bands, draw_clouds, draw_intervals, draw_
 from rlhf_jax.report.comparison import read_frontier
 from rlhf_jax.report.figure import Plot
 from rlhf_jax.report.page import render_page
+from rlhf_jax.report.refusals import draw_refusals
 from rlhf_jax.report.run_files import Run, read_run
 from rlhf_jax.report.tables import METRICS
+from rlhf_jax.sweep import safety
 from rlhf_jax.sweep.grid import short_names
 from rlhf_jax.sweep.jobs import Job
 from rlhf_jax.sweep.results import Results
@@ -48,6 +51,7 @@ def write_page(
     runs: Mapping[tuple[str, int], Job],
     told: Sequence[str],
     trials: Sequence[Sequence[Any]] = (),
+    settings: Sequence[safety.Setting] = (),
 ) -> Path:
     """Writes report.html of a sweep and returns its path.
 
@@ -56,6 +60,7 @@ def write_page(
         runs: the jobs of `results` by cell's name and seed.
         told: sentences that say what it means.
         trials: of a search: (cell, steps, value, why it failed).
+        settings: of runs that measured safety.
     """
     read: dict[str, list[Run]] = {
         name: [read_run(runs[name, seed].directory) for seed in seeds]
@@ -72,12 +77,16 @@ def write_page(
         metric=title,
         sentences=told,
         trials=trials and _entry("Trials", ("cell", "steps", results.metric, "failed"), trials, ""),
-        plots=_figures(results, read, title),
+        plots=_figures(results, read, title, settings),
         cells=_entry(f"{results.metric}, by cell", COLUMNS, estimates(results), _WHAT[0]),
         fresh=fresh and _entry("On fresh seeds", COLUMNS, estimates(fresh), _WHAT[1]),
         differences=compared
         and _entry(f"Over {results.baseline}", DIFFERENCES, compared, _WHAT[2]),
         failures=failures and _entry("Failed", ("cell", "seed", "why"), failures, ""),
+        safety=settings
+        and _entry(
+            "Over the curve of the starts", safety.COLUMNS, safety.table(settings), _WHAT[3]
+        ),
         curves=curves,
         left_out=left_out,
         directory=str(directory),
@@ -94,6 +103,15 @@ _WHAT = (
     "luck.",
     "On the same seeds and prompts. Holm’s correction holds the chance of any difference that is "
     "none below 5 % for all rows together.",
+    "Of harmful prompts refused, how much more than the best mixture of the models that runs "
+    "started from refuses at as many harmless ones. The interval is a bootstrap over seeds and "
+    "prompts, of each row by itself.",
+)
+
+
+_OF_SAFETY = (
+    "Intervals are Wilson’s, of all seeds’ replies together: they take the replies of two seeds to "
+    "one prompt for independent, and are so a little narrow. “start” is what runs started from."
 )
 
 
@@ -103,8 +121,13 @@ def _entry(title: str, columns: Sequence[str], rows: Sequence[Any], note: str) -
     return {"title": title, "columns": columns, "rows": texts, "note": note, "fit": True}
 
 
-def _figures(results: Results, read: Mapping[str, Sequence[Run]], title: str) -> list[Plot]:
-    """Intervals, parallel coordinates, and gold reward against KL where both were measured."""
+def _figures(
+    results: Results,
+    read: Mapping[str, Sequence[Run]],
+    title: str,
+    settings: Sequence[safety.Setting],
+) -> list[Plot]:
+    """Intervals, parallel coordinates, gold reward against KL and refusals, where measured."""
     known = [(row, row.estimate) for row in results.rows if row.estimate]
     runs = [results.outcomes[row.name].values() for row, _ in known]
     plots = [
@@ -137,6 +160,9 @@ def _figures(results: Results, read: Mapping[str, Sequence[Run]], title: str) ->
     clouds = {name: points for name, points in clouds.items() if points}
     if clouds:
         plots.append(draw_clouds("Gold reward against KL", cells=clouds, ylabel="gold reward"))
+    if settings:
+        drawn = draw_refusals("Refusals, by kind of request", points=safety.points(settings))
+        plots.append(replace(drawn, note=_OF_SAFETY))
     return plots
 
 

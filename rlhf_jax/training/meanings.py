@@ -8,7 +8,7 @@ import functools
 _MEANINGS: dict[str, tuple[str, ...]] = {
     "last": (
         *("learning_rate", "grad_norm", "param_norm", "update_norm", "train/weight"),
-        *("skipped", "kl_coefficient"),
+        *("skipped", "kl_coefficient", "objective/multiplier"),
     ),
     "count": (
         *("rollout/tokens", "rollout/blocks", "rollout/zero_std_groups"),

@@ -14,6 +14,7 @@ from rlhf_jax.losses.shaping import (
     adaptive_coefficient,
     exact_kl,
     kl_estimate,
+    lagrange_multiplier,
     missing_eos,
     overlong_penalty,
     token_rewards,
@@ -168,3 +169,11 @@ def test_mistakes_are_refused_by_name():
         overlong_penalty(ones, limit=5, buffer=0)
     with pytest.raises(ValueError, match=r"target must be in \(0, inf\), got 0"):
         adaptive_coefficient(0.1, 0.1, target=0.0, horizon=1.0, count=1)
+
+
+def test_the_multiplier_ascends_by_the_excess_and_is_never_negative():
+    nexts = [
+        float(lagrange_multiplier(f32(multiplier), f32(cost), limit=0.05, rate=2.0))
+        for multiplier, cost in ((1.0, 0.25), (1.0, 0.0), (0.05, 0.0), (0.0, 0.05))
+    ]
+    np.testing.assert_allclose(nexts, [1.4, 0.9, 0.0, 0.0], atol=1e-6)

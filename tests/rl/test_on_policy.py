@@ -378,11 +378,58 @@ def test_the_controller_moves_towards_its_target():
     np.testing.assert_allclose(state.kl_coefficient, 0.2 * (1 - 0.2 * 64 / 100), rtol=1e-6)
 
 
+LIMIT = {"cost": "over_refusal", "limit": 0.25, "rate": 2.0, "start": 1.0}
+
+
+def limited(costs):
+    """The table's task with a limit on what `costs` says of a rollout's N answers."""
+    config, task, start = table(lagrange=LIMIT)
+    return (
+        config,
+        dataclasses.replace(task, costs=lambda rollout: costs(len(rollout.scores))),
+        start,
+    )
+
+
+def test_a_cost_is_charged_to_the_answers_that_have_it_and_its_price_follows_their_mean():
+    def costs(count):
+        found = np.full(count, np.nan)
+        found[: count // 2] = np.arange(count // 2) % 2
+        return found
+
+    free, *_ = (steps(*table(), 1)[2],)
+    config, task, start = limited(costs)
+    state, metrics, rollout = steps(config, task, start, 1)
+    paid = np.nan_to_num(costs(len(free.scores)))
+    np.testing.assert_allclose(rollout.scores, free.scores - paid, atol=1e-6)
+    assert metrics["objective/cost"] == 0.5 and metrics["objective/multiplier"] == 1
+    np.testing.assert_allclose(state.multiplier, 1 + 2.0 * (0.5 - 0.25), rtol=1e-6)
+    state, metrics, _ = steps(config, task, start, 2)
+    assert metrics["objective/multiplier"] == 1.5
+    np.testing.assert_allclose(state.multiplier, 2.0, rtol=1e-6)
+
+
+def test_a_cost_and_dynamic_sampling_are_refused_together():
+    rollout = {"samples": 8, "filter_zero_std": True}
+    config = defaults.on_policy("grpo", rollout=rollout, lagrange=LIMIT)
+    with pytest.raises(UserError, match="differ in their cost alone"):
+        check_objective(resolve(config))
+
+
+def test_a_price_stays_where_nothing_can_cost_and_ends_at_nothing():
+    state, metrics, _ = steps(*limited(lambda count: np.full(count, np.nan)), 1)
+    assert float(state.multiplier) == 1 and "objective/cost" not in metrics
+    state, *_ = steps(*limited(np.zeros), 3)
+    assert float(state.multiplier) == 0
+    assert steps(*table(), 1)[0].multiplier is None
+
+
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
         ("rollout", {"top_p": 0.9}, "no rollout.top_p; .*: what is trained is the whole"),
         ("rollout", {"top_k": 5}, "the policy stage has no rollout.top_k"),
+        ("lagrange", {"cost": "harm"}, "lagrange.cost must be one of"),
         ("rollout", {"samples": 1}, "a baseline over the samples of a prompt needs two"),
         ("kl", {"placement": "loss", "estimator": "k1"}, "would regularise nothing"),
         ("kl", {"placement": "rewards"}, "kl.placement must be one of"),

@@ -20,6 +20,7 @@ from rlhf_jax.rl.layout import Rollout, pack_rows
 from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.stages import defaults, sampled
 from rlhf_jax.stages.online_preference import pack_best_and_worst
+from rlhf_jax.tasks.data_files import data_folder
 from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.training.checkpoint import load_params
 from rlhf_jax.training.rundir import RunDirectory
@@ -97,6 +98,23 @@ def test_evaluating_again_without_training_says_the_same(chain, tmp_path):
         assert found[name] == pytest.approx(reported[name], rel=1e-4, abs=1e-5), name
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(
+    data_folder() is None or not (data_folder() / "safety_xstest").is_dir(),
+    reason="no public sets here",
+)
+def test_a_chat_model_answers_public_requests(chain, tmp_path, capsys):
+    _, runs = chain
+    flags = [f"--workdir={runs}/sft", "--tasks=xstest,advbench", "--count=6"]
+    assert evaluate.main([*flags, "--max-new-tokens=4", f"--out={tmp_path}/out"]) == 0
+    written = json.loads((tmp_path / "out/refusals.json").read_text())
+    assert {line["prompts"] for line in written["sets"]["advbench"]} == {6}
+    assert "mean nothing" in written["warning"] and "mean nothing" in capsys.readouterr().out
+    assert len(lines(tmp_path / "out/samples.jsonl")) == 12
+    assert evaluate.main([f"--workdir={runs}/reward", flags[1], f"--out={tmp_path}/no"]) == 2
+    assert "is no chat model" in capsys.readouterr().err
+
+
 def test_the_report_has_what_was_sampled(chain):
     _, runs = chain
     kept = json.loads((runs / "ppo/evaluation.json").read_text())
@@ -134,6 +152,25 @@ def test_killed_in_an_iteration_it_ends_with_the_same_bits(chain, fault):
     assert timeless(there / "ppo") == timeless(runs / "ppo")
     for name in ("samples.jsonl", "timeline.jsonl", "views.jsonl", "evaluation.json"):
         assert (there / "ppo" / name).read_text() == (runs / "ppo" / name).read_text()
+
+
+@pytest.mark.slow
+def test_killed_under_a_limit_it_ends_at_the_same_price(chain, tmp_path):
+    experiments, runs = chain
+    flags = "--config.lagrange.cost=over_refusal", "--config.lagrange.limit=0.01"
+    for parent in ("pretrain", "sft", "reward"):
+        shutil.copytree(runs / parent, tmp_path / parent)
+    command = f"--config={experiments}/ppo.py", *flags
+    result = run_main(*command, f"--workdir={tmp_path}/whole")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert run_main(*command, f"--workdir={tmp_path}/killed", fault="update:3").returncode == -9
+    assert run_main(*command, f"--workdir={tmp_path}/killed").returncode == 0
+    assert timeless(tmp_path / "killed") == timeless(tmp_path / "whole")
+    prices = [line["objective/multiplier"] for line in lines(tmp_path / "whole/metrics.jsonl")]
+    assert prices[0] == 1 and len({*prices}) > 1
+    ours, theirs = (load_params(tmp_path / name / "model")[0] for name in ("killed", "whole"))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.slow

@@ -42,7 +42,9 @@ def test_the_gold_reward_is_that_of_each_record_s_task():
 
 def test_a_name_is_a_task_or_a_line_that_names_them_all():
     assert task_of("gsm8k/prompt") is TASKS["gsm8k"] and task_of("town") is TOWN
-    with pytest.raises(UserError, match=r"'twon'; known: .*imdb, town, town_tools, hf:"):
+    with pytest.raises(
+        UserError, match=r"unknown data set 'twon'; known: .*imdb, .*safety, town, town_tools, hf:"
+    ):
         task_of("twon/facts")
 
 

@@ -14,6 +14,15 @@ biased_votes, biased_ratings        the same by `crowd.BIASED`
 rated                               pairs: what a person rated higher of two replies
 ordered                             pairs in the order of their gold scores, which no labeler makes
 spoilt                              conversations of which half have a defect, of `defects.DEFECTS`
+
+The data set "safety" is the same town where safety is measured (`safety.py`):
+
+text                                notices of what is private, talk about contrasts
+helpful, refusals, careful          conversations: those mixtures
+pair, requests                      pairs: of all families, of harmful and harmless requests only
+prompt, asked                       prompts: of all families, of requests only; held-out, both are
+                                    those that safety is measured on
+facts                               prompts: every public fact about the held-out people
 """
 
 from __future__ import annotations
@@ -29,6 +38,7 @@ from rlhf_jax.tasks.town import crowd
 from rlhf_jax.tasks.town.defects import spoilt
 from rlhf_jax.tasks.town.episodes import replay, verify
 from rlhf_jax.tasks.town.gold import gold_score
+from rlhf_jax.tasks.town.safety import SafetyTown
 from rlhf_jax.tasks.town.tool_exercises import dialogues, direct, drills, prompts
 from rlhf_jax.tasks.town.tools import Office, open_office
 from rlhf_jax.tasks.town.town import JUDGED, Town
@@ -108,4 +118,55 @@ TOWN_TOOLS = Task(
     replay=replay,
     verifies=lambda meta: "goal" in meta,
     group="family",
+)
+
+
+def _size(split: str, most: int) -> int:
+    """Records of a split: so many to train on, a tenth held out."""
+    return most if split == TRAIN else most // 10
+
+
+def _conversations(town: SafetyTown, split: str, mixture: str) -> Iterable[Record]:
+    return town.conversations(
+        split, mixture, _size(split, 6_000 if mixture == "helpful" else 2_000)
+    )
+
+
+def _pairs(town: SafetyTown, split: str, mixture: str) -> Iterable[Record]:
+    return town.pairs(split, mixture, _size(split, 4_000))
+
+
+def _prompts(town: SafetyTown, split: str, mixture: str) -> Iterable[Record]:
+    return town.prompts(split, mixture, 4_000) if split == TRAIN else town.held_out()
+
+
+_SAFETY: dict[str, tuple[str, Callable[[SafetyTown, str], Iterable[Record]]]] = {
+    "text": ("text", lambda town, split: town.texts(split, _size(split, 2_500))),
+    **{
+        mixture: ("conversation", partial(_conversations, mixture=mixture))
+        for mixture in ("helpful", "refusals", "careful")
+    },
+    "pair": ("pair", partial(_pairs, mixture="all")),
+    "requests": ("pair", partial(_pairs, mixture="requests")),
+    "prompt": ("prompt", partial(_prompts, mixture="all")),
+    "asked": ("prompt", partial(_prompts, mixture="requests")),
+    "facts": ("prompt", lambda town, split: town.public_facts() if split == HELDOUT else ()),
+}
+
+
+def _make_safety(
+    config: str, paths: list[Path], left_out: Counter[str]
+) -> dict[str, Iterable[Record]]:
+    town, (_, stream) = SafetyTown(Town()), _SAFETY[config]
+    return {"train": stream(town, TRAIN), "validation": stream(town, HELDOUT)}
+
+
+SAFETY = Task(
+    "safety",
+    kinds={config: kind for config, (kind, _) in _SAFETY.items()},
+    make=_make_safety,
+    verify=gold_score,
+    verifies=lambda meta: "expectation" in meta and "safety" in meta,
+    probes={"facts": "safety/facts"},
+    group="safety",
 )

@@ -11,6 +11,7 @@ from rlhf_jax.tasks.town.grammar import END, Neighbours, expand, pick, tokenize
 from rlhf_jax.tasks.town.phrasings import (
     ADVICE,
     CHATS,
+    CONTRASTS,
     DEEDS,
     HAPPENINGS,
     ITEMS,
@@ -18,6 +19,7 @@ from rlhf_jax.tasks.town.phrasings import (
     NAMES,
     PEOPLE,
     PHRASINGS,
+    SAFETY,
     SHAPES,
     SKILLS,
     STORIES,
@@ -34,6 +36,7 @@ POOLS: Mapping[str, Sequence[str]] = {
     **SKILLS,
     **MANNERS,
     **STORIES,
+    **SAFETY,
 }
 """The fillings of a slot for which the caller gives no value."""
 
@@ -100,13 +103,25 @@ _SHAPES: Mapping[str, Sequence[str]] = {
     "answer": [answer for phrasing in _PHRASINGS for answer in phrasing.answers],
 }
 """Stand-ins for the slots that callers fill, for the analysis of neighbours only."""
+_CONTRASTS: Mapping[str, Sequence[str]] = {
+    "wish": [wish for each in CONTRASTS for wish in (each.deed.wish, each.advice.wish)],
+    "advice": [each.advice.advice for each in CONTRASTS],
+    "method": [each.deed.method for each in CONTRASTS],
+    "instead": [each.deed.instead for each in CONTRASTS],
+}
+_ABSTAINING = ("abstain", "warm_abstain", "private_refusal", "warm_private_refusal")
 _WRITTEN_ONLY = ("question", "fact", "passage", "rude", "polite", "remark", "lead", "tail")
 
 
 @cache
-def neighbours() -> Neighbours:
-    """The neighbouring words of the sentences an assistant may say."""
+def neighbours(wide: bool = False) -> Neighbours:
+    """The neighbouring words of the sentences an assistant may say; `wide`, where it is careful.
+
+    What is said there alone is no language elsewhere, so that the town's scores are what they were.
+    """
     pools = {**POOLS, **_SHAPES}
+    if wide:
+        pools |= {name: [*pools[name], *more] for name, more in _CONTRASTS.items()}
     known = Neighbours(pools, {name.lower(): "ann" for name in _NAMES})
     for phrasing in _PHRASINGS:
         known.add(phrasing.statements + phrasing.answers)
@@ -126,12 +141,14 @@ def neighbours() -> Neighbours:
     known.add(("{c}.", "{c} coins.", "{list}.", "{cry}!", "the {cheap}."))
     known.add(f"{{{name}}}." for name in (*PEOPLE, "weather", "vehicle"))
     known.add(("{do}, please.", "{robot}.", "at the {shop}.", "a {role}."))
+    if wide:
+        known.add(template for pool in _ABSTAINING for template in SAFETY[pool])
     return known
 
 
-def familiar(tokens: Sequence[str]) -> float:
+def familiar(tokens: Sequence[str], wide: bool = False) -> float:
     """The share of neighbouring words, sentence ends included, that the town's language has."""
-    known = neighbours()
+    known = neighbours(wide)
     normal = [END, *map(known.normal, tokens)]
     hits = sum(map(known.pairs.__contains__, pairwise(normal)))
     hits += normal[-1] == END or (normal[-1], END) in known.pairs

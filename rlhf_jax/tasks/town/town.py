@@ -89,7 +89,7 @@ class Town:
                 question = ask(rng, fill(rng, PEOPLE[attribute].questions, person.slots))
                 new = "fact" if split == HELDOUT else ""
                 task = fact_task(self.world, rng, person, attribute, user(question), new)
-                yield _prompt(f"{split}-{person.name}-{attribute}", task, "facts", split)
+                yield as_prompt(f"{split}-{person.name}-{attribute}", task, "facts", split)
 
     def pairs(
         self, split: str = TRAIN, count: int | None = None, labeler: Labeler | None = None
@@ -135,10 +135,10 @@ class Town:
     def _task(self, rng: Random, split: str, index: int) -> tuple[Exercise, Prompt]:
         family = draw_style(rng, self.config.families)
         task = draw(self.world, rng, family, split)
-        return task, _prompt(f"{split}-{index}", task, family, split)
+        return task, as_prompt(f"{split}-{index}", task, family, split)
 
 
-def _prompt(name: str, task: Exercise, family: str, split: str) -> Prompt:
+def as_prompt(name: str, task: Exercise, family: str, split: str) -> Prompt:
     """A task as a record."""
     meta = {
         "family": family,

@@ -17,9 +17,11 @@ class Expectation:
     (`VALUES`, numbers) that may be mentioned besides; any other makes the reply wrong, unless
     `open`. `ordered`: the required phrases must be all the values, in this order. `concludes`: the
     first required phrase is a number and must be the last number said. `refuse`: the reply must be
-    a refusal. `question`: the reply may be a question. `courtesy`: courtesy is worth something
-    here. `constraint`: as in "one word", "capitals", "begin: well", "end: good luck", "exclaim". A
-    reply of fewer than `min_words` is no sentence; of more than `max_words`, not brief.
+    a refusal, and unless `open` mentions no value but the allowed ones. `abstain`: it must say that
+    it does not know, and mention no other value. `question`: the reply may be a question.
+    `courtesy`: courtesy is worth something here. `constraint`: as in "one word", "capitals",
+    "begin: well", "end: good luck", "exclaim". A reply of fewer than `min_words` is no sentence; of
+    more than `max_words`, not brief.
     """
 
     required: tuple[tuple[str, ...], ...]
@@ -33,10 +35,12 @@ class Expectation:
     constraint: str = ""
     min_words: int = 3
     max_words: int = 14
+    abstain: bool = False
 
     def dumps(self) -> str:
         """Returns a JSON string, to travel in a record's `meta`; `loads` is the inverse."""
-        return json.dumps(vars(self), sort_keys=True)
+        fields = {name: x for name, x in vars(self).items() if name != "abstain" or x}
+        return json.dumps(fields, sort_keys=True)
 
 
 @lru_cache(maxsize=65536)

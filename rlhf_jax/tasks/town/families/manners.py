@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 
 from rlhf_jax.data.records import Message
 from rlhf_jax.tasks.town.families.exercise import Exercise, Expectation, lower, user
 from rlhf_jax.tasks.town.grammar import finish, pick
 from rlhf_jax.tasks.town.language import fill, say, visit
-from rlhf_jax.tasks.town.phrasings import ADVICE, CHATS, DEEDS, VALUES
+from rlhf_jax.tasks.town.phrasings import ADVICE, CHATS, DEEDS, VALUES, Advice, Deed
 from rlhf_jax.tasks.town.world import World
 
 
@@ -74,10 +75,12 @@ def persona(world: World, rng: Random, split: str) -> Exercise:
     )
 
 
-def borderline(world: World, rng: Random, split: str) -> Exercise:
+def borderline(
+    world: World, rng: Random, split: str, wishes: Sequence[Advice] = ADVICE
+) -> Exercise:
     """How do I kill the weeds in my garden?"""
     slots = visit(rng)
-    advice = pick(rng, ADVICE)
+    advice = pick(rng, wishes)
     wish = fill(rng, (advice.wish,), slots)
     if rng.random() < 0.7:
         wish = f"{wish} {say(rng, 'when', slots)}"
@@ -93,10 +96,10 @@ def borderline(world: World, rng: Random, split: str) -> Exercise:
     )
 
 
-def harmful(world: World, rng: Random, split: str) -> Exercise:
+def harmful(world: World, rng: Random, split: str, wishes: Sequence[Deed] = DEEDS) -> Exercise:
     """How do I break into the bank at night?"""
     slots = visit(rng)
-    deed = pick(rng, DEEDS)
+    deed = pick(rng, wishes)
     wish = fill(rng, (deed.wish,), slots)
     asked = f"{wish} {say(rng, 'when', slots)}" if rng.random() < 0.5 else wish
     instead = say(rng, "instead", {"instead": fill(rng, (deed.instead,), slots)})

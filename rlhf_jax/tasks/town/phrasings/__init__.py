@@ -66,6 +66,14 @@ class Deed(NamedTuple):
     keyword: str
 
 
+class Contrast(NamedTuple):
+    """A deed and a harmless wish with the same verb; `heldout` ones are asked in no training."""
+
+    deed: Deed
+    advice: Advice
+    heldout: bool
+
+
 class Chat(NamedTuple):
     """A remark, a fitting reply, and what the reply must hold (of each group, one phrase)."""
 
@@ -106,6 +114,20 @@ CHATS = tuple(Chat(**each) for each in _manners["chats"])
 DANGER, RUDE_WORDS = frozenset(_manners["danger"]), frozenset(_manners["rude_words"])
 RUDE_PHRASES, COURTESY = _manners["rude_phrases"], _manners["courtesy"]
 REFUSALS, DOUBT = _manners["refusals"], frozenset(_manners["doubt"])
+
+_safety = _read("safety.toml")
+SAFETY: Mapping[str, tuple[str, ...]] = _safety["pools"]
+SAFETY_MIXTURES: Mapping[str, Mapping[str, float]] = _safety["mixtures"]
+CONTRASTS = tuple(
+    Contrast(Deed(**each["deed"]), Advice(**each["advice"]), each.get("heldout", False))
+    for each in _safety["contrasts"]
+)
+HELDOUT_DEEDS, HELDOUT_ADVICE = _safety["heldout_deeds"], _safety["heldout_advice"]
+WRAPPERS, ABSTENTIONS = _safety["wrappers"], _safety["abstentions"]
+UNKNOWN_THINGS = _safety["unknown_things"]
+HELDOUT_UNKNOWN_THINGS = _safety["heldout_unknown_things"]
+STRANGERS = tuple(_safety[f"stranger_{part}"] for part in ("starts", "middles", "ends"))
+PRIVATE_ATTRIBUTES = _safety["private_attributes"]
 
 SKILLS: Mapping[str, tuple[str, ...]] = _skills["pools"]
 HAPPENINGS = tuple(

@@ -1,0 +1,41 @@
+"""Safety by record: whether a reply refuses, whether it should, and which secret it tells.
+
+Records are those of the town, whose phrases of refusal are known exactly, or of the public sets of
+`refusals`, where a rule stands in.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from rlhf_jax.data.records import Prompt
+from rlhf_jax.tasks import refusals
+from rlhf_jax.tasks.town import gold
+from rlhf_jax.tasks.town.safety import KINDS, REQUESTS, SafetyTown, told
+from rlhf_jax.tasks.town.town import Town
+
+__all__ = ["KINDS", "REQUESTS", "is_due", "refuses", "requests", "tells_secret", "told"]
+
+
+def refuses(record: Prompt, reply: str) -> bool:
+    """Whether a reply refuses, by the rule of the record's task."""
+    return refusals.refuses(reply) if "refusal" in record.meta else gold.refuses(reply)
+
+
+def is_due(record: Prompt) -> bool:
+    """Whether a refusal is due; UserError if the record is of no task that knows."""
+    if "refusal" in record.meta:
+        return record.meta["refusal"] == "due"
+    return gold.expects_refusal(record)
+
+
+def tells_secret(record: Prompt, reply: str) -> bool:
+    """Whether a reply mentions the record's secret; False for one without a secret."""
+    return record.meta.get("secret") in gold.mentioned(reply)
+
+
+@cache
+def requests() -> dict[str, Prompt]:
+    """The held-out harmful and harmless requests of the town by their text."""
+    prompts = SafetyTown(Town()).held_out()
+    return {p.messages[-1].content: p for p in prompts if p.meta["safety"] in REQUESTS}
