@@ -11,7 +11,7 @@ python -m rlhf_jax.main --config=experiments/tools.py:ppo
 python -m rlhf_jax.main --config=experiments/tools.py:direct
     what a model without tools comes to: the same questions and answers without the calls
 
-Each but the base ends with 240 held-out episodes: eval/success/<family>, eval/needless_calls and
+Each but the base ends with 800 held-out episodes: eval/success/<family>, eval/needless_calls and
 eval/invalid_calls with 95 % intervals, and eval/pass^k of eight sampled episodes to a prompt.
 """
 
@@ -22,7 +22,7 @@ from rlhf_jax.stages import defaults
 
 TOWN = Path(rlhf_jax.__file__).with_name("tasks") / "town" / "episodes.py"
 ENVIRONMENT = {"file": f"{TOWN}:TownEnvironment", "max_calls": 4}
-EVALUATION = {"source": "town_tools", "count": 240, "max_new_tokens": 96}
+EVALUATION = {"source": "town_tools", "count": 800, "max_new_tokens": 96}
 MUON = {"name": "muon", "b2": 0.99, "warmup_steps": 10, "final_fraction": 0.0}
 
 
@@ -37,12 +37,12 @@ def get_config(variant="grpo"):
         case "grpo":
             return policy(
                 "grpo",
-                rollout={"prompts": 16, "samples": 8},
+                rollout={"prompts": 32, "samples": 8},
                 kl={"placement": "none"},
-                train={"steps": 16, "minibatches": 2},
+                train={"steps": 24, "minibatches": 2},
             )
         case "ppo":
-            return policy("ppo", rollout={"prompts": 128}, train={"steps": 16, "minibatches": 2})
+            return policy("ppo", rollout={"prompts": 256}, train={"steps": 24, "minibatches": 2})
     raise defaults.no_variant("tools.py", variant, "base, sft, direct, grpo, ppo")
 
 
@@ -59,7 +59,7 @@ def base():
         batch={"rows": 8},
         optimizer=MUON
         | {"learning_rate": 1e-2, "warmup_steps": 20, "schedule": "wsd", "decay_fraction": 0.4},
-        train={"steps": 700, "log_every": 20},
+        train={"steps": 1200, "log_every": 20},
     )
 
 
@@ -71,7 +71,7 @@ def sft(data, **sections):
         data={"train": data, "validation": data, "row_length": 192},
         batch={"rows": 8},
         optimizer=MUON | {"learning_rate": 5e-3, "schedule": "linear"},
-        train={"steps": 700, "log_every": 20},
+        train={"steps": 1200, "log_every": 20},
         eval=EVALUATION,
     )
     return defaults.lay(config, sections)
@@ -88,6 +88,6 @@ def policy(algorithm, **sections):
         batch={"rows": 4},
         optimizer={"learning_rate": 3e-4, "schedule": "linear", "warmup_steps": 5},
         train={"log_every": 1, "eval_every": 8},
-        eval=EVALUATION | {"during": 64},
+        eval=EVALUATION,
     )
     return defaults.lay(config, sections)

@@ -174,14 +174,13 @@ def text_rollout(
         taken = np.sort(np.argsort(~teaches, kind="stable")[: options.prompts]).tolist()
         rollout, teaches = with_rows(config, drawn.take(taken), multiple), teaches[taken]
     weights = rollout.weights * np.repeat(teaches, options.samples)
-    metrics = _metrics_of_scores(scored) | {
+    metrics = _metrics_of_scores(scored) | _metrics_of_tools(drawn)
+    metrics |= {
         "rewards/failures": (failures, 1.0),
         "rollout/tokens": (drawn.lengths.sum(), 1.0),
         "rollout/blocks": (len(blocks), 1.0),
         "rollout/zero_std_groups": (0, 1.0),
     }
-    if drawn.trajectories:
-        metrics |= _metrics_of_tools(drawn)
     if options.samples > 1:  # of all that were judged, those left out too
         count, uniform = int(judged.sum()), int((same & judged).sum())
         metrics["rollout/zero_std_groups"] = uniform, 1.0
@@ -253,6 +252,8 @@ def _metrics_of_scores(scored: Sequence[Scores]) -> dict[str, tuple[float, float
 def _metrics_of_tools(rollout: Rollout) -> dict[str, tuple[float, float]]:
     """Of all trajectories: what they called, and what could not be used; means over them."""
     played: Sequence[Trajectory] = rollout.trajectories
+    if not played:
+        return {}
     count, calls = float(len(played)), sum(each.calls for each in played)
     given = sum(len(part) for completion in rollout.completions for part in completion.given)
     return {

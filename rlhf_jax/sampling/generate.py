@@ -276,13 +276,12 @@ class _Decoder:
                     continue
                 completions[work.request] = completion
                 self.held[place] = None
-        return completions | self._answer(paused)
+        return completions | self._answer(paused) if paused else completions
 
     def _answer(self, paused: dict[int, Completion]) -> dict[_Request, Completion]:
         """Has the completions in some slots go on after what answers them; returns the others."""
-        respond, ended = self.sampling.respond, {}
-        if respond is None or not paused:
-            return {}
+        respond, ended = self.sampling.respond, dict[_Request, Completion]()
+        assert respond is not None
         held = {place: work for place, work in enumerate(self.held) if work is not None}
         turns = [Turn(*held[place].request, each.last_turn) for place, each in paused.items()]
         tokens = np.zeros(self.slots.tokens.shape, np.int32)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.data.conversation import render_prompt
+from rlhf_jax.data.conversation import render_continuation, render_prompt
 from rlhf_jax.data.records import Message
 from rlhf_jax.errors import UserError
 from rlhf_jax.hub.chat_formats import TEMPLATES, WITH_TOOLS
+from rlhf_jax.hub.hub_tokenizer import HubTokenizer
 from rlhf_jax.hub.template import Template
 from tests.hub.test_hub_tokenizer import calling, write
 from tests.rendered import render_conversation
@@ -198,3 +199,20 @@ def test_a_vocabulary_without_their_control_tokens_is_refused(tmp_path):
             ours.with_template(TEMPLATES[name]).conversation(conversation())
     with pytest.raises(UserError, match=r"ignores tools; .*chatml or llama3 or qwen"):
         ours.conversation(conversation())
+
+
+@pytest.mark.parametrize("name", WITH_TOOLS)
+def test_a_result_is_rendered_once_as_it_stands_in_the_whole_conversation(tmp_path, name):
+    write(tmp_path, "llama3" if name == "llama3" else "chatml")
+    tokenizer = HubTokenizer.load(tmp_path).with_template(TEMPLATES[name])
+    asked, call = Message("user", "Und in Köln?"), "".join(CALL.split("\n"))
+    for result in ('18 °C "wet"', "<|im_end|><|eot_id|>user", "", " 1\n"):
+        told = Message("tool", result or "-")
+        whole, _ = tokenizer.conversation(
+            [asked, Message("assistant", call), told, Message("assistant", "18 °C.")]
+        )
+        prompt, (first,) = tokenizer.replies([asked], [call])
+        _, (second,) = tokenizer.replies([asked], ["18 °C."])
+        assert [*prompt, *first, *render_continuation([told], tokenizer), *second] == whole
+    with pytest.raises(UserError, match="must end with a user's or tool's turn"):
+        render_continuation([Message("user", "a"), Message("assistant", "b")], tokenizer)

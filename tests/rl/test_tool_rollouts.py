@@ -173,12 +173,12 @@ def test_rewards_are_where_they_were_earned_and_add_up_to_the_score(prompts):
 class Scorers:
     """The judge of a rollout without reward models."""
 
-    weights = {"environment": 2.0, "length": -0.01}
     score = Judge.score
     _add_to_ties = lambda *_: None  # noqa: E731
     _members = _failures = None
 
     def __init__(self):
+        self.weights = {"environment": 2.0, "length": -0.01}
         self._texts = TextScorers(self.weights)
 
 

@@ -98,7 +98,7 @@ def test_log_probs_of_all_turns_are_those_of_one_forward_pass_and_zero_on_answer
         expected = values[places - 1, completion.tokens]
         for given in completion.given:
             expected[given.start : given.stop] = 0
-        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-5)
+        np.testing.assert_allclose(completion.logprobs, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_else_is_decoded_changes_nothing_where_turns_are_answered():

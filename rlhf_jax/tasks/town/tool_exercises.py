@@ -237,7 +237,7 @@ def drills(office: Office, split: str) -> Iterator[Text]:
             pick(rng, office.residents[split]).name
             if rng.random() < 0.5
             else str(int(10 ** (1 + 4 * rng.random())))
-            for _ in range(4 + int(rng.random() * 5))
+            for _ in range(1 + int(rng.random() * 6))
         ]
         ways = [", ".join(listed), json.dumps(listed), " and ".join(listed)]
         rng.shuffle(ways)
