@@ -187,7 +187,7 @@ def every_section():
 def test_fields_are_few():
     fields = {stage: set(leaves(defaults.fields_of(stage))) for stage in defaults.STAGES}
     # Two are files of the user's own code, one is train.best, one what becomes of votes, and
-        # one the cost that a policy keeps below a limit.
+    # one the cost that a policy keeps below a limit.
     assert len(set().union(*fields.values())) <= 123
     assert len(fields["policy"]) <= 79
 
