@@ -104,7 +104,7 @@ def limited():
         init={"policy": "experiments/safety.py:sft0.1"},
         data={"train": "safety/asked", "validation": "safety/asked", "row_length": 320},
         batch={"rows": 4},
-        rollout={"prompts": 32, "samples": 8, "max_prompt_tokens": 64, "max_new_tokens": 40},
+        rollout={"prompts": 16, "samples": 8, "max_prompt_tokens": 64, "max_new_tokens": 40},
         reward={"scorers": "regex=1", "pattern": "n't (help|do)"},
         lagrange={"cost": "over_refusal", "limit": 0.05, "rate": 1.0},
         kl={"coefficient": 0.05},

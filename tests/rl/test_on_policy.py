@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import closing
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from rlhf_jax.stages import defaults
 from rlhf_jax.stages.chain import load_config
 from rlhf_jax.stages.checks import check_objective
 from rlhf_jax.stages.defaults import resolve
+from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.mesh import make_mesh
 from rlhf_jax.training.metrics import Means, Metrics, fetch
 from rlhf_jax.trees import named_leaves
@@ -407,6 +409,18 @@ def test_a_cost_is_charged_to_the_answers_that_have_it_and_its_price_follows_the
     state, metrics, _ = steps(config, task, start, 2)
     assert metrics["objective/multiplier"] == 1.5
     np.testing.assert_allclose(state.multiplier, 2.0, rtol=1e-6)
+
+
+def test_a_price_comes_back_from_a_checkpoint_and_goes_on_bit_for_bit(tmp_path):
+    trainer = trainer_of(*limited(lambda count: np.arange(count) % 2.0))
+    state, *_ = iterate(trainer, first_state(trainer), {})
+    with closing(Checkpoints(tmp_path / "checkpoints")) as checkpoints:
+        checkpoints.save(1, state, {"next_index": 1}, {"tokenizer_hash": "t"}, wait=True)
+        kept = checkpoints.restore(first_state(trainer)).state
+    (whole, *_), (again, *_) = (iterate(trainer, each, {}) for each in (state, kept))
+    assert float(kept.multiplier) == 1.5 and float(again.multiplier) == 2.0
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_a_cost_and_dynamic_sampling_are_refused_together():
