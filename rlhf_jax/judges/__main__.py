@@ -96,27 +96,29 @@ def worth(given: argparse.Namespace) -> None:
     """Says how many gold labels a judge's label is worth, by reward models from both."""
     import numpy as np
 
-    from rlhf_jax.files import write_json
+    from rlhf_jax.files import read_object, write_json
     from rlhf_jax.judges.kinds import open_judge
     from rlhf_jax.judges.page import write_worth
     from rlhf_jax.judges.worth import Worth, accuracies, label_both, reward_config, table
     from rlhf_jax.report.tables import print_table
 
     principles, counts = _principles(given), _counts(given.counts)
-    out, seeds = Path(given.out), range(given.seed, given.seed + given.seeds)
-    found: dict[str, list[list[float]]] = {"gold": [], "judge": []}
-    for seed in seeds:
+    out = Path(given.out)
+    found: list[dict[str, list[float]]] = []
+    for seed in range(given.seed, given.seed + given.seeds):
         given.seed = seed  # of all that this turn draws
-        with open_judge(given.judge, seed) as judge:
-            pairs = _sampled(given, "train")
-            both = label_both(judge, pairs, principles, counts[-1])
         folder = out / f"seed-{seed}"
-        folder.mkdir(parents=True)
-        config = reward_config(given.workdir, given.data, seed, given.steps)
-        labels = dict(zip(found, both, strict=True))
-        for name, values in accuracies(folder, labels, counts, config).items():
-            found[name].append(values)
-    measured = Worth(counts, *(np.array(each).T for each in found.values()))
+        kept = folder / "accuracies.json"
+        if not kept.exists():
+            with open_judge(given.judge, seed) as judge:
+                pairs = _sampled(given, "train")
+                both = label_both(judge, pairs, principles, counts[-1])
+            folder.mkdir(parents=True, exist_ok=True)
+            config = reward_config(given.workdir, given.data, seed, given.steps)
+            labels = dict(zip(("gold", "judge"), both, strict=True))
+            write_json(kept, accuracies(folder, labels, counts, config))
+        found.append(read_object(kept))
+    measured = Worth(counts, *(np.array([e[k] for e in found]).T for k in ("gold", "judge")))
     write_json(out / "worth.json", measured.to_json())
     print_table(f"Accuracy on {given.data}, and what a label of {given.judge} is worth in gold "
                 f"labels; {given.seeds} seeds", *table(measured))  # fmt: skip
@@ -160,8 +162,7 @@ def _check(given: argparse.Namespace) -> None:
     if given.run is worth:
         if given.seeds < 2 or given.steps < 11:
             raise UserError("--seeds is at least 2, and --steps more than the 10 of the warm-up")
-        if out.exists():
-            raise UserError(f"--out={out} is there; name a directory that is not")
+        _begin(given, out)
         return
     if given.run is card and out.suffix != ".json":
         raise UserError(f"--out={out}: a name that ends in .json; a page is written beside it")
@@ -173,6 +174,18 @@ def _check(given: argparse.Namespace) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out={out}: {error}") from None
+
+
+def _begin(given: argparse.Namespace, out: Path) -> None:
+    """Makes the directory of `worth`, or goes on in one that was begun with the same command."""
+    from rlhf_jax.files import read_object, write_json
+
+    asked = {name: value for name, value in vars(given).items() if name not in ("run", "seeds")}
+    stated = out / "made_from.json"
+    if out.exists() and (not stated.exists() or read_object(stated) != asked):
+        raise UserError(f"--out={out} is there, of another command; name a directory that is not")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(stated, asked)
 
 
 def _made(out: Path) -> Path:

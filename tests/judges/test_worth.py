@@ -103,7 +103,12 @@ def test_the_command_trains_from_both_and_says_what_a_label_is_worth(tmp_path, c
     assert np.shape(found["accuracy"]["gold"]) == np.shape(found["accuracy"]["judge"]) == (2, 2)
     assert len((tmp_path / "w" / "seed-1" / "gold.jsonl").read_text().splitlines()) == 60
     assert "Over all counts a label is worth" in capsys.readouterr().out
-    assert main(command) == 2  # the directory is there
+    kept = tmp_path / "w" / "seed-1" / "accuracies.json"
+    values = json.loads(kept.read_text())
+    kept.unlink()  # as if it had been killed
+    assert main(command) == 0 and json.loads(kept.read_text()) == values
+    assert main([*command, "--steps=12"]) == 2
+    assert "of another command" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("counts", ["60", "60,60", "0,60", "120,60", "a,b"])
