@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -95,18 +94,17 @@ class Environments:
     def __init__(self, options: EnvironmentOptions):
         self.options = options
         self._child: Child | None = None
-        self._told: Counter[str] = Counter()
+        self._told: set[str] = set()
         self.schemas = hosts.by_first(self._start)
 
     def _start(self) -> list[dict[str, Any]]:
-        options = self.options
-        tools = [each.strip() for each in options.tools.split(",") if each.strip()]
+        file, named = self.options.file, self.options.named
         arguments = {
-            "environment": options.file,
-            "tools": tools,
-            "seconds": options.timeout_seconds,
+            "environment": file,
+            "tools": named[1:] if file else named,
+            "seconds": self.options.timeout_seconds,
         }
-        blame = str(Path(options.named[0].rpartition(":")[0]).resolve())
+        blame = str(Path(named[0].rpartition(":")[0]).resolve())
         worker = str(Path(__file__).with_name("worker.py"))
         self._child = Child(
             worker, "load", arguments, LOAD_SECONDS, blame=blame, while_waiting=stop_point
@@ -168,6 +166,8 @@ class Environments:
         Raises:
             UserError: there is one, and environment.on_error is "fail".
         """
+        if not trajectories:
+            return []
         names = [str(each.index) for each in trajectories]
         with hosts.telling() as said:
             if self._child is not None:
@@ -194,8 +194,8 @@ class Environments:
             raise UserError(
                 f"{line}; mend it, or leave such trajectories out with environment.on_error=mask"
             )
-        self._told[reason] += 1
-        if self._told[reason] == 1:
+        if reason not in self._told:
+            self._told.add(reason)
             print(f"warning: {line}; left out and counted (environment.on_error=mask)", flush=True)
 
 

@@ -109,9 +109,9 @@ def kl_metrics(ratios: np.ndarray, seed: int) -> dict[str, float]:
 
 
 def ending_metrics(answers: Sequence[Answer] | Sequence[Completion]) -> dict[str, float]:
-    """Mean length in tokens, and the share of answers that ended by themselves."""
+    """Mean length in tokens of its own, and the share of answers that ended by themselves."""
     return {
-        "eval/response_length": float(np.mean([len(each.tokens) for each in answers])),
+        "eval/response_length": float(np.mean([_length(each) for each in answers])),
         "eval/eos_rate": float(np.mean([each.finished for each in answers])),
     }
 
@@ -119,6 +119,10 @@ def ending_metrics(answers: Sequence[Answer] | Sequence[Completion]) -> dict[str
 def ending_values(answers: Sequence[Answer]) -> dict[str, Values]:
     """What `ending_metrics` averages, answer by answer."""
     return {
-        "response_length": Values.of([len(each.tokens) for each in answers]),
+        "response_length": Values.of([_length(each) for each in answers]),
         "eos_rate": Values.of([each.finished for each in answers]),
     }
+
+
+def _length(each: Answer | Completion) -> int:
+    return len(each.tokens) - sum(map(len, each.given))

@@ -120,7 +120,7 @@ def test_grpo_with_a_users_function_as_its_tool(here):
     for line in lines(here / "runs/tools_grpo/metrics.jsonl"):
         assert line["tools/calls"] > 0 and line["tools/tokens"] > 2 * line["tools/calls"]
         assert 0 <= line["tools/invalid"] <= 1 and 0 <= line["tools/truncated"] <= 1
-        assert line["rollout/logprob_difference"] < 1e-5
+        assert line["rollout/logprob_difference"] < 2e-5
         assert line["policy/ratio_deviation"] < 1e-5
     summary = json.loads((here / "runs/tools_grpo/summary.json").read_text())["metrics"]
     assert "eval/kl" in summary
