@@ -27,7 +27,7 @@ VARIANTS = {
     "best_of_n": ["town", "sentiment"],
     "labelers": ["nuisance", "pooled", "majority", "weighted", "pairs", "rated", "ratings"],
     "rlaif": ["town", "people", "judge", "hh"],
-    "constitutional": ["town", "critic", "judge"],
+    "constitutional": ["town", "critic"],
     "filtering": ["all"],
     "llama": ["dpo-8b", "dpo-70b", "grpo-8b", "grpo-70b", "8b", "70b"],
 }
