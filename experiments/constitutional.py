@@ -14,10 +14,7 @@ def get_config(variant="town"):
     match variant:
         case "town":
             return written(
-                init={
-                    "critic": "experiments/constitutional.py:critic",
-                    "judge": "experiments/constitutional.py:judge",
-                },
+                init={"critic": "experiments/constitutional.py:critic"},
                 data={"train": "town/harmful,town/borderline", "row_length": 192},
                 batch={"rows": 8},
                 optimizer={"learning_rate": 1e-3},
@@ -26,22 +23,15 @@ def get_config(variant="town"):
                 eval={"source": "town/harmful", "count": 64},
             )
         case "critic":
-            return taught("critiques", steps=80)
-        case "judge":
-            return taught("judging", steps=60)
-    raise defaults.no_variant("constitutional.py", variant, "town, critic, judge")
-
-
-def taught(of, steps):
-    """A model that learns from 2,500 pairs in the order of gold."""
-    return written(
-        data={"train": "town/judged", "row_length": 320},
-        batch={"rows": 16},
-        optimizer={"learning_rate": 2e-3},
-        feedback={"of": of, "count": 2500},
-        train={"steps": steps},
-        eval={"count": 16},
-    )
+            return written(
+                data={"train": "town/judged", "row_length": 320},
+                batch={"rows": 16},
+                optimizer={"learning_rate": 2e-3},
+                feedback={"of": "critiques", "count": 2500},
+                train={"steps": 80},
+                eval={"count": 16},
+            )
+    raise defaults.no_variant("constitutional.py", variant, "town, critic")
 
 
 def written(init=None, **sections):

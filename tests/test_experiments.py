@@ -28,7 +28,7 @@ VARIANTS = {
     "labelers": ["nuisance", "pooled", "majority", "weighted", "pairs", "rated", "ratings"],
     "tools": ["base", "sft", "direct", "grpo", "ppo"],
     "rlaif": ["town", "people", "judge", "hh"],
-    "constitutional": ["town", "critic", "judge"],
+    "constitutional": ["town", "critic"],
     "filtering": ["all"],
     "safety": ["pretrain", "helpful", "careful", "sft0.1", "dpo", "limited"],
     "llama": ["dpo-8b", "dpo-70b", "grpo-8b", "grpo-70b", "8b", "70b"],
