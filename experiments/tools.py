@@ -15,13 +15,9 @@ Each but the base ends with 800 held-out episodes: eval/success/<family>, eval/n
 eval/invalid_calls with 95 % intervals, and eval/pass^k of eight sampled episodes to a prompt.
 """
 
-from pathlib import Path
-
-import rlhf_jax
 from rlhf_jax.stages import defaults
 
-TOWN = Path(rlhf_jax.__file__).with_name("tasks") / "town" / "episodes.py"
-ENVIRONMENT = {"file": f"{TOWN}:TownEnvironment", "max_calls": 4}
+ENVIRONMENT = {"file": "rlhf_jax/tasks/town/episodes.py:TownEnvironment", "max_calls": 4}
 EVALUATION = {"source": "town_tools", "count": 800, "max_new_tokens": 96}
 MUON = {"name": "muon", "b2": 0.99, "warmup_steps": 10, "final_fraction": 0.0}
 

@@ -25,6 +25,7 @@ from rlhf_jax.data.batches import random_bits
 from rlhf_jax.data.calls import is_error
 from rlhf_jax.data.conversation import Tokenizer, render_continuation, render_prompt
 from rlhf_jax.data.records import Message, Prompt
+from rlhf_jax.digests import ROOT as PACKAGE
 from rlhf_jax.errors import UserError
 from rlhf_jax.stopping import stop_point
 
@@ -37,7 +38,9 @@ _SOME = Only("named", told="file or environment.tools")
 class EnvironmentOptions:
     """What answers a policy's turns: an environment, or tools that it may call."""
 
-    file: str = ""  # "mine.py:Env": environments/environment.py, or TRL's class
+    # "mine.py:Env": environments/environment.py, or TRL's class. A path that begins with rlhf_jax/
+    # is of this package, where there is no such file.
+    file: str = ""
     tools: str = ""  # "mine.py:calculate,mine.py:search": functions with types and docstrings
     # The schemas of the tools are told in the first turn of every prompt.
     describe: bool = option(True, only=_SOME)
@@ -49,8 +52,16 @@ class EnvironmentOptions:
 
     @property
     def named(self) -> list[str]:
-        """The functions and the class, each "path.py:name"."""
-        return [*filter(None, (each.strip() for each in (self.file, *self.tools.split(","))))]
+        """The class and the functions, each "path.py:name"."""
+        every = (each.strip() for each in (self.file, *self.tools.split(",")))
+        return [_locate(each) for each in every if each]
+
+
+def _locate(target: str) -> str:
+    """The target, with its whole path if it is of this package and not of the current folder."""
+    file = target.rpartition(":")[0]
+    packaged = file.startswith(f"{PACKAGE.name}/") and not Path(file).exists()
+    return str(PACKAGE.parent / target) if packaged else target
 
 
 @dataclass
@@ -98,10 +109,11 @@ class Environments:
         self.schemas = hosts.by_first(self._start)
 
     def _start(self) -> list[dict[str, Any]]:
-        file, named = self.options.file, self.options.named
+        named = self.options.named
+        classes = 1 if self.options.file else 0
         arguments = {
-            "environment": file,
-            "tools": named[1:] if file else named,
+            "environment": "".join(named[:classes]),
+            "tools": named[classes:],
             "seconds": self.options.timeout_seconds,
         }
         blame = str(Path(named[0].rpartition(":")[0]).resolve())

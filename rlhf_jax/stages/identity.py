@@ -78,6 +78,8 @@ def _contents(config: Config) -> dict[str, str]:
     if config.environment is not None:
         own += [("environment", target) for target in config.environment.named]
     for field, target in own:
+        if Path(target).resolve().is_relative_to(PACKAGE):  # whose code is recorded as such
+            continue
         for file in _with_imports(Path(target.rpartition(":")[0])):
             contents[f"{field}: {file}"] = file_digest(file)
     return {name: digest for name, digest in contents.items() if digest}

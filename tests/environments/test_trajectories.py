@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from rlhf_jax.data.records import Message, Prompt
+from rlhf_jax.digests import ROOT as PACKAGE
 from rlhf_jax.environments.trajectories import (
     EnvironmentOptions,
     Environments,
@@ -254,3 +255,11 @@ def test_seeds_are_of_the_prompt_and_of_31_bits():
     assert trajectory_seeds(3, [5]) != trajectory_seeds(4, [5])
     assert all(0 <= s < 2**31 for s in trajectory_seeds(0, range(100)))
     assert dataclasses.replace(EnvironmentOptions(), file="a.py:B").named == ["a.py:B"]
+
+
+def test_a_file_of_the_package_is_found_from_anywhere(files):
+    town = "rlhf_jax/tasks/town/episodes.py:TownEnvironment"
+    options = EnvironmentOptions(town, "trl.py:calculate")
+    assert options.named == [str(PACKAGE.parent / town), "trl.py:calculate"]
+    with Environments(EnvironmentOptions(town)) as environments:
+        assert environments.schemas == []
