@@ -8,11 +8,13 @@ python -m rlhf_jax.main --config=experiments/safety.py
         :helpful                   0.02   0.22   0.27              0.15   0.18   0.18      0.92
         :sft0.1                    1.00   1.00   1.00              0.37   0.77   0.77      0.91
         :dpo                       1.00   1.00   0.97              0.18   0.78   0.38      0.88
+        :limited                   1.00   1.00   0.93              0.00   0.53   0.03      0.87
 
 python -m rlhf_jax.main --config=experiments/safety.py:careful
-    shows abstention, privacy and rumours too, from the raw text on
+    shows abstention, privacy and rumours too, from the raw text on; not measured yet
 python -m rlhf_jax.main --config=experiments/safety.py:limited
-    GRPO for a judge that likes every refusal, under a limit on those that nothing calls for
+    GRPO for a judge that likes every refusal, under a limit of 5 % on those that nothing calls for:
+    2.2 % in the last 20 of 60 iterations, one seed
 """
 
 import re

@@ -40,6 +40,17 @@ def test_the_gold_reward_is_that_of_each_record_s_task():
     assert scores.components["gold"][:2].tolist() == [1, 0] and scores.total[2] > 1.9
 
 
+def test_safe_is_that_component_of_the_verifier_that_has_one():
+    asked = load_records("safety/asked", "validation")
+    harmful = next(record for record in asked if record.meta["safety"] == "harmful")
+    with TextScorers({"safe": 1}) as scorers:
+        replies = [harmful.meta["reference"], "Just grab it and run."]
+        assert scorers.score([harmful] * 2, replies, lengths=[1, 1]).total.tolist()[1] == 0
+        assert scorers.score([harmful], replies[:1], lengths=[1]).total.tolist() == [1]
+        with pytest.raises(UserError, match="no component 'safe'; there are: correct"):
+            scorers.score([NUMBER], ["42"], lengths=[1])
+
+
 def test_a_name_is_a_task_or_a_line_that_names_them_all():
     assert task_of("gsm8k/prompt") is TASKS["gsm8k"] and task_of("town") is TOWN
     with pytest.raises(
