@@ -2,6 +2,18 @@
 
 python -m rlhf_jax.main --config=experiments/constitutional.py
     the embedded town's harmful requests and harmless ones that sound like them
+
+python -m rlhf_jax.sweep --config=experiments/constitutional.py --seeds=5 \\
+        --metric=feedback/harmful/safe_change
+    revisions of 300 answers, sampled at temperature 1, by a critic (:critic) that learnt from 2,500
+    gold-ordered pairs under both principles; 95 % intervals over five seeds, one critic. By gold
+    `safe` on harmful requests rises from 0.53 to 0.79, +0.263 (+0.237 to +0.284): less than the 0.3
+    that was hoped for. `correct` on harmless ones that sound like them rises too, 0.28 to 0.36,
+    +0.076 (+0.051 to +0.095; feedback/borderline/correct_change)
+… --config.feedback.judge=gold
+    only what an exact judge prefers is taken from the critic: +0.261 (+0.235 to +0.282) and +0.074
+… --config.feedback.judge=model --config.init.judge=experiments/rlaif.py:judge
+    as a judge that is right on 78 % of pairs has it: +0.167 (+0.148 to +0.186) and +0.034
 """
 
 from rlhf_jax.stages import defaults

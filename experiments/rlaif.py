@@ -16,6 +16,7 @@ python -m rlhf_jax.sweep --config=experiments/rlaif.py --seeds=5 --metric=eval/g
     0.794 and 0.536. It is courtesy, 0.98 and 0.69: of right answers there are −0.020 (−0.045 to
     +0.009), of safe ones −0.009 (−0.012 to −0.006). Yet the judge agrees with gold on 69 % of the
     pairs, people on 94 %: what 400 labels teach this model is manners.
+    The five fresh seeds of the sweep were not run
 """
 
 from rlhf_jax.stages import defaults

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,11 +14,10 @@ from rlhf_jax.judges import ai_preference, ai_sft, feedback
 from rlhf_jax.judges.constitution import DEFAULT, read_constitution
 from rlhf_jax.judges.judge import Answers, SimulatedJudge
 from rlhf_jax.judges.revision import gold_changes, keep_preferred
-from rlhf_jax.stages import chain, defaults
+from rlhf_jax.stages import defaults
 from rlhf_jax.stages.checks import check
 from rlhf_jax.tasks.sources import read_source
 from rlhf_jax.tasks.town.town import Town
-from rlhf_jax.training.summary import read_summary
 from tests.test_export import saved
 
 PRINCIPLES = {each.name: each for each in read_constitution(DEFAULT)}
@@ -142,25 +140,3 @@ def test_a_judge_that_is_not_there_is_named():
     config = config_of("ai_preference", init={"policy": "x"}, feedback={"principles": "sade"})
     with pytest.raises(UserError, match="did you mean 'safe'"):
         feedback.principles_of(config)
-
-
-@pytest.mark.slow
-def test_a_run_of_ai_feedback_is_a_run_like_any_other(experiments, tmp_path, monkeypatch):
-    monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
-    source = f"{experiments}/fed_back.py"
-    (experiments / "fed_back.py").write_text(
-        (experiments / "dpo.py").read_text().replace('"preference"', '"ai_preference"')
-    )
-    config = chain.load_config(source)
-    prompts = f"{experiments}/prompts.jsonl"
-    config.data.train = prompts
-    config.feedback.update(judge="people", count=8, max_new_tokens=12)
-    place = tmp_path / "runs" / "judge=people,seed=0"
-    chain.run(config, source, place)
-    lines = (place / feedback.FILE).read_bytes()
-    assert len(lines.splitlines()) == 8
-    assert read_summary(place)["stage"] == "ai_preference"
-    said = read_summary(place)
-    assert json.loads((place / feedback.MADE).read_text())["counts"]["labelled"] >= 8
-    chain.run(config, source, place)  # it is finished
-    assert (place / feedback.FILE).read_bytes() == lines and read_summary(place) == said
