@@ -57,14 +57,16 @@ def write_card(path: Path, judge: str, title: str, cards: Mapping[str, Card]) ->
 
 def write_worth(path: Path, judge: str, told: str, found: Worth) -> None:
     """Writes the page of what its labels are worth; `told` says so in a sentence."""
-    cells = {}
-    for name, values in (("gold", found.gold), (judge, found.judge)):
-        estimates = [each[1 if name == "gold" else 2] for each in found.estimates()]
-        cells[name] = {
-            "steps": found.counts, "mean": [e.mean for e in estimates],
-            "low": [e.low for e in estimates], "high": [e.high for e in estimates],
+    estimates = found.estimates()
+    of_gold, of_judge = [each[1] for each in estimates], [each[2] for each in estimates]
+    cells = {
+        name: {
+            "steps": found.counts, "mean": [e.mean for e in each],
+            "low": [e.low for e in each], "high": [e.high for e in each],
             "runs": values.T.tolist(),
-        }  # fmt: skip
+        }
+        for name, values, each in (("gold", found.gold, of_gold), (judge, found.judge, of_judge))
+    }  # fmt: skip
     title = "Accuracy of a reward model by gold order"
     plots = [draw_bands(title, cells=cells, xlabel="labels", ylabel="accuracy")]
     columns, rows = worth.table(found)
