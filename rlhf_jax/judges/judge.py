@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
 from typing import Protocol
@@ -17,8 +17,6 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.judges.constitution import Principle
 from rlhf_jax.tasks.builders import verifier_of, verify
 from rlhf_jax.tasks.task import Verdict
-from rlhf_jax.tasks.town.dataset import TOWN
-from rlhf_jax.tasks.town.labelers import Labeler, preference
 
 PASS = 0.5
 """An answer passes a principle if its gold component is as large as this."""
@@ -185,29 +183,32 @@ class SimulatedJudge:
 
 @dataclass(frozen=True)
 class People:
-    """The town's labelers (`tasks.town.labelers`), one of whom votes on each pair, once.
+    """The labelers of a task, one of whom votes on each pair, once.
 
     The vote does not depend on the principle or the order, and is a function of the seed.
     """
 
-    labeler: Labeler = field(default_factory=Labeler)
     seed: int = 0
 
     def __call__(self, shown: Sequence[Comparison], principle: Principle) -> Answers:
         """See `Judge`; the vote as 0 or 1, ½ of the same answer twice.
 
         Raises:
-            UserError: the prompts are not the town's.
+            UserError: the prompts' task has no labelers.
         """
-        if verifier_of([each.prompt for each in shown]) is not TOWN:
-            raise UserError("people are the town's labelers, and know its prompts only")
-        return Answers(np.array([self._prefers(each) for each in shown]), {})
+        task = verifier_of([each.prompt for each in shown])
+        if task is None or task.preference is None:
+            raise UserError(
+                "people are a task's labelers, as the town's, who know its prompts"
+            )
+        likes = task.preference
+        return Answers(np.array([self._prefers(each, likes) for each in shown]), {})
 
-    def _prefers(self, shown: Comparison) -> float:
+    def _prefers(self, shown: Comparison, preference: Callable[[Prompt, str, str], float]) -> float:
         if shown.first == shown.second:
             return 0.5
         one, other = sorted((shown.first, shown.second))
         asked = [message.content for message in shown.prompt.messages]
         drawn = Random(repr((self.seed, "people", asked, one, other))).random()
-        likes_one = drawn < preference(self.labeler, shown.prompt, one, other)
+        likes_one = drawn < preference(shown.prompt, one, other)
         return float(likes_one == (shown.first == one))

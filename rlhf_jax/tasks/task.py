@@ -54,6 +54,8 @@ class Task:
       verify: the verdict on a reply to a record; UserError if `verifies` is false of the record.
       replay: the episode with tools that a record and the assistant's turns in it make.
       verifies: whether a record with this `meta` has what `verify` needs.
+      preference: the probability that one of its labelers, shown two replies to a record, prefers
+        the first; None if it has no labelers.
       probes: names of further prompts by data set; the share of right replies to the held-out ones
         is reported as eval/correct/<name>.
       group: the key of `meta` by which reports group the records, "" for none.
@@ -66,5 +68,6 @@ class Task:
     verify: Callable[[Prompt | Pair | Conversation, str], Verdict] | None = None
     replay: Callable[[Prompt, Sequence[str]], Episode] | None = None
     verifies: Callable[[Mapping[str, str]], bool] = lambda meta: False
+    preference: Callable[[Prompt, str, str], float] | None = None
     probes: Mapping[str, str] = field(default_factory=dict)
     group: str = ""

@@ -38,6 +38,7 @@ from rlhf_jax.tasks.town import crowd
 from rlhf_jax.tasks.town.defects import spoilt
 from rlhf_jax.tasks.town.episodes import replay, verify
 from rlhf_jax.tasks.town.gold import gold_score
+from rlhf_jax.tasks.town.labelers import Labeler, preference
 from rlhf_jax.tasks.town.safety import SafetyTown
 from rlhf_jax.tasks.town.tool_exercises import dialogues, direct, drills, prompts
 from rlhf_jax.tasks.town.tools import Office, open_office
@@ -79,6 +80,7 @@ TOWN = Task(
     make=_make,
     verify=gold_score,
     verifies=lambda meta: "expectation" in meta,
+    preference=partial(preference, Labeler()),
     probes={"facts": "town/facts"},
     group="family",
 )
