@@ -198,9 +198,7 @@ class People:
         """
         task = verifier_of([each.prompt for each in shown])
         if task is None or task.preference is None:
-            raise UserError(
-                "people are a task's labelers, as the town's, who know its prompts"
-            )
+            raise UserError("people are a task's labelers, as the town's, who know its prompts")
         likes = task.preference
         return Answers(np.array([self._prefers(each, likes) for each in shown]), {})
 
