@@ -221,13 +221,8 @@ def comparable(run):
     return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        *(pytest.param(p, marks=pytest.mark.slow) for p in ("step:7", "checkpoint:arrays:8")),
-        "summary",
-    ],
-)
+@pytest.mark.slow  # of quick ones test_policy kills a chain, and training/test_faults a loop
+@pytest.mark.parametrize("fault", ["step:7", "checkpoint:arrays:8", "summary"])
 def test_killed_dpo_resumes_to_the_same_bits(chain, tmp_path, fault):
     experiments, runs, _ = chain
     copy_parents(runs, tmp_path)
