@@ -39,8 +39,8 @@ BOUNDS = {
     "functions on the walk of clip": 19,
     "files on the walk of clip": 10,
     # One is `fit.kept_before`: what a run starts from is measured once, by every stage; another is
-    # `shapes.is_tie`, which every line of a file is asked. Five more are of turns that are answered:
-    # which tokens of an answer it said itself, and what is said of tools, also where there are none.
+    # `shapes.is_tie`, which every line of a file is asked. Five more are of turns that are
+    # answered: which tokens of an answer it said itself, and what is said of tools.
     "functions on the walk of prompt": 86,
     "files on the walk of prompt": 32,
     "containers on the walk of prompt": 5,
