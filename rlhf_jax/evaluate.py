@@ -122,7 +122,13 @@ def evaluate_refusals(workdir: Path, names: Sequence[str], out: Path, **limits: 
     Raises:
         UserError: an unknown set, a model that cannot answer, or `out` holds something already.
     """
-    from rlhf_jax.evaluation.refusals import COLUMNS, answer_requests, cells, document, warning_of
+    from rlhf_jax.evaluation.refusals import (
+        COLUMNS,
+        answer_requests,
+        document,
+        table_rows,
+        warning_of,
+    )
     from rlhf_jax.files import write_json, write_jsonl
     from rlhf_jax.models import param_count
     from rlhf_jax.report.tables import print_table
@@ -141,7 +147,7 @@ def evaluate_refusals(workdir: Path, names: Sequence[str], out: Path, **limits: 
     for name in names:
         lines[name], answered = answer_requests(model, name, **limits)
         samples += answered
-        print_table(f"Refused, of {name}", COLUMNS, cells(lines[name]))
+        print_table(f"Refused, of {name}", COLUMNS, table_rows(lines[name]))
     if warning := warning_of(param_count(model.params)):
         print(f"warning: {warning}", flush=True)
     out.mkdir(parents=True, exist_ok=True)

@@ -21,8 +21,8 @@ BOUNDS = {
     # calls are written, chat) and 680 in `environments/`; what is said of tools and of safety took
     # 370 in `evaluation/`, a cost below a limit 130, and stages that train on AI feedback 60 and
     # 650 in `judges/`; the town's tools and its safety are 1,380 of `tasks/`.
-    "lines of the core": 22_039,
-    "lines with the annexes": 42_794,
+    "lines of the core": 22_040,
+    "lines with the annexes": 42_807,
     "functions over 60 lines": 1,
     "functions over 80 lines": 0,
     "functions over 8 parameters": 2,

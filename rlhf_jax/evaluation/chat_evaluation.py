@@ -45,11 +45,11 @@ from rlhf_jax.evaluation.safety import (
 )
 from rlhf_jax.evaluation.tool_use import (
     IN_A_ROW,
-    in_a_row,
+    count_episodes,
+    pass_metrics,
     rate_metrics,
     rate_table,
-    rates,
-    several,
+    repeat_prompts,
 )
 from rlhf_jax.files import write_jsonl
 from rlhf_jax.stopping import stop_point
@@ -193,12 +193,13 @@ def _tool_use(
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Metrics and the table of `tool_use`, of these answers and of several sampled ones."""
     assert task.replay
-    found = rates(prompts, [*map(task.replay, prompts, [a.turns for a in answers])], task.group)
-    asked = several(prompts[: config.eval.count // IN_A_ROW[-1] + 1])
+    replayed = [*map(task.replay, prompts, [a.turns for a in answers])]
+    found = count_episodes(prompts, replayed, task.group)
+    asked = repeat_prompts(prompts[: config.eval.count // IN_A_ROW[-1] + 1])
     sampled = _answer(config, model, asked, temperature=1.0)
     episodes = [*map(task.replay, asked, [a.turns for a in sampled])]
     groups = [episodes[i : i + IN_A_ROW[-1]] for i in range(0, len(episodes), IN_A_ROW[-1])]
-    return rate_metrics(found) | in_a_row(groups, config.seed), rate_table(found)
+    return rate_metrics(found) | pass_metrics(groups, config.seed), rate_table(found)
 
 
 def _safety(

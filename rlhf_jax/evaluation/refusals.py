@@ -30,7 +30,7 @@ class Refused(NamedTuple):
     empty: int
 
 
-def refused(prompts: Sequence[Prompt], replies: Sequence[str]) -> list[Refused]:
+def count_refusals(prompts: Sequence[Prompt], replies: Sequence[str]) -> list[Refused]:
     """A line of all prompts where a refusal is due, of all where it is not, and of each type."""
     groups: dict[tuple[str, bool], list[str]] = {}
     for prompt, reply in zip(prompts, replies, strict=True):
@@ -49,7 +49,7 @@ def refused(prompts: Sequence[Prompt], replies: Sequence[str]) -> list[Refused]:
 COLUMNS = ("prompts", "count", "refused", "95 %", "empty")
 
 
-def cells(lines: Sequence[Refused]) -> list[list[Any]]:
+def table_rows(lines: Sequence[Refused]) -> list[list[Any]]:
     """A table's rows, under `COLUMNS`."""
     return [
         [
@@ -71,7 +71,7 @@ def answer_requests(
     max_new_tokens: int | None,
     temperature: float | None,
 ) -> tuple[list[Refused], list[dict[str, Any]]]:
-    """(`refused` of a set's prompts, each with its reply) of a model; None: all, 64, greedy."""
+    """(`count_refusals` of a set, its prompts with a model's replies); None: all, 64, greedy."""
     longest = max_new_tokens or 64
     room = model.config.max_length - longest
     records = read_source(name, "prompt", "validation")[:count]
@@ -88,7 +88,7 @@ def answer_requests(
         {"set": name, "prompt": prompt.messages[-1].content, "reply": text, **prompt.meta}
         for prompt, text in zip(prompts.records, texts, strict=True)
     ]
-    return refused(prompts.records, texts), samples
+    return count_refusals(prompts.records, texts), samples
 
 
 def warning_of(parameters: int) -> str:
@@ -103,5 +103,5 @@ def warning_of(parameters: int) -> str:
 
 def document(lines: Mapping[str, Sequence[Refused]], warning: str) -> dict[str, Any]:
     """All of it as JSON values: {"warning", "sets": {name: […]}}."""
-    sets = {name: [each._asdict() for each in lines_] for name, lines_ in lines.items()}
+    sets = {name: [each._asdict() for each in of_set] for name, of_set in lines.items()}
     return {"warning": warning, "sets": sets}

@@ -17,7 +17,7 @@ from rlhf_jax.tasks.task import Episode
 IN_A_ROW = (1, 2, 4, 8)
 
 
-def rates(
+def count_episodes(
     records: Sequence[Prompt], episodes: Sequence[Episode], group: str
 ) -> dict[str, tuple[int, int]]:
     """(how many, of how many) by name.
@@ -37,7 +37,7 @@ def rates(
 
 
 def rate_metrics(found: Mapping[str, tuple[int, int]]) -> dict[str, float]:
-    """eval/<name> with 95 % interval of those of `rates` that are of one or more."""
+    """eval/<name> with 95 % interval of those of `count_episodes` that are of one or more."""
     metrics: dict[str, float] = {}
     for name, (count, total) in found.items():
         if total:
@@ -47,7 +47,7 @@ def rate_metrics(found: Mapping[str, tuple[int, int]]) -> dict[str, float]:
     return metrics
 
 
-def in_a_row(episodes: Sequence[Sequence[Episode]], seed: int) -> dict[str, float]:
+def pass_metrics(episodes: Sequence[Sequence[Episode]], seed: int) -> dict[str, float]:
     """eval/pass^k for each k of `IN_A_ROW`, with 95 % interval over prompts.
 
     Args:
@@ -63,7 +63,7 @@ def in_a_row(episodes: Sequence[Sequence[Episode]], seed: int) -> dict[str, floa
     return metrics
 
 
-def several(records: Sequence[Prompt]) -> list[Prompt]:
+def repeat_prompts(records: Sequence[Prompt]) -> list[Prompt]:
     """Each record as often as the largest k of `IN_A_ROW`, under names of their own."""
     return [
         dataclasses.replace(record, id=f"{record.id} ({k})")
@@ -73,7 +73,7 @@ def several(records: Sequence[Prompt]) -> list[Prompt]:
 
 
 def rate_table(found: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-    """The report's table of `rates`."""
+    """The report's table of `count_episodes`."""
     rows = []
     for name, (count, total) in found.items():
         low, high = wilson_interval(count, total)

@@ -46,13 +46,10 @@ from rlhf_jax.tasks.builders import verify
 from rlhf_jax.tasks.public_sets import number_verdict
 from rlhf_jax.tasks.task import Verdict
 
-NAMES = (
-    *("model", "environment", "gold", "correct", "safe", "number", "math", "exact", "regex"),
-    "length",
-)
+_GIVEN = ("model", "environment")  # computed elsewhere
+NAMES = (*_GIVEN, "gold", "correct", "safe", "number", "math", "exact", "regex", "length")
 """The scorers that are no user's function."""
 
-_GIVEN = ("model", "environment")  # computed elsewhere
 _FUNCTION = re.compile(r".+\.py:[^\W\d]\w*")
 MATH_SECONDS = 5.0
 """How long "math" may take for one response."""

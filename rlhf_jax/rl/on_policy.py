@@ -178,13 +178,10 @@ def updates_per_iteration(config: Config) -> int:
 
 def first_state(trainer: Trainer) -> OnPolicyState:
     """The state before the first iteration."""
-    numbers: Any = (
-        jnp.zeros((), jnp.int32),
-        jnp.asarray(trainer.config.kl.coefficient, jnp.float32),
-        None
-        if trainer.task.costs is None
-        else jnp.asarray(trainer.config.lagrange.start, jnp.float32),
-    )
+    config, multiplier = trainer.config, None
+    if trainer.task.costs is not None:
+        multiplier = jnp.asarray(config.lagrange.start, jnp.float32)
+    numbers = jnp.zeros((), jnp.int32), jnp.asarray(config.kl.coefficient, jnp.float32), multiplier
     iteration, coefficient, multiplier = placed(trainer.mesh, numbers)
     return OnPolicyState(
         iteration=iteration,

@@ -57,7 +57,7 @@ class Sampling:
       batch_size: slots decoded together; a completion that ends makes room for the next.
       respond: answers completions that a stop token ended, which then go on in the same cache; all
         tokens, those of answers too, count to max_new_tokens, and where an answer does not fit
-        the completion is cut off before it. It may not be called in the order of the prompts.
+        the completion is cut off before it. In which order it is asked is not that of the prompts.
       cache_length: positions of a slot, by default those of the longest prompt and
         max_new_tokens, rounded up to 2ⁿ or 3·2ⁿ; the code is compiled once for each.
     """

@@ -6,7 +6,13 @@ import pytest
 
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.evaluation.statistics import wilson_interval
-from rlhf_jax.evaluation.tool_use import in_a_row, rate_metrics, rate_table, rates, several
+from rlhf_jax.evaluation.tool_use import (
+    count_episodes,
+    pass_metrics,
+    rate_metrics,
+    rate_table,
+    repeat_prompts,
+)
 from rlhf_jax.tasks.task import Episode, Verdict
 
 RECORDS = [
@@ -26,7 +32,7 @@ EPISODES = [
 
 
 def test_rates_are_of_episodes_and_of_calls():
-    found = rates(RECORDS, EPISODES, "family")
+    found = count_episodes(RECORDS, EPISODES, "family")
     assert found == {
         "success/no_tool": (1, 2),
         "success/sums": (2, 3),
@@ -41,17 +47,17 @@ def test_rates_are_of_episodes_and_of_calls():
 
 
 def test_a_rate_of_nothing_is_none():
-    found = rates(RECORDS[:1], [episode(1.0, 0, 0, 1)], "family")
+    found = count_episodes(RECORDS[:1], [episode(1.0, 0, 0, 1)], "family")
     assert found["invalid_calls"] == (0, 0)
     assert "eval/invalid_calls" not in rate_metrics(found)
     assert rate_table(found)["rows"][-1][2] is None
 
 
 def test_in_a_row_is_over_several_episodes_to_a_prompt():
-    asked = several(RECORDS[:2])
+    asked = repeat_prompts(RECORDS[:2])
     assert len({record.id for record in asked}) == 16 and asked[0].meta == RECORDS[0].meta
     groups = [[episode(float(i < c), 1, 0, 1) for i in range(8)] for c in (8, 4)]
-    metrics = in_a_row(groups, 0)
+    metrics = pass_metrics(groups, 0)
     assert metrics["eval/pass^1"] == 0.75
     assert metrics["eval/pass^2"] == pytest.approx((1 + 6 / 28) / 2)
     assert metrics["eval/pass^8"] == 0.5

@@ -9,7 +9,7 @@ import pytest
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.environments.trajectories import EnvironmentOptions, Environments
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import ModelConfig, init
+from rlhf_jax.models import init
 from rlhf_jax.models.scoring import target_statistics
 from rlhf_jax.rewards.scorers import TextScorers
 from rlhf_jax.rl.judge import Judge
@@ -19,20 +19,11 @@ from rlhf_jax.rl.rollouts import sample_answers, text_rollout
 from rlhf_jax.stages import defaults
 from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.training.saved_model import Model
+from tests.tiny_model import GROUPED
 
 BOS, END, TOOL, USER, ASK = 1, 2, 3, 4, 5
 WORDS = {6: "a", 7: "b", 8: "ab", 9: "c", 10: "1", 11: "2", 12: "3"}
-CONFIG = ModelConfig(
-    vocab_size=13,
-    layers=2,
-    width=16,
-    heads=4,
-    kv_heads=2,
-    head_dim=4,
-    mlp_width=24,
-    max_length=64,
-    init_std=0.5,
-)
+CONFIG = GROUPED
 PARAMS = init(CONFIG, jax.random.key(0))
 ENV = """
 class Env:

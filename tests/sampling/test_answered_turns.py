@@ -8,22 +8,13 @@ import numpy as np
 import pytest
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import ModelConfig, apply, init, logits
+from rlhf_jax.models import apply, init, logits
 from rlhf_jax.sampling.arguments import Sampling
 from rlhf_jax.sampling.generate import generate
+from tests.tiny_model import GROUPED
 
 END, TOOL, ASK = 2, 3, 4
-CONFIG = ModelConfig(
-    vocab_size=13,
-    layers=2,
-    width=16,
-    heads=4,
-    kv_heads=2,
-    head_dim=4,
-    mlp_width=24,
-    max_length=64,
-    init_std=0.5,
-)
+CONFIG = GROUPED
 PARAMS = init(CONFIG, jax.random.key(0))
 PROMPTS = [[1, 5, 6], [1], [1, 7, 8, 9, 10, 11], [1, 12]]
 LIMIT = 40

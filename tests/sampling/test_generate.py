@@ -13,24 +13,15 @@ import pytest
 from scipy.stats import chisquare
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import ModelConfig, apply, init, logits
+from rlhf_jax.models import apply, init, logits
 from rlhf_jax.models.scoring import target_kl, target_statistics
 from rlhf_jax.sampling import engine
 from rlhf_jax.sampling.arguments import Sampling
 from rlhf_jax.sampling.generate import first_stop, generate
 from tests.models.small import KINDS, forward, noisy, random_tokens
+from tests.tiny_model import GROUPED
 
-CONFIG = ModelConfig(
-    vocab_size=13,
-    layers=2,
-    width=16,
-    heads=4,
-    kv_heads=2,
-    head_dim=4,
-    mlp_width=24,
-    max_length=64,
-    init_std=0.5,  # far from uniform
-)
+CONFIG = GROUPED
 PARAMS = init(CONFIG, jax.random.key(0))
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [1, 2, 3], [12, 0]]
 

@@ -25,7 +25,7 @@ from random import Random
 from rlhf_jax.data.records import Conversation, Message, Pair, Prompt, Text
 from rlhf_jax.tasks.town.families import draw, split_of
 from rlhf_jax.tasks.town.families.exercise import Exercise, Expectation, lower, user
-from rlhf_jax.tasks.town.families.knowledge import allowed, ask, false_slots, required
+from rlhf_jax.tasks.town.families.knowledge import ask, claim_exercise
 from rlhf_jax.tasks.town.families.manners import borderline, harmful
 from rlhf_jax.tasks.town.grammar import finish, pick
 from rlhf_jax.tasks.town.labelers import Labeler, compare
@@ -282,25 +282,14 @@ class SafetyTown:
             attribute = pick(rng, self.town.config.attributes)
             if person.name not in self._secrets or attribute not in PRIVATE_ATTRIBUTES:
                 break
-        phrasing, truth = PEOPLE[attribute], person.slots
-        false = false_slots(rng, self.town.world, person, attribute)
-        true = rng.random() < 1 / 3
-        right, reverse = ("yes", "no") if true else ("no", "yes")
-        stated = fill(rng, (phrasing.claim,), truth if true else false)
         pool = "rumour_question" if split == TRAIN else "heldout_rumour_question"
-        return Exercise(
-            messages=user(finish(say(rng, pool, {**visit(rng), "claim": stated}))),
-            plain=fill(rng, (f"{right}, {phrasing.claim}.",), truth),
-            short=fill(rng, (f"{right}, {phrasing.short}.",), truth),
-            wrong=fill(rng, (f"{reverse}, {phrasing.claim}.",), false),
-            expectation=Expectation(
-                required=((right,), required(person, attribute)),
-                allowed=allowed(person, attribute),
-                min_words=4,
-            ),
-            key=f"{person.name} {attribute} {true}",
-            meta={"kind": "true" if true else "false", "subject": person.name},
-        )
+
+        def ask_whether(claim: str) -> str:
+            return say(rng, pool, {**visit(rng), "claim": claim})
+
+        world, share = self.town.world, 1 / 3
+        made, true = claim_exercise(world, rng, person, attribute, share, ask_whether)
+        return replace(made, meta={"kind": "true" if true else "false", "subject": person.name})
 
 
 _REQUESTING = ("harmful", "borderline")

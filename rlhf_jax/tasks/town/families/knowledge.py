@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from random import Random
 
 from rlhf_jax.data.records import Message
@@ -142,14 +143,37 @@ def claims(world: World, rng: Random, split: str) -> Exercise:
     new, group, rephrased = _novelty(rng, split)
     person = pick(rng, world.people_of[group])
     attribute = pick(rng, world.config.attributes)
+    templates = HELDOUT_CLAIM_QUESTIONS if rephrased else CLAIM_QUESTIONS
+
+    def ask_whether(claim: str) -> str:
+        return fill(rng, templates, {"claim": claim})
+
+    made, _ = claim_exercise(world, rng, person, attribute, 0.5, ask_whether)
+    meta = {"subject": person.name, "attribute": attribute}
+    return dataclasses.replace(made, heldout=new, meta=meta)
+
+
+def claim_exercise(
+    world: World,
+    rng: Random,
+    person: Subject,
+    attribute: str,
+    share: float,
+    ask_whether: Callable[[str], str],
+) -> tuple[Exercise, bool]:
+    """(a claim about a person that is to be confirmed or denied, whether it is true).
+
+    Args:
+        share: of claims that are true.
+        ask_whether: claim → the question.
+    """
     phrasing, truth = PEOPLE[attribute], person.slots
     false = false_slots(rng, world, person, attribute)
-    true = rng.random() < 0.5
+    true = rng.random() < share
     right, reverse = ("yes", "no") if true else ("no", "yes")
     stated = fill(rng, (phrasing.claim,), truth if true else false)
-    templates = HELDOUT_CLAIM_QUESTIONS if rephrased else CLAIM_QUESTIONS
-    return Exercise(
-        messages=user(finish(fill(rng, templates, {"claim": stated}))),
+    made = Exercise(
+        messages=user(finish(ask_whether(stated))),
         plain=fill(rng, (f"{right}, {phrasing.claim}.",), truth),
         short=fill(rng, (f"{right}, {phrasing.short}.",), truth),
         wrong=fill(rng, (f"{reverse}, {phrasing.claim}.",), false),
@@ -159,9 +183,8 @@ def claims(world: World, rng: Random, split: str) -> Exercise:
             min_words=4,
         ),
         key=f"{person.name} {attribute} {true}",
-        heldout=new,
-        meta={"subject": person.name, "attribute": attribute},
     )
+    return made, true
 
 
 def followup(world: World, rng: Random, split: str) -> Exercise:
