@@ -33,6 +33,7 @@ from rlhf_jax.evaluation.held_out_answers import (
     answer,
     ending_metrics,
     ending_values,
+    kept_answers,
     kl_metrics,
     log_ratios,
     pack_answers,
@@ -80,8 +81,11 @@ def evaluate_chat(
     plots, tables = [*further.pop("plots", [])], [*further.pop("tables", [])]
     prompts = held_out_prompts(config, model).records[: config.eval.count]
     tables += console.few_records("held-out prompts", len(prompts))
-    models = {**_ancestors(config, start, model), run.name: model}
-    answers = {name: _answer(config, each, prompts) for name, each in models.items()}
+    directories = {path.name: path for path in ancestry(start) if path.name != run.name}
+    models = {**_ancestors(config, directories, model), run.name: model}
+    answers = {
+        name: _answer(config, each, prompts, directories.get(name)) for name, each in models.items()
+    }
     metrics = _sampled_kl(config, model, models[start.name], prompts)[0]
     metrics |= ending_metrics(answers[run.name])
     measured = {name: ending_values(each) for name, each in answers.items()}
@@ -105,7 +109,8 @@ def evaluate_chat(
         for name, source in task.probes.items():
             asked = read_records(config, source, "prompt", "validation")
             for each in (start.name, run.name):
-                told = verdicts_of(asked, [a.turns for a in _answer(config, models[each], asked)])
+                replies = _answer(config, models[each], asked, directories.get(each))
+                told = verdicts_of(asked, [a.turns for a in replies])
                 measured[each][f"correct/{name}"] = Values.of([verdict.right for verdict in told])
             metrics |= correct_metrics(name, told)
         plots = [*gold_plots(prompts, verdicts, group), *plots]
@@ -148,18 +153,18 @@ def held_out_prompts(config: Config, model: Model) -> PromptSet:
     return prompts
 
 
-def _ancestors(config: Config, start: Path, model: Model) -> dict[str, Model]:
+def _ancestors(config: Config, directories: Mapping[str, Path], model: Model) -> dict[str, Model]:
     """The models that `model` comes from, by the names of their runs, oldest first.
 
     One without a chat template that works answers under the template of `model`.
     """
     models = {}
-    for path in ancestry(start):
+    for name, path in directories.items():
         stop_point(together=True)
         each = load_model(path, mesh=mesh_of(config))
         if not each.tokenizer.has_template:
             each = dataclasses.replace(each, tokenizer=model.tokenizer)
-        models[path.name] = each
+        models[name] = each
     return models
 
 
@@ -174,18 +179,23 @@ def _sampled_kl(
 
 
 def _answer(
-    config: Config, model: Model, prompts: Sequence[Prompt], temperature: float | None = None
+    config: Config,
+    model: Model,
+    prompts: Sequence[Prompt],
+    directory: Path | None = None,
+    temperature: float | None = None,
 ) -> list[Answer]:
+    """`directory`: where a model lies that is not trained any more; its answers are kept."""
+    options: dict[str, Any] = {
+        "max_new_tokens": config.eval.max_new_tokens,
+        "temperature": config.eval.temperature if temperature is None else temperature,
+        "seed": config.seed,
+        "tokens": step_tokens(config),
+    }
     with environments_of(config.environment) as environments:
-        return answer(
-            model,
-            prompts,
-            max_new_tokens=config.eval.max_new_tokens,
-            temperature=config.eval.temperature if temperature is None else temperature,
-            seed=config.seed,
-            tokens=step_tokens(config),
-            environments=environments,
-        )
+        if directory is not None and environments is None:
+            return kept_answers(model, directory, prompts, **options)
+        return answer(model, prompts, environments=environments, **options)
 
 
 def _tool_use(

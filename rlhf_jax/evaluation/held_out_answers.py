@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from rlhf_jax.evaluation.row_passes import in_record_order, response_logprobs, r
 from rlhf_jax.evaluation.statistics import bootstrap_interval
 from rlhf_jax.sampling.arguments import Sampling
 from rlhf_jax.sampling.generate import Completion, generate
+from rlhf_jax.training.kept_results import kept_result, result_key
 from rlhf_jax.training.saved_model import Model
 
 SLOTS = 64  # replies sampled together at most
@@ -70,13 +73,52 @@ def answer(
     )
     replies = generate(model.config, model.params, rendered, sampling, seed=seed)
     return [
-        Answer(
-            model.tokenizer.decode_text(reply.last_turn),
-            *(tuple(reply.tokens), reply.finished, reply.given, tuple(prompt)),
-            tuple(map(model.tokenizer.decode_text, reply.turns)),
-        )
-        for reply, prompt in zip(replies, rendered, strict=True)
+        _answer_of(model, reply, prompt) for reply, prompt in zip(replies, rendered, strict=True)
     ]
+
+
+def kept_answers(
+    model: Model,
+    directory: Path,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int = 0,
+    tokens: int,
+) -> list[Answer]:
+    """`answer` without environments, by a model of a directory; see `kept_result`.
+
+    Every run that starts from the model asks it the same.
+    """
+    rendered = [render_prompt(prompt.messages, model.tokenizer) for prompt in prompts]
+    seed = seed if temperature else 0  # greedy answers have none
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    options |= {"seed": seed, "tokens": tokens}
+
+    def compute() -> dict[str, np.ndarray]:
+        answers = answer(model, prompts, **options)
+        return {
+            "tokens": np.array([t for each in answers for t in each.tokens], np.int32),
+            "lengths": np.array([len(each.tokens) for each in answers], np.int32),
+            "finished": np.array([each.finished for each in answers], bool),
+        }
+
+    key = result_key(__name__, model, directory, tokens, [rendered, options])
+    kept = kept_result("answers", f"answers of {directory.name}", key, compute)
+    replies = np.split(kept["tokens"], np.cumsum(kept["lengths"]))[:-1]
+    return [
+        _answer_of(model, Completion(reply.tolist(), np.zeros(0), bool(finished)), prompt)
+        for reply, finished, prompt in zip(replies, kept["finished"], rendered, strict=True)
+    ]
+
+
+def _answer_of(model: Model, reply: Completion, prompt: Sequence[int]) -> Answer:
+    return Answer(
+        model.tokenizer.decode_text(reply.last_turn),
+        *(tuple(reply.tokens), reply.finished, reply.given, tuple(prompt)),
+        tuple(map(model.tokenizer.decode_text, reply.turns)),
+    )
 
 
 def pack_answers(model: Model, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> Arrays:

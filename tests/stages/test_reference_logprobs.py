@@ -17,6 +17,7 @@ from rlhf_jax.evaluation.row_passes import response_logprobs
 from rlhf_jax.models import ModelConfig, init
 from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.stages import defaults, preference, reference_logprobs
+from rlhf_jax.training import kept_results
 from rlhf_jax.training.loop import Loop
 from rlhf_jax.training.rundir import RunDirectory
 from rlhf_jax.training.saved_model import Model, as_trainable, load_model, save_model
@@ -248,7 +249,7 @@ def test_another_beta_asks_no_reference_and_training_holds_none(tmp_path, passes
 def test_what_is_kept_is_readable_by_whom_the_umask_says(tmp_path):
     old = os.umask(0o027)
     try:
-        reference_logprobs._write(tmp_path / "kept.npz", "key", np.zeros((2, 3), np.float32))
+        kept_results._write(tmp_path / "kept.npz", "key", {"logprobs": np.zeros((2, 3))})
     finally:
         os.umask(old)
     (path,) = tmp_path.iterdir()
