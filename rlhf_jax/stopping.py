@@ -4,6 +4,9 @@ An exception raised by a handler would come up anywhere, in a library that swall
 first signal only asks for a stop, which `stop_point` raises as Preempted: between stages, batches
 of an evaluation, dispatches of the sampler, records, figures. A second one ends the process at
 once, with 130. Several processes stop together, wherever the signal came.
+
+`timeout` and batch systems send one to a process and then to its group, which is one stop: what
+comes within `TOGETHER` seconds of the first counts with it.
 """
 
 from __future__ import annotations
@@ -12,11 +15,14 @@ import atexit
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from rlhf_jax import hosts
 from rlhf_jax.errors import EXIT_AT_ONCE, Preempted
+
+TOGETHER = 0.1  # less than anybody takes to press Ctrl-C again
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _AT_ONCE = b"stopped at once: the state on disk is valid; run the same command to continue\n"
@@ -102,10 +108,14 @@ def _ask(number: int, frame: object) -> None:
 
 
 def _count(read: int) -> None:
-    came = 0
+    first = None
     while numbers := os.read(read, 16):
-        came += sum(number in _SIGNALS for number in numbers)
-        if came > 1:
+        if not any(number in _SIGNALS for number in numbers):
+            continue
+        now = time.monotonic()
+        if first is None:
+            first = now
+        elif now - first > TOGETHER:
             with suppress(OSError):  # nobody reads it, or its disk is full
                 os.write(2, _AT_ONCE)
             os._exit(EXIT_AT_ONCE)

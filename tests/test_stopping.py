@@ -58,7 +58,7 @@ print("listens", flush=True)
 def test_a_second_signal_ends_a_process_at_once_whatever_it_does(busy):
     process = process_that(BUSY[busy])
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.2)
+    time.sleep(0.3)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=5)
@@ -68,13 +68,26 @@ def test_a_second_signal_ends_a_process_at_once_whatever_it_does(busy):
     )
 
 
+def test_one_stop_that_is_sent_twice_asks_once():
+    """As `timeout` does, which sends it to a process and to its group."""
+    process = process_that(BUSY["Python"])
+    for _ in range(3):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=5)
+    assert process.returncode == 130 and errors.startswith("stopped at once")
+
+
 def test_a_second_signal_ends_a_process_that_nobody_listens_to():
     process = process_that("while True: pass")
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     process.stderr.close()
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.2)
+    time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     try:
         assert process.wait(5) == 130

@@ -19,10 +19,13 @@ from rlhf_jax.tasks.builders import load_records, task_of
 
 
 def parse_sources(spec: str) -> dict[str, float]:
-    """ "a=3,b=1" → {"a": 3.0, "b": 1.0}; a name alone has weight 1."""
+    """ "a=3,b=1" → {"a": 3.0, "b": 1.0}; a name alone has weight 1.
+
+    What stands before a file's ending is of its path, such as "runs/beta=0.1/labels.jsonl".
+    """
     sources: dict[str, float] = {}
-    for part in spec.split(","):
-        name, _, weight = part.strip().partition("=")
+    for part in split_sources(spec):
+        name, weight = _name_and_weight(part)
         if name in sources:
             raise UserError(f"data: {name!r} is named twice in {spec!r}")
         try:
@@ -32,6 +35,28 @@ def parse_sources(spec: str) -> dict[str, float]:
         if not 0 < sources[name] < math.inf:
             raise UserError(f"data: the weight of {name!r} is no number above 0: {weight!r}")
     return sources
+
+
+def split_sources(spec: str) -> list[str]:
+    """ "a.jsonl,town" → ["a.jsonl", "town"]; the commas in the path of a file that exists stay."""
+    pieces, sources = spec.split(","), []
+    while pieces:
+        counts = range(len(pieces), 1, -1)
+        count = next((n for n in counts if _is_existing_file(",".join(pieces[:n]))), 1)
+        sources.append(",".join(pieces[:count]).strip())
+        del pieces[:count]
+    return sources
+
+
+def _is_existing_file(source: str) -> bool:
+    name, _, part = _name_and_weight(source.strip())[0].partition("[")
+    return "," not in part and Path(name).is_file()
+
+
+def _name_and_weight(source: str) -> tuple[str, str]:
+    """ "a=3" → ("a", "3"); ("a", "") where no weight stands."""
+    name, _, weight = source.rpartition("=")
+    return (source, "") if not name or parse_source(weight).is_file else (name, weight)
 
 
 class Source(NamedTuple):
@@ -79,7 +104,7 @@ def read_source(
     "a.jsonl,b.jsonl", are read one after the other.
     """
     records: list[Any] = []
-    for each in source.split(","):
+    for each in split_sources(source):
         name, own_split, part = parsed = parse_source(each)
         own_split = own_split or split
         if parsed.is_file or parsed.is_hub:
@@ -100,7 +125,7 @@ def read_source(
 
 def names_pairs(source: str) -> bool:
     """Whether a source states configs of data sets that hold pairs, such as "town/ordered"."""
-    stated = [parse_source(each) for each in source.split(",")]
+    stated = [parse_source(each) for each in split_sources(source)]
     if any(each.is_file or each.is_hub for each in stated):
         return False
     return all(

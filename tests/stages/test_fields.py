@@ -344,6 +344,25 @@ def test_what_means_nothing_is_not_recorded_and_told_on_the_command_line(tmp_pat
     }
 
 
+def test_the_path_of_a_source_may_hold_what_separates_sources(tmp_path):
+    """A sweep names the directory of a run by what differs: commas and equality signs."""
+    cell = tmp_path / "file=,seed=0"
+    cell.mkdir()
+    votes = cell / "votes.jsonl"
+    votes.write_text('{"text": "a"}\n{"text": "b"}\n')
+    given = f"{votes}=2,town[:50%]=0.5,mine.jsonl, {votes}[:1]"
+    expected = {str(votes): 2, "town[:50%]": 0.5, "mine.jsonl": 1, f"{votes}[:1]": 1}
+    assert sources.parse_sources(given) == expected
+    assert [each.text for each in sources.read_source(f"{votes}[:1],{votes}", "text", "train")] == [
+        *"aab"
+    ]
+    # Where there is no such file, commas separate; a file's ending is never a weight's.
+    assert sources.parse_sources("b=0.1/a.jsonl=3,b=0.1/c.jsonl[:9]") == {
+        "b=0.1/a.jsonl": 3,
+        "b=0.1/c.jsonl[:9]": 1,
+    }
+
+
 @pytest.mark.parametrize("weight", ["nan", "inf", "-1", "0", "much"])
 def test_the_weight_of_a_source_is_above_0(weight):
     with pytest.raises(UserError, match=f"weight of 'b' is no number above 0: '{weight}'"):
