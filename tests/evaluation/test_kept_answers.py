@@ -15,7 +15,8 @@ from rlhf_jax.models import ModelConfig, init
 from rlhf_jax.training.saved_model import Model, save_model
 
 OPTIONS = {"max_new_tokens": 6, "temperature": 0.0, "seed": 0, "tokens": 256}
-PROMPTS = [Prompt("p", (Message("user", text),)) for text in ("How are you?", "Who is it?", "Fine.")]
+ASKED = ("How are you?", "Who is it?", "Fine.")
+PROMPTS = [Prompt("p", (Message("user", text),)) for text in ASKED]
 
 
 @pytest.fixture
