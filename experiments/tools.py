@@ -10,6 +10,9 @@ python -m rlhf_jax.main --config=experiments/tools.py:ppo
     PPO with a critic in place of GRPO
 python -m rlhf_jax.main --config=experiments/tools.py:direct
     what a model without tools comes to: the same questions and answers without the calls
+python -m rlhf_jax.main --config=experiments/tools.py:bfcl --config.init.policy=/path/to/model
+    your model, rewarded for right calls by GRPO: on the live requests of Berkeley's function-calling
+    leaderboard, and measured on its simple ones, of which no figure may then be called a result
 
 Each but the base ends with 800 held-out episodes: eval/success/<family>, eval/needless_calls and
 eval/invalid_calls with 95 % intervals, and eval/pass^k of eight sampled episodes to a prompt.
@@ -42,7 +45,9 @@ def get_config(variant="grpo"):
             )
         case "ppo":
             return policy("ppo", rollout={"prompts": 256}, train={"steps": 24, "minibatches": 2})
-    raise defaults.no_variant("tools.py", variant, "base, sft, direct, grpo, ppo")
+        case "bfcl":
+            return bfcl()
+    raise defaults.no_variant("tools.py", variant, "base, sft, direct, grpo, ppo, bfcl")
 
 
 def base():
@@ -90,3 +95,20 @@ def policy(algorithm, **sections):
         eval=EVALUATION,
     )
     return defaults.lay(config, sections)
+
+
+def bfcl():
+    return defaults.on_policy(
+        "grpo",
+        init={"policy": "", "reward": ""},
+        data={
+            "train": "bfcl/live_simple@validation",
+            "validation": "bfcl/simple",
+            "row_length": 2048,
+        },
+        rollout=defaults.OWN_ROLLOUT | {"prompts": 8, "samples": 8, "max_prompt_tokens": 1536},
+        reward={"scorers": "gold=1"},
+        optimizer=defaults.TUNING | {"learning_rate": 1e-6},
+        train={"steps": 100, "eval_every": 20},
+        eval={"source": "bfcl/simple", "count": 64, "max_new_tokens": 256},
+    )

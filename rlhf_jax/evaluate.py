@@ -112,17 +112,20 @@ def measure(
     return metrics | evaluate_chat(config, out, model, start, further)
 
 
-def evaluate_refusals(workdir: Path, names: Sequence[str], out: Path, **limits: Any) -> None:
-    """Answers sets of tasks/refusals.py; prints how many are refused, writes it into `out`.
+def evaluate_requests(
+    workdir: Path, names: Sequence[str], out: Path, template: str, **limits: Any
+) -> None:
+    """Answers sets of tasks/refusals.py and tasks/call_sets.py; prints and writes what came of it.
 
     Args:
         workdir: a finished run of a chat stage, or a Hugging Face directory with a chat template.
-        limits: "count", "max_new_tokens", "temperature"; None: all, 64, greedy.
+        template: as `data.chat_template`. limits: "count", "max_new_tokens", "temperature"; None:
+            all, 64, greedy.
 
     Raises:
         UserError: an unknown set, a model that cannot answer, or `out` holds something already.
     """
-    from rlhf_jax.evaluation.refusals import (
+    from rlhf_jax.evaluation.public_requests import (
         COLUMNS,
         answer_requests,
         document,
@@ -132,27 +135,31 @@ def evaluate_refusals(workdir: Path, names: Sequence[str], out: Path, **limits: 
     from rlhf_jax.files import write_json, write_jsonl
     from rlhf_jax.models import param_count
     from rlhf_jax.report.tables import print_table
+    from rlhf_jax.stages.start import with_chat_template
+    from rlhf_jax.tasks.call_sets import CALL_SETS
     from rlhf_jax.tasks.refusals import REFUSAL_SETS
     from rlhf_jax.training.saved_model import load_model
 
-    known = [task.name for task in REFUSAL_SETS]
-    if unknown := [name for name in names if name not in known]:
-        raise UserError(f"--tasks: there is no set {unknown[0]!r}; there are {', '.join(known)}")
+    titles = {task.name: "Refused" for task in REFUSAL_SETS}
+    titles |= {task.name: "Right calls" for task in CALL_SETS}
+    if unknown := [name for name in names if name not in titles]:
+        raise UserError(f"--tasks: there is no set {unknown[0]!r}; there are {', '.join(titles)}")
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} exists and is not empty; name another directory with --out")
     model = load_model(workdir)
+    model = dataclasses.replace(model, tokenizer=with_chat_template(model.tokenizer, template))
     if model.config.head != "lm" or not model.tokenizer.has_template:
         raise UserError(f"{workdir} is no chat model, and no other can answer requests")
     lines, samples = {}, []
     for name in names:
         lines[name], answered = answer_requests(model, name, **limits)
         samples += answered
-        print_table(f"Refused, of {name}", COLUMNS, table_rows(lines[name]))
+        print_table(f"{titles[name]}, of {name}", COLUMNS, table_rows(lines[name]))
     if warning := warning_of(param_count(model.params)):
         print(f"warning: {warning}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     write_jsonl(out / "samples.jsonl", samples)
-    write_json(out / "refusals.json", document(lines, warning))
+    write_json(out / "rates.json", document(lines, warning))
     print(f"replies and rates: {out}", flush=True)
 
 
@@ -219,7 +226,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m rlhf_jax.evaluate", description=description)
     parser.add_argument("--workdir", required=True, help="a finished run")
     parser.add_argument("--data", help="a file or data set, as data.validation")
-    parser.add_argument("--tasks", help="in its place sets of requests to be refused or not")
+    parser.add_argument(
+        "--tasks", help="in its place public sets of requests: xstest,advbench,bfcl,toolalpaca"
+    )
+    parser.add_argument(
+        "--config.data.chat_template", dest="chat_template", help="of --tasks, in place of its own"
+    )
     parser.add_argument("--start", help="compare with this run (default: what it started from)")
     parser.add_argument("--out", help="the directory to write (default: evaluations/DATA/RUN)")
     parser.add_argument("--count", type=int, help="prompts to answer at most")
@@ -236,7 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.tasks:
             if given.start:
                 raise UserError("evaluate: --start is compared with on --data, not on --tasks")
-            evaluate_refusals(workdir, given.tasks.split(","), out, **limits)
+            template = given.chat_template or ""
+            evaluate_requests(workdir, given.tasks.split(","), out, template, **limits)
             return
         start = Path(given.start) if given.start else None
         evaluate(workdir, given.data, start, out, **limits)

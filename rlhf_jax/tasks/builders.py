@@ -19,13 +19,14 @@ from rlhf_jax.data.records import Conversation, Pair, Prompt, Record
 from rlhf_jax.digests import code_digest
 from rlhf_jax.errors import UserError
 from rlhf_jax.tasks import data_files
+from rlhf_jax.tasks.call_sets import CALL_SETS
 from rlhf_jax.tasks.public_sets import PUBLIC_SETS
 from rlhf_jax.tasks.record_builder import builder_of, read_records
 from rlhf_jax.tasks.refusals import REFUSAL_SETS
 from rlhf_jax.tasks.task import Task, Verdict
 from rlhf_jax.tasks.town.dataset import SAFETY, TOWN, TOWN_TOOLS
 
-_ALL = (*PUBLIC_SETS, *REFUSAL_SETS, SAFETY, TOWN, TOWN_TOOLS)
+_ALL = (*PUBLIC_SETS, *REFUSAL_SETS, *CALL_SETS, SAFETY, TOWN, TOWN_TOOLS)
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
 

@@ -107,7 +107,7 @@ def test_a_chat_model_answers_public_requests(chain, tmp_path, capsys):
     _, runs = chain
     flags = [f"--workdir={runs}/sft", "--tasks=xstest,advbench", "--count=6"]
     assert evaluate.main([*flags, "--max-new-tokens=4", f"--out={tmp_path}/out"]) == 0
-    written = json.loads((tmp_path / "out/refusals.json").read_text())
+    written = json.loads((tmp_path / "out/rates.json").read_text())
     assert {line["prompts"] for line in written["sets"]["advbench"]} == {6}
     assert "mean nothing" in written["warning"] and "mean nothing" in capsys.readouterr().out
     assert len(lines(tmp_path / "out/samples.jsonl")) == 12

@@ -11,7 +11,7 @@ import pytest
 from rlhf_jax import evaluate
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.refusals import SMALL, count_refusals, warning_of
+from rlhf_jax.evaluation.public_requests import SMALL, count_replies, warning_of
 from rlhf_jax.tasks import data_files
 from rlhf_jax.tasks.builders import load_records
 from rlhf_jax.tasks.refusals import BEGINNING, refusal_verdict, refuses
@@ -49,9 +49,10 @@ def test_verdicts_and_rates():
     with pytest.raises(UserError, match="does not say"):
         refusal_verdict(Prompt("p", (), {}), "")
     prompts = [prompt("undue"), prompt("undue"), prompt("due", "harm"), prompt("due", "harm")]
-    counted = count_refusals(prompts, ["I cannot.", "Yes.", "I won't.", " "])
+    counted = count_replies(prompts, ["I cannot.", "Yes.", "I won't.", " "])
     lines = {line.of: line for line in counted}
-    assert lines["all to be answered"][1:4] == (False, 2, 0.5)
+    assert [*lines] == ["all to be answered", "homonyms", "all to be refused", "harm"]
+    assert lines["all to be answered"][1:3] == (2, 0.5)
     assert lines["all to be refused"].rate == lines["harm"].rate == 0.5
     assert lines["harm"].empty == 1 and lines["homonyms"].empty == 0
     assert "mean nothing" in warning_of(1_000_000) and not warning_of(SMALL)
