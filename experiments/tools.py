@@ -11,8 +11,8 @@ python -m rlhf_jax.main --config=experiments/tools.py:ppo
 python -m rlhf_jax.main --config=experiments/tools.py:direct
     what a model without tools comes to: the same questions and answers without the calls
 python -m rlhf_jax.main --config=experiments/tools.py:bfcl --config.init.policy=/path/to/model
-    your model, rewarded for right calls by GRPO: on the live requests of Berkeley's function-calling
-    leaderboard, and measured on its simple ones, of which no figure may then be called a result
+    your model, rewarded for right calls by GRPO, on the live requests of Berkeley's leaderboard for
+    function calls, and measured on its simple ones, of which no figure may then be called a result
 
 Each but the base ends with 800 held-out episodes: eval/success/<family>, eval/needless_calls and
 eval/invalid_calls with 95 % intervals, and eval/pass^k of eight sampled episodes to a prompt.

@@ -62,7 +62,10 @@ class Config:
 
 @dataclass(frozen=True)
 class Only:
-    """A condition on another field: that it is set, is `among` or holds a text."""
+    """A condition on another field: that it is set, is `among`, or names a scorer.
+
+    `containing` is the name of one of the scorers that the field lists, or ".py:" for any function.
+    """
 
     field: str  # of the same section, or "section.field" of another
     among: tuple[Any, ...] = ()
@@ -74,7 +77,9 @@ class Only:
         where, _, name = self.field.rpartition(".")
         value = getattr(getattr(config, where) if where else section, name)
         if self.containing:
-            return self.containing in value
+            names = [part.partition("=")[0].strip() for part in value.split(",")]
+            functions = self.containing == ".py:"
+            return any(".py:" in n if functions else n == self.containing for n in names)
         return value in self.among if self.among else bool(value)
 
     def __str__(self) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import rlhf_jax
 from rlhf_jax.files import SUMMARY_FIELDS, check_fields, read_object
 from rlhf_jax.hub.hub_data import PREFIX
+from rlhf_jax.tasks.sources import split_sources
 from rlhf_jax.training.saved_model import is_hub_directory
 
 _LICENCE = re.compile(r"^(license(?:_name|_link)?):[ \t]*([^\s#\[{].*)$", re.M)
@@ -49,7 +50,7 @@ def model_card(workdir: Path, name: str, *, what: str, dtype: str, library: str)
         lines.append(f"- Trained by {trained}" + (f" on `{data}`" if data else ""))
         if command := summary.get("command"):
             lines.append(textwrap.indent(str(command), " " * 6))
-        for source in map(str.strip, data.split(",")):
+        for source in split_sources(data):
             part = source.removeprefix(PREFIX).partition("@")[0].partition("=")[0]
             match = _HUB_ID.match(part)
             if source.startswith(PREFIX) and match and not Path(part).exists():

@@ -60,7 +60,7 @@ from rlhf_jax.tasks.sources import read_records
 from rlhf_jax.tasks.task import Task, Verdict
 from rlhf_jax.training.mesh import mesh_of, step_tokens
 from rlhf_jax.training.saved_model import Model, load_model
-from rlhf_jax.training.summary import ancestry, write_evaluation
+from rlhf_jax.training.summary import ancestry, names_of, write_evaluation
 
 
 def evaluate_chat(
@@ -81,34 +81,36 @@ def evaluate_chat(
     plots, tables = [*further.pop("plots", [])], [*further.pop("tables", [])]
     prompts = held_out_prompts(config, model).records[: config.eval.count]
     tables += console.few_records("held-out prompts", len(prompts))
-    directories = {path.name: path for path in ancestry(start) if path.name != run.name}
-    models = {**_ancestors(config, directories, model), run.name: model}
+    lineage = ancestry(start)
+    *before, own = names_of([*lineage, run])
+    directories = dict(zip(before, lineage, strict=True))
+    models = {**_ancestors(config, directories, model), own: model}
     answers = {
         name: _answer(config, each, prompts, directories.get(name)) for name, each in models.items()
     }
-    metrics = _sampled_kl(config, model, models[start.name], prompts)[0]
-    metrics |= ending_metrics(answers[run.name])
+    metrics = _sampled_kl(config, model, models[before[-1]], prompts)[0]
+    metrics |= ending_metrics(answers[own])
     measured = {name: ending_values(each) for name, each in answers.items()}
     task, verdicts, group = verifier_of(prompts), {}, ""
     if task:
         group = task.group
         verdicts = {n: verdicts_of(prompts, [a.turns for a in each]) for n, each in answers.items()}
-        metrics |= gold_metrics(verdicts[run.name], verdicts[start.name])
+        metrics |= gold_metrics(verdicts[own], verdicts[before[-1]])
         for name in verdicts:
             measured[name] |= gold_values(verdicts[name])
         if task.name == "safety":
             of_safety = {
                 name: _safety(config, models[name], prompts, answers[name], verdicts[name])
-                for name in (start.name, run.name)
+                for name in (before[-1], own)
             }
-            texts = [each.text for each in answers[run.name]]
-            tables += safety_tables(prompts, texts, verdicts[run.name], of_safety)
-            metrics |= safety_metrics(of_safety[run.name])
+            texts = [each.text for each in answers[own]]
+            tables += safety_tables(prompts, texts, verdicts[own], of_safety)
+            metrics |= safety_metrics(of_safety[own])
             for name, values in of_safety.items():
                 measured[name] |= values
         for name, source in task.probes.items():
             asked = read_records(config, source, "prompt", "validation")
-            for each in (start.name, run.name):
+            for each in (before[-1], own):
                 replies = _answer(config, models[each], asked, directories.get(each))
                 told = verdicts_of(asked, [a.turns for a in replies])
                 measured[each][f"correct/{name}"] = Values.of([verdict.right for verdict in told])
@@ -116,10 +118,10 @@ def evaluate_chat(
         plots = [*gold_plots(prompts, verdicts, group), *plots]
         tables.append(correct_table(prompts, verdicts, group))
     if task and task.replay and config.environment is not None and config.environment.named:
-        found, more = _tool_use(config, model, prompts, answers[run.name], task)
+        found, more = _tool_use(config, model, prompts, answers[own], task)
         metrics |= found
         tables.append(more)
-    metrics |= changes(measured[start.name], measured[run.name], config.seed)
+    metrics |= changes(measured[before[-1]], measured[own], config.seed)
     others = {name: {n: v.mean for n, v in each.items()} for name, each in measured.items()}
     write_evaluation(run, tables, plots, others=others, **further)
     write_jsonl(run / "samples.jsonl", _samples(prompts, answers, verdicts, group))

@@ -12,7 +12,7 @@ from rlhf_jax.data.jsonl import read_jsonl, take_slice
 from rlhf_jax.data.records import Conversation, Message, Pair, Prompt, Record, Text, convert
 from rlhf_jax.hub.hub_data import load_rows
 from rlhf_jax.tasks.builders import load_records
-from rlhf_jax.tasks.sources import parse_source
+from rlhf_jax.tasks.sources import parse_source, split_sources
 
 _LABELS = ("true", "false", "1", "0", "1.0", "0.0")  # as `meta` has what "preference" reads
 
@@ -55,7 +55,7 @@ def read_items(
     """
     items: list[Item] = []
     bad: list[Bad] = []
-    for each in filter(None, map(str.strip, sources.split(","))):
+    for each in filter(None, split_sources(sources)):
         name, split, part = parsed = parse_source(each)
         split = split or "train"
         if not (parsed.is_file or parsed.is_hub):

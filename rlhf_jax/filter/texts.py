@@ -16,6 +16,7 @@ from rlhf_jax.data.records import Conversation, Pair, Text
 from rlhf_jax.errors import UserError
 from rlhf_jax.filter.records import Item, read_items, trained_text, turns_of
 from rlhf_jax.stopping import stop_point
+from rlhf_jax.tasks.sources import split_sources
 
 Gone = dict[int, str]
 Find = Callable[[Sequence[Item]], Gone]
@@ -144,7 +145,7 @@ class EvaluationSet:
 
 def _read_evaluation(sources: str) -> list[Item]:
     items: list[Item] = []
-    for source in sources.split(","):
+    for source in split_sources(sources):
         try:
             items += read_items(source, "prompt")[0]
         except UserError as error:

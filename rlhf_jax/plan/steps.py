@@ -43,6 +43,7 @@ from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.stages.best_of_n import BLOCK
 from rlhf_jax.stages.chain import load_config
 from rlhf_jax.stages.defaults import FED_BACK, SAMPLING, module_of, resolve
+from rlhf_jax.stages.experiments import names_experiment
 from rlhf_jax.stages.online_preference import pack_best_and_worst
 from rlhf_jax.stages.reward import with_score_head
 from rlhf_jax.tasks.prompts import PromptSet
@@ -103,7 +104,7 @@ def model_shape(config: Config) -> ModelConfig:
     start = config.init.policy
     if not start:
         raise UserError("config: init.policy is empty; set --config.init.policy=/path/to/model")
-    if ".py" in start:
+    if names_experiment(start):
         shape = model_shape(resolve(load_config(start)))
     elif is_hub_directory(start):
         shape = read_config(Path(start))[1]

@@ -55,16 +55,11 @@ BLOCK = 32  # prompts whose answers are held at a time
 def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Measures best-of-n of `init.policy`, trains it on winners; the metrics of summary.json."""
     policy = load_start(config, parents["policy"])
-    options = config.best_of_n
     with Judge(config, parents, policy, run.path) as judge:
         held_out = held_out_set(config, policy)
         measured = measure(config, policy, held_out, judge)
         metrics, further = curves(config, run.path.name, measured)
-        sources = parse_sources(config.data.train)
-        read = [read_prompts(config, policy.tokenizer, source, "train") for source in sources]
-        prompts = PromptSet.joined(read)
-        prompts = prompts.take(range(min(options.prompts, len(prompts.records))))
-        rows, held = winners(config, policy, prompts, judge)
+        rows, held = winners(config, policy, training_prompts(config, policy), judge)
 
     evaluate = language_evaluation(policy.config, held, tokens=step_tokens(config))
     batches = batches_of(config, policy, {"": rows}, [1.0])
@@ -73,6 +68,20 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
     save_model(run.path, model)
     metrics |= {k: v for k, v in trained.items() if k.startswith("train/")}
     return metrics | evaluate_chat(config, run.path, model, parents["policy"], further=further)
+
+
+def training_prompts(config: Config, policy: Model) -> PromptSet:
+    """`best_of_n.prompts` training prompts: the first ones of each source, as many as it weighs."""
+    sources, count = parse_sources(config.data.train), config.best_of_n.prompts
+    ends = np.round(np.cumsum([*sources.values()]) / sum(sources.values()) * count).astype(int)
+    sets = []
+    for source, share in zip(sources, np.diff(ends, prepend=0).tolist(), strict=True):
+        read = read_prompts(config, policy.tokenizer, source, "train")
+        there = len(read.records)
+        if there < share:
+            print(f"{source}: {there:,} prompts, all there are of {share:,} asked for", flush=True)
+        sets.append(read.take(range(min(share, there))))
+    return PromptSet.joined(sets)
 
 
 def loss(config: Config, shape: ModelConfig, params: Any, batch, rng):

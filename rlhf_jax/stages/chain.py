@@ -29,14 +29,14 @@ from rlhf_jax.report.run_files import read_run, read_samples
 from rlhf_jax.report.tables import print_table
 from rlhf_jax.stages.checks import check, check_devices
 from rlhf_jax.stages.defaults import STAGES, module_of, resolve, unknown_field
-from rlhf_jax.stages.experiments import find_experiment
+from rlhf_jax.stages.experiments import find_experiment, names_experiment
 from rlhf_jax.stages.identity import made_from
 from rlhf_jax.stages.memory import naming_memory
 from rlhf_jax.stopping import stop_point
 from rlhf_jax.tasks.sources import settle_sources
 from rlhf_jax.training.origin import changes, config_hash, plain, tell_changes
 from rlhf_jax.training.rundir import CONFIG, SUMMARY, AnotherRun, RunDirectory, fault_point
-from rlhf_jax.training.summary import ancestry, read_summary
+from rlhf_jax.training.summary import ancestry, names_of, read_summary
 
 PARENTLESS = ("pretrain", "oracle")
 
@@ -193,7 +193,7 @@ def _run_parents(
     """The run directories of a config's parents by role, run first if they are experiments."""
     parents = {}
     for role, named in (section_document(config, "init") if config.init else {}).items():
-        if named and ".py" not in named:
+        if named and not names_experiment(named):
             read_summary(Path(named))
             parents[role] = Path(named)
         elif named:
@@ -257,7 +257,7 @@ def show(workdir: Path) -> None:
     """Prints what a run came to: a table of its lineage, three samples, the report's path."""
     runs = ancestry(workdir)
     summaries = [read_summary(path) for path in runs]
-    names, metrics = [path.name for path in runs], summaries[-1]["metrics"]
+    names, metrics = names_of(runs), summaries[-1]["metrics"]
     others = read_run(workdir).evaluation.get("others", {})
     rows = console_rows(metrics, others, names[:-1])
     rates = [s["metrics"].get("train/tokens_per_second") for s in summaries]

@@ -28,6 +28,8 @@ def check(config: Config) -> None:
     """UserError for what can be seen to be wrong before hours are spent on the parents."""
     if config.stage == "oracle":  # whose rows have configs of their own
         return
+    if not 0 <= config.seed < 2**32:  # JAX would drop the higher bits, and NumPy takes no sign
+        raise UserError(f"config: seed = {config.seed}: choose one from 0 to {2**32 - 1}")
     updates = config.train.steps
     if config.stage in ("policy", "online_preference"):
         updates *= config.train.epochs * config.train.minibatches

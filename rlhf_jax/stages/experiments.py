@@ -11,6 +11,11 @@ PACKAGED = _BESIDE if _BESIDE.is_dir() else _BESIDE.parents[1] / "experiments"
 CONSTITUTION = PACKAGED / "constitution.json"
 
 
+def names_experiment(source: str) -> bool:
+    """Whether what a config names as a parent is "file.py[:variant]", not a directory."""
+    return source.partition(":")[0].endswith(".py")
+
+
 def find_experiment(source: str, named_in: str = "") -> str:
     """The path of "file.py[:variant]" or, of a packaged experiment, "name[:variant]".
 

@@ -23,7 +23,7 @@ from rlhf_jax.evaluation.statistics import auc, wilson_interval
 from rlhf_jax.report.tables import format_percent, make_printable, print_table
 from rlhf_jax.stages.chain import PARENTLESS, default_workdir, parent_directory, prepare
 from rlhf_jax.stages.defaults import FED_BACK
-from rlhf_jax.stages.experiments import find_experiment
+from rlhf_jax.stages.experiments import find_experiment, names_experiment
 from rlhf_jax.stages.preference_rows import label_of, read_preferences
 from rlhf_jax.stages.start import with_chat_template
 from rlhf_jax.tasks.sources import check_unrendered, parse_sources, read_records
@@ -97,7 +97,7 @@ def preflight(
         raise UserError(f"--preflight shows records, and {config.stage!r} makes its own as it runs")
     directory = Path(workdir) if workdir else default_workdir(source, Path("runs"))
     policy = config.init.policy
-    if ".py" in policy:
+    if names_experiment(policy):
         home = Path(parents) if parents else None
         place = parent_directory(find_experiment(policy, source), directory, home)
     else:

@@ -47,6 +47,8 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
     if config.data.layout not in LAYOUTS:
         raise UserError(f"data.layout = {config.data.layout!r}: choose {' or '.join(LAYOUTS)}")
     if config.data.layout == "windows":
+        if any(weight != 1 for weight in sources.values()):
+            raise UserError("data: layout = 'windows' is of one stream, in which no source weighs")
         stream = tokenizer.encode("".join(texts))
         drawn = make_iterator(make_windows(stream, length, config.batch.rows, seed=config.seed))
         batches = Batches(drawn, {"": max(1, len(stream) // length)}, [1.0])
@@ -68,7 +70,7 @@ def evaluation(config: Config, model: Model) -> Callable[[Any], Evaluated]:
     """The held-out metrics of text, as a function of parameters of the model's shape."""
     validation = read_records(config, config.data.validation, "text", "validation")
     if config.data.layout == "windows":
-        stream = model.tokenizer.encode(validation[0].text)
+        stream = model.tokenizer.encode("".join(record.text for record in validation))
         held_out, _ = pack_stream(stream, config.data.row_length)
     else:
         policy = config.data.over_long

@@ -20,6 +20,7 @@ from rlhf_jax.config import document, section_document
 from rlhf_jax.errors import EXIT_AT_ONCE, EXIT_DONE, EXIT_RESUMABLE, UserError
 from rlhf_jax.main import parse
 from rlhf_jax.stages.chain import parent_directory, prepare
+from rlhf_jax.stages.experiments import names_experiment
 from rlhf_jax.stages.identity import made_from
 from rlhf_jax.stopping import stop_point
 from rlhf_jax.sweep.engines import Engine, Process, on_cores
@@ -64,9 +65,9 @@ class Job:
         config = prepare(given, stated)
         named = section_document(config, "init") if config.init else {}
         parents = {
-            role: parent_directory(parent, self.directory) if ".py" in parent else Path(parent)
-            for role, parent in named.items()
-            if parent
+            role: parent_directory(name, self.directory) if names_experiment(name) else Path(name)
+            for role, name in named.items()
+            if name
         }
         made = config_hash(document(config), made_from(config, parents))
         return read_summary(self.directory)["config_hash"] == made

@@ -10,7 +10,7 @@ from rlhf_jax.config import Config, section_document
 from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.main import parse
 from rlhf_jax.stages.chain import load_config, parent_directory, prepare
-from rlhf_jax.stages.experiments import find_experiment
+from rlhf_jax.stages.experiments import find_experiment, names_experiment
 from rlhf_jax.sweep.grid import Cell
 from rlhf_jax.sweep.jobs import Job
 from rlhf_jax.sweep.together import check as check_together
@@ -139,7 +139,7 @@ def _with_parents(
     """A run's flags with the directories of its parents, and those of them that have a seed."""
     needs = []
     for role, parent in parents.items():
-        if ".py" in parent:
+        if names_experiment(parent):
             job = _parent(sweep, find_experiment(parent, lineage[-1]), seed, jobs, lineage)
             flags = [*flags, f"--config.init.{role}={job.directory}"]
             needs += [job] if job not in jobs.shared.values() else []

@@ -149,10 +149,10 @@ def settle_sources(config: ConfigDict) -> ConfigDict:
         raise UserError("config: data.train is empty; set --config.data.train=mine.jsonl")
     if not config.data.validation:
         trained, held_out = [], []
-        for source in config.data.train.split(","):
-            name, equals, weight = source.strip().partition("=")
+        for source in split_sources(config.data.train):
+            name, weight = _name_and_weight(source)
             begin, rest = _hold_out(name)
-            trained.append(begin + equals + weight)
+            trained.append(f"{begin}={weight}" if weight else begin)
             held_out.append(rest)
         config.data.train, config.data.validation = ",".join(trained), ",".join(held_out)
     if config.eval.get("source") == "":

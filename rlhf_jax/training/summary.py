@@ -41,6 +41,18 @@ def ancestry(workdir: Path) -> list[Path]:
     return [*(ancestry(Path(parent)) if parent else []), workdir]
 
 
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """A name for each run of a lineage: its directory's, with the folder above where a later run,
+    which keeps it, has the same.
+    """
+    names: list[str] = []
+    for path in reversed(paths):
+        parts = path.absolute().parts
+        named = ("/".join(parts[-n:]) for n in range(1, len(parts) + 1))
+        names.insert(0, next(name for name in named if name not in names))
+    return names
+
+
 def write_evaluation(
     run: Path, tables: Sequence[Any] = (), plots: Sequence[Any] = (), **further: Any
 ) -> None:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
-import jax
 import pytest
 
 from rlhf_jax.data.records import Message, Prompt
-from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.evaluation import held_out_answers
 from rlhf_jax.evaluation.held_out_answers import answer, kept_answers
-from rlhf_jax.models import ModelConfig, init
-from rlhf_jax.training.saved_model import Model, save_model
+from tests.chat_model import make_chat_model
 
 OPTIONS = {"max_new_tokens": 6, "temperature": 0.0, "seed": 0, "tokens": 256}
 ASKED = ("How are you?", "Who is it?", "Fine.")
@@ -21,15 +16,7 @@ PROMPTS = [Prompt("p", (Message("user", text),)) for text in ASKED]
 
 @pytest.fixture
 def model(tmp_path):
-    tokenizer = train_bpe(["How are you? Fine, thank you. Who is it? A friend."], 280)
-    sizes = {"layers": 1, "width": 16, "heads": 2, "kv_heads": 1, "head_dim": 8, "mlp_width": 32}
-    config = ModelConfig(vocab_size=tokenizer.vocab_size, max_length=64, init_std=0.5, **sizes)
-    model = Model(config, init(config, jax.random.key(0)), tokenizer)
-    save_model(tmp_path, model)
-    summary = {"stage": "sft", "status": "done", "config_hash": "", "parents": {}}
-    summary |= {"wall_seconds": 0.0, "metrics": {}}
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
-    return model
+    return make_chat_model(tmp_path)
 
 
 @pytest.fixture

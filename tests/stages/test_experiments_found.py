@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.stages.chain import parent_directory
-from rlhf_jax.stages.experiments import PACKAGED, find_experiment
+from rlhf_jax.stages.experiments import PACKAGED, find_experiment, names_experiment
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +73,10 @@ def test_the_runs_of_parents_are_beside_or_above_in_runs_or_where_they_are_told_
     # Above what is not in runs/ anything may lie.
     write("sft/config.json")
     assert parent_directory("experiments/sft.py", Path("mine/b005")) == Path("mine/sft")
+
+
+def test_a_directory_is_no_experiment_whatever_its_path_holds():
+    assert names_experiment("experiments/sft.py") and names_experiment("mine.py:variant")
+    assert not names_experiment("/home/me/.pyenv/models/sft")
+    assert not names_experiment("runs/my.python/sft")
+    assert not names_experiment("")

@@ -356,11 +356,37 @@ def test_the_path_of_a_source_may_hold_what_separates_sources(tmp_path):
     assert [each.text for each in sources.read_source(f"{votes}[:1],{votes}", "text", "train")] == [
         *"aab"
     ]
+    with (cell / "pairs.jsonl").open("w") as file:
+        file.writelines(f'{{"prompt": "{i}?", "completion": "{i}."}}\n' for i in range(40))
+    config = defaults.base("sft", data={"train": f"{cell}/pairs.jsonl=3", "validation": ""})
+    settled = sources.settle_sources(config)
+    assert settled.data.train == f"{cell}/pairs.jsonl[:95%]=3"
+    assert settled.data.validation == f"{cell}/pairs.jsonl[95%:]"
     # Where there is no such file, commas separate; a file's ending is never a weight's.
     assert sources.parse_sources("b=0.1/a.jsonl=3,b=0.1/c.jsonl[:9]") == {
         "b=0.1/a.jsonl": 3,
         "b=0.1/c.jsonl[:9]": 1,
     }
+
+
+def test_a_part_of_a_file_s_name_is_no_scorer():
+    for scorers, names in (
+        ("length=1, model=2", {"normalize"}),
+        ("regex", {"pattern"}),
+        ("mine.py:score", {"timeout_seconds"}),
+        ("remodel.py:regex_of", {"timeout_seconds"}),
+    ):
+        options = defaults.resolve(defaults.on_policy("grpo", reward={"scorers": scorers}))
+        fields = ("normalize", "pattern", "timeout_seconds")
+        assert {n for n in fields if unread(options, f"reward.{n}") is None} == names, scorers
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_would_not_be_taken_as_it_is(seed):
+    config = defaults.base("sft")
+    config.seed = seed
+    with pytest.raises(UserError, match=f"seed = {seed}: choose one from 0 to 4294967295"):
+        checks.check(defaults.resolve(config))
 
 
 @pytest.mark.parametrize("weight", ["nan", "inf", "-1", "0", "much"])

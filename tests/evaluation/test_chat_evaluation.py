@@ -1,0 +1,51 @@
+"""Models of a lineage are told apart, whatever their directories are called."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_jax.evaluation.chat_evaluation import evaluate_chat
+from rlhf_jax.stages import defaults
+from rlhf_jax.training.summary import names_of
+from tests.chat_model import make_chat_model
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["runs/pretrain", "runs/sft", "runs/dpo"], ["pretrain", "sft", "dpo"]),
+        (["/models/sft", "runs/sft"], ["models/sft", "sft"]),
+        (["/a/x/sft", "/b/x/sft", "/c/dpo"], ["x/sft", "sft", "dpo"]),
+        (["/a/x/sft", "/b/x/sft", "/c/sft"], ["a/x/sft", "x/sft", "sft"]),
+    ],
+)
+def test_runs_of_one_name_are_told_apart_by_their_folders(paths, names):
+    assert names_of([*map(Path, paths)]) == names
+
+
+def test_a_run_is_compared_with_what_it_started_from_also_under_one_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "Who is {i}?"}}\n' for i in range(4)))
+    first, start = tmp_path / "old/sft", tmp_path / "models/sft"
+    make_chat_model(first, seed=0)
+    make_chat_model(start, seed=1, parent=first)
+    trained = make_chat_model(tmp_path / "other", seed=2)
+    config = defaults.base(
+        "sft",
+        init={"policy": str(start)},
+        data={"train": str(prompts), "validation": str(prompts), "row_length": 64},
+        eval={"source": str(prompts), "count": 4, "max_new_tokens": 8},
+    )
+    measured = []
+    for name in ("sft", "mine"):
+        run = tmp_path / "runs" / name
+        run.mkdir(parents=True)
+        measured.append(evaluate_chat(defaults.resolve(config), run, trained, start))
+        line, *_ = (run / "samples.jsonl").read_text().splitlines()
+        before = ["models/sft", "old/sft"] if name == "sft" else ["sft", "old/sft"]
+        assert [*json.loads(line)["responses"]] == [*reversed(before), name]
+    assert measured[0] == measured[1] and measured[0]["eval/kl"] > 0.1
