@@ -30,7 +30,8 @@ from rlhf_jax.training.mesh import make_mesh, shard_batch
 from rlhf_jax.training.state import init_state
 from rlhf_jax.training.step import Coupled, make_step
 
-SPLITS = [(2, 2), (4, 1), (1, 2)]  # microbatches, devices
+# Microbatches and devices: both at once, and in the slow tests each by itself.
+SPLITS = [(2, 2), *(pytest.param(split, marks=pytest.mark.slow) for split in ((4, 1), (1, 2)))]
 ROWS, SLOTS, WIDTH = 8, 3, 4
 LENGTH, WORDS = 5, 6  # of an answer, and tokens there are
 RANDOM = np.random.default_rng(0)
