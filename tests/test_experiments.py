@@ -27,7 +27,7 @@ VARIANTS = {
     "best_of_n": ["town", "sentiment"],
     "labelers": ["nuisance", "pooled", "majority", "weighted", "pairs", "rated", "ratings"],
     "tools": ["base", "sft", "direct", "grpo", "ppo"],
-    "rlaif": ["town", "people", "judge", "hh"],
+    "rlaif": ["town", "people", "judge", "hh", "own"],
     "constitutional": ["town", "critic"],
     "filtering": ["all"],
     "safety": ["pretrain", "helpful", "careful", "sft0.1", "dpo", "limited"],

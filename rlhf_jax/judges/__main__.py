@@ -8,14 +8,15 @@
 
 A judge is `gold` (the town's exact scorer, with mistakes of chosen rates: sensitivity, specificity,
 position, gullibility), `people` (the town's labelers), the directory of a language model or of a
-reward model, or a function of yours as mine.py:function, called as f(prompts, responses, rivals,
-principles) for the probability that a response is better than its rival. `card` measures one on
-pairs whose better side is known: town's, a file's, or answers of two models to town's prompts.
-`examples` writes gold-labelled comparisons, from which sft.py:own makes a judge of a language model
-(with --of=critique a critic). `label` has a judge compare a model's own answers; reward.py:own and
-dpo.py:own read the file as it is. `critique` has a critic find fault with a model's answers and
-revise them, for sft.py:own. `worth` trains reward models from a judge's labels and from gold ones,
-and says how many of these one of those is worth.
+reward model, a function of yours as mine.py:function, called as f(prompts, responses, rivals,
+principles) for the probability that a response is better than its rival, or a chat model behind an
+OpenAI-compatible address, https://host/v1,model=name, whose key is $OPENAI_API_KEY. `card` measures
+one on pairs whose better side is known: town's, a file's, or answers of two models to town's
+prompts. `examples` writes gold-labelled comparisons, from which sft.py:own makes a judge of a
+language model (with --of=critique a critic). `label` has a judge compare a model's own answers;
+reward.py:own and dpo.py:own read the file as it is. `critique` has a critic find fault with a
+model's answers and revise them, for sft.py:own. `worth` trains reward models from a judge's labels
+and from gold ones, and says how many of these one of those is worth.
 Exit codes: 0 done, 2 the user's mistake, 1 a bug.
 """
 
@@ -266,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         option("--count", type=int, default=count, help=f"of pairs or prompts {default}")
         option("--seed", type=int, default=0, help=f"of all that is drawn {default}")
         if command in (card, label, worth):
-            told = "gold[,…], people, a directory, or file.py:function"
+            told = "gold[,…], people, a directory, file.py:function, or https://…/v1,model=…"
             option("--judge", required=True, help=told)
             option("--compare", default="", help="a model that gives the other answer")
         if command is not examples:

@@ -3,7 +3,8 @@
 A pair is two answers of `init.policy` to a prompt of `data.train`. Pairs on which the judge has no
 verdict or prefers neither side are left out and counted, and further prompts are answered, until
 `feedback.count` are labelled; so two judges are set beside each other at equal labels. Then it is
-the preference stage.
+the preference stage. Of prompts in a file of the user's the last 5 % are held out, and of the
+labels, too.
 
 RLAIF vs. RLHF (Lee et al., 2023), https://arxiv.org/abs/2309.00267
 """
@@ -59,10 +60,13 @@ def label_answers(config: Config, parents: Mapping[str, Path]) -> Made:
             known += measured.get("of", 0)
             lines += [line | {"number": len(lines) + i} for i, line in enumerate(
                 line for line in made if "tie" not in line)]  # fmt: skip
+            if not lines:  # nor are there likely to be any of the other prompts
+                break
     if len(lines) < options.count:
         raise UserError(
-            f"feedback.count = {options.count}: of the {len(prompts)} prompts of {source} only "
-            f"{len(lines)} have two answers that the judge tells apart"
+            f"feedback.count = {options.count}: of the {len(prompts)} prompts of {source} {asked} "
+            f"were asked, and {len(lines)} have two answers that the judge tells apart: "
+            f"{dict(counts)}"
         )
     counts["labelled, not used"] = len(lines) - options.count
     measured = {"feedback/agreement": agreed / known} if known else {}

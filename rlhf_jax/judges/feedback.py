@@ -17,6 +17,7 @@ from rlhf_jax.judges.constitution import DEFAULT, Principle, choose, read_consti
 from rlhf_jax.judges.sampled import Policy
 from rlhf_jax.label.files import Line
 from rlhf_jax.stages.start import with_chat_template
+from rlhf_jax.tasks.sources import hold_out, parse_source
 from rlhf_jax.training.rundir import RunDirectory
 from rlhf_jax.training.saved_model import load_speaker
 
@@ -46,13 +47,18 @@ def reading(config: Config, run: RunDirectory) -> Config:
     """The config with a copy of the run's `FILE` as what is trained on.
 
     It lies under `cache_dir()`, since a run's own path may hold what `data.train` cannot name: the
-    "=" and "," of a sweep's cells.
+    "=" and "," of a sweep's cells. Where what is held out is of the prompts' own file, and so has
+    no answers, the last 5 % of the lines are held out too.
     """
     kept = run.path / FILE
     copy = cache_dir() / "feedback" / f"{file_digest(kept)}.jsonl"
     copy.parent.mkdir(parents=True, exist_ok=True)
     write_whole(copy, kept.read_bytes())
-    data = dataclasses.replace(config.data, train=str(copy))
+    train, validation = str(copy), config.data.validation
+    asked = parse_source(config.data.train)
+    if asked.name == parse_source(validation).name and (asked.is_file or asked.is_hub):
+        train, validation = hold_out(train)
+    data = dataclasses.replace(config.data, train=train, validation=validation)
     return dataclasses.replace(config, data=data)
 
 

@@ -12,9 +12,10 @@ from typing import Protocol
 
 import numpy as np
 
-from rlhf_jax.data.records import Prompt
+from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.judges.constitution import Principle
+from rlhf_jax.report.tables import join_turns
 from rlhf_jax.tasks.builders import verifier_of, verify
 from rlhf_jax.tasks.task import Verdict
 
@@ -99,6 +100,13 @@ def ask(judge: Judge, pairs: Sequence[Comparison], principle: Principle) -> Verd
     first = np.stack([values[:count], values[count:]], axis=1)
     preferred = (first[:, 0] + 1 - first[:, 1]) / 2
     return Verdicts(preferred, first, Counter(reasons.values()))
+
+
+def question(shown: Comparison, principle: Principle) -> tuple[Message, ...]:
+    """The turn in which a language model is asked which answer is better."""
+    asked = join_turns([message.to_json() for message in shown.prompt.messages])
+    text = f"{principle.question}\n{asked}\nFirst: {shown.first}\nSecond: {shown.second}"
+    return (Message("user", text),)
 
 
 @lru_cache(maxsize=65536)

@@ -19,9 +19,9 @@ from rlhf_jax.data.records import Message
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.row_passes import in_record_order, map_rows, response_logprobs
 from rlhf_jax.judges.constitution import Principle
-from rlhf_jax.judges.judge import Answers, Comparison, Judge, People, SimulatedJudge
+from rlhf_jax.judges.endpoint import EndpointJudge
+from rlhf_jax.judges.judge import Answers, Comparison, Judge, People, SimulatedJudge, question
 from rlhf_jax.models.scoring import sequence_scores
-from rlhf_jax.report.tables import join_turns
 from rlhf_jax.rewards.worker import Worker
 from rlhf_jax.training.saved_model import Model, load_model
 
@@ -32,13 +32,6 @@ NEITHER = 0.01
 _TOKENS = 8192  # of a forward pass
 _BATCH = 64  # comparisons of one call of a user's function
 _FUNCTION = re.compile(r".+\.py:[^\W\d]\w*")
-
-
-def question(shown: Comparison, principle: Principle) -> tuple[Message, ...]:
-    """The turn in which a language model is asked; it replies `FIRST` or `SECOND`."""
-    asked = join_turns([message.to_json() for message in shown.prompt.messages])
-    text = f"{principle.question}\n{asked}\nFirst: {shown.first}\nSecond: {shown.second}"
-    return (Message("user", text),)
 
 
 @dataclass(frozen=True)
@@ -115,7 +108,7 @@ class FunctionJudge:
     """A user's function f(prompts, responses, rivals, principles) in a process of its own.
 
     It returns for each response P(it ≻ its rival). `prompts` are lists of {"role", "content"},
-    `principles` the questions; it may leave parameters out, and name `ids`, the prompts', as well.
+    `principles` the questions; it may leave the last two out, and name `ids`, the prompts', too.
     A call that fails leaves the verdicts missing that were asked for.
     """
 
@@ -149,7 +142,8 @@ class FunctionJudge:
 def open_judge(spec: str, seed: int) -> Iterator[Judge]:
     """The judge that is named: "gold,sensitivity=0.9,…", "people", "file.py:function", a directory.
 
-    In the directory is a language model or a reward model.
+    In the directory is a language model or a reward model. "https://host/v1,model=name" is a chat
+    model behind an OpenAI-compatible address.
 
     Raises:
         UserError: there is no such judge.
@@ -167,6 +161,9 @@ def open_judge(spec: str, seed: int) -> Iterator[Judge]:
             yield FunctionJudge(worker)
         finally:
             worker.close()
+    elif spec.startswith(("https://", "http://")):
+        address, _, name = spec.partition(",model=")
+        yield EndpointJudge(address.rstrip("/"), name)
     elif spec.endswith(".py"):
         raise UserError(f"--judge={spec} names no function; write file.py:function")
     else:

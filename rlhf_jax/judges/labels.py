@@ -10,8 +10,8 @@ import numpy as np
 
 from rlhf_jax.judges.card import better_side
 from rlhf_jax.judges.constitution import Principle
-from rlhf_jax.judges.judge import Comparison, Judge, ask
-from rlhf_jax.judges.kinds import FIRST, SECOND, question
+from rlhf_jax.judges.judge import Comparison, Judge, ask, question
+from rlhf_jax.judges.kinds import FIRST, SECOND
 from rlhf_jax.judges.sampled import Pairs
 from rlhf_jax.label.files import Line, make_comparison
 from rlhf_jax.tasks.builders import verifier_of
@@ -37,19 +37,15 @@ def label(
     lines: list[Line] = []
     for i in np.flatnonzero(~np.isnan(values)).tolist():
         shown = pairs.of[i]
+        cut = {"cut": pairs.cut[i]} if i in pairs.cut else {}
         made = make_comparison(
             shown.prompt.messages, (shown.first, shown.second), shown.prompt.meta,
-            models=pairs.models, seed=seed,
+            models=pairs.models, seed=seed, more=cut,
         )  # fmt: skip
-        sides = ("chosen", "rejected") if values[i] >= 0.5 else ("rejected", "chosen")
-        line: Line = {"prompt": made.prompt, **dict(zip(sides, made.answers, strict=True))}
-        line |= {"tie": True} if values[i] == 0.5 else {}
+        line = made.preferred(int(values[i] < 0.5), tie=values[i] == 0.5)
         line |= {"labeler": name, "probability": round(float(max(values[i], 1 - values[i])), 6)}
-        line |= {"models": dict(zip(sides, pairs.models, strict=True)), "seed": seed}
         line |= {"pair": made.pair, "number": len(lines)}
-        line |= {"flipped": True} if turned[i] else {}
-        line |= {"cut": [sides[k] for k in pairs.cut[i]]} if i in pairs.cut else {}
-        lines.append(line | made.more)
+        lines.append(line | ({"flipped": True} if turned[i] else {}))
         counts["ties" if values[i] == 0.5 else "labelled"] += 1
     return lines, dict(counts), _agreement(values, pairs)
 

@@ -12,7 +12,6 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from rlhf_jax.digests import json_digest
 from rlhf_jax.errors import UserError
@@ -250,23 +249,9 @@ class Book:
 def _vote(pair: Comparison, first: int, choice: str) -> Line:
     """What a vote states of the pair; of a tie the answer shown first is the chosen one."""
     chosen = first if choice in "10" else 1 - first
-    rejected = 1 - chosen
-    line: dict[str, Any] = {
-        "prompt": pair.prompt,
-        "chosen": pair.answers[chosen],
-        "rejected": pair.answers[rejected],
-    }
-    line |= {"tie": True} if choice == "0" else {}
+    line = pair.preferred(chosen, tie=choice == "0")
     line |= {"order": "chosen_first" if chosen == first else "rejected_first"}
-    line |= {"models": {"chosen": pair.models[chosen], "rejected": pair.models[rejected]}}
-    line |= {"seed": pair.seed}
-    line |= {"check": choice != "0" and chosen == 0} if pair.check else {}
-    cut = [side for side, i in (("chosen", chosen), ("rejected", rejected)) if i in _cut(pair)]
-    return line | pair.more | ({"cut": cut} if cut else {})
-
-
-def _cut(pair: Comparison) -> Sequence[int]:
-    return pair.more.get("cut", ())
+    return line | ({"check": choice != "0" and chosen == 0} if pair.check else {})
 
 
 def _preferred(line: Line) -> str:

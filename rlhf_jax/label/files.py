@@ -44,7 +44,8 @@ class Comparison:
       seed: of the sampling; None for answers that were not sampled here.
       check: whether it is a gold check.
       candidate: its number among all that were sampled, those left out too.
-      more: what else a vote on it states: "select", "disagreement", "cut", "tools", "meta".
+      more: what else a vote on it states: "select", "disagreement", "tools", "meta", and "cut", the
+        indices of the answers that ended at the limit.
     """
 
     pair: str
@@ -62,6 +63,15 @@ class Comparison:
         if isinstance(self.prompt, str):
             return [{"role": "user", "content": self.prompt}]
         return self.prompt
+
+    def preferred(self, chosen: int, *, tie: bool) -> Line:
+        """What a line states of the pair once its answer `chosen` (0, 1) is preferred, or a tie."""
+        sides = {"chosen": chosen, "rejected": 1 - chosen}
+        line: Line = {"prompt": self.prompt} | {k: self.answers[i] for k, i in sides.items()}
+        line |= {"tie": True} if tie else {}
+        line |= {"models": {k: self.models[i] for k, i in sides.items()}, "seed": self.seed}
+        cut = [k for k, i in sides.items() if i in self.more.get("cut", ())]
+        return line | self.more | ({"cut": cut} if cut else {})
 
 
 def prompt_fields(messages: Sequence[Message], meta: Mapping[str, str]) -> Line:

@@ -95,7 +95,7 @@ function show(said) {
   at("all").textContent = `${said.done} of ${said.of} votes`;
   at("vote").hidden = !said.shown;
   at("message").hidden = Boolean(said.shown);
-  at("preferences").hidden = !said.shown;
+  for (const each of [at("preferences"), at("skip")]) each.hidden = !said.shown;
   if (!said.shown) at("message").textContent = MESSAGES[said.state](said);
   if (said.shown && said.shown.id !== before) showPair(said.shown);
   buttons();

@@ -100,7 +100,7 @@ def _totals(config: Config, rollout: Rollout, rewards: jax.Array) -> jax.Array:
 
 
 # (config, rollout, rewards [N, T], mask [N, T]) → (advantages, returns) [N, T], by advantage.name;
-# the mask is 0 on the answers that are left out, too.
+# the mask is 1 on the tokens of the answers that count, whatever these weigh, else 0.
 ADVANTAGES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
     "gae": _gae,
     "reward_to_go": _reward_to_go,
@@ -117,7 +117,9 @@ def advantages(
     With `kl.placement = "reward"` every token pays coefficient · kl, so that what is maximised is
     E[score] − coefficient · KL(π‖π_ref), whose optimum is known: π_ref · exp(score / coefficient).
     """
-    options, mask = config.advantage, rollout.mask * rollout.weights[:, None]
+    options, weights = config.advantage, rollout.mask * rollout.weights[:, None]
+    # Advantages tell only what counts from what is left out: the loss applies the weights.
+    mask = (weights > 0).astype(weights.dtype)
     kl = None
     if config.kl.placement == "reward":
         kl = kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, config.kl.estimator)
@@ -135,18 +137,18 @@ def advantages(
             f"{options.file} returned the shapes {shapes} where advantages and returns of "
             f"{mask.shape} are needed"
         )
-    mean = _mean(result, mask)
+    mean = _mean(result, weights)
     metrics = {
         "advantages/mean": mean,
-        "advantages/std": jnp.sqrt(_mean((result - mean) ** 2, mask)),
+        "advantages/std": jnp.sqrt(_mean((result - mean) ** 2, weights)),
         "advantages/max": jnp.max(jnp.where(mask > 0, jnp.abs(result), 0)),
     }
     if options.name == "gae":
-        metrics["val/explained_variance"] = _explained(rollout.old_values, returns, mask)
+        metrics["val/explained_variance"] = _explained(rollout.old_values, returns, weights)
     if options.whiten:
         result = whiten(result, mask)
     made = {"advantages": result, "returns": returns}
-    return made, Metrics.of(metrics, dict.fromkeys(metrics, mask.sum()))
+    return made, Metrics.of(metrics, dict.fromkeys(metrics, weights.sum()))
 
 
 def policy_objective(

@@ -295,7 +295,8 @@ class Feedback:
     constitution: str = ""  # a file of principles; "": experiments/constitution.json
     principles: str = "overall"  # names, "a,b"; "": all
     # Who says which of two answers is better: "model", that of init.judge; "people", the town's
-    # labelers; "gold", or "gold,sensitivity=0.9,…" as of rlhf_jax.judges.
+    # labelers; "gold", "gold,sensitivity=0.9,…" or "https://host/v1,model=name" as of
+    # rlhf_jax.judges.
     judge: str = "model"
     count: int = option(1000, least=1)  # of what is made: pairs, prompts or conversations
     max_new_tokens: int = option(64, least=1)  # of an answer

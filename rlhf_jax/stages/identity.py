@@ -77,6 +77,8 @@ def _contents(config: Config) -> dict[str, str]:
             own.append((f"{section}.file", target))
     if config.environment is not None:
         own += [("environment", target) for target in config.environment.named]
+    if config.feedback is not None and ".py:" in config.feedback.judge:
+        own.append(("feedback.judge", config.feedback.judge))
     for field, target in own:
         if Path(target).resolve().is_relative_to(PACKAGE):  # whose code is recorded as such
             continue

@@ -21,7 +21,7 @@ from rlhf_jax.report.page import render_page
 from rlhf_jax.report.refusals import draw_refusals
 from rlhf_jax.report.run_files import Run, read_run
 from rlhf_jax.report.tables import METRICS
-from rlhf_jax.sweep import safety
+from rlhf_jax.sweep import tradeoff
 from rlhf_jax.sweep.grid import short_names
 from rlhf_jax.sweep.jobs import Job
 from rlhf_jax.sweep.results import Results
@@ -51,7 +51,7 @@ def write_page(
     runs: Mapping[tuple[str, int], Job],
     told: Sequence[str],
     trials: Sequence[Sequence[Any]] = (),
-    settings: Sequence[safety.Setting] = (),
+    curve: tradeoff.Curve | None = None,
 ) -> Path:
     """Writes report.html of a sweep and returns its path.
 
@@ -60,7 +60,7 @@ def write_page(
         runs: the jobs of `results` by cell's name and seed.
         told: sentences that say what it means.
         trials: of a search: (cell, steps, value, why it failed).
-        settings: of runs that measured safety.
+        curve: of runs whose task has a trade-off.
     """
     read: dict[str, list[Run]] = {
         name: [read_run(runs[name, seed].directory) for seed in seeds]
@@ -77,16 +77,14 @@ def write_page(
         metric=title,
         sentences=told,
         trials=trials and _entry("Trials", ("cell", "steps", results.metric, "failed"), trials, ""),
-        plots=_figures(results, read, title, settings),
+        plots=_figures(results, read, title, curve),
         cells=_entry(f"{results.metric}, by cell", COLUMNS, estimates(results), _WHAT[0]),
         fresh=fresh and _entry("On fresh seeds", COLUMNS, estimates(fresh), _WHAT[1]),
         differences=compared
         and _entry(f"Over {results.baseline}", DIFFERENCES, compared, _WHAT[2]),
         failures=failures and _entry("Failed", ("cell", "seed", "why"), failures, ""),
-        safety=settings
-        and _entry(
-            "Over the curve of the starts", safety.COLUMNS, safety.table(settings), _WHAT[3]
-        ),
+        safety=curve
+        and _entry("Over the curve of the starts", curve.columns, tradeoff.table(curve), _WHAT[3]),
         curves=curves,
         left_out=left_out,
         directory=str(directory),
@@ -125,7 +123,7 @@ def _figures(
     results: Results,
     read: Mapping[str, Sequence[Run]],
     title: str,
-    settings: Sequence[safety.Setting],
+    curve: tradeoff.Curve | None,
 ) -> list[Plot]:
     """Intervals, parallel coordinates, gold reward against KL and refusals, where measured."""
     known = [(row, row.estimate) for row in results.rows if row.estimate]
@@ -160,8 +158,8 @@ def _figures(
     clouds = {name: points for name, points in clouds.items() if points}
     if clouds:
         plots.append(draw_clouds("Gold reward against KL", cells=clouds, ylabel="gold reward"))
-    if settings:
-        drawn = draw_refusals("Refusals, by kind of request", points=safety.points(settings))
+    if curve:
+        drawn = draw_refusals("Refusals, by kind of request", points=tradeoff.points(curve))
         plots.append(replace(drawn, note=_OF_SAFETY))
     return plots
 

@@ -16,7 +16,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.main import parse
 from rlhf_jax.report.tables import format_metric, format_seconds, print_table
 from rlhf_jax.stages.chain import default_workdir
-from rlhf_jax.sweep import safety
+from rlhf_jax.sweep import tradeoff
 from rlhf_jax.sweep.engines import Engine, on_cluster, on_cores
 from rlhf_jax.sweep.forks import forks
 from rlhf_jax.sweep.grid import Cell, make_cells, parse_grid
@@ -151,17 +151,15 @@ def run_grid(sweep: Sweep, runner: _Runner, baseline: Cell, seeds: int, metric: 
     write_runs(sweep.directory, cells, everything)
     told = sentences(results, fresh)
     print_results(sweep.directory, results, told)
-    settings = safety.read_settings(
+    curve = tradeoff.read_curve(
         {
             name: {seed: jobs.runs[name, seed].directory for seed in of_seeds}
             for name, of_seeds in results.outcomes.items()
         }
     )
-    if settings:
-        print_table("Over the curve of the starts", safety.COLUMNS, safety.table(settings))
-    page = write_page(
-        sweep.directory, sweep.source, results, fresh, jobs.runs, told, settings=settings
-    )
+    if curve:
+        print_table("Over the curve of the starts", curve.columns, tradeoff.table(curve))
+    page = write_page(sweep.directory, sweep.source, results, fresh, jobs.runs, told, curve=curve)
     print(f"report: {page}", flush=True)
 
 

@@ -10,11 +10,12 @@ from functools import cache
 
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.tasks import refusals
+from rlhf_jax.tasks.task import Tradeoff, TradeoffReply
 from rlhf_jax.tasks.town import gold
 from rlhf_jax.tasks.town.safety import KINDS, REQUESTS, SafetyTown, told
 from rlhf_jax.tasks.town.town import Town
 
-__all__ = ["KINDS", "REQUESTS", "is_due", "refuses", "requests", "tells_secret", "told"]
+__all__ = ["KINDS", "REFUSALS", "REQUESTS", "is_due", "refuses", "requests", "tells_secret", "told"]
 
 
 def refuses(record: Prompt, reply: str) -> bool:
@@ -39,3 +40,16 @@ def requests() -> dict[str, Prompt]:
     """The held-out harmful and harmless requests of the town by their text."""
     prompts = SafetyTown(Town()).held_out()
     return {p.messages[-1].content: p for p in prompts if p.meta["safety"] in REQUESTS}
+
+
+def _refusal(asked: str, reply: str) -> TradeoffReply | None:
+    prompt = requests().get(asked)
+    if prompt is None:
+        return None
+    right = gold.gold_score(prompt, reply).right
+    family, kind = prompt.meta["safety"], prompt.meta["kind"]
+    return TradeoffReply(family, kind, refuses(prompt, reply), right)
+
+
+REFUSALS = Tradeoff("harmless", "harmful", "refused", KINDS, _refusal)
+"""Harmful requests refused for the price of harmless ones; what is right is helpful advice."""

@@ -151,7 +151,7 @@ def settle_sources(config: ConfigDict) -> ConfigDict:
         trained, held_out = [], []
         for source in split_sources(config.data.train):
             name, weight = _name_and_weight(source)
-            begin, rest = _hold_out(name)
+            begin, rest = hold_out(name)
             trained.append(f"{begin}={weight}" if weight else begin)
             held_out.append(rest)
         config.data.train, config.data.validation = ",".join(trained), ",".join(held_out)
@@ -160,8 +160,12 @@ def settle_sources(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _hold_out(source: str) -> tuple[str, str]:
-    """(what is trained on, what is held out) of a source."""
+def hold_out(source: str) -> tuple[str, str]:
+    """(what is trained on, what is held out) of a user's file or "hf:" data set, which is said.
+
+    Raises:
+        UserError: the source is another, or sliced already.
+    """
     name, split, part = parsed = parse_source(source)
     if not (parsed.is_file or parsed.is_hub or part):
         task_of(name)  # or a line that there is no such data set

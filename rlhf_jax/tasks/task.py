@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from rlhf_jax.data.records import Conversation, Pair, Prompt, Record
 from rlhf_jax.tasks.data_files import DataFile
@@ -40,6 +41,39 @@ class Episode:
     needed: int
 
 
+class TradeoffReply(NamedTuple):
+    """What a reply adds to a trade-off: to which of its shares, of which kind, and whether.
+
+    Attributes:
+      share, kind: `Tradeoff.cost` or `Tradeoff.gain`, and one of `Tradeoff.kinds`.
+      counts: whether the reply is in the share.
+      right: whether it is right besides.
+    """
+
+    share: str
+    kind: str
+    counts: bool
+    right: bool
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """Two shares of replies, of which a model has more of one for the price of the other.
+
+    Attributes:
+      cost, gain: what the shares are of: prompts of which a smaller, and of which a larger is good.
+      what: is said of the replies that count, as in "harmless refused".
+      kinds: of prompts, each with a curve of its own.
+      outcome: of the last turn of a prompt and a reply; None of a prompt of neither share.
+    """
+
+    cost: str
+    gain: str
+    what: str
+    kinds: tuple[str, ...]
+    outcome: Callable[[str, str], TradeoffReply | None]
+
+
 @dataclass(frozen=True)
 class Task:
     """A data set by name.
@@ -59,6 +93,7 @@ class Task:
       probes: names of further prompts by data set; the share of right replies to the held-out ones
         is reported as eval/correct/<name>.
       group: the key of `meta` by which reports group the records, "" for none.
+      tradeoff: what a sweep draws as a curve, None for none.
     """
 
     name: str
@@ -71,3 +106,4 @@ class Task:
     preference: Callable[[Prompt, str, str], float] | None = None
     probes: Mapping[str, str] = field(default_factory=dict)
     group: str = ""
+    tradeoff: Tradeoff | None = None

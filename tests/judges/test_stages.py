@@ -10,12 +10,15 @@ import pytest
 
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.errors import UserError
+from rlhf_jax.files import write_jsonl
 from rlhf_jax.judges import ai_preference, ai_sft, feedback
 from rlhf_jax.judges.constitution import DEFAULT, read_constitution
 from rlhf_jax.judges.judge import Answers, SimulatedJudge
 from rlhf_jax.judges.revision import gold_changes, keep_preferred
 from rlhf_jax.stages import defaults
+from rlhf_jax.stages.chain import prepare
 from rlhf_jax.stages.checks import check
+from rlhf_jax.stages.identity import made_from
 from rlhf_jax.tasks.sources import read_source
 from rlhf_jax.tasks.town.town import Town
 from tests.test_export import saved
@@ -41,7 +44,7 @@ def test_a_judge_labels_as_many_pairs_as_are_asked_for(tmp_path):
     many = dataclasses.replace(config.feedback, count=40)
     config = dataclasses.replace(config, feedback=many)
     with pytest.raises(
-        UserError, match=r"feedback.count = 40: of the 20 prompts of town/prompt\[:2"
+        UserError, match=r"count = 40: of the 20 prompts of town/prompt\[:20\] 20 were asked, and"
     ):
         ai_preference.label_answers(config, {"policy": run})
 
@@ -75,6 +78,36 @@ def test_what_is_made_is_kept_once_and_read_from_a_path_that_data_can_name(tmp_p
     config = feedback.reading(config_of("ai_preference", init={"policy": "x"}), run)
     (record,) = read_source(config.data.train, "pair", "train")
     assert (record.chosen, record.rejected) == ("Ann.", "No.")
+
+
+def test_of_labels_on_the_prompts_of_a_file_the_last_ones_are_held_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
+    run = SimpleNamespace(path=tmp_path)
+    pairs = [{"prompt": f"{i}?", "chosen": "Ann.", "rejected": "No."} for i in range(40)]
+    write_jsonl(tmp_path / feedback.FILE, pairs)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "Who?"}] * 40)
+    given = defaults.base(
+        "ai_preference", init={"policy": "x"},
+        data={"train": f"{tmp_path}/prompts.jsonl", "validation": ""},
+    )  # fmt: skip
+    config = feedback.reading(prepare(given), run)
+    train, held_out = config.data.train, config.data.validation
+    assert len(read_source(train, "pair", "train")) == 38
+    assert [r.prompt[0].content for r in read_source(held_out, "pair", "train")] == ["38?", "39?"]
+    assert config.eval.source == "town"  # whose prompts are answered at the end
+    data = {"train": f"{tmp_path}/prompts.jsonl", "validation": "hh_rlhf/helpful"}
+    config = feedback.reading(config_of("ai_preference", init={"policy": "x"}, data=data), run)
+    assert config.data.validation == "hh_rlhf/helpful" and "[" not in config.data.train
+
+
+def test_a_judge_in_a_file_is_part_of_what_a_run_was_made_from(tmp_path):
+    judge = tmp_path / "mine.py"
+    config = config_of("ai_preference", init={"policy": "x"}, feedback={"judge": f"{judge}:better"})
+    digests = set()
+    for code in ("def better(responses): ...", "def better(rivals): ..."):
+        judge.write_text(code)
+        digests.add(made_from(config, {})["contents"][f"feedback.judge: {judge}"])
+    assert len(digests) == 2
 
 
 def revisions():

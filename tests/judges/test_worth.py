@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from math import inf
+from random import Random
 
 import numpy as np
 import pytest
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.held_out_answers import Answer
+from rlhf_jax.files import write_jsonl
 from rlhf_jax.judges.__main__ import main
 from rlhf_jax.judges.constitution import DEFAULT, read_constitution
 from rlhf_jax.judges.judge import People, SimulatedJudge, gold
-from rlhf_jax.judges.sampled import read_pairs
+from rlhf_jax.judges.sampled import Policy, read_pairs
 from rlhf_jax.judges.worth import GOLD, Worth, fieller, label_both, table
+from rlhf_jax.tasks.sources import read_source
 from tests.test_export import saved
 
 OVERALL = read_constitution(DEFAULT)[0]
@@ -91,12 +95,25 @@ def test_people_vote_once_on_a_pair_whatever_the_order():
 
 
 @pytest.mark.slow
-def test_the_command_trains_from_both_and_says_what_a_label_is_worth(tmp_path, capsys):
+def test_the_command_trains_from_both_and_says_what_a_label_is_worth(tmp_path, capsys, monkeypatch):
     saved(tmp_path, "tiny", max_length=256)
+
+    def answers(policy, prompts, stream):  # gold has 0 for all that an untrained model says
+        random = Random(f"{policy.seed} {stream}")
+        said = [random.choice((p.meta["reference"], "I don't know.")) for p in prompts]
+        return [Answer(text, (), True) for text in said]
+
+    monkeypatch.setattr(Policy, "answers", answers)
+    pairs = [
+        {"prompt": pair.prompt[0].content, "chosen": pair.chosen, "rejected": pair.rejected}
+        for pair in read_source("town/ordered[:300]", "pair", "validation")
+        if len(pair.prompt) == 1 and len(pair.chosen + pair.rejected) < 100
+    ]
+    write_jsonl(tmp_path / "ordered.jsonl", pairs[:40])
     command = [
         "worth", "--judge=gold,specificity=0.9", f"--workdir={tmp_path / 'run'}", "--counts=40,60",
-        "--seeds=2", "--steps=11", "--count=400", "--max-new-tokens=12", "--data=town/ordered[:40]",
-        f"--out={tmp_path}/w",
+        "--seeds=2", "--steps=11", "--count=400", "--max-new-tokens=12",
+        f"--data={tmp_path}/ordered.jsonl", f"--out={tmp_path}/w",
     ]  # fmt: skip
     assert main(command) == 0
     found = json.loads((tmp_path / "w" / "worth.json").read_text())

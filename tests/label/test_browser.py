@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import subprocess
 
+import jax
 import pytest
 
 from rlhf_jax.label.files import SETTINGS, VOTES, LabelFiles
+from rlhf_jax.stages.reward import with_score_head
 from rlhf_jax.tasks.sources import read_records
+from rlhf_jax.training.saved_model import load_model, save_model
 from tests.label.browser import Browser
 from tests.label.canned import MARKUP, ROOT, Server, open_book
 from tests.label.test_book import READING
@@ -188,3 +192,32 @@ def test_the_command_samples_ahead_and_goes_on_after_kill_9(browser, tmp_path, c
     for vote in votes:
         assert {vote["chosen"], vote["rejected"]} == {*sampled[vote["pair"]].answers}
     assert len({each.candidate for each in sampled.values()}) == len(sampled)
+
+
+@pytest.mark.slow
+def test_two_models_are_compared_blindly_where_reward_models_disagree(browser, tmp_path):
+    run, *_ = saved(tmp_path, "tiny", max_length=256)
+    model = load_model(run)
+    other = dataclasses.replace(model, params=jax.tree.map(lambda x: 1.2 * x, model.params))
+    made = {"other": other} | {f"reward{i}": with_score_head(model, i) for i in range(2)}
+    for name, each in made.items():
+        (tmp_path / name).mkdir()
+        save_model(tmp_path / name, each)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Who?"}\n{"prompt": "When?"}\n')
+    command = [
+        "rlhf_jax.label", f"--workdir={run}", f"--compare={tmp_path}/other", "--pairs=20",
+        f"--prompts={tmp_path}/prompts.jsonl", f"--out={tmp_path}/labels", "--max-new-tokens=12",
+        "--select=disagreement", f"--rewards={tmp_path}/reward0,{tmp_path}/reward1",
+    ]  # fmt: skip
+    with Server(tmp_path / "labels", *command) as server:
+        tab = begin(browser, server, "Ann")
+        for key in "120120120120":
+            assert str(tmp_path) not in tab.value("JSON.stringify(now)")
+            press(tab, key)
+    votes = server.votes()
+    assert {frozenset(vote["models"].values()) for vote in votes} == {
+        frozenset({str(run), f"{tmp_path}/other"})
+    }
+    assert all(v["select"] == "disagreement" and v["disagreement"] > 0 for v in votes)
+    first = [v["models"]["chosen" if v["order"] == "chosen_first" else "rejected"] for v in votes]
+    assert len({*first}) == 2  # sides are by lot

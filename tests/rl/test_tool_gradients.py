@@ -158,9 +158,7 @@ def rows_of(rollout):
 
 
 def with_advantages(config, rollout):
-    """Each answer counts once for its own advantage; what it weighs comes after."""
-    counted = dataclasses.replace(rollout, weights=np.ones_like(rollout.weights))
-    made, _ = objectives.advantages(config, counted, BETA)
+    made, _ = objectives.advantages(config, rollout, BETA)
     return dataclasses.replace(rollout, **made)
 
 

@@ -33,6 +33,7 @@ from functools import partial
 from pathlib import Path
 
 from rlhf_jax.data.records import Record
+from rlhf_jax.tasks.safety import REFUSALS
 from rlhf_jax.tasks.task import Task
 from rlhf_jax.tasks.town import crowd
 from rlhf_jax.tasks.town.defects import spoilt
@@ -171,4 +172,5 @@ SAFETY = Task(
     verifies=lambda meta: "expectation" in meta and "safety" in meta,
     probes={"facts": "safety/facts"},
     group="safety",
+    tradeoff=REFUSALS,
 )

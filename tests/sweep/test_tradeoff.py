@@ -1,4 +1,4 @@
-"""Points of a sweep's safety, and which lie above the curve of what runs started from."""
+"""Points of a sweep's trade-off, and which lie above the curve of what runs started from."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax.report.refusals import draw_refusals
-from rlhf_jax.sweep import safety
-from rlhf_jax.sweep.safety import Setting, above, points, read_settings, table
+from rlhf_jax.sweep.tradeoff import Curve, Setting, above, points, read_curve, table
+from rlhf_jax.tasks.safety import REFUSALS
 from rlhf_jax.tasks.town.safety import KINDS, SafetyTown
 from rlhf_jax.tasks.town.town import Town
 
@@ -30,7 +30,7 @@ def setting(arm, name, harmless, harmful, seeds=3, count=100):
 def test_the_curve_is_the_upper_hull_of_the_starts():
     starts = [setting("start", "a", 0.2, 0.6), setting("start", "b", 0.5, 0.7)]
     settings = [*starts, setting("tuned", "c", 0.3, 0.9), setting("tuned", "d", 0.1, 0.3)]
-    found = {(name, kind): rest for name, kind, *rest in above(settings)}
+    found = {(name, kind): rest for name, kind, *rest in above(Curve(REFUSALS, settings))}
     x, y, curve, (low, high) = found["c", "unseen"]
     # From a to (1, 1), which lies above b: 0.6 + 0.4 · 0.1 / 0.8.
     assert (x, y, curve) == pytest.approx((0.3, 0.9, 0.65))
@@ -41,36 +41,37 @@ def test_the_curve_is_the_upper_hull_of_the_starts():
 
 def test_chance_is_on_the_line_whatever_it_refuses():
     settings = [setting("start", "a", 0, 0), setting("tuned", "all", 1, 1)]
-    for _, _, x, y, curve, _ in above(settings):
+    for _, _, x, y, curve, _ in above(Curve(REFUSALS, settings)):
         assert (x, y, curve) == pytest.approx((1, 1, 1))
 
 
 def test_points_and_their_figure():
-    settings = [setting("start", "a", 0.2, 0.6), setting("tuned", "c", 0.3, 0.9)]
-    found = points(settings)
+    curve = Curve(REFUSALS, [setting("start", "a", 0.2, 0.6), setting("tuned", "c", 0.3, 0.9)])
+    found = points(curve)
     assert len(found) == 6
     assert found[1]["harmful"] == 0.9 and found[1]["helpful"] == pytest.approx(0.7)
     assert found[1]["harmful_low"] < 0.9 < found[1]["harmful_high"] < 0.93  # of 300 replies
     plot = draw_refusals("Refusals", points=found)
     assert plot.svg.startswith("<svg") and len(plot.csv.splitlines()) == 7
-    assert len(table(settings)) == 3
+    assert len(table(curve)) == 3
+    assert curve.columns[2:4] == ("harmless refused", "harmful refused")
 
 
 def test_one_model_that_all_seeds_started_from_counts_once():
     many = setting("start", "a", 0.2, 0.6)
     once = Setting("start", "a", dict.fromkeys(range(3), many.seeds[0]), many.helpful)
-    (alone, *_), (each, *_) = points([once]), points([many])
+    (alone, *_), (each, *_) = (points(Curve(REFUSALS, [one])) for one in (once, many))
     assert alone["harmful"] == each["harmful"]
     assert alone["harmful_high"] - alone["harmful"] > each["harmful_high"] - each["harmful"]
 
 
 def write_run(directory, start, own, of_start):
     directory.mkdir()
-    metrics = {"eval/safety/balance/seen": 0.0}
-    summary = {"stage": "preference", "status": "done", "metrics": metrics}
+    summary = {"stage": "preference", "status": "done", "metrics": {}}
     summary |= {"wall_seconds": 1.0, "config_hash": "x"}
     summary["parents"] = {"policy": str(directory.parent / start)}
     (directory / "summary.json").write_text(json.dumps(summary))
+    (directory / "config.json").write_text('{"eval": {"source": "safety/prompt"}}')
     samples = [
         {
             "prompt": [message.to_json() for message in prompt.messages],
@@ -90,20 +91,22 @@ def test_runs_are_read_with_what_they_started_from(tmp_path):
             directory = runs[cell][seed] = tmp_path / f"{cell},seed={seed}"
             due = lambda p: p.meta["reference"]  # noqa: E731
             write_run(directory, f"sft,seed={seed}", due, lambda p: REFUSAL)
-    start, *tuned = read_settings(runs)
+    curve = read_curve(runs)
+    start, *tuned = curve.settings
     assert (start.arm, start.name, sorted(start.seeds)) == ("start", "sft", [0, 1])
     assert [each.name for each in tuned] == ["x", "y"]
     assert start.seeds[1]["harmless", "unseen"].all()
     assert len(start.seeds[0]["harmful", "seen"]) == 60
     assert not tuned[0].seeds[0]["harmless", "wrapped"].any()
     assert tuned[0].helpful["seen", 0] == 1 and start.helpful["seen", 0] == 0
-    for _, _, x, y, curve, _ in above([start, *tuned]):
-        assert (x, y, curve) == pytest.approx((0, 1, 0))
+    for _, _, x, y, there, _ in above(curve):
+        assert (x, y, there) == pytest.approx((0, 1, 0))
 
 
-def test_runs_without_safety_have_no_settings(tmp_path):
+@pytest.mark.parametrize("source", ["town/prompt", "mine.jsonl", "", "safety/facts"])
+def test_runs_on_prompts_without_a_tradeoff_have_no_curve(tmp_path, source):
     write_run(tmp_path / "x", "sft", lambda p: "", lambda p: "")
-    summary = json.loads((tmp_path / "x" / "summary.json").read_text())
-    (tmp_path / "x" / "summary.json").write_text(json.dumps(summary | {"metrics": {}}))
-    assert read_settings({"x": {0: tmp_path / "x"}}) == []
-    assert safety.read_settings({}) == []
+    (tmp_path / "x" / "config.json").write_text(json.dumps({"eval": {"source": source}}))
+    asked = {"prompt": [{"role": "user", "content": "Who?"}], "responses": {"x": "", "sft": ""}}
+    (tmp_path / "x" / "samples.jsonl").write_text(json.dumps(asked))
+    assert read_curve({"x": {0: tmp_path / "x"}}) is None and read_curve({}) is None
