@@ -7,12 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rlhf_jax import hosts
-from rlhf_jax.cache import cache_dir
 from rlhf_jax.config import Config
 from rlhf_jax.console import say
-from rlhf_jax.digests import file_digest
 from rlhf_jax.errors import UserError
-from rlhf_jax.files import read_object, write_json, write_jsonl, write_whole
+from rlhf_jax.files import read_object, write_json, write_jsonl
 from rlhf_jax.judges.constitution import DEFAULT, Principle, choose, read_constitution
 from rlhf_jax.judges.sampled import Policy
 from rlhf_jax.label.files import Line
@@ -44,17 +42,12 @@ def keep(run: RunDirectory, make: Callable[[], Made]) -> dict[str, float]:
 
 
 def reading(config: Config, run: RunDirectory) -> Config:
-    """The config with a copy of the run's `FILE` as what is trained on.
+    """The config with the run's `FILE` as what is trained on.
 
-    It lies under `cache_dir()`, since a run's own path may hold what `data.train` cannot name: the
-    "=" and "," of a sweep's cells. Where what is held out is of the prompts' own file, and so has
-    no answers, the last 5 % of the lines are held out too.
+    Where what is held out is of the prompts' own file, and so has no answers, the last 5 % of the
+    lines are held out too.
     """
-    kept = run.path / FILE
-    copy = cache_dir() / "feedback" / f"{file_digest(kept)}.jsonl"
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(copy, kept.read_bytes())
-    train, validation = str(copy), config.data.validation
+    train, validation = str(run.path / FILE), config.data.validation
     asked = parse_source(config.data.train)
     if asked.name == parse_source(validation).name and (asked.is_file or asked.is_hub):
         train, validation = hold_out(train)
