@@ -31,6 +31,8 @@ VARIANTS = {
     "constitutional": ["town", "critic"],
     "filtering": ["all"],
     "safety": ["pretrain", "helpful", "careful", "sft0.1", "dpo", "limited"],
+    "memory": ["base", "chat", "sft", "last"],
+    "persona": ["sft", "dpo", "grpo", "real"],
     "llama": ["dpo-8b", "dpo-70b", "grpo-8b", "grpo-70b", "8b", "70b"],
 }
 

@@ -108,8 +108,11 @@ def encode_conversations(
     *,
     over_long: str = "error",
     stripped_turns: str = "leave",
+    last_only: bool = False,
 ) -> tuple[list[Document], Stats]:
     """Documents whose targets are the assistant's turns; see `render_turns`.
+
+    last_only: the last of a conversation's alone, and no other counts.
 
     stripped_turns: "leave" those untrained that the template writes otherwise than they would be
     generated, "expand" the conversation into as many documents as train them all: `split_turns`.
@@ -127,6 +130,9 @@ def encode_conversations(
     for record in records:
         with naming(record.id):
             parts, turns = split_turns(record.messages, tokenizer, stripped_turns == "expand")
+        if last_only:
+            (tokens, places), *_ = parts
+            parts, turns = [(tokens, places[-1:])], 1
         stats["records"] += len(parts) - 1
         stats["turns"] += turns
         stats["stripped"] += turns - sum(len(places) for _, places in parts)

@@ -38,19 +38,21 @@ from rlhf_jax.evaluation.held_out_answers import (
     log_ratios,
     pack_answers,
 )
-from rlhf_jax.evaluation.safety import (
-    extraction_values,
-    safety_metrics,
-    safety_tables,
-    safety_values,
-)
-from rlhf_jax.evaluation.tool_use import (
+from rlhf_jax.evaluation.outcomes import (
     IN_A_ROW,
-    count_episodes,
+    outcome_values,
     pass_metrics,
     rate_metrics,
-    rate_table,
+    rate_plots,
+    rate_tables,
     repeat_prompts,
+)
+from rlhf_jax.evaluation.safety import (
+    EXPOSURE,
+    EXTRACTED,
+    balance_metrics,
+    disagreement_tables,
+    extraction_values,
 )
 from rlhf_jax.files import write_jsonl
 from rlhf_jax.stopping import stop_point
@@ -82,46 +84,41 @@ def evaluate_chat(
     prompts = held_out_prompts(config, model).records[: config.eval.count]
     tables += console.few_records("held-out prompts", len(prompts))
     lineage = ancestry(start)
-    *before, own = names_of([*lineage, run])
-    directories = dict(zip(before, lineage, strict=True))
+    names = names_of([*lineage, run])
+    directories, (began, own) = dict(zip(names[:-1], lineage, strict=True)), names[-2:]
     models = {**_ancestors(config, directories, model), own: model}
     answers = {
         name: _answer(config, each, prompts, directories.get(name)) for name, each in models.items()
     }
-    metrics = _sampled_kl(config, model, models[before[-1]], prompts)[0]
+    metrics = _sampled_kl(config, model, models[began], prompts)[0]
     metrics |= ending_metrics(answers[own])
     measured = {name: ending_values(each) for name, each in answers.items()}
     task, verdicts, group = verifier_of(prompts), {}, ""
     if task:
         group = task.group
         verdicts = {n: verdicts_of(prompts, [a.turns for a in each]) for n, each in answers.items()}
-        metrics |= gold_metrics(verdicts[own], verdicts[before[-1]])
+        metrics |= gold_metrics(verdicts[own], verdicts[began])
         for name in verdicts:
             measured[name] |= gold_values(verdicts[name])
-        if task.name == "safety":
-            of_safety = {
-                name: _safety(config, models[name], prompts, answers[name], verdicts[name])
-                for name in (before[-1], own)
-            }
-            texts = [each.text for each in answers[own]]
-            tables += safety_tables(prompts, texts, verdicts[own], of_safety)
-            metrics |= safety_metrics(of_safety[own])
-            for name, values in of_safety.items():
-                measured[name] |= values
-        for name, source in task.probes.items():
-            asked = read_records(config, source, "prompt", "validation")
-            for each in (before[-1], own):
-                replies = _answer(config, models[each], asked, directories.get(each))
-                told = verdicts_of(asked, [a.turns for a in replies])
-                measured[each][f"correct/{name}"] = Values.of([verdict.right for verdict in told])
-            metrics |= correct_metrics(name, told)
+        rates = {
+            n: outcome_values(task, prompts, [a.turns for a in each]) for n, each in answers.items()
+        }
+        metrics |= rate_metrics(rates[own])
+        for name, values in rates.items():
+            measured[name] |= values
+        plots += rate_plots(rates)
+        tables += rate_tables(rates)
+        both = {name: models[name] for name in (began, own)}
+        metrics |= _probes(config, task, both, directories, measured)
         plots = [*gold_plots(prompts, verdicts, group), *plots]
         tables.append(correct_table(prompts, verdicts, group))
+        metrics |= _secrets(config, prompts, both, measured)
+        texts = [each.text for each in answers[own]]
+        tables += disagreement_tables(prompts, texts, verdicts[own])
+        metrics |= balance_metrics(metrics)
     if task and task.replay and config.environment is not None and config.environment.named:
-        found, more = _tool_use(config, model, prompts, answers[own], task)
-        metrics |= found
-        tables.append(more)
-    metrics |= changes(measured[before[-1]], measured[own], config.seed)
+        metrics |= _in_a_row(config, model, prompts)
+    metrics |= changes(measured[began], measured[own], config.seed)
     others = {name: {n: v.mean for n, v in each.items()} for name, each in measured.items()}
     write_evaluation(run, tables, plots, others=others, **further)
     write_jsonl(run / "samples.jsonl", _samples(prompts, answers, verdicts, group))
@@ -200,34 +197,54 @@ def _answer(
         return answer(model, prompts, environments=environments, **options)
 
 
-def _tool_use(
-    config: Config, model: Model, prompts: Sequence[Prompt], answers: Sequence[Answer], task: Task
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """Metrics and the table of `tool_use`, of these answers and of several sampled ones."""
-    assert task.replay
-    replayed = [*map(task.replay, prompts, [a.turns for a in answers])]
-    found = count_episodes(prompts, replayed, task.group)
+def _in_a_row(config: Config, model: Model, prompts: Sequence[Prompt]) -> dict[str, float]:
+    """eval/pass^k of several sampled episodes to a prompt."""
     asked = repeat_prompts(prompts[: config.eval.count // IN_A_ROW[-1] + 1])
     sampled = _answer(config, model, asked, temperature=1.0)
-    episodes = [*map(task.replay, asked, [a.turns for a in sampled])]
-    groups = [episodes[i : i + IN_A_ROW[-1]] for i in range(0, len(episodes), IN_A_ROW[-1])]
-    return rate_metrics(found) | pass_metrics(groups, config.seed), rate_table(found)
+    verdicts = verdicts_of(asked, [each.turns for each in sampled])
+    groups = [verdicts[i : i + IN_A_ROW[-1]] for i in range(0, len(verdicts), IN_A_ROW[-1])]
+    return pass_metrics(groups, config.seed)
 
 
-def _safety(
+def _probes(
     config: Config,
-    model: Model,
+    task: Task,
+    models: Mapping[str, Model],
+    directories: Mapping[str, Path],
+    measured: Mapping[str, dict[str, Values]],
+) -> dict[str, float]:
+    """What models answer rightly of a task's probes, added to `measured`; metrics of the last."""
+    metrics: dict[str, float] = {}
+    alone = dataclasses.replace(config, environment=None)  # a probe has one turn
+    for name, source in task.probes.items():
+        asked = read_records(config, source, "prompt", "validation")
+        for each, model in models.items():
+            replies = _answer(alone, model, asked, directories.get(each))
+            told = verdicts_of(asked, [reply.turns for reply in replies])
+            measured[each][f"correct/{name}"] = Values.of([verdict.right for verdict in told])
+        metrics |= correct_metrics(name, told)
+    return metrics
+
+
+def _secrets(
+    config: Config,
     prompts: Sequence[Prompt],
-    answers: Sequence[Answer],
-    verdicts: Sequence[Verdict],
-) -> dict[str, Values]:
-    """What a model refuses, and what it tells of secrets, greedily, sampled and by likelihood."""
-    values = safety_values(prompts, [each.text for each in answers], verdicts)
+    models: Mapping[str, Model],
+    measured: Mapping[str, dict[str, Values]],
+) -> dict[str, float]:
+    """What models tell of the prompts' secrets, sampled and by likelihood, added to `measured`.
+
+    Returns the metrics of the last model; {} where no prompt has a secret.
+    """
     private = [prompt for prompt in prompts if "secret" in prompt.meta]
-    if not private:
-        return values
-    sampled = [each.text for each in _answer(config, model, private, temperature=1.0)]
-    return values | extraction_values(model, private, sampled, step_tokens(config))
+    metrics: dict[str, float] = {}
+    for name, model in models.items() if private else ():
+        sampled = [each.text for each in _answer(config, model, private, temperature=1.0)]
+        values = extraction_values(model, private, sampled, step_tokens(config))
+        measured[name].update(values)
+        metrics = rate_metrics({EXTRACTED: values[EXTRACTED]})
+        metrics[f"eval/{EXPOSURE}"] = values[EXPOSURE].mean
+    return metrics
 
 
 def _samples(

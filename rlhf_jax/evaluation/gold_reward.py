@@ -27,7 +27,7 @@ def verdicts_of(prompts: Sequence[Prompt], answers: Sequence[str | Sequence[str]
     turns = [[answer] if isinstance(answer, str) else answer for answer in answers]
     asked = [prompts[i // (len(turns) // len(prompts))] for i in range(len(turns))]
     if task.replay:
-        return [task.replay(*each).verdict for each in zip(asked, turns, strict=True)]
+        return [task.replay(*each) for each in zip(asked, turns, strict=True)]
     return [task.verify(prompt, said[-1]) for prompt, said in zip(asked, turns, strict=True)]
 
 

@@ -131,6 +131,8 @@ class SftData(LabelledData):
     # Earlier replies that the chat template strips of their thoughts, or doesn't end: "leave" them
     # untrained, or "expand": each is the last reply of a record of its own.
     stripped_turns: str = "leave"
+    # "last": earlier replies of a conversation are read and not learnt, as in Llama 2's GAtt.
+    trained_turns: str = option("all", choices=("all", "last"))
 
     def validate(self) -> None:
         """Raises UserError for a way to treat such replies that there is not."""
@@ -352,7 +354,9 @@ STAGES: dict[str, dict[str, type]] = {
     "reward": _TRAINED
     | {"init": Init, "data": VotedData, "loss": RewardLoss}
     | {"normalize": Normalize, "eval": NoEvaluation},
-    "preference": _TRAINED | {"init": JudgedInit, "data": VotedData, "loss": PreferenceOptions},
+    "preference": _TRAINED
+    | {"init": JudgedInit, "data": VotedData, "loss": PreferenceOptions}
+    | {"environment": EnvironmentOptions},
     "policy": _SAMPLED
     | {"data": PolicyData, "rollout": RolloutOptions, "train": SampledTrain, "loss": PolicyOptions}
     | {"kl": KlOptions, "lagrange": LagrangeOptions, "advantage": AdvantageOptions}

@@ -122,7 +122,8 @@ def preflight(
         elif prompts_only:
             encoded = encode_prompts(sample, tokenizer)
         else:
-            encoded, stats = encode_whole(sample, tokenizer, config.data.stripped_turns)
+            last = config.data.trained_turns == "last"
+            encoded, stats = encode_whole(sample, tokenizer, config.data.stripped_turns, last)
         measured = measure(records, sample, encoded, limit, judged=judged)
         show(name, measured, f"over {limit_name} = {limit}: {fate}")
         console.say_stripped(name, stats.get("stripped", 0), stats.get("turns", 0))
@@ -188,11 +189,14 @@ def encode_prompts(records: Sequence[Prompt], tokenizer: Tokenizer) -> list[Enco
 
 
 def encode_whole(
-    records: Sequence[Conversation], tokenizer: Tokenizer, stripped_turns: str = "leave"
+    records: Sequence[Conversation],
+    tokenizer: Tokenizer,
+    stripped_turns: str = "leave",
+    last_only: bool = False,
 ) -> tuple[list[Encoded], Mapping[str, int]]:
-    """Encodes conversations with all their replies; the counts are `encode_conversations`'s."""
+    """Encodes conversations whole; options and counts are those of `encode_conversations`."""
     documents, stats = encode_conversations(
-        records, tokenizer, sys.maxsize, stripped_turns=stripped_turns
+        records, tokenizer, sys.maxsize, stripped_turns=stripped_turns, last_only=last_only
     )
     # The last reply begins where the last trained stretch does.
     starts = [int(np.flatnonzero(np.diff(d.is_target, prepend=0) > 0)[-1]) for d in documents]

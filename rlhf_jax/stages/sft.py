@@ -84,8 +84,9 @@ def _pack(config: Config, source: str, split: str, tokenizer: Tokenizer) -> Arra
     check_unrendered(what, records, tokenizer)
     length, stripped = config.data.row_length, config.data.stripped_turns
     documents, counts = encode_conversations(
-        records, tokenizer, length, over_long=config.data.over_long, stripped_turns=stripped
-    )
+        records, tokenizer, length, over_long=config.data.over_long, stripped_turns=stripped,
+        last_only=config.data.trained_turns == "last",
+    )  # fmt: skip
     share = check_trained_share(documents)
     rows, packing = pack_documents(documents, length)
     console.say_encoded(config, what, counts, packing | {"trained": share})

@@ -24,9 +24,9 @@ from rlhf_jax.tasks.public_sets import PUBLIC_SETS
 from rlhf_jax.tasks.record_builder import builder_of, read_records
 from rlhf_jax.tasks.refusals import REFUSAL_SETS
 from rlhf_jax.tasks.task import Task, Verdict
-from rlhf_jax.tasks.town.dataset import SAFETY, TOWN, TOWN_TOOLS
+from rlhf_jax.tasks.town.dataset import MEMORY, PERSONA, SAFETY, TOWN, TOWN_TOOLS
 
-_ALL = (*PUBLIC_SETS, *REFUSAL_SETS, *CALL_SETS, SAFETY, TOWN, TOWN_TOOLS)
+_ALL = (*PUBLIC_SETS, *REFUSAL_SETS, *CALL_SETS, MEMORY, PERSONA, SAFETY, TOWN, TOWN_TOOLS)
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
 

@@ -6,18 +6,21 @@ gsm8k/{conversation,prompt}           grade-school maths with its own train and 
 hh_rlhf/{helpful,harmless,helpful_rejection_sampled}   human preferences, chats → pairs
 imdb/{text,conversation,prompt}       film reviews: whole, or the first words → how they go on
 imdb/labelled                         the same of other reviews, for the sentiment classifier
+persona_chat/{conversation,text}      chats of two people, of whom one is told who it is
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from rlhf_jax.data.jsonl import open_bytes, read_jsonl, read_lines
-from rlhf_jax.data.records import Conversation, Message, Pair, Prompt, Record, Text
+from rlhf_jax.data.records import Conversation, Message, Pair, Prompt, Record, Text, convert
 from rlhf_jax.data.shapes import string
 from rlhf_jax.errors import UserError
 from rlhf_jax.tasks.data_files import DataFile
@@ -150,6 +153,50 @@ def _continuation(config: str, review: Text) -> Record:
     return Conversation(review.id, (*prompt, _assistant(reply)), review.meta)
 
 
+def _personas(config: str, paths: list[Path], left_out: Counter[str]) -> Splits:
+    """Synthetic-Persona-Chat, https://arxiv.org/abs/2312.10007: who talks, and what they say.
+
+    From the release's validation file: user 2 is the assistant, whose persona is the system turn;
+    user 1's is left out, being nobody's business there. Turns of one speaker in a row are one; what
+    user 2 says before user 1 has said anything, and what user 1 says last, is cut off. Split by the
+    persona. Chats that begin with no speaker, and those without a reply, are skipped and counted.
+    """
+    with open_bytes(paths[0]) as file:
+        rows = [*csv.DictReader(io.StringIO(file.read().decode()))]
+    chats = []
+    for index, row in enumerate(rows):
+        turns = _speakers(row["Best Generated Conversation"])
+        while turns and turns[0].role == "assistant":
+            del turns[0]
+        while turns and turns[-1].role == "user":
+            del turns[-1]
+        if not turns:
+            left_out["no speaker or no reply"] += 1
+            continue
+        persona = Message("system", row["user 2 personas"].strip())
+        chats.append(Conversation(str(index), (persona, *turns)))
+    return {
+        split: [convert(chat, config) for chat in part]
+        for split, part in _split_by_prompt(chats, lambda chat: chat.messages[:1]).items()
+    }
+
+
+def _speakers(text: str) -> list[Message]:
+    """The turns of a chat of which each line goes on or begins "User 1:" or "User 2:", else []."""
+    turns: list[Message] = []
+    for line in filter(None, (line.strip() for line in text.splitlines())):
+        name, _, said = line.partition(":")
+        role = {"User 1": "user", "User 2": "assistant"}.get(name, "")
+        if role and not (turns and turns[-1].role == role):
+            turns.append(Message(role, said.strip()))
+        elif turns:
+            more = said.strip() if role else line
+            turns[-1] = Message(turns[-1].role, f"{turns[-1].content}\n{more}")
+        else:
+            return []
+    return turns
+
+
 def _split_by_prompt(records, prompt_of) -> dict[str, list]:
     """Train and validation by a hash of the prompt, so that no prompt is in both."""
     splits: dict[str, list] = {"train": [], "validation": []}
@@ -240,5 +287,13 @@ PUBLIC_SETS = (
             "labelled": "conversation",
         },
         DataFile("sentiment_imdb/imdb_train.jsonl.xz"),
+    ),
+    _task(
+        "persona_chat",
+        _personas,
+        {"conversation": "conversation", "text": "text"},
+        DataFile(
+            "dialog_synthetic_persona_chat/Synthetic-Persona-Chat_valid.csv.gz",
+        ),
     ),
 )

@@ -12,7 +12,7 @@ from rlhf_jax.data.records import Prompt
 from rlhf_jax.tasks import refusals
 from rlhf_jax.tasks.task import Tradeoff, TradeoffReply
 from rlhf_jax.tasks.town import gold
-from rlhf_jax.tasks.town.safety import KINDS, REQUESTS, SafetyTown, told
+from rlhf_jax.tasks.town.safety import KINDS, REQUESTS, SafetyTown, tells_secret, told
 from rlhf_jax.tasks.town.town import Town
 
 __all__ = ["KINDS", "REFUSALS", "REQUESTS", "is_due", "refuses", "requests", "tells_secret", "told"]
@@ -28,11 +28,6 @@ def is_due(record: Prompt) -> bool:
     if "refusal" in record.meta:
         return record.meta["refusal"] == "due"
     return gold.expects_refusal(record)
-
-
-def tells_secret(record: Prompt, reply: str) -> bool:
-    """Whether a reply mentions the record's secret; False for one without a secret."""
-    return record.meta.get("secret") in gold.mentioned(reply)
 
 
 @cache

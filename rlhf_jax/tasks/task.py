@@ -31,14 +31,7 @@ class Verdict:
         return self.components["correct"] >= 0.5
 
 
-@dataclass(frozen=True)
-class Episode:
-    """What became of an episode with tools: its verdict, the calls made, invalid, and needed."""
-
-    verdict: Verdict
-    calls: int
-    invalid: int
-    needed: int
+Outcome = tuple[float, float]  # how many, of how many
 
 
 class TradeoffReply(NamedTuple):
@@ -86,7 +79,10 @@ class Task:
       files: what each config is made from. Without any, records are made where they are read, and
         not stored.
       verify: the verdict on a reply to a record; UserError if `verifies` is false of the record.
-      replay: the episode with tools that a record and the assistant's turns in it make.
+      replay: the verdict on all of the assistant's turns in a record, where `verify` judges one.
+      outcomes: what is measured beside: (how many, of how many) by name, of a record and the
+        assistant's turns in it. Those of all records are reported as the rate eval/<name>, and
+        drawn over the number where a name ends in "/<number>".
       verifies: whether a record with this `meta` has what `verify` needs.
       preference: the probability that one of its labelers, shown two replies to a record, prefers
         the first; None if it has no labelers.
@@ -101,7 +97,8 @@ class Task:
     make: Callable[[str, list[Path], Counter[str]], Mapping[str, Iterable[Record]]]
     files: Mapping[str, tuple[DataFile, ...]] = field(default_factory=dict)
     verify: Callable[[Prompt | Pair | Conversation, str], Verdict] | None = None
-    replay: Callable[[Prompt, Sequence[str]], Episode] | None = None
+    replay: Callable[[Prompt, Sequence[str]], Verdict] | None = None
+    outcomes: Callable[[Prompt, Sequence[str]], Mapping[str, Outcome]] | None = None
     verifies: Callable[[Mapping[str, str]], bool] = lambda meta: False
     preference: Callable[[Prompt, str, str], float] | None = None
     probes: Mapping[str, str] = field(default_factory=dict)

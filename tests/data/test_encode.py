@@ -67,6 +67,15 @@ def test_conversations_train_the_replies():
     assert (document.tokens, document.is_target) == (tokens, is_target)
 
 
+def test_earlier_replies_can_be_read_and_not_trained():
+    record = Conversation("a", chat("hi", "yo", "so", "no"))
+    (whole,), counts = encode_conversations([record], TOKENIZER, 32)
+    (last,), few = encode_conversations([record], TOKENIZER, 32, last_only=True)
+    assert last.tokens == whole.tokens and (counts["turns"], few["turns"]) == (2, 1)
+    assert sum(whole.is_target) == 8 and last.is_target == [0] * 17 + [1] * 4
+    assert few["stripped"] == 0
+
+
 @pytest.mark.parametrize("row_length", range(6, 27))
 def test_left_truncation_of_conversations(row_length):
     """Of 27 tokens the end is kept; a reply cut in two is no longer trained."""

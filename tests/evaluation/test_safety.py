@@ -7,8 +7,10 @@ import pytest
 
 from rlhf_jax.evaluation import safety
 from rlhf_jax.evaluation.gold_reward import verdicts_of
-from rlhf_jax.evaluation.safety import exposure, safety_metrics, safety_tables, safety_values
+from rlhf_jax.evaluation.outcomes import outcome_values, rate_metrics, rate_tables
+from rlhf_jax.evaluation.safety import balance_metrics, disagreement_tables, exposure
 from rlhf_jax.evaluation.statistics import wilson_interval
+from rlhf_jax.tasks.town.dataset import SAFETY
 from rlhf_jax.tasks.town.safety import SafetyTown
 from rlhf_jax.tasks.town.town import Town
 
@@ -18,7 +20,12 @@ REFUSAL = "I am sorry, but I can't help with that."
 
 def measured(reply_to):
     texts = [reply_to(prompt) for prompt in PROMPTS]
-    return safety_values(PROMPTS, texts, verdicts_of(PROMPTS, texts)), texts
+    return outcome_values(SAFETY, PROMPTS, [[text] for text in texts]), texts
+
+
+def safety_metrics(values):
+    metrics = rate_metrics(values)
+    return metrics | balance_metrics(metrics)
 
 
 def test_the_references_are_what_is_due():
@@ -60,9 +67,13 @@ def test_shares_are_of_the_prompts_that_a_name_is_about():
     assert metrics["eval/safety/balance/wrapped"] == 0
     assert metrics["eval/safety/right/harmless"] == pytest.approx(2 / 3)
     assert metrics["eval/safety/extracted"] == 10 / 40
-    tables = safety_tables(PROMPTS, texts, verdicts_of(PROMPTS, texts), {"dpo": values})
-    rows = {row[0]: row[1:] for row in tables[0]["rows"]}
-    assert rows["refused/harmless/wrapped"] == [60, 1.0]
+    (table,) = rate_tables({"dpo": values})
+    rows = {row[0]: row[1:] for row in table["rows"]}
+    assert rows["safety/refused/harmless/wrapped"][:2] == [60, 1.0]
+    assert disagreement_tables(PROMPTS, texts, verdicts_of(PROMPTS, texts)) == []
+    texts = ["It is blue."] * len(PROMPTS)
+    (table,) = disagreement_tables(PROMPTS, texts, verdicts_of(PROMPTS, texts))
+    assert {row[3] for row in table["rows"]} == {"answers"} and len(table["rows"]) == 10
 
 
 def test_exposure_by_hand():

@@ -11,6 +11,7 @@ import json
 import logging
 import lzma
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -309,3 +310,44 @@ def test_the_pinned_hash_is_that_of_the_public_file(cache):
     path = data_folder() / "pretrain_tinyshakespeare" / "input.txt.gz"
     expected = TASKS["tiny_shakespeare"].files["text"][0].sha256
     assert hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest() == expected
+
+
+PERSONAS = """user 1 personas,user 2 personas,Best Generated Conversation
+"I bake.
+I sing.","I am a boy.
+I like ""rice"", a lot.","User 1: Hi!
+User 2: Hello!
+User 2: I am a boy.
+User 1: What do you eat: soup?
+User 2: Rice.
+With beans.
+User 1: Bye!"
+I swim.,I row.,"User 2: Hey!
+User 1: Hey you!
+User 2: I row."
+I swim.,I row.,*User 1:* Hi! *
+I swim.,I row.,User 1: Hi!
+"""
+
+
+def test_persona_chat_plays_the_second_person(tmp_path):
+    path, left_out = tmp_path / "chats.csv.gz", Counter()
+    path.write_bytes(gzip.compress(PERSONAS.encode()))
+    splits = TASKS["persona_chat"].make("conversation", [path], left_out)
+    boy, rower = sorted((c for each in splits.values() for c in each), key=lambda chat: chat.id)
+    assert [(m.role, m.content) for m in boy.messages] == [
+        ("system", 'I am a boy.\nI like "rice", a lot.'),
+        ("user", "Hi!"),
+        ("assistant", "Hello!\nI am a boy."),
+        ("user", "What do you eat: soup?"),
+        ("assistant", "Rice.\nWith beans."),
+    ]
+    assert [m.content for m in rower.messages] == ["I row.", "Hey you!", "I row."]
+    assert left_out == {"no speaker or no reply": 2}
+
+
+@REAL
+def test_persona_chat(cache):
+    train, validation = (load_records("persona_chat", s) for s in ("train", "validation"))
+    assert len(train) + len(validation) == 1000 - 7
+    assert all(chat.messages[0].role == "system" for chat in train)

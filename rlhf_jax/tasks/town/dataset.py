@@ -35,11 +35,12 @@ from pathlib import Path
 from rlhf_jax.data.records import Record
 from rlhf_jax.tasks.safety import REFUSALS
 from rlhf_jax.tasks.task import Task
-from rlhf_jax.tasks.town import crowd
+from rlhf_jax.tasks.town import crowd, episodes, memory, persona, safety
 from rlhf_jax.tasks.town.defects import spoilt
-from rlhf_jax.tasks.town.episodes import replay, verify
 from rlhf_jax.tasks.town.gold import gold_score
 from rlhf_jax.tasks.town.labelers import Labeler, preference
+from rlhf_jax.tasks.town.memory import MemoryTown
+from rlhf_jax.tasks.town.persona import PersonaTown
 from rlhf_jax.tasks.town.safety import SafetyTown
 from rlhf_jax.tasks.town.tool_exercises import dialogues, direct, drills, prompts
 from rlhf_jax.tasks.town.tools import Office, open_office
@@ -117,8 +118,9 @@ TOWN_TOOLS = Task(
         "drill": "text",
     },
     make=_make_tools,
-    verify=verify,
-    replay=replay,
+    verify=episodes.verify,
+    replay=lambda row, turns: episodes.replay(row, turns).verdict,
+    outcomes=episodes.outcomes,
     verifies=lambda meta: "goal" in meta,
     group="family",
 )
@@ -169,8 +171,76 @@ SAFETY = Task(
     kinds={config: kind for config, (kind, _) in _SAFETY.items()},
     make=_make_safety,
     verify=gold_score,
+    outcomes=safety.outcomes,
     verifies=lambda meta: "expectation" in meta and "safety" in meta,
     probes={"facts": "safety/facts"},
     group="safety",
     tradeoff=REFUSALS,
+)
+
+
+_MEMORY: dict[str, tuple[str, Callable[[MemoryTown, str], Iterable[Record]]]] = {
+    "prompt": ("prompt", lambda town, split: town.prompts(split)),
+    "dialogue": (
+        "conversation",
+        lambda town, split: town.conversations(split, _size(split, memory.RECORDS)),
+    ),
+}
+
+
+def _make_memory(
+    config: str, paths: list[Path], left_out: Counter[str]
+) -> dict[str, Iterable[Record]]:
+    """Dialogues in which something is told and asked for later, see `memory`.
+
+    prompt      up to the question; held-out, those that memory is measured on
+    dialogue    conversations: with the right answers
+    """
+    town, (_, stream) = MemoryTown(Town()), _MEMORY[config]
+    return {"train": stream(town, TRAIN), "validation": stream(town, HELDOUT)}
+
+
+MEMORY = Task(
+    "memory",
+    kinds={config: kind for config, (kind, _) in _MEMORY.items()},
+    make=_make_memory,
+    verify=memory.verify,
+    outcomes=memory.outcomes,
+    verifies=lambda meta: "memory" in meta,
+    probes={"facts": "town/facts"},
+    group="memory",
+)
+
+
+_PERSONA: dict[str, tuple[str, Callable[[PersonaTown, str, int], Iterable[Record]]]] = {
+    "prompt": ("prompt", PersonaTown.prompts),
+    "dialogue": ("conversation", PersonaTown.conversations),
+    "pair": ("pair", PersonaTown.pairs),
+}
+
+
+def _make_persona(
+    config: str, paths: list[Path], left_out: Counter[str]
+) -> dict[str, Iterable[Record]]:
+    """Dialogues with a persona, see `persona`.
+
+    prompt      the turns that open them, for `PersonaEnvironment`; held-out, what is measured
+    dialogue    conversations: with right replies
+    pair        pairs: a right reply and the first one that is not consistent
+    """
+    town, (_, stream) = PersonaTown(Town()), _PERSONA[config]
+    return {s: stream(town, n, _size(n, persona.RECORDS)) for s, n in _SPLITS.items()}
+
+
+_SPLITS = {"train": TRAIN, "validation": HELDOUT}
+PERSONA = Task(
+    "persona",
+    kinds={config: kind for config, (kind, _) in _PERSONA.items()},
+    make=_make_persona,
+    replay=persona.replay,
+    verify=lambda row, reply: persona.replay(row, [reply]),
+    outcomes=persona.outcomes,
+    verifies=lambda meta: "script" in meta,
+    probes={"facts": "town/facts"},
+    group="persona",
 )

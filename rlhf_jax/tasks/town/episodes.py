@@ -12,16 +12,27 @@ calls     1 if each call was one that a tool could answer, and there were no mor
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rlhf_jax.data.calls import CallError, parse_call, render_error, render_result
 from rlhf_jax.data.records import Conversation, Message, Pair, Prompt
-from rlhf_jax.tasks.task import Episode, Verdict
+from rlhf_jax.tasks.task import Outcome, Verdict
 from rlhf_jax.tasks.town.gold import gold_score, is_right
 from rlhf_jax.tasks.town.tool_exercises import read_goal
 from rlhf_jax.tasks.town.tools import InvalidCall, open_office, use
 
 MOST_CALLS = 4
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What became of an episode with tools: its verdict, the calls made, invalid, and needed."""
+
+    verdict: Verdict
+    calls: int
+    invalid: int
+    needed: int
 
 
 class TownEnvironment:
@@ -84,3 +95,20 @@ def replay(row: Prompt | Pair | Conversation, turns: Sequence[str]) -> Episode:
 def verify(row: Prompt | Pair | Conversation, reply: str) -> Verdict:
     """The verdict on a reply in one turn, that is without a tool."""
     return replay(row, [reply]).verdict
+
+
+def outcomes(row: Prompt, turns: Sequence[str]) -> dict[str, Outcome]:
+    """(how many, of how many) of an episode, by name; see `Task.outcomes`.
+
+    success/<family>: whether it is worth 1. needless_calls: of episodes that need no call, whether
+    there is one. invalid_calls: of calls, those that no tool could answer.
+    """
+    episode = replay(row, turns)
+    found: dict[str, Outcome] = {
+        f"success/{row.meta['family']}": (float(episode.verdict.total == 1), 1)
+    }
+    if not episode.needed:
+        found["needless_calls"] = float(episode.calls > 0), 1
+    if episode.calls:
+        found["invalid_calls"] = episode.invalid, episode.calls
+    return found

@@ -11,7 +11,7 @@ import pytest
 from rlhf_jax.data.calls import is_error, parse_call, render_call
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.environments.tools import method_names, schema_of
-from rlhf_jax.tasks.town.episodes import MOST_CALLS, TownEnvironment, replay, verify
+from rlhf_jax.tasks.town.episodes import MOST_CALLS, TownEnvironment, outcomes, replay, verify
 from rlhf_jax.tasks.town.tool_exercises import FAMILIES, dialogues, direct, drills, prompts
 from rlhf_jax.tasks.town.tools import PARAMETERS, Desk, InvalidCall, calculate, open_office, use
 from rlhf_jax.tasks.town.town import Town
@@ -172,6 +172,19 @@ def test_a_wrong_answer_a_needless_and_an_invalid_call_are_worth_nothing(made):
     needless = of_family(made, "no_tool")
     called = [render_call("calculate", {"expression": "1 + 1"}), turns_of(needless)[-1]]
     assert replay(prompt_of(needless), called).verdict.components["calls"] == 0
+
+
+def test_outcomes_are_of_episodes_and_of_calls(made):
+    dialogue, needless = of_family(made, "sums"), of_family(made, "no_tool")
+    prompt, turns = prompt_of(dialogue), turns_of(dialogue)
+    assert outcomes(prompt, turns) == {"success/sums": (1, 1), "invalid_calls": (0, 1)}
+    assert outcomes(prompt, ["{", *turns]) == {"success/sums": (0, 1), "invalid_calls": (1, 2)}
+    assert outcomes(prompt, turns[-1:]) == {"success/sums": (1, 1)}  # no call, none counted
+    (answer,) = turns_of(needless)
+    found = outcomes(prompt_of(needless), [answer])
+    assert found == {"success/no_tool": (1, 1), "needless_calls": (0, 1)}
+    found = outcomes(prompt_of(needless), [turns[0], answer])
+    assert found == {"success/no_tool": (0, 1), "needless_calls": (1, 1), "invalid_calls": (0, 1)}
 
 
 def test_a_booking_is_judged_by_the_state_it_leaves(made):

@@ -96,6 +96,7 @@ def _with_tuples(value: Any) -> Any:
 _people, _manners, _skills = _read("people.toml"), _read("manners.toml"), _read("skills.toml")
 _stories, _values = _read("stories.toml"), _read("values.toml")
 TOOLS: Mapping[str, Any] = _read("tools.toml")
+TURNS: Mapping[str, Any] = _read("turns.toml")
 MIXTURES: Mapping[str, Mapping[str, float]] = _read("mixtures.toml")
 
 PHRASINGS: Mapping[str, Mapping[str, Phrasing]] = {

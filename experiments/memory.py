@@ -1,0 +1,93 @@
+"""What a model remembers of a dialogue: facts told some turns ago, changed since, or never told.
+
+python -m rlhf_jax.main --config=experiments/memory.py
+    dialogues in which one to four facts are told, and asked for 1 to 8 turns later, from …
+python -m rlhf_jax.main --config=experiments/memory.py:chat
+    … the model of sft.py with room for 512 tokens, from …
+python -m rlhf_jax.main --config=experiments/memory.py:base
+    … that of pretrain.py
+python -m rlhf_jax.main --config=experiments/memory.py:last
+    trains the last reply of each dialogue alone
+
+The first and the last end with 520 held-out questions: eval/memory/known/recall/distance/<turns>,
+…/recall/load/<facts>, …/updated, …/resurrected, …/abstained and …/false_memory of values that are
+told in training, eval/memory/new/… of values that are not, with 95 % intervals, and
+eval/correct/facts, what the model knows of the town. One seed, 3 minutes beside other work:
+
+                   recall 1, 2, 4, 8 turns ago   updated   resurrected   abstained   false memory
+    known values      0.84  0.86  0.75  0.60       0.24        0.57         0.02         0.96
+    new values        0.42  0.14  0.14  0.06       0.04        0.19         0.24         0.75
+
+and 97 % of facts right, before 96 %. :last has not been measured.
+"""
+
+from rlhf_jax.stages import defaults
+
+OPTIMIZER = {
+    "learning_rate": 3e-3,
+    "b2": 0.99,
+    "warmup_steps": 20,
+    "schedule": "linear",
+    "final_fraction": 0.0,
+}
+
+
+def get_config(variant="sft"):
+    match variant:
+        case "base":
+            return base()
+        case "chat":
+            return chat()
+        case "sft":
+            return sft("all")
+        case "last":
+            return sft("last")
+    raise defaults.no_variant("memory.py", variant, "base, chat, sft, last")
+
+
+def base():
+    """The recipe of pretrain.py with a longer context."""
+    return defaults.base(
+        "pretrain",
+        model=defaults.model("tiny", max_length=512),
+        tokenizer={"vocab_size": 2048},
+        data={"row_length": 128, "over_long": "split"},
+        batch={"rows": 8},
+        optimizer=OPTIMIZER | {"schedule": "wsd", "decay_fraction": 0.4},
+        train={"steps": 560, "log_every": 20},
+    )
+
+
+def chat():
+    """The recipe of sft.py."""
+    return defaults.base(
+        "sft",
+        init={"policy": "experiments/memory.py:base"},
+        compute={"remat": "none"},
+        data={"row_length": 192, "replay": "town/text[:50%]=0.5"},
+        batch={"rows": 8},
+        optimizer=OPTIMIZER | {"warmup_steps": 10},
+        train={"steps": 430, "log_every": 20},
+    )
+
+
+def sft(trained_turns):
+    return defaults.base(
+        "sft",
+        init={"policy": "experiments/memory.py:chat"},
+        compute={"remat": "none"},
+        data={
+            "train": "memory/dialogue=4,town=1",
+            "validation": "memory/dialogue",
+            "row_length": 384,
+            "replay": "town/text[:50%]=1",
+            "trained_turns": trained_turns,
+        },
+        batch={"rows": 8},
+        optimizer={
+            **{"name": "muon", "learning_rate": 5e-3, "b2": 0.99, "warmup_steps": 10},
+            **{"schedule": "linear", "final_fraction": 0.0},
+        },
+        train={"steps": 240, "log_every": 20},
+        eval={"source": "memory", "count": 520, "max_new_tokens": 32},
+    )

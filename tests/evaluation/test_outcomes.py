@@ -1,0 +1,77 @@
+"""Rates of what tasks count, and episodes that go well several times in a row."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf_jax.data.records import Message, Prompt
+from rlhf_jax.evaluation.outcomes import (
+    interval_of,
+    outcome_values,
+    pass_metrics,
+    rate_metrics,
+    rate_plots,
+    rate_tables,
+    repeat_prompts,
+)
+from rlhf_jax.evaluation.statistics import wilson_interval
+from rlhf_jax.report.plots import draw
+from rlhf_jax.tasks.task import Task, Verdict
+
+RECORDS = [Prompt(str(i), (Message("user", "?"),)) for i in range(4)]
+
+
+def count(record, turns):
+    """Of a record's turns, those that say yes; of even records alone, the same by number."""
+    yes = sum(turn == "yes" for turn in turns)
+    even = {f"by/{10 * len(turns)}": (yes, len(turns))} if int(record.id) % 2 == 0 else {}
+    return {"yes": (yes, len(turns))} | even
+
+
+TASK = Task("t", {}, lambda *args: {}, outcomes=count)
+TURNS = [["yes", "no"], ["yes"], ["no"], ["yes", "yes"]]
+
+
+def test_rates_are_of_what_records_count():
+    values = outcome_values(TASK, RECORDS, TURNS)
+    assert [*values] == ["by/10", "by/20", "yes"]  # numbers as numbers
+    metrics = rate_metrics(values)
+    assert metrics["eval/yes"] == 4 / 6 and metrics["eval/by/20"] == 0.5
+    assert metrics["eval/by/10"] == 0
+    low, high = wilson_interval(4, 6)
+    assert (metrics["eval/yes_low"], metrics["eval/yes_high"]) == (low, high)
+    assert interval_of(values["by/20"]) == wilson_interval(1, 2)
+    assert outcome_values(Task("t", {}, lambda *args: {}), RECORDS, TURNS) == {}
+
+
+def test_the_table_has_every_model_and_the_figure_a_curve_for_a_name_that_ends_in_numbers():
+    before = outcome_values(TASK, RECORDS, [["no"] * len(turns) for turns in TURNS])
+    rates = {"sft": before, "dpo": outcome_values(TASK, RECORDS, TURNS)}
+    (table,) = rate_tables(rates)
+    rows = {row[0]: row[1:] for row in table["rows"]}
+    assert rows["yes"][:3] == [6, 0.0, 4 / 6] and len(table["columns"]) == 6
+    (plot,) = rate_plots(rates)
+    assert plot["groups"] == ["10", "20"] and plot["series"] == {"sft": [0, 0], "dpo": [0, 0.5]}
+    assert draw(plot).note.endswith("20: 0.09 to 0.91")
+
+
+def test_a_rate_that_only_the_last_model_has_is_no_number_of_the_others():
+    values = outcome_values(TASK, RECORDS, TURNS)
+    (table,) = rate_tables({"sft": {"yes": values["yes"]}, "dpo": values})
+    assert table["rows"][0][:4] == ["by/10", 1, None, 0.0]
+    assert rate_tables({"sft": {}, "dpo": {}}) == []
+
+
+def verdict(total):
+    return Verdict(total, {"correct": total})
+
+
+def test_in_a_row_is_over_several_episodes_to_a_prompt():
+    asked = repeat_prompts(RECORDS[:2])
+    assert len({record.id for record in asked}) == 16 and asked[0].meta == RECORDS[0].meta
+    groups = [[verdict(float(i < c)) for i in range(8)] for c in (8, 4)]
+    metrics = pass_metrics(groups, 0)
+    assert metrics["eval/pass^1"] == 0.75
+    assert metrics["eval/pass^2"] == pytest.approx((1 + 6 / 28) / 2)
+    assert metrics["eval/pass^8"] == 0.5
+    assert metrics["eval/pass^8_low"] <= 0.5 <= metrics["eval/pass^8_high"]
