@@ -38,6 +38,7 @@ ANNEXES = (
     "filter",
     "synthesize",
     "judges",
+    "claims",
 )
 
 

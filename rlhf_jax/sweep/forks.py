@@ -104,7 +104,7 @@ class Fork:
 
     def __init__(self, answers: IO[bytes]) -> None:
         self._answers = answers
-        self._pid = 0
+        self.pid = 0  # before it is known
         self._code: int | None = None
 
     def poll(self) -> int | None:
@@ -113,10 +113,10 @@ class Fork:
         return self._code
 
     def send_signal(self, number: int, /) -> None:
-        while not self._pid and self._code is None:
+        while not self.pid and self._code is None:
             self._read()
         if self.poll() is None:
-            os.kill(self._pid, number)
+            os.kill(self.pid, number)
 
     def wait(self) -> int:
         """Its exit code, once it has ended."""
@@ -128,8 +128,8 @@ class Fork:
         line = self._answers.readline()
         if not line:
             self._code = -signal.SIGKILL
-        elif not self._pid:
-            self._pid = int(line)
+        elif not self.pid:
+            self.pid = int(line)
         else:
             self._code = int(line)
 

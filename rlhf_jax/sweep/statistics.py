@@ -31,7 +31,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds and prompts, with its 95 % interval.
+    """A mean over seeds and prompts, with its interval, of 95 % where nothing else is said.
 
     Attributes:
         deviation: of the seeds' means.
@@ -47,13 +47,16 @@ class Estimate:
     seeds: int
 
 
-def estimate(outcomes: np.ndarray, floor: tuple[float, int] = (0.0, 0)) -> Estimate:
+def estimate(
+    outcomes: np.ndarray, floor: tuple[float, int] = (0.0, 0), level: float = 0.95
+) -> Estimate:
     """The mean of outcomes [S, P], or of [S] where only the seeds' means are known.
 
     Args:
         floor: a variance of the mean over seeds, with its degrees of freedom, that several sets of
             outcomes have in common: it is taken if these ones' own is smaller, and its degrees of
             freedom are taken in any case. (0, 0) for none.
+        level: the interval's, in (0, 1).
 
     Raises:
         ValueError: there is no outcome, or one that is not finite.
@@ -73,9 +76,10 @@ def estimate(outcomes: np.ndarray, floor: tuple[float, int] = (0.0, 0)) -> Estim
         return Estimate(mean, deviation, mean, mean, float(mean == 0), seeds)
     parts = by_seed**2 / freedom + (total - by_seed) ** 2 / max(1, prompts - 1)
     tests = [(sqrt(total), total**2 / parts), (sqrt(by_seed), freedom)]
-    reach = max(spread * float(stdtrit(df, 0.975)) for spread, df in tests)
+    upper = (1 + level) / 2
+    reach = max(spread * float(stdtrit(df, upper)) for spread, df in tests)
     p = max(2 * float(stdtr(df, -abs(mean) / spread)) for spread, df in tests if spread)
-    below, above = np.quantile(_resample(values), [0.025, 0.975])
+    below, above = np.quantile(_resample(values), [1 - upper, upper])
     share = float((mean - below) / (above - below)) if above > below else 0.5
     low, high = mean - 2 * reach * share, mean + 2 * reach * (1 - share)
     return Estimate(mean, deviation, low, high, p, seeds)

@@ -41,7 +41,7 @@ AS_IT_IS = Cell("as-it-is", {})  # the config without what a search sets
 
 
 @dataclass(frozen=True)
-class _Runner:
+class Runner:
     """How jobs are run: where, how many at a time, and with which flags beside their own."""
 
     directory: Path
@@ -106,7 +106,7 @@ def run_sweep(given: argparse.Namespace) -> None:
     lock = acquire(directory / "lock")
     try:
         with engines as engine:
-            runner = _Runner(directory, given.workers, engine, further)
+            runner = Runner(directory, given.workers, engine, further)
             if not space:
                 run_grid(sweep, runner, baseline, given.seeds, given.metric)
             else:
@@ -129,7 +129,7 @@ def _engine(given: argparse.Namespace, directory: Path) -> AbstractContextManage
     return nullcontext(on_cores)  # libraries of macOS do not survive a fork
 
 
-def run_grid(sweep: Sweep, runner: _Runner, baseline: Cell, seeds: int, metric: str) -> None:
+def run_grid(sweep: Sweep, runner: Runner, baseline: Cell, seeds: int, metric: str) -> None:
     """Runs every cell with every seed, then the best one and the baseline with as many others."""
     jobs, cells = Jobs(), sweep.cells
     make_jobs(sweep, cells, range(seeds), jobs)
@@ -163,7 +163,7 @@ def run_grid(sweep: Sweep, runner: _Runner, baseline: Cell, seeds: int, metric: 
     print(f"report: {page}", flush=True)
 
 
-def confirm(sweep: Sweep, runner: _Runner, study: Search, seeds: int, metric: str) -> None:
+def confirm(sweep: Sweep, runner: Runner, study: Search, seeds: int, metric: str) -> None:
     """Runs the best cell of a search, and the config as it is, with seeds that no trial had."""
     best, trials = study.best(), study.trials()
     if best is None:
@@ -188,7 +188,7 @@ class _Measure:
     """What cells have that are run for so many steps, with the seed 0."""
 
     sweep: Sweep
-    runner: _Runner
+    runner: Runner
     metric: str
 
     def __call__(self, cells: list[tuple[Cell, int]]) -> list[float | str]:

@@ -1,0 +1,5 @@
+"""The tiny experiments of the sweeps' tests."""
+
+from tests.sweep.conftest import tiny
+
+__all__ = ["tiny"]
