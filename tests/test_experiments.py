@@ -54,6 +54,8 @@ def test_experiment(name, variant, monkeypatch):
     elif variant == "own":
         assert not (config.init.policy or config.data.train or config.data.validation)
         assert not config.eval.get("source", "") and "gold" not in config.eval
+    elif variant == "bfcl":
+        assert not config.init.policy
     else:
         parent = load_config(config.init.policy)
         order = [*STAGES]
