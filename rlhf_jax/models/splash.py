@@ -91,10 +91,7 @@ def splash(
     heads = query.reshape(batch, kv_heads * groups, length, -1)
     if seen.branch_ids is not None:
         codes = branch_codes(seen.branch_ids, query.dtype)
-        heads, key = (
-            jnp.concatenate([x, jnp.broadcast_to(code[:, None], (*x.shape[:3], code.shape[-1]))], 3)
-            for x, code in zip((heads, key), codes, strict=True)
-        )
+        heads, key = (_beside(x, code) for x, code in zip((heads, key), codes, strict=True))
     padding = -length % _LANES
     arrays = [jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (heads, key, value)]
     segments = None
@@ -104,6 +101,17 @@ def splash(
     kernel = _kernel(config, kv_heads * groups, length, interpret)
     mixed = jax.vmap(lambda *arrays: kernel(*arrays[:3], segment_ids=arrays[3]))(*arrays, segments)
     return mixed[:, :, :length].astype(value.dtype).reshape(query.shape)
+
+
+def _beside(x: jax.Array, code: jax.Array) -> jax.Array:
+    """[B, H, T, d] and the same [B, T, c] for every head: [B, H, T, d + c].
+
+    As a sum of both with zeros it is computed in one pass; of a concatenation a TPU's compiler
+    writes the code of every head into memory first.
+    """
+    width = x.shape[-1]
+    coded = jnp.pad(code, ((0, 0), (0, 0), (width, 0)))[:, None]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, code.shape[-1]))) + coded
 
 
 def _kernel(config: ModelConfig, heads: int, length: int, interpret: bool) -> Any:

@@ -118,6 +118,11 @@ class _Search:
         self.compiled = 0
         self.found: list[tuple[float, str, ConfigDict]] = []  # seconds, changes, what they make
 
+    @property
+    def best(self) -> tuple[float, str, ConfigDict]:
+        """The fastest of what fits."""
+        return min(self.found, key=lambda each: each[0])
+
     def fits(self, changes: Mapping[str, Any]) -> bool:
         """Whether the update fits under changes of fields by their dotted names; says so."""
         changed = ConfigDict(self.given.to_dict())
@@ -180,9 +185,23 @@ def _search(given: ConfigDict, chip: Chip) -> ConfigDict:
                     if search.fits(changes | {f"{where}.remat": remat}):
                         remats = remats[:i]  # in more parts only less recomputing can be faster
                         break
+        _share_less(search, where)
     if not search.found:
         print("nothing that was tried fits")
         return given
-    _, said, best = min(search.found, key=lambda each: each[0])
+    _, said, best = search.best
     print(f"the fastest that fits: {said}", flush=True)
     return best
+
+
+def _share_less(search: _Search, where: str) -> None:
+    """Tries half as many devices to share the parameters, again while that fits and is faster."""
+    while search.found:
+        _, _, best = search.best
+        fsdp, odd = divmod(best.mesh.fsdp, 2)
+        if odd:
+            return
+        changes = {"mesh.fsdp": fsdp, "batch.microbatches": best.batch.microbatches}
+        changes[f"{where}.remat"] = best[where].remat
+        if not search.fits(changes) or search.best[2] is best:
+            return

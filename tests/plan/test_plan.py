@@ -304,6 +304,19 @@ def test_a_search_finds_the_fastest_that_fits(monkeypatch, capsys):
     assert (found.compute.remat, found.batch.microbatches) == ("dots", 1)
 
 
+def test_a_search_shares_parameters_among_fewer_devices_while_that_is_faster(monkeypatch, capsys):
+    def memory(config):
+        return 2**31 // config.mesh.fsdp  # CHIP has 2**30
+
+    found = search(monkeypatch, memory, lambda config: config.mesh.fsdp)
+    assert found.mesh.fsdp == 2  # of 8 devices; 1 does not fit
+    assert "mesh.fsdp=2" in capsys.readouterr().out.splitlines()[-1]
+    found = search(monkeypatch, memory, lambda config: 1 / config.mesh.fsdp)
+    assert found.mesh.fsdp == 8
+    # As of a CPU, whose rates are not known: fewer are no better there.
+    assert search(monkeypatch, memory, lambda config: None).mesh.fsdp == 8
+
+
 def test_a_search_changes_what_is_trained_only_if_it_must(monkeypatch, capsys):
     def memory(config):
         return 2**31 if not config.adapter.rank else 2**20
