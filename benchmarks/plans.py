@@ -1,4 +1,4 @@
-"""The table of plans in README: Llama's shapes, compiled for chips that are not there.
+"""The table of plans in docs/devices.md: Llama's shapes, compiled for chips that are not there.
 
     python -m benchmarks.plans [ROW …]
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.run import ROOT, markdown
 
-SHORT = ("--config.train.steps=24", "--config.eval.count=96")  # as in the README
+SHORT = ("--config.train.steps=24", "--config.eval.count=96")  # as in docs/sweeps.md
 FLAGS = ("--config=experiments/dpo.py", "--grid=loss.beta=0.05,0.5", "--seeds=2", *SHORT)
 WORKERS = 2
 

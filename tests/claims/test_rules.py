@@ -78,7 +78,7 @@ def test_a_verdict_by_hand():
 def simulated(random, seeds: int, effect: float, rule: str, margin: float) -> list[str]:
     """Verdicts on 100 sets of two arms of the town's kind, one better by `effect`.
 
-    As in the README's sweeps, seeds have a deviation of one point and single answers one of 20.
+    As in docs/sweeps.md, seeds have a deviation of one point and single answers one of 20.
     """
     found = []
     for _ in range(100):
