@@ -252,6 +252,24 @@ def test_a_fork_is_a_process_of_its_own(scripted, tmp_path, monkeypatch):
     assert json.loads(log.read_text()) == [1, [], True]
 
 
+def test_runs_on_the_same_cores_are_told_apart(scripted, tmp_path, monkeypatch):
+    (tmp_path / "unloaded.py").write_text(
+        "from rlhf_jax.sweep import forks\nif request := forks._serve(): forks._become(**request)"
+    )
+    monkeypatch.setattr(forked, "__name__", "unloaded")  # the program, without its seconds of load
+    (cores,) = cores_of(1)
+    with forks() as engine:
+        good, bad = (
+            engine(
+                ["scripted_run", kind, f"--workdir={tmp_path / kind}"],
+                tmp_path / f"{kind}.log",
+                cores,
+            )
+            for kind in ("runs", "fails")
+        )
+        assert (bad.wait(), good.wait()) == (2, 0)  # the one that was started last is asked first
+
+
 def test_a_run_that_another_process_holds_is_waited_for(tmp_path, monkeypatch):
     job = Job("held", ("runs",), tmp_path / "held")
     job.directory.mkdir()
