@@ -7,10 +7,13 @@ import json
 import os
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhf_jax.errors import UserError
+
+_PAUSE = 0.05  # seconds between two looks at a lock that another process has
 
 
 def acquire(path: Path) -> int:
@@ -21,26 +24,28 @@ def acquire(path: Path) -> int:
       UserError: another process holds it, on this host or another one.
     """
     here, job = socket.gethostname(), os.environ.get("SLURM_JOB_ID")
+    seen: dict[str, Any] = {}
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        holder = _holder(path)
-        by = f"{path.parent} is held by pid {holder.get('pid')} on host {holder.get('host')}"
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            if holder.get("host") == here and not _alive(holder.get("pid")):
-                # A child that outlived the holder inherited the lock: leave it the old file.
+            holder = _holder(path)
+            if holder.get("host") != here or _alive(holder.get("pid")):
+                raise UserError(f"{_held(path, holder)}; wait or stop it") from None
+            # A child that outlived the holder inherited the lock: leave it the old file. But look
+            # twice, since whoever has locked it just now is about to write another name.
+            if holder == seen:
                 path.unlink(missing_ok=True)
-                continue
-            raise UserError(f"{by} since {holder.get('since')}; wait or stop it") from None
-        if os.fstat(descriptor).st_nlink == 0:  # unlinked by another process meanwhile
-            os.close(descriptor)
+            seen = holder
+            time.sleep(_PAUSE)
             continue
+        holder = _holder(path)
         again = job and holder.get("job") == job  # which SLURM has put on other hosts
         if holder and holder.get("host") != here and not again:
             os.close(descriptor)
-            raise UserError(f"{by}; if that run is dead, delete {path}")
+            raise UserError(f"{_held(path, holder)}; if that run is dead, delete {path}")
         os.ftruncate(descriptor, 0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         holder = {"pid": os.getpid(), "host": here, "since": since, "job": job}
@@ -49,7 +54,9 @@ def acquire(path: Path) -> int:
         except OSError:
             os.close(descriptor)
             raise
-        return descriptor
+        if _is_file(path, descriptor):  # it was not unlinked by another process meanwhile
+            return descriptor
+        os.close(descriptor)
 
 
 def is_held(path: Path) -> bool:
@@ -65,6 +72,18 @@ def is_held(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+def _is_file(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _held(path: Path, holder: Mapping[str, Any]) -> str:
+    pid, host, since = (holder.get(key) for key in ("pid", "host", "since"))
+    return f"{path.parent} is held by pid {pid} on host {host} since {since}"
 
 
 def _holder(path: Path) -> dict[str, Any]:
