@@ -13,7 +13,8 @@ from typing import Any
 
 from rlhf_jax.errors import UserError
 
-_PAUSE = 0.05  # seconds between two looks at a lock that another process has
+_LOOKS = 20  # at a lock that is held and names nobody, as for a moment it does
+_PAUSE = 0.05  # seconds between two looks
 
 
 def acquire(path: Path) -> int:
@@ -25,18 +26,19 @@ def acquire(path: Path) -> int:
     """
     here, job = socket.gethostname(), os.environ.get("SLURM_JOB_ID")
     seen: dict[str, Any] = {}
+    looks = 0
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _lock(descriptor, fcntl.LOCK_EX):
+            taken = not _lock(descriptor, fcntl.LOCK_SH)  # who only looks has a shared one
             os.close(descriptor)
-            holder = _holder(path)
-            if holder.get("host") != here or _alive(holder.get("pid")):
-                raise UserError(f"{_held(path, holder)}; wait or stop it") from None
+            holder, looks = _holder(path), looks + 1
+            dead = holder.get("host") == here and not _alive(holder.get("pid"))
+            if taken and not dead and (holder or looks >= _LOOKS):
+                raise UserError(f"{_held(path, holder)}; wait or stop it")
             # A child that outlived the holder inherited the lock: leave it the old file. But look
             # twice, since whoever has locked it just now is about to write another name.
-            if holder == seen:
+            if taken and dead and holder == seen:
                 path.unlink(missing_ok=True)
             seen = holder
             time.sleep(_PAUSE)
@@ -66,12 +68,18 @@ def is_held(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _alive(_holder(path).get("pid"))
+        return not _lock(descriptor, fcntl.LOCK_SH) and _alive(_holder(path).get("pid"))
     finally:
         os.close(descriptor)
-    return False
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+    """Whether the file could be locked at once."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _is_file(path: Path, descriptor: int) -> bool:
@@ -82,6 +90,8 @@ def _is_file(path: Path, descriptor: int) -> bool:
 
 
 def _held(path: Path, holder: Mapping[str, Any]) -> str:
+    if not holder:
+        return f"{path.parent} is held by a process whose name is not in {path}"
     pid, host, since = (holder.get(key) for key in ("pid", "host", "since"))
     return f"{path.parent} is held by pid {pid} on host {host} since {since}"
 
