@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -34,7 +33,7 @@ from rlhf_jax.sweep.tables import (
     of_search,
     sentences,
 )
-from rlhf_jax.training.run_lock import acquire
+from rlhf_jax.training.run_lock import acquire, release
 from rlhf_jax.training.summary import read_summary
 
 AS_IT_IS = Cell("as-it-is", {})  # the config without what a search sets
@@ -116,8 +115,7 @@ def run_sweep(given: argparse.Namespace) -> None:
                 search(study, space, given.trials, given.workers, measure)
                 confirm(sweep, runner, study, given.seeds, given.metric)
     finally:
-        os.ftruncate(lock, 0)
-        os.close(lock)
+        release(lock)
 
 
 def _engine(given: argparse.Namespace, directory: Path) -> AbstractContextManager[Engine]:

@@ -61,6 +61,12 @@ def acquire(path: Path) -> int:
         os.close(descriptor)
 
 
+def release(descriptor: int) -> None:
+    """Lets go of a lock that was acquired: its file names nobody then."""
+    os.ftruncate(descriptor, 0)
+    os.close(descriptor)
+
+
 def is_held(path: Path) -> bool:
     """Whether a living process of this host holds the lock that a file is."""
     try:

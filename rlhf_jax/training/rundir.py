@@ -27,7 +27,7 @@ from rlhf_jax.training.origin import (
     plain,
     tell_changes,
 )
-from rlhf_jax.training.run_lock import acquire
+from rlhf_jax.training.run_lock import acquire, release
 
 CONFIG, MADE_FROM, SUMMARY = "config.json", "made_from.json", "summary.json"
 _MADE_FROM_FIELDS = {
@@ -104,12 +104,12 @@ class RunDirectory:
             write_json(self.path / MADE_FROM, self.made_from)
             write_json(self.path / CONFIG, self.config)
         except BaseException:
-            os.close(self._lock)
+            release(self._lock)
             raise
 
     def __exit__(self, *error) -> None:
         if hosts.is_first():
-            self._let_go()
+            release(self._lock)
         self._listening.__exit__(*error)
 
     def wall_seconds(self) -> float:
@@ -133,10 +133,6 @@ class RunDirectory:
                 self._lock = acquire(self.path / "lock")
         except OSError as error:
             raise UserError(f"cannot use {self.path} as a run directory: {error}") from error
-
-    def _let_go(self) -> None:
-        os.ftruncate(self._lock, 0)
-        os.close(self._lock)
 
     def _keep_another_run(self) -> None:
         """Sets aside what is there if this is another run, a copy where it goes on from there."""
@@ -194,8 +190,9 @@ class RunDirectory:
         aside = next(name for name in names if not name.exists())
         if move:
             os.rename(self.path, aside)
-            self._let_go()
+            before = self._lock
             self._hold()
+            release(before)
         else:
             whole = aside.with_name(f"{aside.name}.tmp")
             with room_for(whole):

@@ -79,6 +79,7 @@ def test_what_would_change_the_run_is_refused_and_said_once(tmp_path, capsys):
         pass
     assert not capsys.readouterr().out
     assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+    assert (tmp_path / "lock").read_text() == ""  # which another host may take then
     with RunDirectory(tmp_path, CONFIG):  # the refusal released the lock
         pass
 
