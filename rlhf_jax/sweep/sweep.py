@@ -33,6 +33,7 @@ from rlhf_jax.sweep.tables import (
     of_search,
     sentences,
 )
+from rlhf_jax.training.meanings import is_less_better
 from rlhf_jax.training.run_lock import acquire, release
 from rlhf_jax.training.summary import read_summary
 
@@ -86,6 +87,8 @@ def run_sweep(given: argparse.Namespace) -> None:
     config, source, _, others = parse(given.rest)
     if others.preflight or others.coordinator:
         raise UserError("--preflight and --coordinator are of rlhf_jax.main")
+    if given.metric:
+        is_less_better(given.metric)  # an error if that is not known
     if given.search and (given.grid or given.baseline or not given.metric):
         raise UserError("--search needs --metric, and has no --grid and no --baseline")
     if given.vmap_seeds and (given.search or given.seeds_from or given.seeds < 2):

@@ -86,6 +86,7 @@ def test_parents_are_found_as_those_of_a_run_are(tiny, tmp_path, monkeypatch):
         (["--seeds=0"], "--seeds must be at least 1"),
         (["--seeds=many"], "argument --seeds: invalid int value: 'many'"),
         (["--seeds-from=sft"], "no parent of"),
+        (["--metric=eval/response_length"], "whether more or less of eval/response_length is"),
         (["--colour=red"], "Unknown command line flag 'colour'"),
     ],
 )
