@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 EXIT_DONE = 0
-EXIT_BUG = 1
 EXIT_USER = 2
 EXIT_RESUMABLE = 75
 EXIT_AT_ONCE = 130  # by a second signal
