@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 EXIT_DONE = 0
-EXIT_BUG = 1
 EXIT_USER = 2
 EXIT_RESUMABLE = 75
 EXIT_AT_ONCE = 130  # by a second signal
@@ -91,9 +90,9 @@ def lack_of_memory(error: BaseException) -> str | None:
 def mistake_in(path: str, error: Exception) -> UserError | None:
     """Says in one line what the code of a user's config raised; None if none of it led there."""
     frames = traceback.walk_tb(error.__traceback__)
-    whole = os.path.abspath(path)
+    whole, real = os.path.abspath(path), os.path.realpath(path)
     lines = [n for frame, n in frames if os.path.abspath(frame.f_code.co_filename) == whole]
-    if isinstance(error, SyntaxError) and error.filename and os.path.samefile(path, error.filename):
+    if isinstance(error, SyntaxError) and os.path.realpath(error.filename or "") == real:
         lines = [error.lineno or 1]
     if not lines:
         return None

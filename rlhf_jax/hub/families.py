@@ -192,7 +192,8 @@ _LAYER_NORM = {"kv_heads": _heads, "norm": "layer", "norm_bias": True} | {
     "mlp_bias": True,
 }
 _THETA = {"rope_theta": 10_000.0}
-_FLAG = {"use_sliding_window": False}
+_WINDOW = {"sliding_window": 4096}
+_FLAG = _WINDOW | {"use_sliding_window": False}
 
 _ATTENTION = ("query", "key", "value")
 _LLAMA_BODY: dict[str, str] = {
@@ -262,7 +263,9 @@ FAMILIES: dict[str, Family] = {
         _LLAMA_BODY,
         defaults=_THETA,
     ),
-    "mistral": Family("Mistral", _gated(), (Rope(), Windows()), _LLAMA_BODY, defaults=_THETA),
+    "mistral": Family(
+        "Mistral", _gated(), (Rope(), Windows()), _LLAMA_BODY, defaults=_THETA | _WINDOW
+    ),
     "mixtral": Family(
         "Mixtral",
         (*_gated(_EXPERT_ACTIVATION, eps=1e-5), *_experts("num_local_experts", 8, 2)),
@@ -315,7 +318,7 @@ FAMILIES: dict[str, Family] = {
         (Rope(), Windows(types=True, every=2)),
         _AROUND_BODY,
         fixed=_AROUND,
-        defaults=_THETA | {"sliding_window": 4096},
+        defaults=_THETA | _WINDOW,
     ),
     "gemma3_text": Family(
         "Gemma3",
@@ -323,11 +326,7 @@ FAMILIES: dict[str, Family] = {
         (GemmaRope(), Windows(types=True, every=6, pattern=True)),
         _AROUND_BODY,
         fixed=_AROUND | {"qk_norm": True},
-        defaults={
-            "rope_theta": 1_000_000.0,
-            "rope_local_base_freq": 10_000.0,
-            "sliding_window": 4096,
-        },
+        defaults=_WINDOW | {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0},
     ),
     "olmo2": Family(
         "Olmo2",

@@ -80,14 +80,12 @@ class Counted:
       cycles: the compiler's estimate, 0 where it has none (GPU, CPU).
       flops: of the `dot` instructions and of cuBLAS's products, two a multiplication and addition;
         a TPU's compiler makes convolutions of them, which are not counted: there the cycles say it.
-      unknown_loops: loops whose count the text does not say; each is counted as `passes`.
     """
 
     calls: Mapping[Collective, int]
     kernels: Mapping[str, int]
     cycles: int
     flops: int
-    unknown_loops: int
 
     @property
     def collectives(self) -> dict[str, tuple[int, float]]:
@@ -132,9 +130,7 @@ def count(text: str, chips: int, passes: int = 1) -> Counted:
     """
     program = _Program(text, chips, passes)
     total = program.visit(program.entry, in_loop=False)
-    return Counted(
-        dict(total.calls), dict(total.kernels), total.cycles, total.flops, len(program.unknown)
-    )
+    return Counted(dict(total.calls), dict(total.kernels), total.cycles, total.flops)
 
 
 def bytes_of(text: str) -> int:
@@ -229,7 +225,6 @@ class _Program:
         self.chips, self.passes = chips, passes
         self.parts: dict[str, dict[str, _Instruction]] = {}
         self.entry = ""
-        self.unknown: set[str] = set()
         self._visited: dict[tuple[str, bool], _Total] = {}
         part: dict[str, _Instruction] = {}
         for line in text.splitlines():
@@ -281,14 +276,12 @@ class _Program:
         known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.rest)
         if known:
             return int(known[1])
-        name = loop.named("condition")
         constants = [
             int(each.rest.partition(")")[0])
-            for each in self.parts[name].values()
+            for each in self.parts[loop.named("condition")].values()
             if each.opcode == "constant" and re.match(r"[su]32\[\]", each.type)
         ]
         if max(constants, default=0) < 2:  # no bound of a counter: once round is no loop
-            self.unknown.add(name)
             return self.passes
         return max(constants)
 

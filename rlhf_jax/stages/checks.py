@@ -20,6 +20,7 @@ from rlhf_jax.rewards.scorers import parse_rewards
 from rlhf_jax.stages.defaults import FED_BACK, SAMPLING
 from rlhf_jax.tasks.builders import task_of
 from rlhf_jax.tasks.sources import parse_source, parse_sources
+from rlhf_jax.training.meanings import is_less_better
 from rlhf_jax.training.mesh import mesh_of
 from rlhf_jax.training.optimizer import make_optimizer
 
@@ -37,6 +38,8 @@ def check(config: Config) -> None:
         raise UserError("config: train.best needs evaluations on the way: set train.eval_every")
     elif config.train.epochs:
         updates = config.optimizer.warmup_steps + 1  # how many it will be, the data say
+    if getattr(config.train, "best", ""):
+        is_less_better(config.train.best)  # an error if that is not known
     make_optimizer(config.optimizer, updates)
     if config.critic is not None:
         make_optimizer(config.critic.optimizer(config.optimizer), updates)

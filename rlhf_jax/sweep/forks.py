@@ -1,10 +1,11 @@
 """Runs as forks of processes that have loaded the libraries, which takes a run seconds otherwise.
 
-There is such a process for every set of cores, which it is pinned to from its start, as a process
-of the run's own would be. It computes nothing: JAX has no backend in it and no library has started
-a thread that a fork would miss, so that what is forked begins as an ordinary process does, and
-comes to the same bits. A run does not need it any more, and outlives it. Where a file of the
-package has changed since it was loaded, another one is started.
+There is such a process for every run that goes on at a time, pinned from its start to the run's
+cores, as a process of the run's own would be; the next run on these cores has it in its turn. It
+computes nothing: JAX has no backend in it and no library has started a thread that a fork would
+miss, so that what is forked begins as an ordinary process does, and comes to the same bits. A run
+does not need it any more, and outlives it. Where a file of the package has changed since it was
+loaded, another one is started.
 
 This file is also the program of such a process: `python -m rlhf_jax.sweep.forks` reads a JSON
 object a line, {"words": what stands after python -m, "log": file}, and answers with two lines, the
@@ -37,29 +38,35 @@ _LATE = ("jinja2", "matplotlib.figure", "rlhf_jax.stages.preflight")  # which ru
 @contextmanager
 def forks() -> Iterator[Engine]:
     """An engine whose runs are forks; within it the processes that they are forked from live."""
-    loaded: dict[frozenset[int], _Loaded] = {}
+    loaded: list[_Loaded] = []
 
     def start(words: Sequence[str], log: Path, cores: set[int]) -> Fork:
-        key = frozenset(cores)
-        if key not in loaded or not loaded[key].is_usable():
-            if key in loaded:
-                loaded[key].close()
-            loaded[key] = _Loaded.on(cores, log)
-        return loaded[key].fork(words, log)
+        for each in [each for each in loaded if each.is_free() and not each.is_usable()]:
+            loaded.remove(each)
+            each.close()
+        free = next((each for each in loaded if each.is_free() and each.cores == cores), None)
+        if free is None:
+            loaded.append(free := _Loaded.on(cores, log))
+        return free.fork(words, log)
 
     try:
         yield start
     finally:
-        for each in loaded.values():
+        for each in loaded:
             each.close()
 
 
 @dataclass
 class _Loaded:
-    """A process that has loaded the libraries, or is about to, and forks a run at a time."""
+    """A process that has loaded the libraries, or is about to, and forks a run at a time.
+
+    Its answers are of the run that it has forked last, so that it must be free for the next.
+    """
 
     process: subprocess.Popen[bytes]
+    cores: set[int]
     files: dict[str, int]
+    last: Fork | None = None
 
     @staticmethod
     def on(cores: set[int], log: Path) -> _Loaded:
@@ -74,7 +81,11 @@ class _Loaded:
                 bufsize=0,
                 start_new_session=True,  # Ctrl-C in a terminal is for the sweep
             )
-        return _Loaded(process, files)
+        return _Loaded(process, cores, files)
+
+    def is_free(self) -> bool:
+        """Whether the run that it has forked last is known to have ended."""
+        return self.last is None or self.last.has_ended()
 
     def is_usable(self) -> bool:
         """Whether it is there, and what it has loaded is what the package's files say now."""
@@ -85,7 +96,8 @@ class _Loaded:
         request = {"words": [*words], "log": str(log.resolve())}
         with suppress(BrokenPipeError):  # then it has no answer, which the fork says
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
-        return Fork(self.process.stdout)
+        self.last = Fork(self.process.stdout)
+        return self.last
 
     def close(self) -> None:
         """Ends it after the run that it has forked, if that has not ended."""
@@ -111,6 +123,9 @@ class Fork:
         while self._code is None and select.select([self._answers], [], [], 0)[0]:
             self._read()
         return self._code
+
+    def has_ended(self) -> bool:
+        return self._code is not None
 
     def send_signal(self, number: int, /) -> None:
         while not self.pid and self._code is None:

@@ -74,7 +74,8 @@ class Job:
 
 
 def cores_of(workers: int) -> list[set[int]]:
-    """As many of this process's cores for each worker; empty sets where they can't be asked."""
+    """As many of this process's cores for each worker, at least one, which workers share if there
+    are more of them than cores; empty sets where the cores can't be asked."""
     if not hasattr(os, "sched_getaffinity"):
         return [set()] * workers
     cores = sorted(os.sched_getaffinity(0))
@@ -92,8 +93,8 @@ def run_jobs(
 ) -> dict[Job, str]:
     """Runs what is not done yet, and what it needs first; returns why each one failed that did.
 
-    Every worker has the same number of cores to itself, so that a result does not depend on what
-    runs beside it.
+    Every worker has the same number of cores, to itself where there are enough, so that a result
+    does not depend on what runs beside it.
 
     Args:
         logs: the folder of what each run prints, by the job's name.

@@ -12,6 +12,7 @@ from rlhf_jax.digests import json_digest
 from rlhf_jax.errors import UserError
 from rlhf_jax.report.run_files import read_run
 from rlhf_jax.report.tables import METRICS
+from rlhf_jax.training.meanings import better
 
 
 def outcomes(run: Path, metric: str) -> tuple[np.ndarray, str]:
@@ -52,13 +53,13 @@ def check_metric(run: Path, metrics: Mapping[str, float], metric: str) -> None:
 
 
 def choose_metric(runs: Sequence[dict[str, Any]]) -> str:
-    """The first of the report's metrics that every summary of the runs has.
+    """The first of the report's metrics that has a better value and that every summary has.
 
     Raises:
         UserError: there is none.
     """
-    for name in METRICS:
-        if name.startswith("eval/") and all(name in run["metrics"] for run in runs):
+    for name in (name for name in METRICS if name.startswith("eval/") and better(name)):
+        if all(name in run["metrics"] for run in runs):
             return name
     raise UserError("the runs have no metric in common; name one with --metric")
 

@@ -65,8 +65,10 @@ class Results:
     def best(self) -> Row | None:
         """The best cell of those of which every run has finished."""
         whole = [row for row in self.rows if row.estimate and not row.failures]
+        if not whole:  # then there may be no metric
+            return None
         sign = -1 if is_less_better(self.metric) else 1
-        return max(whole, key=lambda row: sign * row.estimate.mean, default=None)  # type: ignore
+        return max(whole, key=lambda row: sign * row.estimate.mean)  # type: ignore
 
     def row(self, name: str) -> Row:
         """The row of a cell."""

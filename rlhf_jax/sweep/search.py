@@ -141,8 +141,7 @@ class Search:
             elif isinstance(each.low, int) and isinstance(each.high, int):
                 values[field] = str(trial.suggest_int(field, each.low, each.high, log=each.log))
             else:
-                drawn = trial.suggest_float(field, each.low, each.high, log=each.log)
-                values[field] = f"{drawn:.3g}"
+                values[field] = repr(trial.suggest_float(field, each.low, each.high, log=each.log))
         cell = _cell(values)
         trial.set_user_attr("owner", self._owner)
         trial.set_user_attr("cell", cell.name)

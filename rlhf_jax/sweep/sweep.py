@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -34,7 +33,8 @@ from rlhf_jax.sweep.tables import (
     of_search,
     sentences,
 )
-from rlhf_jax.training.run_lock import acquire
+from rlhf_jax.training.meanings import is_less_better
+from rlhf_jax.training.run_lock import acquire, release
 from rlhf_jax.training.summary import read_summary
 
 AS_IT_IS = Cell("as-it-is", {})  # the config without what a search sets
@@ -87,6 +87,8 @@ def run_sweep(given: argparse.Namespace) -> None:
     config, source, _, others = parse(given.rest)
     if others.preflight or others.coordinator:
         raise UserError("--preflight and --coordinator are of rlhf_jax.main")
+    if given.metric:
+        is_less_better(given.metric)  # an error if that is not known
     if given.search and (given.grid or given.baseline or not given.metric):
         raise UserError("--search needs --metric, and has no --grid and no --baseline")
     if given.vmap_seeds and (given.search or given.seeds_from or given.seeds < 2):
@@ -116,8 +118,7 @@ def run_sweep(given: argparse.Namespace) -> None:
                 search(study, space, given.trials, given.workers, measure)
                 confirm(sweep, runner, study, given.seeds, given.metric)
     finally:
-        os.ftruncate(lock, 0)
-        os.close(lock)
+        release(lock)
 
 
 def _engine(given: argparse.Namespace, directory: Path) -> AbstractContextManager[Engine]:

@@ -52,6 +52,7 @@ from rlhf_jax.trees import named_leaves
 FORMAT = 1
 MANIFEST = "manifest.json"
 MAX_FAILED_SAVES = 3
+_KEPT = 2  # checkpoints; an older one goes only after a newer one is verified
 SMALL_FILES, DESCRIBED = 2**16, 2**11  # bytes that a checkpoint, an array takes beside its own
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -69,7 +70,6 @@ class Checkpoints:
 
     Args:
       directory: where they are; leftovers of a killed process are removed here.
-      keep_last: how many to keep, at least 2; an older one goes only after a newer one is verified.
       report: called with a line of text when something deserves the user's attention.
     """
 
@@ -77,14 +77,11 @@ class Checkpoints:
         self,
         directory: str | os.PathLike,
         *,
-        keep_last: int = 2,
         report: Callable[[str], None] = print,
     ):
-        if keep_last < 2:
-            raise UserError(f"keep_last must be at least 2, got {keep_last}")
         self.directory = Path(directory).absolute()
         hosts.by_first(self._prepare)
-        self._keep_last, self._report = keep_last, report
+        self._report = report
         self._orbax = _async_checkpointer()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -244,7 +241,7 @@ class Checkpoints:
                     f"{copied:.1f} s, written meanwhile in {time.monotonic() - start:.1f} s",
                     flush=True,
                 )
-            for old in self.steps()[: -self._keep_last]:
+            for old in self.steps()[:-_KEPT]:
                 _remove(self.directory / f"{old:08d}")
             fault_point("checkpoint:removed", step)
         except BaseException as error:  # raised again, in the main thread, by wait()

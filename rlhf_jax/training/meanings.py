@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+from fnmatch import fnmatchcase
+
+from rlhf_jax.errors import UserError
 
 # The meaning of a metric by the end of its name; all others are means.
 _MEANINGS: dict[str, tuple[str, ...]] = {
@@ -25,9 +28,44 @@ def meaning(name: str) -> str:
     return next((what for what, ends in _MEANINGS.items() if name.endswith(ends)), "mean")
 
 
+# Patterns of the ends of metrics' names, after "eval/", of which less is better, and more.
+_BETTER: dict[str, tuple[str, ...]] = {
+    "less": (
+        *("loss", "bpb", "ece", "kl", "sampled_kl", "kl_bound", "kl_estimate"),
+        *("reward_failures", "needless_calls", "invalid_calls"),
+        *("safety/refused/harmless/*", "safety/extracted", "safety/extracted_sampled"),
+        "safety/exposure",
+    ),
+    "more": (
+        *("accuracy", "token_accuracy", "auc", "rewards/margins", "eos_rate"),
+        *("gold_reward", "gold_reward/*", "sampled_gold_reward", "gold_win_rate", "proxy_reward"),
+        *("correct/*", "sampled_correct", "pass_at_*", "pass^*", "success/*"),
+        *("best_of_*/proxy", "best_of_*/gold", "best_of_*/correct", "best_of_*/win_rate"),
+        "best_of_n/peak_gold",
+        *("safety/right/*", "safety/refused/harmful/*", "safety/refused/private/*"),
+        "safety/balance/*",
+        *("agreement", "safe", "correct", "safe_change", "correct_change", "*_per_second"),
+    ),
+}
+
+
+@functools.cache
+def better(name: str) -> str:
+    """Which of two values of a metric is the better one: the "less", the "more", "" if unknown."""
+    end = "/" + name.partition("/")[2].removesuffix("_low").removesuffix("_high")
+    ways = _BETTER.items()
+    return next((way for way, each in ways if any(fnmatchcase(end, f"*/{p}") for p in each)), "")
+
+
 def is_less_better(name: str) -> bool:
-    """Whether the smaller of two values of a metric is the better one, as of "eval/loss"."""
-    return name.rpartition("/")[2] in (
-        *("loss", "bpb", "ece", "kl"),
-        *("needless_calls", "invalid_calls"),
-    )
+    """Whether the smaller of two values of a metric is the better one, as of "eval/loss".
+
+    Raises:
+        UserError: that is not known of the metric, so that no value is called the best.
+    """
+    if not (way := better(name)):
+        raise UserError(
+            f"it is not known whether more or less of {name} is better; name a metric of which it "
+            "is, such as eval/gold_reward or eval/loss"
+        )
+    return way == "less"

@@ -11,19 +11,15 @@ from rlhf_jax.digests import json_digest
 # Prefixes of dotted names: differences that a resumed run may have from what it was made from.
 # Every other difference would silently make it another run, and is refused.
 FREE = (
-    "contents.eval",
-    "eval",
-    "report",
-    "samples",
     "train.checkpoint_every",
     "train.checkpoint_minutes",
-    "train.eval_every",
-    "train.keep_last",
     "train.log_every",
     "train.max_skipped",
     "train.tensorboard",
     "train.wandb",
 )
+# Free as well, unless evaluations choose the model that is kept (train.best).
+FREE_EVALUATION = ("contents.eval", "eval", "train.eval_every")
 
 
 def plain(config) -> dict[str, Any]:
@@ -39,14 +35,20 @@ def changes(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:
     return {k: pair for k, pair in sorted(pairs.items()) if pair[0] != pair[1]}
 
 
-def is_free(name: str) -> bool:
-    """Whether a difference of that dotted name leaves a run the run it is."""
-    return any(name == prefix or name.startswith(prefix + ".") for prefix in FREE)
+def deciding(
+    changed: Mapping[str, tuple[Any, Any]], config: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Those of the differences that make a run of that config another one."""
+    free = FREE if config.get("train", {}).get("best") else FREE + FREE_EVALUATION
+    return {
+        name: pair
+        for name, pair in changed.items()
+        if not any(name == prefix or name.startswith(prefix + ".") for prefix in free)
+    }
 
 
-def lengthens(changed: Mapping[str, tuple[Any, Any]]) -> bool:
-    """Whether all that differs, but for what is free, is that the run is to take more steps."""
-    decides = {name: pair for name, pair in changed.items() if not is_free(name)}
+def lengthens(decides: Mapping[str, tuple[Any, Any]]) -> bool:
+    """Whether all that makes it another run is that it is to take more steps."""
     if not decides or not set(decides) <= {"train.steps", "train.epochs"}:
         return False
     return all("absent" not in pair and pair[0] < pair[1] for pair in decides.values())

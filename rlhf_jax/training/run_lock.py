@@ -7,10 +7,14 @@ import json
 import os
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhf_jax.errors import UserError
+
+_LOOKS = 20  # at a lock that is held and names nobody, as for a moment it does
+_PAUSE = 0.05  # seconds between two looks
 
 
 def acquire(path: Path) -> int:
@@ -21,26 +25,29 @@ def acquire(path: Path) -> int:
       UserError: another process holds it, on this host or another one.
     """
     here, job = socket.gethostname(), os.environ.get("SLURM_JOB_ID")
+    seen: dict[str, Any] = {}
+    looks = 0
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        holder = _holder(path)
-        by = f"{path.parent} is held by pid {holder.get('pid')} on host {holder.get('host')}"
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _lock(descriptor, fcntl.LOCK_EX):
+            taken = not _lock(descriptor, fcntl.LOCK_SH)  # who only looks has a shared one
             os.close(descriptor)
-            if holder.get("host") == here and not _alive(holder.get("pid")):
-                # A child that outlived the holder inherited the lock: leave it the old file.
+            holder, looks = _holder(path), looks + 1
+            dead = holder.get("host") == here and not _alive(holder.get("pid"))
+            if taken and not dead and (holder or looks >= _LOOKS):
+                raise UserError(f"{_held(path, holder)}; wait or stop it")
+            # A child that outlived the holder inherited the lock: leave it the old file. But look
+            # twice, since whoever has locked it just now is about to write another name.
+            if taken and dead and holder == seen:
                 path.unlink(missing_ok=True)
-                continue
-            raise UserError(f"{by} since {holder.get('since')}; wait or stop it") from None
-        if os.fstat(descriptor).st_nlink == 0:  # unlinked by another process meanwhile
-            os.close(descriptor)
+            seen = holder
+            time.sleep(_PAUSE)
             continue
+        holder = _holder(path)
         again = job and holder.get("job") == job  # which SLURM has put on other hosts
         if holder and holder.get("host") != here and not again:
             os.close(descriptor)
-            raise UserError(f"{by}; if that run is dead, delete {path}")
+            raise UserError(f"{_held(path, holder)}; if that run is dead, delete {path}")
         os.ftruncate(descriptor, 0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         holder = {"pid": os.getpid(), "host": here, "since": since, "job": job}
@@ -49,7 +56,15 @@ def acquire(path: Path) -> int:
         except OSError:
             os.close(descriptor)
             raise
-        return descriptor
+        if _is_file(path, descriptor):  # it was not unlinked by another process meanwhile
+            return descriptor
+        os.close(descriptor)
+
+
+def release(descriptor: int) -> None:
+    """Lets go of a lock that was acquired: its file names nobody then."""
+    os.ftruncate(descriptor, 0)
+    os.close(descriptor)
 
 
 def is_held(path: Path) -> bool:
@@ -59,12 +74,32 @@ def is_held(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _alive(_holder(path).get("pid"))
+        return not _lock(descriptor, fcntl.LOCK_SH) and _alive(_holder(path).get("pid"))
     finally:
         os.close(descriptor)
-    return False
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+    """Whether the file could be locked at once."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_file(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _held(path: Path, holder: Mapping[str, Any]) -> str:
+    if not holder:
+        return f"{path.parent} is held by a process whose name is not in {path}"
+    pid, host, since = (holder.get(key) for key in ("pid", "host", "since"))
+    return f"{path.parent} is held by pid {pid} on host {host} since {since}"
 
 
 def _holder(path: Path) -> dict[str, Any]:

@@ -22,12 +22,12 @@ from rlhf_jax.training.origin import (
     changes,
     config_hash,
     decaying,
-    is_free,
+    deciding,
     lengthens,
     plain,
     tell_changes,
 )
-from rlhf_jax.training.run_lock import acquire
+from rlhf_jax.training.run_lock import acquire, release
 
 CONFIG, MADE_FROM, SUMMARY = "config.json", "made_from.json", "summary.json"
 _MADE_FROM_FIELDS = {
@@ -63,7 +63,7 @@ class RunDirectory:
     A run that differs is not continued, nor a finished one replaced, but for one thing: under a
     constant learning rate a run goes on to more steps than it had. With `rerun` its directory is
     kept under another name, <path>.1 or the next that is free, and a new one begun; where all that
-    differs is in `origin.FREE`, a copy is kept and the run goes on from its last checkpoint, to
+    differs is free (see `origin`), a copy is kept and the run goes on from its last checkpoint, to
     another evaluation. One that has neither a checkpoint nor a summary is set aside without being
     asked: a first try that failed is not to stand in the way.
 
@@ -104,12 +104,12 @@ class RunDirectory:
             write_json(self.path / MADE_FROM, self.made_from)
             write_json(self.path / CONFIG, self.config)
         except BaseException:
-            os.close(self._lock)
+            release(self._lock)
             raise
 
     def __exit__(self, *error) -> None:
         if hosts.is_first():
-            self._let_go()
+            release(self._lock)
         self._listening.__exit__(*error)
 
     def wall_seconds(self) -> float:
@@ -134,10 +134,6 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"cannot use {self.path} as a run directory: {error}") from error
 
-    def _let_go(self) -> None:
-        os.ftruncate(self._lock, 0)
-        os.close(self._lock)
-
     def _keep_another_run(self) -> None:
         """Sets aside what is there if this is another run, a copy where it goes on from there."""
         held = (self.path / name for name in (CONFIG, MADE_FROM))
@@ -147,7 +143,7 @@ class RunDirectory:
             raise UserError(f"{self.path} is no run directory: its {CONFIG} is something else's")
         changed = changes(made_from | config, self.made_from | self.config)
         changed.pop("commit", None)
-        decides = {k: pair for k, pair in changed.items() if not is_free(k)}
+        decides = deciding(changed, self.config)
         done = (self.path / SUMMARY).exists()
         checkpoints = (self.path / "checkpoints").glob("*")
         if not done and not any(path.name.isdigit() for path in checkpoints):
@@ -156,7 +152,7 @@ class RunDirectory:
                 self._set_aside(move=True)
             return
         refused = changed if done else decides  # a finished run's results are not replaced
-        longer, decays = lengthens(changed), decaying(self.config)
+        longer, decays = lengthens(decides), decaying(self.config)
         if longer and not decays and not self.rerun:
             self._extend(changed, done)
             return
@@ -176,7 +172,8 @@ class RunDirectory:
         """Lets the run go on for more steps; the summary of a finished one is kept beside."""
         print(f"{self.path} goes on: {tell_changes(changed, limit=len(changed))}", flush=True)
         if done:
-            before = "-".join(str(old) for name, (old, _) in changed.items() if not is_free(name))
+            decides = deciding(changed, self.config)
+            before = "-".join(str(old) for old, _ in decides.values())
             os.rename(self.path / SUMMARY, self.path / f"summary-{before}.json")
             sync_directory(self.path)
 
@@ -194,8 +191,9 @@ class RunDirectory:
         aside = next(name for name in names if not name.exists())
         if move:
             os.rename(self.path, aside)
-            self._let_go()
+            before = self._lock
             self._hold()
+            release(before)
         else:
             whole = aside.with_name(f"{aside.name}.tmp")
             with room_for(whole):

@@ -120,6 +120,23 @@ def test_older_spellings_say_the_same(tmp_path, config):
     assert read_config(tmp_path) == (kind, dataclasses.replace(config, copy_init=False))
 
 
+@pytest.mark.parametrize(
+    "stated, window",
+    [
+        ({"model_type": "mistral"}, 4096),
+        ({"model_type": "mistral", "sliding_window": None}, None),
+        ({"model_type": "qwen2"}, None),
+        ({"model_type": "qwen2", "use_sliding_window": True}, 4096),
+    ],
+)
+def test_a_window_that_is_not_stated_is_that_of_transformers(tmp_path, stated, window):
+    layers = {"layer_types": ["sliding_attention"] * SHAPE["num_hidden_layers"]}
+    document = SHAPE | stated | {"tie_word_embeddings": False}
+    document |= layers if stated["model_type"] == "qwen2" else {}
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    assert read_config(tmp_path)[1].sliding_window == window
+
+
 def test_what_is_not_used_is_said(directory, capsys):
     change_config(directory, made_by="somebody")
     read(directory)

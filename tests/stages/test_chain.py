@@ -308,6 +308,7 @@ MISTAKEN = {
     "def get_config(:\n": "line 1: SyntaxError",
     "def get_config():\n    return nosuch\n": "line 2: NameError: name 'nosuch' is not defined",
     "import nosuch\n": "line 1: ModuleNotFoundError",
+    "def get_config():\n    return eval('1+')\n": "line 2: SyntaxError: invalid syntax",
     "def get_config():\n    return 3\n": "get_config returns none of",
     "from ml_collections import ConfigDict\n\n\ndef get_config():\n"
     '    return ConfigDict({"stage": "pretrain"})\n': "pretrain stage needs the section batch",

@@ -52,6 +52,8 @@ def test_the_best_needs_evaluations_on_the_way():
     with pytest.raises(UserError, match=r"train\.best needs evaluations on the way"):
         checks.check(options(init={"policy": "x"}, train={"best": "eval/loss"}))
     checks.check(options(train={"best": "eval/loss", "eval_every": 2}))
+    with pytest.raises(UserError, match="whether more or less of eval/tone is better"):
+        checks.check(options(train={"best": "eval/tone", "eval_every": 2}))
     # A warm-up that may fit into the epochs is not compared with the steps in their place.
     longer = {"train": {"steps": 5, "epochs": 3.0}, "optimizer": {"warmup_steps": 9}}
     checks.check(options(**longer))

@@ -20,7 +20,6 @@ from rlhf_jax.sweep.outcomes import choose_metric, outcomes
 from rlhf_jax.sweep.page import write_page
 from rlhf_jax.sweep.results import read_results, write_runs, write_tables
 from rlhf_jax.sweep.tables import differences_of, estimates, of_search, sentences
-from rlhf_jax.training.meanings import is_less_better
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 EFFECTS = {"0.05": 0.0, "0.1": 0.3, "0.5": 0.1}
@@ -106,7 +105,8 @@ def test_the_metric_is_the_first_that_all_have():
     assert choose_metric([{"metrics": {"eval/bpb": 1, "eval/loss": 1}}]) == "eval/bpb"
     with pytest.raises(UserError, match="name one with --metric"):
         choose_metric([{"metrics": {"eval/bpb": 1}}, {"metrics": {"eval/loss": 1}}])
-    assert is_less_better("eval/loss") and not is_less_better("eval/accuracy")
+    ways = {"metrics": {"eval/logps/chosen": 1, "eval/kl": 1}}  # the first has no better
+    assert choose_metric([ways]) == "eval/kl"
 
 
 def test_a_failed_cell_is_a_row_that_says_why_and_never_the_best(swept):

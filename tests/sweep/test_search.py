@@ -93,6 +93,14 @@ def test_the_best_quarter_is_run_whole_and_the_best_is_found(optuna, tmp_path):
     assert len(study.trials()) == 40
 
 
+def test_what_is_run_is_in_its_range_and_what_the_study_is_told(optuna, tmp_path):
+    study, space = study_in(tmp_path), parse_space("loss.beta=0.12345..0.12355")
+    for _ in range(5):
+        trial, cell = study.ask(space)
+        ran = float(cell.values["loss.beta"])
+        assert 0.12345 <= ran <= 0.12355 and ran == trial.params["loss.beta"]
+
+
 @pytest.mark.parametrize("stop_at", [1, 7])
 def test_a_search_that_was_killed_goes_on_with_the_same_trials(optuna, tmp_path, stop_at):
     first = Runs(stop_at)

@@ -86,6 +86,7 @@ def test_parents_are_found_as_those_of_a_run_are(tiny, tmp_path, monkeypatch):
         (["--seeds=0"], "--seeds must be at least 1"),
         (["--seeds=many"], "argument --seeds: invalid int value: 'many'"),
         (["--seeds-from=sft"], "no parent of"),
+        (["--metric=eval/response_length"], "whether more or less of eval/response_length is"),
         (["--colour=red"], "Unknown command line flag 'colour'"),
     ],
 )
@@ -250,6 +251,24 @@ def test_a_fork_is_a_process_of_its_own(scripted, tmp_path, monkeypatch):
     assert (job.directory / "tries").read_text() == "xx"
     # No thread and no backend of JAX's was there to be forked, and Ctrl-C is for the sweep.
     assert json.loads(log.read_text()) == [1, [], True]
+
+
+def test_runs_on_the_same_cores_are_told_apart(scripted, tmp_path, monkeypatch):
+    (tmp_path / "unloaded.py").write_text(
+        "from rlhf_jax.sweep import forks\nif request := forks._serve(): forks._become(**request)"
+    )
+    monkeypatch.setattr(forked, "__name__", "unloaded")  # the program, without its seconds of load
+    (cores,) = cores_of(1)
+    with forks() as engine:
+        good, bad = (
+            engine(
+                ["scripted_run", kind, f"--workdir={tmp_path / kind}"],
+                tmp_path / f"{kind}.log",
+                cores,
+            )
+            for kind in ("runs", "fails")
+        )
+        assert (bad.wait(), good.wait()) == (2, 0)  # the one that was started last is asked first
 
 
 def test_a_run_that_another_process_holds_is_waited_for(tmp_path, monkeypatch):

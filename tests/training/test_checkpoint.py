@@ -121,11 +121,6 @@ def test_the_newest_ones_are_kept(checkpoints):
     assert all(verify(checkpoints.directory / f"{s:08d}") is None for s in (3, 4))
 
 
-def test_fewer_than_two_are_never_kept(tmp_path):
-    with pytest.raises(UserError, match="at least 2"):
-        Checkpoints(tmp_path, keep_last=1)
-
-
 def test_leftovers_go_and_damage_is_set_aside(checkpoints, tmp_path):
     for step in (1, 2):
         save(checkpoints, step)

@@ -18,6 +18,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 from rlhf_jax.errors import NoRoom, UserError
 from rlhf_jax.training import metrics_writer
+from rlhf_jax.training.meanings import is_less_better
 from rlhf_jax.training.metrics import Means, Metrics, fetch, joined, read_metrics
 from rlhf_jax.training.metrics_writer import MetricsWriter, truncate_metrics
 
@@ -88,6 +89,34 @@ def test_what_is_said_of_one_step_is_its_own_value_to_the_last_bit():
     means.add({"policy/ratio_max": 1.0}, {})
     line = means.take()
     assert math.isnan(line["y"]) and math.isnan(line["policy/ratio_max"])
+
+
+@pytest.mark.parametrize(
+    ("less", "names"),
+    [
+        (True, "loss bpb ece kl kl_low sampled_kl best_of_8/kl_bound best_of_8/kl_estimate"),
+        (True, "reward_failures needless_calls invalid_calls reward_model/loss"),
+        (True, "safety/refused/harmless/seen safety/refused/harmless/wrapped_low"),
+        (True, "safety/extracted safety/extracted_sampled safety/exposure"),
+        (False, "accuracy token_accuracy reward_model/accuracy auc gold_reward gold_reward/calls"),
+        (False, "gold_win_rate proxy_reward sampled_gold_reward sampled_correct correct/facts"),
+        (False, "pass^8 success/booking eos_rate rewards/margins best_of_8/win_rate"),
+        (False, "best_of_8/gold best_of_8/correct best_of_n/peak_gold harmful/safe_change"),
+        (False, "safety/refused/harmful/seen safety/refused/private/seen safety/balance/seen"),
+        (False, "safety/right/harmless safety/right/unknown"),
+    ],
+)
+def test_the_better_of_two_values_is_known_by_a_metrics_name(less, names):
+    for name in names.split():
+        assert is_less_better(f"eval/{name}") is less, name
+
+
+@pytest.mark.parametrize(
+    "name", ["response_length", "logps/chosen", "score_mean", "best_of_n/peak_n", "tone"]
+)
+def test_of_a_metric_that_may_be_better_either_way_nothing_is_the_best(name):
+    with pytest.raises(UserError, match=rf"whether more or less of eval/{name} is better"):
+        is_less_better(f"eval/{name}")
 
 
 def test_a_mean_of_nothing_is_in_no_line():

@@ -79,6 +79,7 @@ def test_what_would_change_the_run_is_refused_and_said_once(tmp_path, capsys):
         pass
     assert not capsys.readouterr().out
     assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+    assert (tmp_path / "lock").read_text() == ""  # which another host may take then
     with RunDirectory(tmp_path, CONFIG):  # the refusal released the lock
         pass
 
@@ -223,6 +224,23 @@ def test_what_changes_no_number_is_free(tmp_path, capsys):
         pass
     assert "train.log_every: 2 -> 7" in capsys.readouterr().out
     assert json.loads((tmp_path / "config.json").read_text())["train"]["log_every"] == 7
+
+
+@pytest.mark.parametrize("section, field", [("train", "eval_every"), ("eval", "during")])
+def test_evaluations_that_choose_the_model_are_not_free(tmp_path, section, field):
+    config = CONFIG | {"eval": {"during": 4}}
+    config["train"] = config["train"] | {"best": "eval/loss", "eval_every": 2}
+    with RunDirectory(tmp_path, config, MADE_FROM) as run:
+        (run.path / "checkpoints" / "00000002").mkdir(parents=True)
+    other = config | {section: config[section] | {field: 9}}
+    with pytest.raises(UserError, match=rf"{section}\.{field}: . -> 9"):
+        RunDirectory(tmp_path, other, MADE_FROM).__enter__()
+    contents = MADE_FROM["contents"] | {"eval.source: prompts.jsonl": "1"}
+    with pytest.raises(UserError, match=r"eval\.source: prompts\.jsonl has changed"):
+        RunDirectory(tmp_path, config, MADE_FROM | {"contents": contents}).__enter__()
+    logged = config | {"train": config["train"] | {"log_every": 7}}
+    with RunDirectory(tmp_path, logged, MADE_FROM):  # which still is
+        pass
 
 
 def test_a_longer_run_is_another_run(tmp_path):

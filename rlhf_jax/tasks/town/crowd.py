@@ -80,7 +80,6 @@ def votes(
     people: Mapping[str, Person] = CROWD,
     *,
     prompts: int = 650,
-    votes_per_pair: int = VOTES_PER_PAIR,
     seed: int = 0,
 ) -> Iterator[Pair]:
     """Comparisons of three replies to each prompt, every pair by several people in both orders.
@@ -95,7 +94,7 @@ def votes(
         for i, j in combinations(range(len(replies)), 2):
             name = f"{prompt.id}-{i}{j}"
             swapped = rng.random() < 0.5
-            for labeler in rng.sample([*people], votes_per_pair):
+            for labeler in rng.sample([*people], VOTES_PER_PAIR):
                 asked = 2 if rng.random() < REPEATED else 1
                 for again in range(asked):
                     swapped = not swapped
@@ -118,7 +117,6 @@ def ratings(
     people: Mapping[str, Person] = CROWD,
     *,
     prompts: int = 650,
-    ratings_per_reply: int = 2 * VOTES_PER_PAIR,
     seed: int = 0,
 ) -> Iterator[Conversation]:
     """Ratings by the same people of the same replies as in `votes`, at the same cost.
@@ -131,7 +129,7 @@ def ratings(
     for index, (prompt, replies) in enumerate(asked):
         rng = Random(f"ratings {seed} {prompt.id}")
         for i, reply in enumerate(replies):
-            for labeler in rng.sample([*people], ratings_per_reply):
+            for labeler in rng.sample([*people], 2 * VOTES_PER_PAIR):
                 for again in range(2 if rng.random() < REPEATED else 1):
                     rating = people[labeler].rate(rng, prompt, reply, index / len(asked))
                     meta = {
