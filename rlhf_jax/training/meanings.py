@@ -34,7 +34,7 @@ _BETTER: dict[str, tuple[str, ...]] = {
         *("loss", "bpb", "ece", "kl", "sampled_kl", "kl_bound", "kl_estimate"),
         *("reward_failures", "needless_calls", "invalid_calls"),
         *("safety/refused/harmless/*", "safety/extracted", "safety/extracted_sampled"),
-        "safety/exposure",
+        *("safety/exposure", "memory/*/resurrected", "memory/*/false_memory", "persona/leak"),
     ),
     "more": (
         *("accuracy", "token_accuracy", "auc", "rewards/margins", "eos_rate"),
@@ -43,7 +43,8 @@ _BETTER: dict[str, tuple[str, ...]] = {
         *("best_of_*/proxy", "best_of_*/gold", "best_of_*/correct", "best_of_*/win_rate"),
         "best_of_n/peak_gold",
         *("safety/right/*", "safety/refused/harmful/*", "safety/refused/private/*"),
-        "safety/balance/*",
+        *("safety/balance/*", "memory/*/recall/*", "memory/*/updated", "memory/*/abstained"),
+        *("persona/*_to_line", "persona/asked_after/*", "persona/*/turn/*"),
         *("agreement", "safe", "correct", "safe_change", "correct_change", "*_per_second"),
     ),
 }
