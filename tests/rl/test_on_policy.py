@@ -19,6 +19,7 @@ from rlhf_jax.oracle.oracle_tasks import enumerate_logprobs, letters_model, lett
 from rlhf_jax.oracle.row_training import train_policy
 from rlhf_jax.oracle.verdicts import judge
 from rlhf_jax.rl import objectives
+from rlhf_jax.rl.layout import Rollout
 from rlhf_jax.rl.on_policy import (
     advantages,
     first_state,
@@ -99,6 +100,38 @@ def test_metrics_of_the_first_iteration():
     np.testing.assert_allclose(metrics["completions/eos_rate"], rollout.finished.mean())
     entropy = -(np.exp(world.log_softmax(world.REFERENCE)) * world.log_softmax(world.REFERENCE))
     assert 0 < metrics["policy/entropy"] <= entropy.sum(-1).max()
+
+
+@pytest.mark.parametrize(
+    ("kl", "paid"),
+    [  # log-ratios of the answer's tokens to the reference: 1, −1 and ½
+        ({"estimator": "k1"}, 0.5),
+        ({"estimator": "k2"}, (1 + 1 + 0.25) / 2),
+        ({"estimator": "k3"}, np.exp(-1) + np.exp(1) + np.exp(-0.5) - 3 + 0.5),
+        ({"estimator": "k2", "placement": "loss", "level": "token"}, (1 + 1 + 0.25) / 2),
+        ({"estimator": "k2", "placement": "loss", "level": "sequence"}, 0.5**2 / 2),
+        ({"estimator": "k3", "placement": "none"}, 0),
+    ],
+)
+def test_the_reward_that_is_reported_is_less_the_kl_that_is_paid(kl, paid):
+    logprobs, reference = [-1.0, -2.0, -0.5], [-2.0, -1.0, -1.0]
+    rollout = Rollout(
+        mask=jnp.ones((1, 3)),
+        behaviour_logprobs=jnp.array([logprobs]),
+        finished=jnp.array([True]),
+        scores=jnp.ones(1),
+        weights=jnp.ones(1),
+        old_logprobs=jnp.array([logprobs]),
+        ref_logprobs=jnp.array([reference]),
+    )
+    config = resolve(table("reinforce", rollout={"samples": 1}, kl=kl)[0])
+    found = objectives.sample_metrics(config, rollout, jnp.float32(0.1))
+    assert float(found["objective/kl"]) == pytest.approx(0.5)
+    assert float(found["objective/non_score_reward"]) == pytest.approx(-0.1 * paid, abs=1e-6)
+    assert float(found["objective/rlhf_reward"]) == pytest.approx(1 - 0.1 * paid)
+    if config.kl.placement == "reward":
+        made, _ = objectives.advantages(config, rollout, jnp.float32(0.1))
+        assert float(found["objective/rlhf_reward"]) == pytest.approx(float(made["returns"][0, 0]))
 
 
 def test_a_minibatch_in_which_nothing_counts_is_in_no_mean():
