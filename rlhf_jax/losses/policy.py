@@ -252,11 +252,13 @@ def policy_loss(
       importance: [N, T] factors of the tokens' losses, without gradient (see `importance_weights`).
 
     Returns:
-      (total, weight); metrics loss and, as means over tokens weighted by sequence, policy/ratio (r)
-      and policy/ratio_square (r²); policy/approxkl (½d²) and policy/approxkl_k3 (r − 1 − d),
-      estimates of KL(old‖π); policy/clipfrac, the share of tokens that the objective's clip
-      changes, split into policy/clipfrac_low and policy/clipfrac_high by the side on which the
-      ratio leaves the range. An objective without a clip reports none of the three.
+      (total, weight); metrics loss and, as means over tokens weighted by sequence, policy/ratio
+      (r), policy/ratio_excess (r − 1) and policy/ratio_excess_square ((r − 1)²), from which the
+      variance of ratios near 1 is exact in float32, unlike from r²; policy/approxkl (½d²) and
+      policy/approxkl_k3 (r − 1 − d), estimates of KL(old‖π); policy/clipfrac, the share of tokens
+      that the objective's clip changes, split into policy/clipfrac_low and policy/clipfrac_high by
+      the side on which the ratio leaves the range. An objective without a clip reports none of the
+      three.
     """
     check_rank("logprobs", tokens.logprobs, 2)
     check_same_shape(**tokens._asdict(), importance=importance)
@@ -276,11 +278,13 @@ def policy_loss(
         values, mask, aggregation, constant=constant, sequence_weights=sequence_weights
     )
     ratio, d = tokens.ratios, _clamp(tokens.differences)
+    excess = jnp.expm1(d)
     metrics = {
         "policy/ratio": ratio,
-        "policy/ratio_square": ratio**2,
+        "policy/ratio_excess": excess,
+        "policy/ratio_excess_square": excess**2,
         "policy/approxkl": d**2 / 2,
-        "policy/approxkl_k3": jnp.expm1(d) - d,
+        "policy/approxkl_k3": excess - d,
     }
     if below is not None and above is not None:
         metrics |= {

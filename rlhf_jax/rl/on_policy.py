@@ -315,8 +315,9 @@ def update(
             of_value.append(metrics)
         fault_point("update", i + 1)
     averages = over_updates(of_policy)
-    square, weight = averages.pop("policy/ratio_square")
-    averages["policy/ratio_var"] = square - averages["policy/ratio"][0] ** 2, weight
+    excess, _ = averages.pop("policy/ratio_excess")
+    square, weight = averages.pop("policy/ratio_excess_square")
+    averages["policy/ratio_var"] = square - excess**2, weight
     if of_value:
         of_critic = over_updates(of_value)
         shared = (name for name in _OF_CRITIC if name in of_critic)

@@ -163,7 +163,8 @@ def test_metrics_by_hand():
     up, down = math.log(1.5), math.log(0.5)
     expected = {
         "policy/ratio": (1.5 + 0.5 + 2) / 4,
-        "policy/ratio_square": (2.25 + 0.25 + 2) / 4,
+        "policy/ratio_excess": (0.5 - 0.5) / 4,
+        "policy/ratio_excess_square": (0.25 + 0.25) / 4,
         "policy/approxkl": (up**2 + down**2) / 8,
         "policy/approxkl_k3": (0.5 - up - 0.5 - down) / 4,
         "policy/clipfrac": 0.5,
@@ -189,6 +190,16 @@ def test_metrics_by_hand():
     assert clipped("gmpo") == [0.5, 0.25, 0.25]
     assert clipped("gmpo", clip_low=0.7) == [0.25, 0, 0.25]
     assert clipped("gspo") == clipped("ppo_sequence") == [0.25, 0.25, 0]
+
+
+def test_small_deviations_of_ratios_from_1_are_not_lost_in_float32():
+    ratios = 1 + 1e-4 * np.random.default_rng(0).normal(size=(10, 100))
+    logprobs, zeros = f32(np.log(ratios)), jnp.zeros(ratios.shape)
+    _, found = policy_loss(Ppo(), Tokens(logprobs, zeros, zeros, jnp.ones(ratios.shape)))
+    names = "policy/ratio_excess", "policy/ratio_excess_square"
+    excess, square = (float(mean(found[name])) for name in names)
+    assert excess == pytest.approx((ratios - 1).mean(), rel=1e-4)
+    assert square - excess**2 == pytest.approx(ratios.var(), rel=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ from rlhf_jax.rl.on_policy import (
     minibatches,
     over_updates,
     score,
+    update,
 )
 from rlhf_jax.stages import defaults
 from rlhf_jax.stages.chain import load_config
@@ -147,6 +148,26 @@ def test_a_minibatch_in_which_nothing_counts_is_in_no_mean():
     _, metrics, _ = steps(config, dataclasses.replace(task, rollout=rollout), start, 1)
     assert metrics["policy/ratio"] == pytest.approx(1, abs=1e-5)
     assert metrics["policy/ratio_var"] == pytest.approx(0, abs=1e-5)
+
+
+def test_the_variance_of_ratios_near_1_is_what_they_have():
+    """Every token's log-prob is moved by ±1e-4, so that the ratios have a variance of 1e-8."""
+    config, task, start = table("rloo")
+
+    def moved(params, rows):
+        found = task.statistics(params, rows)
+        signs = jnp.where(jnp.arange(found.logprobs.size) % 2 == 0, 1e-4, -1e-4)
+        return found._replace(logprobs=found.logprobs + signs.reshape(found.logprobs.shape))
+
+    trainer = trainer_of(config, task, start)
+    state = first_state(trainer)
+    rollout = score(trainer, state, task.rollout(start, {}, 0))
+    rollout, _ = advantages(trainer, rollout, state.kl_coefficient)
+    trainer = trainer_of(
+        config, dataclasses.replace(task, statistics=moved, dtype="bfloat16"), start
+    )
+    _, _, metrics, _ = update(trainer, state, rollout)
+    assert metrics["policy/ratio_var"][0] == pytest.approx(1e-8, rel=0.05)
 
 
 def test_means_of_updates_are_ratios_of_sums():
