@@ -382,7 +382,7 @@ def kl_loss(
     *,
     estimator: str = "k2",
     level: str = "sequence",
-    importance: jax.Array | None = None,
+    old_logprobs: jax.Array | None = None,
 ) -> jax.Array:
     """KL(π‖ref) of samples of π as tokens' losses, whose `aggregate` is the KL term.
 
@@ -390,31 +390,37 @@ def kl_loss(
     on each token; "token" estimates token by token (see `kl_estimate`). Of the expected gradients:
 
     k2 by sequence is that of KL(π‖ref), exactly; the term to choose. k2 by token leaves out what
-    a token does to the KL of those after it, and so does k3 by token times the ratio π/sg(π) as
-    importance, with its gradient (https://arxiv.org/abs/2512.02556): in expectation they are one.
-    k3, at either level, is that of the forward KL, of another optimum. k1 has none, E[∇lp] = 0: it
-    belongs in the rewards (`token_rewards`), where it is exact.
+    a token does to the KL of those after it. k3, at either level, is that of the forward KL, of
+    another optimum. k1 has none, E[∇lp] = 0: it belongs in the rewards (`token_rewards`), where it
+    is exact. k3 times the ratio of its level, whose gradient then counts too
+    (https://arxiv.org/abs/2512.02556), has in expectation the gradient of k2 at the same level.
 
     Args:
       logprobs, ref_logprobs, mask: [N, T]; no gradient to ref_logprobs.
-      importance: [N, T] factors of the tokens' terms, differentiated.
+      old_logprobs: [N, T] of the policy that sampled, without gradient: every estimate is
+        multiplied by its ratio to them, by token or by sequence as the level is. None: by 1.
 
     Returns:
       [N, T] nats, 0 where the mask is.
     """
     check_rank("logprobs", logprobs, 2)
-    check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask, importance=importance)
+    check_same_shape(
+        logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask, old_logprobs=old_logprobs
+    )
     check_choice("level", level, LEVELS)
-    logprobs, ref_logprobs, importance = keep_weighted(mask, logprobs, ref_logprobs, importance)
-    ref_logprobs = jax.lax.stop_gradient(ref_logprobs)
+    logprobs, *others = keep_weighted(mask, logprobs, ref_logprobs, old_logprobs)
+    ref_logprobs, old_logprobs = jax.lax.stop_gradient(others)
     if level == "token":
         values = kl_estimate(logprobs, ref_logprobs, estimator)
     else:
         total, ref_total = (jnp.sum(x, axis=1, keepdims=True) for x in (logprobs, ref_logprobs))
         lengths = jnp.maximum(jnp.sum(mask != 0, axis=1, keepdims=True), 1)
         values = kl_estimate(total, ref_total, estimator) / lengths
-    if importance is not None:
-        values = values * importance
+    if old_logprobs is not None:
+        difference = logprobs - old_logprobs
+        if level == "sequence":
+            difference = jnp.sum(difference, axis=1, keepdims=True)
+        values = values * jnp.exp(_clamp(difference))
     return jnp.where(mask != 0, values, 0)
 
 

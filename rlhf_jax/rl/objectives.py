@@ -195,9 +195,7 @@ def policy_objective(
             mask,
             estimator=config.kl.estimator,
             level=config.kl.level,
-            importance=jnp.exp(logprobs - jax.lax.stop_gradient(batch["old_logprobs"]))
-            if config.kl.importance
-            else None,
+            old_logprobs=batch["old_logprobs"] if config.kl.importance else None,
         )
         penalty = aggregate(per_token, mask, loss.aggregation, **common)
         total = total + coefficient * penalty[0]

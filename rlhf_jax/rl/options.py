@@ -122,7 +122,7 @@ class KlOptions:
     estimator: str = option("k1", choices=ESTIMATORS)  # k1, k2, k3: losses/shaping.py
     # Of "sequence" or "token" log-ratios.
     level: str = option("sequence", choices=LEVELS, only=Only("placement", ("loss",)))
-    # Times the ratio, whose gradient then counts too.
+    # Times the ratio of the token or the sequence, whose gradient then counts too; with k3 only.
     importance: bool = option(False, only=Only("placement", ("loss",)))
     target: float = 0.0  # nats per sequence, for the adaptive controller; 0: a fixed coefficient
     horizon: float = option(10_000.0, only=Only("target"))  # sequences
@@ -133,6 +133,11 @@ class KlOptions:
             raise ValueError(
                 "kl.estimator = 'k1' in the loss has no gradient on average and would regularise "
                 "nothing; use k2 or k3 there, or kl.placement = 'reward'"
+            )
+        if self.placement == "loss" and self.importance and self.estimator != "k3":
+            raise ValueError(
+                f"kl.importance = True with kl.estimator = {self.estimator!r} has not the KL's "
+                "gradient; use k3 with it, or k2 without"
             )
         if self.target < 0 or self.horizon <= 0 or (self.target and self.placement == "none"):
             raise ValueError(

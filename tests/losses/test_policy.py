@@ -449,9 +449,11 @@ def test_kl_loss_by_hand():
     for (estimator, level), values in expected.items():
         found = kl_loss(logprobs, ref, mask, estimator=estimator, level=level)
         np.testing.assert_allclose(found, values, rtol=1e-4, err_msg=f"{estimator} {level}")
-    factors = f32([[2, 3, jnp.nan], [0.5, 9, 9]])
-    found = kl_loss(logprobs, ref, mask, level="token", importance=factors)
+    old = logprobs - jnp.log(f32([[2, 3, jnp.nan], [0.5, 9, 9]]))
+    found = kl_loss(logprobs, ref, mask, level="token", old_logprobs=old)
     np.testing.assert_allclose(found, [[0.25, 0.135, 0], [1, 0, 0]], rtol=1e-5)
+    found = kl_loss(logprobs, ref, mask, level="sequence", old_logprobs=old)
+    np.testing.assert_allclose(found, [[0.06, 0.06, 0], [1, 0, 0]], rtol=1e-4)
 
 
 def test_gradients_of_the_kl_loss():
@@ -466,12 +468,14 @@ def test_gradients_of_the_kl_loss():
     np.testing.assert_allclose(gradient("token"), [[0.5, -0.3, 0]], rtol=1e-5)
     np.testing.assert_allclose(gradient("sequence"), [[0.2, 0.2, 0]], rtol=1e-5)
     np.testing.assert_array_equal(gradient("sequence", of=1), 0)
-    factors = f32([[2, 3, 1]])
+    old = logprobs - jnp.log(f32([[2, 3, 1]]))
 
-    def total(factors):
-        return jnp.sum(kl_loss(logprobs, ref, mask, level="token", importance=factors))
+    def total(logprobs, old):
+        return jnp.sum(kl_loss(logprobs, ref, mask, level="token", old_logprobs=old))
 
-    np.testing.assert_allclose(jax.grad(total)(factors), [[0.125, 0.045, 0]], rtol=1e-5)
+    # Of ratio · s² / 2, where s = 0.5 and −0.3: ratio · (s + s² / 2).
+    np.testing.assert_allclose(jax.grad(total)(logprobs, old), [[1.25, -0.765, 0]], rtol=1e-5)
+    np.testing.assert_array_equal(jax.grad(total, 1)(logprobs, old), 0)
 
 
 def test_importance_weights_by_hand():

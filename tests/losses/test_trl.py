@@ -32,8 +32,8 @@ GRPOTrainer
     a reward of None                     weight 0: the same advantages; that sequence then leaves
                                          our means, but not TRL's numbers of tokens and sequences
     beta                                 kl.coefficient, estimator=k3, level=token
-    use_bias_correction_kl (True)        kl.importance (False): the ratio of tokens, TRL's is of
-                                         sequences if importance_sampling_level is
+    use_bias_correction_kl (True)        kl.importance (False): the ratio of tokens or sequences by
+                                         kl.level, TRL's by importance_sampling_level
     entropy_coef                         loss.entropy_coefficient: ours is averaged as the loss is,
                                          TRL's over tokens, which is one for token_mean
     vllm_importance_sampling_mode        loss.importance and loss.importance_mode
