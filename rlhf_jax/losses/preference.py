@@ -75,7 +75,8 @@ class PreferenceLoss:
     """
 
     uses_reference: ClassVar[bool] = True
-    per_token: ClassVar[bool] = False  # its implicit rewards are, too
+    # Divides log-probs by length; so do its implicit rewards.
+    per_token: ClassVar[bool] = False
     # It sorts all pairs that it is given: of parts of a batch it is a different (and noisier) loss
     # than of the whole.
     batchwise: ClassVar[bool] = False
@@ -182,8 +183,13 @@ class Ipo(PreferenceLoss):
         super().__post_init__()
         check_choice("ipo_reduction", self.ipo_reduction, ("sum", "mean"))
 
+    @property
+    def per_token(self) -> bool:  # type: ignore[override]
+        """Whether its implicit rewards are per token, as its loss then is."""
+        return self.ipo_reduction == "mean"
+
     def __call__(self, pairs: Pairs) -> jax.Array:
-        pairs = pairs.per_token() if self.ipo_reduction == "mean" else pairs
+        pairs = pairs.per_token() if self.per_token else pairs
         return (pairs.margins - 1 / (2 * self.beta)) ** 2
 
 
