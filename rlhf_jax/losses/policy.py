@@ -13,7 +13,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.losses.checks import check_choice, check_rank, check_same_shape
+from rlhf_jax.losses.checks import (
+    check_choice,
+    check_options,
+    check_rank,
+    check_same_shape,
+    within,
+)
 from rlhf_jax.losses.reductions import Reduction, keep_weighted, weighted_sum
 from rlhf_jax.losses.shaping import kl_estimate
 
@@ -74,6 +80,10 @@ class Objected(NamedTuple):
 class Objective:
     """A policy objective: a frozen dataclass whose fields are its options."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for an option outside its range."""
+        check_options(self)
+
     def __call__(self, tokens: Tokens) -> Objected:
         """The losses of the tokens, and which of them the clip changes."""
         raise NotImplementedError
@@ -95,15 +105,13 @@ class Ppo(Objective):
     delta > 1 + clip_high: r ← min(r, delta) in the first term (https://arxiv.org/abs/2505.07291).
     """
 
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float | None = None
+    clip_low: float = within("[0, 1]", 0.2)
+    clip_high: float = within("[0, inf)", 0.2)
+    dual_clip: float | None = within("(1, inf)", None)
     delta: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for an option outside its range."""
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise ValueError(f"dual_clip must be in (1, inf), got {self.dual_clip}")
+        super().__post_init__()
         if self.delta is not None and self.delta <= 1 + self.clip_high:
             raise ValueError(f"delta must be in (1 + clip_high, inf), got {self.delta}")
 
@@ -124,8 +132,8 @@ class PpoSequence(Objective):
     share, so that "sequence_mean" is the mean over responses.
     """
 
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_low: float = within("[0, 1]", 0.2)
+    clip_high: float = within("[0, inf)", 0.2)
 
     def __call__(self, tokens: Tokens) -> Objected:
         ratio = jnp.exp(_clamp(jnp.sum(tokens.differences, axis=1, keepdims=True)))
@@ -142,11 +150,12 @@ class Gspo(Objective):
     same gradient where A is one number per sequence.
     """
 
-    clip_low: float = 3e-4
-    clip_high: float = 4e-4
+    clip_low: float = within("[0, 1]", 3e-4)
+    clip_high: float = within("[0, inf)", 4e-4)
     differentiable: str = "sequence"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("differentiable", self.differentiable, LEVELS)
 
     def __call__(self, tokens: Tokens) -> Objected:
@@ -167,11 +176,12 @@ class Cispo(Objective):
     whatever the sign of A.
     """
 
-    clip_high: float = 5.0
-    clip_low: float | None = None
+    clip_high: float = within("(0, inf)", 5.0)
+    clip_low: float | None = within("[0, 1]", None)
     clip: str = "absolute"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("clip", self.clip, ("absolute", "upper", "both"))
         if self.clip != "both" and self.clip_low is not None:
             raise ValueError(f"the option clip_low is only for clip 'both', not {self.clip!r}")
@@ -194,8 +204,8 @@ class Sapo(Objective):
     https://arxiv.org/abs/2511.20347. A = 0 counts as negative.
     """
 
-    tau_positive: float = 1.0
-    tau_negative: float = 1.05
+    tau_positive: float = within("(0, inf)", 1.0)
+    tau_negative: float = within("(0, inf)", 1.05)
 
     def __call__(self, tokens: Tokens) -> Objected:
         tau = jnp.where(tokens.advantages > 0, self.tau_positive, self.tau_negative)
@@ -211,8 +221,8 @@ class Gmpo(Objective):
     log c = min(d, clip_high) where A > 0, max(d, −clip_low) where A < 0, else d.
     """
 
-    clip_low: float = 0.4
-    clip_high: float = 0.4
+    clip_low: float = within("[0, inf)", 0.4)
+    clip_high: float = within("[0, inf)", 0.4)
 
     def __call__(self, tokens: Tokens) -> Objected:
         d, advantages = _clamp(tokens.differences), tokens.advantages
