@@ -284,7 +284,7 @@ def test_a_bit_that_flips_is_never_more_than_a_line(tmp_path, capsys):
     kept_results._write(path, "key", arrays)
     whole = path.read_bytes()
     entry = whole.index(b"PK\x01\x02")  # of the zip's table of contents
-    # By place: the version needed, the flags encrypted, patched and strongly so, the method, the CRC.
+    # The version needed, the flags encrypted, patched and strongly encrypted, the method, the CRC.
     for at, bit in ((6, 6), (6, 7), (8, 0), (8, 5), (8, 6), (10, 0), (10, 5), (16, 0)):
         damaged = bytearray(whole)
         damaged[entry + at] ^= 1 << bit
