@@ -48,10 +48,12 @@ PLACEMENTS = ("reward", "loss", "none")
 
 
 def shape_scores(config: Config, rollout: Rollout) -> jax.Array:
-    """[N] scores after what is taken off for answers that did not end or grew too long."""
-    options = config.rollout
+    """[N] scores after what is taken off for costs, for missing ends and for too many tokens."""
+    options, scores = config.rollout, jnp.asarray(rollout.scores, jnp.float32)
+    if rollout.charges is not None:
+        scores = scores - jnp.asarray(rollout.charges, jnp.float32)
     scores = missing_eos(
-        jnp.asarray(rollout.scores, jnp.float32),
+        scores,
         rollout.finished,
         mode=options.missing_eos,
         penalty=options.missing_eos_penalty,

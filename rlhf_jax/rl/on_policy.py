@@ -237,7 +237,7 @@ def iterate(
 def charge(
     trainer: Trainer, state: OnPolicyState, rollout: Rollout
 ) -> tuple[Rollout, jax.Array | None, Pairs]:
-    """(the rollout whose scores are lowered by λ·cost, the next λ, metrics).
+    """(the rollout with its answers' charges of λ·cost, the next λ, metrics).
 
     The mean that λ follows is over the answers that count and can have a cost; without any λ stays.
     """
@@ -247,7 +247,7 @@ def charge(
     options, costs = trainer.config.lagrange, trainer.task.costs(rollout)
     counted = np.isfinite(costs) & (rollout.weights > 0)
     paid = np.where(counted, costs, 0)
-    scores = rollout.scores - float(multiplier) * paid
+    rollout = dataclasses.replace(rollout, charges=float(multiplier) * paid)
     count = float(counted.sum())
     metrics = {"objective/multiplier": (float(multiplier), 1.0)}
     if count:
@@ -256,7 +256,7 @@ def charge(
         multiplier = lagrange_multiplier(
             multiplier, jnp.float32(cost), limit=options.limit, rate=options.rate
         )
-    return dataclasses.replace(rollout, scores=scores), multiplier, metrics
+    return rollout, multiplier, metrics
 
 
 def score(trainer: Trainer, state: OnPolicyState, rollout: Rollout, *, own: bool = True) -> Rollout:

@@ -458,7 +458,13 @@ def test_a_cost_is_charged_to_the_answers_that_have_it_and_its_price_follows_the
     config, task, start = limited(costs)
     state, metrics, rollout = steps(config, task, start, 1)
     paid = np.nan_to_num(costs(len(free.scores)))
-    np.testing.assert_allclose(rollout.scores, free.scores - paid, atol=1e-6)
+    np.testing.assert_array_equal(rollout.scores, free.scores)
+    shaped = objectives.shape_scores(resolve(config), rollout)
+    np.testing.assert_allclose(shaped, free.scores - paid, atol=1e-6)
+    assert metrics["objective/scores"] == pytest.approx(free.scores.mean(), abs=1e-6)
+    assert metrics["objective/shaped_scores"] == pytest.approx(
+        (free.scores - paid).mean(), abs=1e-6
+    )
     assert metrics["objective/cost"] == 0.5 and metrics["objective/multiplier"] == 1
     np.testing.assert_allclose(state.multiplier, 1 + 2.0 * (0.5 - 0.25), rtol=1e-6)
     state, metrics, _ = steps(config, task, start, 2)
