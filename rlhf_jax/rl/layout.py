@@ -30,16 +30,8 @@ Array = Any  # on the host or a device
 
 _OF_ANSWERS = ("mask", "behaviour_logprobs", "finished", "scores", "weights")  # sampled, scored
 _ARRAYS = (
-    *(
-        *_OF_ANSWERS,
-        "charges",
-        "turn_rewards",
-        "greedy_scores",
-        "old_logprobs",
-        "ref_logprobs",
-        "entropy",
-    ),
-    *("old_values", "last_values", "advantages", "returns"),
+    *(*_OF_ANSWERS, "turn_rewards", "greedy_scores", "old_logprobs", "ref_logprobs", "entropy"),
+    *("charges", "old_values", "last_values", "advantages", "returns"),
 )
 
 

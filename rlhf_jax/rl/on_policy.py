@@ -206,7 +206,7 @@ def iterate(
     rollout = task.rollout(params, prompts, number)
     fault_point("rollout", number + 1)
     rollout, multiplier, of_costs = charge(trainer, state, rollout)
-    # An only update computes the log-probs of the policy before it itself.
+    # If an iteration has a single update, that update computes the old log-probs itself.
     sooner = updates_per_iteration(config) > 1 or config.kl.placement == "reward"
     rollout = score(trainer, state, rollout, own=sooner)
     exact = _exact_kl(trainer, params, rollout, number)

@@ -30,7 +30,8 @@ class SamplingOptions:
 
     max_prompt_tokens: int = option(128, least=1)  # longer prompts are left out and counted
     max_new_tokens: int = option(48, least=1)  # of an answer, its end included
-    # The curves of best_of_n are of temperature 1 whatever stands here: their bounds of KL are.
+    # best_of_n draws its curves at temperature 1 whatever this says, since their KL bound holds
+    # only there.
     temperature: float = 1.0
     slots: int = option(64, least=1)  # answers decoded together
 
@@ -89,7 +90,10 @@ class OnlineRolloutOptions(Truncation, RolloutOptions):
 
 @dataclass(frozen=True)
 class BestOfNOptions(Truncation, SamplingOptions):
-    """How the best_of_n stage samples: it counts only answers that ended, and says how many."""
+    """How the best_of_n stage samples.
+
+    Only answers that ended are trained on; the curves count all.
+    """
 
 
 @dataclass(frozen=True)
