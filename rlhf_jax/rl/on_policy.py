@@ -108,7 +108,6 @@ class Trainer:
     Attributes:
       policy, critic: what trains them; no critic without values.
       reference: params of the reference policy, never changed.
-      from_reference: the policy starts as the reference, so their KL must start at 0.
       score_rows: compiled `_score_rows`. value_rows: compiled `_value_rows`.
       exact_kl: compiled, of the task.
       advantages, sample_metrics: compiled functions of `objectives` under the config.
@@ -120,7 +119,6 @@ class Trainer:
     policy: Learner
     critic: Learner | None
     reference: Any
-    from_reference: bool
     score_rows: Callable[..., dict[str, jax.Array]]
     value_rows: Callable[..., dict[str, jax.Array]]
     exact_kl: Callable[..., jax.Array] | None
@@ -137,9 +135,10 @@ def make_trainer(
     reference: Any = None,
     mesh: Mesh | None = None,
     rules: Rules = TRANSFORMER_RULES,
-    from_reference: bool = True,
 ) -> Trainer:
     """The trainer that a config describes; see `rl/options.py` for its fields.
+
+    The first iteration refuses a policy that is not its reference: their KL must start at 0.
 
     Args:
       start: params of the policy as it starts; under an adapter only that is trained.
@@ -162,7 +161,6 @@ def make_trainer(
         learn(config.optimizer, start, functools.partial(policy_loss, config, task, objective)),
         valued,
         reference,
-        from_reference,
         jax.jit(split_over(mesh, functools.partial(_score_rows, task))),
         jax.jit(split_over(mesh, functools.partial(_value_rows, task))),
         None if task.exact_kl is None else jax.jit(split_over(mesh, task.exact_kl)),
@@ -213,7 +211,7 @@ def iterate(
     rollout, of_advantages = advantages(trainer, rollout, coefficient)
     fault_point("scored", number + 1)
     policy, value, of_updates, rollout = update(trainer, state, rollout)
-    if number == 0 and trainer.from_reference:
+    if number == 0:
         _check_start(rollout, task.dtype)
     metrics = joined(
         weighted(trainer.sample_metrics(rollout, coefficient)),

@@ -84,6 +84,11 @@ def steps(config, task, start, count, **options):
     return state, metrics, rollout
 
 
+def second_state(trainer):
+    """The state of a policy that need not be its reference any more."""
+    return dataclasses.replace(first_state(trainer), iteration=jnp.ones((), jnp.int32))
+
+
 def two_steps(config, task, start):
     """(the metrics of the first iteration, those of the second)."""
     trainer = trainer_of(config, task, start)
@@ -250,9 +255,8 @@ def test_a_single_update_scores_its_own_samples(split):
     mesh = make_mesh({"data": 2}, jax.devices()[:2]) if split == "devices" else None
     moved = jax.tree.map(lambda x: x * 1.05, start)
     calls = []
-    options = {"reference": start, "from_reference": False, "mesh": mesh}
-    trainer = trainer_of(config, counting(task, calls), moved, **options)
-    _, metrics, found = iterate(trainer, first_state(trainer), {})
+    trainer = trainer_of(config, counting(task, calls), moved, reference=start, mesh=mesh)
+    _, metrics, found = iterate(trainer, second_state(trainer), {})
     # The reference's, and what trains, whose shapes are asked first if it is split.
     traced = 3 if split == "microbatches" else 2
     assert len(calls) == traced
@@ -296,7 +300,8 @@ def test_a_policy_must_start_as_its_reference():
     config.kl.update(placement="loss", estimator="k3")  # known after the update only
     with pytest.raises(UserError, match="KL would not start at 0"):
         steps(config, task, moved, 1, reference=start)
-    _, metrics, _ = steps(config, task, moved, 1, reference=start, from_reference=False)
+    trainer = trainer_of(config, task, moved, reference=start)
+    _, metrics, _ = iterate(trainer, second_state(trainer), {})
     assert metrics["objective/kl"] != 0
 
 
