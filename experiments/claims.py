@@ -1,7 +1,7 @@
 """The claims that RLHF is taught with, put to the test by `python -m rlhf_jax.claims`.
 
 python -m rlhf_jax.claims experiments/claims.py
-    all nine, of which docs/claims.md has what came of those that were run; times are of a busy 2-core CPU
+    all nine; docs/claims.md has what came of those that were run, in times of a busy 2-core CPU
 … experiments/claims.py:tuned_answers
     supported: 0.435 of a tuned model's answers are right, of the base model's 0.078, which goes on
     with the prompt in 1.000 of replies, the tuned one in 0.008; 60 to 102 s a run

@@ -34,7 +34,7 @@ def keep_compilations() -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    folder = cache_dir() / "compilations" / _processor()
+    folder = cache_dir() / "compilations" / processor_name()
     if jax.__version_info__ < (0, 12):  # a cache of XLA's own puts the folder's path in every key
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -83,8 +83,8 @@ def _removing(folder: Path, show: Callable) -> Callable:
     return shown
 
 
-def _processor() -> str:
-    """A name of what the processor can do."""
+def processor_name() -> str:
+    """A name of what this host's processor can do, which is what CPU programs round by."""
     can = {platform.machine(), platform.processor()}
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -16,7 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from rlhf_jax.errors import UserError, nearest
-from rlhf_jax.losses.checks import check_choice
+from rlhf_jax.losses.checks import check_choice, check_within
 from rlhf_jax.own_code import make_variant
 
 _TYPES = {"float": float, "int": int, "str": str, "bool": bool}
@@ -228,10 +228,7 @@ def _read_value(name: str, each: Field, value: Any) -> Any:
     if limits.get("choices"):
         check_choice(name, value, limits["choices"])
     if interval := limits.get("within"):
-        low, high = map(float, interval[1:-1].split(","))
-        above = low <= value if interval[0] == "[" else low < value
-        if not (above and (value <= high if interval[-1] == "]" else value < high)):
-            raise ValueError(f"{name} must be in {interval}, got {value}")
+        check_within(name, value, interval)
     return value
 
 

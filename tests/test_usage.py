@@ -53,7 +53,8 @@ def test_help_of_a_config_gives_each_field_its_value_default_and_comment(capsys)
     rows = "rows=16 packed rows per update, over all devices (at least 1; default 32)"
     assert line_of(text, "rows=") == rows
     assert line_of(text, "beta=") == (
-        "beta=0.3 strength of the tie to the reference, or what the loss calls so. (default 0.1)"
+        "beta=0.3 strength of the tie to the reference, or what the loss calls so. "
+        "(in (0, inf); default 0.1)"
     )
     assert "(read only with rank)" in line_of(text, "alpha=16.0")
     assert 'default "")' in line_of(text, "policy=") and 'reward=""' in line_of(text, "reward=")

@@ -59,6 +59,7 @@ class Pair:
     """Two assistant replies to one prompt, the first preferred.
 
     `margin` says by how much it is preferred (≥ 0, in the labeler's own units), None if nobody did.
+    No loss uses it.
     """
 
     id: str

@@ -155,12 +155,14 @@ def held_out_prompts(config: Config, model: Model) -> PromptSet:
 def _ancestors(config: Config, directories: Mapping[str, Path], model: Model) -> dict[str, Model]:
     """The models that `model` comes from, by the names of their runs, oldest first.
 
-    One without a chat template that works answers under the template of `model`.
+    They are computed as the run's own is, so that what differs is the weights. One without a chat
+    template that works answers under the template of `model`.
     """
+    changes = {} if config.compute is None else dataclasses.asdict(config.compute)
     models = {}
     for name, path in directories.items():
         stop_point(together=True)
-        each = load_model(path, mesh=mesh_of(config))
+        each = load_model(path, mesh=mesh_of(config), **changes)
         if not each.tokenizer.has_template:
             each = dataclasses.replace(each, tokenizer=model.tokenizer)
         models[name] = each

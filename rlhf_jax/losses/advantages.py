@@ -17,6 +17,7 @@ from rlhf_jax.losses.reductions import at_least_f32, keep_weighted
 
 BASELINES = ("none", "mean", "leave_one_out")
 SCALES = ("none", "group", "batch")
+SCALE_EPS = 1e-4  # added to a standard deviation of scores
 
 
 def reward_to_go(rewards: jax.Array, mask: jax.Array, *, gamma: float = 1.0) -> jax.Array:
@@ -85,10 +86,8 @@ def group_advantages(
     mask: jax.Array | None = None,
     baseline: str = "mean",
     scale: str = "none",
-    ddof: int = 1,
-    eps: float = 1e-4,
 ) -> jax.Array:
-    """Advantages of samples among those of the same prompt: A_i = (s_i − b_i) / (σ + eps).
+    """Advantages of samples among those of the same prompt: A_i = (s_i − b_i) / (σ + 1e-4).
 
     baseline/scale of the methods: REINFORCE none/none, RLOO leave_one_out/none
     (https://arxiv.org/abs/2402.14740), GRPO mean/group (https://arxiv.org/abs/2402.03300), Dr. GRPO
@@ -101,8 +100,8 @@ def group_advantages(
     Args:
       scores: [P, G]. mask: [P, G], nonzero = a valid score; None if all are.
       baseline: b_i: 0, the mean of the group, or the mean of the others in it.
-      scale: σ: 1 (and no eps), the standard deviation of the group's scores, or of all scores.
-      ddof: the variance is Σ(s − mean)² / (count − ddof); 0 where the count is not above ddof.
+      scale: σ: 1 (and nothing added), the standard deviation of the group's scores, or of all
+        scores; of the variance Σ(s − mean)² / (count − 1), 0 for a single score.
 
     Returns:
       [P, G]. A group whose scores are all equal (or a single one) gives exactly 0, except with
@@ -115,7 +114,7 @@ def group_advantages(
     valid = jnp.ones(scores.shape, bool) if mask is None else mask != 0
     (scores,) = keep_weighted(valid, scores)
     count = jnp.sum(valid, axis=1, keepdims=True)
-    centered, std = _standardise(scores, valid, ddof=ddof, axis=1)
+    centered, std = _standardise(scores, valid, axis=1)
     if baseline == "none":
         advantages = scores
     elif baseline == "mean":
@@ -124,10 +123,10 @@ def group_advantages(
         advantages = centered * count / jnp.maximum(count - 1, 1)
     if scale == "group":
         flat = zero_variance(scores, valid)[:, None]
-        advantages = jnp.where(flat, 0, advantages / (std + eps))
+        advantages = jnp.where(flat, 0, advantages / (std + SCALE_EPS))
     elif scale == "batch":
-        _, std = _standardise(scores, valid, ddof=ddof, axis=None)
-        advantages = advantages / (std + eps)
+        _, std = _standardise(scores, valid, axis=None)
+        advantages = advantages / (std + SCALE_EPS)
     return jnp.where(valid, advantages, 0)
 
 
@@ -156,24 +155,23 @@ def remax(scores: jax.Array, greedy_scores: jax.Array) -> jax.Array:
     return scores.astype(dtype) - greedy_scores.astype(dtype)[:, None]
 
 
-def whiten(values: jax.Array, mask: jax.Array, *, ddof: int = 1, eps: float = 1e-8) -> jax.Array:
-    """(x − mean)·rsqrt(var + eps) over all real slots.
+def whiten(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """(x − mean)·rsqrt(var + 1e-8) over all real slots, var = Σ(x − mean)² / (count − 1).
 
     Args:
       values, mask: one shape, any rank.
-      ddof: var = Σ(x − mean)² / (count − ddof); 0 where the count is not above ddof.
 
     Returns:
       The shape of values. Equal values give exactly 0.
     """
     check_same_shape(values=values, mask=mask)
     (values,) = keep_weighted(mask, values)
-    centered, std = _standardise(values, mask != 0, ddof=ddof, axis=None, eps=eps)
+    centered, std = _standardise(values, mask != 0, axis=None, eps=1e-8)
     return jnp.where(mask != 0, centered / std, 0)
 
 
 def _standardise(
-    values: jax.Array, valid: jax.Array, *, ddof: int, axis: int | None, eps: float = 0.0
+    values: jax.Array, valid: jax.Array, *, axis: int | None, eps: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
     """(x − mean, sqrt(var + eps)) over the valid values along `axis`, or all of them."""
     total = partial(jnp.sum, axis=axis, keepdims=True, where=valid)
@@ -185,7 +183,6 @@ def _standardise(
     relative = values - jnp.where(jnp.isinf(least), 0, least)
     count = total(jnp.ones_like(values))
     centered = relative - total(relative) / jnp.maximum(count, 1)
-    variance = total(centered**2) / jnp.maximum(count - ddof, 1)
-    variance = jnp.where(count > ddof, variance, 0) + eps
+    variance = total(centered**2) / jnp.maximum(count - 1, 1) + eps
     positive = variance > 0
     return centered, jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)), 0)

@@ -23,8 +23,9 @@ import jax.numpy as jnp
 from rlhf_jax.losses.checks import check_rank, check_same_shape
 from rlhf_jax.losses.reductions import Reduction, at_least_f32, keep_weighted, weighted_sums
 
-# Logits that a chunk may hold if it has more than 1024 tokens: those of `token_statistics` are
-# kept for the backward pass if one chunk holds all, those of `cross_entropy` only pass by.
+# The most logits a chunk holds, unless its least number of tokens (1024, and 512 in cross_entropy)
+# has more: those of `token_statistics` are kept for the backward pass if one chunk holds all, those
+# of `cross_entropy` only pass by.
 KEPT_LOGITS, PASSING_LOGITS = 2**24, 2**21
 Ranges = tuple[tuple[int, int], ...]  # of ids: from the first to before the second of each
 

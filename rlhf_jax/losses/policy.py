@@ -13,7 +13,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.losses.checks import check_choice, check_rank, check_same_shape
+from rlhf_jax.losses.checks import (
+    check_choice,
+    check_options,
+    check_rank,
+    check_same_shape,
+    within,
+)
 from rlhf_jax.losses.reductions import Reduction, keep_weighted, weighted_sum
 from rlhf_jax.losses.shaping import kl_estimate
 
@@ -74,6 +80,10 @@ class Objected(NamedTuple):
 class Objective:
     """A policy objective: a frozen dataclass whose fields are its options."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for an option outside its range."""
+        check_options(self)
+
     def __call__(self, tokens: Tokens) -> Objected:
         """The losses of the tokens, and which of them the clip changes."""
         raise NotImplementedError
@@ -95,15 +105,13 @@ class Ppo(Objective):
     delta > 1 + clip_high: r ← min(r, delta) in the first term (https://arxiv.org/abs/2505.07291).
     """
 
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float | None = None
+    clip_low: float = within("[0, 1]", 0.2)
+    clip_high: float = within("[0, inf)", 0.2)
+    dual_clip: float | None = within("(1, inf)", None)
     delta: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for an option outside its range."""
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise ValueError(f"dual_clip must be in (1, inf), got {self.dual_clip}")
+        super().__post_init__()
         if self.delta is not None and self.delta <= 1 + self.clip_high:
             raise ValueError(f"delta must be in (1 + clip_high, inf), got {self.delta}")
 
@@ -124,8 +132,8 @@ class PpoSequence(Objective):
     share, so that "sequence_mean" is the mean over responses.
     """
 
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_low: float = within("[0, 1]", 0.2)
+    clip_high: float = within("[0, inf)", 0.2)
 
     def __call__(self, tokens: Tokens) -> Objected:
         ratio = jnp.exp(_clamp(jnp.sum(tokens.differences, axis=1, keepdims=True)))
@@ -142,11 +150,12 @@ class Gspo(Objective):
     same gradient where A is one number per sequence.
     """
 
-    clip_low: float = 3e-4
-    clip_high: float = 4e-4
+    clip_low: float = within("[0, 1]", 3e-4)
+    clip_high: float = within("[0, inf)", 4e-4)
     differentiable: str = "sequence"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("differentiable", self.differentiable, LEVELS)
 
     def __call__(self, tokens: Tokens) -> Objected:
@@ -167,11 +176,12 @@ class Cispo(Objective):
     whatever the sign of A.
     """
 
-    clip_high: float = 5.0
-    clip_low: float | None = None
+    clip_high: float = within("(0, inf)", 5.0)
+    clip_low: float | None = within("[0, 1]", None)
     clip: str = "absolute"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("clip", self.clip, ("absolute", "upper", "both"))
         if self.clip != "both" and self.clip_low is not None:
             raise ValueError(f"the option clip_low is only for clip 'both', not {self.clip!r}")
@@ -194,8 +204,8 @@ class Sapo(Objective):
     https://arxiv.org/abs/2511.20347. A = 0 counts as negative.
     """
 
-    tau_positive: float = 1.0
-    tau_negative: float = 1.05
+    tau_positive: float = within("(0, inf)", 1.0)
+    tau_negative: float = within("(0, inf)", 1.05)
 
     def __call__(self, tokens: Tokens) -> Objected:
         tau = jnp.where(tokens.advantages > 0, self.tau_positive, self.tau_negative)
@@ -211,8 +221,8 @@ class Gmpo(Objective):
     log c = min(d, clip_high) where A > 0, max(d, −clip_low) where A < 0, else d.
     """
 
-    clip_low: float = 0.4
-    clip_high: float = 0.4
+    clip_low: float = within("[0, inf)", 0.4)
+    clip_high: float = within("[0, inf)", 0.4)
 
     def __call__(self, tokens: Tokens) -> Objected:
         d, advantages = _clamp(tokens.differences), tokens.advantages
@@ -252,11 +262,13 @@ def policy_loss(
       importance: [N, T] factors of the tokens' losses, without gradient (see `importance_weights`).
 
     Returns:
-      (total, weight); metrics loss and, as means over tokens weighted by sequence, policy/ratio (r)
-      and policy/ratio_square (r²); policy/approxkl (½d²) and policy/approxkl_k3 (r − 1 − d),
-      estimates of KL(old‖π); policy/clipfrac, the share of tokens that the objective's clip
-      changes, split into policy/clipfrac_low and policy/clipfrac_high by the side on which the
-      ratio leaves the range. An objective without a clip reports none of the three.
+      (total, weight); metrics loss and, as means over tokens weighted by sequence, policy/ratio
+      (r), policy/ratio_excess (r − 1) and policy/ratio_excess_square ((r − 1)²), from which the
+      variance of ratios near 1 is exact in float32, unlike from r²; policy/approxkl (½d²) and
+      policy/approxkl_k3 (r − 1 − d), estimates of KL(old‖π); policy/clipfrac, the share of tokens
+      that the objective's clip changes, split into policy/clipfrac_low and policy/clipfrac_high by
+      the side on which the ratio leaves the range. An objective without a clip reports none of the
+      three.
     """
     check_rank("logprobs", tokens.logprobs, 2)
     check_same_shape(**tokens._asdict(), importance=importance)
@@ -276,11 +288,13 @@ def policy_loss(
         values, mask, aggregation, constant=constant, sequence_weights=sequence_weights
     )
     ratio, d = tokens.ratios, _clamp(tokens.differences)
+    excess = jnp.expm1(d)
     metrics = {
         "policy/ratio": ratio,
-        "policy/ratio_square": ratio**2,
+        "policy/ratio_excess": excess,
+        "policy/ratio_excess_square": excess**2,
         "policy/approxkl": d**2 / 2,
-        "policy/approxkl_k3": jnp.expm1(d) - d,
+        "policy/approxkl_k3": excess - d,
     }
     if below is not None and above is not None:
         metrics |= {
@@ -378,7 +392,7 @@ def kl_loss(
     *,
     estimator: str = "k2",
     level: str = "sequence",
-    importance: jax.Array | None = None,
+    old_logprobs: jax.Array | None = None,
 ) -> jax.Array:
     """KL(π‖ref) of samples of π as tokens' losses, whose `aggregate` is the KL term.
 
@@ -386,31 +400,37 @@ def kl_loss(
     on each token; "token" estimates token by token (see `kl_estimate`). Of the expected gradients:
 
     k2 by sequence is that of KL(π‖ref), exactly; the term to choose. k2 by token leaves out what
-    a token does to the KL of those after it, and so does k3 by token times the ratio π/sg(π) as
-    importance, with its gradient (https://arxiv.org/abs/2512.02556): in expectation they are one.
-    k3, at either level, is that of the forward KL, of another optimum. k1 has none, E[∇lp] = 0: it
-    belongs in the rewards (`token_rewards`), where it is exact.
+    a token does to the KL of those after it. k3, at either level, is that of the forward KL, of
+    another optimum. k1 has none, E[∇lp] = 0: it belongs in the rewards (`token_rewards`), where it
+    is exact. k3 times the ratio of its level, whose gradient then counts too
+    (https://arxiv.org/abs/2512.02556), has in expectation the gradient of k2 at the same level.
 
     Args:
       logprobs, ref_logprobs, mask: [N, T]; no gradient to ref_logprobs.
-      importance: [N, T] factors of the tokens' terms, differentiated.
+      old_logprobs: [N, T] of the policy that sampled, without gradient: every estimate is
+        multiplied by its ratio to them, by token or by sequence as the level is. None: by 1.
 
     Returns:
       [N, T] nats, 0 where the mask is.
     """
     check_rank("logprobs", logprobs, 2)
-    check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask, importance=importance)
+    check_same_shape(
+        logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask, old_logprobs=old_logprobs
+    )
     check_choice("level", level, LEVELS)
-    logprobs, ref_logprobs, importance = keep_weighted(mask, logprobs, ref_logprobs, importance)
-    ref_logprobs = jax.lax.stop_gradient(ref_logprobs)
+    logprobs, *others = keep_weighted(mask, logprobs, ref_logprobs, old_logprobs)
+    ref_logprobs, old_logprobs = jax.lax.stop_gradient(others)
     if level == "token":
         values = kl_estimate(logprobs, ref_logprobs, estimator)
     else:
         total, ref_total = (jnp.sum(x, axis=1, keepdims=True) for x in (logprobs, ref_logprobs))
         lengths = jnp.maximum(jnp.sum(mask != 0, axis=1, keepdims=True), 1)
         values = kl_estimate(total, ref_total, estimator) / lengths
-    if importance is not None:
-        values = values * importance
+    if old_logprobs is not None:
+        difference = logprobs - old_logprobs
+        if level == "sequence":
+            difference = jnp.sum(difference, axis=1, keepdims=True)
+        values = values * jnp.exp(_clamp(difference))
     return jnp.where(mask != 0, values, 0)
 
 

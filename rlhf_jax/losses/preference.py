@@ -14,7 +14,13 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.losses.checks import check_choice, check_rank, check_same_shape
+from rlhf_jax.losses.checks import (
+    check_choice,
+    check_options,
+    check_rank,
+    check_same_shape,
+    within,
+)
 from rlhf_jax.losses.reductions import Reduction, keep_weighted, mean, weighted_sum
 from rlhf_jax.losses.reward import pair_accuracy
 
@@ -75,18 +81,18 @@ class PreferenceLoss:
     """
 
     uses_reference: ClassVar[bool] = True
-    per_token: ClassVar[bool] = False  # its implicit rewards are, too
+    # Divides log-probs by length; so do its implicit rewards.
+    per_token: ClassVar[bool] = False
     # It sorts all pairs that it is given: of parts of a batch it is a different (and noisier) loss
     # than of the whole.
     batchwise: ClassVar[bool] = False
     coupled: ClassVar[bool] = False  # its parts do not add up to the whole batch, for any reason
 
-    beta: float = 0.1
+    beta: float = within("(0, inf)", 0.1)
 
     def __post_init__(self) -> None:
         """Raises ValueError for an option outside its range."""
-        if not 0 < self.beta < math.inf:
-            raise ValueError(f"beta must be in (0, inf), got {self.beta}")
+        check_options(self)
 
     def __call__(self, pairs: Pairs) -> Any:
         """Returns the losses [N]; a batch-wise loss returns (values, weights)."""
@@ -117,7 +123,7 @@ class Sigmoid(PreferenceLoss):
     """DPO: −log σ(βΔ). https://arxiv.org/abs/2305.18290. Δ is that of `divergent_margins`."""
 
     divergence: str = "reverse_kl"  # or forward_kl, js, alpha
-    alpha: float | None = None  # of the divergence "alpha"; None: 0.5
+    alpha: float | None = within("(0, 1)", None)  # of the divergence "alpha"; None: 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,8 +131,6 @@ class Sigmoid(PreferenceLoss):
         if self.alpha is not None and self.divergence != "alpha":
             kind = f"not {self.divergence!r}"
             raise ValueError(f"the option alpha is only for divergence 'alpha', {kind}")
-        if self.alpha is not None and not 0 < self.alpha < 1:
-            raise ValueError(f"alpha must be in (0, 1), got {self.alpha}")
 
     def __call__(self, pairs: Pairs) -> jax.Array:
         margins = divergent_margins(pairs, self.divergence, self.alpha)
@@ -137,12 +141,8 @@ class Sigmoid(PreferenceLoss):
 class Cdpo(Sigmoid):
     """Conservative DPO: −(1−ε)·log σ(βΔ) − ε·log σ(−βΔ). https://ericmitchell.ai/cdpo.pdf."""
 
-    label_smoothing: float = 0.1  # ε, the share of labels that are taken to be flipped
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+    # ε, the share of labels that are taken to be flipped.
+    label_smoothing: float = within("[0, 0.5)", 0.1)
 
     def __call__(self, pairs: Pairs) -> jax.Array:
         x = self.beta * divergent_margins(pairs, self.divergence, self.alpha)
@@ -176,14 +176,20 @@ class Hinge(PreferenceLoss):
 class Ipo(PreferenceLoss):
     """IPO: (Δ − 1/(2β))². https://arxiv.org/abs/2310.12036 (whose τ is β)."""
 
+    beta: float = within("[1e-12, inf)", 0.1)  # 1/(2β) is squared in float32
     ipo_reduction: str = "sum"  # Δ of summed log-probs, as in the paper; "mean": of s̄
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("ipo_reduction", self.ipo_reduction, ("sum", "mean"))
 
+    @property
+    def per_token(self) -> bool:  # type: ignore[override]
+        """Whether its implicit rewards are per token, as its loss then is."""
+        return self.ipo_reduction == "mean"
+
     def __call__(self, pairs: Pairs) -> jax.Array:
-        pairs = pairs.per_token() if self.ipo_reduction == "mean" else pairs
+        pairs = pairs.per_token() if self.per_token else pairs
         return (pairs.margins - 1 / (2 * self.beta)) ** 2
 
 
@@ -196,8 +202,8 @@ class Kto(PreferenceLoss):
     """
 
     coupled = True  # by the reference point, a mean of the whole batch
-    desirable_weight: float = 1.0  # λ_D
-    undesirable_weight: float = 1.0  # λ_U
+    desirable_weight: float = within("[0, inf)", 1.0)  # λ_D
+    undesirable_weight: float = within("[0, inf)", 1.0)  # λ_U
 
     def examples(self, logratios: jax.Array, labels: jax.Array, kl: Any) -> jax.Array:
         """Single responses [N]: λ_D·[1 − σ(β(s − z))] of label 1, λ_U·[1 − σ(β(z − s))] of 0."""
@@ -288,7 +294,7 @@ class Simpo(PreferenceLoss):
 
     uses_reference = False
     per_token = True
-    gamma: float = 0.5  # the target margin, nats
+    gamma: float = within("[0, inf)", 0.5)  # the target margin, nats
 
     def __call__(self, pairs: Pairs) -> jax.Array:
         return -log_sigmoid(self.beta * pairs.per_token().margins - self.gamma)
@@ -302,7 +308,7 @@ class Cpo(PreferenceLoss):
     """
 
     uses_reference = False
-    sft_weight: float = 1.0  # c
+    sft_weight: float = within("[0, inf)", 1.0)  # c
 
     def __call__(self, pairs: Pairs) -> jax.Array:
         sft = -self.sft_weight * pairs.per_token().chosen
@@ -313,12 +319,7 @@ class Cpo(PreferenceLoss):
 class ExoPair(PreferenceLoss):
     """EXO: KL of (σ(βΔ), σ(−βΔ)) from (1−ε, ε), the reverse of cDPO's. https://arxiv.org/abs/2402.00856."""
 
-    label_smoothing: float = 1e-3  # ε
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must be in (0, 0.5), got {self.label_smoothing}")
+    label_smoothing: float = within("(0, 0.5)", 1e-3)  # ε
 
     def __call__(self, pairs: Pairs) -> jax.Array:
         x = self.beta * pairs.margins
@@ -347,6 +348,8 @@ class BcoPair(PreferenceLoss):
 @dataclass(frozen=True)
 class SppoHard(PreferenceLoss):
     """SPPO, hard labels: (s_w − 1/(2β))² + (s_l + 1/(2β))². https://arxiv.org/abs/2405.00675."""
+
+    beta: float = within("[1e-12, inf)", 0.1)  # 1/(2β) is squared in float32
 
     def __call__(self, pairs: Pairs) -> jax.Array:
         chosen, rejected = pairs.logratios
@@ -406,7 +409,7 @@ class Discopop(PreferenceLoss):
     m·e^(−x) is computed as one exponential, which cannot be 0·∞.
     """
 
-    temperature: float = 0.05  # τ
+    temperature: float = within("(0, inf)", 0.05)  # τ
 
     def __call__(self, pairs: Pairs) -> jax.Array:
         x = self.beta * pairs.margins
@@ -428,7 +431,7 @@ class SigmoidNorm(PreferenceLoss):
 class Rpo(Sigmoid):
     """DPO + SFT: −log σ(βΔ) − c·lp̄_w. https://arxiv.org/abs/2404.19733."""
 
-    sft_weight: float = 1.0  # c
+    sft_weight: float = within("[0, inf)", 1.0)  # c
 
     def __call__(self, pairs: Pairs) -> jax.Array:
         return super().__call__(pairs) - self.sft_weight * pairs.per_token().chosen

@@ -16,11 +16,10 @@ def bradley_terry(
     rejected: jax.Array,
     weights: jax.Array,
     *,
-    margin: jax.Array | None = None,
     centering: float = 0.0,
     votes: jax.Array | None = None,
 ) -> Loss:
-    """Pairwise loss: −log σ(r_c − r_r − margin) + centering·(r_c + r_r)².
+    """Pairwise loss: −log σ(r_c − r_r) + centering·(r_c + r_r)².
 
     Where who chose is known, the first term is −log of how likely that person was to choose so,
 
@@ -28,14 +27,12 @@ def bradley_terry(
 
     so that the scores don't learn the person's bias: labelers/likelihood.py.
 
-    "Learning to summarize from human feedback", https://arxiv.org/abs/2009.01325; the margin says
-    how much better the chosen one is ("Llama 2", https://arxiv.org/abs/2307.09288); centering keeps
+    "Learning to summarize from human feedback", https://arxiv.org/abs/2009.01325; centering keeps
     scores around 0, which the first term leaves free ("Helping or Herding?",
     https://arxiv.org/abs/2312.09244; 1e-2).
 
     Args:
       chosen, rejected: [N] scores. weights: [N], 0 = no pair (ignored, whatever its scores).
-      margin: [N] in score units, or None for 0.
       votes: [N, 3] the scale, bias (nats, for the chosen one) and lapses of who chose, or None.
 
     Returns:
@@ -43,13 +40,10 @@ def bradley_terry(
       rewards/{chosen,rejected,margins,accuracies} (a tie counts ½).
     """
     check_rank("chosen", chosen, 1)
-    check_same_shape(chosen=chosen, rejected=rejected, weights=weights, margin=margin)
-    chosen, rejected, margin = keep_weighted(weights, chosen, rejected, margin)
+    check_same_shape(chosen=chosen, rejected=rejected, weights=weights)
+    chosen, rejected = keep_weighted(weights, chosen, rejected)
     gap = chosen - rejected
-    if votes is None:
-        loss = -jax.nn.log_sigmoid(gap if margin is None else gap - margin)
-    else:
-        loss = _vote_loss(gap if margin is None else gap - margin, votes)
+    loss = -jax.nn.log_sigmoid(gap) if votes is None else _vote_loss(gap, votes)
     loss += centering * (chosen + rejected) ** 2
     metrics = {
         "loss": loss,

@@ -36,7 +36,7 @@ _REAL = (
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer with pre-norm residual blocks.
+    """A decoder-only transformer; `norm_place` says where its norms stand.
 
     `kv_heads == heads` is multi-head attention, `1` multi-query, anything between grouped-query.
     `max_length` is the context the model is made for: rows of a learned position table, and the

@@ -31,7 +31,7 @@ Array = Any  # on the host or a device
 _OF_ANSWERS = ("mask", "behaviour_logprobs", "finished", "scores", "weights")  # sampled, scored
 _ARRAYS = (
     *(*_OF_ANSWERS, "turn_rewards", "greedy_scores", "old_logprobs", "ref_logprobs", "entropy"),
-    *("old_values", "last_values", "advantages", "returns"),
+    *("charges", "old_values", "last_values", "advantages", "returns"),
 )
 
 
@@ -51,7 +51,9 @@ class Rollout:
       mask: f32 [N, T], 1 on response tokens, EOS included; 0 on what an environment answered.
       behaviour_logprobs: f32 [N, T] nats, as the sampler said.
       finished: bool [N], ended by itself.
-      scores, weights: [N]; weight 0 leaves a sequence out.
+      scores, weights: [N], of the scorers; weight 0 leaves a sequence out.
+      charges: [N] in units of the scores, λ·cost, which training takes off them; None without a
+        limit on a cost.
       turn_rewards: f32 [N, T], None without an environment: its rewards of all turns but the last
         one, each on its turn's last token. They are part of the score.
       greedy_scores: [P], of the greedy answers, ReMax's baseline; zeros for other algorithms.
@@ -74,6 +76,7 @@ class Rollout:
     finished: Array
     scores: Array = None
     weights: Array = None
+    charges: Array = None
     turn_rewards: Array = None
     greedy_scores: Array = None
     old_logprobs: Array = None

@@ -48,10 +48,12 @@ PLACEMENTS = ("reward", "loss", "none")
 
 
 def shape_scores(config: Config, rollout: Rollout) -> jax.Array:
-    """[N] scores after what is taken off for answers that did not end or grew too long."""
-    options = config.rollout
+    """[N] scores after what is taken off for costs, for missing ends and for too many tokens."""
+    options, scores = config.rollout, jnp.asarray(rollout.scores, jnp.float32)
+    if rollout.charges is not None:
+        scores = scores - jnp.asarray(rollout.charges, jnp.float32)
     scores = missing_eos(
-        jnp.asarray(rollout.scores, jnp.float32),
+        scores,
         rollout.finished,
         mode=options.missing_eos,
         penalty=options.missing_eos_penalty,
@@ -197,9 +199,7 @@ def policy_objective(
             mask,
             estimator=config.kl.estimator,
             level=config.kl.level,
-            importance=jnp.exp(logprobs - jax.lax.stop_gradient(batch["old_logprobs"]))
-            if config.kl.importance
-            else None,
+            old_logprobs=batch["old_logprobs"] if config.kl.importance else None,
         )
         penalty = aggregate(per_token, mask, loss.aggregation, **common)
         total = total + coefficient * penalty[0]
@@ -250,7 +250,7 @@ def sample_metrics(config: Config, rollout: Rollout, coefficient: jax.Array) -> 
     weights, finished, lengths = rollout.weights, rollout.finished, rollout.lengths
     scores, everyone = shape_scores(config, rollout), jnp.ones_like(weights)
     mask = rollout.mask * weights[:, None]
-    charged = 0 if config.kl.placement == "none" else coefficient
+    paid = coefficient * _mean(_charged_kl(config, rollout, mask), weights)
     k1, k2, k3 = (
         _mean(
             (mask * kl_estimate(rollout.old_logprobs, rollout.ref_logprobs, kind)).sum(-1), weights
@@ -267,8 +267,8 @@ def sample_metrics(config: Config, rollout: Rollout, coefficient: jax.Array) -> 
         "objective/kl_k2": (k2, counted),
         "objective/kl_k3": (k3, counted),
         "objective/kl_coefficient": (coefficient, all_of_them),
-        "objective/non_score_reward": (-charged * k1, counted),
-        "objective/rlhf_reward": (shaped - charged * k1, counted),
+        "objective/non_score_reward": (-paid, counted),
+        "objective/rlhf_reward": (shaped - paid, counted),
         "completions/mean_length": (lengths.mean(), all_of_them),
         "completions/min_length": (lengths.min(), all_of_them),
         "completions/max_length": (lengths.max(), all_of_them),
@@ -289,6 +289,16 @@ def sample_metrics(config: Config, rollout: Rollout, coefficient: jax.Array) -> 
         pairs["frac_reward_zero_std"] = same.mean(), all_of_them
     values = {name: value for name, (value, _) in pairs.items()}
     return Metrics.of(values, {name: weight for name, (_, weight) in pairs.items()})
+
+
+def _charged_kl(config: Config, rollout: Rollout, mask: Array) -> jax.Array:
+    """[N] nats that each answer pays for in the reward or the loss; zeros where nothing is paid."""
+    kl = config.kl
+    if kl.placement == "none":
+        return jnp.zeros(len(mask))
+    level = kl.level if kl.placement == "loss" else "token"
+    logprobs = rollout.old_logprobs, rollout.ref_logprobs
+    return kl_loss(*logprobs, mask, estimator=kl.estimator, level=level).sum(-1)
 
 
 def _mean(values: Array, weights: Array) -> jax.Array:

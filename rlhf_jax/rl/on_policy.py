@@ -108,7 +108,6 @@ class Trainer:
     Attributes:
       policy, critic: what trains them; no critic without values.
       reference: params of the reference policy, never changed.
-      from_reference: the policy starts as the reference, so their KL must start at 0.
       score_rows: compiled `_score_rows`. value_rows: compiled `_value_rows`.
       exact_kl: compiled, of the task.
       advantages, sample_metrics: compiled functions of `objectives` under the config.
@@ -120,7 +119,6 @@ class Trainer:
     policy: Learner
     critic: Learner | None
     reference: Any
-    from_reference: bool
     score_rows: Callable[..., dict[str, jax.Array]]
     value_rows: Callable[..., dict[str, jax.Array]]
     exact_kl: Callable[..., jax.Array] | None
@@ -137,9 +135,10 @@ def make_trainer(
     reference: Any = None,
     mesh: Mesh | None = None,
     rules: Rules = TRANSFORMER_RULES,
-    from_reference: bool = True,
 ) -> Trainer:
     """The trainer that a config describes; see `rl/options.py` for its fields.
+
+    The first iteration refuses a policy that is not its reference: their KL must start at 0.
 
     Args:
       start: params of the policy as it starts; under an adapter only that is trained.
@@ -162,7 +161,6 @@ def make_trainer(
         learn(config.optimizer, start, functools.partial(policy_loss, config, task, objective)),
         valued,
         reference,
-        from_reference,
         jax.jit(split_over(mesh, functools.partial(_score_rows, task))),
         jax.jit(split_over(mesh, functools.partial(_value_rows, task))),
         None if task.exact_kl is None else jax.jit(split_over(mesh, task.exact_kl)),
@@ -206,14 +204,14 @@ def iterate(
     rollout = task.rollout(params, prompts, number)
     fault_point("rollout", number + 1)
     rollout, multiplier, of_costs = charge(trainer, state, rollout)
-    # An only update computes the log-probs of the policy before it itself.
+    # If an iteration has a single update, that update computes the old log-probs itself.
     sooner = updates_per_iteration(config) > 1 or config.kl.placement == "reward"
     rollout = score(trainer, state, rollout, own=sooner)
     exact = _exact_kl(trainer, params, rollout, number)
     rollout, of_advantages = advantages(trainer, rollout, coefficient)
     fault_point("scored", number + 1)
     policy, value, of_updates, rollout = update(trainer, state, rollout)
-    if number == 0 and trainer.from_reference:
+    if number == 0:
         _check_start(rollout, task.dtype)
     metrics = joined(
         weighted(trainer.sample_metrics(rollout, coefficient)),
@@ -237,7 +235,7 @@ def iterate(
 def charge(
     trainer: Trainer, state: OnPolicyState, rollout: Rollout
 ) -> tuple[Rollout, jax.Array | None, Pairs]:
-    """(the rollout whose scores are lowered by λ·cost, the next λ, metrics).
+    """(the rollout with its answers' charges of λ·cost, the next λ, metrics).
 
     The mean that λ follows is over the answers that count and can have a cost; without any λ stays.
     """
@@ -247,7 +245,7 @@ def charge(
     options, costs = trainer.config.lagrange, trainer.task.costs(rollout)
     counted = np.isfinite(costs) & (rollout.weights > 0)
     paid = np.where(counted, costs, 0)
-    scores = rollout.scores - float(multiplier) * paid
+    rollout = dataclasses.replace(rollout, charges=float(multiplier) * paid)
     count = float(counted.sum())
     metrics = {"objective/multiplier": (float(multiplier), 1.0)}
     if count:
@@ -256,7 +254,7 @@ def charge(
         multiplier = lagrange_multiplier(
             multiplier, jnp.float32(cost), limit=options.limit, rate=options.rate
         )
-    return dataclasses.replace(rollout, scores=scores), multiplier, metrics
+    return rollout, multiplier, metrics
 
 
 def score(trainer: Trainer, state: OnPolicyState, rollout: Rollout, *, own: bool = True) -> Rollout:
@@ -315,8 +313,9 @@ def update(
             of_value.append(metrics)
         fault_point("update", i + 1)
     averages = over_updates(of_policy)
-    square, weight = averages.pop("policy/ratio_square")
-    averages["policy/ratio_var"] = square - averages["policy/ratio"][0] ** 2, weight
+    excess, _ = averages.pop("policy/ratio_excess")
+    square, weight = averages.pop("policy/ratio_excess_square")
+    averages["policy/ratio_var"] = square - excess**2, weight
     if of_value:
         of_critic = over_updates(of_value)
         shared = (name for name in _OF_CRITIC if name in of_critic)

@@ -30,7 +30,8 @@ class SamplingOptions:
 
     max_prompt_tokens: int = option(128, least=1)  # longer prompts are left out and counted
     max_new_tokens: int = option(48, least=1)  # of an answer, its end included
-    # The curves of best_of_n are of temperature 1 whatever stands here: their bounds of KL are.
+    # best_of_n draws its curves at temperature 1 whatever this says, since their KL bound holds
+    # only there.
     temperature: float = 1.0
     slots: int = option(64, least=1)  # answers decoded together
 
@@ -89,7 +90,10 @@ class OnlineRolloutOptions(Truncation, RolloutOptions):
 
 @dataclass(frozen=True)
 class BestOfNOptions(Truncation, SamplingOptions):
-    """How the best_of_n stage samples: it counts only answers that ended, and says how many."""
+    """How the best_of_n stage samples.
+
+    Only answers that ended are trained on; the curves count all.
+    """
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ class KlOptions:
     estimator: str = option("k1", choices=ESTIMATORS)  # k1, k2, k3: losses/shaping.py
     # Of "sequence" or "token" log-ratios.
     level: str = option("sequence", choices=LEVELS, only=Only("placement", ("loss",)))
-    # Times the ratio, whose gradient then counts too.
+    # Times the ratio of the token or the sequence, whose gradient then counts too; with k3 only.
     importance: bool = option(False, only=Only("placement", ("loss",)))
     target: float = 0.0  # nats per sequence, for the adaptive controller; 0: a fixed coefficient
     horizon: float = option(10_000.0, only=Only("target"))  # sequences
@@ -133,6 +137,11 @@ class KlOptions:
             raise ValueError(
                 "kl.estimator = 'k1' in the loss has no gradient on average and would regularise "
                 "nothing; use k2 or k3 there, or kl.placement = 'reward'"
+            )
+        if self.placement == "loss" and self.importance and self.estimator != "k3":
+            raise ValueError(
+                f"kl.importance = True with kl.estimator = {self.estimator!r} has not the KL's "
+                "gradient; use k3 with it, or k2 without"
             )
         if self.target < 0 or self.horizon <= 0 or (self.target and self.placement == "none"):
             raise ValueError(

@@ -150,7 +150,7 @@ def check_prompts(
 def check_streams(seed: int, prompt_ids: Sequence[int], prompts: int) -> None:
     """Raises UserError for numbers that the random streams cannot tell apart."""
     if not 0 <= seed < _IDS:
-        raise UserError(f"seed = {seed}: from 0 to {_IDS - 1}")
+        raise UserError(f"seed = {seed} must be a whole number from 0 to {_IDS - 1}")
     if len(prompt_ids) != prompts:
         raise UserError(f"{len(prompt_ids)} prompt_ids for {prompts} prompts")
     wrong = next((i for i in prompt_ids if not 0 <= i < _IDS), None)

@@ -43,7 +43,8 @@ FED_BACK = ("ai_sft", "ai_preference")  # which train on what judges and critics
 class Init:
     """The start of the model: "experiments/sft.py[:variant]", or a finished run's directory."""
 
-    policy: str = ""  # the model that is trained; nowhere: one of the user's, named by a flag
+    # The model that is trained; "": the user must name one with --config.init.policy=…
+    policy: str = ""
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,8 @@ def _pair_rows(
 ) -> Arrays:
     what, length, trained = f"{source} ({split})", config.data.row_length, split == "train"
     check_unrendered(what, records, tokenizer)
+    if trained:
+        _warn_margins(what, records)
     settled = settle(records, config.data.labelers if trained else "pooled", what)
     records = settled.records
     groups, counts = encode_pairs(
@@ -111,6 +113,15 @@ def _pair_rows(
         rows["identical"] = np.isin(rows["example_ids"], identical)
     console.say_encoded(config, what + BESIDE * mismatched, counts, packing)
     return rows
+
+
+def _warn_margins(what: str, records: Sequence[Pair]) -> None:
+    count = sum(record.margin is not None for record in records)
+    if count:
+        logging.warning(
+            "%s: %s of %s pairs say by what margin they are preferred; no loss uses that: they "
+            "count as the others do", what, f"{count:,}", f"{len(records):,}",
+        )  # fmt: skip
 
 
 def _warn_identical(what: str, identical: int, pairs: int, trained: bool) -> None:

@@ -75,7 +75,7 @@ def _of_best(results: Results, fresh: Results | None) -> list[str]:
         mean = _format(results, best.estimate.mean)
         told.append(f"On the seeds that it was chosen by it had {mean}.")
     if alike := results.equals_of(best.name):
-        told.append(f"Not told apart from it by those seeds: {'; '.join(alike)}.")
+        told.append(f"These cells may be as good; those seeds do not decide: {'; '.join(alike)}.")
     return told
 
 

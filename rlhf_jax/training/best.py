@@ -22,7 +22,7 @@ class Best:
     """The search for the best evaluation of a run.
 
     Attributes:
-      run: the run's directory, in whose directory `best` the best model is kept.
+      run: the run's directory; the best model is kept in its subdirectory `best`.
       metric: of the evaluations; "": none is looked for.
       patience: evaluations without a better one after which the run ends; 0: none does.
     """

@@ -20,10 +20,11 @@ import jax
 import numpy as np
 
 from rlhf_jax import hosts
-from rlhf_jax.cache import cache_dir
+from rlhf_jax.cache import cache_dir, processor_name
 from rlhf_jax.digests import code_digest
 from rlhf_jax.errors import NoRoom
 from rlhf_jax.files import write_whole
+from rlhf_jax.training.mesh import mesh_under
 from rlhf_jax.training.saved_model import Model, fingerprint
 
 
@@ -56,12 +57,14 @@ def result_key(module: str, model: Model, directory: Path, tokens: int, data: An
     """SHA-256 of all that decides a result, to the last bit.
 
     That is the code, the weights and their adapter, the model's config, the tokenizer with its
-    template, the data, and what rounds: the library, the devices and the tokens of a pass.
+    template, the data, and what rounds: the library, the host's processor, the kinds of the
+    devices, the mesh that the model lies on and the tokens of a pass.
 
     Args:
       module: the name of the module that computes. directory: where `model` was loaded from.
       data: what the model is asked, or a digest of it, as JSON has it.
     """
+    mesh, kinds = mesh_under(model.params), [each.device_kind for each in jax.devices()]
     document: dict[str, Any] = {
         "code": code_digest(module),
         "weights": fingerprint(directory),
@@ -70,7 +73,7 @@ def result_key(module: str, model: Model, directory: Path, tokens: int, data: An
         "config": dataclasses.asdict(model.config),
         "tokenizer": model.tokenizer.hash,
         "data": data,
-        "rounding": (jax.__version__, str(jax.devices()), tokens),
+        "rounding": (jax.__version__, processor_name(), kinds, mesh and dict(mesh.shape), tokens),
     }
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
@@ -85,7 +88,9 @@ def _read(path: Path, what: str, key: str) -> dict[str, np.ndarray] | None:
         if str(arrays.pop("checksum")) == _checksum(key, arrays):
             print(f"{what} are those in {path}", flush=True)
             return arrays
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error):
+    # zipfile says RuntimeError or its NotImplementedError of damage that looks like encryption or
+    # a method of compression that it does not know.
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error):
         pass
     print(f"{path} is damaged: {what} are computed again", flush=True)
     return None

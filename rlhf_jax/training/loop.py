@@ -80,7 +80,8 @@ class Loop:
       mesh: of the step.
       clock: counts the tokens and the time of the steps.
       tokenizer_hash: kept in the checkpoints and compared on resume.
-      ends: of the number of a step whose evaluation is written: whether the run ends with it.
+      ends: a function that takes the number of an evaluated step and says whether the run stops
+        there.
     """
 
     options: Train

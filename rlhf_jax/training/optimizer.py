@@ -83,7 +83,8 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], 
     """
     if not 0 <= config.warmup_steps < max(steps, 1):
         raise UserError(
-            f"optimizer.warmup_steps={config.warmup_steps} must be below the run's {steps} steps"
+            f"optimizer.warmup_steps={config.warmup_steps} must be at least 0 and less than the "
+            f"run's {steps} steps"
         )
     if config.schedule == "wsd":
         start = max(config.warmup_steps, steps - round(config.decay_fraction * steps))

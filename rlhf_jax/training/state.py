@@ -52,7 +52,7 @@ def init_state(
     """Returns the state before the first step, placed on the mesh by the rules.
 
     Everything is a copy: steps donate the state, and the caller may still need `params`, as a
-    reference policy for example. Of `ShapeDtypeStruct`s it is said what it would be.
+    reference policy for example. For `ShapeDtypeStruct`s it returns the shapes only.
     """
 
     def build(params):

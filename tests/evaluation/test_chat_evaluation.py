@@ -1,14 +1,20 @@
-"""Models of a lineage are told apart, whatever their directories are called."""
+"""What a run's answers are compared with, and how the models of a lineage are told apart."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from rlhf_jax.evaluation.chat_evaluation import evaluate_chat
+from rlhf_jax.data.packing import Group, pack_groups
+from rlhf_jax.evaluation.chat_evaluation import _ancestors, evaluate_chat
+from rlhf_jax.evaluation.held_out_answers import log_ratios
 from rlhf_jax.stages import defaults
+from rlhf_jax.stages.defaults import Compute, MeshAxes
+from rlhf_jax.training.saved_model import load_model
 from rlhf_jax.training.summary import names_of
 from tests.chat_model import make_chat_model
 
@@ -49,3 +55,14 @@ def test_a_run_is_compared_with_what_it_started_from_also_under_one_name(tmp_pat
         before = ["models/sft", "old/sft"] if name == "sft" else ["sft", "old/sft"]
         assert [*json.loads(line)["responses"]] == [*reversed(before), name]
     assert measured[0] == measured[1] and measured[0]["eval/kl"] > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_has_no_kl_to_its_start_by_what_it_computes_in(tmp_path, dtype):
+    """The start was saved computing in float32; the run that is evaluated may not compute so."""
+    make_chat_model(tmp_path / "sft")
+    model = load_model(tmp_path / "sft", compute_dtype=dtype)
+    config = SimpleNamespace(compute=Compute(compute_dtype=dtype), mesh=MeshAxes())
+    start = _ancestors(config, {"sft": tmp_path / "sft"}, model)["sft"]
+    rows, _ = pack_groups([Group([8, 9, 10], ([11, 12, 13, 14],), 0)], 32, branches=1)
+    np.testing.assert_array_equal(log_ratios(model, start, rows, 32), 0)

@@ -102,8 +102,6 @@ def test_group_advantages_by_hand():
     for (baseline, scale), expected in table.items():
         found = group_advantages(scores, baseline=baseline, scale=scale)
         np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=f"{baseline} {scale}")
-    biased = group_advantages(scores[:1], scale="group", ddof=0, eps=0.0)
-    np.testing.assert_allclose(biased, f32([[-2, -1, 3]]) / math.sqrt(14 / 3), rtol=1e-6)
 
 
 def test_grpo_golden_of_trl():
@@ -164,9 +162,6 @@ def test_whiten_by_hand():
     values, mask = f32([[1, 2, 9], [6, 9, 9]]), f32([[1, 1, 0], [1, 0, 0]])
     expected = np.array([[-2, -1, 0], [3, 0, 0]]) / math.sqrt(7)
     np.testing.assert_allclose(whiten(values, mask), expected, rtol=1e-6)
-    np.testing.assert_allclose(
-        whiten(values, mask, ddof=0), expected * math.sqrt(7 / (14 / 3)), rtol=1e-6
-    )
 
 
 @jax.jit

@@ -163,7 +163,8 @@ def test_metrics_by_hand():
     up, down = math.log(1.5), math.log(0.5)
     expected = {
         "policy/ratio": (1.5 + 0.5 + 2) / 4,
-        "policy/ratio_square": (2.25 + 0.25 + 2) / 4,
+        "policy/ratio_excess": (0.5 - 0.5) / 4,
+        "policy/ratio_excess_square": (0.25 + 0.25) / 4,
         "policy/approxkl": (up**2 + down**2) / 8,
         "policy/approxkl_k3": (0.5 - up - 0.5 - down) / 4,
         "policy/clipfrac": 0.5,
@@ -189,6 +190,16 @@ def test_metrics_by_hand():
     assert clipped("gmpo") == [0.5, 0.25, 0.25]
     assert clipped("gmpo", clip_low=0.7) == [0.25, 0, 0.25]
     assert clipped("gspo") == clipped("ppo_sequence") == [0.25, 0.25, 0]
+
+
+def test_small_deviations_of_ratios_from_1_are_not_lost_in_float32():
+    ratios = 1 + 1e-4 * np.random.default_rng(0).normal(size=(10, 100))
+    logprobs, zeros = f32(np.log(ratios)), jnp.zeros(ratios.shape)
+    _, found = policy_loss(Ppo(), Tokens(logprobs, zeros, zeros, jnp.ones(ratios.shape)))
+    names = "policy/ratio_excess", "policy/ratio_excess_square"
+    excess, square = (float(mean(found[name])) for name in names)
+    assert excess == pytest.approx((ratios - 1).mean(), rel=1e-4)
+    assert square - excess**2 == pytest.approx(ratios.var(), rel=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -438,9 +449,11 @@ def test_kl_loss_by_hand():
     for (estimator, level), values in expected.items():
         found = kl_loss(logprobs, ref, mask, estimator=estimator, level=level)
         np.testing.assert_allclose(found, values, rtol=1e-4, err_msg=f"{estimator} {level}")
-    factors = f32([[2, 3, jnp.nan], [0.5, 9, 9]])
-    found = kl_loss(logprobs, ref, mask, level="token", importance=factors)
+    old = logprobs - jnp.log(f32([[2, 3, jnp.nan], [0.5, 9, 9]]))
+    found = kl_loss(logprobs, ref, mask, level="token", old_logprobs=old)
     np.testing.assert_allclose(found, [[0.25, 0.135, 0], [1, 0, 0]], rtol=1e-5)
+    found = kl_loss(logprobs, ref, mask, level="sequence", old_logprobs=old)
+    np.testing.assert_allclose(found, [[0.06, 0.06, 0], [1, 0, 0]], rtol=1e-4)
 
 
 def test_gradients_of_the_kl_loss():
@@ -455,12 +468,14 @@ def test_gradients_of_the_kl_loss():
     np.testing.assert_allclose(gradient("token"), [[0.5, -0.3, 0]], rtol=1e-5)
     np.testing.assert_allclose(gradient("sequence"), [[0.2, 0.2, 0]], rtol=1e-5)
     np.testing.assert_array_equal(gradient("sequence", of=1), 0)
-    factors = f32([[2, 3, 1]])
+    old = logprobs - jnp.log(f32([[2, 3, 1]]))
 
-    def total(factors):
-        return jnp.sum(kl_loss(logprobs, ref, mask, level="token", importance=factors))
+    def total(logprobs, old):
+        return jnp.sum(kl_loss(logprobs, ref, mask, level="token", old_logprobs=old))
 
-    np.testing.assert_allclose(jax.grad(total)(factors), [[0.125, 0.045, 0]], rtol=1e-5)
+    # Of ratio · s² / 2, where s = 0.5 and −0.3: ratio · (s + s² / 2).
+    np.testing.assert_allclose(jax.grad(total)(logprobs, old), [[1.25, -0.765, 0]], rtol=1e-5)
+    np.testing.assert_array_equal(jax.grad(total, 1)(logprobs, old), 0)
 
 
 def test_importance_weights_by_hand():

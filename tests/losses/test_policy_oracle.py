@@ -115,13 +115,12 @@ class Population:
                 importance=importance,
             )
             if kl is not None:
-                ratio = jnp.exp(logprobs - self.old) if kl_importance == "ratio" else None
                 estimator, level = kl
                 values = kl_loss(
                     *(logprobs, self.ref, self.mask),
                     estimator=estimator,
                     level=level,
-                    importance=ratio,
+                    old_logprobs=self.old if kl_importance == "ratio" else None,
                 )
                 total += (
                     BETA
@@ -205,6 +204,7 @@ EXACT_ROWS = {
     "gae 0.95, exact values": lambda p: estimated(p, 0.95, p.values),
     "gae 0, exact values": lambda p: estimated(p, 0.0, p.values),
     "k2 of sequences in loss": lambda p: kl_in_loss(p, "k2", "sequence"),
+    "k3 of sequences times ratio": lambda p: kl_in_loss(p, "k3", "sequence", kl_importance="ratio"),
     "temperature 0.7, sequence importance": lambda p: tempered(p.dtype, level="sequence", cap=None),
     **{
         f"{name}, ratio 1": lambda p, name=name: penalised(p, objective=name) for name in OBJECTIVES

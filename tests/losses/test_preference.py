@@ -191,6 +191,18 @@ def test_metrics_by_hand():
     assert float(mean(metrics["rewards/margins"])) == pytest.approx(0.5 * (-1 + 0.8) / 4)
 
 
+def test_rewards_of_ipo_are_per_token_where_its_loss_is():
+    """s = −0.6 of 6 tokens and −0.4 of 2: worse in sum and better per token."""
+    pair = [jnp.array([x]) for x in (-3.6, -4.4, -3.0, -4.0, 6.0, 2.0, 1.0)]
+    for reduction, rewards, right in (("sum", (-0.3, -0.2), 0), ("mean", (-0.05, -0.1), 1)):
+        _, metrics = evaluate("ipo", *pair, ipo_reduction=reduction)
+        found = [mean(metrics[f"rewards/{name}"]) for name in ("chosen", "rejected")]
+        np.testing.assert_allclose(found, rewards, rtol=1e-5)
+        assert mean(metrics["rewards/accuracies"]) == right
+        # What the stage evaluates held-out pairs by.
+        assert LOSSES["ipo"](ipo_reduction=reduction).per_token == (reduction == "mean")
+
+
 @pytest.fixture(scope="module")
 def reference_results():
     return jitted_everything(*batch())

@@ -30,11 +30,9 @@ def test_bradley_terry_by_hand():
     assert float(mean(metrics["rewards/rejected"])) == pytest.approx((0 + 1 + 2.5) / 4)
 
 
-def test_bradley_terry_margin_and_centering_by_hand():
-    (total, _), _ = bradley_terry(
-        jnp.array([1.0]), jnp.array([-0.5]), jnp.ones(1), margin=jnp.array([2.0]), centering=0.01
-    )
-    assert float(total) == pytest.approx(nll(1.5 - 2.0) + 0.01 * 0.5**2, abs=1e-6)
+def test_bradley_terry_centering_by_hand():
+    (total, _), _ = bradley_terry(jnp.array([1.0]), jnp.array([-0.5]), jnp.ones(1), centering=0.01)
+    assert float(total) == pytest.approx(nll(1.5) + 0.01 * 0.5**2, abs=1e-6)
 
 
 def test_bradley_terry_of_votes_by_hand():
@@ -89,7 +87,7 @@ def test_a_row_of_weight_zero_reaches_neither_loss_nor_gradient(loss):
     @jax.value_and_grad
     def step(x):
         if loss == "pair":
-            return bradley_terry(x, -x, weights, margin=x, centering=0.1)[0][0]
+            return bradley_terry(x, -x, weights, centering=0.1)[0][0]
         return pointwise_logistic(x, x, weights)[0][0]
 
     clean, clean_gradient = step(jnp.array([0.7, 0.0]))

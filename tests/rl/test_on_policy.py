@@ -19,6 +19,7 @@ from rlhf_jax.oracle.oracle_tasks import enumerate_logprobs, letters_model, lett
 from rlhf_jax.oracle.row_training import train_policy
 from rlhf_jax.oracle.verdicts import judge
 from rlhf_jax.rl import objectives
+from rlhf_jax.rl.layout import Rollout
 from rlhf_jax.rl.on_policy import (
     advantages,
     first_state,
@@ -27,6 +28,7 @@ from rlhf_jax.rl.on_policy import (
     minibatches,
     over_updates,
     score,
+    update,
 )
 from rlhf_jax.stages import defaults
 from rlhf_jax.stages.chain import load_config
@@ -82,6 +84,11 @@ def steps(config, task, start, count, **options):
     return state, metrics, rollout
 
 
+def second_state(trainer):
+    """The state of a policy that need not be its reference any more."""
+    return dataclasses.replace(first_state(trainer), iteration=jnp.ones((), jnp.int32))
+
+
 def two_steps(config, task, start):
     """(the metrics of the first iteration, those of the second)."""
     trainer = trainer_of(config, task, start)
@@ -101,6 +108,38 @@ def test_metrics_of_the_first_iteration():
     assert 0 < metrics["policy/entropy"] <= entropy.sum(-1).max()
 
 
+@pytest.mark.parametrize(
+    ("kl", "paid"),
+    [  # log-ratios of the answer's tokens to the reference: 1, −1 and ½
+        ({"estimator": "k1"}, 0.5),
+        ({"estimator": "k2"}, (1 + 1 + 0.25) / 2),
+        ({"estimator": "k3"}, np.exp(-1) + np.exp(1) + np.exp(-0.5) - 3 + 0.5),
+        ({"estimator": "k2", "placement": "loss", "level": "token"}, (1 + 1 + 0.25) / 2),
+        ({"estimator": "k2", "placement": "loss", "level": "sequence"}, 0.5**2 / 2),
+        ({"estimator": "k3", "placement": "none"}, 0),
+    ],
+)
+def test_the_reward_that_is_reported_is_less_the_kl_that_is_paid(kl, paid):
+    logprobs, reference = [-1.0, -2.0, -0.5], [-2.0, -1.0, -1.0]
+    rollout = Rollout(
+        mask=jnp.ones((1, 3)),
+        behaviour_logprobs=jnp.array([logprobs]),
+        finished=jnp.array([True]),
+        scores=jnp.ones(1),
+        weights=jnp.ones(1),
+        old_logprobs=jnp.array([logprobs]),
+        ref_logprobs=jnp.array([reference]),
+    )
+    config = resolve(table("reinforce", rollout={"samples": 1}, kl=kl)[0])
+    found = objectives.sample_metrics(config, rollout, jnp.float32(0.1))
+    assert float(found["objective/kl"]) == pytest.approx(0.5)
+    assert float(found["objective/non_score_reward"]) == pytest.approx(-0.1 * paid, abs=1e-6)
+    assert float(found["objective/rlhf_reward"]) == pytest.approx(1 - 0.1 * paid)
+    if config.kl.placement == "reward":
+        made, _ = objectives.advantages(config, rollout, jnp.float32(0.1))
+        assert float(found["objective/rlhf_reward"]) == pytest.approx(float(made["returns"][0, 0]))
+
+
 def test_a_minibatch_in_which_nothing_counts_is_in_no_mean():
     config, task, start = table("grpo", train={"minibatches": 2})
 
@@ -114,6 +153,27 @@ def test_a_minibatch_in_which_nothing_counts_is_in_no_mean():
     _, metrics, _ = steps(config, dataclasses.replace(task, rollout=rollout), start, 1)
     assert metrics["policy/ratio"] == pytest.approx(1, abs=1e-5)
     assert metrics["policy/ratio_var"] == pytest.approx(0, abs=1e-5)
+
+
+def test_the_variance_of_ratios_near_1_is_what_they_have():
+    """Every token's log-prob is moved by ±1e-4, so that the ratios have a variance of 1e-8."""
+    config, task, start = table("rloo")
+    own = task.statistics
+
+    def moved(params, rows):
+        found = own(params, rows)
+        signs = jnp.where(jnp.arange(found.logprobs.size) % 2 == 0, 1e-4, -1e-4)
+        return found._replace(logprobs=found.logprobs + signs.reshape(found.logprobs.shape))
+
+    trainer = trainer_of(config, task, start)
+    state = first_state(trainer)
+    rollout = score(trainer, state, task.rollout(start, {}, 0))
+    rollout, _ = advantages(trainer, rollout, state.kl_coefficient)
+    # The ratio to itself is not 1 here, which float32 would refuse.
+    task = dataclasses.replace(task, statistics=moved, dtype="bfloat16")
+    trainer = trainer_of(config, task, start)
+    _, _, metrics, _ = update(trainer, state, rollout)
+    assert metrics["policy/ratio_var"][0] == pytest.approx(1e-8, rel=0.05)
 
 
 def test_means_of_updates_are_ratios_of_sums():
@@ -195,9 +255,8 @@ def test_a_single_update_scores_its_own_samples(split):
     mesh = make_mesh({"data": 2}, jax.devices()[:2]) if split == "devices" else None
     moved = jax.tree.map(lambda x: x * 1.05, start)
     calls = []
-    options = {"reference": start, "from_reference": False, "mesh": mesh}
-    trainer = trainer_of(config, counting(task, calls), moved, **options)
-    _, metrics, found = iterate(trainer, first_state(trainer), {})
+    trainer = trainer_of(config, counting(task, calls), moved, reference=start, mesh=mesh)
+    _, metrics, found = iterate(trainer, second_state(trainer), {})
     # The reference's, and what trains, whose shapes are asked first if it is split.
     traced = 3 if split == "microbatches" else 2
     assert len(calls) == traced
@@ -241,7 +300,8 @@ def test_a_policy_must_start_as_its_reference():
     config.kl.update(placement="loss", estimator="k3")  # known after the update only
     with pytest.raises(UserError, match="KL would not start at 0"):
         steps(config, task, moved, 1, reference=start)
-    _, metrics, _ = steps(config, task, moved, 1, reference=start, from_reference=False)
+    trainer = trainer_of(config, task, moved, reference=start)
+    _, metrics, _ = iterate(trainer, second_state(trainer), {})
     assert metrics["objective/kl"] != 0
 
 
@@ -403,7 +463,13 @@ def test_a_cost_is_charged_to_the_answers_that_have_it_and_its_price_follows_the
     config, task, start = limited(costs)
     state, metrics, rollout = steps(config, task, start, 1)
     paid = np.nan_to_num(costs(len(free.scores)))
-    np.testing.assert_allclose(rollout.scores, free.scores - paid, atol=1e-6)
+    np.testing.assert_array_equal(rollout.scores, free.scores)
+    shaped = objectives.shape_scores(resolve(config), rollout)
+    np.testing.assert_allclose(shaped, free.scores - paid, atol=1e-6)
+    assert metrics["objective/scores"] == pytest.approx(free.scores.mean(), abs=1e-6)
+    assert metrics["objective/shaped_scores"] == pytest.approx(
+        (free.scores - paid).mean(), abs=1e-6
+    )
     assert metrics["objective/cost"] == 0.5 and metrics["objective/multiplier"] == 1
     np.testing.assert_allclose(state.multiplier, 1 + 2.0 * (0.5 - 0.25), rtol=1e-6)
     state, metrics, _ = steps(config, task, start, 2)
@@ -446,6 +512,10 @@ def test_a_price_stays_where_nothing_can_cost_and_ends_at_nothing():
         ("lagrange", {"cost": "harm"}, "lagrange.cost must be one of"),
         ("rollout", {"samples": 1}, "a baseline over the samples of a prompt needs two"),
         ("kl", {"placement": "loss", "estimator": "k1"}, "would regularise nothing"),
+        (
+            *("kl", {"placement": "loss", "estimator": "k2", "importance": True}),
+            "kl.importance = True .* use k3 with it, or k2 without",
+        ),
         ("kl", {"placement": "rewards"}, "kl.placement must be one of"),
         ("loss", {"name": "pppo"}, "'pppo' is unknown"),
         ("loss", {"clip_hihg": 1}, "no loss.clip_hihg; did you mean loss.clip_high"),

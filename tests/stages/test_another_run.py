@@ -99,7 +99,7 @@ def test_nothing_that_decides_a_finished_run_is_reused_after_an_edit(place, tmp_
     assert refused(run(folder, "dpo")) == "losses/preference.py has changed"
     result = run(folder, "grpo")  # which has no such loss
     assert result.returncode == 0 and result.stdout.count("reusing") == 3
-    edit(folder / "rlhf_jax/losses/advantages.py", "ddof", "ddof_")
+    edit(folder / "rlhf_jax/losses/advantages.py", "SCALE_EPS = 1e-4", "SCALE_EPS = 2e-4")
     assert refused(run(folder, "grpo")) == "losses/advantages.py has changed"
 
 

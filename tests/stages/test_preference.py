@@ -143,6 +143,20 @@ def test_pairs_of_one_reply_twice_weigh_nothing(tmp_path, caplog, stage, name):
         pack(3, 0)
 
 
+def test_margins_that_no_loss_uses_are_a_line(tmp_path, caplog):
+    tokenizer = train_bpe(["abc"], 280)
+    pair = {"prompt": "p", "chosen": "ab", "rejected": "c"}
+    path = _write(tmp_path / "f.jsonl", [pair | {"margin": 3}, pair | {"prompt": "q"}])
+    for split in ("validation", "train"):
+        assert not caplog.records
+        preference_rows.pack_pairs(_config(name="sigmoid"), path, split, tokenizer)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"{path} (train): 1 of 2 pairs say by what margin they are preferred; no loss uses that: "
+        "they count as the others do"
+    )
+
+
 def test_held_out_pairs_of_one_reply_twice_are_ties(tmp_path, caplog):
     tokenizer = train_bpe(["abc"], 280)
     path = _pairs_file(tmp_path / "f.jsonl", 5, 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from rlhf_jax.models.lora import AdapterConfig
 from rlhf_jax.stages import defaults, preference, reference_logprobs
 from rlhf_jax.training import kept_results
 from rlhf_jax.training.loop import Loop
+from rlhf_jax.training.mesh import make_mesh
 from rlhf_jax.training.rundir import RunDirectory
 from rlhf_jax.training.saved_model import Model, as_trainable, load_model, save_model
 
@@ -254,3 +256,42 @@ def test_what_is_kept_is_readable_by_whom_the_umask_says(tmp_path):
         os.umask(old)
     (path,) = tmp_path.iterdir()
     assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_the_key_is_of_the_mesh_the_devices_and_the_processor(tmp_path, monkeypatch):
+    directory = saved(tmp_path / "sft", small_model())
+
+    def key(mesh=None):
+        model = load_model(directory, mesh=mesh)
+        return kept_results.result_key("rlhf_jax.stages.reference_logprobs", model, directory, 1, 0)
+
+    two = jax.devices()[:2]
+    keys = [key(), *(key(make_mesh({name: 2}, two)) for name in ("data", "fsdp", "tensor"))]
+    model = load_model(directory)
+    for kind in ("NVIDIA H100", "NVIDIA H200"):
+        with monkeypatch.context() as patched:
+            device = SimpleNamespace(device_kind=kind)
+            patched.setattr(jax, "devices", lambda device=device: [device])
+            module = "rlhf_jax.stages.reference_logprobs"
+            keys.append(kept_results.result_key(module, model, directory, 1, 0))
+    monkeypatch.setattr(kept_results, "processor_name", lambda: "another")
+    keys.append(key())
+    assert len(set(keys)) == len(keys) == 7
+
+
+def test_a_bit_that_flips_is_never_more_than_a_line(tmp_path, capsys):
+    path, arrays = tmp_path / "kept.npz", {"logprobs": np.arange(6, dtype=np.float32)}
+    kept_results._write(path, "key", arrays)
+    whole = path.read_bytes()
+    entry = whole.index(b"PK\x01\x02")  # of the zip's table of contents
+    # The version needed, the flags encrypted, patched and strongly encrypted, the method, the CRC.
+    for at, bit in ((6, 6), (6, 7), (8, 0), (8, 5), (8, 6), (10, 0), (10, 5), (16, 0)):
+        damaged = bytearray(whole)
+        damaged[entry + at] ^= 1 << bit
+        path.write_bytes(damaged)
+        assert kept_results._read(path, "log-probs", "key") is None, (at, bit)
+        assert capsys.readouterr().out == f"{path} is damaged: log-probs are computed again\n"
+    path.write_bytes(whole)
+    np.testing.assert_array_equal(
+        kept_results._read(path, "log-probs", "key")["logprobs"], arrays["logprobs"]
+    )

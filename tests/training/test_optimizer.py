@@ -188,7 +188,10 @@ def test_schedules(values, expected):
         ({"name": "moun"}, "did you mean 'muon'"),
         ({"schedule": "cosin"}, "unknown schedule 'cosin'; did you mean 'cosine'"),
         ({"learningrate": 1}, "optimizer has no field learningrate; did you mean learning_rate"),
-        ({"warmup_steps": 10}, "warmup_steps=10 must be below the run's 10 steps"),
+        (
+            {"warmup_steps": 10},
+            "warmup_steps=10 must be at least 0 and less than the run's 10 steps",
+        ),
         (
             {"learning_rate": math.nan},
             "optimizer.learning_rate = nan is no number that float32 can hold",
