@@ -104,7 +104,8 @@ np.testing.assert_allclose(slope, -0.1 / 2, rtol=1e-6)
 # ## A model to align
 #
 # A small town is made up: its gossip to pre-train on, and dialogues to fine-tune on. Both stages
-# are one command each; both runs are ordinary directories, and a second start reuses them.
+# are one command each, here with fewer steps than the experiments have; both runs are ordinary
+# directories, and a second start reuses them.
 
 
 # %%
@@ -116,7 +117,7 @@ def run(config, *flags):
     return json.loads(Path(f"runs/{config}/summary.json").read_text())["metrics"]
 
 
-few = ["--config.train.steps=24"] if SMALL else []
+few = [f"--config.train.steps={24 if SMALL else 300}"]
 pretrained = run("pretrain", *few)
 tuned = run("sft", "--config.init.policy=runs/pretrain", *few)
 print(f"pre-trained to {pretrained['eval/bpb']:.2f} bits a byte of held-out text")
