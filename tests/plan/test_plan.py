@@ -148,18 +148,18 @@ def test_seconds_add_up_as_stated():
         return Collective("collective-permute", "f32[1]", size, 2, False, overlapped)
 
     calls = {send(10**7, True): 1, send(10**6, False): 3}
-    step, counted = made(Counted(calls, {"tpu_custom_call": 2}, 10**8, 0, 0))
+    step, counted = made(Counted(calls, {"tpu_custom_call": 2}, 10**8, 0))
     # 0.1 s of cycles and 2 ms of kernels hide 0.1 s of messages; 30 ms of others are seen.
     assert _seconds(step, counted, 0, CHIP) == pytest.approx(0.102 + 0.03)
     assert _seconds(step, counted, 3 * 10**8, CHIP) == pytest.approx(0.302 + 0.03)
     card = dataclasses.replace(CHIP, clock=0)
-    step, counted = made(Counted({}, {}, 0, 10**11, 0))
+    step, counted = made(Counted({}, {}, 0, 10**11))
     assert _seconds(step, counted, 0, card) == pytest.approx(0.1)
     assert _seconds(step, counted, 0, devices_of("cpu")[0]) is None
 
 
 def test_a_table_says_what_of_it_are_estimates():
-    step, counted = made(Counted({}, {}, 10**8, 0, 0), kept=2**29)
+    step, counted = made(Counted({}, {}, 10**8, 0), kept=2**29)
     lines = table([Estimate(step, {"parameters": 2**30}, counted, 0.1)], CHIP, chips=2)
     assert "| parameters, GiB | 1 |" in lines
     assert "| of these kept activations, at most | 0.5 |" in lines
@@ -275,7 +275,7 @@ def search(monkeypatch, memory, seconds, **mesh):
     monkeypatch.setattr(plans, "device_bytes", lambda tree: 0)
 
     def of(config, chip, chips):
-        step, counted = made(Counted({}, {}, 1, 0, 0))
+        step, counted = made(Counted({}, {}, 1, 0))
         return Estimate(step, {"all": memory(config)}, counted, seconds(config))
 
     monkeypatch.setattr(plans, "estimate", of)
