@@ -38,10 +38,12 @@ BOUNDS = {
     "fields of PPO": 81,
     "files that name a policy loss": 4,
     "files that name an advantage": 9,
-    "functions on the walk of beta": 17,
-    "files on the walk of beta": 9,
-    "functions on the walk of clip": 19,
-    "files on the walk of clip": 10,
+    # Two of each, and a file, are of the ranges of losses' options; one more of the clip is of the
+    # ratio that a KL's importance is.
+    "functions on the walk of beta": 19,
+    "files on the walk of beta": 10,
+    "functions on the walk of clip": 22,
+    "files on the walk of clip": 11,
     # One is `fit.kept_before`: what a run starts from is measured once, by every stage; another is
     # `shapes.is_tie`, which every line of a file is asked. Five more are of turns that are
     # answered: which tokens of an answer it said itself, and what is said of tools.
