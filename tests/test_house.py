@@ -38,8 +38,8 @@ BOUNDS = {
     "fields of PPO": 81,
     "files that name a policy loss": 4,
     "files that name an advantage": 9,
-    # Two of each, and a file, are of the ranges of losses' options; one more of the clip is of the
-    # ratio that a KL's importance is.
+    # Two of each, and a file, ask the ranges of losses' options; one more of the clip is the
+    # `__post_init__` that policy losses share.
     "functions on the walk of beta": 19,
     "files on the walk of beta": 10,
     "functions on the walk of clip": 22,
