@@ -14,6 +14,7 @@ from rlhf_jax.errors import (
     EXIT_RESUMABLE,
     EXIT_USER,
     NoRoom,
+    Preempted,
     UserError,
     lack_of_memory,
     lack_of_room,
@@ -54,6 +55,9 @@ def run(
         if full is not None:
             shortage = error.shortage if isinstance(error, NoRoom) else f"no room: {full}"
             print(f"stopped: {shortage}; make room and run it again", file=sys.stderr)
+            return EXIT_RESUMABLE
+        if isinstance(error, Preempted):
+            print(f"stopped: {error}", file=sys.stderr)
             return EXIT_RESUMABLE
         if asked is None:
             raise

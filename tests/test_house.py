@@ -25,8 +25,8 @@ BOUNDS = {
     # that reading showed (locks, options, names of one lineage, directions of metrics) 250;
     # `claims/`, an annex, took 860, memory and personas 560 and sets of calls 230 in `tasks/`, a
     # judge behind an address 110.
-    "lines of the core": 22_404,
-    "lines with the annexes": 45_260,
+    "lines of the core": 22_408,
+    "lines with the annexes": 45_256,
     "functions over 60 lines": 1,
     "functions over 80 lines": 0,
     "functions over 8 parameters": 2,

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf_jax.commands import Parser, run
-from rlhf_jax.errors import EXIT_RESUMABLE, Preempted, UserError
+from rlhf_jax.errors import UserError
 from rlhf_jax.stopping import listen
 
 
@@ -48,11 +48,7 @@ def command(given: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (default: this process's) and returns the exit code."""
-    try:
-        return run(_parser(), command, argv)
-    except Preempted as stop:
-        print(f"stopped: {stop}", file=sys.stderr)
-        return EXIT_RESUMABLE
+    return run(_parser(), command, argv)
 
 
 if __name__ == "__main__":

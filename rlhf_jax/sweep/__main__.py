@@ -23,7 +23,7 @@ import sys
 from collections.abc import Sequence
 
 from rlhf_jax.commands import Parser, run
-from rlhf_jax.errors import EXIT_RESUMABLE, Preempted, UserError
+from rlhf_jax.errors import UserError
 from rlhf_jax.stopping import listen
 
 
@@ -70,11 +70,7 @@ def command(given: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (default: this process's) and returns the exit code."""
-    try:
-        return run(_parser(), command, argv)
-    except Preempted as stop:
-        print(f"stopped: {stop}", file=sys.stderr)
-        return EXIT_RESUMABLE
+    return run(_parser(), command, argv)
 
 
 if __name__ == "__main__":
