@@ -20,6 +20,8 @@ from rlhf_jax.errors import (
     lack_of_room,
 )
 
+_OF_PATHS = (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+
 
 class Parser(argparse.ArgumentParser):
     """A parser whose complaints are UserErrors."""
@@ -59,6 +61,9 @@ def run(
         if isinstance(error, Preempted):
             print(f"stopped: {error}", file=sys.stderr)
             return EXIT_RESUMABLE
+        if isinstance(error, _OF_PATHS) and error.filename:
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+            return EXIT_USER
         if asked is None:
             raise
         print(f"error: memory ran out: {asked}", file=sys.stderr)

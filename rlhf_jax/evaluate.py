@@ -56,7 +56,7 @@ def evaluate(workdir: Path, data: str, start: Path | None, out: Path, **limits: 
     began, summary = time.monotonic(), read_summary(workdir)
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} exists and is not empty; name another directory with --out")
-    if not (workdir / CONFIG).exists() or summary["stage"] == "oracle":
+    if not (workdir / CONFIG).exists() or summary["stage"] in ("hub", "oracle"):
         raise UserError(f"{workdir} is no run of a stage that evaluates records")
     given = ConfigDict(read_object(workdir / CONFIG))
     stated = {name: value for name, value in limits.items() if value is not None}
@@ -142,6 +142,9 @@ def evaluate_requests(
 
     titles = {task.name: "Refused" for task in REFUSAL_SETS}
     titles |= {task.name: "Right calls" for task in CALL_SETS}
+    for name in ("count", "max_new_tokens"):
+        if limits[name] is not None and limits[name] < 1:
+            raise UserError(f"--{name.replace('_', '-')}={limits[name]}: at least 1")
     if unknown := [name for name in names if name not in titles]:
         raise UserError(f"--tasks: there is no set {unknown[0]!r}; there are {', '.join(titles)}")
     if out.exists() and any(out.iterdir()):
@@ -251,6 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             template = given.chat_template or ""
             evaluate_requests(workdir, given.tasks.split(","), out, template, **limits)
             return
+        if given.chat_template:
+            raise UserError("evaluate: --config.data.chat_template is of --tasks, not of --data")
         start = Path(given.start) if given.start else None
         evaluate(workdir, given.data, start, out, **limits)
 

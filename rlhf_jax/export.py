@@ -84,14 +84,14 @@ def check_push(name: str) -> None:
         raise UserError(f"--push={name}: a repository of the Hub is named owner/name")
     try:
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+        from huggingface_hub.errors import LocalTokenNotFoundError
     except ImportError as error:
         raise UserError("--push needs the package huggingface_hub: pip install it") from error
     try:
         HfApi().whoami()
     except LocalTokenNotFoundError as error:
         raise UserError("--push needs a login: run `hf auth login`, or set HF_TOKEN") from error
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # of the library, or of what it sends by: refused, no network
         raise UserError(f"--push: the Hub says {_line(error)}") from error
 
 
@@ -102,7 +102,6 @@ def push(out: Path, name: str, *, public: bool) -> str:
         UserError: the Hub refuses, or it is an adapter; what is written stays.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     if (out / "adapter_config.json").exists():
         raise UserError(
@@ -114,7 +113,7 @@ def push(out: Path, name: str, *, public: bool) -> str:
         address = api.create_repo(name, private=not public, exist_ok=True)
         message = f"Written by rlhf_jax {__version__}"
         api.upload_folder(repo_id=name, folder_path=out, commit_message=message)
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # as above
         raise UserError(
             f"--push={name}: the Hub says {_line(error)}; {out} is whole: `hf upload {name} {out}`"
         ) from error
@@ -138,6 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command(given: argparse.Namespace) -> None:
         out, options = Path(given.out), {"dtype": given.dtype, "shard_bytes": given.shard_bytes}
+        if given.public and not given.push:
+            raise UserError("--public is of a repository of --push")
         if given.push:
             check_push(given.push)
         export(Path(given.workdir), out, merge=given.merge, **options)

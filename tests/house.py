@@ -289,7 +289,8 @@ def sizes() -> dict[str, int]:
     from rlhf_jax.config import leaves
     from rlhf_jax.losses.policy import OBJECTIVES
     from rlhf_jax.rl.objectives import ADVANTAGES
-    from rlhf_jax.stages.defaults import STAGES, fields_of
+    from rlhf_jax.stages.defaults import STAGES
+    from tests.fields import fields_of
 
     every, of_parts = list(functions()), lines()
     fields = {stage: set(leaves(fields_of(stage))) for stage in STAGES}

@@ -382,22 +382,33 @@ def test_a_push_that_cannot_be_is_refused_before_anything_is_written(tmp_path, m
     hub = Hub(monkeypatch)
     run, *_ = saved(tmp_path, "tiny")
     flags = [f"--workdir={run}", f"--out={tmp_path}/out"]
+    assert main([*flags, "--public"]) == 2
+    assert "--public is of a repository" in capsys.readouterr().err
     assert main([*flags, "--push=dpo"]) == 2
     assert "is named owner/name" in capsys.readouterr().err
 
     def nobody(_):
         raise errors.LocalTokenNotFoundError("no token")
 
+    class ConnectError(Exception):
+        """As of httpx, by which the library sends: no OSError."""
+
+    def nowhere(_):
+        raise ConnectError("[Errno 111] Connection refused")
+
     with monkeypatch.context() as patch:
         patch.setattr("huggingface_hub.HfApi.whoami", nobody)
         assert main([*flags, "--push=me/dpo"]) == 2
         assert "hf auth login" in capsys.readouterr().err
+        patch.setattr("huggingface_hub.HfApi.whoami", nowhere)
+        assert main([*flags, "--push=me/dpo"]) == 2
+        assert "the Hub says [Errno 111] Connection refused" in capsys.readouterr().err
         patch.setitem(sys.modules, "huggingface_hub", None)
         assert main([*flags, "--push=me/dpo"]) == 2
         assert "pip install it" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and not hub.uploaded
 
-    hub.fails = OSError("503\nService Unavailable")
+    hub.fails = ConnectError("503\nService Unavailable")
     assert main([*flags, "--push=me/dpo"]) == 2
     said = capsys.readouterr().err
     assert "the Hub says 503 Service Unavailable; " in said and "hf upload me/dpo" in said

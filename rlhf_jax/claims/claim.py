@@ -125,7 +125,11 @@ def read_claims(source: str) -> tuple[str, list[Claim]]:
         claims = runpy.run_path(path).get("CLAIMS", ())
     except Exception as error:
         raise mistake_in(path, error) or UserError(f"{path}: {error}") from error
-    if not claims or not all(isinstance(each, Claim) for each in claims):
+    if (
+        not isinstance(claims, list | tuple)
+        or not claims
+        or not all(isinstance(each, Claim) for each in claims)
+    ):
         raise UserError(f"{path} has no tuple CLAIMS of rlhf_jax.claims.claim.Claim")
     check_claims(path, claims)
     known = {claim.name: claim for claim in claims}

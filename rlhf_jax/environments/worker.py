@@ -91,14 +91,14 @@ def play(
             if name not in instances:
                 raise ChildFault("lost", "its instance went with the process that another ended")
             with _within(loaded.seconds):
-                outcomes.append(_DOING[do](instances[name], value))
-        except _TooSlow:
-            fault = "timed out", f"took longer than {loaded.seconds:g} s"
-            outcomes.append({"fault": fault})
+                outcome = _DOING[do](instances[name], value)
+        except _TooSlow:  # perhaps at the very end
+            outcome = {"fault": ["timed out", f"took longer than {loaded.seconds:g} s"]}
         except ChildFault as error:
-            outcomes.append({"fault": [error.reason, error.detail]})
+            outcome = {"fault": [error.reason, error.detail]}
         except Exception as error:
-            outcomes.append({"fault": ["raised", describe(error, loaded.blame)]})
+            outcome = {"fault": ["raised", describe(error, loaded.blame)]}
+        outcomes.append(outcome)
     return outcomes
 
 

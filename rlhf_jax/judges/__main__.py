@@ -157,6 +157,11 @@ def _check(given: argparse.Namespace) -> None:
     """Finds mistakes before anything is computed, and makes the directory of the output."""
     if given.seed < 0:
         raise UserError(f"--seed={given.seed}: at least 0")
+    if getattr(given, "compare", "") and not given.workdir:
+        raise UserError("--compare needs --workdir, the model that gives the first answer")
+    unread = given.run is card and ("data" if given.workdir else "prompts")
+    if unread and getattr(given, unread) != "town":
+        raise UserError("--data is of a card without --workdir, --prompts of one with it")
     out = Path(given.out)
     if not given.out:
         return

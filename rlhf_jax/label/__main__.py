@@ -82,12 +82,16 @@ def label(given: argparse.Namespace) -> None:
 
 
 def _check(given: argparse.Namespace) -> None:
+    from rlhf_jax.sampling.arguments import Sampling, check_streams
+
     for name, least in (("pairs", 1), ("overlap", 1), ("repeat_every", 0), ("port", 0)):
         if getattr(given, name) < least:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag}={getattr(given, name)}: at least {least}")
     if bool(given.rewards) != (given.select == "disagreement"):
         raise UserError("--select=disagreement and --rewards need each other")
+    Sampling(given.max_new_tokens, given.temperature).validate()  # before a thread samples
+    check_streams(given.seed, (), 0)
 
 
 def _listening(port: int) -> socket.socket:

@@ -21,10 +21,12 @@ from rlhf_jax.digests import json_digest
 from rlhf_jax.files import read_lines, write_jsonl
 from rlhf_jax.label.book import Refused
 from rlhf_jax.label.files import Line
+from rlhf_jax.sweep.jobs import last_words
 from rlhf_jax.training.rundir import SUMMARY
 from rlhf_jax.training.summary import read_summary
 
 _HELD_OUT = 5  # one prompt of so many
+_SILENT = "it ended without a word"
 _TRAIN, _JUDGE, _LOG, _LOCK = "train.jsonl", "held_out.jsonl", "log.txt", "lock"
 
 
@@ -101,14 +103,17 @@ class Retraining:
             if _runs(newest):
                 return said | {"state": "running"}
             if not (newest / "reward" / SUMMARY).exists():
-                return said | {"state": "failed", "why": _last_words(newest / _LOG)}
+                return said | {"state": "failed", "why": last_words(newest / _LOG) or _SILENT}
             before = self._round_before(rounds)
             if before is None:
                 metrics = read_summary(newest / "reward")["metrics"]
             elif (newest / "judged" / SUMMARY).exists():
                 metrics = read_summary(newest / "judged")["metrics"]
             elif (newest / "judged.log").exists():
-                return said | {"state": "failed", "why": _last_words(newest / "judged.log")}
+                return said | {
+                    "state": "failed",
+                    "why": last_words(newest / "judged.log") or _SILENT,
+                }
             else:
                 self._judge(newest, before)
                 return said | {"state": "running"}
@@ -164,10 +169,3 @@ def _runs(folder: Path) -> bool:
         except BlockingIOError:
             return True
     return False
-
-
-def _last_words(log: Path) -> str:
-    """The last line of a log that says why, else the last one."""
-    lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
-    why = [line for line in lines if line.startswith(("error: ", "stopped: "))]
-    return (why or lines or ["it ended without a word"])[-1]

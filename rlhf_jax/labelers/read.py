@@ -35,14 +35,17 @@ def read_votes(source: str, split: str = "train") -> list[Vote]:
     same for all votes about these two replies.
 
     Raises:
-        UserError: a line is no such vote.
+        UserError: a line is no such vote, or there is none.
     """
     parsed = parse_source(source)
     if parsed.is_file:
         votes: list[Any] = read_lines(parsed.name, _vote_of)
         return votes
     records = load_records(parsed.name, (parsed.split or split) + parsed.part, kind="pair")
-    return [Vote(record) for record in records if isinstance(record, Pair)]
+    votes = [Vote(record) for record in records if isinstance(record, Pair)]
+    if len(votes) < max(1, len(records)):
+        raise UserError(f"{source} has {len(records):,} records, of which {len(votes):,} are pairs")
+    return votes
 
 
 def _vote_of(fields: Fields, default_id: str) -> Any:

@@ -30,10 +30,14 @@ def main(argv: list[str] | None = None) -> int:
     def command(flags) -> None:
         from rlhf_jax.main import parse
         from rlhf_jax.plan.plan import plan
+        from rlhf_jax.stages.experiments import find_experiment, names_experiment
 
-        config, _, stated, others = parse(rest)
+        config, source, stated, others = parse(rest)
         if others.workdir or others.preflight or others.rerun:
             parser.error("--workdir, --preflight and --rerun are of rlhf_jax.main")
+        start = config.get("init", {}).get("policy", "")
+        if names_experiment(start):
+            config.init.policy = find_experiment(start, source)
         plan(config, stated, flags.topology, search=flags.search)
 
     return run(parser, command, known)

@@ -43,7 +43,7 @@ from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.stages.best_of_n import BLOCK
 from rlhf_jax.stages.chain import load_config
 from rlhf_jax.stages.defaults import FED_BACK, SAMPLING, module_of, resolve
-from rlhf_jax.stages.experiments import names_experiment
+from rlhf_jax.stages.experiments import find_experiment, names_experiment
 from rlhf_jax.stages.online_preference import pack_best_and_worst
 from rlhf_jax.stages.reward import with_score_head
 from rlhf_jax.tasks.prompts import PromptSet
@@ -86,12 +86,13 @@ class Step:
     passes: int = 1
 
 
-def model_shape(config: Config) -> ModelConfig:
+def model_shape(config: Config, source: str = "") -> ModelConfig:
     """The shape of the model that a stage trains, from its fields or from what it starts from.
 
     That is a Hugging Face directory's config.json, a finished run's, or what the experiment that
     is named would train. A vocabulary that a run would train is as large as it asks for; one of
-    characters is taken to have `CHARACTERS`.
+    characters is taken to have `CHARACTERS`. `source` is the file that the config is from, beside
+    which an experiment is looked for.
     """
     if config.stage == "oracle":
         raise UserError("the oracle's models are made for CPUs: there is nothing to plan")
@@ -105,7 +106,8 @@ def model_shape(config: Config) -> ModelConfig:
     if not start:
         raise UserError("config: init.policy is empty; set --config.init.policy=/path/to/model")
     if names_experiment(start):
-        shape = model_shape(resolve(load_config(start)))
+        found = find_experiment(start, source)
+        shape = model_shape(resolve(load_config(found)), found)
     elif is_hub_directory(start):
         shape = read_config(Path(start))[1]
     else:

@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite, sqrt
@@ -186,12 +187,16 @@ def read_frontier(name: str, run: Run) -> dict[str, Any]:
 def group_seeds(runs: Mapping[str, Run]) -> dict[str, dict[str, Run]]:
     """{name: runs by their names} of those whose configs differ in the seed alone, in their order.
 
-    Several are named after the first, without its seed, and their number.
+    Several are named after the first, without its seed, and their number. A run of a seed that is
+    there already, such as one that --rerun has set aside, was made from something else.
     """
-    groups: dict[str, dict[str, Run]] = {}
+    groups: dict[tuple[str, int], dict[str, Run]] = {}
+    again = Counter[str]()
     for name, run in runs.items():
         key = json.dumps(_without_seed(run.config), sort_keys=True)
-        groups.setdefault(key, {})[name] = run
+        whole = json.dumps(run.config, sort_keys=True)
+        groups.setdefault((key, again[whole]), {})[name] = run
+        again[whole] += 1
     named: dict[str, dict[str, Run]] = {}
     for seeds in groups.values():
         first, *others = seeds
@@ -206,14 +211,16 @@ def _without_seed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _mean_frontier(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The frontier of a run, or of several with as many points each the mean of theirs."""
-    if len(points) == 1 or len({len(each["kl"]) for each in points}) > 1:
+    """The frontier of a run, or the mean of several's; of the last points if some have fewer."""
+    points = [each for each in points if each["kl"]] or points[:1]
+    if len(points) == 1:
         return dict(points[0])
+    last = slice(-1, None) if len({len(each["kl"]) for each in points}) > 1 else slice(None)
     keys = [key for key in ("kl", *REWARDS) if all(each.get(key) for each in points)]
     means = {
         key: [
             statistics.fmean(map(to_float, values))
-            for values in zip(*(each[key] for each in points), strict=True)
+            for values in zip(*(each[key][last] for each in points), strict=True)
         ]
         for key in keys
     }

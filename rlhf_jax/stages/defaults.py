@@ -513,11 +513,6 @@ OWN_ROLLOUT = {"max_prompt_tokens": 512, "max_new_tokens": 256}
 TUNING = {"name": "adamw", "warmup_steps": 10, "schedule": "linear", "final_fraction": 0.0}
 
 
-def fields_of(stage: str) -> ConfigDict:
-    """A config with every field that a stage reads by default."""
-    return ConfigDict(options.document(resolve(base(stage))))
-
-
 def resolve(config: ConfigDict) -> Config:
     """The dataclasses that a stage is run with.
 

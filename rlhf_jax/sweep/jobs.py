@@ -174,7 +174,7 @@ class _Running:
             return None
         if (code < 0 or code in (EXIT_RESUMABLE, EXIT_AT_ONCE)) and self.tries < TRIES:
             return None
-        return _last_words(self.log) or f"ended with {code}"
+        return last_words(self.log) or f"ended with {code}"
 
     def _start(self) -> None:
         self.tries += 1
@@ -182,8 +182,8 @@ class _Running:
         self.child = self.engine(self.job.words(self.further), self.log, self.cores)
 
 
-def _last_words(log: Path) -> str:
-    """The last line of a log that says why, else the last one."""
+def last_words(log: Path) -> str:
+    """The last line of a log that says why, else the last one; "" without any."""
     if not log.exists():
         return ""
     lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines()]

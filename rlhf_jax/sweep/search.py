@@ -44,10 +44,12 @@ def parse_space(text: str) -> Space:
     """{field: what it may be} of "loss.beta=0.01..1:log; loss.name=sigmoid,ipo".
 
     Raises:
-        UserError: as `parse_grid`, or a range that is none.
+        UserError: as `parse_grid`, a range that is none, or train.steps, which trials have two of.
     """
     space: dict[str, Range | list[str]] = {}
     for field, values in parse_grid(text, "--search").items():
+        if field == "train.steps":
+            raise UserError("--search: train.steps are the config's, or a quarter of them")
         found = _RANGE.fullmatch(values[0]) if len(values) == 1 else None
         if found is None:
             space[field] = values
@@ -82,19 +84,28 @@ def _cell(values: Mapping[str, str]) -> Cell:
 class Search:
     """A study of optuna's, of which this process asks for cells and which it tells what they had.
 
+    Args:
+        storage: the journal. owner: the sweep's directory.
+        steps: of a whole run.
+        made_from: what trials are made from beside the steps, as JSON has it, by the flags' names.
+
     Raises:
-        UserError: optuna is not installed, or the storage holds a study that maximises where this
-            one minimises, or the other way round.
+        UserError: optuna is not installed, or the storage holds trials that are made from others.
     """
 
-    def __init__(self, storage: Path, owner: Path, metric: str, steps: int) -> None:
+    def __init__(
+        self, storage: Path, owner: Path, metric: str, steps: int, made_from: Mapping[str, Any]
+    ) -> None:
         try:
             import optuna
             from optuna.storages.journal import JournalFileBackend
         except ImportError:
             raise UserError(f"--search needs optuna: {NEEDED}") from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        backend = JournalFileBackend(str(storage))
+        try:
+            backend = JournalFileBackend(str(storage))
+        except OSError as error:
+            raise UserError(f"--storage={storage}: {error.strerror}") from error
         directions = optuna.study.StudyDirection
         direction = directions.MINIMIZE if is_less_better(metric) else directions.MAXIMIZE
         self._optuna, self._owner = optuna, f"{socket.gethostname()}:{owner.resolve()}"
@@ -108,6 +119,14 @@ class Search:
             load_if_exists=True,
         )
         self.short, self.whole = max(1, steps // FACTOR), steps
+        stated = {**made_from, "train.steps": steps}
+        before = self._study.user_attrs.get("made_from", stated)
+        for name in (name for name in stated if before.get(name) != stated[name]):
+            raise UserError(
+                f"{storage} holds trials with {name} = {before.get(name)}, and this is "
+                f"{stated[name]}; name another --storage or --workdir"
+            )
+        self._study.set_user_attr("made_from", stated)
         for trial in self._study.get_trials(states=(self._state.RUNNING,)):
             if trial.user_attrs.get("owner") == self._owner:  # which was killed
                 self._study.enqueue_trial(trial.params)

@@ -93,6 +93,8 @@ def run_sweep(given: argparse.Namespace) -> None:
         raise UserError("--search needs --metric, and has no --grid and no --baseline")
     if given.vmap_seeds and (given.search or given.seeds_from or given.seeds < 2):
         raise UserError("--vmap-seeds needs --seeds=2 or more, and has no --search or --seeds-from")
+    if (given.slurm and given.engine != "slurm") or (given.storage and not given.search):
+        raise UserError("--slurm needs --engine=slurm, and --storage needs --search")
     default = default_workdir(source, Path("runs"))
     directory = Path(given.workdir or default.with_name(f"{default.name}-sweep"))
     flags = tuple(flag for flag in given.rest if flag.startswith(("--config.", "--noconfig.")))
@@ -113,7 +115,8 @@ def run_sweep(given: argparse.Namespace) -> None:
                 run_grid(sweep, runner, baseline, given.seeds, given.metric)
             else:
                 storage = Path(given.storage or directory / "search.journal")
-                study = Search(storage, directory, given.metric, config.train.steps)
+                made_from = {"--config": source, "--search": given.search, "flags": [*flags]}
+                study = Search(storage, directory, given.metric, config.train.steps, made_from)
                 measure = _Measure(sweep, runner, given.metric)
                 search(study, space, given.trials, given.workers, measure)
                 confirm(sweep, runner, study, given.seeds, given.metric)

@@ -143,6 +143,8 @@ def above(curve: Curve) -> Iterator[tuple[str, str, float, float, float, Any]]:
     for each in (each for each in curve.settings if each.arm == "tuned"):
         for kind in curve.tradeoff.kinds:
             seeds = sorted(each.seeds.keys() & set.intersection(*(set(s.seeds) for s in starts)))
+            if not seeds:  # of one start this seed has failed, of another one that
+                continue
             arrays = [
                 np.stack([[one.seeds[n][share, kind] for n in seeds] for one in (*starts, each)])
                 for share in curve.shares

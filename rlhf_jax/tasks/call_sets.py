@@ -168,7 +168,19 @@ def _golden(call: Mapping[str, str], described: Mapping[str, str]) -> tuple[dict
         given = json.loads(call["Action_Input"])
     except ValueError:
         return {}, "answered by arguments that are no JSON"
-    return {call["Action"]: {name: [value] for name, value in given.items()}}, ""
+    return {call["Action"]: _entries(given)}, ""
+
+
+def _entries(given: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The values that are accepted of each entry of an object, which are those that it has."""
+    return {name: [_accepted(value)] for name, value in given.items()}
+
+
+def _accepted(value: Any) -> Any:
+    """A value as the accepted one, in which an object's entries are lists of values."""
+    if isinstance(value, list):
+        return [*map(_accepted, value)]
+    return _entries(value) if isinstance(value, dict) else value
 
 
 def _described(name: str, text: str) -> dict[str, Any]:

@@ -62,6 +62,7 @@ def test_a_claim_that_cannot_be_tested_is_refused(change, message):
 
 def test_mistakes_are_told_in_a_line_before_anything_runs(tmp_path, capsys):
     (tmp_path / "none.py").write_text("CLAIMS = ()\n")
+    (tmp_path / "number.py").write_text("CLAIMS = 3\n")
     (tmp_path / "wrong.py").write_text("1 / 0\n")
     (tmp_path / "field.py").write_text(
         "from rlhf_jax.claims.claim import Arm, Claim, Comparison, Measure\n"
@@ -71,6 +72,7 @@ def test_mistakes_are_told_in_a_line_before_anything_runs(tmp_path, capsys):
     told = {
         f"{FILE}:rlhf_beats_sftt": "did you mean rlhf_beats_sft?",
         f"{tmp_path}/none.py": "has no tuple CLAIMS",
+        f"{tmp_path}/number.py": "has no tuple CLAIMS",
         f"{tmp_path}/wrong.py": "line 1: ZeroDivisionError",
         f"{tmp_path}/field.py": "claim 'one': cell arm: in the command line: the preference stage "
         "has no loss.betta",

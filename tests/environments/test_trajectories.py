@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
 
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.digests import ROOT as PACKAGE
+from rlhf_jax.environments import worker
 from rlhf_jax.environments.trajectories import (
     EnvironmentOptions,
     Environments,
@@ -263,3 +265,19 @@ def test_a_file_of_the_package_is_found_from_anywhere(files):
     assert options.named == [str(PACKAGE.parent / town), "trl.py:calculate"]
     with Environments(EnvironmentOptions(town)) as environments:
         assert environments.schemas == []
+
+
+def test_what_is_too_slow_at_its_very_end_has_one_outcome(monkeypatch):
+    @contextlib.contextmanager
+    def at_its_end(seconds):
+        yield
+        raise worker._TooSlow
+
+    class Turns:
+        def reset(self, row, seed):
+            return row["prompt"]
+
+    monkeypatch.setattr(worker, "_within", at_its_end)
+    row = {"row": {"prompt": [{"role": "user", "content": "?"}]}, "seed": 0}
+    outcomes = worker.play(worker.Loaded(Turns, [], 1.0, ""), "open", ["0", "1"], [row, row])
+    assert [outcome["fault"][0] for outcome in outcomes] == ["timed out"] * 2

@@ -143,6 +143,9 @@ def test_texts_stay_texts_on_the_page(tmp_path):
         (["--count=100000"], "--count=100000: there are"),
         (["--count=-1"], "--count=-1: there are"),
         (["--data=none.jsonl"], "none.jsonl"),
+        (["--compare=runs/dpo"], "--compare needs --workdir"),
+        (["--prompts=mine.jsonl"], "--prompts of one with it"),
+        (["--workdir=runs/sft", "--data=mine.jsonl"], "--data is of a card without --workdir"),
         (["--constitution=none.json"], "cannot read none.json"),
     ],
 )

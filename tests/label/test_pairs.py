@@ -151,6 +151,9 @@ def test_the_end_of_the_server_ends_the_sampling(tmp_path):
         (["--prompts=none.jsonl"], "none.jsonl"),
         ([], "does not say what it was trained on; name --prompts=file.jsonl"),
         (["--prompts={prompts}", "--max-new-tokens=256"], "leaves room for 256 tokens"),
+        (["--temperature=-1"], "temperature = -1.0: a number, at least 0"),
+        (["--max-new-tokens=0"], "max_new_tokens = 0: at least 1"),
+        (["--seed=-1"], "seed = -1 must be a whole number"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, capsys, flags, said):

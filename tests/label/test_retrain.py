@@ -35,6 +35,12 @@ def test_too_few_votes_are_refused_and_a_failed_round_says_why(tmp_path):
     assert status["state"] == "failed" and "nowhere" in status["why"]
 
 
+def test_a_round_that_was_killed_before_it_began_has_failed(tmp_path):
+    (tmp_path / "rounds" / "round-1").mkdir(parents=True)
+    status = Retraining(tmp_path / "rounds", tmp_path, ()).status()
+    assert status["state"] == "failed" and status["why"] == "it ended without a word"
+
+
 @pytest.mark.slow
 def test_a_second_round_is_compared_with_the_first_on_the_same_votes(tmp_path):
     run, *_ = saved(tmp_path, "tiny", max_length=256)

@@ -69,6 +69,14 @@ def test_what_is_no_vote_is_refused_in_one_line(tmp_path, capsys, votes, line):
     assert said.startswith("error: ") and said.count("\n") == 1 and line in said
 
 
-def test_a_set_without_labelers_is_refused(capsys):
-    assert main(["town/pair"]) == 2
-    assert "has no labeler" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        ("town/pair", "has no labeler"),
+        ("town/votes[:0]", "has 0 records, of which 0 are pairs"),
+        ("town/arithmetic[:3]", "has 3 records, of which 0 are pairs"),
+    ],
+)
+def test_a_set_without_votes_is_refused(capsys, source, line):
+    assert main([source]) == 2
+    assert line in capsys.readouterr().err

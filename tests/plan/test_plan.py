@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from rlhf_jax.stages import sft
 from rlhf_jax.stages.chain import load_config
 from rlhf_jax.stages.checks import check_devices
 from rlhf_jax.stages.defaults import base, on_policy, online_preference, resolve
+from rlhf_jax.stages.experiments import PACKAGED
 from rlhf_jax.training.learner import make_learner
 from rlhf_jax.training.mesh import make_mesh, placed, shard_batch
 
@@ -122,6 +124,22 @@ def test_an_adapter_holds_little_more_than_its_base(hub):
 def test_the_shape_comes_from_the_parent_chain():
     shape = steps.model_shape(resolve(load_config("experiments/grpo.py")))
     assert (shape.vocab_size, shape.layers, shape.remat) == (2048, 2, "dots")
+
+
+def test_a_parent_is_the_experiment_beside_the_config(tmp_path, capsys, monkeypatch):
+    own = tmp_path / "experiments"
+    own.mkdir()
+    for name in ("dpo.py", "sft.py"):
+        shutil.copy(PACKAGED / name, own)
+    (own / "pretrain.py").write_text(
+        "from rlhf_jax.stages.defaults import base\n"
+        "def get_config():\n"
+        "    return base('pretrain', model={'preset': 'tiny', 'max_length': 320})\n"
+    )
+    planned = []
+    monkeypatch.setattr(plans, "plan", lambda given, *_, **__: planned.append(resolve(given)))
+    assert plan(capsys, f"--config={own}/dpo.py", "--topology=cpu")[0] == 0
+    assert steps.model_shape(planned[0]).max_length == 320  # as a run's would be
 
 
 def test_kept_is_what_the_backward_pass_needs():

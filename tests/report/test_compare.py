@@ -141,6 +141,22 @@ def test_seeds_stand_as_one_with_their_mean_and_deviation(rl_runs, tmp_path):
     assert alone.names == ["beta=0.1,name=a_rather_long_name,seed=0"]
 
 
+def test_seeds_of_which_one_has_fewer_points_are_drawn_at_their_last(rl_runs, tmp_path):
+    runs = sorted(seeded(rl_runs, tmp_path).glob("beta*"))
+    logged = (runs[2] / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (runs[2] / "metrics.jsonl").write_text("".join(logged[1:]))
+    (point,) = compare(runs).plot.csv.splitlines()[1:]
+    assert float(point.split(",")[-2]) == pytest.approx(0.74)
+
+
+def test_a_run_that_was_set_aside_is_no_further_seed(rl_runs, tmp_path):
+    sweep = seeded(rl_runs, tmp_path)
+    last = max(sweep.glob("beta*"))
+    shutil.copytree(last, last.with_name(f"{last.name}.1"))  # as --rerun leaves it
+    name = "beta=0.1,name=a_rather_long_name"
+    assert compare([*sorted(sweep.glob("beta*"))]).names == [f"{name}, 3 seeds", f"{name},seed=2.1"]
+
+
 def test_a_pattern_stands_for_the_runs_it_matches(rl_runs, tmp_path, capsys):
     sweep = seeded(rl_runs, tmp_path)
     assert len(read_runs([f"{sweep}/*"])) == 3

@@ -33,6 +33,7 @@ from rlhf_jax.training import mesh
 from rlhf_jax.training.learner import make_learner
 from rlhf_jax.training.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig, make_optimizer
 from rlhf_jax.training.saved_model import Model
+from tests.fields import fields_of
 from tests.models.small import SMALL
 from tests.stages.conftest import ROOT, run_main
 from tests.test_experiments import VARIANTS
@@ -98,7 +99,7 @@ def test_a_run_of_each_stage_reads_all_of_its_fields(experiments, tmp_path, monk
             config.train.eval_every = 6
         chain.run(config, source, tmp_path / name)
     for stage in RUNS:
-        unread = set(leaves(defaults.fields_of(stage))) - read[stage] - BEFORE
+        unread = set(leaves(fields_of(stage))) - read[stage] - BEFORE
         assert not unread, (stage, sorted(unread))
 
 
@@ -108,7 +109,7 @@ def test_the_oracle_reads_all_of_its_fields(tmp_path, read):
         config.oracle[name] = 1
     with pytest.raises(RuntimeError, match="rows failed"):  # of so few steps
         chain.run(config, "experiments/oracle.py", tmp_path / "oracle")
-    assert set(leaves(defaults.fields_of("oracle"))) <= read["oracle"] | BEFORE
+    assert set(leaves(fields_of("oracle"))) <= read["oracle"] | BEFORE
 
 
 @cache
@@ -146,7 +147,7 @@ def test_every_field_is_named_in_what_its_stage_imports(stage):
         waiting = set().union(*map(imported, waiting)) - known
     own = (ROOT / "rlhf_jax/stages/defaults.py", ROOT / "rlhf_jax/stages/checks.py")
     named = set().union(*(names_in(module) for module in known if module not in own))
-    fields = {name for name in leaves(defaults.fields_of(stage)) if name not in BEFORE}
+    fields = {name for name in leaves(fields_of(stage)) if name not in BEFORE}
     assert not {name for name in fields if name.rpartition(".")[2] not in named}
 
 
@@ -185,7 +186,7 @@ def every_section():
 
 
 def test_fields_are_few():
-    fields = {stage: set(leaves(defaults.fields_of(stage))) for stage in defaults.STAGES}
+    fields = {stage: set(leaves(fields_of(stage))) for stage in defaults.STAGES}
     # Two are files of the user's own code, one is train.best, one what becomes of votes, two name
     # what answers a policy's turns, one is the cost that a policy keeps below a limit, one says
     # what of a number is a token, one which replies of a conversation are trained; nine are of the
@@ -223,7 +224,7 @@ def test_every_field_has_a_comment(kind):
     ],
 )
 def test_a_field_that_only_other_stages_read_is_refused(stage, field, readers):
-    config = defaults.fields_of(stage)
+    config = fields_of(stage)
     section, _, name = field.partition(".")
     if section not in config:
         config[section] = ConfigDict()
@@ -262,7 +263,7 @@ def test_a_count_below_its_least_is_refused(stage):
     ]
     assert {"batch.rows", "train.steps", "data.row_length"} <= set(counts)
     for name in counts:
-        config = defaults.fields_of(stage)
+        config = fields_of(stage)
         section, _, field = name.partition(".")
         config[section][field] = -1
         with pytest.raises(UserError, match=rf"config: {name} = -1 must be at least [012]"):
@@ -271,11 +272,11 @@ def test_a_count_below_its_least_is_refused(stage):
 
 @pytest.mark.parametrize("stage", [s for s in defaults.STAGES if s != "oracle"])
 def test_a_number_that_is_none_is_refused(stage):
-    for name, value in leaves(defaults.fields_of(stage)).items():
+    for name, value in leaves(fields_of(stage)).items():
         if isinstance(value, float):
             section, _, field = name.partition(".")
             for bad in (float("nan"), float("inf"), -float("inf"), 1e39):
-                config = defaults.fields_of(stage)
+                config = fields_of(stage)
                 config[section][field] = bad
                 with pytest.raises(UserError, match=rf"config: {name} = \S+ is no number that"):
                     checked(config)
@@ -302,7 +303,7 @@ def test_a_number_that_is_none_is_refused(stage):
     ],
 )
 def test_a_number_outside_its_interval_is_refused(stage, field, value):
-    config = defaults.fields_of(stage)
+    config = fields_of(stage)
     section, _, name = field.partition(".")
     config[section][name] = value
     with pytest.raises(UserError, match=rf"config: {field} must be in .*, got {value}"):
@@ -410,7 +411,7 @@ def test_the_weight_of_a_source_is_above_0(weight):
     ],
 )
 def test_nothing_is_done_zero_times(stage, field):
-    config = defaults.fields_of(stage)
+    config = fields_of(stage)
     section, _, name = field.partition(".")
     config[section][name] = 0
     with pytest.raises(UserError, match=rf"config: {field} = 0 must be at least 1"):

@@ -16,8 +16,9 @@ from rlhf_jax.commands import Parser
 from rlhf_jax.commands import run as run_command
 from rlhf_jax.config import leaves
 from rlhf_jax.errors import UserError, lack_of_memory
-from rlhf_jax.stages.defaults import STAGES, fields_of
+from rlhf_jax.stages.defaults import STAGES
 from rlhf_jax.stages.memory import naming_memory
+from tests.fields import fields_of
 from tests.stages.conftest import ROOT
 
 HUGE = 1 << 50  # numbers: more than a process can address

@@ -37,6 +37,7 @@ def test_a_space_has_ranges_and_choices():
         ("loss.beta=0..1:log", "one in log is above 0"),
         ("loss.beta=a..b", "is no range of numbers"),
         ("seed=1..9", "--search: seeds are set by --seeds"),
+        ("train.steps=10..90", "train.steps are the config's, or a quarter of them"),
     ],
 )
 def test_mistakes_in_a_space(text, message):
@@ -48,7 +49,7 @@ def test_without_the_packages_one_line_says_what_to_install(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "optuna", None)
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match=r"--search needs optuna: pip install -r requirements-sw"):
-        Search(tmp_path / "journal", tmp_path, "eval/accuracy", 64)
+        Search(tmp_path / "journal", tmp_path, "eval/accuracy", 64, {})
     with pytest.raises(UserError, match=r"--engine=slurm needs submitit: pip install -r require"):
         on_cluster(tmp_path, {})
 
@@ -72,8 +73,9 @@ class Runs:
         return values
 
 
-def study_in(folder: Path, owner: str = "one") -> Search:
-    return Search(folder / "search.journal", folder / owner, "eval/accuracy", 64)
+def study_in(folder: Path, owner: str = "one", steps: int = 64, searched: str = "") -> Search:
+    made_from = {"--search": searched, "flags": ["--config.train.log_every=1"]}
+    return Search(folder / "search.journal", folder / owner, "eval/accuracy", steps, made_from)
 
 
 @pytest.fixture
@@ -123,6 +125,20 @@ def test_machines_share_a_study_and_leave_each_others_trials_alone(optuna, tmp_p
     one.tell(trial, 0.9)
     assert one.count() == other.count() == 5
     assert other.best().name == cell.name
+
+
+def test_trials_of_other_runs_are_not_mixed(optuna, tmp_path):
+    search(study_in(tmp_path), SPACE, 2, 2, Runs())
+    with pytest.raises(UserError, match=r"trials with train\.steps = 64, and this is 128; name a"):
+        study_in(tmp_path, steps=128)
+    with pytest.raises(UserError, match=r"trials with --search = , and this is \S+,new; name"):
+        study_in(tmp_path, searched="loss.name=good,new")
+    assert study_in(tmp_path).count() == 2
+
+
+def test_a_journal_that_cannot_be(optuna, tmp_path):
+    with pytest.raises(UserError, match=r"--storage=.*No such file"):
+        Search(tmp_path / "nowhere" / "journal", tmp_path, "eval/accuracy", 64, {})
 
 
 def test_a_trial_that_fails_has_ended_and_says_why(optuna, tmp_path):

@@ -87,6 +87,8 @@ def test_parents_are_found_as_those_of_a_run_are(tiny, tmp_path, monkeypatch):
         (["--seeds=many"], "argument --seeds: invalid int value: 'many'"),
         (["--seeds-from=sft"], "no parent of"),
         (["--metric=eval/response_length"], "whether more or less of eval/response_length is"),
+        (["--slurm=timeout_min=5"], "--slurm needs --engine=slurm"),
+        (["--storage=shared.journal"], "--storage needs --search"),
         (["--colour=red"], "Unknown command line flag 'colour'"),
     ],
 )
@@ -96,6 +98,12 @@ def test_mistakes_are_refused_before_anything_runs(tiny, tmp_path, capsys, flags
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1
     assert not where.exists() and captured.out == ""
+
+
+def test_a_file_in_place_of_the_directory_is_told_in_a_line(tiny, tmp_path, capsys):
+    (tmp_path / "abl").touch()
+    assert main([f"--config={tiny}:preference", f"--workdir={tmp_path}/abl"]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/abl: File exists\n"
 
 
 def test_a_second_sweep_is_told_who_holds_the_directory(tiny, tmp_path, capsys):

@@ -45,6 +45,13 @@ def test_chance_is_on_the_line_whatever_it_refuses():
         assert (x, y, curve) == pytest.approx((1, 1, 1))
 
 
+def test_starts_that_no_seed_has_both_of_have_no_curve():
+    starts = [setting("start", name, 0.2, 0.6, seeds=2) for name in "ab"]
+    for start, seed in zip(starts, (0, 1), strict=True):
+        del start.seeds[seed]
+    assert [*above(Curve(REFUSALS, [*starts, setting("tuned", "c", 0.3, 0.9, seeds=2)]))] == []
+
+
 def test_points_and_their_figure():
     curve = Curve(REFUSALS, [setting("start", "a", 0.2, 0.6), setting("tuned", "c", 0.3, 0.9)])
     found = points(curve)

@@ -11,9 +11,10 @@ from rlhf_jax.data.calls import render_call
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.public_requests import count_replies
+from rlhf_jax.files import write_json
 from rlhf_jax.tasks import data_files
 from rlhf_jax.tasks.builders import load_records
-from rlhf_jax.tasks.call_sets import call_verdict
+from rlhf_jax.tasks.call_sets import _golden, call_verdict
 
 FOLDER = data_files.data_folder()
 needs_data = pytest.mark.skipif(
@@ -28,6 +29,8 @@ ACCEPTED = {
         "where": [{"name": ["Rome", "Roma"], "zip": ["00100", ""]}, ""],
     }
 }
+SUMMARY = {"stage": "sft", "status": "done", "config_hash": "0", "parents": {}, "metrics": {}}
+SUMMARY |= {"wall_seconds": 1.0}
 GIVEN = {"base": 10, "exact": True}
 
 
@@ -60,6 +63,14 @@ def right(reply, accepted=ACCEPTED):
 )
 def test_an_argument_is_right_if_its_value_is_accepted(changed, expected):
     assert right(render_call("area", GIVEN | changed)) is expected
+
+
+def test_an_object_in_a_golden_call_is_right_entry_by_entry():
+    given = {"user": {"name": "Ann", "age": 3}, "rights": [{"id": "edit"}]}
+    accepted, _ = _golden({"Action": "add", "Action_Input": json.dumps(given)}, {"add": ""})
+    assert right(render_call("add", given), accepted)
+    for name, value in (("user", {}), ("user", {"name": "Ann", "age": 4}), ("rights", [{}])):
+        assert not right(render_call("add", given | {name: value}), accepted)
 
 
 def test_what_is_no_right_call():
@@ -128,3 +139,30 @@ def test_a_set_that_there_is_not(tmp_path, capsys):
     flags = [f"--workdir={tmp_path}", "--tasks=bfcl,nothing", f"--out={tmp_path}/out"]
     assert evaluate.main(flags) == 2
     assert "there are xstest, advbench, bfcl, toolalpaca" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--count=0", "--count=-1", "--max-new-tokens=0"])
+def test_a_limit_below_1(tmp_path, capsys, flag):
+    flags = [f"--workdir={tmp_path}", "--tasks=bfcl", f"--out={tmp_path}/out", flag]
+    assert evaluate.main(flags) == 2
+    assert f"{flag}: at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["--tasks=bfcl", "--data=town"])
+def test_a_file_in_place_of_the_directory_to_write(tmp_path, capsys, what):
+    (tmp_path / "out").touch()
+    write_json(tmp_path / "summary.json", SUMMARY)
+    assert evaluate.main([f"--workdir={tmp_path}", what, f"--out={tmp_path}/out"]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/out: Not a directory\n"
+
+
+def test_a_hub_directory_has_no_stage_to_evaluate_records(tmp_path, capsys):
+    write_json(tmp_path / "config.json", {"model_type": "llama"})
+    assert evaluate.main([f"--workdir={tmp_path}", "--data=town", f"--out={tmp_path}/out"]) == 2
+    assert "is no run of a stage that evaluates records" in capsys.readouterr().err
+
+
+def test_a_chat_template_is_not_dropped(tmp_path, capsys):
+    flags = [f"--workdir={tmp_path}", "--data=town", "--config.data.chat_template=qwen"]
+    assert evaluate.main(flags) == 2
+    assert "chat_template is of --tasks, not of --data" in capsys.readouterr().err
