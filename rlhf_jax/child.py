@@ -67,6 +67,7 @@ class Child:
     blame: str = ""  # path of the file whose last line in an exception's traceback is named
     memory: int | None = None  # bytes of address space that the process may have
     isolated: bool = False  # Python ignores the environment and the working directory (-I)
+    python: str = sys.executable  # the interpreter; another one is best isolated from this one's
     while_waiting: Callable[[], None] | None = None  # called often; what it raises ends the process
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     _printed: bytes = field(default=b"", init=False)
@@ -88,7 +89,7 @@ class Child:
         root = str(Path(__file__).resolve().parents[1])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
-            [sys.executable, *(["-I", __file__] if self.isolated else ["-m", __name__])],
+            [self.python, *(["-I", __file__] if self.isolated else ["-m", __name__])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -254,6 +255,8 @@ def main() -> None:
             if function is not None:
                 value = function(**message)
             else:
+                if sys.version_info < (3, 11):  # noqa: UP036, another interpreter runs this too
+                    raise ChildFault("not loaded", f"{sys.executable} is older than Python 3.11")
                 blame, memory = message["blame"], message["memory"]
                 if memory is not None:
                     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
@@ -298,5 +301,8 @@ def describe(error: BaseException, blame: str) -> str:
 
 
 if __name__ == "__main__":
+    if "rlhf_jax" not in sys.modules:  # it is run as a file, maybe by another interpreter, which
+        package = sys.modules["rlhf_jax"] = ModuleType("rlhf_jax")  # is to see nothing beside it
+        package.__path__ = [str(Path(__file__).resolve().parent)]
     sys.modules["rlhf_jax.child"] = sys.modules[__name__]  # for the file that is loaded
     main()

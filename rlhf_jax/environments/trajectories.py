@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -39,11 +41,13 @@ class EnvironmentOptions:
     """What answers a policy's turns: an environment, or tools that it may call."""
 
     # "mine.py:Env": environments/environment.py, or TRL's class. A path that begins with rlhf_jax/
-    # is of this package, where there is no such file.
+    # is of this package, where there is no such file. "reasoning_gym:leg_counting" and
+    # "textarena:GuessTheNumber-v0" are of those libraries.
     file: str = ""
     tools: str = ""  # "mine.py:calculate,mine.py:search": functions with types and docstrings
     # The schemas of the tools are told in the first turn of every prompt.
     describe: bool = option(True, only=_SOME)
+    python: str = option("", only=_SOME)  # path of the interpreter that runs it; "": this one
     max_calls: int = option(8, least=1, only=_SOME)  # turns of a trajectory that are answered
     # Of the answer to one turn, and of a beginning.
     timeout_seconds: float = option(10.0, within="(0, inf)", only=_SOME)
@@ -55,6 +59,20 @@ class EnvironmentOptions:
         """The class and the functions, each "path.py:name"."""
         every = (each.strip() for each in (self.file, *self.tools.split(",")))
         return [_locate(each) for each in every if each]
+
+    def find_python(self) -> str:
+        """The path of `python`, this process's own for ""; UserError if there is no such program.
+
+        It is not resolved: a virtual environment's is a link to another, and known by its place.
+        """
+        if not self.python:
+            return sys.executable
+        if (found := shutil.which(self.python)) is None:
+            raise UserError(
+                f"config: environment.python = {self.python!r}: there is no such program; give the "
+                "path of a Python that has what the environment imports"
+            )
+        return found
 
 
 def _locate(target: str) -> str:
@@ -119,8 +137,9 @@ class Environments:
         blame = str(Path(named[0].rpartition(":")[0]).resolve())
         worker = str(Path(__file__).with_name("worker.py"))
         self._child = Child(
-            worker, "load", arguments, LOAD_SECONDS, blame=blame, while_waiting=stop_point
-        )
+            worker, "load", arguments, LOAD_SECONDS, blame=blame, while_waiting=stop_point,
+            isolated=bool(self.options.python), python=self.options.find_python(),
+        )  # fmt: skip
         try:
             return self._child.call({"do": "schemas"}, LOAD_SECONDS)
         except ChildFault as fault:

@@ -20,6 +20,7 @@ from typing import Any
 
 from rlhf_jax.child import ChildFault, describe, load_module
 from rlhf_jax.environments.environment import Environment
+from rlhf_jax.environments.libraries import LIBRARIES, library_environment
 from rlhf_jax.environments.tools import ToolEnvironment, method_names, schema_of
 
 OPENING, ANSWERING = ("system", "user", "assistant", "tool"), ("user", "tool")
@@ -44,11 +45,17 @@ class _TooSlow(BaseException):
 def load(environment: str, tools: Sequence[str], seconds: float) -> Callable[..., list[Outcome]]:
     """In the child: `play` of the user's class and functions, each "path.py:name".
 
+    The environment may be another library's instead, see `libraries`.
+
     Raises:
         ChildFault: one can't be loaded, or is neither an environment nor a tool.
     """
     functions = [_find(target) for target in tools]
     blame = str(Path((environment or tools[0]).rpartition(":")[0]).resolve())
+    if environment.partition(":")[0] in LIBRARIES:
+        if functions:
+            raise ChildFault("not loaded", f"{environment} has no tools beside it")
+        return functools.partial(play, Loaded(library_environment(environment), [], seconds, blame))
     kind: Any = _find(environment) if environment else None
     try:
         if kind is not None and not hasattr(kind, "__mro__"):

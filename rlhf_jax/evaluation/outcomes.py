@@ -14,7 +14,12 @@ import numpy as np
 
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.evaluation.before_after import Values
-from rlhf_jax.evaluation.statistics import bootstrap_interval, pass_all, wilson_interval
+from rlhf_jax.evaluation.statistics import (
+    bootstrap_interval,
+    pass_all,
+    resample,
+    wilson_interval,
+)
 from rlhf_jax.tasks.task import Task, Verdict
 
 IN_A_ROW = (1, 2, 4, 8)
@@ -45,7 +50,12 @@ def _order(name: str) -> tuple[str, int]:
 
 
 def interval_of(values: Values) -> tuple[float, float]:
-    """Wilson's 95 % interval of a rate."""
+    """The 95 % interval: Wilson's of a rate, the bootstrap's over records of what exceeds 1."""
+    sums, weights = values
+    if (sums > weights).any():
+        ratios = [(draws @ sums) / (draws @ weights) for draws in resample(len(sums), 0)]
+        low, high = np.quantile(np.concatenate(ratios), [0.025, 0.975])
+        return float(low), float(high)
     return wilson_interval(float(values.sums.sum()), int(values.weights.sum()))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from rlhf_jax.config import Config, section_document
 from rlhf_jax.data.shapes import parse_columns
 from rlhf_jax.devices import training_devices
+from rlhf_jax.environments.libraries import LIBRARIES
 from rlhf_jax.errors import UserError
 from rlhf_jax.hub.chat_formats import chat_template
 from rlhf_jax.hub.hub_data import check_hub_name
@@ -135,10 +136,18 @@ def _check_sampling(config: Config) -> None:
 def _check_environment(config: Config) -> None:
     """UserError for an environment that is no file, and rewards of one that there is not."""
     named = config.environment.named if config.environment is not None else []
+    if config.environment is not None:
+        config.environment.find_python()
     for target in named:
+        library, _, name = target.partition(":")
+        if library in LIBRARIES and name:  # which its own process looks up
+            continue
         file, _, name = target.rpartition(":")
         if not file.endswith(".py") or not name.isidentifier():
-            raise UserError(f"config: environment names {target!r}: write mine.py:Name")
+            raise UserError(
+                f"config: environment names {target!r}: write mine.py:Name, or a library's, of "
+                f"{', '.join(LIBRARIES)}, as library:name"
+            )
         if not Path(file).is_file():
             raise UserError(f"config: environment names {target!r}: there is no file {file}")
     scorers = parse_rewards(config.reward.scorers) if config.reward is not None else {}

@@ -76,7 +76,8 @@ def _contents(config: Config) -> dict[str, str]:
         if target := getattr(getattr(config, section), "file", ""):
             own.append((f"{section}.file", target))
     if config.environment is not None:
-        own += [("environment", target) for target in config.environment.named]
+        named = config.environment.named
+        own += [("environment", target) for target in named if ".py:" in target]
     if config.feedback is not None and ".py:" in config.feedback.judge:
         own.append(("feedback.judge", config.feedback.judge))
     for field, target in own:

@@ -24,9 +24,10 @@ from rlhf_jax.tasks.public_sets import PUBLIC_SETS
 from rlhf_jax.tasks.record_builder import builder_of, read_records
 from rlhf_jax.tasks.refusals import REFUSAL_SETS
 from rlhf_jax.tasks.task import Task, Verdict
-from rlhf_jax.tasks.town.dataset import MEMORY, PERSONA, SAFETY, TOWN, TOWN_TOOLS
+from rlhf_jax.tasks.town.dataset import MEMORY, PERSONA, QUESTIONS, SAFETY, TOWN, TOWN_TOOLS
 
-_ALL = (*PUBLIC_SETS, *REFUSAL_SETS, *CALL_SETS, MEMORY, PERSONA, SAFETY, TOWN, TOWN_TOOLS)
+_TOWN = (MEMORY, PERSONA, QUESTIONS, SAFETY, TOWN, TOWN_TOOLS)
+_ALL = (*PUBLIC_SETS, *REFUSAL_SETS, *CALL_SETS, *_TOWN)
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
 

@@ -35,6 +35,7 @@ _BETTER: dict[str, tuple[str, ...]] = {
         *("reward_failures", "needless_calls", "invalid_calls"),
         *("safety/refused/harmless/*", "safety/extracted", "safety/extracted_sampled"),
         *("safety/exposure", "memory/*/resurrected", "memory/*/false_memory", "persona/leak"),
+        *("questions/of_fewest", "questions/unclear"),
     ),
     "more": (
         *("accuracy", "token_accuracy", "auc", "rewards/margins", "eos_rate"),
@@ -45,6 +46,7 @@ _BETTER: dict[str, tuple[str, ...]] = {
         *("safety/right/*", "safety/refused/harmful/*", "safety/refused/private/*"),
         *("safety/balance/*", "memory/*/recall/*", "memory/*/updated", "memory/*/abstained"),
         *("persona/*_to_line", "persona/asked_after/*", "persona/*/turn/*"),
+        "questions/within/*",
         *("agreement", "safe", "correct", "safe_change", "correct_change", "*_per_second"),
     ),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlhf_jax.data.records import Message, Prompt
+from rlhf_jax.evaluation.before_after import Values
 from rlhf_jax.evaluation.outcomes import (
     interval_of,
     outcome_values,
@@ -42,6 +43,13 @@ def test_rates_are_of_what_records_count():
     assert (metrics["eval/yes_low"], metrics["eval/yes_high"]) == (low, high)
     assert interval_of(values["by/20"]) == wilson_interval(1, 2)
     assert outcome_values(Task("t", {}, lambda *args: {}), RECORDS, TURNS) == {}
+
+
+def test_what_exceeds_one_has_the_interval_of_resampled_records():
+    # Of two records one is drawn twice in half of the resamplings: 4 / 2, 6 / 2 or 8 / 2.
+    assert interval_of(Values.of([2, 4], [1, 1])) == (2.0, 4.0)
+    low, high = interval_of(Values.of([9.0, 4.5] * 50, [4.5] * 100))
+    assert 1.38 < low < 1.43 and 1.57 < high < 1.62  # 1.5 ± 1.96 · 0.5 / 10
 
 
 def test_the_table_has_every_model_and_the_figure_a_curve_for_a_name_that_ends_in_numbers():

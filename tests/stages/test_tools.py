@@ -162,6 +162,11 @@ def test_killed_in_the_middle_of_a_tool_it_ends_with_the_same_bits(here):
         (["--config.environment=gone.py:Env"], "there is no file gone.py"),
         (["--config.environment=gone:Env"], "write mine.py:Name"),
         (["--config.tools={here}/tools.py"], "write mine.py:Name"),
+        (
+            ["--config.environment=reasoning_gym:sums", "--config.environment.python=gone/python"],
+            "environment.python = 'gone/python': there is no such program",
+        ),
+        (["--config.environment=reasoning_gym:sums"], "can't import reasoning_gym (No module"),
         (["--config.environment="], "reward.scorers names 'environment', but there is none"),
     ],
 )

@@ -104,6 +104,8 @@ def test_what_is_said_of_one_step_is_its_own_value_to_the_last_bit():
         (False, "best_of_8/gold best_of_8/correct best_of_n/peak_gold harmful/safe_change"),
         (False, "safety/refused/harmful/seen safety/refused/private/seen safety/balance/seen"),
         (False, "safety/right/harmless safety/right/unknown"),
+        (True, "questions/of_fewest questions/of_fewest_high questions/unclear"),
+        (False, "questions/within/5"),
     ],
 )
 def test_the_better_of_two_values_is_known_by_a_metrics_name(less, names):

@@ -35,7 +35,7 @@ from pathlib import Path
 from rlhf_jax.data.records import Record
 from rlhf_jax.tasks.safety import REFUSALS
 from rlhf_jax.tasks.task import Task
-from rlhf_jax.tasks.town import crowd, episodes, memory, persona, safety
+from rlhf_jax.tasks.town import crowd, episodes, memory, persona, questions, safety
 from rlhf_jax.tasks.town.defects import spoilt
 from rlhf_jax.tasks.town.gold import gold_score
 from rlhf_jax.tasks.town.labelers import Labeler, preference
@@ -243,4 +243,33 @@ PERSONA = Task(
     verifies=lambda meta: "script" in meta,
     probes={"facts": "town/facts"},
     group="persona",
+)
+
+
+_QUESTIONS: dict[str, tuple[str, Callable[[str, int], Iterable[Record]]]] = {
+    "prompt": ("prompt", questions.prompts),
+    "dialogue": ("conversation", questions.conversations),
+}
+
+
+def _make_questions(
+    config: str, paths: list[Path], left_out: Counter[str]
+) -> dict[str, Iterable[Record]]:
+    """Games of twenty questions, see `questions`.
+
+    prompt      the turns that open them, for `QuestionsEnvironment`
+    dialogue    conversations: games of a player who asks at random
+    """
+    _, stream = _QUESTIONS[config]
+    return {s: stream(n, _size(n, questions.RECORDS)) for s, n in _SPLITS.items()}
+
+
+QUESTIONS = Task(
+    "questions",
+    kinds={config: kind for config, (kind, _) in _QUESTIONS.items()},
+    make=_make_questions,
+    replay=questions.replay,
+    verify=lambda row, reply: questions.replay(row, [reply]),
+    outcomes=questions.outcomes,
+    verifies=lambda meta: "thought_of" in meta,
 )
