@@ -3,9 +3,16 @@
 python -m rlhf_jax.main --config=experiments/questions.py
     GRPO in the game, from …
 python -m rlhf_jax.main --config=experiments/questions.py:sft
-    … games of a player who asks at random what may be answered either way, from …
+    … games of a player who asks half of its questions without thought, from …
 python -m rlhf_jax.main --config=experiments/memory.py:chat
     … the model of sft.py with room for 512 tokens
+
+Both of the game end with 64 games, each of the 16 people with 4 openings that training never has:
+eval/questions/of_fewest is the questions asked over the 4.5 that the best player needs on average,
+eval/questions/within/<n> how often n suffice, eval/pass^k that k sampled games take at most 5 each.
+Greedily, after :sft with seeds 0, 1 and 2: 1.03, 1.04 and 1.03, everybody found, 94 % by 5
+questions; after GRPO, seed 0: 1.02. Of 72 sampled games 28, 32 and 29 % take at most 5 after :sft,
+50 % (31 to 69) after GRPO. A run took 1 to 2 minutes, after its parent.
 """
 
 from rlhf_jax.stages import defaults

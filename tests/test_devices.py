@@ -32,7 +32,11 @@ def spread(**axes: int):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["refills", "penalty", "looks"])
-@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2}, {"fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "axes",
+    [{"fsdp": 2, "tensor": 2}, pytest.param({"data": 2, "fsdp": 2}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_rows_split_over_devices_are_the_rows_of_one(axes, options):
     same = {"batch_size": 8, "cache_length": 64, "seed": 0, "max_new_tokens": 30, **options}
     one = generated(CONFIG, PARAMS, PROMPTS, **same)
@@ -43,7 +47,7 @@ def test_rows_split_over_devices_are_the_rows_of_one(axes, options):
         np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 6])
 def test_fewer_rows_than_devices_or_some_left_over(rows):
     same = {"batch_size": rows, "cache_length": 64, "seed": 0, "max_new_tokens": 9}
     one = generated(CONFIG, PARAMS, PROMPTS, **same)

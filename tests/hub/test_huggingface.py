@@ -118,6 +118,14 @@ def test_packed_rows_and_shared_prompts_give_the_same_logits(saved):
         np.testing.assert_allclose(found, theirs(model, document[None])[0], **CLOSE)
 
 
+STEPPED = ("llama", "gpt2", "gpt-neox", "mixtral", "gemma3")
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [c if c in STEPPED else pytest.param(c, marks=pytest.mark.slow) for c in CASES],
+    indirect=True,
+)
 def test_cached_steps_of_padded_prompts_give_the_same_logits(saved):
     _, model, config, params = saved
     tokens, lengths = random_tokens(2, 20), np.array([11, 7], np.int32)

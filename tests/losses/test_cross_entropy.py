@@ -470,7 +470,7 @@ def test_unused_ids_count_nowhere(loss_of, layout, options):
         result = loss_of(hidden, words, targets, weights, **terms, **options, words=read)
         return result[0][0], result[1]
 
-    run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), static_argnums=3)
     found = run(hidden, words, jnp.asarray(WORDS)[places], UNUSED)
     wanted = run(hidden, words[WORDS], places, ())
     to_words = found[1][1]

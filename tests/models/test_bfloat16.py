@@ -66,8 +66,8 @@ def products(jaxpr):
 )
 def test_loss_and_gradient_are_near_those_of_float32(kind):
     config, params, batch = KINDS[kind], noisy(KINDS[kind]), batch_of(4, 32)
-    exact, wanted = jax.value_and_grad(partial(loss, config))(params, batch)
-    found, gradient = jax.value_and_grad(partial(loss, rounded(config)))(params, batch)
+    exact, wanted = jax.jit(jax.value_and_grad(partial(loss, config)))(params, batch)
+    found, gradient = jax.jit(jax.value_and_grad(partial(loss, rounded(config))))(params, batch)
     assert found.dtype == jnp.float32
     assert abs(found - exact) < 0.01 * exact  # 8 bits of mantissa
     for x, y in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted), strict=True):
@@ -93,7 +93,16 @@ def test_the_logits_of_sampling_are_those_of_training():
     assert product[2] == "float32"
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "scaled"])
+DECODED = ("grouped-window", "experts", "scaled")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *DECODED,
+        *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k not in DECODED),
+    ],
+)
 def test_decoding_from_rounded_copies_gives_the_same(kind):
     config = rounded(KINDS.get(kind) or dataclasses.replace(SMALL, embed_scale=3.0))
     params, tokens = noisy(config), random_tokens(2, 12)

@@ -22,7 +22,13 @@ def prefill(config, params, tokens, slots, lengths):
     return apply(config, params, tokens, cache=cache, prompt_lengths=lengths)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+STEPPED = ("gpt2", "grouped-window")  # sampling/test_generate draws from the others
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [k if k in STEPPED else pytest.param(k, marks=pytest.mark.slow) for k in KINDS],
+)
 def test_64_cached_steps_equal_the_full_forward(kind):
     config = KINDS[kind]
     params, tokens = noisy(config), random_tokens(3, 9 + 64)

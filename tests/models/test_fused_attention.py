@@ -118,8 +118,12 @@ def test_codes_of_branches_change_no_score_but_those_to_be_hidden(dtype):
 
 @pytest.mark.parametrize(
     ("kv_heads", "groups", "tensor"),
-    [(4, 2, 4), (2, 4, 4), (6, 2, 4), (3, 3, 4)],
-    ids=["divided", "keys-repeated", "some-keys-repeated", "heads-added"],
+    [
+        pytest.param(4, 2, 4, id="divided", marks=pytest.mark.slow),
+        pytest.param(2, 4, 4, id="keys-repeated", marks=pytest.mark.slow),
+        pytest.param(6, 2, 4, id="some-keys-repeated"),
+        pytest.param(3, 3, 4, id="heads-added"),
+    ],
 )
 def test_heads_are_split_over_a_mesh_whether_it_divides_them_or_not(kv_heads, groups, tensor):
     config = dataclasses.replace(

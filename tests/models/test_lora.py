@@ -48,8 +48,14 @@ def test_a_fresh_adapter_changes_nothing(kind):
     np.testing.assert_allclose(forward(fresh), forward(params), atol=atol)
 
 
-@pytest.mark.parametrize("base", lora.STORED)
-@pytest.mark.parametrize("kind", lora.KINDS)
+MERGED = [(kind, base) for kind in lora.KINDS for base in lora.STORED]
+QUICK_MERGED = (("dora", "nf4"), ("lora", "int8"), ("lora", "bfloat16"), ("dora", "float32"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "base"),
+    [pytest.param(*m, marks=() if m in QUICK_MERGED else pytest.mark.slow) for m in MERGED],
+)
 def test_merged_weights_compute_the_same(kind, base):
     params = adapted(kind, base)
     merged = lora.merge(params)

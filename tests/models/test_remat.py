@@ -42,7 +42,8 @@ def test_each_policy_keeps_less_than_the_one_before(attention):
 @pytest.mark.parametrize(
     ("remat", "length"),
     [
-        *(("none", 128), ("dots", 128), ("full", 128)),
+        *(("none", 128), ("dots", 128)),
+        pytest.param("full", 128, marks=pytest.mark.slow),
         pytest.param("dots", 1100, marks=pytest.mark.slow),  # rows whose scores are not kept
     ],
 )

@@ -237,7 +237,7 @@ def test_branches_equal_separate_rows_in_values_and_gradients(kind):
     np.testing.assert_allclose(hidden[11:], separate[14 + 6 :], **CLOSE)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", [pytest.param("llama", marks=pytest.mark.slow), "gpt2"])
 def test_padding_never_matters(kind):
     """0 to 7 padding tokens on either side change neither log-probs nor gradients."""
     config = KINDS[kind]

@@ -22,7 +22,7 @@ def test_inverse_of_the_cumulative_sum_by_hand(uniform, token):
     np.testing.assert_allclose(logprobs, LOGITS[0, token], rtol=1e-5)
 
 
-@pytest.mark.parametrize("vocab", [128, 300, 1000])
+@pytest.mark.parametrize("vocab", [128, pytest.param(300, marks=pytest.mark.slow), 1000])
 def test_inverse_of_the_cumulative_sum_over_many_words(vocab):
     rng = np.random.default_rng(vocab)
     logits = rng.normal(0, 3, (400, vocab)).astype(np.float32)

@@ -295,13 +295,28 @@ def test_parent_trained_anew_is_noticed(chain, tmp_path):
         (["extra"], "unexpected argument 'extra'"),
     ],
 )
-def test_mistakes_end_in_one_line_before_anything_runs(experiments, tmp_path, arguments, message):
-    result = run_main(f"--config={experiments}/dpo.py", f"--workdir={tmp_path}/dpo", *arguments)
-    assert result.returncode == 2, result.stderr[-2000:]
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert message in line
-    assert "Traceback" not in result.stderr
+def test_mistakes_end_in_one_line_before_anything_runs(
+    experiments, tmp_path, capfd, arguments, message
+):
+    rows = "--config.batch.rows=8"  # which eight devices divide
+    flags = [f"--config={experiments}/dpo.py", f"--workdir={tmp_path}/dpo", rows]
+    assert main([*flags, *arguments]) == 2
+    check_one_line(capfd.readouterr().err, message)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_ends_a_process_in_one_line(experiments, tmp_path):
+    mistake = "--config.train.step=3"
+    result = run_main(f"--config={experiments}/dpo.py", f"--workdir={tmp_path}/dpo", mistake)
+    assert result.returncode == 2, result.stderr[-2000:]
+    check_one_line(result.stderr, "has no train.step; did you mean train.steps?")
+    assert not list(tmp_path.iterdir())
+
+
+def check_one_line(errors, message):
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert "Traceback" not in errors
 
 
 MISTAKEN = {

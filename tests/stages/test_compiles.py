@@ -124,8 +124,11 @@ def config_of(stage, folder, parent):
 @pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "stage",
-    [pytest.param(sft, marks=pytest.mark.slow), preference, policy],
-    ids=["sft", "dpo", "grpo"],
+    [
+        pytest.param(sft, marks=pytest.mark.slow, id="sft"),
+        pytest.param(preference, marks=pytest.mark.slow, id="dpo"),
+        pytest.param(policy, id="grpo"),
+    ],
 )
 def test_nothing_is_compiled_after_the_first_step_and_evaluation(
     tmp_path, monkeypatch, parent, compiled, stage, devices

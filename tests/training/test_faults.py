@@ -265,7 +265,14 @@ def test_what_was_trained_since_is_saved_where_there_is_room(disk, expected_of_e
     assert f"continuing after step {saved}" in output
 
 
-@pytest.mark.parametrize("step", [2, 7, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(2, marks=pytest.mark.slow),  # as the limit below, before any checkpoint
+        7,
+        pytest.param(12, marks=pytest.mark.slow),
+    ],
+)
 def test_a_disk_without_room_for_a_checkpoint(step, disk, expected):
     """It has room for metrics. The first, the second and the last one, which fills it."""
     workdir = disk / "run"

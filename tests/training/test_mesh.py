@@ -102,10 +102,10 @@ def train(sizes, name, microbatches=1, steps=3):
 @pytest.mark.parametrize(
     "sizes, name, microbatches",
     [
-        ((8, 1, 1), "adamw", 2),
-        ((1, 8, 1), "adamw", 1),
+        pytest.param((8, 1, 1), "adamw", 2, marks=pytest.mark.slow),
+        pytest.param((1, 8, 1), "adamw", 1, marks=pytest.mark.slow),
         ((2, 2, 2), "adamw", 2),
-        ((1, 1, 8), "adamw", 1),
+        pytest.param((1, 1, 8), "adamw", 1, marks=pytest.mark.slow),
         ((2, 2, 2), "muon", 1),
     ],
 )

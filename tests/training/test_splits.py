@@ -262,7 +262,7 @@ def replies():
     return policy, rows, response_logprobs(SHAPE, policy, rows, 8)
 
 
-@pytest.mark.parametrize("microbatches", [1, 2, 8])
+@pytest.mark.parametrize("microbatches", [1, 2, pytest.param(8, marks=pytest.mark.slow)])
 def test_ktos_reference_point_is_that_of_the_whole_batch(microbatches, replies):
     policy, rows, logprobs = replies
     ratios = (logprobs - rows["reference_logprobs"]).reshape(-1, 3)[rows["valid"].ravel() > 0]
