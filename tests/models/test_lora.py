@@ -49,7 +49,7 @@ def test_a_fresh_adapter_changes_nothing(kind):
 
 
 MERGED = [(kind, base) for kind in lora.KINDS for base in lora.STORED]
-QUICK_MERGED = (("dora", "nf4"), ("lora", "int8"), ("lora", "bfloat16"), ("dora", "float32"))
+QUICK_MERGED = (("dora", "nf4"), ("lora", "int8"), ("rslora", "bfloat16"), ("dora", "float32"))
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,8 @@ def test_a_row_in_the_wrong_place_fails_the_run_and_is_reported(tmp_path):
     ],
 )
 def test_mistakes_are_one_line(flag, message, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(jax, "devices", lambda *_, devices=jax.devices()[:1]: devices)
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
     assert main([CONFIG, f"--config.oracle.{flag}", f"--workdir={tmp_path}/oracle"]) == 2
     errors = capfd.readouterr().err
     assert errors.count("\n") == 1 and message in errors

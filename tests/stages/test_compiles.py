@@ -126,7 +126,7 @@ def config_of(stage, folder, parent):
     "stage",
     [
         pytest.param(sft, marks=pytest.mark.slow, id="sft"),
-        pytest.param(preference, marks=pytest.mark.slow, id="dpo"),
+        pytest.param(preference, id="dpo"),
         pytest.param(policy, id="grpo"),
     ],
 )
