@@ -114,7 +114,8 @@ def run(
 ) -> list[tuple[int, str]]:
     """(exit code, output) of each of some processes that have four devices between them.
 
-    If one is killed the others are killed too, as a cluster's manager does sooner or later.
+    If one is killed the others are killed too, as a cluster's manager does sooner or later. So are
+    those that run for ten minutes: an exit code of -9 then fails the test that asked for another.
 
     Args:
       of_each: further arguments by process.
@@ -148,8 +149,9 @@ def run(
             )
         )
     try:
+        end = time.monotonic() + 600
         while any(process.poll() is None for process in running):
-            if any(process.poll() == -9 for process in running):
+            if any(process.poll() == -9 for process in running) or time.monotonic() > end:
                 break
             time.sleep(0.05)
     finally:
