@@ -42,10 +42,7 @@ def sft():
             "row_length": 384,
         },
         batch={"rows": 8},
-        optimizer={
-            **{"name": "muon", "learning_rate": 5e-3, "b2": 0.99, "warmup_steps": 10},
-            **{"schedule": "linear", "final_fraction": 0.0},
-        },
+        optimizer=defaults.TUNING | {"name": "muon", "learning_rate": 5e-3, "b2": 0.99},
         train={"steps": 250, "log_every": 20},
         eval=EVALUATION,
     )

@@ -159,9 +159,10 @@ def _check(given: argparse.Namespace) -> None:
         raise UserError(f"--seed={given.seed}: at least 0")
     if getattr(given, "compare", "") and not given.workdir:
         raise UserError("--compare needs --workdir, the model that gives the first answer")
-    unread = given.run is card and ("data" if given.workdir else "prompts")
-    if unread and getattr(given, unread) != "town":
-        raise UserError("--data is of a card without --workdir, --prompts of one with it")
+    if given.run is card and given.workdir and given.data != "town":
+        raise UserError("--data has answers of its own: a card with --workdir takes --prompts")
+    if given.run is card and not given.workdir and given.prompts != "town":
+        raise UserError("--prompts are for a model to answer: they need --workdir")
     out = Path(given.out)
     if not given.out:
         return

@@ -121,11 +121,12 @@ class Search:
         self.short, self.whole = max(1, steps // FACTOR), steps
         stated = {**made_from, "train.steps": steps}
         before = self._study.user_attrs.get("made_from", stated)
-        for name in (name for name in stated if before.get(name) != stated[name]):
-            raise UserError(
-                f"{storage} holds trials with {name} = {before.get(name)}, and this is "
-                f"{stated[name]}; name another --storage or --workdir"
-            )
+        for name, value in stated.items():
+            if before.get(name) != value:
+                raise UserError(
+                    f"{storage} holds trials with {name} = {before.get(name)}, but now it is "
+                    f"{value}; name another --storage or --workdir"
+                )
         self._study.set_user_attr("made_from", stated)
         for trial in self._study.get_trials(states=(self._state.RUNNING,)):
             if trial.user_attrs.get("owner") == self._owner:  # which was killed

@@ -144,8 +144,8 @@ def test_texts_stay_texts_on_the_page(tmp_path):
         (["--count=-1"], "--count=-1: there are"),
         (["--data=none.jsonl"], "none.jsonl"),
         (["--compare=runs/dpo"], "--compare needs --workdir"),
-        (["--prompts=mine.jsonl"], "--prompts of one with it"),
-        (["--workdir=runs/sft", "--data=mine.jsonl"], "--data is of a card without --workdir"),
+        (["--prompts=mine.jsonl"], "--prompts are for a model to answer: they need --workdir"),
+        (["--workdir=runs/sft", "--data=mine.jsonl"], "a card with --workdir takes --prompts"),
         (["--constitution=none.json"], "cannot read none.json"),
     ],
 )

@@ -258,7 +258,7 @@ def _make_questions(
     """Games of twenty questions, see `questions`.
 
     prompt      the turns that open them, for `QuestionsEnvironment`
-    dialogue    conversations: games of a player who asks at random
+    dialogue    conversations: games of a player who asks half of the questions at random
     """
     _, stream = _QUESTIONS[config]
     return {s: stream(n, _size(n, questions.RECORDS)) for s, n in _SPLITS.items()}

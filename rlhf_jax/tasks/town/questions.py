@@ -29,7 +29,8 @@ from rlhf_jax.tasks.town.world import TRAIN, Subject, Subjects
 
 PEOPLE, MOST = 16, 20
 RECORDS = 4_000  # of training
-CARELESS = 0.5  # of the questions in dialogues, those that are asked without thought
+CARELESS = 0.5  # the share of the questions in dialogues that are asked without thought
+UNCLEAR = "I do not understand."
 AGES = range(30, 80, 10)
 WITHIN = (4, 5, 6, 7, 8, 10, 12, 16, 20)  # questions; of each it is reported how often they suffice
 Group = frozenset[str]  # names
@@ -55,7 +56,7 @@ class Game:
     def answer(self, text: str, person: str) -> str:
         """What is said to a turn where this person is meant."""
         yes = self._by_words.get(tuple(words_of(text)))
-        return "I do not understand." if yes is None else "Yes." if person in yes else "No."
+        return UNCLEAR if yes is None else "Yes." if person in yes else "No."
 
     def asked(self, turns: Sequence[str], person: str) -> int | None:
         """The questions that were asked until the person was found, None if that has not been."""
@@ -143,7 +144,7 @@ def prompts(split: str, count: int) -> Iterator[Prompt]:
 
 
 def conversations(split: str, count: int) -> Iterator[Conversation]:
-    """Games of a player who asks, by turns of chance, what halves best or whatever tells at all."""
+    """Games of a player who asks what halves best or, as often, anything that tells at all."""
     game = town_game()
     for prompt in prompts(split, count):
         rng = Random(f"town questions {prompt.id}")
@@ -197,14 +198,14 @@ def replay(row: Prompt | Pair | Conversation, turns: Sequence[str]) -> Verdict:
 def outcomes(row: Prompt, turns: Sequence[str]) -> dict[str, Outcome]:
     """(how many, of how many) of a game, by name; see `Task.outcomes`.
 
-    questions/of_fewest      the questions asked, `MOST` if the person was not found, of those that
-                             the best player needs on average: at least 1 over all people
+    questions/of_fewest      the questions asked (`MOST` if the person was not found) over what the
+                             best player needs on average: its mean over all people is ≥ 1
     questions/within/<n>     whether the person was found by n questions
     questions/unclear        of the turns, those that were not understood
     """
     game, person = town_game(), row.meta["thought_of"]
     asked = game.asked(turns, person)
-    unclear = sum(game.answer(text, person).startswith("I") for text in turns[: asked or MOST])
+    unclear = sum(game.answer(text, person) == UNCLEAR for text in turns[: asked or MOST])
     return {
         "questions/of_fewest": (asked or MOST, game.fewest),
         "questions/unclear": (unclear, min(len(turns), asked or MOST)),
