@@ -27,7 +27,7 @@ BOUNDS = {
     # judge behind an address 110. An environment in another interpreter took 30 in the core,
     # reasoning-gym, TextArena and twenty questions 360, and faults of the annexes 70.
     "lines of the core": 22_442,
-    "lines with the annexes": 45_758,
+    "lines with the annexes": 45_761,
     "functions over 60 lines": 1,
     "functions over 80 lines": 0,
     "functions over 8 parameters": 2,

@@ -124,7 +124,7 @@ class Search:
         for name, value in stated.items():
             if before.get(name) != value:
                 raise UserError(
-                    f"{storage} holds trials with {name} = {before.get(name)}, but now it is "
+                    f"{storage} holds trials with {name} = {before.get(name)}, and this is "
                     f"{value}; name another --storage or --workdir"
                 )
         self._study.set_user_attr("made_from", stated)
