@@ -269,7 +269,7 @@ assert unbound[-1, 0] > 0.9
 #
 # Now with text. A small town is made up; a model is pre-trained on its gossip and fine-tuned on
 # dialogues, and a reward model learns from the choices of simulated people. Every stage is one
-# command.
+# command, the first two with fewer steps here than the experiments have.
 
 
 # %%
@@ -281,10 +281,10 @@ def run(config, *flags):
     return json.loads(Path(f"runs/{config}/summary.json").read_text())["metrics"]
 
 
-few = ["--config.train.steps=24"] if SMALL else []
+few = [f"--config.train.steps={24 if SMALL else 300}"]
 run("pretrain", *few)
 run("sft", "--config.init.policy=runs/pretrain", "--config.eval.count=16", *few)
-judge = run("reward", "--config.init.policy=runs/sft", *few)
+judge = run("reward", "--config.init.policy=runs/sft", *(few if SMALL else []))
 print(f"the reward model is right about {judge['eval/accuracy']:.0%} of held-out pairs")
 assert SMALL or judge["eval/accuracy_low"] > 0.6
 
