@@ -15,6 +15,8 @@ JAX and NumPy are imported where they are needed: a user's reward function runs 
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import functools
 import json
 import logging
@@ -24,7 +26,6 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rlhf_jax.errors import Preempted, UserError
@@ -82,6 +83,7 @@ def _join(coordinator: str | None, processes: int, process: int | None) -> None:
         local_device_ids=[] if _has_its_host() else None,
         shutdown_timeout_seconds=_SHUTDOWN,
     )
+    atexit.register(_settle)  # before JAX's own leave-taking, which was registered earlier
     _index, _count = jax.process_index(), jax.process_count()
     if not is_first():  # what it would say, the first one says
         with open(os.devnull, "w") as nowhere:
@@ -134,7 +136,7 @@ def exchange(value: Any) -> list[Any]:
     return told
 
 
-@contextmanager
+@contextlib.contextmanager
 def agreeing() -> Iterator[None]:
     """Whoever makes a mistake inside makes it for all.
 
@@ -156,7 +158,7 @@ def agreeing() -> Iterator[None]:
             raise UserError(told if of_all else f"{process}: {told}")
 
 
-@contextmanager
+@contextlib.contextmanager
 def telling() -> Iterator[list[Any]]:
     """Brings JSON values that the first process appends to the list inside into all processes.
 
@@ -221,6 +223,18 @@ def anyone(what: str, flag: bool) -> bool:
     flags = jax.make_array_from_callback((place.mesh.size,), place, lambda _: np.array([flag]))
     before, _late[what] = _late.get(what), any_of(flags)
     return before is not None and bool(before)
+
+
+def _settle() -> None:
+    """Waits for the answers of `anyone` that are still on their way.
+
+    A process that ended before would take its part of a sum with it, and another, whose devices
+    wait for that part, would never end.
+    """
+    for flag in _late.values():
+        with contextlib.suppress(RuntimeError):  # of one that died: nothing is to be waited for
+            flag.block_until_ready()
+    _late.clear()
 
 
 @functools.cache

@@ -211,6 +211,38 @@ def test_sft_on_two_hosts_is_that_on_one(folder, tmp_path, monkeypatch):
     compare(results(tmp_path / "two"), results(tmp_path / "one"))
 
 
+LEAVES = """
+import atexit, sys, time, jax
+from rlhf_jax import hosts
+
+flags = []
+atexit.register(lambda: print("its part is done:", flags[0].is_ready(), file=sys.stderr))
+hosts.start(sys.argv[1], 2, int(sys.argv[2]))
+if hosts.is_first():
+    time.sleep(2)
+hosts.anyone("stop", False)
+flags.extend(hosts._late.values())
+sys.exit(2)
+"""
+
+
+def test_a_process_that_ends_waits_for_what_it_does_together_with_others():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        words = [sys.executable, "-c", LEAVES, f"localhost:{free.getsockname()[1]}"]
+    running = [
+        subprocess.Popen([*words, str(i)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    try:
+        for process in running:
+            assert "its part is done: True" in process.communicate(timeout=600)[1]
+            assert process.returncode == 2
+    finally:
+        for process in running:
+            process.kill()
+
+
 def test_a_host_with_another_config_is_named(folder, tmp_path):
     of_each = [[], ["--config.train.steps=5"]]
     for code, output in run(folder, "sft", tmp_path / "run", of_each=of_each):
