@@ -230,8 +230,11 @@ def test_a_process_that_ends_waits_for_what_it_does_together_with_others():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         words = [sys.executable, "-c", LEAVES, f"localhost:{free.getsockname()[1]}"]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
     running = [
-        subprocess.Popen([*words, str(i)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*words, str(i)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+        )
         for i in range(2)
     ]
     try:
