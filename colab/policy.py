@@ -281,10 +281,11 @@ def run(config, *flags):
     return json.loads(Path(f"runs/{config}/summary.json").read_text())["metrics"]
 
 
-few = [f"--config.train.steps={24 if SMALL else 300}"]
-run("pretrain", *few)
-run("sft", "--config.init.policy=runs/pretrain", "--config.eval.count=16", *few)
-judge = run("reward", "--config.init.policy=runs/sft", *(few if SMALL else []))
+few = ["--config.train.steps=24"] if SMALL else []
+run("pretrain", *(few or ["--config.train.steps=300"]))
+tuning = ["--config.init.policy=runs/pretrain", "--config.eval.count=16"]
+run("sft", *tuning, *(few or ["--config.train.steps=200"]))
+judge = run("reward", "--config.init.policy=runs/sft", *few)
 print(f"the reward model is right about {judge['eval/accuracy']:.0%} of held-out pairs")
 assert SMALL or judge["eval/accuracy_low"] > 0.6
 
@@ -296,7 +297,7 @@ assert SMALL or judge["eval/accuracy_low"] > 0.6
 # which they see, and by the town's exact scorer, the *gold* reward, which they don't.
 
 # %%
-few = ["--config.train.steps=12", "--config.train.eval_every=3"]
+few = ["--config.train.steps=10", "--config.train.eval_every=2"]
 if SMALL:
     few = ["--config.train.steps=2", "--config.train.eval_every=1", "--config.eval.count=16"]
     few += ["--config.eval.during=16", "--config.optimizer.warmup_steps=0"]
