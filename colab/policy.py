@@ -297,7 +297,7 @@ assert SMALL or judge["eval/accuracy_low"] > 0.6
 # which they see, and by the town's exact scorer, the *gold* reward, which they don't.
 
 # %%
-few = ["--config.train.steps=10", "--config.train.eval_every=2"]
+few = ["--config.train.steps=8", "--config.train.eval_every=2", "--config.eval.count=128"]
 if SMALL:
     few = ["--config.train.steps=2", "--config.train.eval_every=1", "--config.eval.count=16"]
     few += ["--config.eval.during=16", "--config.optimizer.warmup_steps=0"]
