@@ -172,6 +172,13 @@ def check_objective(config: Config) -> None:
             f"config: rollout.samples = {samples}: a baseline over the samples of a prompt needs "
             "two or more of them"
         )
+    answers = config.rollout.prompts * samples
+    if config.kl.target and 5 * config.kl.horizon <= answers:
+        raise UserError(
+            f"config: kl.horizon = {config.kl.horizon:g} is a fifth of the {answers} answers of an "
+            "iteration or less: the controller, which may take 0.2 x answers / horizon off the KL "
+            "coefficient at once, would turn its sign; raise kl.horizon"
+        )
     if config.lagrange.cost and config.rollout.filter_zero_std:
         raise UserError(
             "config: rollout.filter_zero_std leaves out prompts before lagrange.cost is charged, "
