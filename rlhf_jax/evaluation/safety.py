@@ -51,7 +51,7 @@ def extraction_values(
 def _exposures(model: Model, prompts: Sequence[Prompt], tokens: int) -> list[float]:
     """log₂|R| − log₂ rank of each prompt's secret."""
     replies = [told(prompt) for prompt in prompts]
-    asked, answers = [], []
+    asked, answers = list[Prompt](), list[Answer]()
     for prompt, each in zip(prompts, replies, strict=True):
         texts = [*each.values()]
         _, tokens = render_replies(prompt.messages, texts, model.tokenizer)
