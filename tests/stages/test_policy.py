@@ -26,6 +26,8 @@ from rlhf_jax.training.checkpoint import load_params
 from rlhf_jax.training.rundir import RunDirectory
 from tests.stages.conftest import run_main, started
 
+PROMPTS = [Prompt(str(i), (Message("user", f"Why {i}?"),), {}) for i in range(2)]
+
 
 @pytest.fixture(scope="module")
 def chain(experiments, tmp_path_factory):
@@ -559,3 +561,14 @@ def test_a_damaged_line_of_the_timeline_costs_that_step(tmp_path, caplog):
     assert path.read_bytes() == first + last
     path.write_text("{")
     assert sampled.report_of(tmp_path, [{"eval/kl": 0.0}])["timeline"] == []
+
+
+def test_answers_to_other_prompts_are_of_another_evaluation(tmp_path):
+    one, two = (
+        Rollout.of(PromptSet(asked, [[1]] * len(asked)), [], ["So."] * len(asked), 1)
+        for asked in ([PROMPTS[0]], PROMPTS)
+    )
+    for step, answers in ((0, one), (2, one), (4, one), (0, two), (4, two)):
+        sampled.keep_timeline(tmp_path, step, answers, {"proxy": np.ones(len(answers.texts))})
+    timeline = sampled.report_of(tmp_path, [{"eval/kl": 0.0}])["timeline"]
+    assert [[each["step"] for each in entry["answers"]] for entry in timeline] == [[0, 4]] * 2
