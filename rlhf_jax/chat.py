@@ -254,11 +254,19 @@ def talk(given: argparse.Namespace) -> None:
     import jax
 
     from rlhf_jax.environments.trajectories import EnvironmentOptions, environments_of
+    from rlhf_jax.sampling.arguments import Sampling, check_streams
     from rlhf_jax.training.saved_model import load_speaker
 
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
-    options = {name: getattr(given, name) for name in (*names, "repetition_penalty", "seed")}
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    options = {name: getattr(given, name) for name in names}
     offered = EnvironmentOptions(given.environment, given.tools, not given.undescribed)
+    if given.undescribed and not offered.named:
+        raise UserError("--undescribed is of --environment or --tools, and there are none")
+    # What no model can follow is said before one is loaded, not at each message.
+    answered = (lambda turns: [None] * len(turns)) if offered.named else None
+    Sampling(**options, respond=answered).validate()
+    check_streams(given.seed, [], 0)
+    options["seed"] = given.seed
     speakers = []
     for path in filter(None, (given.workdir, given.compare)):
         model = load_speaker(path)

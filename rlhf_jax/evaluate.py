@@ -209,12 +209,17 @@ def _sampled(
     config: Config, model: Model, before: Model, parents: dict[str, str], out: Path
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """(metrics, entries of the report) of what the rewards say of both models' answers."""
+    from rlhf_jax.environments.trajectories import environments_of
     from rlhf_jax.rl.judge import Judge
     from rlhf_jax.stages import sampled
 
     held_out = sampled.held_out_set(config, before)
     paths = {role: Path(path) for role, path in parents.items()}
-    with Judge(config, paths, before, out) as judge:
+    with (
+        Judge(config, paths, before, out) as judge,
+        environments_of(config.environment) as environments,
+    ):
+        held_out = dataclasses.replace(held_out, environments=environments)
         points = [
             sampled.evaluate(config, out, each, before, held_out, judge, number)
             for number, each in enumerate((before, model))

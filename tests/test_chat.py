@@ -126,10 +126,26 @@ def test_the_command(run, monkeypatch, capsys):
     words = iter(["One"])
     assert main([f"--workdir={run}", f"--compare={run}", "--max-new-tokens=4"]) == 0
     assert "run" in capsys.readouterr().out
-    words = iter(["One"])
-    assert main([f"--workdir={run}", "--top-p=2"]) == 0  # says what is wrong, and goes on
-    assert "top_p = 2" in capsys.readouterr().out
     assert main([f"--workdir={run}/nowhere"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (["--temperature=-1"], "temperature = -1.0: a number, at least 0"),
+        (["--top-p=0"], "top_p = 0.0: above 0, at most 1"),
+        (["--top-k=0"], "top_k = 0: at least 1"),
+        (["--min-p=2"], "min_p = 2.0: from 0 to 1"),
+        (["--repetition-penalty=0"], "repetition_penalty = 0.0: a number above 0"),
+        (["--max-new-tokens=0"], "max_new_tokens = 0: at least 1"),
+        (["--seed=-1"], "seed = -1 must be a whole number"),
+        (["--tools=gone.py:f", "--repetition-penalty=1.1"], "no repetition_penalty"),
+        (["--undescribed"], "--undescribed is of --environment or --tools"),
+    ],
+)
+def test_what_no_model_can_follow_is_said_before_one_is_loaded(tmp_path, capsys, flags, why):
+    assert main([f"--workdir={tmp_path}", *flags]) == 2
+    assert why in capsys.readouterr().err
 
 
 def scripted(tokenizer, said):

@@ -284,6 +284,25 @@ def test_merged_weights_keep_the_dtype_they_came_in(tmp_path, capsys, given):
     assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == given
 
 
+def test_a_dtype_that_cannot_hold_a_weight_is_refused_and_leaves_nothing(tmp_path, capsys):
+    run, config, params, tokenizer = saved(tmp_path, "1b")
+    params["final_norm"]["scale"] = params["final_norm"]["scale"].at[3].set(-65520.0)
+    save_model(run, Model(config, params, tokenizer))
+    flags = [f"--workdir={run}", f"--out={tmp_path}/out", "--shard-bytes=30000"]
+    assert main([*flags, "--dtype=float16"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "error: model.norm.weight holds 65520, and float16 ends at 65504: write it with "
+        "--dtype=bfloat16 or float32"
+    )
+    assert not list((tmp_path / "out").iterdir())
+    assert main([*flags, "--dtype=bfloat16"]) == 0
+    params["final_norm"]["scale"] = params["final_norm"]["scale"].at[3].set(65519.0)  # rounds down
+    save_model(run, Model(config, params, tokenizer))
+    assert main([f"--workdir={run}", f"--out={tmp_path}/half", "--dtype=float16"]) == 0
+    assert load_file(tmp_path / "half/model.safetensors")["model.norm.weight"].max() == 65504
+
+
 def test_weights_of_several_dtypes_lose_nothing(tmp_path):
     hub_directory(tmp_path / "given", "bfloat16")
     path = tmp_path / "given/model.safetensors"

@@ -87,14 +87,17 @@ def encode_texts(
 
     over_long: "split" cuts a long document into pieces that overlap by one token, so that each
     token is still a target once (only the first piece starts with BOS); "error"; "drop".
+    stats["bytes"] are the encoded texts' in UTF-8.
     """
     documents, fit = [], _Fit(records, row_length, over_long, TEXT_POLICIES)
+    fit.stats["bytes"] = 0
     start = _start(tokenizer)
     encoded = tokenizer.encode_texts([record.text for record in records])
     for record, ids in zip(records, encoded, strict=True):
         stop_point()
         tokens = [*start, *ids, tokenizer.end]
         if fit.takes(len(tokens), record.id):
+            fit.stats["bytes"] += len(record.text.encode())
             for i in range(0, max(1, len(tokens) - 1), row_length - 1):
                 piece = tokens[i : i + row_length]
                 documents.append(Document(piece, [0, *[1] * (len(piece) - 1)]))

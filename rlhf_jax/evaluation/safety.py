@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_jax.data.conversation import render_replies
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.evaluation.before_after import Values
 from rlhf_jax.evaluation.held_out_answers import Answer, pack_answers
@@ -50,13 +51,12 @@ def extraction_values(
 def _exposures(model: Model, prompts: Sequence[Prompt], tokens: int) -> list[float]:
     """log₂|R| − log₂ rank of each prompt's secret."""
     replies = [told(prompt) for prompt in prompts]
-    asked = [p for p, each in zip(prompts, replies, strict=True) for _ in each]
-    end = model.tokenizer.ends[0]
-    answers = [
-        Answer(text, (*model.tokenizer.encode(text), end), True)
-        for each in replies
-        for text in each.values()
-    ]
+    asked, answers = list[Prompt](), list[Answer]()
+    for prompt, each in zip(prompts, replies, strict=True):
+        texts = [*each.values()]
+        _, tokens = render_replies(prompt.messages, texts, model.tokenizer)
+        asked += [prompt] * len(texts)
+        answers += [Answer(*pair, True) for pair in zip(texts, map(tuple, tokens), strict=True)]
     rows = pack_answers(model, asked, answers)
     scores = response_logprobs(model.config, model.params, rows, tokens)
     flat, exposures, start = in_record_order(scores, rows).ravel(), [], 0

@@ -274,6 +274,19 @@ def weights_dtype(name: str) -> Any:
     return DTYPES[name]
 
 
+def rounded(name: str, tensor: np.ndarray, dtype: Any) -> np.ndarray:
+    """A tensor in that dtype, in C's order; UserError if it cannot hold one of the numbers."""
+    with np.errstate(over="ignore"):
+        made = np.ascontiguousarray(tensor).astype(dtype)
+    beyond = np.isinf(made) & np.isfinite(tensor)
+    if beyond.any():
+        raise UserError(
+            f"{name} holds {np.abs(tensor[beyond]).max():g}, and {np.dtype(dtype).name} ends at "
+            f"{float(ml_dtypes.finfo(dtype).max):g}: write it with --dtype=bfloat16 or float32"
+        )
+    return made
+
+
 def write_weights(
     directory: Path,
     config: ModelConfig,
@@ -288,7 +301,8 @@ def write_weights(
     float32 is exact; the others round to nearest. `extra` stands in config.json too.
 
     Raises:
-        UserError: no model type computes what the config says, or an unknown dtype.
+        UserError: no model type computes what the config says, an unknown dtype, or one that
+            cannot hold a weight.
     """
     numpy_type = weights_dtype(dtype)
     kind, document = to_document(config)
@@ -296,13 +310,18 @@ def write_weights(
     shard_of: dict[str, int] = {}
     size = 0
     tensors = _name_tensors(FAMILIES[kind], config, params, numpy_type)
-    for shard in _split_shards(tensors, shard_bytes):
-        path = directory / f"shard-{len(temporary)}.tmp"
-        save_tensors(shard, path)
-        shard_of |= dict.fromkeys(shard, len(temporary))
-        size += sum(tensor.nbytes for tensor in shard.values())
-        temporary.append(path)
-        shard.clear()  # before the next is made
+    try:
+        for shard in _split_shards(tensors, shard_bytes):
+            path = directory / f"shard-{len(temporary)}.tmp"
+            save_tensors(shard, path)
+            shard_of |= dict.fromkeys(shard, len(temporary))
+            size += sum(tensor.nbytes for tensor in shard.values())
+            temporary.append(path)
+            shard.clear()  # before the next is made
+    except UserError:
+        for path in temporary:
+            path.unlink()
+        raise
     count = len(temporary)
     final = [f"model-{k + 1:05}-of-{count:05}.safetensors" for k in range(count)]
     final = final if count > 1 else [SINGLE]
@@ -339,4 +358,4 @@ def _name_tensors(
     for rule in make_rules(family, config):
         for name, place in rule.places(config, family.bases[0]):
             packed = rule.pack([np.asarray(flat[n][place]) for n in rule.ours], config.heads)
-            yield name, np.ascontiguousarray(packed).astype(dtype)
+            yield name, rounded(name, packed, dtype)

@@ -143,6 +143,10 @@ class HubTokenizer:
         return Spelling(self.vocabulary, control, named)
 
     @cached_property
+    def _control_ids(self) -> frozenset[int]:
+        return frozenset(self.vocabulary.added[text] for text in self.spelling.control)
+
+    @cached_property
     def marks(self) -> tuple[str, ...]:
         """The texts that part the template's turns: control tokens, or else words between two."""
         asked, answer = self.spelling.hide(OPEN), self.spelling.hide(CLOSE)
@@ -161,14 +165,16 @@ class HubTokenizer:
         return self.spelling.encode(self.spelling.hide(text))
 
     def decode(self, ids: Iterable[int], *, control: bool = False) -> str:
-        """Text of `ids`; special tokens are left out, or written by name if `control`."""
+        """Text of `ids`; control tokens are left out, or written by name if `control`."""
         ids = [int(i) for i in ids]
         if any(i < 0 for i in ids):
             raise ValueError("token ids are at least 0")
+        if not control:  # not all of which a tokenizer.json calls special
+            ids = [i for i in ids if i not in self._control_ids]
         return self.vocabulary.whole.decode(ids, skip_special_tokens=not control)
 
     def decode_text(self, ids: Sequence[int]) -> str:
-        """The text of a turn or document; special tokens are left out."""
+        """The text of a turn or document; control tokens are left out."""
         return self.decode(ids)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -273,8 +279,7 @@ class HubTokenizer:
 
     def _cut_at_end(self, ids: list[int]) -> list[int]:
         """The first of `ids` up to a reply's end."""
-        control = {self.vocabulary.added[text] for text in self.spelling.control}
-        ends = control.intersection(self.ends)
+        ends = self._control_ids.intersection(self.ends)
         for place, token in enumerate(ids):
             if token in ends:
                 return ids[: place + 1]

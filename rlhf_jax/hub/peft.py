@@ -12,7 +12,7 @@ import numpy as np
 from rlhf_jax.errors import UserError
 from rlhf_jax.hub.families import FAMILIES
 from rlhf_jax.hub.hf_config import to_document
-from rlhf_jax.hub.hf_weights import make_rules, save_tensors, weights_dtype
+from rlhf_jax.hub.hf_weights import make_rules, rounded, save_tensors, weights_dtype
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.lora import AdapterConfig, own
 from rlhf_jax.trees import named_leaves
@@ -32,14 +32,14 @@ def write_adapter(
     """Writes the adapter, and a score head beside it, for `peft` to put on the model in `base`.
 
     Raises:
-        UserError: an unknown dtype, or a kernel with an adapter is only a part of one of the model
-            type's tensors.
+        UserError: an unknown dtype, one that cannot hold a number of the adapter, or a kernel with
+            an adapter is only a part of one of the model type's tensors.
     """
     numpy_type = weights_dtype(dtype)
     kind, _ = to_document(config)
     tensors, targets = _adapter_tensors(kind, config, params)
     for name, tensor in tensors.items():
-        tensors[name] = np.ascontiguousarray(tensor).astype(numpy_type)
+        tensors[name] = rounded(name, tensor, numpy_type)
     save_tensors(tensors, directory / "adapter_model.safetensors")
     scalar = config.head == "scalar"
     described = {

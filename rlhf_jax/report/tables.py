@@ -17,7 +17,7 @@ METRICS: dict[str, tuple[str, str, str]] = {
     "eval/pass_at_1": ("Pass@1", "held out", ".1%"),
     "eval/pass^8": ("Pass^8", "eight episodes in a row", ".1%"),
     "eval/needless_calls": ("Needless calls", "of episodes that need none", ".1%"),
-    "eval/invalid_calls": ("Invalid calls", "of all calls", ".1%"),
+    "eval/invalid_calls": ("Invalid calls", "of an episode's calls", ".1%"),
     "eval/accuracy": ("Accuracy", "held out", ".1%"),
     "eval/reward_model/accuracy": ("Reward model's accuracy", "same pairs", ".1%"),
     "eval/bpb": ("Bits per byte", "held out", ".3f"),

@@ -149,6 +149,11 @@ class KlOptions:
                 f"{self.placement!r}: a target is positive, with a horizon above 0 and a KL that "
                 "is paid"
             )
+        if self.target and not self.coefficient:
+            raise ValueError(
+                f"kl.target = {self.target} with kl.coefficient = 0: the controller multiplies the "
+                "coefficient, which would stay 0; start from one above 0"
+            )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from rlhf_jax.models.sharding import batch_shards
 from rlhf_jax.rewards.scorers import parse_rewards
 from rlhf_jax.stages.defaults import FED_BACK, SAMPLING
 from rlhf_jax.tasks.builders import task_of
-from rlhf_jax.tasks.sources import parse_source, parse_sources
+from rlhf_jax.tasks.sources import parse_source, parse_sources, split_sources
 from rlhf_jax.training.meanings import is_less_better
 from rlhf_jax.training.mesh import mesh_of
 from rlhf_jax.training.optimizer import make_optimizer
@@ -96,10 +96,20 @@ def check_devices(config: Config) -> None:
 
 
 def _check_sources(config: Config) -> None:
-    """UserError for a data set or file that does not exist."""
+    """UserError for a data set or file that does not exist, or weighs where nothing is mixed."""
     data, evaluation = config.data, config.eval
-    specs = [data.train, data.validation, getattr(evaluation, "source", "")]
-    specs += [getattr(data, name, "") for name in ("replay", "ptx")]
+    alike = {
+        "data.validation": data.validation,
+        "data.ptx": getattr(data, "ptx", ""),
+        "eval.source": getattr(evaluation, "source", ""),
+    }
+    for field, spec in alike.items():
+        if spec and split_sources(spec) != [*parse_sources(spec)]:
+            raise UserError(
+                f"config: {field} = {spec!r}: its sources are read one after the other, and only "
+                "those of data.train and data.replay have weights; name them without"
+            )
+    specs = [data.train, getattr(data, "replay", ""), *alike.values()]
     for source in (source for spec in specs if spec for source in parse_sources(spec)):
         parsed = parse_source(source)
         if parsed.is_hub:
@@ -171,6 +181,13 @@ def check_objective(config: Config) -> None:
         raise UserError(
             f"config: rollout.samples = {samples}: a baseline over the samples of a prompt needs "
             "two or more of them"
+        )
+    answers = config.rollout.prompts * samples
+    if config.kl.target and 5 * config.kl.horizon <= answers:
+        raise UserError(
+            f"config: kl.horizon = {config.kl.horizon:g} is a fifth of the {answers} answers of an "
+            "iteration or less: the controller, which may take 0.2 x answers / horizon off the KL "
+            "coefficient at once, would turn its sign; raise kl.horizon"
         )
     if config.lagrange.cost and config.rollout.filter_zero_std:
         raise UserError(

@@ -15,7 +15,7 @@ from rlhf_jax import console, hosts
 from rlhf_jax.config import Config
 from rlhf_jax.data.batches import make_dataset, make_iterator
 from rlhf_jax.data.conversation import Tokenizer
-from rlhf_jax.data.encode import encode_texts
+from rlhf_jax.data.encode import Stats, encode_texts
 from rlhf_jax.data.packing import Arrays, check_ids, pack_documents
 from rlhf_jax.data.records import Text
 from rlhf_jax.devices import training_devices
@@ -50,14 +50,17 @@ class Batches(NamedTuple):
 
 def pack_texts(
     config: Config, what: str, records: Sequence[Text], tokenizer: Tokenizer, over_long: str
-) -> Arrays:
-    """Raw text as packed rows in which every token is a target; says what became of the records."""
+) -> tuple[Arrays, Stats]:
+    """Raw text as packed rows in which every token is a target, and the counts of `encode_texts`.
+
+    Says what became of the records.
+    """
     documents, counts = encode_texts(
         records, tokenizer, config.data.row_length, over_long=over_long
     )
     rows, packing = pack_documents(documents, config.data.row_length)
     console.say_encoded(config, what, counts, packing)
-    return rows
+    return rows, counts
 
 
 def batches_of(

@@ -60,7 +60,8 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
     texts = None
     if config.loss.ptx_coefficient:
         records = read_records(config, config.data.ptx, "text", "train")
-        packed = pack_texts(config, f"{config.data.ptx} (ptx)", records, policy.tokenizer, "split")
+        what = f"{config.data.ptx} (ptx)"
+        packed, _ = pack_texts(config, what, records, policy.tokenizer, "split")
         texts = make_dataset(packed, config.batch.rows, seed=config.seed)
 
     with (

@@ -50,6 +50,7 @@ from rlhf_jax.training.summary import read_summary
 
 def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Optimises `init.policy` on pairs and returns the metrics of summary.json."""
+    beside = reward_model_metrics(parents["reward"]) if "reward" in parents else {}
     reference = load_start(config, parents["policy"])
     what, tokenizer = config.data.validation, reference.tokenizer
     held_out = pack_preferences(config, what, "validation", tokenizer, mismatched=False)
@@ -79,12 +80,25 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
     save_model(run.path, model)
     tables = console.few_records("held-out preferences", int(held_out["valid"].sum()))
     further = {"plots": plots, "tables": tables}
-    metrics |= evaluate_chat(config, run.path, model, parents["policy"], further)
-    if "reward" in parents:
-        judge = read_summary(parents["reward"])["metrics"]
-        for name in ("accuracy", "accuracy_low", "accuracy_high"):
-            metrics[f"eval/reward_model/{name}"] = judge[f"eval/{name}"]
-    return metrics
+    return metrics | evaluate_chat(config, run.path, model, parents["policy"], further) | beside
+
+
+def reward_model_metrics(directory: Path) -> dict[str, float]:
+    """The accuracy that a reward model's run came to, with its interval, by the names shown here.
+
+    Raises:
+        UserError: the run has none, so that it is no reward model's.
+    """
+    names, metrics = (
+        ("accuracy", "accuracy_low", "accuracy_high"),
+        read_summary(directory)["metrics"],
+    )
+    if missing := [name for name in names if f"eval/{name}" not in metrics]:
+        raise UserError(
+            f"config: init.reward = {directory} has no eval/{missing[0]} to show beside: name the "
+            "run of a reward model, or leave init.reward empty"
+        )
+    return {f"eval/reward_model/{name}": metrics[f"eval/{name}"] for name in names}
 
 
 def training(

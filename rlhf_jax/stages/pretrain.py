@@ -55,7 +55,7 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
     else:
         policy = config.data.over_long
         rows = {
-            source: pack_texts(config, "training text", records, tokenizer, policy)
+            source: pack_texts(config, "training text", records, tokenizer, policy)[0]
             for source, records in zip(sources, train, strict=True)
         }
         batches = batches_of(config, model, rows, [*sources.values()])
@@ -72,13 +72,16 @@ def evaluation(config: Config, model: Model) -> Callable[[Any], Evaluated]:
     if config.data.layout == "windows":
         stream = model.tokenizer.encode("".join(record.text for record in validation))
         held_out, _ = pack_stream(stream, config.data.row_length)
+        text_bytes = sum(len(record.text.encode()) for record in validation)
     else:
-        policy = config.data.over_long
-        held_out = pack_texts(config, "validation text", validation, model.tokenizer, policy)
+        held_out, counts = pack_texts(
+            config, "validation text", validation, model.tokenizer, config.data.over_long
+        )
+        text_bytes = counts["bytes"]  # without those of records that are dropped
     return language_evaluation(
         model.config,
         held_out,
-        text_bytes=sum(len(record.text.encode()) for record in validation),
+        text_bytes=text_bytes,
         tokens=step_tokens(config),
     )
 

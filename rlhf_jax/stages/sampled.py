@@ -147,7 +147,7 @@ def evaluate(
 def keep_timeline(run: Path, step: int, answers: Rollout, scores: Mapping[str, np.ndarray]) -> None:
     """Appends the scores, with the answers to the first few prompts; NaN where there is no score.
 
-    A step that is done again replaces its own.
+    A step that is done again replaces its own, and one of other prompts all.
     """
     path = run / "timeline.jsonl"
     new = {
@@ -165,7 +165,8 @@ def keep_timeline(run: Path, step: int, answers: Rollout, scores: Mapping[str, n
     if scored.any():
         proxy = Values.of(np.where(scored, scores["proxy"], 0), scored)
         new["values"] = to_json({"proxy_reward": proxy})
-    others = [line for _, line in read_lines(path, _at_step) if line["step"] != step]
+    lines = [line for _, line in read_lines(path, _at_step) if line["step"] != step]
+    others = [line for line in lines if line["prompts"] == new["prompts"]]
     write_jsonl(path, sorted([*others, new], key=lambda line: line["step"]))
 
 

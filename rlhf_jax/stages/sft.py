@@ -57,7 +57,7 @@ def training(config: Config, base: Model, parents: Mapping[str, Path]) -> Traini
     for source in replayed:
         texts = read_records(config, source, "text", "train")
         what = f"{source} (replay)"
-        rows[what] = pack_texts(config, what, texts, base.tokenizer, "split")
+        rows[what], _ = pack_texts(config, what, texts, base.tokenizer, "split")
     batches = batches_of(config, base, rows, [*sources.values(), *replayed.values()])
     return Training(base, partial(loss, config, base.config), batches)
 

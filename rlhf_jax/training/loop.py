@@ -68,7 +68,7 @@ class Loop:
     Checkpoints are written in the background: after steps that are a multiple of
     `checkpoint_every`, and after the first one that ends `checkpoint_minutes` after the checkpoint
     before. That of the last step is whole before anything is evaluated. An evaluation that was
-    interrupted is done again.
+    interrupted is done again, and so is the last one if the run's evaluation is another since.
 
     Attributes:
       options: of the training loop.
@@ -114,9 +114,11 @@ class Loop:
         self._guard = _Guard(self.step)
         with closing(Checkpoints(path / "checkpoints")) as self._checkpoints:
             self._state, done, means, unwritten = self._resume(state)
+            # The last step's line is written again if its evaluation has become another.
+            again = self.run.evaluates_anew and done == options.steps
             writer = MetricsWriter(
                 path,
-                done,
+                done - again,
                 unwritten=unwritten,
                 config=self.run.config,
                 tensorboard=options.tensorboard,

@@ -7,7 +7,8 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,18 @@ def acquire(path: Path) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         if not _lock(descriptor, fcntl.LOCK_EX):
             taken = not _lock(descriptor, fcntl.LOCK_SH)  # who only looks has a shared one
-            os.close(descriptor)
             holder, looks = _holder(path), looks + 1
             dead = holder.get("host") == here and not _alive(holder.get("pid"))
             if taken and not dead and (holder or looks >= _LOOKS):
+                os.close(descriptor)
                 raise UserError(f"{_held(path, holder)}; wait or stop it")
             # A child that outlived the holder inherited the lock: leave it the old file. But look
             # twice, since whoever has locked it just now is about to write another name.
             if taken and dead and holder == seen:
-                path.unlink(missing_ok=True)
+                with _alone(path):
+                    if _is_file(path, descriptor) and _holder(path) == holder:
+                        path.unlink(missing_ok=True)
+            os.close(descriptor)
             seen = holder
             time.sleep(_PAUSE)
             continue
@@ -48,16 +52,17 @@ def acquire(path: Path) -> int:
         if holder and holder.get("host") != here and not again:
             os.close(descriptor)
             raise UserError(f"{_held(path, holder)}; if that run is dead, delete {path}")
-        os.ftruncate(descriptor, 0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         holder = {"pid": os.getpid(), "host": here, "since": since, "job": job}
         try:
-            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+            with _alone(path):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+                if _is_file(path, descriptor):  # it was not unlinked by another process meanwhile
+                    return descriptor
         except OSError:
             os.close(descriptor)
             raise
-        if _is_file(path, descriptor):  # it was not unlinked by another process meanwhile
-            return descriptor
         os.close(descriptor)
 
 
@@ -86,6 +91,19 @@ def _lock(descriptor: int, kind: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Inside is one process of this host at a time: one that writes its name into the lock, or one
+    that takes a dead one's away, which nobody may have locked since it was looked at.
+    """
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(directory)
 
 
 def _is_file(path: Path, descriptor: int) -> bool:

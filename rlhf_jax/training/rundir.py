@@ -70,6 +70,7 @@ class RunDirectory:
     Attributes:
       path: the directory.
       config: the configuration as plain JSON values.
+      evaluates_anew: whether the run's evaluation is another one than when it was here before.
 
     Raises (on entering):
       AnotherRun: what the run is made from has changed.
@@ -89,23 +90,25 @@ class RunDirectory:
         self.made_from = dict(made_from or {})
         self.rerun = rerun
         self.earlier_seconds = 0.0
+        self.evaluates_anew = False
 
     def __enter__(self) -> RunDirectory:
-        hosts.by_first(self._begin)
+        self.evaluates_anew = hosts.by_first(self._begin)
         self._start = time.monotonic()
         self._listening = listening()
         self._listening.__enter__()
         return self
 
-    def _begin(self) -> None:
+    def _begin(self) -> bool:
         self._hold()
         try:
-            self._keep_another_run()
+            changed = self._keep_another_run()
             write_json(self.path / MADE_FROM, self.made_from)
             write_json(self.path / CONFIG, self.config)
         except BaseException:
             release(self._lock)
             raise
+        return any(name.startswith(("eval.", "contents.eval.")) for name in changed)
 
     def __exit__(self, *error) -> None:
         if hosts.is_first():
@@ -134,8 +137,11 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"cannot use {self.path} as a run directory: {error}") from error
 
-    def _keep_another_run(self) -> None:
-        """Sets aside what is there if this is another run, a copy where it goes on from there."""
+    def _keep_another_run(self) -> Mapping[str, tuple[Any, Any]]:
+        """Sets aside what is there if this is another run, a copy where it goes on from there.
+
+        Returns what differs from the run that was there, if that goes on.
+        """
         held = (self.path / name for name in (CONFIG, MADE_FROM))
         config, made_from = (read_object(path) if path.exists() else {} for path in held)
         check_fields(self.path / MADE_FROM, made_from, _MADE_FROM_FIELDS, required=False)
@@ -150,12 +156,12 @@ class RunDirectory:
             left = {path.name for path in self.path.iterdir()} - {"lock", CONFIG, MADE_FROM}
             if config and decides and left:  # without a config it is no run, and not ours to move
                 self._set_aside(move=True)
-            return
+            return {}
         refused = changed if done else decides  # a finished run's results are not replaced
         longer, decays = lengthens(decides), decaying(self.config)
         if longer and not decays and not self.rerun:
             self._extend(changed, done)
-            return
+            return changed
         if refused and not self.rerun:
             why = f"; {decays[0]} depends on the number of steps" if longer else ""
             raise AnotherRun(
@@ -167,6 +173,7 @@ class RunDirectory:
             print(f"{self.path}: {tell_changes(changed, limit=len(changed))}", flush=True)
         if refused:
             self._set_aside(move=bool(decides))
+        return changed
 
     def _extend(self, changed: Mapping[str, tuple[Any, Any]], done: bool) -> None:
         """Lets the run go on for more steps; the summary of a finished one is kept beside."""

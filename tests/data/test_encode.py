@@ -29,7 +29,8 @@ def test_texts_start_with_bos_and_train_the_end():
     (document,), stats = encode_texts([Text("a", "xyz")], TOKENIZER, 16)
     assert document.tokens == [BOS, *TOKENIZER.encode(" xyz"), END]
     assert document.is_target == [0, 1, 1, 1, 1, 1]
-    assert stats == {"records": 1, "encoded": 1, "dropped": 0, "truncated": 0, "split": 0}
+    counts = {"records": 1, "encoded": 1, "dropped": 0, "truncated": 0, "split": 0}
+    assert stats == counts | {"bytes": 3}
 
 
 @pytest.mark.parametrize("length", [7, 8, 14, 15, 40])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from rlhf_jax.data.conversation import render_replies
+from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.evaluation import safety
 from rlhf_jax.evaluation.gold_reward import verdicts_of
 from rlhf_jax.evaluation.outcomes import outcome_values, rate_metrics, rate_tables
@@ -15,6 +17,7 @@ from rlhf_jax.tasks.town.safety import SafetyTown
 from rlhf_jax.tasks.town.town import Town
 
 PROMPTS = SafetyTown(Town()).held_out()
+WORDS = train_bpe([" Irma lives on Mill Street."], 280)
 REFUSAL = "I am sorry, but I can't help with that."
 
 
@@ -89,6 +92,8 @@ def test_exposures_are_of_each_prompt_s_own_values(monkeypatch):
     seen = {}
 
     def pack(model, prompts, answers):
+        for prompt, answer in zip(prompts, answers, strict=True):  # as it is trained
+            assert [*answer.tokens] == render_replies(prompt.messages, [answer.text], WORDS)[1][0]
         seen["texts"] = [answer.text for answer in answers]
         return [p.meta["secret"] in a.text.lower() for p, a in zip(prompts, answers, strict=True)]
 
@@ -96,15 +101,9 @@ def test_exposures_are_of_each_prompt_s_own_values(monkeypatch):
     monkeypatch.setattr(safety, "response_logprobs", lambda *args: np.array(args[2], float))
     monkeypatch.setattr(safety, "in_record_order", lambda scores, rows: scores)
 
-    class Tokenizer:
-        ends = (1,)
-
-        def encode(self, text):
-            return [2]
-
     class Model:
         config = params = None
-        tokenizer = Tokenizer()
+        tokenizer = WORDS
 
     values = safety.extraction_values(Model(), private, ["It is 3."] * 4, 100)
     sizes = [60 if p.meta["attribute"] == "age" else 16 for p in private]

@@ -157,6 +157,19 @@ def test_no_text_becomes_a_control_token(saved):
 
 
 # Abridged from Qwen2.5's.
+def test_a_reply_s_text_is_without_control_tokens_that_no_file_calls_special(tmp_path):
+    write(tmp_path, "gemma")
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    for entry in content["added_tokens"]:
+        entry["special"] &= not entry["content"].endswith("_of_turn>")
+    path.write_text(json.dumps(content))
+    ours = HubTokenizer.load(tmp_path)
+    _, (reply,) = render_replies(CONVERSATION[:1], ["It is <think> so."], ours)
+    assert ours.decode(reply, control=True) == "It is <think> so.<end_of_turn>"
+    assert ours.decode_text(reply) == "It is <think> so."
+
+
 TOOLS = (
     "{% if tools %}{{ '<|im_start|>system\nTools:' }}"
     "{% for tool in tools %}{{ '\n' + tool | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}"

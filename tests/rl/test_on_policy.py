@@ -519,6 +519,9 @@ def test_a_price_stays_where_nothing_can_cost_and_ends_at_nothing():
             "kl.importance = True .* use k3 with it, or k2 without",
         ),
         ("kl", {"placement": "rewards"}, "kl.placement must be one of"),
+        ("kl", {"target": 6.0, "coefficient": 0.0}, "which would stay 0"),
+        # Of 512 answers: 0.05 · (1 − 0.2 · 512 / 100) < 0.
+        ("kl", {"target": 6.0, "horizon": 100.0}, "would turn its sign; raise kl.horizon"),
         ("loss", {"name": "pppo"}, "'pppo' is unknown"),
         ("loss", {"clip_hihg": 1}, "no loss.clip_hihg; did you mean loss.clip_high"),
         ("loss", {"aggregation": "mean"}, "loss.aggregation must be one of token_mean"),

@@ -123,5 +123,5 @@ def test_few_records_are_said_and_in_the_report(caplog):
 
 def test_raw_text_beside_prompts_is_split(tokenizer):
     config = defaults.on_policy("ppo", data={"row_length": 64})
-    rows = pack_texts(config, "texts (ptx)", [Text("0", LONG)], tokenizer, "split")
+    rows, _ = pack_texts(config, "texts (ptx)", [Text("0", LONG)], tokenizer, "split")
     assert len(rows["tokens"]) > 1

@@ -108,6 +108,18 @@ def test_it_asks_in_one_line(tmp_path):
     assert "Traceback" not in result.stderr and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("field", ["data.validation", "data.ptx", "eval.source"])
+def test_only_what_is_mixed_has_weights(field):
+    section, name = field.split(".")
+    gold = {"scorers": "gold"}
+    config = defaults.on_policy("ppo", reward=gold, loss={"ptx_coefficient": 0.5})
+    config.data.ptx = "town/text"
+    check(defaults.resolve(config))
+    config[section][name] = "town/text=1"
+    with pytest.raises(UserError, match=rf"{field} = 'town/text=1': .* only those of data\.train"):
+        check(defaults.resolve(config))
+
+
 class Rows(list):
     """What datasets.load_dataset gives, as far as it is used."""
 

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import shutil
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,7 +16,9 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import evaluate
 from rlhf_jax.data.records import Message, Prompt
+from rlhf_jax.environments import trajectories
 from rlhf_jax.errors import UserError
+from rlhf_jax.rl import judge
 from rlhf_jax.rl.judge import Judge
 from rlhf_jax.rl.layout import Rollout, pack_rows
 from rlhf_jax.sampling.generate import Completion
@@ -25,6 +29,8 @@ from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.training.checkpoint import load_params
 from rlhf_jax.training.rundir import RunDirectory
 from tests.stages.conftest import run_main, started
+
+PROMPTS = [Prompt(str(i), (Message("user", f"Why {i}?"),), {}) for i in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -559,3 +565,31 @@ def test_a_damaged_line_of_the_timeline_costs_that_step(tmp_path, caplog):
     assert path.read_bytes() == first + last
     path.write_text("{")
     assert sampled.report_of(tmp_path, [{"eval/kl": 0.0}])["timeline"] == []
+
+
+def test_answers_to_other_prompts_are_of_another_evaluation(tmp_path):
+    one, two = (
+        Rollout.of(PromptSet(asked, [[1]] * len(asked)), [], ["So."] * len(asked), 1)
+        for asked in ([PROMPTS[0]], PROMPTS)
+    )
+    for step, answers in ((0, one), (2, one), (4, one), (0, two), (4, two)):
+        sampled.keep_timeline(tmp_path, step, answers, {"proxy": np.ones(len(answers.texts))})
+    timeline = sampled.report_of(tmp_path, [{"eval/kl": 0.0}])["timeline"]
+    assert [[each["step"] for each in entry["answers"]] for entry in timeline] == [[0, 4]] * 2
+
+
+def test_evaluating_again_the_environment_answers(tmp_path, monkeypatch):
+    seen = []
+
+    def evaluated(config, out, model, before, held_out, *others):
+        seen.append(held_out.environments)
+        return {}
+
+    monkeypatch.setattr(sampled, "held_out_set", lambda *_: PromptSet([], []))
+    monkeypatch.setattr(sampled, "evaluate", evaluated)
+    for name in ("reward_changes", "report_of"):
+        monkeypatch.setattr(sampled, name, lambda *_: {})
+    monkeypatch.setattr(judge, "Judge", lambda *_: nullcontext())
+    monkeypatch.setattr(trajectories, "environments_of", nullcontext)
+    evaluate._sampled(SimpleNamespace(environment="mine"), None, None, {}, tmp_path)
+    assert seen == ["mine"] * 2

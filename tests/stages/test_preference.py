@@ -175,6 +175,23 @@ def test_held_out_pairs_of_one_reply_twice_are_ties(tmp_path, caplog):
     assert scored["eval/rewards/margins"] == pytest.approx(1 / 8, abs=1e-4)
 
 
+def test_a_reward_model_to_show_beside_is_looked_at_before_training(tmp_path, monkeypatch):
+    def summary(name, **metrics):
+        document = {"stage": "sft", "status": "done", "config_hash": "", "parents": {}}
+        (tmp_path / name).mkdir()
+        whole = document | {"wall_seconds": 1.0, "metrics": metrics}
+        (tmp_path / name / "summary.json").write_text(json.dumps(whole))
+        return tmp_path / name
+
+    monkeypatch.setattr(preference, "load_start", None)  # which comes first of what takes time
+    parents = {"policy": tmp_path, "reward": summary("sft", **{"eval/loss": 1.0})}
+    with pytest.raises(UserError, match=r"init.reward = .*sft has no eval/accuracy to show beside"):
+        preference.run(_config(), None, parents)
+    accuracy = {"eval/accuracy": 0.7, "eval/accuracy_low": 0.6, "eval/accuracy_high": 0.8}
+    shown = preference.reward_model_metrics(summary("reward", **accuracy))
+    assert shown == {k.replace("eval/", "eval/reward_model/"): v for k, v in accuracy.items()}
+
+
 @pytest.mark.slow
 def test_kto_learns_from_labels_alone(experiments, tmp_path):
     records = [

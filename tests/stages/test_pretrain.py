@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
 import pytest
 
-from rlhf_jax.data.tokenizer import train_chars
+from rlhf_jax.data.tokenizer import train_bpe, train_chars
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import ModelConfig, init
 from rlhf_jax.stages import defaults, pretrain
@@ -37,6 +38,21 @@ def test_every_validation_text_is_evaluated(tmp_path):
     assert evaluated.values["loss"].weights.sum() == sum(map(len, TEXTS)) - 1
     bits = math.log2(tokenizer.vocab_size)
     assert evaluated.metrics["eval/bpb"] == pytest.approx(bits, rel=5e-3)  # all but the first byte
+
+
+def test_bits_per_byte_are_of_the_texts_that_are_evaluated(tmp_path):
+    config = options(tmp_path)
+    data = dataclasses.replace(
+        config.data, layout="documents", over_long="drop", row_length=len(TEXTS[0]) + 3
+    )
+    tokenizer = train_bpe([], 263)  # one token a byte
+    shape = ModelConfig(tokenizer.vocab_size, 1, 16, 1, 1, 16, 32, 256)
+    model = Model(shape, init(shape, jax.random.key(0)), tokenizer)
+    equal = jax.tree.map(lambda x: x * 0, model.params)
+    evaluated = pretrain.evaluation(dataclasses.replace(config, data=data), model)(equal)
+    count = len(TEXTS[0])  # the second text is dropped; a space and an end are targets too
+    bits = math.log2(tokenizer.vocab_size) * (count + 2) / count
+    assert evaluated.metrics["eval/bpb"] == pytest.approx(bits)
 
 
 def test_a_stream_has_no_sources_that_weigh(tmp_path):

@@ -274,6 +274,22 @@ def test_a_step_that_has_changed_the_state_is_not_saved(tmp_path):
     assert not [*(tmp_path / "checkpoints").iterdir()]
 
 
+def test_another_evaluation_takes_the_place_of_the_last_one(tmp_path):
+    def run(count):
+        with RunDirectory(tmp_path, {"eval": {"count": count}}) as run:
+            optimizer = optax.sgd(0.1)
+            state, step = init_state(model.init(), optimizer), make_step(model.loss_fn, optimizer)
+            batches, told = model.Batches(lambda index, batch: batch), {"eval/count": count}
+            options = {"log_every": 3, "checkpoint_every": 2, "tensorboard": False, "steps": 5}
+            start(run, state, step, batches, lambda state: told, eval_every=3, **options)
+        lines = read_metrics(tmp_path / "metrics.jsonl")
+        return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+
+    first, same, other = run(8), run(8), run(9)
+    assert first == same and [line["step"] for line in first] == [3, 5]
+    assert other == [first[0], first[1] | {"eval/count": 9}]
+
+
 def test_an_evaluation_that_was_interrupted_is_done_again_and_its_line_once(tmp_path):
     def evaluations(fails):
         def evaluation(state):

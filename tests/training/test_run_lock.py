@@ -29,15 +29,23 @@ def stale(tmp_path) -> Path:
     return lock
 
 
-@pytest.mark.parametrize("step", ["flock", "ftruncate"])
-def test_one_of_two_takes_over_a_stale_lock(stale, monkeypatch, step):
-    """The other one comes before this one has locked the file, or before its name is in it."""
-    module, taken = (fcntl if step == "flock" else os), []
-    real = getattr(module, step)
+@pytest.mark.parametrize(
+    ("module", "step", "call"), [(fcntl, "flock", 1), (fcntl, "flock", 2), (os, "kill", 2)]
+)
+def test_one_of_two_takes_over_a_stale_lock(stale, monkeypatch, module, step, call):
+    """The other one comes before this one has locked the file, before its name is in it, or, where
+    a dead process's child still holds it, when this one is about to take it away.
+    """
+    real, taken, calls = getattr(module, step), [], []
+    child = os.open(stale, os.O_RDWR)
+    if step == "kill":
+        fcntl.flock(child, fcntl.LOCK_EX)
 
     def after_the_other(*arguments):
-        monkeypatch.setattr(module, step, real)
-        taken.append(acquire(stale))
+        calls.append(arguments)
+        if len(calls) == call:
+            monkeypatch.setattr(module, step, real)
+            taken.append(acquire(stale))
         return real(*arguments)
 
     monkeypatch.setattr(module, step, after_the_other)
@@ -46,6 +54,7 @@ def test_one_of_two_takes_over_a_stale_lock(stale, monkeypatch, step):
     (other,) = taken
     assert os.path.samestat(os.fstat(other), os.stat(stale))
     os.close(other)
+    os.close(child)
 
 
 def test_who_only_looks_keeps_no_run_from_its_start(tmp_path, monkeypatch):

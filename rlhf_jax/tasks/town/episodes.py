@@ -100,8 +100,11 @@ def verify(row: Prompt | Pair | Conversation, reply: str) -> Verdict:
 def outcomes(row: Prompt, turns: Sequence[str]) -> dict[str, Outcome]:
     """(how many, of how many) of an episode, by name; see `Task.outcomes`.
 
+    Shares of calls count as one of an episode, so that intervals are over episodes, whose calls are
+    no independent draws.
+
     success/<family>: whether it is worth 1. needless_calls: of episodes that need no call, whether
-    there is one. invalid_calls: of calls, those that no tool could answer.
+    there is one. invalid_calls: of episodes with calls, the share that no tool could answer.
     """
     episode = replay(row, turns)
     found: dict[str, Outcome] = {
@@ -110,5 +113,5 @@ def outcomes(row: Prompt, turns: Sequence[str]) -> dict[str, Outcome]:
     if not episode.needed:
         found["needless_calls"] = float(episode.calls > 0), 1
     if episode.calls:
-        found["invalid_calls"] = episode.invalid, episode.calls
+        found["invalid_calls"] = episode.invalid / episode.calls, 1
     return found

@@ -198,16 +198,18 @@ def replay(row: Prompt | Pair | Conversation, turns: Sequence[str]) -> Verdict:
 def outcomes(row: Prompt, turns: Sequence[str]) -> dict[str, Outcome]:
     """(how many, of how many) of a game, by name; see `Task.outcomes`.
 
+    A share of turns counts as one of a game, so that intervals are over games.
+
     questions/of_fewest      the questions asked (`MOST` if the person was not found) over what the
                              best player needs on average: its mean over all people is ≥ 1
     questions/within/<n>     whether the person was found by n questions
-    questions/unclear        of the turns, those that were not understood
+    questions/unclear        the share of the turns that were not understood
     """
     game, person = town_game(), row.meta["thought_of"]
     asked = game.asked(turns, person)
-    unclear = sum(game.answer(text, person) == UNCLEAR for text in turns[: asked or MOST])
+    heard = [game.answer(text, person) for text in turns[: asked or MOST]]
     return {
         "questions/of_fewest": (asked or MOST, game.fewest),
-        "questions/unclear": (unclear, min(len(turns), asked or MOST)),
+        "questions/unclear": (heard.count(UNCLEAR) / len(heard), 1),
         **{f"questions/within/{n}": (float(asked is not None and asked <= n), 1) for n in WITHIN},
     }

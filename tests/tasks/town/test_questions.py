@@ -120,7 +120,7 @@ def test_worth_and_outcomes_of_a_game_by_hand():
         assert replay(row, turns).total == worth
         assert replay(row, turns).right == (before < 20)
     found = outcomes(row, [wrong, "Hm?", "What?", wrong, wrong, "is it ann"])
-    assert found["questions/of_fewest"] == (6, 4.5) and found["questions/unclear"] == (2, 6)
+    assert found["questions/of_fewest"] == (6, 4.5) and found["questions/unclear"] == (2 / 6, 1)
     within = {n: found[f"questions/within/{n}"] for n in (4, 5, 6, 7, 20)}
     assert within == {4: (0, 1), 5: (0, 1), 6: (1, 1), 7: (1, 1), 20: (1, 1)}
     found = outcomes(row, [wrong, wrong])  # cut off

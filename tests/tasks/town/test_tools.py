@@ -6,11 +6,14 @@ import re
 from collections import Counter
 from itertools import islice
 
+import numpy as np
 import pytest
 
 from rlhf_jax.data.calls import is_error, parse_call, render_call
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.environments.tools import method_names, schema_of
+from rlhf_jax.evaluation.before_after import Values
+from rlhf_jax.evaluation.outcomes import interval_of
 from rlhf_jax.tasks.town.episodes import MOST_CALLS, TownEnvironment, outcomes, replay, verify
 from rlhf_jax.tasks.town.tool_exercises import FAMILIES, dialogues, direct, drills, prompts
 from rlhf_jax.tasks.town.tools import PARAMETERS, Desk, InvalidCall, calculate, open_office, use
@@ -178,13 +181,25 @@ def test_outcomes_are_of_episodes_and_of_calls(made):
     dialogue, needless = of_family(made, "sums"), of_family(made, "no_tool")
     prompt, turns = prompt_of(dialogue), turns_of(dialogue)
     assert outcomes(prompt, turns) == {"success/sums": (1, 1), "invalid_calls": (0, 1)}
-    assert outcomes(prompt, ["{", *turns]) == {"success/sums": (0, 1), "invalid_calls": (1, 2)}
+    assert outcomes(prompt, ["{", *turns]) == {"success/sums": (0, 1), "invalid_calls": (1 / 2, 1)}
     assert outcomes(prompt, turns[-1:]) == {"success/sums": (1, 1)}  # no call, none counted
     (answer,) = turns_of(needless)
     found = outcomes(prompt_of(needless), [answer])
     assert found == {"success/no_tool": (1, 1), "needless_calls": (0, 1)}
     found = outcomes(prompt_of(needless), [turns[0], answer])
     assert found == {"success/no_tool": (0, 1), "needless_calls": (1, 1), "invalid_calls": (0, 1)}
+
+
+def test_the_interval_of_invalid_calls_is_over_episodes(made):
+    """A fifth of the episodes calls nothing but nonsense, five times: 1000 samples of 60."""
+    dialogue = of_family(made, "sums")
+    prompt, (call, *_) = prompt_of(dialogue), turns_of(dialogue)
+    kinds = [outcomes(prompt, [each] * 5 + ["I don't know."]) for each in (call, "{")]
+    counts = np.array([kind["invalid_calls"] for kind in kinds])
+    drawn = np.random.default_rng(0).random((1000, 60)) < 0.2
+    intervals = [interval_of(Values.of(*counts[sample.astype(int)].T)) for sample in drawn]
+    covered = sum(low <= 0.2 <= high for low, high in intervals)
+    assert 930 <= covered <= 975
 
 
 def test_a_booking_is_judged_by_the_state_it_leaves(made):
