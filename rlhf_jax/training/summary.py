@@ -30,9 +30,23 @@ def read_summary(workdir: Path, *, whole: bool = True) -> dict[str, Any]:
     path = workdir / SUMMARY
     summary = read_object(path) if path.exists() else {}
     if not summary or summary.get("status", "done") != "done":
-        raise UserError(f"{workdir} is not the directory of a finished run")
+        raise UserError(f"{workdir} is not the directory of a finished run{_there_is(workdir)}")
     check_fields(path, summary, SUMMARY_FIELDS, required=whole)
     return summary
+
+
+def _there_is(directory: Path) -> str:
+    """What is where a run or a model was looked for, and what to do about it."""
+    if not directory.exists():
+        return (
+            ", and there is no such directory; a model of the Hub is downloaded beforehand, as by "
+            "hf download NAME --local-dir DIRECTORY"
+        )
+    if (directory / "adapter_config.json").exists():
+        return " but an adapter of PEFT; merge it into its model, and name what that is saved to"
+    if (directory / "config.json").exists():
+        return ": it has not ended; its command goes on with it"
+    return ", and has no config.json of a model"
 
 
 def ancestry(workdir: Path) -> list[Path]:
