@@ -9,7 +9,7 @@ from typing import Any
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import SUMMARY_FIELDS, check_fields, read_object, write_json
 from rlhf_jax.training.rundir import SUMMARY
-from rlhf_jax.training.saved_model import fingerprint, is_hub_directory
+from rlhf_jax.training.saved_model import fingerprint, is_hub_directory, what_is_there
 
 
 def read_summary(workdir: Path, *, whole: bool = True) -> dict[str, Any]:
@@ -30,23 +30,10 @@ def read_summary(workdir: Path, *, whole: bool = True) -> dict[str, Any]:
     path = workdir / SUMMARY
     summary = read_object(path) if path.exists() else {}
     if not summary or summary.get("status", "done") != "done":
-        raise UserError(f"{workdir} is not the directory of a finished run{_there_is(workdir)}")
+        there = what_is_there(workdir)
+        raise UserError(f"{workdir} is not the directory of a finished run{there}")
     check_fields(path, summary, SUMMARY_FIELDS, required=whole)
     return summary
-
-
-def _there_is(directory: Path) -> str:
-    """What is where a run or a model was looked for, and what to do about it."""
-    if not directory.exists():
-        return (
-            ", and there is no such directory; a model of the Hub is downloaded beforehand, as by "
-            "hf download NAME --local-dir DIRECTORY"
-        )
-    if (directory / "adapter_config.json").exists():
-        return " but an adapter of PEFT; merge it into its model, and name what that is saved to"
-    if (directory / "config.json").exists():
-        return ": it has not ended; its command goes on with it"
-    return ", and has no config.json of a model"
 
 
 def ancestry(workdir: Path) -> list[Path]:

@@ -405,6 +405,8 @@ def test_what_is_there_in_place_of_a_finished_run_is_said(tmp_path, files, said)
         UserError, match=rf"^{directory} is not the directory of a finished run.*{said}"
     ):
         read_summary(directory)
+    with pytest.raises(UserError, match=said):
+        load_model(directory)
 
 
 def test_missing_config_is_a_mistake():
