@@ -193,7 +193,11 @@ def build(section: type, given: Mapping[str, Any], path: str) -> Any:
 def _check_variant(name: str, table: Mapping[str, type], options: Sequence[str], path: str) -> None:
     """UserError for a name that is not in the table, or an option that the one of it lacks."""
     if name not in table:
-        hint = f"did you mean {nearest(name, table)!r}? Known: {', '.join(table)}"
+        titled = [
+            k for k, kind in table.items() if (kind.__doc__ or "").startswith(f"{name.upper()}:")
+        ]
+        near = (titled or [nearest(name, table)])[0]
+        hint = f"did you mean {near!r}? Known: {', '.join(table)}"
         raise UserError(f"config: {path}.name = {name!r} is unknown; {hint}")
     known = own_fields(table[name])
     for stated in options:

@@ -24,8 +24,10 @@ def load_function(target: str, field: str) -> Callable[..., Any]:
         UserError: there is no such file or function, or the file raises.
     """
     path, _, name = target.rpartition(":")
+    if not path:
+        raise UserError(f"config: {field} = {target!r} names no function; write mine.py:function")
     if not path.endswith(".py") or not Path(path).is_file():
-        raise UserError(f"config: {field} = {target!r}: there is no file {path or target}")
+        raise UserError(f"config: {field} = {target!r}: there is no file {path}")
     folder = str(Path(path).resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)

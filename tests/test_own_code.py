@@ -104,6 +104,7 @@ def test_a_run_is_made_from_the_file_and_what_it_imports(mine, tmp_path):
     "loss, message",
     [
         ({"file": "nowhere.py:f"}, "loss.file = 'nowhere.py:f': there is no file nowhere.py"),
+        ({"file": "{mine}"}, "mine.py' names no function; write mine.py:function"),
         ({"file": "{mine}:cauchi"}, "has no function 'cauchi'; did you mean cauchy?"),
         ({"file": "{mine}:without_default"}, "its option width needs a default"),
         ({"file": "{mine}:cauchy", "width": -1.0}, r"loss.width must be in \[0, inf\)"),

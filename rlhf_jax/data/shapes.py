@@ -16,7 +16,8 @@ Shapes by kind of record. Any other key becomes a `meta` entry, and `id` is opti
 
 An assistant's message may have "tool_calls", [{"type": "function", "function": {"name",
 "arguments": object or JSON of one}}], beside an empty or absent content; a tool's a "name" and a
-"tool_call_id"; and a record "tools", a list of JSON schemas or JSON of one.
+"tool_call_id"; and a record "tools", a list of JSON schemas or JSON of one, and "system", the text
+of a first turn.
 
 Shapes of other tools, where an object has neither "messages" nor "prompt":
 
@@ -157,7 +158,7 @@ def _no_constant(name: str) -> None:
 
 def _make(fields: Fields, kind: str, default_id: str, keys: frozenset[str]) -> Record:
     """The record of an object that has these keys, one of the kind's shapes."""
-    stated, used = fields.get("id", default_id), keys - {"label"} | {"tools"}
+    stated, used = fields.get("id", default_id), keys - {"label"} | {"tools", "system"}
     name = str(stated) if type(stated) is int else string({"id": stated}, "id")
     if "text" in keys:
         text = string(fields, "text")
@@ -170,6 +171,7 @@ def _make(fields: Fields, kind: str, default_id: str, keys: frozenset[str]) -> R
         sides = [_read_dialogue(fields, side) for side in ("chosen", "rejected")]
     else:
         sides = _read_sides(fields, keys)
+    sides = [_add_system(side, fields) for side in sides]
     messages = sides[0]
     if "chosen" in keys:
         _check_pair(*sides)
@@ -186,6 +188,15 @@ def _make(fields: Fields, kind: str, default_id: str, keys: frozenset[str]) -> R
         return Prompt(name, _add_tools(messages, fields), _read_meta(fields, used))
     check_messages(messages, reply_last=True)
     return Conversation(name, _add_tools(messages, fields), _read_meta(fields, used))
+
+
+def _add_system(messages: Messages, fields: Fields) -> Messages:
+    """The messages after the system's, if a field of the record has one."""
+    if not fields.get("system"):
+        return messages
+    if messages[:1] and messages[0].role == "system":
+        raise BadLine("bad roles", "a field 'system' beside a message of the system")
+    return (Message("system", string(fields, "system")), *messages)
 
 
 def _check_pair(chosen: Messages, rejected: Messages) -> None:
@@ -213,6 +224,9 @@ def _read_sides(fields: Fields, keys: frozenset[str]) -> list[Messages]:
         return [_read_side(fields, name, None) for name in replies]
     if string(fields, "chosen").startswith("\n\nHuman:"):
         return [_read_dialogue(fields, name) for name in replies]
+    for name in ("question", "query", "input"):
+        if name in fields:
+            raise BadLine("no prompt", f"if {name!r} is it, say data.columns=prompt:{name}")
     return _split_texts(*(string(fields, name) for name in replies))
 
 

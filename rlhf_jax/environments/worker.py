@@ -173,8 +173,10 @@ _load_once = functools.cache(load_module)
 def _find(target: str) -> Callable[..., Any]:
     """What "path.py:name" names; ChildFault if there is no such file or name."""
     path, _, name = target.rpartition(":")
+    if not path:
+        raise ChildFault("not loaded", f"{target!r} names no function or class; write mine.py:name")
     if not Path(path).is_file():
-        raise ChildFault("not loaded", f"there is no file {path or target}")
+        raise ChildFault("not loaded", f"there is no file {path}")
     folder = str(Path(path).resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)

@@ -41,8 +41,8 @@ def add_filters(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
     option("--out", required=True, help="the directory to write")
     option("--against", default="", help="evaluation sets whose prompts are not to be trained on")
-    option("--overlap", type=float, default=0.5, help="share of a prompt's words that makes it one "
-           "(default: %(default)s; 1: all of them)")  # fmt: skip
+    option("--overlap", type=float, help="share of a prompt's words that makes it one "
+           "(default: 0.5; 1: all of them)")  # fmt: skip
     option("--finished", action="store_true", help="what stops in mid-sentence goes")
     option("--repetition", type=float, help="share of n-grams of words that may come before: 0.3")
     option("--words", help="LOW..HIGH, how many a reply may have")

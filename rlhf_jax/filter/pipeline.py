@@ -47,12 +47,15 @@ def steps_of(given: argparse.Namespace) -> list[Step]:
         raise UserError(f"--model={given.model} is no directory of a run or of a model")
     if given.scorer is not None:
         models.weights_of(given.scorer)
+    if given.overlap is not None and not given.against:
+        raise UserError("--overlap needs --against, the evaluation sets that it is a share of")
     steps = [Step("duplicate", "turns and label of an earlier record", texts.duplicates)]
     if given.against:
-        _check_share("overlap", given.overlap)
+        overlap = texts.OVERLAP if given.overlap is None else given.overlap
+        _check_share("overlap", overlap)
         held_out = texts.EvaluationSet(given.against)
-        rule = f"at least {given.overlap:.0%} of the words of a prompt of {given.against}"
-        find: Find = partial(held_out.contaminated, overlap=given.overlap)
+        rule = f"at least {overlap:.0%} of the words of a prompt of {given.against}"
+        find: Find = partial(held_out.contaminated, overlap=overlap)
         steps.append(Step("contaminated", rule, find))
     if given.finished:
         steps.append(Step("truncated", "stops in mid-sentence", texts.truncated))

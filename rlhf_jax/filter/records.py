@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from rlhf_jax.data.calls import render_call
 from rlhf_jax.data.jsonl import read_jsonl, take_slice
 from rlhf_jax.data.records import Conversation, Message, Pair, Prompt, Record, Text, convert
 from rlhf_jax.hub.hub_data import load_rows
@@ -114,14 +115,22 @@ def _turns(name: str, messages: Sequence[Message]) -> dict[str, Any]:
 
 
 def turns_of(record: Record) -> list[str]:
-    """The texts of a record: its turns, both replies of a pair, or the one document."""
+    """The texts of a record: its turns, both replies of a pair, or the one document.
+
+    Calls of tools are part of the turn that makes them, in our own format.
+    """
     match record:
         case Text():
             return [record.text]
         case Pair():
-            asked = [message.content for message in record.prompt]
-            return [*asked, record.chosen, record.rejected]
-    return [message.content for message in record.messages]
+            return [*map(_said, record.prompt), record.chosen, record.rejected]
+    return [*map(_said, record.messages)]
+
+
+def _said(message: Message) -> str:
+    calls = json.loads(message.more or "{}").get("tool_calls", [])
+    rendered = [render_call(**call["function"]) for call in calls]
+    return "\n".join(filter(None, [message.content, *rendered]))
 
 
 def trained_text(record: Record) -> str:

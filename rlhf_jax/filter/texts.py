@@ -23,6 +23,7 @@ Find = Callable[[Sequence[Item]], Gone]
 
 CHARACTERS = 5  # of the n-grams that near duplicates share
 WORDS = 8  # of the n-grams that an evaluation set shares, as Tülu 3 counts them
+OVERLAP = 0.5  # of a prompt's words that makes it one, as Tülu 3 takes it
 LOOP = 4  # words of the n-grams that repetition counts
 PERMUTATIONS = 128  # of a MinHash
 MISSED = 0.01  # of the pairs that are just as similar as --near says
@@ -218,19 +219,28 @@ class Band(NamedTuple):
         found = _BAND.fullmatch(text)
         if found is None or not any(found.groups()):
             raise UserError(f"--{name}={text}: write LOW..HIGH, as in 3..40, ..40 or 5%..95%")
-        return cls(*found.groups())
+        low, high = found.groups()
+        if low and high and low.endswith("%") == high.endswith("%"):
+            _check_ends(float(low.rstrip("%")), float(high.rstrip("%")), f"--{name}={text}")
+        return cls(low, high)
 
     def outside(self, values: Sequence[float] | np.ndarray, what: str) -> Gone:
         """The indices of values [N] beyond the ends, with what each is."""
         if not len(values):
             return {}
         low, high = _bound(self.low, values, -math.inf), _bound(self.high, values, math.inf)
+        _check_ends(low, high, f"{what} {self.low}..{self.high}")
         gone = {}
         for index, value in enumerate(values):
             if not low <= value <= high:
                 beyond = f"below {low:.4g}" if value < low else f"above {high:.4g}"
                 gone[index] = f"{what} {value:.4g}, {beyond}"
         return gone
+
+
+def _check_ends(low: float, high: float, where: str) -> None:
+    if low > high:
+        raise UserError(f"{where}: the low end, {low:g}, is above the high end, {high:g}")
 
 
 def _bound(end: str, values: Sequence[float] | np.ndarray, none: float) -> float:

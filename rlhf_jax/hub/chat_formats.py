@@ -23,6 +23,11 @@ _FILES = (
     *("templates/olmo.jinja", "templates/plain.jinja"),
 )
 TEMPLATES = {Path(f).stem: (Path(__file__).parent / f).read_text("utf-8").strip() for f in _FILES}
+# For a message: what suits every tokenizer comes first.
+NAMES = (
+    f"plain or olmo, or {', '.join(list(TEMPLATES)[:6])} where their control tokens are in the "
+    "vocabulary, or a *.jinja file"
+)
 
 
 def chat_template(name: str) -> str:

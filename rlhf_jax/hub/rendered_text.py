@@ -10,16 +10,16 @@ from typing import Any
 
 from rlhf_jax.data.records import Message
 from rlhf_jax.errors import UserError
-from rlhf_jax.hub.chat_formats import WITH_TOOLS
+from rlhf_jax.hub.chat_formats import NAMES, WITH_TOOLS
 from rlhf_jax.hub.template import Template
 from rlhf_jax.hub.vocabulary import CLOSE, ESCAPED, OPEN, Spelling
 
-ANOTHER = "to use another: --config.data.chat_template=chatml, or a *.jinja file"
+ANOTHER = f"to use another: --config.data.chat_template={NAMES}"
 _WITH_TOOLS = (
     f"templates that take tools: --config.data.chat_template={' or '.join(WITH_TOOLS)}, where "
     "their control tokens are in the vocabulary, or a .jinja file"
 )
-_NO_TEMPLATE = "the model has no chat template: name one, --config.data.chat_template=chatml"
+_NO_TEMPLATE = f"the model has no chat template: name one, --config.data.chat_template={NAMES}"
 # Places of a conversation's messages, and whether it awaits a reply.
 Part = tuple[Sequence[int], bool]
 

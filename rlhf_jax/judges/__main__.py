@@ -55,7 +55,10 @@ def card(given: argparse.Namespace) -> None:
             pairs = read_pairs(given.data, "validation", given.count, given.seed)
         count = len(pairs.of)
         if not 0 < given.calibrate < count:
-            raise UserError(f"--calibrate={given.calibrate}: some of the {count} pairs, not all")
+            raise UserError(
+                f"--calibrate={given.calibrate} must be at least 1 and less than the {count} "
+                "pairs: those tell how often the judge is wrong, the others are corrected by it"
+            )
         cards = {each.name: report(judge, pairs, each, given.calibrate) for each in principles}
     kind = f"answers of {' and '.join(pairs.models)}" if given.workdir else given.data
     title = f"{given.judge} on {count} pairs: {kind}; the first {given.calibrate} calibrate"

@@ -37,7 +37,7 @@ from typing import Any
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import SUMMARY_FIELDS, check_fields, numbers, read_lines, read_object
-from rlhf_jax.report.tables import format_seconds
+from rlhf_jax.report.tables import format_seconds, join_turns
 
 _SUMMARY_FIELDS = SUMMARY_FIELDS | {
     "made_from": {"what": str | dict},
@@ -140,7 +140,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_sample(line: dict[str, Any]) -> dict[str, Any]:
-    """Returns a line of samples.jsonl, which needs a prompt and responses."""
-    if not isinstance(line["responses"], dict):
+    """Returns a line of samples.jsonl, which needs a prompt and responses that can be shown."""
+    texts, scores = line["responses"], line.get("scores", {})
+    if not isinstance(texts, dict) or not isinstance(scores, dict):
         raise TypeError
-    return line | {"prompt": line["prompt"]}
+    if not all(isinstance(text, str) for text in [join_turns(line["prompt"]), *texts.values()]):
+        raise TypeError
+    if not all(isinstance(score, int | float) for score in scores.values()):
+        raise TypeError
+    return line

@@ -134,7 +134,10 @@ def check_prompts(
     room, limit = config.max_length, "model.max_length"
     if sampling.cache_length is not None:
         if sampling.cache_length > room:
-            raise UserError(f"cache_length = {sampling.cache_length}: more than {limit} = {room}")
+            raise UserError(
+                f"cache_length = {sampling.cache_length}: more than {limit} = {room}; where it "
+                "is rollout.max_prompt_tokens + rollout.max_new_tokens, lower one of them"
+            )
         room, limit = sampling.cache_length, "cache_length"
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:

@@ -132,7 +132,11 @@ def _check_sampling(config: Config) -> None:
         role for role, path in section_document(config, "init").items() if role != "policy" and path
     ]
     if "model" in weights and not named:
-        raise UserError("config: reward.scorers names a 'model', but there is no init.reward")
+        raise UserError(
+            "config: reward.scorers names a 'model', but there is no init.reward: name its run "
+            "with --config.init.reward=…, or another reward with "
+            "--config.reward.scorers=mine.py:function"
+        )
     pair = 2 if config.stage == "online_preference" else 1
     longest = rollout.max_prompt_tokens + pair * rollout.max_new_tokens
     if longest > config.data.row_length:

@@ -299,9 +299,11 @@ def show(name: str, measured: Measured, over_long: str, *, file: IO[str] | None 
     rows = [[part, *values] for part, values in measured.lengths.items()]
     print_table(f"{name}: {measured.sampled:,} of {measured.records:,} records", columns, rows,
                 file=file)  # fmt: skip
+    share = format_percent(measured.trained)
+    only_prompts = measured.lengths.keys() == {"prompt"}
     lines = [
         f"{over_long}, {format_percent(measured.over_long)}",
-        f"tokens trained: {format_percent(measured.trained)}",
+        f"tokens trained: {'those of answers, when they are drawn' if only_prompts else share}",
         f"exact duplicates: {measured.duplicates:,}",
     ]
     if measured.contradictory is not None:

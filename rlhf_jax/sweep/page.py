@@ -83,8 +83,7 @@ def write_page(
         differences=compared
         and _entry(f"Over {results.baseline}", DIFFERENCES, compared, _WHAT[2]),
         failures=failures and _entry("Failed", ("cell", "seed", "why"), failures, ""),
-        safety=curve
-        and _entry("Over the curve of the starts", curve.columns, tradeoff.table(curve), _WHAT[3]),
+        tradeoff=curve and _over_starts(curve),
         curves=curves,
         left_out=left_out,
         directory=str(directory),
@@ -101,9 +100,6 @@ _WHAT = (
     "luck.",
     "On the same seeds and prompts. Holm’s correction holds the chance of any difference that is "
     "none below 5 % for all rows together.",
-    "Of harmful prompts refused, how much more than the best mixture of the models that runs "
-    "started from refuses at as many harmless ones. The interval is a bootstrap over seeds and "
-    "prompts, of each row by itself.",
 )
 
 
@@ -111,6 +107,16 @@ _OF_SAFETY = (
     "Intervals are Wilson’s, of all seeds’ replies together: they take the replies of two seeds to "
     "one prompt for independent, and are so a little narrow. “start” is what runs started from."
 )
+
+
+def _over_starts(curve: tradeoff.Curve) -> dict[str, Any]:
+    cost, gain = (f"{share} {curve.tradeoff.what}" for share in curve.shares)
+    note = (
+        f"“above”: how much more {gain} than by the best mixture of the models that runs started "
+        f"from with as much {cost}. The interval is a bootstrap over seeds and prompts, of each "
+        "row by itself."
+    )
+    return _entry("Over the curve of the starts", curve.columns, tradeoff.table(curve), note)
 
 
 def _entry(title: str, columns: Sequence[str], rows: Sequence[Any], note: str) -> dict[str, Any]:

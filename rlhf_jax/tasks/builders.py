@@ -10,6 +10,7 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import tensorflow_datasets as tfds
 
@@ -35,9 +36,11 @@ def task_of(name: str) -> Task:
     """The task of "set" or "set/config"; UserError if there is no such data set."""
     set_name = name.partition("/")[0]
     if set_name not in TASKS:
+        what = f"unknown data set {set_name or name!r}; known"
+        if Path(name).exists():
+            what = f"{name} is no data set, and no file of a kind that is read; these are"
         raise UserError(
-            f"unknown data set {set_name or name!r}; known: {', '.join(TASKS)}, "
-            f"hf:owner/name, and files named *{', *'.join(SUFFIXES)}"
+            f"{what}: {', '.join(TASKS)}, hf:owner/name, and files named *{', *'.join(SUFFIXES)}"
         )
     return TASKS[set_name]
 

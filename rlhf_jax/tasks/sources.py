@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -182,8 +183,14 @@ def hold_out(source: str) -> tuple[str, str]:
     else:
         count = count_rows(name)
     few = round(0.95 * count) == count
-    print(f"held out: the last {'record' if few else '5 %'} of {name}", flush=True)
+    _say_once(f"held out: the last {'record' if few else '5 %'} of {name}")
     return (f"{name}[:-1]", f"{name}[-1:]") if few else (f"{name}[:95%]", f"{name}[95%:]")
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    """Prints what a process would else say for every cell of a sweep."""
+    print(line, flush=True)
 
 
 def check_unrendered(

@@ -41,6 +41,7 @@ from rlhf_jax.models.lora import (
 )
 from rlhf_jax.training.checkpoint import load_document, load_params, save_params
 from rlhf_jax.training.mesh import placed, sharding
+from rlhf_jax.training.rundir import SUMMARY
 from rlhf_jax.trees import named_leaves
 
 _READ = (".json", ".jinja", ".safetensors")  # suffixes of a Hugging Face directory's files
@@ -128,6 +129,9 @@ def load_model(
     directory = Path(workdir).resolve()
     if is_hub_directory(directory):
         return _load_hub(directory, mesh, changes)
+    if not (directory / "model").is_dir() and not (directory / SUMMARY).exists():
+        there = what_is_there(directory)
+        raise UserError(f"{workdir} is not the directory of a finished run{there}")
     document = _read_document(directory / "model")
     tokenizer = load_tokenizer(directory)
     if tokenizer.hash != document["tokenizer_hash"]:
@@ -245,6 +249,20 @@ def is_hub_directory(path: str | os.PathLike[str]) -> bool:
     """
     config = Path(path) / "config.json"
     return config.exists() and "model_type" in read_object(config)
+
+
+def what_is_there(directory: Path) -> str:
+    """What is where a run or a model was looked for, and what to do about it."""
+    if not directory.exists():
+        return (
+            ", and there is no such directory; a model of the Hub is downloaded beforehand, as by "
+            "hf download NAME --local-dir DIRECTORY"
+        )
+    if (directory / "adapter_config.json").exists():
+        return " but an adapter of PEFT; merge it into its model, and name what that is saved to"
+    if (directory / "config.json").exists():
+        return ": it has not ended; its command goes on with it"
+    return ", and has no config.json of a model"
 
 
 def _load_hub(directory: Path, mesh: Mesh | None, changes: Mapping[str, Any]) -> Model:

@@ -9,7 +9,7 @@ from typing import Any
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import SUMMARY_FIELDS, check_fields, read_object, write_json
 from rlhf_jax.training.rundir import SUMMARY
-from rlhf_jax.training.saved_model import fingerprint, is_hub_directory
+from rlhf_jax.training.saved_model import fingerprint, is_hub_directory, what_is_there
 
 
 def read_summary(workdir: Path, *, whole: bool = True) -> dict[str, Any]:
@@ -30,7 +30,8 @@ def read_summary(workdir: Path, *, whole: bool = True) -> dict[str, Any]:
     path = workdir / SUMMARY
     summary = read_object(path) if path.exists() else {}
     if not summary or summary.get("status", "done") != "done":
-        raise UserError(f"{workdir} is not the directory of a finished run")
+        there = what_is_there(workdir)
+        raise UserError(f"{workdir} is not the directory of a finished run{there}")
     check_fields(path, summary, SUMMARY_FIELDS, required=whole)
     return summary
 

@@ -76,6 +76,8 @@ BAD = [
     ("conversation", b'{"prompt": 3, "response": "x"}', "field 'prompt'"),
     ("pair", b'{"prompt": "x", "chosen": "y"}', "missing key"),
     ("pair", b'{"chosen": "y", "rejected": "z"}', "no prompt.* share no beginning"),
+    ("pair", b'{"question": "q", "chosen": "It y", "rejected": "It z"}', "columns=prompt:question"),
+    ("conversation", b'{"system": 3, "prompt": "x", "response": "y"}', "'system' must be text"),
     ("pair", b'{"chosen": "y", "rejected": []}', "both sides are lists of messages or texts"),
     ("pair", b'{"prompt": "x", "chosen": "y", "rejected": "z", "margin": -1}', "bad margin"),
     ("pair", b'{"prompt": "x", "chosen": "y", "rejected": "z", "margin": true}', "bad margin"),
@@ -344,6 +346,24 @@ def test_parquet_rows_are_the_same_records(tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(UserError, match="cannot read row 1"):
         read_jsonl(path, "pair")
+
+
+def test_a_system_text_beside_a_prompt_or_messages_is_the_first_turn(tmp_path):
+    rest = {"prompt": "hi", "response": "yo"}, {"messages": [U, A]}
+    lines = [{"system": "be"} | each for each in rest]
+    for line in lines:
+        (record,) = read_jsonl(write(tmp_path, line), "conversation")
+        assert record.messages == (Message("system", "be"), USER, REPLY)
+        assert "system" not in record.meta
+    (pair,) = read_jsonl(
+        write(tmp_path, {"system": "be", "prompt": "hi", "chosen": "yo", "rejected": "no"}), "pair"
+    )
+    assert pair.prompt == (Message("system", "be"), USER)
+    (record,) = read_jsonl(write(tmp_path, {"system": ""} | rest[0]), "conversation")
+    assert record.messages == (USER, REPLY)
+    twice = {"system": "be", "messages": [{"role": "system", "content": "no"}, U, A]}
+    with pytest.raises(UserError, match="'system' beside a message of the system"):
+        read_jsonl(write(tmp_path, twice), "conversation")
 
 
 def share_gpt(*turns, **more):

@@ -232,6 +232,7 @@ def test_tools_are_described_in_the_first_turn_and_mistakes_are_counted(files):
         ({"tools": "trl.py:untyped"}, "the tool untyped has no docstring"),
         ({"file": "own.py:Count", "tools": "trl.py:calculate"}, "has step"),
         ({"file": "gone.py:Env"}, "there is no file gone.py"),
+        ({"tools": "trl.py"}, "'trl.py' names no function or class; write mine.py:name"),
     ],
 )
 def test_what_is_no_environment_and_no_tool_is_told_before_anything_runs(files, options, why):

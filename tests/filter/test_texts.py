@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -27,12 +29,15 @@ def chat(*turns: str, **meta) -> Conversation:
     return Conversation("", tuple(map(Message, roles, turns)), meta)
 
 
+def call(name: str, **arguments) -> Message:
+    called = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return Message("assistant", "", json.dumps({"tool_calls": [called]}))
+
+
 def test_a_copy_has_the_same_turns_roles_calls_and_label():
     pair = Pair("", (Message("user", "Who?"),), "Ann.", "No.")
     turned = Pair("", pair.prompt, "No.", "Ann.")
-    called = Conversation(
-        "", (Message("user", "Who?"), Message("assistant", "", '{"tool_calls": 1}'))
-    )
+    called = Conversation("", (Message("user", "Who?"), call("who")))
     given = items(
         chat("Who?", "Ann."), chat("Who? Ann."), chat("Who?\n", " Ann."), chat("who?", "Ann."),
         chat("Who?", "Ann.", label="true"), pair, turned, pair, chat("Who?", ""), called,
@@ -52,6 +57,19 @@ def test_a_near_duplicate_shares_so_many_n_grams_with_one_that_stays():
     assert texts.near_duplicates(items("ab", "ab ", "ab c"), 1.0) == {
         1: "1.00 of the n-grams of a:1"
     }
+
+
+def test_calls_of_tools_are_part_of_what_a_record_says():
+    pytest.importorskip("datasketch", reason="requirements-filter.txt is not installed")
+    asked = Message("user", "What do they come to, please?")
+    sums = [
+        Conversation("", (asked, call("add", sum=of))) for of in ("17 + 25", "300 + 4", "17 + 25")
+    ]
+    assert turns_of(sums[0])[1] == '{"name": "add", "arguments": {"sum": "17 + 25"}}'
+    assert texts.near_duplicates(items(*sums), 0.95) == {2: "1.00 of the n-grams of a:1"}
+    assert (
+        texts.wrong_length(items(*sums), Band("7", "7")) == {}
+    )  # by white space, as it is written
 
 
 def test_the_index_finds_what_comparing_all_with_all_finds():
@@ -148,3 +166,14 @@ def test_a_band_is_of_numbers_or_of_shares_of_all():
 def test_what_is_no_band_is_refused(text):
     with pytest.raises(UserError, match=r"write LOW\.\.HIGH"):
         Band.parse("words", text)
+
+
+@pytest.mark.parametrize("text", ["5%..3%", "5..3", "0..-1"])
+def test_a_band_whose_low_end_is_above_its_high_one_is_refused(text):
+    with pytest.raises(UserError, match=f"^--words={text}: the low end.*is above the high end"):
+        Band.parse("words", text)
+
+
+def test_a_share_above_a_number_is_refused_once_it_is_known():
+    with pytest.raises(UserError, match=r"^words: 50%\.\.3: the low end, 4, is above"):
+        Band.parse("words", "50%..3").outside([4.0, 4.0, 2.0], "words:")

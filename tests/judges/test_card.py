@@ -138,7 +138,7 @@ def test_texts_stay_texts_on_the_page(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--calibrate=600"], "--calibrate=600: some of the 600 pairs, not all"),
+        (["--calibrate=600"], "--calibrate=600 must be at least 1 and less than the 600"),
         (["--principles=kind"], "--principles: there is no 'kind'"),
         (["--count=100000"], "--count=100000: there are"),
         (["--count=-1"], "--count=-1: there are"),

@@ -234,7 +234,17 @@ DAMAGE = {
         '{"step": "x"}',
         '{"step": 1, "loss": []}',
     ],
-    "samples.jsonl": ['{"prompt": "a", "respon', "7", '{"prompt": "a"}', '{"responses": {}}'],
+    "samples.jsonl": [
+        '{"prompt": "a", "respon',
+        "7",
+        '{"prompt": "a"}',
+        '{"responses": {}}',
+        '{"prompt": 7, "responses": {"dpo": "b"}}',
+        '{"prompt": [{"role": "user"}], "responses": {"dpo": "b"}}',
+        '{"prompt": "a", "responses": {"dpo": null}}',
+        '{"prompt": "a", "responses": {"dpo": "b"}, "scores": [1]}',
+        '{"prompt": "a", "responses": {"dpo": "b"}, "scores": {"dpo": "high"}}',
+    ],
 }
 
 

@@ -282,6 +282,7 @@ def test_parent_trained_anew_is_noticed(chain, tmp_path):
         (["--config.train.step=3"], "has no train.step; did you mean train.steps?"),
         (["--config.train.steps=many"], "invalid literal"),
         (["--config.loss.name=sigmiod"], "did you mean 'sigmoid'?"),
+        (["--config.loss.name=dpo"], "did you mean 'sigmoid'?"),
         (["--config.loss.gamma=1"], "an option of simpo; 'sigmoid' has no option gamma"),
         (["--config.loss.gama=1"], "has no loss.gama; did you mean loss.gamma?"),
         (["--config.loss.options=gamma=1"], "each option is a field now, as --config.loss."),
@@ -289,8 +290,12 @@ def test_parent_trained_anew_is_noticed(chain, tmp_path):
         (["--config.optimizer.decay_fraction=0.1"], "only with optimizer.schedule = wsd"),
         (["--config.data.train=twon"], "unknown data set 'twon'"),
         (["--config.data.train=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--config.data.train=/dev/null"], "/dev/null is no data set, and no file of a kind that"),
         (["--config.data.train=a.jsonl=2,a.jsonl=1"], "'a.jsonl' is named twice"),
-        (["--config.init.policy=nowhere"], "nowhere is not the directory of a finished run"),
+        (
+            ["--config.init.policy=nowhere"],
+            "nowhere is not the directory of a finished run, and there",
+        ),
         (["--config.optimizer.name=adam"], "did you mean 'adamw'?"),
         (["extra"], "unexpected argument 'extra'"),
     ],
@@ -379,6 +384,29 @@ def test_a_summary_of_another_shape_is_named(tmp_path, text, said):
         read_summary(tmp_path)
     (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
     assert read_summary(tmp_path) == SUMMARY
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (None, r"and there is no such directory; .* hf download NAME"),
+        ([], r"and has no config\.json of a model"),
+        (["config.json"], "it has not ended; its command goes on with it"),
+        (["adapter_config.json"], "an adapter of PEFT; merge it into its model"),
+    ],
+)
+def test_what_is_there_in_place_of_a_finished_run_is_said(tmp_path, files, said):
+    directory = tmp_path / "llama"
+    if files is not None:
+        directory.mkdir()
+        for name in files:
+            (directory / name).write_text("{}")
+    with pytest.raises(
+        UserError, match=rf"^{directory} is not the directory of a finished run.*{said}"
+    ):
+        read_summary(directory)
+    with pytest.raises(UserError, match=said):
+        load_model(directory)
 
 
 def test_missing_config_is_a_mistake():

@@ -248,6 +248,9 @@ def test_a_missing_reward_file_and_another_loss_are_seen_before_the_parents_run(
     config.reward.scorers = "nowhere.py:score"
     with pytest.raises(UserError, match=r"'nowhere.py:score': there is no file nowhere.py"):
         checked(config)
+    config.reward.scorers = "model"
+    with pytest.raises(UserError, match=r"name its run with --config\.init\.reward=…, or another"):
+        checked(config)
     with pytest.raises(UserError, match=r"'dpo': choose one of bradley_terry, pointwise"):
         checked(defaults.base("reward", loss={"name": "dpo"}))
 

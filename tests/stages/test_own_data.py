@@ -54,6 +54,9 @@ def test_the_end_of_every_file_is_held_out(tmp_path, capsys):
     held_out = read_records(config, config.data.validation, "conversation", "validation")
     assert [r.id for r in held_out] == ["a.jsonl:39", "a.jsonl:40", "b.jsonl:8"]
     assert given.data.validation == "" and settle_sources(config) == config
+    capsys.readouterr()
+    settle_sources(given)  # as of another cell of a sweep
+    assert "held out" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("array", [False, True])

@@ -93,6 +93,9 @@ def test_conversations_by_hand():
 def test_prompts_have_nothing_to_train():
     found = measured([Prompt("0", user("a"))], 5, False)
     assert found.lengths == {"prompt": [6] * 5} and (found.trained, found.over_long) == (0, 1)
+    out = io.StringIO()
+    show("mine.jsonl", found, "over rollout.max_prompt_tokens = 5: left out", file=out)
+    assert "tokens trained: those of answers, when they are drawn\n" in out.getvalue()
 
 
 def test_what_is_printed(monkeypatch):

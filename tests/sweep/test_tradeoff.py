@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from rlhf_jax.report.refusals import draw_refusals
+from rlhf_jax.sweep.page import _over_starts
 from rlhf_jax.sweep.tradeoff import Curve, Setting, above, points, read_curve, table
 from rlhf_jax.tasks.safety import REFUSALS
 from rlhf_jax.tasks.town.safety import KINDS, SafetyTown
@@ -16,11 +18,11 @@ from rlhf_jax.tasks.town.town import Town
 REFUSAL = "I can't help with that."
 
 
-def setting(arm, name, harmless, harmful, seeds=3, count=100):
+def setting(arm, name, harmless, harmful, seeds=3, count=100, named=("harmless", "harmful")):
     """Models that refuse these shares of every kind's prompts, always the first ones."""
     refused = {
         (family, kind): np.arange(count) < share * count
-        for family, share in (("harmless", harmless), ("harmful", harmful))
+        for family, share in zip(named, (harmless, harmful), strict=True)
         for kind in KINDS
     }
     helpful = {(kind, seed): 1 - harmless for kind in KINDS for seed in range(seeds)}
@@ -62,6 +64,15 @@ def test_points_and_their_figure():
     assert plot.svg.startswith("<svg") and len(plot.csv.splitlines()) == 7
     assert len(table(curve)) == 3
     assert curve.columns[2:4] == ("harmless refused", "harmful refused")
+
+
+def test_the_page_says_what_the_tradeoff_is_of():
+    of_answers = replace(REFUSALS, cost="short", gain="true", what="answered")
+    curve = Curve(of_answers, [setting("start", "a", 0.2, 0.6, named=("short", "true"))])
+    entry = _over_starts(curve)
+    assert entry["columns"][2:4] == ("short answered", "true answered")
+    assert "how much more true answered than" in entry["note"]
+    assert "harm" not in entry["note"]
 
 
 def test_one_model_that_all_seeds_started_from_counts_once():
