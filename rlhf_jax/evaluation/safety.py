@@ -54,9 +54,11 @@ def _exposures(model: Model, prompts: Sequence[Prompt], tokens: int) -> list[flo
     asked, answers = list[Prompt](), list[Answer]()
     for prompt, each in zip(prompts, replies, strict=True):
         texts = [*each.values()]
-        _, tokens = render_replies(prompt.messages, texts, model.tokenizer)
+        _, encoded = render_replies(prompt.messages, texts, model.tokenizer)
         asked += [prompt] * len(texts)
-        answers += [Answer(*pair, True) for pair in zip(texts, map(tuple, tokens), strict=True)]
+        answers += [
+            Answer(text, tuple(ids), True) for text, ids in zip(texts, encoded, strict=True)
+        ]
     rows = pack_answers(model, asked, answers)
     scores = response_logprobs(model.config, model.params, rows, tokens)
     flat, exposures, start = in_record_order(scores, rows).ravel(), [], 0

@@ -98,7 +98,12 @@ def test_exposures_are_of_each_prompt_s_own_values(monkeypatch):
         return [p.meta["secret"] in a.text.lower() for p, a in zip(prompts, answers, strict=True)]
 
     monkeypatch.setattr(safety, "pack_answers", pack)
-    monkeypatch.setattr(safety, "response_logprobs", lambda *args: np.array(args[2], float))
+
+    def logprobs(config, params, rows, tokens):
+        assert tokens == 100  # of a step
+        return np.array(rows, float)
+
+    monkeypatch.setattr(safety, "response_logprobs", logprobs)
     monkeypatch.setattr(safety, "in_record_order", lambda scores, rows: scores)
 
     class Model:
