@@ -89,10 +89,8 @@ def reward_model_metrics(directory: Path) -> dict[str, float]:
     Raises:
         UserError: the run has none, so that it is no reward model's.
     """
-    names, metrics = (
-        ("accuracy", "accuracy_low", "accuracy_high"),
-        read_summary(directory)["metrics"],
-    )
+    names = ("accuracy", "accuracy_low", "accuracy_high")
+    metrics = read_summary(directory)["metrics"]
     if missing := [name for name in names if f"eval/{name}" not in metrics]:
         raise UserError(
             f"config: init.reward = {directory} has no eval/{missing[0]} to show beside: name the "

@@ -67,9 +67,8 @@ def test_calls_of_tools_are_part_of_what_a_record_says():
     ]
     assert turns_of(sums[0])[1] == '{"name": "add", "arguments": {"sum": "17 + 25"}}'
     assert texts.near_duplicates(items(*sums), 0.95) == {2: "1.00 of the n-grams of a:1"}
-    assert (
-        texts.wrong_length(items(*sums), Band("7", "7")) == {}
-    )  # by white space, as it is written
+    seven = Band("7", "7")  # words by white space, as the call is written
+    assert texts.wrong_length(items(*sums), seven) == {}
 
 
 def test_the_index_finds_what_comparing_all_with_all_finds():
