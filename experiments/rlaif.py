@@ -6,9 +6,9 @@ python -m rlhf_jax.main --config=experiments/rlaif.py
     the same pairs, labelled by the town's labelers: RLHF at equal labels
 … --config=experiments/rlaif.py:hh
     prompts of HH-RLHF, the judge a reward model of its pairs (reward.py:hh), which agrees with
-    people on 0.63 of held-out ones; 3 minutes after its parents' 8. What the policy learns is to
-    come to an end: answers that do are 0.36 before and 0.77 after (+0.41, +0.27 to +0.55), of 49
-    tokens and of 33, at a KL of 6.4 nats. It orders 218 held-out pairs of people as they do in 0.54
+    people on 0.63 of held-out ones; 3 minutes after its parents' 8. The policy learns to come to
+    an end: 0.77 of its answers do, of those before 0.36 (+0.41, +0.27 to +0.55), and they have 33
+    tokens in place of 49, at a KL of 6.4 nats. It orders 218 held-out pairs as people do in 0.54
     (0.47 to 0.60), which may be chance: a model of this size says little about anything
 … --config=experiments/rlaif.py:own --config.init.policy=/path/to/model \\
         --config.data.train=prompts.jsonl --config.feedback.judge=https://host/v1,model=name

@@ -193,6 +193,7 @@ def build(section: type, given: Mapping[str, Any], path: str) -> Any:
 def _check_variant(name: str, table: Mapping[str, type], options: Sequence[str], path: str) -> None:
     """UserError for a name that is not in the table, or an option that the one of it lacks."""
     if name not in table:
+        # A loss has another name in its paper, with which its docstring begins: "DPO: …".
         titled = [
             k for k, kind in table.items() if (kind.__doc__ or "").startswith(f"{name.upper()}:")
         ]

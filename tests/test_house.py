@@ -26,8 +26,8 @@ BOUNDS = {
     # `claims/`, an annex, took 860, memory and personas 560 and sets of calls 230 in `tasks/`, a
     # judge behind an address 110. An environment in another interpreter took 30 in the core,
     # reasoning-gym, TextArena and twenty questions 360, and faults of the annexes 70.
-    "lines of the core": 22_594,
-    "lines with the annexes": 45_995,
+    "lines of the core": 22_595,
+    "lines with the annexes": 45_996,
     "functions over 60 lines": 1,
     "functions over 80 lines": 0,
     "functions over 8 parameters": 2,
