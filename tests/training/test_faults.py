@@ -346,6 +346,7 @@ def test_a_second_run_and_a_changed_config_exit_2(tmp_path):
     )
     try:
         while not (tmp_path / "checkpoints" / "00000004").exists():
+            assert process.poll() is None, "it ended before this was seen"
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGSTOP)
         second = run(tmp_path)
