@@ -281,6 +281,7 @@ worker.call({{"prompts": [], "responses": ["a b"], "columns": {{}}}}, 60)
     with parent:
         pid = int(parent.stdout.readline())
         while not (child.exists() and child.read_text()):
+            assert parent.poll() is None
             time.sleep(0.05)
         parent.send_signal(signal.SIGKILL)
     assert is_gone(pid)

@@ -110,6 +110,7 @@ def test_killed_again_and_again_is_bitwise_the_same(expected, tmp_path):
 def test_killed_at_any_moment_is_bitwise_the_same(delay, expected, tmp_path):
     process = subprocess.Popen([*COMMAND, str(tmp_path)], cwd=ROOT, env=environment())
     while not (tmp_path / "metrics.jsonl").exists():
+        assert process.poll() is None, "it ended before it wrote a line"
         time.sleep(0.01)
     time.sleep(delay)
     process.kill()
@@ -341,14 +342,13 @@ sys.exit(75)
 
 
 def test_a_second_run_and_a_changed_config_exit_2(tmp_path):
+    holds = environment(FAULT="checkpoint:renamed:4", FAULT_SIGNAL="SIGSTOP")
     process = subprocess.Popen(
-        [*COMMAND, str(tmp_path)], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL
+        [*COMMAND, str(tmp_path)], cwd=ROOT, env=holds, stdout=subprocess.DEVNULL
     )
     try:
-        while not (tmp_path / "checkpoints" / "00000004").exists():
-            assert process.poll() is None, "it ended before this was seen"
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGSTOP)
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status), status
         second = run(tmp_path)
         assert second.returncode == 2
         assert f"held by pid {process.pid} on host {socket.gethostname()}" in second.stderr
