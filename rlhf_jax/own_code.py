@@ -1,7 +1,10 @@
-"""Functions of the user's own that run in this process: losses and advantages, "mine.py:cauchy"."""
+"""Functions of the user's own, "mine.py:cauchy": losses and advantages run in this process, and of
+those that run in one of their own it is seen beforehand whether they are there.
+"""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import inspect
@@ -12,6 +15,35 @@ from typing import Any
 
 from rlhf_jax.child import load_module
 from rlhf_jax.errors import UserError, mistake_in, nearest
+
+# A file that uses one of these may make names that its text does not bind.
+_MAKES_NAMES = {"*", "__getattr__", "exec", "globals", "locals", "setattr", "vars"}
+
+
+def check_bound(target: str, field: str) -> None:
+    """Looks for the function or class "path.py:name" in its file, which is read and not run.
+
+    Raises:
+        UserError: there is no such file, or it binds no such name.
+    """
+    path, _, name = target.rpartition(":")
+    if not Path(path).is_file():
+        raise UserError(f"config: {field} names {target!r}: there is no file {path}")
+    try:
+        nodes = list(ast.walk(ast.parse(Path(path).read_bytes())))
+    except (SyntaxError, ValueError):  # its own process says where
+        return
+    bound = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    others = {node.id for node in nodes if isinstance(node, ast.Name)}
+    others |= {node.name for node in nodes if isinstance(node, ast.AsyncFunctionDef)}
+    for node in nodes:
+        if isinstance(node, ast.alias):
+            others.add((node.asname or node.name).partition(".")[0])
+    if name not in bound | others and not _MAKES_NAMES & (bound | others):
+        near = nearest(name, sorted(bound) or ["none"])
+        raise UserError(
+            f"config: {field} names {target!r}: {path} has no {name!r}; did you mean {near}?"
+        )
 
 
 @functools.cache

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
 
-from rlhf_jax.report.tables import METRICS, format_metric
+from rlhf_jax.report.tables import METRICS, format_metric, with_unit
 from rlhf_jax.training.meanings import is_less_better
 
 # The metrics of which it can be said that a change is for better or worse.
 JUDGED = ("gold_reward", "proxy_reward", "pass_at_1", "accuracy", "token_accuracy", "bpb", "loss")
 POINTS = "\u00a0points"  # what a difference of percentages is counted in
+# Five records that all changed to the same side do so by chance in 2 of 32 cases: more than 5 %.
+_FEWEST = 6
 Others = Mapping[str, Mapping[str, float]]  # model: metric without "eval/": value
 
 
@@ -81,7 +83,9 @@ def judge_changes(metrics: Mapping[str, float]) -> list[str]:
         better = -1 if is_less_better(full) else 1
         low, high = (better * metrics[f"{name}_{end}"] for end in ("low", "high"))
         verdict = "no difference that so few records could show"
-        if min(low, high) > 0:
+        if metrics[f"{name}_records"] < _FEWEST:
+            verdict = f"fewer than {_FEWEST} records can show no difference"
+        elif min(low, high) > 0:
             verdict = "better"
         elif max(low, high) < 0:
             verdict = "worse"
@@ -100,14 +104,14 @@ def console_rows(
 ) -> list[list[Any]]:
     """The rows of `rows_of` that have a place in `METRICS`, below them the 95 % intervals.
 
-    They are of the models before, the run's own, and the change.
+    They are of the models before, the run's own, and the change; the label names the unit.
     """
     labels = {label_of(name): name for name in METRICS if name in metrics}
     rows: list[list[Any]] = []
     for label, (*cells, change, interval) in rows_of(metrics, others, models):
         if label not in labels:
             continue
-        rows.append([label, *cells, change])
+        rows.append([with_unit(labels[label]), *cells, change])
         ends = [metrics.get(f"{labels[label]}_{end}") for end in ("low", "high")]
         own = "–" if None in ends else "–".join(format(end, ".3g") for end in ends)
         if (own, interval) != ("–", "–"):

@@ -42,6 +42,13 @@ def format_metric(name: str, value: float | None) -> str:
     return format(value, spec).replace("%", "\u00a0%").replace("-", "\u2212")
 
 
+def with_unit(name: str) -> str:
+    """The label of one of `METRICS` with its unit, if it has one: Response length (tokens)."""
+    label, note, _ = METRICS[name]
+    unit = note.partition(" per ")[0]
+    return f"{label} ({unit})" if unit in ("nats", "tokens", "tokens/s") else label
+
+
 def format_numbers(values: Sequence[Any]) -> list[str]:
     """Formats numbers that are read together with the same number of decimals.
 

@@ -26,7 +26,7 @@ from rlhf_jax.errors import UserError, mistake_in
 from rlhf_jax.report.changes import console_rows, judge_changes
 from rlhf_jax.report.report import describe_environment, write_report
 from rlhf_jax.report.run_files import read_run, read_samples
-from rlhf_jax.report.tables import print_table
+from rlhf_jax.report.tables import print_table, with_unit
 from rlhf_jax.stages.checks import check, check_devices
 from rlhf_jax.stages.defaults import STAGES, module_of, resolve, unknown_field
 from rlhf_jax.stages.experiments import find_experiment, names_experiment
@@ -261,7 +261,7 @@ def show(workdir: Path) -> None:
     others = read_run(workdir).evaluation.get("others", {})
     rows = console_rows(metrics, others, names[:-1])
     rates = [s["metrics"].get("train/tokens_per_second") for s in summaries]
-    rows.append(["Throughput", *rates, "–"])
+    rows.append([with_unit("train/tokens_per_second"), *rates, "–"])
     rows.append(["Wall time (s)", *(s["wall_seconds"] for s in summaries), "–"])
     columns = ["", *names, "change"]
     if len(runs) == 1:

@@ -17,6 +17,7 @@ from rlhf_jax.hub.chat_formats import chat_template
 from rlhf_jax.hub.hub_data import check_hub_name
 from rlhf_jax.models.fused_attention import check_kernel
 from rlhf_jax.models.sharding import batch_shards
+from rlhf_jax.own_code import check_bound
 from rlhf_jax.rewards.scorers import parse_rewards
 from rlhf_jax.stages.defaults import FED_BACK, SAMPLING
 from rlhf_jax.tasks.builders import task_of
@@ -56,6 +57,8 @@ def check(config: Config) -> None:
     if config.stage == "policy":
         check_objective(config)
     _check_environment(config)
+    if config.feedback is not None and ".py:" in config.feedback.judge:
+        check_bound(config.feedback.judge, "feedback.judge")
     if config.stage in FED_BACK and config.data.columns:
         raise UserError(
             f"config: data.columns: the {config.stage} stage reads its own file too, whose fields "
@@ -125,9 +128,8 @@ def _check_sampling(config: Config) -> None:
     rollout = config.rollout
     weights = parse_rewards(config.reward.scorers)
     for name in weights:
-        file = Path(name.rpartition(":")[0])
-        if ".py:" in name and not file.is_file():
-            raise UserError(f"config: reward.scorers names {name!r}: there is no file {file}")
+        if ".py:" in name:
+            check_bound(name, "reward.scorers")
     named = [
         role for role, path in section_document(config, "init").items() if role != "policy" and path
     ]
@@ -162,8 +164,7 @@ def _check_environment(config: Config) -> None:
                 f"config: environment names {target!r}: write mine.py:Name, or a library's, of "
                 f"{', '.join(LIBRARIES)}, as library:name"
             )
-        if not Path(file).is_file():
-            raise UserError(f"config: environment names {target!r}: there is no file {file}")
+        check_bound(target, "environment")
     scorers = parse_rewards(config.reward.scorers) if config.reward is not None else {}
     if "environment" in scorers and not named:
         raise UserError(

@@ -243,11 +243,27 @@ def test_a_field_that_no_stage_reads_is_refused_with_the_nearest():
         checked(config)
 
 
-def test_a_missing_reward_file_and_another_loss_are_seen_before_the_parents_run():
+def test_a_missing_reward_file_and_another_loss_are_seen_before_the_parents_run(
+    tmp_path, monkeypatch
+):
     config = defaults.on_policy("grpo", rollout={"samples": 2})
     config.reward.scorers = "nowhere.py:score"
     with pytest.raises(UserError, match=r"'nowhere.py:score': there is no file nowhere.py"):
         checked(config)
+    (tmp_path / "mine.py").write_text("from math import sqrt\ndef score(prompts, responses): ...\n")
+    monkeypatch.chdir(tmp_path)
+    config.reward.scorers = "mine.py:scor"
+    with pytest.raises(UserError, match=r"mine\.py has no 'scor'; did you mean score\?"):
+        checked(config)
+    config.reward.scorers = "mine.py:sqrt=0.1,mine.py:score"
+    checked(config)
+    (tmp_path / "mine.py").write_text("globals().update(scor=len)\n")
+    config.reward.scorers = "mine.py:scor"
+    checked(config)  # its own process knows
+    config.environment.tools = "mine.py:scor, other.py:scor"
+    with pytest.raises(UserError, match=r"environment names 'other.py:scor': there is no file"):
+        checked(config)
+    config.environment.tools = ""
     config.reward.scorers = "model"
     with pytest.raises(UserError, match=r"name its run with --config\.init\.reward=…, or another"):
         checked(config)
