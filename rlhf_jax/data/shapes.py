@@ -37,6 +37,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from datetime import date, time, timedelta
+from decimal import Decimal
 from typing import Any
 
 from rlhf_jax.data.conversation import check_messages
@@ -48,6 +50,8 @@ Messages = tuple[Message, ...]
 EXCERPT = 80  # characters
 _OPTIONAL = {"tool_calls": "assistant", "name": "tool", "tool_call_id": "tool"}  # key → its role
 _OF_PAIRS = {"margin", "tie"}
+_JUDGED_BY = {"answer", "reference"}  # of meta, by rewards
+_TIMES = (date, time)  # a datetime is a date
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _SHARE_GPT_ROLES = {
@@ -344,7 +348,11 @@ def string(fields: Fields, name: str) -> str:
         raise BadLine("missing key", f"{name!r}")
     value = fields[name]
     if not isinstance(value, str):
-        raise BadLine("wrong type", f"field {name!r} must be text, not {type_name(value)}")
+        why = f"field {name!r} must be text, not {type_name(value)}"
+        if isinstance(value, _TIMES):
+            why += "; `datasets` takes JSON text for one where all of a column look like dates: "
+            why += "name the JSON file in place of hf:…"
+        raise BadLine("wrong type", why)
     if "\0" in value:
         raise BadLine("NUL character", f"field {name!r}")
     try:
@@ -364,16 +372,38 @@ def _read_margin(fields: Fields) -> float | None:
 
 
 def _read_meta(fields: Fields, used: frozenset[str]) -> dict[str, str]:
-    """The keys no shape uses, as text: strings as they are, anything else as JSON."""
+    """The keys no shape uses, as text: strings as they are, anything else as JSON.
+
+    Dates, times and decimals of a table, which JSON lacks, are as Python writes them. What a reply
+    is judged by must not be one: how it was written is lost.
+    """
     stated = fields.get("meta", {})
     if not isinstance(stated, dict):
         raise BadLine("wrong type", "field 'meta' must be an object")
     meta = stated | {k: v for k, v in fields.items() if k not in used | {"id", "meta"}}
-    meta = {k: v if isinstance(v, str) else json.dumps(v) for k, v in meta.items()}
+    for key in _JUDGED_BY & meta.keys():
+        if isinstance(meta[key], _TIMES):
+            string(meta, key)
+    meta = {k: v if isinstance(v, str) else _write(k, v) for k, v in meta.items()}
     for key, value in meta.items():
         string({key: key}, key)
         string({key: value}, key)
     return meta
+
+
+def _write(key: str, value: Any) -> str:
+    """A value of a field as text; BadLine for one that has none, such as an image."""
+
+    def as_text(part: Any) -> str:
+        if isinstance(part, (*_TIMES, timedelta, Decimal)):
+            return str(part)
+        raise BadLine(
+            "wrong type", f"field {key!r} holds {type_name(part)}; leave the column out of the file"
+        )
+
+    if isinstance(value, (*_TIMES, timedelta, Decimal)):
+        return str(value)
+    return json.dumps(value, default=as_text)
 
 
 def _translate_share_gpt(fields: Fields) -> Fields:

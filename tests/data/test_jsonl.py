@@ -7,6 +7,8 @@ import gzip
 import json
 import lzma
 from collections import Counter
+from datetime import datetime
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -325,6 +327,28 @@ def mutate(line: bytes, rng: np.random.Generator) -> bytes:
             case 3:
                 data[at:at] = data[at : at + int(rng.integers(1, 20))]
     return bytes(data)
+
+
+def test_a_tables_dates_and_decimals_are_text_and_its_bytes_are_refused(tmp_path):
+    table = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    day = datetime(2024, 5, 1, 3, 4)
+    row = {"prompt": "hi", "completion": "yo", "seen": day, "price": Decimal("1.50"), "at": [day]}
+    path = tmp_path / "chats.parquet"
+
+    def read(row, kind="conversation"):
+        parquet.write_table(table.Table.from_pylist([row]), path)
+        return read_jsonl(path, kind)[0]
+
+    text = "2024-05-01 03:04:00"
+    assert read(row).meta == {"seen": text, "price": "1.50", "at": f'["{text}"]'}
+    with pytest.raises(UserError, match=r"field 'picture' holds bytes; leave the column out"):
+        read(row | {"picture": {"bytes": b"\xff"}})
+    with pytest.raises(UserError, match=r"'completion' must be text, not datetime; `datasets`"):
+        read(row | {"completion": day})
+    with pytest.raises(UserError, match=r"'answer' must be text, not datetime; .* name the JSON"):
+        read({"prompt": "When?", "answer": day}, "prompt")
 
 
 def test_parquet_rows_are_the_same_records(tmp_path, capsys):
