@@ -25,8 +25,8 @@ python -m rlhf_jax.sweep --config=experiments/rlaif.py --seeds=5 --metric=eval/g
     0.794 and 0.536. It is courtesy, 0.98 and 0.69: of right answers there are −0.020 (−0.045 to
     +0.009), of safe ones −0.009 (−0.012 to −0.006). Yet the judge agrees with gold on 69 % of the
     pairs, people on 94 %: what 400 labels teach this model is manners.
-    On the five fresh seeds, with which the sweep ends: 0.719 (0.659 to 0.780); 0.804 and 0.776,
-    +0.028 (+0.010 to +0.045), p = 0.007. A run takes 28 to 35 s of CPU, and there are 20
+    On the five fresh seeds, with which the sweep ends: 0.717 (0.658 to 0.777); 0.804 and 0.776,
+    +0.028 (+0.008 to +0.044), p = 0.011. A run takes 28 to 35 s of CPU, and there are 20
 """
 
 from rlhf_jax.stages import defaults
