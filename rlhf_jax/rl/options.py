@@ -19,6 +19,7 @@ from rlhf_jax.training.optimizer import OptimizerConfig
 
 NO_FILE = Only("file", ("",), told="file empty")
 _GROUP = Only("name", ("group",))
+_GAE = Only("advantage.name", ("gae",))  # the one that has a critic
 _MODEL = Only("scorers", containing="model")
 _COST = Only("cost")
 _FUNCTION = Only("scorers", containing=".py:")
@@ -215,9 +216,10 @@ class PolicyOptions:
 class CriticOptions:
     """How the critic is trained; in all else as the policy is, by the section optimizer."""
 
-    learning_rate: float = option(1e-3, within="[0, inf)")  # the peak
-    schedule: str = "cosine"  # as of the policy's: training/optimizer.py
-    value_clip: float = option(0.2, within="[0, inf)")  # of a value's change; 0: no clip
+    learning_rate: float = option(1e-3, within="[0, inf)", only=_GAE)  # the peak
+    schedule: str = option("cosine", only=_GAE)  # as of the policy's: training/optimizer.py
+    # Of a value's change; 0: no clip.
+    value_clip: float = option(0.2, within="[0, inf)", only=_GAE)
 
     def optimizer(self, policy: OptimizerConfig) -> OptimizerConfig:
         """The critic's optimizer, from the policy's."""

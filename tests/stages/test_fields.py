@@ -363,6 +363,10 @@ def test_what_means_nothing_is_not_recorded_and_told_on_the_command_line(tmp_pat
     assert set(document(defaults.resolve(config))["adapter"]) == {
         *("rank", "alpha", "targets", "kind", "base")
     }
+    config = defaults.on_policy("ppo", advantage={"name": "group"}, rollout={"samples": 2})
+    assert document(defaults.resolve(config))["critic"] == {}
+    said = "critic.value_clip is read only with advantage.name = gae"
+    assert unread(defaults.resolve(config), "critic.value_clip") == said
 
 
 def test_the_path_of_a_source_may_hold_what_separates_sources(tmp_path):
