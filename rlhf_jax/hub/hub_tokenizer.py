@@ -56,7 +56,7 @@ class HubTokenizer:
                 raise UserError(f"eos_token_id {each} is no id of the tokenizer")
         probe = vocabulary.whole.encode("a").ids
         self._adds_bos = self.bos is not None and bool(probe) and probe[0] == self.bos
-        named = {"bos_token": vocabulary.bos or "", "eos_token": vocabulary.eos}
+        named = settings.named | {"bos_token": vocabulary.bos or "", "eos_token": vocabulary.eos}
         source = settings.template
         self._template = None if source is None else Template(source, named)
         self._given_ends = tuple(dict.fromkeys([self.end, *settings.ends]))

@@ -24,6 +24,8 @@ _ANEW = (
 # models begin no text then, whatever id their config.json gives: Qwen's gives one.
 _BOS_BY_CLASS = ("gpt2", "gpt_neox", "gptneox", "gemma")
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Beside those that begin and end a text, transformers gives templates these.
+_NAMED = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,12 @@ class TokenizerSettings:
             "eos_token_id": _keep_form(self.config.get("eos_token_id"), ends),
             "pad_token_id": pad,
         }
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The special tokens that a template may name, beside those that begin and end a text."""
+        tokens = {name: _read_token(self.stated, name) for name in _NAMED}
+        return {name: token for name, token in tokens.items() if token is not None}
 
     def write(self, directory: Path, vocabulary: Vocabulary, ends: tuple[int, ...]) -> None:
         """Writes what transformers reads, all but config.json: settings as they came."""

@@ -342,6 +342,25 @@ def test_a_model_without_a_template_is_given_one(tmp_path):
             chat_template(name)
 
 
+@pytest.mark.parametrize("name", ["pad_token", "unk_token", "sep_token", "cls_token", "mask_token"])
+def test_a_template_is_given_all_special_tokens_that_are_named(tmp_path, name):
+    (tmp_path / "made").mkdir()
+    write(tmp_path / "made", "chatml")
+    path = tmp_path / "made" / "tokenizer_config.json"
+    stated = json.loads(path.read_text()) | {name: AS_TOKEN | {"content": "<|im_start|>"}}
+    path.write_text(json.dumps(stated))
+    source = TEMPLATES["chatml"].replace("'<|im_start|>'", name)
+    loose = "{{ " + name + " }}\n" + source  # alone, an undefined one is no error but no text
+    ours = edited(tmp_path / "made", tmp_path, loose)
+    start = ours.vocabulary.id_of("<|im_start|>")
+    prompt = ours.prompt(CONVERSATION[:1])
+    assert prompt[0] == start and prompt.count(start) == 3
+    (tmp_path / "run").mkdir()
+    ours.save(tmp_path / "run")
+    again = HubTokenizer.load(tmp_path / "run" / "tokenizer")
+    assert again.prompt(CONVERSATION[:1]) == prompt
+
+
 def test_a_system_message_opens_the_first_turn(tmp_path):
     messages = [Message("system", "Be brief."), *CONVERSATION[:3]]
     for kind in ("llama2", "mistral", "gemma"):
