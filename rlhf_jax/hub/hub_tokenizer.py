@@ -27,7 +27,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.hub.rendered_text import ANOTHER, Part, find_parting, looks_like_markup, render
 from rlhf_jax.hub.template import Template
 from rlhf_jax.hub.tokenizer_settings import CONFIG, FILE, TokenizerSettings, read_settings
-from rlhf_jax.hub.vocabulary import CLOSE, OPEN, Spelling, Vocabulary
+from rlhf_jax.hub.vocabulary import CLOSE, OPEN, Spelling, Vocabulary, drop_beyond
 
 _NO_END = f"the chat template writes no token that ends the assistant's turn; {ANOTHER}"
 
@@ -74,7 +74,12 @@ class HubTokenizer:
             )
         settings = read_settings(directory)
         try:
-            return cls((directory / FILE).read_text("utf-8"), settings)
+            text = (directory / FILE).read_text("utf-8")
+            if settings.size is not None:
+                text, dropped = drop_beyond(text, settings.size, settings.uses)
+                if dropped:
+                    print(f"{directory}: the model has no ids for {', '.join(dropped)}", flush=True)
+            return cls(text, settings)
         except (OSError, UnicodeDecodeError, UserError) as error:
             raise UserError(f"{directory}: {error}") from error
 

@@ -169,6 +169,19 @@ def test_a_config_that_cannot_be_followed_is_named(directory, changes, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3_text"])
+def test_gelu_means_the_tanh_one_in_gemma_1_alone(tmp_path, kind):
+    """As in transformers, which computes Gemma 2's and 3's "gelu" by erf."""
+    name = "hidden_act" if kind == "gemma" else "hidden_activation"
+    config = SHAPE | {"model_type": kind, name: "gelu"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if kind == "gemma":
+        assert read_config(tmp_path)[1].activation == "geglu"
+        return
+    with pytest.raises(UserError, match="hidden_activation = 'gelu' should be one of gelu_pyt"):
+        read_config(tmp_path)
+
+
 NORM = "model.norm.weight"
 
 
