@@ -270,7 +270,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family(
         "Mixtral",
         (*_gated(_EXPERT_ACTIVATION, eps=1e-5), *_experts("num_local_experts", 8, 2)),
-        (Rope(), Windows()),
+        (Rope(), Windows(told=False)),
         _mixture("block_sparse_moe", "w1", "w3", "w2"),
         defaults={"rope_theta": 1_000_000.0},
     ),
@@ -299,7 +299,7 @@ FAMILIES: dict[str, Family] = {
             _BIASED,
             *_experts("num_experts", 128, 8),
         ),
-        (Rope(), Windows(flag=True)),
+        (Rope(), Windows(flag=True, told=False)),
         _mixture("mlp", "gate_proj", "up_proj", "down_proj"),
         fixed={"qk_norm": True},
         defaults=_THETA | _FLAG,
