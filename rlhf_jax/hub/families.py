@@ -112,7 +112,8 @@ def _query_scalar(config: ModelConfig) -> float:
 
 _SILU = {"silu": "swiglu"}
 _GATED = _SILU | {"gelu_pytorch_tanh": "geglu"}
-_TANH = {"gelu_pytorch_tanh": "geglu", "gelu": "geglu"}  # older files meant the tanh one by "gelu"
+_TANH = {"gelu_pytorch_tanh": "geglu"}
+_GEMMA1 = _TANH | {"gelu": "geglu"}  # its older files meant the tanh one by "gelu"
 _GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 _SHAPE = (
     Key("vocab_size", "vocab_size"),
@@ -165,14 +166,14 @@ def _caps(logits: Any, attention: Any) -> tuple[Key, ...]:
     )
 
 
-def _gemma(written: str) -> tuple[Key, ...]:
+def _gemma(written: str, activations: dict[str, str]) -> tuple[Key, ...]:
     both, absent = ("hidden_activation", "hidden_act"), "gelu_pytorch_tanh"
-    activation = Key("activation", written, _TANH, absent=absent, reads=both)
+    activation = Key("activation", written, activations, absent=absent, reads=both)
     return (*_gated(activation, tied=True, head_dim=256), _BIASED)
 
 
 _GEMMA2 = (
-    *_gemma("hidden_activation"),
+    *_gemma("hidden_activation", _TANH),
     Key(
         "query_scale",
         "query_pre_attn_scalar",
@@ -269,7 +270,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family(
         "Mixtral",
         (*_gated(_EXPERT_ACTIVATION, eps=1e-5), *_experts("num_local_experts", 8, 2)),
-        (Rope(), Windows()),
+        (Rope(), Windows(told=False)),
         _mixture("block_sparse_moe", "w1", "w3", "w2"),
         defaults={"rope_theta": 1_000_000.0},
     ),
@@ -298,7 +299,7 @@ FAMILIES: dict[str, Family] = {
             _BIASED,
             *_experts("num_experts", 128, 8),
         ),
-        (Rope(), Windows(flag=True)),
+        (Rope(), Windows(flag=True, told=False)),
         _mixture("mlp", "gate_proj", "up_proj", "down_proj"),
         fixed={"qk_norm": True},
         defaults=_THETA | _FLAG,
@@ -306,7 +307,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma": Family(
         "Gemma",
-        _gemma("hidden_act"),
+        _gemma("hidden_act", _GEMMA1),
         (Rope(),),
         _LLAMA_BODY,
         fixed=_GEMMA_FIXED,

@@ -269,18 +269,21 @@ class Windows:
     Attributes:
       flag: `use_sliding_window` says whether any does.
       types: `layer_types` names each layer's kind; else all have the window or none.
+      told: whether `layer_types` is read; transformers computes mixtures without it.
       every: without `layer_types` each such layer sees everything; 0: none does.
       pattern: `sliding_window_pattern` may say otherwise.
     """
 
     flag: bool = False
     types: bool = False
+    told: bool = True
     every: int = 0
     pattern: bool = False
 
     def read(self, reader: ConfigReader, fields: Json) -> Json:
         """The window and the pattern of layers that have it, if any has."""
-        window, types = reader.get("sliding_window"), reader.get("layer_types")
+        window = reader.get("sliding_window")
+        types = reader.get("layer_types") if self.told else None
         if self.flag and not reader.typed("use_sliding_window", bool):
             return {}
         if self.flag and self.types and types is None:

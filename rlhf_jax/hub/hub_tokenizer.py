@@ -27,7 +27,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.hub.rendered_text import ANOTHER, Part, find_parting, looks_like_markup, render
 from rlhf_jax.hub.template import Template
 from rlhf_jax.hub.tokenizer_settings import CONFIG, FILE, TokenizerSettings, read_settings
-from rlhf_jax.hub.vocabulary import CLOSE, OPEN, Spelling, Vocabulary
+from rlhf_jax.hub.vocabulary import CLOSE, OPEN, Spelling, Vocabulary, drop_beyond
 
 _NO_END = f"the chat template writes no token that ends the assistant's turn; {ANOTHER}"
 
@@ -56,7 +56,7 @@ class HubTokenizer:
                 raise UserError(f"eos_token_id {each} is no id of the tokenizer")
         probe = vocabulary.whole.encode("a").ids
         self._adds_bos = self.bos is not None and bool(probe) and probe[0] == self.bos
-        named = {"bos_token": vocabulary.bos or "", "eos_token": vocabulary.eos}
+        named = settings.named | {"bos_token": vocabulary.bos or "", "eos_token": vocabulary.eos}
         source = settings.template
         self._template = None if source is None else Template(source, named)
         self._given_ends = tuple(dict.fromkeys([self.end, *settings.ends]))
@@ -74,7 +74,12 @@ class HubTokenizer:
             )
         settings = read_settings(directory)
         try:
-            return cls((directory / FILE).read_text("utf-8"), settings)
+            text = (directory / FILE).read_text("utf-8")
+            if settings.size is not None:
+                text, dropped = drop_beyond(text, settings.size, settings.uses)
+                if dropped:
+                    print(f"{directory}: the model has no ids for {', '.join(dropped)}", flush=True)
+            return cls(text, settings)
         except (OSError, UnicodeDecodeError, UserError) as error:
             raise UserError(f"{directory}: {error}") from error
 

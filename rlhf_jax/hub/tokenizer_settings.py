@@ -24,6 +24,8 @@ _ANEW = (
 # models begin no text then, whatever id their config.json gives: Qwen's gives one.
 _BOS_BY_CLASS = ("gpt2", "gpt_neox", "gptneox", "gemma")
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Beside those that begin and end a text, transformers gives templates these.
+_NAMED = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class TokenizerSettings:
       stated: what tokenizer_config.json and special_tokens_map.json said.
       generation: what generation_config.json said. config: the ids of special tokens that
         config.json gave.
+      size: how many ids the model has, where config.json says it.
     """
 
     eos: str | int | None
@@ -48,6 +51,7 @@ class TokenizerSettings:
     stated: Mapping[str, Any] = field(default_factory=dict)
     generation: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    size: int | None = None
 
     def special_ids(self, vocabulary: Vocabulary, ends: tuple[int, ...]) -> dict[str, Any]:
         """bos_token_id, eos_token_id and pad_token_id for a config.json."""
@@ -60,6 +64,17 @@ class TokenizerSettings:
             "eos_token_id": _keep_form(self.config.get("eos_token_id"), ends),
             "pad_token_id": pad,
         }
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The special tokens that a template may name, beside those that begin and end a text."""
+        tokens = {name: _read_token(self.stated, name) for name in _NAMED}
+        return {name: token for name, token in tokens.items() if token is not None}
+
+    def uses(self, token: str) -> bool:
+        """Whether one of the files names a token as special, or the template may write it."""
+        named = (self.bos, self.eos, *self.named.values())
+        return token in named or token in (self.template or "")
 
     def write(self, directory: Path, vocabulary: Vocabulary, ends: tuple[int, ...]) -> None:
         """Writes what transformers reads, all but config.json: settings as they came."""
@@ -126,6 +141,7 @@ def read_settings(directory: Path) -> TokenizerSettings:
         stated=names,
         generation=generation,
         config={name: config[name] for name in _SPECIAL_IDS if name in config},
+        size=size if isinstance(size := config.get("vocab_size"), int) else None,
     )
 
 

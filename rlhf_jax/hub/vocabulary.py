@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -174,6 +174,27 @@ class Spelling:
         for encoder in encoders.values():
             encoder.encode_special_tokens = True  # as text
         return encoders
+
+
+def drop_beyond(text: str, size: int, uses: Callable[[str], bool]) -> tuple[str, list[str]]:
+    """A tokenizer.json for a model of `size` ids, and the added tokens that are left out of it.
+
+    Those are special ones with higher ids that nothing `uses`: no message can spell them, so they
+    never occur. Gemma 3's models without images come with one, the image's.
+
+    Raises:
+        UserError: it is no tokenizer.
+    """
+    content = _parse(text)
+    dropped, rest = [], []
+    for entry in content.get("added_tokens") or []:
+        named = isinstance(entry, dict) and isinstance(entry.get("content"), str)
+        beyond = named and isinstance(entry.get("id"), int) and entry["id"] >= size
+        if beyond and entry.get("special") and not uses(entry["content"]):
+            dropped.append(entry["content"])
+        else:
+            rest.append(entry)
+    return json.dumps(content | {"added_tokens": rest}) if dropped else text, dropped
 
 
 def _match_any(texts: Iterable[str]) -> re.Pattern[str]:

@@ -169,6 +169,33 @@ def test_a_config_that_cannot_be_followed_is_named(directory, changes, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3_text"])
+def test_gelu_means_the_tanh_one_in_gemma_1_alone(tmp_path, kind):
+    """As in transformers, which computes Gemma 2's and 3's "gelu" by erf."""
+    name = "hidden_act" if kind == "gemma" else "hidden_activation"
+    config = SHAPE | {"model_type": kind, name: "gelu"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if kind == "gemma":
+        assert read_config(tmp_path)[1].activation == "geglu"
+        return
+    with pytest.raises(UserError, match="hidden_activation = 'gelu' should be one of gelu_pyt"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "mixtral", "qwen3_moe"])
+def test_mixtures_have_a_window_in_all_layers_whatever_their_types(tmp_path, kind, capsys):
+    """transformers reads `layer_types` of Mistral, as Ministral's, and not of these mixtures."""
+    types = ["sliding_attention", "full_attention"] * 2
+    config = SHAPE | {"model_type": kind, "sliding_window": 5, "layer_types": types}
+    mixture = kind != "mistral"
+    if mixture:
+        config |= {"use_sliding_window": True, "moe_intermediate_size": 24}
+        config |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_config(tmp_path)[1].windowed == (True, mixture, True, mixture)
+    assert ("not used: layer_types" in capsys.readouterr().out) == mixture
+
+
 NORM = "model.norm.weight"
 
 

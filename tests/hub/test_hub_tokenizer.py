@@ -342,6 +342,67 @@ def test_a_model_without_a_template_is_given_one(tmp_path):
             chat_template(name)
 
 
+@pytest.mark.parametrize("name", ["pad_token", "unk_token", "sep_token", "cls_token", "mask_token"])
+def test_a_template_is_given_all_special_tokens_that_are_named(tmp_path, name):
+    (tmp_path / "made").mkdir()
+    write(tmp_path / "made", "chatml")
+    path = tmp_path / "made" / "tokenizer_config.json"
+    stated = json.loads(path.read_text()) | {name: AS_TOKEN | {"content": "<|im_start|>"}}
+    path.write_text(json.dumps(stated))
+    source = TEMPLATES["chatml"].replace("'<|im_start|>'", name)
+    loose = "{{ " + name + " }}\n" + source  # alone, an undefined one is no error but no text
+    ours = edited(tmp_path / "made", tmp_path, loose)
+    start = ours.vocabulary.id_of("<|im_start|>")
+    prompt = ours.prompt(CONVERSATION[:1])
+    assert prompt[0] == start and prompt.count(start) == 3
+    (tmp_path / "run").mkdir()
+    ours.save(tmp_path / "run")
+    again = HubTokenizer.load(tmp_path / "run" / "tokenizer")
+    assert again.prompt(CONVERSATION[:1]) == prompt
+
+
+IMAGE = "<image_soft_token>"
+
+
+def with_a_token_beyond(directory, special=True):
+    """A directory like that of Gemma 3 1B, whose tokenizer has one id more than the model."""
+    size = write(directory, "gemma").vocab_size
+    path = directory / "tokenizer.json"
+    made = tokenizers.Tokenizer.from_file(str(path))
+    made.add_tokens([AddedToken(IMAGE, special=special, normalized=False)])
+    made.save(str(path))
+    config = {"model_type": "gemma3_text", "vocab_size": size}
+    (directory / "config.json").write_text(json.dumps(config))
+    return size
+
+
+def test_a_special_token_without_an_id_in_the_model_is_left_out_and_said(tmp_path, capsys):
+    (tmp_path / "whole").mkdir()
+    whole = write(tmp_path / "whole", "gemma")
+    size = with_a_token_beyond(tmp_path)
+    ours = HubTokenizer.load(tmp_path)
+    assert f"{tmp_path}: the model has no ids for {IMAGE}" in capsys.readouterr().out
+    assert ours.vocab_size == size
+    messages = [*CONVERSATION, Message("user", f"a{IMAGE}"), Message("assistant", "b")]
+    assert ours.conversation(messages) == whole.conversation(messages)
+    (tmp_path / "run").mkdir()
+    ours.save(tmp_path / "run")
+    assert HubTokenizer.load(tmp_path / "run" / "tokenizer").hash == ours.hash
+
+
+@pytest.mark.parametrize("how", ["a word", "in the template", "as padding"])
+def test_a_token_beyond_the_model_that_may_occur_stays(tmp_path, how):
+    size = with_a_token_beyond(tmp_path, special=how != "a word")
+    path = tmp_path / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    if how == "in the template":
+        settings["chat_template"] += f"{{# {IMAGE} #}}"
+    if how == "as padding":
+        settings["pad_token"] = IMAGE
+    path.write_text(json.dumps(settings))
+    assert HubTokenizer.load(tmp_path).vocab_size == size + 1  # which `load_model` refuses
+
+
 def test_a_system_message_opens_the_first_turn(tmp_path):
     messages = [Message("system", "Be brief."), *CONVERSATION[:3]]
     for kind in ("llama2", "mistral", "gemma"):
