@@ -12,6 +12,7 @@ of a turn of the role "tool"; what it could not do is one of JSON, {"error": why
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +54,10 @@ def parse_call(text: str) -> Call | None:
     elif not text.startswith("{"):
         return None
     try:
-        call = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+        call = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite
+        )
+        json.dumps(call, ensure_ascii=False).encode()  # "\ud83d" is half a character
     except (ValueError, RecursionError) as error:
         raise CallError("the call is no JSON") from error
     keys = [key for key in _ARGUMENTS if isinstance(call, dict) and key in call]
@@ -101,3 +105,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no number of JSON")
+
+
+def _finite(digits: str) -> float:
+    if math.isinf(number := float(digits)):
+        raise ValueError(f"{digits} is too large")
+    return number
