@@ -5,8 +5,9 @@
 # good engineer would expect a run to be repeated, or resumed after a kill, with the same questions, and
 # two machines to agree on a test set. Seen: in one process they are the same each time, in another one
 # they differ in isomorphic_strings, polynomial_multiplication and ransom_note, and so do the golden
-# answers of word_ladder. These walk over sets of texts, whose order Python draws anew for each process. Nothing is said. With PYTHONHASHSEED set to one number before Python starts, all agree;
-# setting it inside a program is too late. Whoever keeps a test set must keep its questions, not its seed.
+# answers of word_ladder. These walk over sets of texts, whose order Python draws anew for each process.
+# Nothing is said. With PYTHONHASHSEED set to one number before Python starts, all agree; setting it
+# inside a program is too late. Whoever keeps a test set must keep its questions, not its seed.
 #
 # Exits 0 while that is so, 1 when it has changed.
 set -euo pipefail
