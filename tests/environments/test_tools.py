@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from typing import List, Literal  # noqa: UP035
 
@@ -16,7 +17,9 @@ from rlhf_jax.data.calls import (
     render_error,
     render_result,
 )
+from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.environments.tools import ToolEnvironment, schema_of
+from rlhf_jax.tasks.sources import read_source
 
 
 def add(first: int, second: int = 1, *, how: Literal["plain", "wide"] = "plain") -> str:
@@ -165,6 +168,23 @@ def test_a_function_without_a_schema_is_refused_by_name(function, why):
 )
 def test_calls_of_our_own_format_and_of_those_of_the_hub_are_read(text):
     assert parse_call(text) == Call("add", {"first": 17})
+
+
+@pytest.mark.parametrize("words", ["", "Let me see."])
+def test_a_call_of_a_record_is_read_as_our_own_format_writes_it(tmp_path, words):
+    function = {"name": "add", "arguments": '{"first": 17}'}
+    made = [{"id": "1", "type": "function", "function": function}]
+    calls = {"role": "assistant", "content": words, "tool_calls": made}
+    ends = {"role": "tool", "content": "18"}, {"role": "assistant", "content": "18."}
+    turns = [{"role": "user", "content": "?"}, calls, *ends]
+    (tmp_path / "calls.jsonl").write_text(json.dumps({"messages": turns}))
+    (record,) = read_source(f"{tmp_path}/calls.jsonl", "conversation", "train")
+    tokenizer = train_bpe(["17 and 18"], 280)
+    tokens, places = tokenizer.conversation(record.messages)
+    text = tokenizer.decode_text([tokens[i] for i in places[1]])
+    assert parse_call(text) == Call("add", {"first": 17})
+    with pytest.raises(CallError):  # of two
+        parse_call(text.replace("[{", '[{"function": {}}, {'))
 
 
 def test_a_call_is_read_as_it_is_written():
