@@ -18,7 +18,6 @@ from rlhf_jax.claims.rules import RULES, WORDS
 from rlhf_jax.errors import UserError, mistake_in, nearest
 from rlhf_jax.stages.experiments import find_experiment
 
-
 OF_START = ("gold", "right", "words", "continues")
 
 
