@@ -66,7 +66,7 @@ class Child:
     load_seconds: float  # how long the start may take
     blame: str = ""  # path of the file whose last line in an exception's traceback is named
     memory: int | None = None  # bytes of address space that the process may have
-    isolated: bool = False  # Python ignores the environment and the working directory (-I)
+    isolated: bool = False  # Python sees no PYTHON… of the environment, no working directory
     python: str = sys.executable  # the interpreter; another one is best isolated from this one's
     while_waiting: Callable[[], None] | None = None  # called often; what it raises ends the process
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
@@ -88,14 +88,20 @@ class Child:
             return
         root = str(Path(__file__).resolve().parents[1])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        if self.isolated:  # as by -I, which would ignore the seed of hashes too
+            environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+            environment["PYTHONSAFEPATH"] = "1"
+        # Sets of texts have one order in every process, or a resumed run would not be exact.
+        environment |= {"JAX_PLATFORMS": "cpu", "PYTHONHASHSEED": "0"}
         self._process = subprocess.Popen(
-            [self.python, *(["-I", __file__] if self.isolated else ["-m", __name__])],
+            [self.python, *(["-s", __file__] if self.isolated else ["-m", __name__])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             bufsize=0,
             start_new_session=True,  # Ctrl-C in a terminal is for this process alone
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(paths)},
+            env=environment,
         )
         self._kill = weakref.finalize(self, _kill, self._process)
         for pipe in _pipes(self._process):
@@ -304,5 +310,6 @@ if __name__ == "__main__":
     if "rlhf_jax" not in sys.modules:  # it is run as a file, maybe by another interpreter, which
         package = sys.modules["rlhf_jax"] = ModuleType("rlhf_jax")  # is to see nothing beside it
         package.__path__ = [str(Path(__file__).resolve().parent)]
+        os.environ.pop("PYTHONSAFEPATH", None)  # it is not for what this starts
     sys.modules["rlhf_jax.child"] = sys.modules[__name__]  # for the file that is loaded
     main()

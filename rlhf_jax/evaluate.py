@@ -120,7 +120,7 @@ def evaluate_requests(
     Args:
         workdir: a finished run of a chat stage, or a Hugging Face directory with a chat template.
         template: as `data.chat_template`. limits: "count", "max_new_tokens", "temperature"; None:
-            all, 64, greedy.
+            all, as many as the set's replies need, greedy.
 
     Raises:
         UserError: an unknown set, a model that cannot answer, or `out` holds something already.

@@ -72,6 +72,18 @@ def test_an_isolated_child_sees_no_environment(tmp_path, monkeypatch):
         Child(str(path), "make", {}, 60, isolated=True).start()
 
 
+@pytest.mark.parametrize("isolated", [False, True])
+def test_sets_of_texts_have_one_order_in_every_process(tmp_path, isolated):
+    path = tmp_path / "mine.py"
+    path.write_text("def make():\n    return lambda: [*{f'word {i}' for i in range(50)}]\n")
+    orders = []
+    for _ in range(2):
+        child = Child(str(path), "make", {}, 60, isolated=isolated)
+        orders.append(child.call({}, 60))
+        child.close()
+    assert orders[0] == orders[1]
+
+
 def test_threads_wait_for_each_other(file):
     child = Child(file, "make", {"factor": 3}, 60)
     with ThreadPoolExecutor(8) as pool:

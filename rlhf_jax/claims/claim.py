@@ -18,6 +18,8 @@ from rlhf_jax.claims.rules import RULES, WORDS
 from rlhf_jax.errors import UserError, mistake_in, nearest
 from rlhf_jax.stages.experiments import find_experiment
 
+OF_START = ("gold", "right", "words", "continues")
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -41,11 +43,18 @@ class Measure:
     """A number of each run of an arm, or one for each held-out prompt: see `measures`.
 
     With `of_start` it is of the model that the run started from, on the same prompts.
+
+    Raises:
+        UserError: that is not known of the metric, which `OF_START` lacks.
     """
 
     arm: Arm
     metric: str
     of_start: bool = False
+
+    def __post_init__(self) -> None:
+        if self.of_start and self.metric not in OF_START:
+            raise UserError(f"{self}: only {', '.join(OF_START)} are known of a run's start")
 
     def __str__(self) -> str:
         return f"{self.metric.removeprefix('eval/')} of {self.whose}"

@@ -110,7 +110,7 @@ def judge(comparison: Comparison, ours: np.ndarray, theirs: np.ndarray) -> Found
         ours=float(ours.mean()),
         theirs=float(theirs.mean()),
         difference=difference,
-        of_prompts=bootstrap_interval(paired.T, 0) if prompts else (nan, nan),
+        of_prompts=bootstrap_interval(paired.T, 0, confidence=LEVEL) if prompts else (nan, nan),
         seeds=tuple(paired.mean(1).tolist()),
         prompts=prompts,
         verdict=verdict,

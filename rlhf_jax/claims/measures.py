@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rlhf_jax.claims.claim import Measure
+from rlhf_jax.claims.claim import OF_START, Measure
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.digests import ROOT, code_of, json_digest
 from rlhf_jax.errors import UserError
@@ -35,7 +35,7 @@ from rlhf_jax.tasks.builders import verify
 from rlhf_jax.tasks.sources import read_source
 from rlhf_jax.training.summary import read_summary
 
-OF_ANSWERS = ("gold", "wins", "right", "words", "continues")
+OF_ANSWERS = (*OF_START, "wins")
 OF_COST = ("lines", "seconds", "memory")
 _MEMORY = "memory.json"  # beside the files of a run
 
@@ -48,10 +48,6 @@ def read_values(run: Path, measure: Measure) -> tuple[np.ndarray, str]:
     """
     if measure.metric in OF_ANSWERS:
         return _of_answers(run, measure)
-    if measure.of_start:
-        raise UserError(
-            f"{measure}: only {', '.join(OF_ANSWERS)} are known of what a run starts from"
-        )
     if measure.metric in OF_COST:
         return np.array([_cost(run, measure.metric)]), ""
     return outcomes(run, measure.metric)

@@ -4,14 +4,17 @@ In our own format a call is the whole turn of the assistant, one line of JSON:
 
     {"name": "calculate", "arguments": {"expression": "17 + 25"}}
 
-Models from the Hub write the same object between <tool_call> and </tool_call>, after any words
-(Hermes, Qwen), or with "parameters" for "arguments" (Llama 3.1). What a tool returns is the content
-of a turn of the role "tool"; what it could not do is one of JSON, {"error": why}.
+or, as our chats write the `tool_calls` of a record, the same object in {"tool_calls":
+[{"function": …}]}, on a line of its own after any words. Models from the Hub write it between
+<tool_call> and </tool_call>, after any words (Hermes, Qwen), or with "parameters" for "arguments"
+(Llama 3.1). What a tool returns is the content of a turn of the role "tool"; what it could not do
+is one of JSON, {"error": why}.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -50,12 +53,20 @@ def parse_call(text: str) -> Call | None:
         text, closed, rest = after.partition(CLOSE)
         if not closed or rest.strip():
             raise CallError(f"a turn ends with one call, between {OPEN} and {CLOSE}")
+    elif (last := text.rpartition("\n")[2]).startswith('{"tool_calls": '):
+        text = last
     elif not text.startswith("{"):
         return None
     try:
-        call = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+        call = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite
+        )
+        json.dumps(call, ensure_ascii=False).encode()  # "\ud83d" is half a character
     except (ValueError, RecursionError) as error:
         raise CallError("the call is no JSON") from error
+    match call:
+        case {"tool_calls": [{"function": function}]} if len(call) == 1:
+            call = function
     keys = [key for key in _ARGUMENTS if isinstance(call, dict) and key in call]
     if not keys or call.keys() != {"name", keys[0]} or not isinstance(call["name"], str):
         raise CallError('a call is {"name": a text, "arguments": {…}} and nothing else')
@@ -101,3 +112,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no number of JSON")
+
+
+def _finite(digits: str) -> float:
+    if math.isinf(number := float(digits)):
+        raise ValueError(f"{digits} is too large")
+    return number

@@ -62,6 +62,9 @@ class TextArena:
             arena = importlib.import_module("textarena")
             self._game = arena.make(self._name)
             self._game.reset(num_players=1, seed=seed)
+            # Some games for several begin with one player, who then plays alone or for all.
+            if not isinstance(self._bare(arena).state, arena.SinglePlayerState):
+                raise ValueError("it is played by several: a game for one is needed")
             return _with_text(row["prompt"], self._read(arena))
 
     def step(self, text: str) -> tuple[Sequence[Turn], float, bool]:
@@ -77,13 +80,15 @@ class TextArena:
 
     def _read(self, arena: Any) -> str:
         """What is new to the player, without what it said itself and what was read before."""
-        game = self._game
-        while isinstance(game, arena.Wrapper):  # most of which repeat the whole history
-            game = game.env
-        player, said = game.get_observation()
-        if player != 0:
-            raise ValueError(f"it is the turn of player {player}: a game for one is needed")
+        player, said = self._bare(arena).get_observation()
         return "\n".join(text for sender, text, _ in said if sender != player)
+
+    def _bare(self, arena: Any) -> Any:
+        """The game without its wrappers, most of which repeat the whole history."""
+        game = self._game
+        while isinstance(game, arena.Wrapper):
+            game = game.env
+        return game
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:

@@ -33,15 +33,22 @@ def schema_of(function: Callable[..., Any]) -> dict[str, Any]:
     """The schema of a tool as chat templates take it, from its signature and docstring.
 
     Raises:
-        TypeError: the docstring or an argument's type or description is missing, or of no kind that
-            JSON has.
+        TypeError: it is no function, or async; the docstring or an argument's type or description
+            is missing, or of no kind that JSON has.
     """
+    if isinstance(function, type) or not hasattr(function, "__name__"):
+        raise TypeError(f"{function!r} is no function, as a tool must be")
     name, text = function.__name__, inspect.getdoc(function) or ""
+    if inspect.iscoroutinefunction(function):
+        raise TypeError(f"the tool {name} is async: write it with def, and wait inside it")
     described = _describe_arguments(text)
-    summary = re.split(r"\n\s*\n|\n\s*\w+:\s*\n", text)[0].strip()
-    if not summary:
+    paragraphs = re.split(r"\n\s*\n", re.split(r"(?m)^(?:Args|Returns|Raises):", text)[0].strip())
+    if not paragraphs[0]:
         raise TypeError(f"the tool {name} has no docstring that says what it does")
-    hints, properties = typing.get_type_hints(function), dict[str, Any]()
+    try:
+        hints, properties = typing.get_type_hints(function), dict[str, Any]()
+    except NameError as error:
+        raise TypeError(f"the tool {name}: of its types, {error}") from error
     required = []
     for argument in inspect.signature(function).parameters.values():
         if argument.name == "self":
@@ -58,7 +65,8 @@ def schema_of(function: Callable[..., Any]) -> dict[str, Any]:
         if argument.default is argument.empty:
             required.append(argument.name)
     parameters = {"type": "object", "properties": properties, "required": required}
-    told = {"name": name, "description": " ".join(summary.split()), "parameters": parameters}
+    description = "\n\n".join(" ".join(each.split()) for each in paragraphs)
+    told = {"name": name, "description": description, "parameters": parameters}
     return {"type": "function", "function": told}
 
 
@@ -86,7 +94,7 @@ def _schema_of_type(hint: Any, where: str) -> dict[str, Any]:
             return {**_schema_of_type(rest[0], where), "nullable": True}
     if origin is typing.Literal and all(isinstance(each, str) for each in inside):
         return {"type": "string", "enum": list(inside)}
-    if origin is list:
+    if origin is list and inside:
         return {"type": "array", "items": _schema_of_type(inside[0], where)}
     if (origin or hint) in _KINDS:
         return {"type": _KINDS[origin or hint][0]}
@@ -103,8 +111,14 @@ def check_arguments(schema: Mapping[str, Any], given: Mapping[str, Any]) -> str 
         if name not in known:
             return f"unknown argument {name}"
         if not _fits(known[name], value):
-            return f"argument {name} must be {known[name]['type']}"
+            return f"argument {name} must be {_told(known[name])}"
     return None
+
+
+def _told(schema: Mapping[str, Any]) -> str:
+    if "enum" in schema:
+        return f"one of {', '.join(schema['enum'])}"
+    return f"array of {_told(schema['items'])}" if "items" in schema else schema["type"]
 
 
 def _fits(schema: Mapping[str, Any], value: Any) -> bool:
@@ -156,7 +170,10 @@ class ToolEnvironment:
             result = function(**call.arguments)
         except Exception as error:  # which TRL gives to the model too
             return _answer(render_error(str(error) or type(error).__name__))
-        return _answer(render_result(result))
+        try:
+            return _answer(render_result(result))
+        except ValueError:  # of numbers that the model has chosen too large
+            return _answer(render_error("the result is no finite number"))
 
     def final_reward(self) -> float:
         """What the class says that the trajectory was worth, also of one that was cut off."""

@@ -184,7 +184,10 @@ class Environments:
                 messages = (_with_tools(messages[0], self.schemas), *messages[1:])
             opening = dataclasses.replace(record, messages=tuple(messages))
             play.records.append(opening)
-            play.prompts.append(render_prompt(opening.messages, tokenizer))
+            try:
+                play.prompts.append(render_prompt(opening.messages, tokenizer))
+            except UserError as error:
+                raise UserError(f"environment, {trajectories[first].name}: {error}") from error
         return play
 
     def ask(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import math
 import reprlib
 import signal
@@ -68,8 +69,14 @@ def load(environment: str, tools: Sequence[str], seconds: float) -> Callable[...
         schemas = [schema_of(each) for each in (*functions, *methods)]
         if not schemas:
             raise TypeError(f"{environment} has neither step(text) nor public methods, its tools")
+        names = [schema["function"]["name"] for schema in schemas]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise TypeError(f"two tools are called {twice[0]}")
     except TypeError as error:
-        raise ChildFault("not loaded", str(error)) from error
+        hint = ""
+        if hasattr(kind, "step"):
+            hint = "; an environment that answers texts has reset(self, row, seed) and step"
+        raise ChildFault("not loaded", f"{error}{hint}") from error
 
     def make() -> Environment:
         return ToolEnvironment(functions, kind and kind())
@@ -91,19 +98,20 @@ def play(
         return loaded.schemas
     if do == "open":
         instances.clear()
-        instances.update((name, loaded.make()) for name in names)
     outcomes = []
     for name, value in zip(names, values, strict=True):
         try:
-            if name not in instances:
+            if do != "open" and name not in instances:
                 raise ChildFault("lost", "its instance went with the process that another ended")
             with _within(loaded.seconds):
+                if do == "open":
+                    instances[name] = loaded.make()
                 outcome = _DOING[do](instances[name], value)
         except _TooSlow:  # perhaps at the very end
             outcome = {"fault": ["timed out", f"took longer than {loaded.seconds:g} s"]}
         except ChildFault as error:
             outcome = {"fault": [error.reason, error.detail]}
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             outcome = {"fault": ["raised", describe(error, loaded.blame)]}
         outcomes.append(outcome)
     return outcomes
@@ -124,8 +132,8 @@ def _step(instance: Environment, text: str) -> Outcome:
 
 
 def _end(instance: Environment, _: None) -> Outcome:
-    last = getattr(instance, "final_reward", None)
-    return {"reward": 0.0 if last is None else _number(last())}
+    last = instance.final_reward() if isinstance(instance, ToolEnvironment) else 0.0
+    return {"reward": _number(last)}
 
 
 _DOING: dict[str, Callable[[Any, Any], Outcome]] = {"open": _open, "step": _step, "end": _end}
@@ -141,6 +149,13 @@ def _turns(turns: Any, roles: Sequence[str]) -> list[dict[str, Any]]:
         if not isinstance(turn.get("content"), str):
             shown = reprlib.repr(turn.get("content"))
             raise ChildFault("no text", f"the content {shown} of a turn is no text")
+        try:
+            json.dumps(dict(turn), ensure_ascii=False).encode()
+        except (TypeError, ValueError) as error:  # such as half a character, "\ud83d"
+            raise ChildFault("no text", f"of a turn, {reprlib.repr(turn)}, {error}") from error
+    if roles is ANSWERING and len(turns) > 1 and any(turn["role"] == "user" for turn in turns):
+        told = ", ".join(turn["role"] for turn in turns)
+        raise ChildFault("no turns", f"turns of {told}: one of the user, or of tools alone")
     return [dict(turn) for turn in turns]
 
 

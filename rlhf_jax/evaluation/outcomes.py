@@ -127,6 +127,8 @@ def pass_metrics(verdicts: Sequence[Sequence[Verdict]], seed: int) -> dict[str, 
     for k in IN_A_ROW:
         chances = pass_all(solved, len(verdicts[0]), k)
         low, high = bootstrap_interval(chances, seed)
+        if low == high:  # all prompts alike, of which a bootstrap knows nothing
+            low, high = wilson_interval(float(chances.sum()), len(chances))
         key = f"eval/pass^{k}"
         metrics |= {key: float(chances.mean()), f"{key}_low": low, f"{key}_high": high}
     return metrics

@@ -10,6 +10,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.held_out_answers import answer
 from rlhf_jax.evaluation.statistics import wilson_interval
 from rlhf_jax.tasks.builders import task_of, verify
+from rlhf_jax.tasks.call_sets import call_verdict
 from rlhf_jax.tasks.prompts import prompts_within
 from rlhf_jax.tasks.refusals import refuses
 from rlhf_jax.tasks.sources import read_source
@@ -17,6 +18,8 @@ from rlhf_jax.training.saved_model import Model
 
 SMALL = 100_000_000
 """Parameters below which a model is not taken to understand such requests."""
+LONGEST = {"refusal": 64, "call": 256}
+"""Tokens of a reply: its first 300 characters tell a refusal, a call is to be whole."""
 TOKENS = 2048  # of a training step, as `answer` counts them
 
 
@@ -82,7 +85,9 @@ def answer_requests(
     max_new_tokens: int | None,
     temperature: float | None,
 ) -> tuple[list[Counted], list[dict[str, Any]]]:
-    """(`count_replies` of a set, its prompts with a model's replies); None: all, 64, greedy.
+    """(`count_replies` of a set, its prompts with a model's replies).
+
+    None: all prompts, `LONGEST` tokens, greedily.
 
     Args:
         count: of the prompts of each of the set's configs.
@@ -90,9 +95,10 @@ def answer_requests(
     Raises:
         UserError: no prompt fits, or the model's chat template does not show the tools.
     """
-    longest = max_new_tokens or 64
+    task = task_of(name)
+    longest = max_new_tokens or LONGEST["call" if task.verify is call_verdict else "refusal"]
     room = model.config.max_length - longest
-    configs = task_of(name).kinds
+    configs = task.kinds
     named = [f"{name}/{config}" for config in configs]
     records = [each for one in named for each in read_source(one, "prompt", "validation")[:count]]
     prompts = prompts_within(room, f"{name} prompts", records, model.tokenizer, "left out")

@@ -221,8 +221,16 @@ def _sample_block(
         weight = judge.weights.get("environment", 0.0)
         block = dataclasses.replace(block, turn_rewards=block.turn_rewards * np.float32(weight))
     if getattr(config.advantage, "name", "") == "remax":  # whose baseline is the greedy answer
+        # Nothing is drawn by the seed, but an environment begins as for the others.
         answers = sample_answers(
-            config, model, prompts, samples=1, seed=0, multiple=multiple, temperature=0.0
+            config,
+            model,
+            prompts,
+            samples=1,
+            seed=seed,
+            multiple=multiple,
+            temperature=0.0,
+            ids=ids,
         )
         of_greedy = judge.score(answers)
         greedy, failed = np.nan_to_num(of_greedy.total), sum(of_greedy.failures.values())

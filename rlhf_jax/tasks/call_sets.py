@@ -8,10 +8,10 @@ toolalpaca/{simulated,real}          ToolAlpaca's evaluation, https://arxiv.org/
 
 The tools' schemas are entries of the first message, for the chat template to render. A reply is
 parsed as any model's call is (`data.calls`). It is right if it calls the right tool, gives no
-argument that the set does not know, and gives each one a value that the set accepts; leaving an
-argument out is right where the set accepts "". As on the leaderboard, texts are compared without
-case, spaces and the punctuation ,./-_*^, and numbers by value:
-https://gorilla.cs.berkeley.edu/leaderboard.html.
+argument that the set does not know, and gives each one a value that the set accepts; leaving out an
+argument that is not required is right where the set accepts "". As on the leaderboard, texts are
+compared without case, spaces and the punctuation ,./-_*^. Numbers are compared by value, so that
+4.0 is 4; the leaderboard refuses it for an integer: https://gorilla.cs.berkeley.edu/leaderboard.html.
 """
 
 from __future__ import annotations
@@ -63,9 +63,17 @@ def _verdict(right: bool) -> Verdict:
 def _fits(given: Mapping[str, Any], accepted: Mapping[str, list[Any]]) -> bool:
     """Whether every entry has an accepted value, and none is missing that has to be there."""
     return given.keys() <= accepted.keys() and all(
-        any(_equal(given[name], value) for value in values) if name in given else "" in values
+        any(_equal(given[name], value) for value in _stated(values))
+        if name in given
+        else "" in values
         for name, values in accepted.items()
     )
+
+
+def _stated(values: list[Any]) -> list[Any]:
+    """Without the "" for an argument that is left out, unless the others are texts or null."""
+    texts = all(value is None or isinstance(value, str) for value in values)
+    return [value for value in values if value != "" or texts]
 
 
 def _equal(given: Any, accepted: Any) -> bool:
@@ -103,7 +111,11 @@ def _bfcl(config: str, paths: list[Path], left_out: Counter[str]) -> Splits:
 
     def convert(fields: Fields, default_id: str) -> Prompt | None:
         name, (turns,) = string(fields, "id"), fields["question"]
-        calls = answers.get(name, {})
+        described = {each["name"]: each["parameters"] for each in fields["function"]}
+        calls = {
+            tool: _of_parameters(accepted, described[tool])
+            for tool, accepted in answers.get(name, {}).items()
+        }
         if not all(map(_has_values, calls.values())):
             left_out["answered by no value"] += 1
             return None
@@ -114,6 +126,23 @@ def _bfcl(config: str, paths: list[Path], left_out: Counter[str]) -> Splits:
         return Prompt(name, messages, {"type": config, "calls": json.dumps(calls)})
 
     return {"validation": read_lines(questions, convert)}
+
+
+def _of_parameters(
+    accepted: Mapping[str, list[Any]], parameters: Mapping[str, Any]
+) -> dict[str, list[Any]]:
+    """The accepted values of a tool's arguments, "" only where one may be left out.
+
+    What no text is and accepts "" alone can be left out only: it is no argument of the call.
+    """
+    made = {}
+    for name, values in accepted.items():
+        textual = parameters["properties"][name]["type"] in ("string", "any")
+        if name in parameters["required"]:
+            made[name] = [value for value in values if value != ""]
+        elif textual or any(value != "" for value in values):
+            made[name] = values
+    return made
 
 
 def _has_values(accepted: Mapping[str, list[Any]]) -> bool:

@@ -69,7 +69,12 @@ def test_mistakes_are_told_in_a_line_before_anything_runs(tmp_path, capsys):
         "ARM = Arm('arm', 'experiments/dpo.py', {'loss.betta': '1'})\n"
         "CLAIMS = (Claim('one', 'One.', (Comparison(Measure(ARM, 'gold'), 1.0, 'superior'),)),)\n"
     )
+    (tmp_path / "start.py").write_text(
+        "from rlhf_jax.claims.claim import Arm, Measure\n"
+        "ONE = Measure(Arm('arm', 'experiments/dpo.py'), 'wins', of_start=True)\n"
+    )
     told = {
+        f"{tmp_path}/start.py": "wins of arm's start: only gold, right, words, continues are known",
         f"{FILE}:rlhf_beats_sftt": "did you mean rlhf_beats_sft?",
         f"{tmp_path}/none.py": "has no tuple CLAIMS",
         f"{tmp_path}/number.py": "has no tuple CLAIMS",
@@ -164,8 +169,9 @@ def test_what_is_read_of_a_run(runs):
     assert read("lines")[0] > 5000 and np.isnan(read("memory")[0])
     with pytest.raises(UserError, match="has no metric eval/loss"):
         read("eval/loss")
-    with pytest.raises(UserError, match="only gold, wins"):
-        read("eval/kl", True)
+    for metric in ("eval/kl", "wins"):  # which are against the start
+        with pytest.raises(UserError, match="only gold, right, words, continues are known"):
+            read(metric, True)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is what /proc says")

@@ -75,6 +75,14 @@ def test_a_verdict_by_hand():
     assert again.difference.mean == pytest.approx(0.2) and again.seeds == pytest.approx(found.seeds)
 
 
+def test_both_intervals_are_of_one_level():
+    # Seeds that all say the same: prompts alone have the whole variance.
+    ours = np.tile(np.random.default_rng(0).normal(size=400), (3, 1))
+    found = judge(Comparison(ONE, OTHER, "superior"), ours, 0 * ours)
+    low, high = found.of_prompts
+    assert high - low == pytest.approx(found.difference.high - found.difference.low, rel=0.04)
+
+
 def simulated(random, seeds: int, effect: float, rule: str, margin: float) -> list[str]:
     """Verdicts on 100 sets of two arms of the town's kind, one better by `effect`.
 

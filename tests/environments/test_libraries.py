@@ -43,9 +43,12 @@ from reasoning_gym import factory
 TEXTARENA = """
 import random
 
+class SinglePlayerState:
+    pass
+
 class Env:
     def __init__(self):
-        self.said = []
+        self.said, self.state = [], SinglePlayerState()
 
     def get_observation(self):
         said, self.said = self.said, []
@@ -72,6 +75,10 @@ class Dice(Env):
 class Chess(Env):
     def reset(self, num_players, seed=None):
         assert num_players == 2, f"needs 2 players, not {num_players}"
+
+class Goods(Dice):
+    def __init__(self):
+        self.said, self.state = [], object()
 
 class Wrapper:
     def __init__(self, env):
@@ -101,8 +108,8 @@ PACKAGES = {
     "DATASETS = {'sums': Sums, 'broken': Broken}\n",
     "textarena/__init__.py": TEXTARENA,
     "textarena/envs/__init__.py": "",
-    "textarena/envs/registration.py": "from textarena import Chess, Dice\n"
-    "ENV_REGISTRY = {'Dice-v0': Dice, 'Chess-v0': Chess}\n",
+    "textarena/envs/registration.py": "from textarena import Chess, Dice, Goods\n"
+    "ENV_REGISTRY = {'Dice-v0': Dice, 'Chess-v0': Chess, 'Goods-v0': Goods}\n",
 }
 OWN = """
 import numbers_of_theirs
@@ -183,6 +190,7 @@ def test_a_class_of_the_users_runs_there_and_sees_nothing_of_this_interpreter(py
         ("reasoning_gym:broken", "reasoning_gym:broken can't begin: raised RuntimeError: no such"),
         ("textarena:Dice", r"textarena has no 'Dice'; did you mean Dice-v0\?"),
         ("textarena:Chess-v0", "Chess-v0 can't begin: .* needs 2 players, not 1"),
+        ("textarena:Goods-v0", "Goods-v0 can't begin: .* it is played by several"),
     ],
 )
 def test_a_name_that_is_no_environment_is_told(python, file, why):

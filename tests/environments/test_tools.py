@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import json
+from functools import partial
+from typing import List, Literal  # noqa: UP035
 
 import pytest
 
@@ -15,7 +17,9 @@ from rlhf_jax.data.calls import (
     render_error,
     render_result,
 )
+from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.environments.tools import ToolEnvironment, schema_of
+from rlhf_jax.tasks.sources import read_source
 
 
 def add(first: int, second: int = 1, *, how: Literal["plain", "wide"] = "plain") -> str:
@@ -45,12 +49,33 @@ def pick(names: list[str], share: float | None = None) -> dict:
     return {"picked": names[0]} if names else None
 
 
+def listed(names: List) -> str:  # noqa: UP006, as one may write it
+    """
+    Lists.
+
+    Args:
+        names: Of people.
+    """
+    return ", ".join(names)
+
+
+def read_page(page: int) -> str:
+    """Reads a page of the manual.
+
+    Pages are counted from 0. Never ask for one twice.
+
+    Args:
+        page: Its number.
+    """
+    return str(page)
+
+
 def test_a_schema_is_read_from_types_and_docstring():
     assert schema_of(add) == {
         "type": "function",
         "function": {
             "name": "add",
-            "description": "Adds two numbers.",
+            "description": "Adds two numbers.\n\nAnd nothing else.",
             "parameters": {
                 "type": "object",
                 "properties": {
@@ -69,7 +94,7 @@ def test_a_schema_is_read_from_types_and_docstring():
 
 def test_a_schema_is_the_one_of_transformers():
     utils = pytest.importorskip("transformers.utils")
-    for function in (pick,):
+    for function in (pick, listed, read_page):
         theirs = utils.get_json_schema(function)
         assert schema_of(function) == theirs | {
             "function": {k: v for k, v in theirs["function"].items() if k != "return"}
@@ -81,6 +106,22 @@ def undocumented(x: int):
 
 
 def untyped(x):
+    """Does.
+
+    Args:
+        x: What.
+    """
+
+
+async def later(x: int):
+    """Does.
+
+    Args:
+        x: What.
+    """
+
+
+def unresolved(x: Missing):  # noqa: F821
     """Does.
 
     Args:
@@ -103,6 +144,10 @@ def strange(x: object):
         (untyped, "its argument x needs a type"),
         (strange, "none that JSON has"),
         (lambda *x: 0, "no docstring"),
+        (later, "the tool later is async"),
+        (unresolved, "the tool unresolved: of its types, name 'Missing' is not defined"),
+        (partial(read_page), "is no function, as a tool must be"),
+        (ToolEnvironment, "is no function, as a tool must be"),
     ],
 )
 def test_a_function_without_a_schema_is_refused_by_name(function, why):
@@ -123,6 +168,23 @@ def test_a_function_without_a_schema_is_refused_by_name(function, why):
 )
 def test_calls_of_our_own_format_and_of_those_of_the_hub_are_read(text):
     assert parse_call(text) == Call("add", {"first": 17})
+
+
+@pytest.mark.parametrize("words", ["", "Let me see."])
+def test_a_call_of_a_record_is_read_as_our_own_format_writes_it(tmp_path, words):
+    function = {"name": "add", "arguments": '{"first": 17}'}
+    made = [{"id": "1", "type": "function", "function": function}]
+    calls = {"role": "assistant", "content": words, "tool_calls": made}
+    ends = {"role": "tool", "content": "18"}, {"role": "assistant", "content": "18."}
+    turns = [{"role": "user", "content": "?"}, calls, *ends]
+    (tmp_path / "calls.jsonl").write_text(json.dumps({"messages": turns}))
+    (record,) = read_source(f"{tmp_path}/calls.jsonl", "conversation", "train")
+    tokenizer = train_bpe(["17 and 18"], 280)
+    tokens, places = tokenizer.conversation(record.messages)
+    text = tokenizer.decode_text([tokens[i] for i in places[1]])
+    assert parse_call(text) == Call("add", {"first": 17})
+    with pytest.raises(CallError):  # of two
+        parse_call(text.replace("[{", '[{"function": {}}, {'))
 
 
 def test_a_call_is_read_as_it_is_written():
@@ -148,6 +210,9 @@ def test_what_begins_unlike_a_call_is_none(text):
         '{"name": "add", "arguments": {}, "parameters": {}}',
         '{"name": "add", "arguments": {"x": 1, "x": 2}}',
         '{"name": "add", "arguments": {"x": NaN}}',
+        '{"name": "add", "arguments": {"x": 1e999}}',
+        '{"name": "add", "arguments": {"x": "\\ud83d"}}',  # half a character, which no token has
+        '{"name": "\\ud83d", "arguments": {}}',
         '{"name": "add", "arguments": {}} 42',
         '{"name": "add", "arguments": {}}{"name": "add", "arguments": {}}',
         '<tool_call>{"name": "add", "arguments": {}}',
@@ -192,12 +257,32 @@ def answer(text, *functions):
         (render_call("add", {"first": "1"}), '{"error": "argument first must be integer"}'),
         (render_call("add", {"first": True}), '{"error": "argument first must be integer"}'),
         (render_call("add", {"first": 1.0}), '{"error": "argument first must be integer"}'),
-        (render_call("add", {"first": 1, "how": "x"}), '{"error": "argument how must be string"}'),
-        (render_call("pick", {"names": [1]}), '{"error": "argument names must be array"}'),
+        (
+            render_call("add", {"first": 1, "how": "x"}),
+            '{"error": "argument how must be one of plain, wide"}',
+        ),
+        (
+            render_call("pick", {"names": [1]}),
+            '{"error": "argument names must be array of string"}',
+        ),
     ],
 )
 def test_a_call_is_answered_by_its_result_or_by_what_is_wrong_with_it(text, content):
     assert answer(text) == content
+
+
+def test_a_result_that_is_not_finite_is_told_to_the_model_whose_arguments_made_it():
+    def twice(x: float) -> float:
+        """Doubles.
+
+        Args:
+            x: A number.
+        """
+        return 2 * x
+
+    assert answer(render_call("twice", {"x": 1e307}), twice) == "2e+307"
+    told = '{"error": "the result is no finite number"}'
+    assert answer(render_call("twice", {"x": 1e308}), twice) == told
 
 
 def test_what_a_tool_raises_is_told_to_the_model_and_what_it_does_not_return_is_not():

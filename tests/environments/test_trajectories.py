@@ -43,6 +43,26 @@ class Shared(Count):
         self.log.append(seed)
         return [{"role": "user", "content": str(len(self.log))}]
 
+class Fragile(Count):
+    made = 0
+    def __init__(self):
+        Fragile.made += 1
+        if Fragile.made == 2:
+            raise RuntimeError("no licence")
+
+class Named(Count):
+    final_reward = 0.5
+
+class Renamed:
+    def reset(self, record, seed):
+        return record["prompt"]
+    def step(self, text):
+        return [], 0.0, True
+
+class Two(Count):
+    def reset(self, row, seed):
+        return [*row["prompt"], {"role": "user", "content": "And?"}]
+
 class Bad(Count):
     def step(self, text):
         if text == "raise":
@@ -55,10 +75,15 @@ class Bad(Count):
                     pass
         if text == "die":
             os._exit(3)
+        if text == "exit":
+            raise SystemExit(2)
         return {
             "no text": ([{"role": "tool", "content": 4}], 0, False),
             "system": ([{"role": "system", "content": "x"}], 0, False),
             "no turn": ([], 0, False),
+            "half": ([{"role": "tool", "content": "\\ud83d"}], 0, False),
+            "set": ([{"role": "tool", "content": "x", "name": {1}}], 0, False),
+            "both": ([{"role": r, "content": "x"} for r in ("tool", "user")], 0, False),
             "no reward": ([{"role": "tool", "content": "x"}], None, False),
             "nan": ([], float("nan"), True),
             "two": ([], 0),
@@ -170,9 +195,13 @@ def test_an_instance_of_all_or_a_shared_log_is_found_where_answers_open_differen
 @pytest.mark.parametrize(
     ("text", "detail"),
     [
-        ("raise", r"raised ValueError: no such shop \(.*own.py, line 27\)"),
+        ("raise", r"raised ValueError: no such shop \(.*own.py, line \d+\)"),
         ("hang", "took longer than 0.2 s"),
         ("die", "ended its process with exit status 3"),
+        ("exit", r"raised SystemExit: 2 \(.*own.py, line \d+\)"),
+        ("half", r"of a turn, .* surrogates not allowed"),
+        ("set", r"of a turn, .* Object of type set is not JSON serializable"),
+        ("both", "turns of tool, user: one of the user, or of tools alone"),
         ("no text", "the content 4 of a turn is no text"),
         ("system", r"\{.*'system'\} is no turn of user or tool"),
         ("no turn", r"returned \[\] instead of a list of turns"),
@@ -196,6 +225,26 @@ def test_an_environment_that_fails_ends_the_run_by_name_or_is_masked(files, text
             assert answers == [None, "[tool]ok"] and not play.trajectories[2].fault
         assert play.trajectories[1].fault and texts(play.respond([said(0, 1, "x")])) == [None]
     assert capsys.readouterr().out.count("left out and counted") == 1 + (text == "die")
+
+
+def test_an_instance_that_cannot_be_made_is_one_trajectorys_fault(files):
+    environments, play = opened("own.py:Fragile", on_error="mask")
+    with environments:
+        assert [each.fault for each in play.trajectories] == ["", "raised", "", ""]
+        assert texts(play.respond([said(0, 0, "a"), said(0, 1, "b")])) == ["[tool]1: a", None]
+
+
+def test_turns_that_no_prompt_may_have_are_told_with_the_trajectory(files):
+    with pytest.raises(UserError, match=r"^environment, prompt 'ann', sample 0: .*cannot follow"):
+        opened("own.py:Two", records=[dataclasses.replace(RECORDS[0], meta={})])
+
+
+def test_only_tools_are_asked_for_a_final_reward(files):
+    environments, play = opened("own.py:Named")
+    with environments:
+        play.respond([said(0, 0, "a")])
+        play.end([False, True, True, True])
+        assert play.trajectories[0].rewards == [0.25, 0.0]
 
 
 def test_calls_end_at_their_limit_and_what_was_cut_off_is_asked_for_its_reward(files):
@@ -230,6 +279,8 @@ def test_tools_are_described_in_the_first_turn_and_mistakes_are_counted(files):
         ({"file": "trl.py:calculate"}, "trl.py:calculate is no class"),
         ({"file": "trl.py:NUMBER"}, "has no function or class 'NUMBER'"),
         ({"tools": "trl.py:untyped"}, "the tool untyped has no docstring"),
+        ({"tools": "trl.py:calculate,trl.py:calculate"}, "two tools are called calculate"),
+        ({"file": "own.py:Renamed"}, r"has reset\(self, row, seed\) and step"),
         ({"file": "own.py:Count", "tools": "trl.py:calculate"}, "has step"),
         ({"file": "gone.py:Env"}, "there is no file gone.py"),
         ({"tools": "trl.py"}, "'trl.py' names no function or class; write mine.py:name"),

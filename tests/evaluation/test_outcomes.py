@@ -74,6 +74,14 @@ def verdict(total):
     return Verdict(total, {"correct": total})
 
 
+@pytest.mark.parametrize("total", [0.0, 1.0])
+def test_where_all_prompts_are_alike_the_interval_is_no_point(total):
+    metrics = pass_metrics([[verdict(total)] * 8] * 20, seed=0)
+    assert metrics["eval/pass^8"] == total
+    bounds = metrics["eval/pass^8_low"], metrics["eval/pass^8_high"]
+    assert bounds == wilson_interval(20 * total, 20)
+
+
 def test_in_a_row_is_over_several_episodes_to_a_prompt():
     asked = repeat_prompts(RECORDS[:2])
     assert len({record.id for record in asked}) == 16 and asked[0].meta == RECORDS[0].meta

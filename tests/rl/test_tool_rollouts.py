@@ -188,6 +188,22 @@ def test_advantages_are_of_what_follows_a_token(prompts):
     assert not np.any(np.asarray(made["advantages"])[rollout.mask == 0])
 
 
+def test_the_greedy_answer_that_others_are_set_against_is_of_the_same_beginning(
+    prompts, monkeypatch
+):
+    opened, begin = [], Environments.open
+
+    def open_(self, tokenizer, records, samples, seeds):
+        opened.append((samples, [*seeds]))
+        return begin(self, tokenizer, records, samples, seeds)
+
+    monkeypatch.setattr(Environments, "open", open_)
+    config = config_of("remax", reward={"scorers": "environment=2,length=-0.01"})
+    text_rollout(config, MODEL, Scorers(), None, PARAMS, prompts, 3)
+    (several, ours), (one, greedy) = opened
+    assert (several, one) == (4, 1) and ours == greedy
+
+
 @pytest.mark.parametrize("prompts", [3], indirect=True)
 def test_a_trajectory_that_fails_weighs_nothing_and_is_counted(prompts):
     config = config_of(reward={"scorers": "environment=2,length=-0.01"})

@@ -10,7 +10,7 @@ from rlhf_jax import evaluate
 from rlhf_jax.data.calls import render_call
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.public_requests import count_replies
+from rlhf_jax.evaluation.public_requests import LONGEST, count_replies
 from rlhf_jax.files import write_json
 from rlhf_jax.tasks import data_files
 from rlhf_jax.tasks.builders import load_records
@@ -59,6 +59,8 @@ def right(reply, accepted=ACCEPTED):
         ({"where": {"name": "Rome", "zip": "1"}}, False),
         ({"where": {"zip": "00100"}}, False),
         ({"colour": "red"}, False),
+        ({"unit": ""}, True),
+        ({"points": ""}, False),  # which may be left out, and is no text
     ],
 )
 def test_an_argument_is_right_if_its_value_is_accepted(changed, expected):
@@ -133,6 +135,19 @@ def test_the_sets_own_answers_are_right(name, count):
         reply = answered(accepted) if accepted else "No tool does that."
         assert call_verdict(record, reply).right, record.id
         assert not call_verdict(record, render_call("another", {})).right
+        # In tokens of 3.5 characters, with <tool_call> and its end around it.
+        assert len(reply) / 3.5 + 30 < LONGEST["call"], record.id
+
+
+@needs_data
+def test_an_argument_that_is_required_is_not_to_be_left_out():
+    for config in ("simple", "multiple", "live_simple"):
+        for record in load_records(f"bfcl/{config}", "validation"):
+            functions = (tool["function"] for tool in json.loads(record.messages[0].more)["tools"])
+            described = {each["name"]: each["parameters"] for each in functions}
+            for tool, arguments in json.loads(record.meta["calls"]).items():
+                for name in described[tool]["required"]:
+                    assert "" not in arguments[name], (record.id, name)
 
 
 def test_a_set_that_there_is_not(tmp_path, capsys):
