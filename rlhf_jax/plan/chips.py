@@ -6,8 +6,8 @@ A device is what JAX calls one, of TPU v4 and 7x a half of a chip. Sources:
   flops      dense bfloat16: https://jax-ml.github.io/scaling-book/tpus; NVIDIA's data sheets
   bandwidth  of the device's memory: the same, and OpenXLA's specs
   link       TPU: a link one way, by the first; its collectives over a slice use all that a chip has
-             there: two along an axis, one along an axis of two. GPU: NVLink one way; the network
-             (`NETWORK`) where cards of several hosts exchange
+             there: two along an axis, one along an axis of two. GPU: NVLink one way, among a host's
+             cards; others exchange by the network (`NETWORK`)
   clock      TPU: flops / 2 / the products a cycle of its matrix units (4 x 128² a core, from v6e
              4 x 256²), in which its compiler counts cycles
 """
@@ -46,6 +46,7 @@ class Chip:
       clock: Hz of the compiler's cycles; 0: it counts none.
       example: a topology.
       target: of a GPU, what XLA's GpuTargetConfigProto differs in.
+      host: cards of a host, which are linked; 0: all devices of a topology are.
     """
 
     memory: int
@@ -55,6 +56,7 @@ class Chip:
     clock: float = 0.0
     example: str = ""
     target: str = ""
+    host: int = 0
 
 
 def _gpu(name: str, memory: int, flops: float, bandwidth: float, link: float, facts: str) -> Chip:
@@ -123,10 +125,8 @@ def devices_of(topology: str) -> tuple[Chip, list[Any]]:
         links = sum(min(size - 1, 2) for size in sizes)
         chip = dataclasses.replace(chip, link=chip.link * max(links, 1))
         return chip, _described(unknown, platform="tpu", topology_name=topology)
-    chip = dataclasses.replace(chip, memory=int(_memory_fraction() * chip.memory))
     cards = math.gcd(sizes[0], 8) if sizes[0] > 8 else sizes[0]
-    if cards < sizes[0]:
-        chip = dataclasses.replace(chip, link=NETWORK)
+    chip = dataclasses.replace(chip, memory=int(_memory_fraction() * chip.memory), host=cards)
     described = _described(
         unknown,
         platform="cuda",

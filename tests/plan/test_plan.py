@@ -176,6 +176,19 @@ def test_seconds_add_up_as_stated():
     assert _seconds(step, counted, 0, devices_of("cpu")[0]) is None
 
 
+def test_only_what_crosses_hosts_goes_by_the_network():
+    from rlhf_jax.plan.chips import NETWORK
+    from rlhf_jax.plan.estimates import _seconds
+
+    def gathered(span):
+        each = Collective("collective-permute", "f32[1]", 10**9, 8, False, False, span)
+        return _seconds(*made(Counted({each: 1}, {}, 0, 0)), 0, card)
+
+    card = dataclasses.replace(CHIP, clock=0, host=8, link=4e11)
+    assert gathered(8) == pytest.approx(1e9 / 4e11)
+    assert gathered(9) == pytest.approx(1e9 / NETWORK)
+
+
 def test_a_table_says_what_of_it_are_estimates():
     step, counted = made(Counted({}, {}, 10**8, 0), kept=2**29)
     lines = table([Estimate(step, {"parameters": 2**30}, counted, 0.1)], CHIP, chips=2)
@@ -225,7 +238,8 @@ def test_links_are_those_of_the_topology(monkeypatch):
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     rates = {name: devices_of(name)[0].link for name in ("v5p:2x2x1", "v5p:4x4x4", "v5e:1x1")}
     assert rates == {"v5p:2x2x1": 2 * 90e9, "v5p:4x4x4": 6 * 90e9, "v5e:1x1": 45e9}
-    assert devices_of("h100:16")[0].link == chips.NETWORK < devices_of("h100:8")[0].link
+    assert devices_of("h100:16")[0].link == CHIPS["h100"].link
+    assert [devices_of(f"h100:{n}")[0].host for n in (4, 8, 12, 16)] == [4, 8, 4, 8]
     assert devices_of("h100:16")[1][0]["topology"] == "1x2x8"
     # JAX lets a program use three quarters of a GPU, if not told otherwise, and all of a TPU.
     assert devices_of("h100:8")[0].memory == int(0.75 * CHIPS["h100"].memory)
