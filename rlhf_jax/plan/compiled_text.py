@@ -258,7 +258,8 @@ class _Program:
         """Adds one instruction of a computation, with what it calls, to its total."""
         total.cycles += each.cycles or 0
         if each.opcode == "while":
-            total.add(self.visit(each.named("body"), in_loop=True), self._trips(each))
+            for name in ("condition", "body"):
+                total.add(self.visit(each.named(name), in_loop=True), self._trips(each))
         elif each.opcode == "conditional":
             found = [self.visit(name, in_loop=in_loop) for name in each.branches]
             total.add(max(found, key=lambda branch: branch.cost))

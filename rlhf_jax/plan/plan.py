@@ -172,7 +172,7 @@ def _search(given: ConfigDict, chip: Chip) -> ConfigDict:
     """
     search, mesh, rows = _Search(given, chip), given.mesh, given.batch.rows
     where = "model" if given.stage == "pretrain" else "compute"
-    whole = search.devices // mesh.tensor
+    whole = max(1, search.devices // mesh.tensor)
     check_devices(resolve(_changed(given, {"mesh.fsdp": whole, "batch.microbatches": 1})))
     parts = [k for k in range(1, rows // whole + 1) if rows % (whole * k) == 0] or [1]
     least: dict[str, Any] = {"mesh.fsdp": whole, "batch.microbatches": parts[-1]}

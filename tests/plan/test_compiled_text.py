@@ -101,6 +101,17 @@ def test_a_loop_whose_count_depends_on_data_is_counted_as_told_and_said():
     assert count(text, 8, passes=3).collectives["all-reduce"] == (3, 12)
 
 
+def test_what_a_loops_condition_exchanges_is_counted():
+    def loop(rows):
+        def goes(total):
+            return jax.lax.pmax(total, "x") < 9
+
+        return jax.lax.while_loop(goes, lambda total: total + 1, rows[0, 0])
+
+    text = compiled(loop, make_mesh(jax.devices()), ((64, 8), jnp.float32, P("x")))
+    assert count(text, 8, passes=3).collectives["all-reduce"] == (3, 12)
+
+
 def test_a_group_is_the_axis_that_a_collective_is_over():
     mesh = make_mesh(jax.devices(), (2, 4), ("data", "x"))
 

@@ -397,6 +397,15 @@ def test_a_search_does_not_change_what_is_trained_for_rows_that_do_not_split(mon
     given = base("sft", batch={"rows": 12, "microbatches": 4})
     with planning_for(jax.devices()[:8]), pytest.raises(UserError, match="nearest that does is 16"):
         plans._search(given, CHIP)
+    given.mesh.tensor = 16
+    with planning_for(jax.devices()[:8]), pytest.raises(UserError, match=r"8 devices; tensor=8"):
+        plans._search(given, CHIP)
+
+
+def test_a_mesh_has_no_axis_below_one(hub):
+    for axis in ("fsdp", "tensor"):
+        with pytest.raises(UserError, match=rf"mesh\.{axis} = -1"):
+            resolve(base("sft", init={"policy": hub}, mesh={axis: -1}))
 
 
 def test_a_search_changes_what_is_trained_only_if_it_must(monkeypatch, capsys):
