@@ -49,7 +49,14 @@ from rlhf_jax.stages.reward import with_score_head
 from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.training.checkpoint import load_document
 from rlhf_jax.training.learner import Learner, make_learner
-from rlhf_jax.training.mesh import batch_sharding, mesh_of, shaped_at, shardings, step_tokens
+from rlhf_jax.training.mesh import (
+    batch_sharding,
+    check_width,
+    mesh_of,
+    shaped_at,
+    shardings,
+    step_tokens,
+)
 from rlhf_jax.training.saved_model import Model, is_hub_directory
 
 CHARACTERS = 256  # of a tokenizer of characters, whose number only its text tells
@@ -146,6 +153,7 @@ def _reward_paths(config: Config) -> list[str]:
 def steps_of(config: Config) -> list[Step]:
     """The steps of a config's stage on the training devices."""
     shape = model_shape(config)
+    check_width(config, shape.width)
     site = _Site(config, shape, judge_shape(config, shape), mesh_of(config))
     return _on_policy(site) if config.stage == "policy" else _by_loss(site)
 

@@ -296,16 +296,14 @@ def test_a_reward_model_has_its_own_shape(hub, tmp_path, capsys):
     (larger / "config.json").write_text(json.dumps(document | {"hidden_size": 32}))
     config = dict(stages(hub))["grpo"]
     config.init.reward, config.reward.scorers = str(larger), "model=1"
-    with planning_for(jax.devices()[:1]):
-        found = {step.name: step for step in steps.steps_of(resolve(config))}
-        found["reward model"].lower()
-    (held,) = found["update"].holds["other models"][1:]
-    assert held["embed"]["embedding"].shape == (64, 32)
+    policy = steps.model_shape(resolve(config))
+    found = steps.judge_shape(resolve(config), policy)
+    assert (policy.width, found.width, found.head) == (16, 32, "scalar")
     config.init.reward = ""
-    with planning_for(jax.devices()[:1]):
-        (held,) = steps.steps_of(resolve(config))[0].holds["other models"][1:]
-    assert held["embed"]["embedding"].shape == (64, 16)
+    assert steps.judge_shape(resolve(config), policy).width == 16
     assert "taken to have the policy's shape" in capsys.readouterr().out
+    config.reward.scorers = "length=1"
+    assert steps.judge_shape(resolve(config), policy) is None
 
 
 def test_what_is_advised_can_be_done(hub):
@@ -406,6 +404,13 @@ def test_a_mesh_has_no_axis_below_one(hub):
     for axis in ("fsdp", "tensor"):
         with pytest.raises(UserError, match=rf"mesh\.{axis} = -1"):
             resolve(base("sft", init={"policy": hub}, mesh={axis: -1}))
+
+
+def test_parameters_that_fsdp_would_not_split_are_refused(hub):
+    config = base("sft", init={"policy": hub}, batch={"rows": 6}, mesh={"fsdp": 6})
+    told = r"mesh.fsdp = 6 does not divide the model's width of 16.* the nearest that does is 2"
+    with planning_for(jax.devices()[:6]), pytest.raises(UserError, match=told):
+        steps.steps_of(resolve(config))
 
 
 def test_a_search_changes_what_is_trained_only_if_it_must(monkeypatch, capsys):
