@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -55,6 +56,23 @@ def test_the_plans_rate_stands_beside_what_was_measured():
     assert (line["rate"], line["planned"]) == (3.0, 4.0)
     assert gpu.table([line], {})[-1].endswith("| 75% |")
     assert "planned" not in gpu._rates(6.0, seconds=2.0, planned=None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "known"),
+    [
+        ("NVIDIA H100 80GB HBM3", True),
+        ("NVIDIA A100-SXM4-80GB", True),
+        ("NVIDIA H200", True),
+        ("NVIDIA H100 PCIe", False),
+        ("NVIDIA GH200 480GB", False),
+    ],
+)
+def test_a_plan_is_of_the_very_card(kind, known, monkeypatch):
+    monkeypatch.setattr("jax.devices", lambda: [SimpleNamespace(device_kind=kind)])
+    monkeypatch.setattr("rlhf_jax.plan.estimates.estimate", lambda *_: SimpleNamespace(seconds=2.0))
+    shape = SimpleNamespace(heads=1, head_dim=1, layers=1)
+    assert gpu._planned(shape, None, (1, 1)) == (2.0 if known else None)
 
 
 def test_without_a_gpu_one_line_says_so():

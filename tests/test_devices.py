@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.devices import decoding_mesh
+from rlhf_jax.models import init
 from rlhf_jax.sampling import engine
 from rlhf_jax.training.mesh import make_mesh, placed
 from tests.sampling.test_generate import CONFIG, PARAMS, PROMPTS, generated
@@ -45,6 +47,18 @@ def test_rows_split_over_devices_are_the_rows_of_one(axes, options):
     assert [c.finished for c in split] == [c.finished for c in one]
     for a, b in zip(split, one, strict=True):
         np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=1e-5, atol=1e-5)
+
+
+def test_groups_of_several_devices_end_their_loop_together():
+    # Of words that the axis tensor divides XLA sums masses by collective permutes of all devices.
+    config = dataclasses.replace(CONFIG, vocab_size=16, layers=1, heads=3, kv_heads=1)
+    params = init(config, jax.random.key(0))
+    mesh = make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4])
+    same = {"batch_size": 4, "cache_length": 32, "seed": 0, "max_new_tokens": 12, "stop_ids": [3]}
+    one = generated(config, params, PROMPTS, **same)
+    split = generated(config, placed(mesh, params), PROMPTS, **same)
+    assert len({len(c.tokens) for c in one}) > 1  # or no group would end before another
+    assert [c.tokens for c in split] == [c.tokens for c in one]
 
 
 @pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 6])

@@ -11,36 +11,51 @@ the package is in requirements-plan.txt.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 
 from rlhf_jax.commands import Parser, run
 from rlhf_jax.plan.chips import ENVIRONMENT
 
+# Flags of `rlhf_jax.main` that say what a run does: none is made here.
+_OF_MAIN = (
+    *("workdir", "parents", "version", "print", "preflight", "rerun"),
+    *("coordinator", "processes", "process"),
+)
+
+
+class _Parser(Parser):
+    """Keeps what it does not know as `rest`, for `rlhf_jax.main`."""
+
+    def parse_args(self, args=None, namespace=None):
+        given, rest = self.parse_known_args(args, namespace)
+        given.rest = rest
+        return given
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line (default: this process's) and returns the exit code."""
-    given = sys.argv[1:] if argv is None else argv
-    parser = Parser(prog="rlhf_jax.plan", description=__doc__, add_help=False)
-    parser.add_argument("--topology", required=True)
-    parser.add_argument("--search", action="store_true")
-    known = [arg for arg in given if arg.partition("=")[0] in ("--topology", "--search")]
-    rest = [arg for arg in given if arg not in known]
+    parser = _Parser(prog="python -m rlhf_jax.plan", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--topology", required=True, help="as v5e:4x4, h100:8, or cpu")
+    parser.add_argument("--search", action="store_true", help="try what would make it fit")
 
     def command(flags) -> None:
         from rlhf_jax.main import parse
         from rlhf_jax.plan.plan import plan
         from rlhf_jax.stages.experiments import find_experiment, names_experiment
 
-        config, source, stated, others = parse(rest)
-        if others.workdir or others.preflight or others.rerun:
-            parser.error("--workdir, --preflight and --rerun are of rlhf_jax.main")
-        start = config.get("init", {}).get("policy", "")
-        if names_experiment(start):
-            config.init.policy = find_experiment(start, source)
+        config, source, stated, others = parse(flags.rest)
+        for name in _OF_MAIN:
+            if others[name].present:
+                parser.error(f"--{name} is of rlhf_jax.main")
+        for role, start in config.get("init", {}).items():
+            if isinstance(start, str) and names_experiment(start):
+                config.init[role] = find_experiment(start, source)
         plan(config, stated, flags.topology, search=flags.search)
 
-    return run(parser, command, known)
+    return run(parser, command, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Chips that can be compiled for although they are not there: what they hold and how fast they are.
 
 A device is what JAX calls one, of TPU v4 and 7x a half of a chip. Sources:
-  memory     TPU: what its compiler lets a program use; GPU: OpenXLA's target_config/specs
+  memory     TPU: what its compiler lets a program use; GPU: OpenXLA's target_config/specs, of which
+             JAX lets a program use three quarters, or XLA_PYTHON_CLIENT_MEM_FRACTION
   flops      dense bfloat16: https://jax-ml.github.io/scaling-book/tpus; NVIDIA's data sheets
   bandwidth  of the device's memory: the same, and OpenXLA's specs
   link       TPU: a link one way, by the first; its collectives over a slice use all that a chip has
-             there: two along an axis, one along an axis of two. GPU: NVLink one way; the network
-             (`NETWORK`) where cards of several hosts exchange
+             there: two along an axis, one along an axis of two. GPU: NVLink one way, among a host's
+             cards; others exchange by the network (`NETWORK`)
   clock      TPU: flops / 2 / the products a cycle of its matrix units (4 x 128² a core, from v6e
              4 x 256²), in which its compiler counts cycles
 """
@@ -39,12 +40,13 @@ class Chip:
     """A kind of device.
 
     Attributes:
-      memory: bytes that programs may use.
+      memory: bytes; of those that `devices_of` returns, what programs may use.
       flops, bandwidth, link: a second, of products in bfloat16, bytes of its memory and bytes that
         it sends to others; 0 where that is not known.
       clock: Hz of the compiler's cycles; 0: it counts none.
       example: a topology.
       target: of a GPU, what XLA's GpuTargetConfigProto differs in.
+      host: cards of a host, which are linked; 0: all devices of a topology are.
     """
 
     memory: int
@@ -54,6 +56,7 @@ class Chip:
     clock: float = 0.0
     example: str = ""
     target: str = ""
+    host: int = 0
 
 
 def _gpu(name: str, memory: int, flops: float, bandwidth: float, link: float, facts: str) -> Chip:
@@ -114,6 +117,8 @@ def devices_of(topology: str) -> tuple[Chip, list[Any]]:
     if chip is None or not re.fullmatch(r"\d+" if chip.target else r"\d+(x\d+){1,2}", shape):
         raise unknown
     sizes = [*map(int, shape.split("x"))]
+    if len(sizes) > chip.example.count("x") + 1:  # v5e and v6e have no third axis
+        raise unknown
     if 0 in sizes:
         raise unknown
     if not chip.target:
@@ -121,8 +126,7 @@ def devices_of(topology: str) -> tuple[Chip, list[Any]]:
         chip = dataclasses.replace(chip, link=chip.link * max(links, 1))
         return chip, _described(unknown, platform="tpu", topology_name=topology)
     cards = math.gcd(sizes[0], 8) if sizes[0] > 8 else sizes[0]
-    if cards < sizes[0]:
-        chip = dataclasses.replace(chip, link=NETWORK)
+    chip = dataclasses.replace(chip, memory=int(_memory_fraction() * chip.memory), host=cards)
     described = _described(
         unknown,
         platform="cuda",
@@ -131,6 +135,16 @@ def devices_of(topology: str) -> tuple[Chip, list[Any]]:
         target_config=chip.target,
     )
     return chip, described
+
+
+def _memory_fraction() -> float:
+    """The share of a GPU's memory that JAX lets a program use, as its environment says."""
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    stated = next((os.environ[name] for name in names if os.environ.get(name)), "0.75")
+    try:
+        return float(stated)
+    except ValueError as error:
+        raise UserError(f"{' or '.join(names)} = {stated!r}: give a number") from error
 
 
 def _described(unknown: UserError, **how: Any) -> list[Any]:

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
+
 KINDS = (
     "all-gather",
     "all-reduce",
@@ -28,6 +30,7 @@ KINDS = (
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
+_GRID = re.compile(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 # What a TPU's compiler writes as calls, although nothing runs.
 _NO_KERNELS = (
     *("AllocateBuffer", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone"),
@@ -47,6 +50,7 @@ class Collective:
       chips: how many exchange it with each other.
       in_loop: whether a loop repeats it.
       overlapped: whether it is begun and ended by two instructions, so that others run meanwhile.
+      span: one more than the numbers of two chips that exchange it are apart at most.
     """
 
     kind: str
@@ -55,6 +59,7 @@ class Collective:
     chips: int
     in_loop: bool
     overlapped: bool
+    span: int = 1
 
     @property
     def sent(self) -> float:
@@ -104,9 +109,16 @@ class Counted:
         """Bytes of the results of all collectives on a chip."""
         return sum(size for _, size in self.collectives.values())
 
-    def sent_bytes(self, *, overlapped: bool) -> float:
-        """Bytes that a chip sends at least, by collectives that are overlapped or by the others."""
-        found = (n * each.sent for each, n in self.calls.items() if each.overlapped == overlapped)
+    def sent_bytes(self, *, overlapped: bool, beyond: int = 0) -> float:
+        """Bytes that a chip sends at least, by collectives that are overlapped or by the others.
+
+        Only those whose chips are further apart than `beyond` count.
+        """
+        found = (
+            n * each.sent
+            for each, n in self.calls.items()
+            if each.overlapped == overlapped and each.span > beyond
+        )
         return float(sum(found))
 
     def shapes(self, *, in_loop: bool) -> dict[str, int]:
@@ -246,7 +258,8 @@ class _Program:
         """Adds one instruction of a computation, with what it calls, to its total."""
         total.cycles += each.cycles or 0
         if each.opcode == "while":
-            total.add(self.visit(each.named("body"), in_loop=True), self._trips(each))
+            for name in ("condition", "body"):
+                total.add(self.visit(each.named(name), in_loop=True), self._trips(each))
         elif each.opcode == "conditional":
             found = [self.visit(name, in_loop=in_loop) for name in each.branches]
             total.add(max(found, key=lambda branch: branch.cost))
@@ -306,19 +319,32 @@ class _Program:
             kind, result = "reduce-scatter", [*self.parts[part].values()][-1].type
         arrays = _ARRAY.findall(result)
         shape = " ".join(f"{dtype}[{sizes}]" for dtype, sizes in arrays)
-        size, chips = bytes_of(result), self._group(begun)
-        return Collective(kind, shape, size, chips, in_loop, overlapped)
+        size, group = bytes_of(result), self._group(begun)
+        span = max(group) - min(group) + 1
+        if pairs := re.search(r"source_target_pairs=\{(\{[^=]*\})\}", begun.rest):
+            ends = re.findall(r"\{(\d+),(\d+)\}", pairs[1])
+            span = 1 + max(abs(int(a) - int(b)) for a, b in ends)
+        return Collective(kind, shape, size, len(group), in_loop, overlapped, span)
 
-    def _group(self, each: _Instruction) -> int:
-        """How many chips a collective is among."""
+    def _group(self, each: _Instruction) -> list[int]:
+        """The chips of a group that a collective is among, the first one."""
         if axes := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", each.rest):
-            sizes = dict(re.findall(r"'([^']*)'=(\d+)", axes[1]))
-            return math.prod(int(sizes[name]) for name in re.findall(r"'([^']*)'", axes[2]))
-        if grid := re.search(r"replica_groups=\[\d+,(\d+)\]<=", each.rest):
-            return int(grid[1])
+            sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", axes[1])}
+            over, apart, group = re.findall(r"'([^']*)'", axes[2]), math.prod(sizes.values()), [0]
+            for name, size in sizes.items():
+                apart //= size
+                if name in over:
+                    group = [chip + apart * i for chip in group for i in range(size)]
+            return group
+        if grid := _GRID.search(each.rest):
+            sides = [int(size) for size in grid[2].split(",")]
+            chips = np.arange(math.prod(sides)).reshape(sides)
+            if grid[3]:
+                chips = chips.transpose([int(axis) for axis in grid[3].split(",")])
+            return chips.ravel()[: int(grid[1])].tolist()
         if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", each.rest):
-            return len(listed[1].split(","))
-        return self.chips
+            return [*map(int, listed[1].split(","))]
+        return [*range(self.chips)]
 
     def _flops(self, dot: _Instruction, part: str) -> int:
         """2 · elements of the result · elements that each is a sum of."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_jax.errors import UserError, lack_of_memory
-from rlhf_jax.plan.chips import Chip
+from rlhf_jax.plan.chips import NETWORK, Chip
 from rlhf_jax.plan.compiled_text import Counted, count
 from rlhf_jax.plan.steps import Step, device_bytes
 
@@ -77,8 +77,16 @@ def _seconds(step: Step, counted: Counted, moved: int, chip: Chip) -> float | No
     seconds = max(busy, moved / chip.bandwidth)
     if any(_KERNELS.search(name) for name in counted.kernels):
         seconds += step.attention / chip.flops
-    together, alone = (counted.sent_bytes(overlapped=x) / chip.link for x in (True, False))
+    together, alone = (_sending(counted, chip, overlapped=x) for x in (True, False))
     return max(seconds, together) + alone
+
+
+def _sending(counted: Counted, chip: Chip, *, overlapped: bool) -> float:
+    """Seconds that messages take, by the network where cards of several hosts exchange them."""
+    sent, far = counted.sent_bytes(overlapped=overlapped), 0.0
+    if chip.host:
+        far = counted.sent_bytes(overlapped=overlapped, beyond=chip.host)
+    return (sent - far) / chip.link + far / NETWORK
 
 
 def table(estimates: list[Estimate], chip: Chip, chips: int) -> list[str]:

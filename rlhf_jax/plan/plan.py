@@ -83,8 +83,9 @@ def _fits(each: Estimate, chip: Chip) -> bool:
 
 def _further(config: Config, devices: int) -> Iterator[str]:
     """Fields beside the stage's own that lower what a device holds."""
-    if config.mesh.fsdp < devices:
-        yield f"a larger --config.mesh.fsdp (now {config.mesh.fsdp}, of {devices} devices)"
+    most = devices // config.mesh.tensor
+    if config.mesh.fsdp < most:
+        yield f"a larger --config.mesh.fsdp (now {config.mesh.fsdp}, at most {most})"
     if config.adapter is not None and not config.adapter.rank:
         yield "--config.adapter.rank=16, --config.adapter.base=bfloat16"
     if config.compute is not None and config.compute.compute_dtype != "bfloat16":
@@ -110,6 +111,13 @@ def _hour(config: Config, estimates: list[Estimate], chip: Chip) -> Iterator[str
         yield f"  or {pairs:,.0f} pairs of {config.data.row_length} tokens"
 
 
+def _changed(given: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """A copy of a config with fields changed by their dotted names."""
+    changed = ConfigDict(given.to_dict())
+    changed.update_from_flattened_dict(changes)
+    return changed
+
+
 class _Search:
     """Compiles the update under one change of a config after the other, and keeps what fits."""
 
@@ -125,8 +133,7 @@ class _Search:
 
     def fits(self, changes: Mapping[str, Any]) -> bool:
         """Whether the update fits under changes of fields by their dotted names; says so."""
-        changed = ConfigDict(self.given.to_dict())
-        changed.update_from_flattened_dict(changes)
+        changed = _changed(self.given, changes)
         said = " ".join(f"--config.{name}={value}" for name, value in changes.items())
         if self.compiled == COMPILES:
             return False
@@ -159,10 +166,14 @@ def _search(given: ConfigDict, chip: Chip) -> ConfigDict:
 
     They change nothing of what is trained: how many devices share the parameters, in how many
     parts a batch goes, and what is recomputed. Only if the least of these does not fit, others do.
+
+    Raises:
+      UserError: rows or a kernel that the devices refuse, whatever these are.
     """
     search, mesh, rows = _Search(given, chip), given.mesh, given.batch.rows
     where = "model" if given.stage == "pretrain" else "compute"
-    whole = search.devices // mesh.tensor
+    whole = max(1, search.devices // mesh.tensor)
+    check_devices(resolve(_changed(given, {"mesh.fsdp": whole, "batch.microbatches": 1})))
     parts = [k for k in range(1, rows // whole + 1) if rows % (whole * k) == 0] or [1]
     least: dict[str, Any] = {"mesh.fsdp": whole, "batch.microbatches": parts[-1]}
     least[f"{where}.remat"] = "full"

@@ -49,7 +49,14 @@ from rlhf_jax.stages.reward import with_score_head
 from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.training.checkpoint import load_document
 from rlhf_jax.training.learner import Learner, make_learner
-from rlhf_jax.training.mesh import batch_sharding, mesh_of, shaped_at, shardings, step_tokens
+from rlhf_jax.training.mesh import (
+    batch_sharding,
+    check_width,
+    mesh_of,
+    shaped_at,
+    shardings,
+    step_tokens,
+)
 from rlhf_jax.training.saved_model import Model, is_hub_directory
 
 CHARACTERS = 256  # of a tokenizer of characters, whose number only its text tells
@@ -105,30 +112,59 @@ def model_shape(config: Config, source: str = "") -> ModelConfig:
     start = config.init.policy
     if not start:
         raise UserError("config: init.policy is empty; set --config.init.policy=/path/to/model")
+    head = "scalar" if config.stage == "reward" else "lm"
+    return _computed(config, _shape_in(start, source), head)
+
+
+def _shape_in(start: str, source: str = "") -> ModelConfig:
+    """The shape of the model that a section init names."""
     if names_experiment(start):
         found = find_experiment(start, source)
-        shape = model_shape(resolve(load_config(found)), found)
-    elif is_hub_directory(start):
-        shape = read_config(Path(start))[1]
-    else:
-        fields = load_document(Path(start) / "model")["config"]
-        shape = ModelConfig(**fields | {"attention": "reference"})
-    head = "scalar" if config.stage == "reward" else "lm"
+        return model_shape(resolve(load_config(found)), found)
+    if is_hub_directory(start):
+        return read_config(Path(start))[1]
+    fields = load_document(Path(start) / "model")["config"]
+    return ModelConfig(**fields | {"attention": "reference"})
+
+
+def _computed(config: Config, shape: ModelConfig, head: str) -> ModelConfig:
+    """The shape under a head, computed as the config says."""
     return dataclasses.replace(shape, head=head, **dataclasses.asdict(config.compute)).validate()
+
+
+def judge_shape(config: Config, policy: ModelConfig) -> ModelConfig | None:
+    """The shape of the reward models that score a stage's answers; None if there are none.
+
+    The models of an ensemble have one. Where none is named yet it is taken to be the policy's.
+    """
+    if config.stage not in SAMPLING or "model" not in parse_rewards(config.reward.scorers):
+        return None
+    if named := _reward_paths(config):
+        return _computed(config, _shape_in(named[0]), "scalar")
+    print("reward model: none is named, so it is taken to have the policy's shape", flush=True)
+    return dataclasses.replace(policy, head="scalar")
+
+
+def _reward_paths(config: Config) -> list[str]:
+    named = section_document(config, "init").items()
+    return [path for role, path in named if role.startswith("reward") and path]
 
 
 def steps_of(config: Config) -> list[Step]:
     """The steps of a config's stage on the training devices."""
-    site = _Site(config, model_shape(config), mesh_of(config))
+    shape = model_shape(config)
+    check_width(config, shape.width)
+    site = _Site(config, shape, judge_shape(config, shape), mesh_of(config))
     return _on_policy(site) if config.stage == "policy" else _by_loss(site)
 
 
 @dataclass(frozen=True)
 class _Site:
-    """A config, the model of which it is and where it would run."""
+    """A config, the model of which it is, what judges its answers and where it would run."""
 
     config: Config
     shape: ModelConfig
+    judge: ModelConfig | None
     mesh: Mesh | None
 
     def alone(self) -> SingleDeviceSharding:
@@ -390,25 +426,24 @@ def _pass(
 
 def _reward_models(site: _Site) -> list[Any]:
     """The reward models that score a stage's answers; several are held twice, also stacked."""
-    config = site.config
-    if config.stage not in SAMPLING or "model" not in parse_rewards(config.reward.scorers):
+    if site.judge is None:
         return []
-    named = section_document(config, "init").items()
-    count = max(1, sum(role.startswith("reward") and bool(path) for role, path in named))
-    shape = dataclasses.replace(site.shape, head="scalar")
-    one = site.at(jax.eval_shape(partial(init, shape), jax.random.key(0)))
+    count = max(1, len(_reward_paths(site.config)))
+    one = site.at(jax.eval_shape(partial(init, site.judge), jax.random.key(0)))
     return [one] * (1 if count == 1 else 2 * count)
 
 
 def _sampling(site: _Site, params: Any, holds: Mapping[str, Any], answers: Rollout) -> list[Step]:
     """What it takes to answer prompts, and to have reward models score the answers."""
     options, steps = site.config.rollout, []
-    if judges := _reward_models(site):
+    if site.judge is not None:
+        judges = _reward_models(site)
         rows = {k: x for k, x in answers.rows.items() if k not in ("members", "slots", "mask")}
-        function = partial(sequence_scores, dataclasses.replace(site.shape, head="scalar"))
+        function = partial(sequence_scores, site.judge)
         each = (len(judges) + 1) // 2  # reward models
         count = len(rows["tokens"]) * each
-        steps.append(_pass(site, "reward model", function, judges[:1], rows, holds, count))
+        judged = dataclasses.replace(site, shape=site.judge)
+        steps.append(_pass(judged, "reward model", function, judges[:1], rows, holds, count))
     rounds = -(-len(answers.completions) // options.slots)
     return [*steps, _decode(site, params, holds, rounds)]
 

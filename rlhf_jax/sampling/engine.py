@@ -288,7 +288,9 @@ def advance(
     """Draws tokens until at most `enough` slots are still active or `steps` tokens were drawn.
 
     live: bool [B]; a slot where it is False stops being active at once. Each group of a mesh goes
-    on by itself until it has its share of `enough`, rounded down.
+    on by itself until it has its share of `enough`, rounded down; groups of several devices until
+    all have. What the axis tensor splits they exchange by collective permutes, and these are of all
+    devices: a group that had left its loop would keep the others waiting for ever.
     """
     enough = enough // batch_shards(mesh)
     run = _on_each(
@@ -307,8 +309,11 @@ def _advance(
     enough: jax.Array | int,
     steps: jax.Array | int,
 ) -> Slots:
+    together = batch_shards(mesh) > 1 and mesh is not None and mesh.shape["tensor"] > 1
+
     def going(slots: Slots) -> jax.Array:
-        return (slots.steps[0] < steps) & (slots.active.sum() > enough)
+        mine = (slots.steps[0] < steps) & (slots.active.sum() > enough)
+        return jax.lax.pmax(mine.astype(jnp.int32), BATCH_AXES) > 0 if together else mine
 
     slots = slots._replace(active=slots.active & live, steps=jnp.zeros_like(slots.steps))
 

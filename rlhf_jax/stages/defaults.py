@@ -248,8 +248,8 @@ class Compute:
 class MeshAxes:
     """Over how many devices parameters are split; rows are split over these and all others."""
 
-    fsdp: int = 1  # each holds a part of every parameter
-    tensor: int = 1  # each computes a part of every layer
+    fsdp: int = option(1, least=1)  # each holds a part of every parameter
+    tensor: int = option(1, least=1)  # each computes a part of every layer
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from rlhf_jax.models.scoring import target_cross_entropy
 from rlhf_jax.stages.fit import Batches, batches_of, fit, pack_texts
 from rlhf_jax.stages.start import check_kernel
 from rlhf_jax.tasks.sources import parse_sources, read_records
-from rlhf_jax.training.mesh import step_tokens
+from rlhf_jax.training.mesh import check_width, step_tokens
 from rlhf_jax.training.rundir import RunDirectory
 from rlhf_jax.training.saved_model import Model, save_model
 
@@ -41,6 +41,7 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
     tokenizer = _train_tokenizer(config, texts)
 
     shape = config.model.model(tokenizer.vocab_size)
+    check_width(config, shape.width)
     check_kernel(config, shape.validate())
     model = Model(shape, transformer.init(shape, jax.random.key(config.seed)), tokenizer)
     length = config.data.row_length

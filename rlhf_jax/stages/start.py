@@ -10,13 +10,14 @@ from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.hub.chat_formats import chat_template
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.fused_attention import check_attention
-from rlhf_jax.training.mesh import mesh_of
+from rlhf_jax.training.mesh import check_width, mesh_of
 from rlhf_jax.training.saved_model import Model, as_trainable, load_model
 
 
 def load_start(config: Config, directory: Path) -> Model:
     """The model a stage starts from, with the adapter it is to train if there is one."""
     model = load_model(directory, mesh=mesh_of(config), **dataclasses.asdict(config.compute))
+    check_width(config, model.config.width)
     tokenizer = with_chat_template(model.tokenizer, config.data.chat_template)
     model = dataclasses.replace(model, tokenizer=tokenizer)
     check_kernel(config, model.config)

@@ -155,6 +155,16 @@ def mesh_of(config: Config) -> Mesh | None:
     return mesh if len(devices) > 1 else None
 
 
+def check_width(config: Config, width: int) -> None:
+    """UserError for a mesh whose axis fsdp splits no parameter of a model of that width."""
+    size = config.mesh.fsdp
+    if width % size:
+        raise UserError(
+            f"config: mesh.fsdp = {size} does not divide the model's width of {width}, so every "
+            f"device would hold all parameters; the nearest that does is {math.gcd(width, size)}"
+        )
+
+
 def mesh_under(params) -> Mesh | None:
     """The training mesh that parameters lie on; None if they lie on one device or elsewhere."""
     place = next((getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)), None)

@@ -204,7 +204,7 @@ def as_trainable(model: Model, adapter: AdapterConfig, seed: int) -> Model:
     assert base is not None
     if model.adapter is None:
         base = _load_base(base.directory, adapter.base, base.mesh)
-        params = attach(base.params, adapter, jax.random.key(seed))
+        params = placed(base.mesh, attach(base.params, adapter, jax.random.key(seed)))
         return dataclasses.replace(model, params=params, adapter=adapter, base=base)
     if adapter.rank:
         asked = dataclasses.asdict(adapter)

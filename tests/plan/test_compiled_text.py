@@ -101,6 +101,17 @@ def test_a_loop_whose_count_depends_on_data_is_counted_as_told_and_said():
     assert count(text, 8, passes=3).collectives["all-reduce"] == (3, 12)
 
 
+def test_what_a_loops_condition_exchanges_is_counted():
+    def loop(rows):
+        def goes(total):
+            return jax.lax.pmax(total, "x") < 9
+
+        return jax.lax.while_loop(goes, lambda total: total + 1, rows[0, 0])
+
+    text = compiled(loop, make_mesh(jax.devices()), ((64, 8), jnp.float32, P("x")))
+    assert count(text, 8, passes=3).collectives["all-reduce"] == (3, 12)
+
+
 def test_a_group_is_the_axis_that_a_collective_is_over():
     mesh = make_mesh(jax.devices(), (2, 4), ("data", "x"))
 
@@ -110,6 +121,31 @@ def test_a_group_is_the_axis_that_a_collective_is_over():
     counted = count(compiled(reduce, mesh, ((64, 8), jnp.float32, P(("data", "x")))), 8)
     groups = {each.kind: each.chips for each in counted.calls}
     assert groups == {"all-gather": 4, "all-reduce": 2}
+    spans = {each.kind: each.span for each in counted.calls}
+    assert spans == {"all-gather": 4, "all-reduce": 5}  # chips 0 to 3, and 0 and 4
+
+
+@pytest.mark.parametrize(
+    ("stated", "chips", "span"),
+    [
+        ("replica_groups={{0,4},{1,5}}", 2, 5),
+        ("replica_groups=[2,8]<=[16]", 8, 8),
+        ("replica_groups=[8,2]<=[2,8]T(1,0)", 2, 9),
+        ("replica_groups=mesh['data'=2,'fsdp'=4,'tensor'=2] {'data','tensor'}", 4, 10),
+        ("replica_groups=mesh['data'=2,'fsdp'=4,'tensor'=2] {'fsdp'}", 4, 7),
+        ("replica_groups={}", 16, 16),
+        ("source_target_pairs={{0,1},{1,2},{2,0}}", 16, 3),
+    ],
+)
+def test_how_far_apart_the_chips_of_a_collective_are(stated, chips, span):
+    kind = "collective-permute" if "source" in stated else "all-reduce"
+    text = f"""ENTRY %main () -> f32[8] {{
+  %p = f32[8]{{0}} parameter(0)
+  %r = f32[8]{{0}} {kind}(%p), channel_id=1, {stated}, use_global_device_ids=true
+}}
+"""
+    (collective,) = count(text, 16).calls
+    assert (collective.chips, collective.span) == (chips, span)
 
 
 def test_what_a_chip_would_exchange_with_itself_is_no_collective():

@@ -176,6 +176,19 @@ def test_seconds_add_up_as_stated():
     assert _seconds(step, counted, 0, devices_of("cpu")[0]) is None
 
 
+def test_only_what_crosses_hosts_goes_by_the_network():
+    from rlhf_jax.plan.chips import NETWORK
+    from rlhf_jax.plan.estimates import _seconds
+
+    def gathered(span):
+        each = Collective("collective-permute", "f32[1]", 10**9, 8, False, False, span)
+        return _seconds(*made(Counted({each: 1}, {}, 0, 0)), 0, card)
+
+    card = dataclasses.replace(CHIP, clock=0, host=8, link=4e11)
+    assert gathered(8) == pytest.approx(1e9 / 4e11)
+    assert gathered(9) == pytest.approx(1e9 / NETWORK)
+
+
 def test_a_table_says_what_of_it_are_estimates():
     step, counted = made(Counted({}, {}, 10**8, 0), kept=2**29)
     lines = table([Estimate(step, {"parameters": 2**30}, counted, 0.1)], CHIP, chips=2)
@@ -222,10 +235,17 @@ def test_links_are_those_of_the_topology(monkeypatch):
     from rlhf_jax.plan import chips
 
     monkeypatch.setattr(chips, "_described", lambda unknown, **how: [how])
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     rates = {name: devices_of(name)[0].link for name in ("v5p:2x2x1", "v5p:4x4x4", "v5e:1x1")}
     assert rates == {"v5p:2x2x1": 2 * 90e9, "v5p:4x4x4": 6 * 90e9, "v5e:1x1": 45e9}
-    assert devices_of("h100:16")[0].link == chips.NETWORK < devices_of("h100:8")[0].link
+    assert devices_of("h100:16")[0].link == CHIPS["h100"].link
+    assert [devices_of(f"h100:{n}")[0].host for n in (4, 8, 12, 16)] == [4, 8, 4, 8]
     assert devices_of("h100:16")[1][0]["topology"] == "1x2x8"
+    # JAX lets a program use three quarters of a GPU, if not told otherwise, and all of a TPU.
+    assert devices_of("h100:8")[0].memory == int(0.75 * CHIPS["h100"].memory)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    assert devices_of("h100:8")[0].memory == int(0.9 * CHIPS["h100"].memory)
+    assert devices_of("v5e:1x1")[0].memory == CHIPS["v5e"].memory
 
 
 def plan(capsys, *flags):
@@ -234,7 +254,9 @@ def plan(capsys, *flags):
     return code, said.out, said.err
 
 
-@pytest.mark.parametrize("topology", ["v9:2x2", "v5e", "h100:0", "h100:2x2", "v5e:four"])
+@pytest.mark.parametrize(
+    "topology", ["v9:2x2", "v5e", "h100:0", "h100:2x2", "v5e:four", "v5e:4x4x4"]
+)
 def test_an_unknown_topology_lists_the_known(topology, capsys):
     code, _, err = plan(capsys, "--config=experiments/sft.py", f"--topology={topology}")
     assert code == 2 and err.count("\n") == 1
@@ -256,8 +278,42 @@ def test_a_plan_refuses_what_a_run_refuses(hub, capsys):
     assert code == 2 and "needs a TPU, this is a CPU: choose attention = 'reference'" in err
     code, _, err = plan(capsys, *flags, "--config.loss.betta=1")
     assert code == 2 and "did you mean" in err
-    code, _, err = plan(capsys, *flags, "--rerun")
-    assert code == 2 and "of rlhf_jax.main" in err
+    for flag in ("--rerun", "--print", "--process=0"):
+        code, _, err = plan(capsys, *flags, flag)
+        assert code == 2 and "of rlhf_jax.main" in err
+
+
+def test_help_says_what_there_is(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert "--topology" in capsys.readouterr().out
+
+
+def test_a_reward_model_has_its_own_shape(hub, tmp_path, capsys):
+    document = json.loads((tmp_path / "config.json").read_text())
+    larger = tmp_path / "larger"
+    larger.mkdir()
+    (larger / "config.json").write_text(json.dumps(document | {"hidden_size": 32}))
+    config = dict(stages(hub))["grpo"]
+    config.init.reward, config.reward.scorers = str(larger), "model=1"
+    policy = steps.model_shape(resolve(config))
+    found = steps.judge_shape(resolve(config), policy)
+    assert (policy.width, found.width, found.head) == (16, 32, "scalar")
+    config.init.reward = ""
+    assert steps.judge_shape(resolve(config), policy).width == 16
+    assert "taken to have the policy's shape" in capsys.readouterr().out
+    config.reward.scorers = "length=1"
+    assert steps.judge_shape(resolve(config), policy) is None
+
+
+def test_what_is_advised_can_be_done(hub):
+    def advised(**mesh):
+        with planning_for(jax.devices()[:8]):
+            config = base("sft", init={"policy": hub}, batch={"rows": 16}, mesh=mesh)
+            return [line for line in plans._further(resolve(config), 8) if "fsdp" in line]
+
+    assert advised(tensor=8) == []
+    assert advised(tensor=2) == ["a larger --config.mesh.fsdp (now 1, at most 4)"]
 
 
 @pytest.mark.parametrize(
@@ -333,6 +389,28 @@ def test_a_search_shares_parameters_among_fewer_devices_while_that_is_faster(mon
     assert found.mesh.fsdp == 8
     # As of a CPU, whose rates are not known: fewer are no better there.
     assert search(monkeypatch, memory, lambda config: None).mesh.fsdp == 8
+
+
+def test_a_search_does_not_change_what_is_trained_for_rows_that_do_not_split(monkeypatch):
+    given = base("sft", batch={"rows": 12, "microbatches": 4})
+    with planning_for(jax.devices()[:8]), pytest.raises(UserError, match="nearest that does is 16"):
+        plans._search(given, CHIP)
+    given.mesh.tensor = 16
+    with planning_for(jax.devices()[:8]), pytest.raises(UserError, match=r"8 devices; tensor=8"):
+        plans._search(given, CHIP)
+
+
+def test_a_mesh_has_no_axis_below_one(hub):
+    for axis in ("fsdp", "tensor"):
+        with pytest.raises(UserError, match=rf"mesh\.{axis} = -1"):
+            resolve(base("sft", init={"policy": hub}, mesh={axis: -1}))
+
+
+def test_parameters_that_fsdp_would_not_split_are_refused(hub):
+    config = base("sft", init={"policy": hub}, batch={"rows": 6}, mesh={"fsdp": 6})
+    told = r"mesh.fsdp = 6 does not divide the model's width of 16.* the nearest that does is 2"
+    with planning_for(jax.devices()[:6]), pytest.raises(UserError, match=told):
+        steps.steps_of(resolve(config))
 
 
 def test_a_search_changes_what_is_trained_only_if_it_must(monkeypatch, capsys):

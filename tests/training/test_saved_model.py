@@ -126,6 +126,8 @@ def test_weights_are_read_to_where_they_belong(tmp_path):
         assert places == shardings(mesh, spread.params)
         assert not places["layers"]["mlp"]["up"]["kernel"].is_fully_replicated
     model = as_trainable(spread, AdapterConfig(rank=2, base="int8"), 0)
+    # The adapter too, without which the model could not be laid out for decoding.
+    assert jax.tree.map(lambda x: x.sharding, model.params) == shardings(mesh, model.params)
     codes = model.params["layers"]["mlp"]["up"]["int8"]["codes"]
     assert codes.sharding == places["layers"]["mlp"]["up"]["kernel"]
     save_model(tuned, model)
