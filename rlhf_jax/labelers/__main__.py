@@ -29,10 +29,10 @@ def describe(given: argparse.Namespace) -> None:
     """Prints what the votes say of their labelers, and writes the page."""
     from rlhf_jax.labelers import page
     from rlhf_jax.labelers.estimates import estimate
-    from rlhf_jax.labelers.read import arrays_of, read_votes, truths_of
+    from rlhf_jax.labelers.read import arrays_of, comparing, read_votes, truths_of
     from rlhf_jax.report.tables import make_printable, print_table
 
-    read = read_votes(given.votes)
+    read = comparing(read_votes(given.votes), given.votes)
     votes = arrays_of(read, judged=True)
     report = estimate(votes)
     believed = page.beliefs(votes, report)

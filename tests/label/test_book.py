@@ -168,6 +168,17 @@ def test_every_kth_pair_comes_again_with_its_sides_swapped(tmp_path):
     assert book.showing("Ann")["repeats"] == [4, 5]  # who takes the first one contradicts himself
 
 
+def test_another_k_after_a_restart_asks_for_no_pair_a_third_time(tmp_path):
+    vote(open_book(tmp_path, repeat_every=10), "Ann", 22)
+    seen = vote(open_book(tmp_path, repeat_every=5), "Ann", 10)  # asserts that each is stored
+    again = [shown["id"] for shown in seen if shown["id"].endswith(AGAIN)]
+    lines = lines_of(tmp_path)
+    assert len(lines) == 32 and len({(each["pair"], "repeat" in each) for each in lines}) == 32
+    firsts = [line["pair"] for line in lines if "repeat" not in line]
+    # The first and the eleventh were asked for before.
+    assert again == [firsts[i] + AGAIN for i in (5, 15, 20)]
+
+
 def test_sides_are_drawn_by_lot(tmp_path):
     book = open_book(tmp_path, pairs=200, overlap=2, repeat_every=0)
     for name in ("Ann", "Ben"):
