@@ -93,6 +93,16 @@ def test_a_tie_is_counted_as_not_read(tmp_path):
     assert (report["read"], report["kept"], counts) == (2, 1, {"not read": 1, "duplicate": 0})
 
 
+def test_a_prompt_that_an_evaluation_set_asks_in_a_tie_is_not_trained_on(tmp_path):
+    asked = "Where does the baker of this town sell his bread on Mondays?"
+    held_out = {"prompt": asked, "chosen": "Here.", "rejected": "There.", "tie": True}
+    against = write(tmp_path / "held_out.jsonl", [held_out])
+    data = write(tmp_path / "a.jsonl", [chat(asked, "At the mill."), chat("Who?", "Ann.")])
+    out = tmp_path / "out"
+    assert main([f"--data={data}", f"--against={against}", f"--out={out}"]) == 0
+    assert [fate.get("reason") for fate in read(out / "lineage.jsonl")] == ["contaminated", None]
+
+
 def test_the_page_shows_texts_as_texts_and_three_of_a_reason(tmp_path):
     lines = [chat("Who?", "<b>Ann</b> & co")] * 6
     out = tmp_path / "out"

@@ -77,7 +77,9 @@ def test_the_stages_read_the_file_as_it_is_and_leave_ties_out(tmp_path, capsys):
         assert pair.chosen.startswith("good") and pair.rejected.startswith("bad")
         assert pair.meta["labeler"] == "Ann" and pair.meta["topic"] == "numbers"
         assert json.loads(pair.meta["models"]) == line["models"]
-    assert len(read_records(READING, str(tmp_path / VOTES), "prompt", "train")) == 4
+    assert (
+        len(read_records(READING, str(tmp_path / VOTES), "prompt", "train")) == 5
+    )  # the tie's too
     tie = lines_of(tmp_path)[-1]
     assert tie["tie"] is True and tie["order"] == "chosen_first"
     assert len(lines_of(tmp_path, SKIPS)) == 1

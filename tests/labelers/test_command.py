@@ -73,8 +73,9 @@ def test_who_compares_a_reply_with_itself_says_nothing(tmp_path, capsys):
 
 
 def test_a_name_that_is_null_is_none(tmp_path):
-    votes = [vote("a", "b", "c", "ann", pair=None, order=None), vote("d", "e", "f", "ann", pair=None)]
-    assert len(arrays_of(read_votes(write(tmp_path / "v.jsonl", votes)), judged=False).features) == 2
+    votes = [vote(prompt, "b", "c", "ann", pair=None, order=None) for prompt in ("one", "two")]
+    read = read_votes(write(tmp_path / "votes.jsonl", votes))
+    assert len(arrays_of(read, judged=False).features) == 2
 
 
 @pytest.mark.parametrize(
