@@ -4,8 +4,8 @@
 # cohen_kappa_score(a, b, weights="linear") is for ordered ratings: to be a step apart weighs less than
 # four. A good engineer would expect words to be refused without an order, or the order of labels= to
 # hold and words that it lacks to be refused. Seen: words are sorted, so that "fair" stands between
-# "excellent" and "good", and a judge who is always a step beside the other has a kappa below 0 where
-# the same ratings as numbers have 0.6. labels= sets the order, but a rating that it lacks is left out
+# "excellent" and "good", and a judge who is always a step beside the other has a kappa of -0.51 where
+# the same ratings as numbers have 0.32. labels= sets the order, but a rating that it lacks is left out
 # without a word: of a judge who disagrees in every second rating, by a word of his own, it says 1.
 #
 # Exits 0 while that is so, 1 when it has changed.
