@@ -88,7 +88,7 @@ class _SameShape:
     def convert(self, fields: Fields, default_id: str) -> Record | None:
         if self.columns:
             fields = shapes.rename(fields, self.columns)
-        if shapes.is_tie(fields):
+        if shapes.is_tie(fields) and self.kind != "prompt":  # which prefers nothing anyhow
             self.ties += 1
             return None
         record, (name, keys) = shapes.make_record(fields, self.kind, default_id)

@@ -1,6 +1,7 @@
 """Objects of users' files to records, strictly; an object that is no record is a `BadLine`.
 
-Shapes by kind of record. Any other key becomes a `meta` entry, and `id` is optional:
+Shapes by kind of record. Any other key becomes a `meta` entry unless it is null, as where it is
+not there, and `id` is optional:
 
     text          {"text": str}, or a conversation, its turns as in `records.convert`
     conversation  {"messages": [{"role", "content"}, …]}, or {"prompt": str | messages} with
@@ -372,7 +373,7 @@ def _read_margin(fields: Fields) -> float | None:
 
 
 def _read_meta(fields: Fields, used: frozenset[str]) -> dict[str, str]:
-    """The keys no shape uses, as text: strings as they are, anything else as JSON.
+    """The keys no shape uses, as text: strings as they are, anything else as JSON, but no null.
 
     Dates, times and decimals of a table, which JSON lacks, are as Python writes them. What a reply
     is judged by must not be one: how it was written is lost.
@@ -381,6 +382,7 @@ def _read_meta(fields: Fields, used: frozenset[str]) -> dict[str, str]:
     if not isinstance(stated, dict):
         raise BadLine("wrong type", "field 'meta' must be an object")
     meta = stated | {k: v for k, v in fields.items() if k not in used | {"id", "meta"}}
+    meta = {k: v for k, v in meta.items() if v is not None}
     for key in _JUDGED_BY & meta.keys():
         if isinstance(meta[key], _TIMES):
             string(meta, key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -67,17 +68,22 @@ def read_items(
             continue
         there = name if parsed.is_file else f"{name}@{split}"
         lines: list[int] = []
+        no_records: list[Bad] = []
         records = read_jsonl(
             name,
             kind,
             max_bad_fraction=max_bad_fraction,
             rows=load_rows(name, split) if parsed.is_hub else None,
             columns=columns or {},
-            told=partial(_note, there, lines, bad),
+            told=partial(_note, there, lines, no_records),
         )
         numbers = range(len(records))
         taken = take_slice(numbers, part, name) if part else numbers
         items += [Item(records[i], there, lines[i]) for i in taken]
+        # A slice is of records: of other lines it has those among its own, and those at an end.
+        begin = lines[taken[0]] if taken[0] else 0
+        end = lines[taken[-1]] if taken[-1] < len(lines) - 1 else math.inf
+        bad += [each for each in no_records if begin <= each.line <= end]
     return items, bad
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import unicodedata
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.data.records import Conversation, Pair, Text
+from rlhf_jax.data.records import Conversation, Pair, Prompt, Record, Text
 from rlhf_jax.errors import UserError
 from rlhf_jax.filter.records import Item, read_items, trained_text, turns_of
 from rlhf_jax.stopping import stop_point
@@ -106,8 +107,9 @@ def _jaccard(ours: np.ndarray, theirs: np.ndarray) -> float:
 class EvaluationSet:
     """The n-grams of words of what models are evaluated on: whole prompts, or texts.
 
-    Letters' case, punctuation and where turns end don't count. A prompt of fewer than `WORDS` words
-    counts only where it is a whole turn, since it may stand in others by chance.
+    Letters' case, punctuation and where turns end don't count, nor does what the system says, which
+    whole data sets share. A prompt of fewer than `WORDS` words counts only where it is a whole
+    turn, since it may stand in others by chance.
 
     Args:
         sources: files and data sets, parted by commas; read as prompts where they are that.
@@ -118,7 +120,7 @@ class EvaluationSet:
         self._sizes: list[int] = []  # words of each item
         self._places: dict[tuple[str, ...], list[tuple[int, int]]] = defaultdict(list)
         for number, item in enumerate(self._items):
-            words = _words(" ".join(turns_of(item.record)))
+            words = _words(" ".join(turns_of(_without_system(item.record))))
             self._sizes.append(len(words))
             for at, gram in enumerate(_grams(words)):
                 self._places[gram].append((number, at))
@@ -155,6 +157,13 @@ def _read_evaluation(sources: str) -> list[Item]:
             except UserError:
                 raise error from None
     return items
+
+
+def _without_system(record: Record) -> Record:
+    if not isinstance(record, Prompt):
+        return record
+    said = tuple(message for message in record.messages if message.role != "system")
+    return dataclasses.replace(record, messages=said)
 
 
 def _words(text: str) -> list[str]:

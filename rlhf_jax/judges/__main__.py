@@ -190,12 +190,34 @@ def _begin(given: argparse.Namespace, out: Path) -> None:
     """Makes the directory of `worth`, or goes on in one that was begun with the same command."""
     from rlhf_jax.files import read_object, write_json
 
-    asked = {name: value for name, value in vars(given).items() if name not in ("run", "seeds")}
+    asked = {name: value for name, value in _made_from(given).items() if name != "seeds"}
     stated = out / "made_from.json"
     if out.exists() and (not stated.exists() or read_object(stated) != asked):
-        raise UserError(f"--out={out} is there, of another command; name a directory that is not")
+        raise UserError(
+            f"--out={out} is there, of another command, or of models or files that have changed "
+            "since; name a directory that is not"
+        )
     out.mkdir(parents=True, exist_ok=True)
     write_json(stated, asked)
+
+
+def _made_from(given: argparse.Namespace) -> dict[str, Any]:
+    """The options of a command, and the contents of the models and files that they name."""
+    from rlhf_jax.digests import file_digest
+    from rlhf_jax.judges.constitution import DEFAULT
+    from rlhf_jax.tasks.sources import parse_source, split_sources
+    from rlhf_jax.training.saved_model import fingerprint
+
+    made: dict[str, Any] = {k: v for k, v in vars(given).items() if k not in ("run", "out")}
+    named = [str(made.get(name, "")) for name in ("judge", "workdir", "compare", "critic")]
+    made["models"] = {
+        name: fingerprint(Path(name)) for name in named if name and Path(name).is_dir()
+    }
+    files = [given.constitution or str(DEFAULT), *(name.rpartition(":")[0] for name in named)]
+    for name in ("prompts", "data"):
+        files += [parse_source(each).name for each in split_sources(made.get(name, ""))]
+    made["files"] = {name: file_digest(Path(name)) for name in files if Path(name).is_file()}
+    return made
 
 
 def _made(out: Path) -> Path:
@@ -234,22 +256,12 @@ def _write(
 ) -> None:
     """Writes the lines, and beside them what they were made from and what became of the others."""
     from rlhf_jax.console import say
-    from rlhf_jax.digests import file_digest
     from rlhf_jax.files import write_json, write_jsonl
-    from rlhf_jax.judges.constitution import DEFAULT
-    from rlhf_jax.training.saved_model import fingerprint
 
     out = Path(given.out)
     if not lines:
         raise UserError(f"nothing is left to be written to {out}: {counts}")
-    made: dict[str, Any] = {k: v for k, v in vars(given).items() if k not in ("run", "out")}
-    named = [str(made.get(name, "")) for name in ("judge", "workdir", "compare", "critic")]
-    made["models"] = {
-        name: fingerprint(Path(name)) for name in named if name and Path(name).is_dir()
-    }
-    files = [given.constitution or str(DEFAULT), *(name.rpartition(":")[0] for name in named)]
-    made["files"] = {name: file_digest(Path(name)) for name in files if Path(name).is_file()}
-    write_json(_made(out), {"made_from": made, "counts": counts} | measured)
+    write_json(_made(out), {"made_from": _made_from(given), "counts": counts} | measured)
     write_jsonl(out, lines)
     say(str(out), counts | measured)
 

@@ -20,7 +20,8 @@ from rlhf_jax.judges.judge import Answers, Comparison, question
 
 KEY = "OPENAI_API_KEY"  # the environment variable; the key is in no field, file or message
 ASK = "Two answers to a prompt follow. Reply with the one word First or the one word Second."
-_ADDRESS = re.compile(r"http(?P<tls>s?)://(?P<host>[\w.-]+)(:\d{1,5})?(/[\w./-]*)?", re.ASCII)
+_HOST = r"(?P<host>[\w-]{1,63}(\.[\w-]{1,63})*\.?)"  # else no name can be looked up
+_ADDRESS = re.compile(rf"http(?P<tls>s?)://{_HOST}(:(?P<port>\d{{1,5}}))?(/[\w./-]*)?", re.ASCII)
 _VERDICT = re.compile(r"\s*(first|second)\.?\s*", re.IGNORECASE)
 _WAITS = (0.0, 1.0, 8.0)  # seconds before it is asked, and asked again where that may help
 _AT_ONCE, _SECONDS = 8, 120.0  # requests; for a reply
@@ -42,7 +43,7 @@ class EndpointJudge:
     def __post_init__(self) -> None:
         """Refuses an address that is none, tells a secret, or would have the key sent openly."""
         found, key = _ADDRESS.fullmatch(self.address), os.environ.get(KEY, "")
-        if not found or not self.model:
+        if not found or not self.model or int(found["port"] or 0) > 65535:
             raise UserError(f"a judge's address is https://host/v1,model=name; its key is ${KEY}")
         if key and not (found["tls"] or found["host"] in ("127.0.0.1", "localhost")):
             raise UserError(f"{self.address}: ${KEY} is only sent by https, or on this machine")
@@ -70,7 +71,7 @@ class EndpointJudge:
             time.sleep(wait)
             try:
                 status, reply = self._send(body)
-            except (OSError, OverflowError, HTTPException) as error:
+            except (OSError, HTTPException) as error:
                 why = f"the server gives no reply: {type(error).__name__}"
                 continue
             if status == 200:
@@ -99,7 +100,7 @@ def read_verdict(reply: bytes) -> tuple[float, str]:
     try:
         choice = json.loads(reply)["choices"][0]
         said, ended = _VERDICT.fullmatch(choice["message"]["content"]), choice["finish_reason"]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return np.nan, "a reply of another form"
     if said is None or ended != "stop":
         return np.nan, "says neither First nor Second" if ended == "stop" else "is cut off"

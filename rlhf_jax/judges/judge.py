@@ -98,7 +98,7 @@ def ask(judge: Judge, pairs: Sequence[Comparison], principle: Principle) -> Verd
     count = len(pairs)
     reasons = {i % count: reason for i, reason in sorted(missing.items(), reverse=True)}
     first = np.stack([values[:count], values[count:]], axis=1)
-    preferred = (first[:, 0] + 1 - first[:, 1]) / 2
+    preferred = 0.5 + (first[:, 0] - first[:, 1]) / 2  # ½ to the bit where both are the same
     return Verdicts(preferred, first, Counter(reasons.values()))
 
 

@@ -29,6 +29,7 @@ def label(
     """
     said = [ask(judge, pairs.of, principle) for principle in principles]
     values = np.mean([each.preferred for each in said], axis=0)
+    values = np.where(np.isclose(values, 0.5, rtol=0, atol=1e-9), 0.5, values)  # rounded sums
     turned = np.any([each.flipped for each in said], axis=0)
     counts: Counter[str] = Counter(pairs.left_out)
     for principle, each in zip(principles, said, strict=True):

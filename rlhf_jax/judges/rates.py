@@ -61,7 +61,8 @@ def corrected_rate(yes: int, count: int, known: Calibration) -> Rate:
     of `known` must be drawn as the counted ones are, and not be among them.
 
     Returns:
-        The rate, cut to [0, 1]; NaN from 0 to 1 where q̂₀ + q̂₁ ≤ 1 or a share is unknown.
+        The rate, cut to [0, 1]; NaN from 0 to 1 where q̂₀ + q̂₁ ≤ 1 or a share is unknown, or where
+        the counts contradict every θ in [0, 1]: such items are not as the known ones.
     """
     if not (count and known.positives and known.negatives):
         return Rate(nan, 0.0, 1.0)
@@ -78,7 +79,10 @@ def corrected_rate(yes: int, count: int, known: Calibration) -> Rate:
     if informed <= 0 or slope <= 0 or a <= 0:
         return Rate(_cut(estimate), 0.0, 1.0)
     root = sqrt(max(0.0, b * b - 4 * a * c))
-    return Rate(_cut(estimate), _cut((-b - root) / (2 * a)), _cut((-b + root) / (2 * a)))
+    low, high = (-b - root) / (2 * a), (-b + root) / (2 * a)
+    if high < 0 or low > 1:
+        return Rate(nan, 0.0, 1.0)
+    return Rate(_cut(estimate), _cut(low), _cut(high))
 
 
 def _shrunken(successes: int, count: int) -> tuple[float, float]:

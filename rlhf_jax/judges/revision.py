@@ -13,6 +13,7 @@ import numpy as np
 
 from rlhf_jax.data.conversation import render_prompt
 from rlhf_jax.data.records import Message, Prompt
+from rlhf_jax.digests import json_digest
 from rlhf_jax.evaluation.held_out_answers import Answer
 from rlhf_jax.judges.constitution import Principle
 from rlhf_jax.judges.judge import PASS, Comparison, Judge, ask, gold
@@ -37,8 +38,8 @@ def revise(
     """A revised answer to each prompt under a principle drawn by lot, as a line of SFT data.
 
     The policy answers, the critic criticises and revises; what it finds `FINE` stays as it is. Left
-    out, and counted, are prompts that its context does not hold with answer and critique, and
-    answers or revisions that did not end or are empty.
+    out, and counted, are prompts that its context does not hold with answer and critique, revisions
+    that did not end or are empty, and what has a NUL character in any of its texts.
     """
     counts: Counter[str] = Counter()
     rng = Random(policy.seed)
@@ -63,8 +64,10 @@ def revise(
         said = critiques[i]
         if said is None or revision is None:
             counts["too long to be revised"] += 1
-        elif not revision.finished or not revision.text.strip() or "\0" in revision.text:
+        elif not revision.finished or not revision.text.strip():
             counts["not finished"] += 1
+        elif "\0" in answers[i].text + said.text + revision.text:  # which no record may hold
+            counts["a NUL character"] += 1
         else:
             line = prompt_fields(prompts[i].messages, prompts[i].meta)
             line |= {"completion": revision.text}
@@ -132,9 +135,10 @@ def keep_preferred(
     """The lines with the first answer in place of every revision that a judge does not prefer.
 
     Each is judged under the principle that it was revised by; what the judge has no verdict on
-    stays as it first was, too. Returns them, and how many there are of what.
+    stays as it first was, too, and is counted by the reason. Returns them, and how many there are
+    of what.
     """
-    by_id, counts = {prompt.id: prompt for prompt in prompts}, Counter[str]()
+    asked_of, counts = prompts_of(lines, prompts), Counter[str]()
     kept = [*lines]
     for principle in principles:
         asked = [
@@ -143,16 +147,26 @@ def keep_preferred(
         ]  # fmt: skip
         if not asked:
             continue
-        pairs = [
-            Comparison(by_id[lines[i]["id"]], lines[i]["completion"], lines[i]["answer"])
-            for i in asked
-        ]
+        pairs = [Comparison(asked_of[i], lines[i]["completion"], lines[i]["answer"]) for i in asked]
         verdicts = ask(judge, pairs, principle)
-        for i, preferred in zip(asked, verdicts.preferred > 0.5, strict=True):
-            counts["revision preferred" if preferred else "answer kept"] += 1
-            if not preferred:
+        for reason, masked in verdicts.masked.items():
+            counts[f"no verdict, {principle.name}: {reason}"] = masked
+        for i, preferred in zip(asked, verdicts.preferred, strict=True):
+            if not np.isnan(preferred):
+                counts["revision preferred" if preferred > 0.5 else "answer kept"] += 1
+            if not preferred > 0.5:
                 kept[i] = lines[i] | {"completion": lines[i]["answer"], "revised": False}
     return kept, dict(counts)
+
+
+def prompts_of(lines: Sequence[Line], prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompt of each line; an id alone does not tell those of several files apart."""
+    by_text = {_name(p.id, prompt_fields(p.messages, {})): p for p in prompts}
+    return [by_text[_name(line["id"], line)] for line in lines]
+
+
+def _name(record: str, asked: Line) -> str:
+    return json_digest([record, asked["prompt"], asked.get("tools")])
 
 
 def gold_changes(
@@ -163,24 +177,25 @@ def gold_changes(
     The components are those that the principles stand for, and "correct". It is empty where no
     verifier knows the prompts.
     """
-    by_id, task = {prompt.id: prompt for prompt in prompts}, verifier_of([*prompts])
+    task = verifier_of([*prompts])
     if task is None or not lines:
         return {}
+    asked = prompts_of(lines, prompts)
     known = {each.gold: each for each in principles if each.gold}
     known.setdefault("correct", Principle("correct", "", "", "", "correct"))
-    groups: dict[str, list[Line]] = {}
-    for line in lines:
-        groups.setdefault(by_id[line["id"]].meta.get(task.group, ""), []).append(line)
+    groups: dict[str, list[int]] = {}
+    for i, prompt in enumerate(asked):
+        groups.setdefault(prompt.meta.get(task.group, ""), []).append(i)
 
-    def mean(chosen: Sequence[Line], text: str, principle: Principle) -> float:
-        return float(np.mean([gold(by_id[line["id"]], line[text], principle) for line in chosen]))
+    def mean(chosen: Sequence[int], text: str, principle: Principle) -> float:
+        return float(np.mean([gold(asked[i], lines[i][text], principle) for i in chosen]))
 
     return {
         group: {
             name: (mean(chosen, "answer", each), mean(chosen, "completion", each))
             for name, each in known.items()
         }
-        for group, chosen in [*sorted(groups.items()), ("all", [*lines])]
+        for group, chosen in [*sorted(groups.items()), ("all", range(len(lines)))]
     }
 
 
@@ -191,9 +206,9 @@ def gold_table(
     changes = gold_changes(lines, prompts, principles)
     if not changes:
         return [], []
-    task, by_id = verifier_of([*prompts]), {prompt.id: prompt for prompt in prompts}
+    task = verifier_of([*prompts])
     assert task is not None
-    counts = Counter(by_id[line["id"]].meta.get(task.group, "") for line in lines)
+    counts = Counter(p.meta.get(task.group, "") for p in prompts_of(lines, prompts))
     columns = [f"{name}{part}" for name in changes["all"] for part in ("", ", revised")]
     rows = [
         [group, f"{counts[group] if group in counts else len(lines):,}"]

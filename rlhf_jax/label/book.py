@@ -203,9 +203,11 @@ class Book:
     def _next(self, labeler: _Labeler) -> str | None:
         """A pair's second time, a gold check, or the first pair that wants votes, in this order."""
         votes, every = labeler.lines(), self.design.repeat_every
-        again = [key for key in labeler.answered if key.endswith(AGAIN)]
-        if every and len(again) < len(votes) // every:
-            return votes[len(again) * every]["pair"] + AGAIN
+        due = votes[::every][: len(votes) // every] if every else []
+        # The files don't say what K was when they were begun: others than these may be answered.
+        for line in due:
+            if (again := line["pair"] + AGAIN) not in labeler.answered:
+                return again
         left = [pair for pair in self.checks if pair not in labeler.answered]
         if left and len(self.checks) - len(left) < len(votes) // CHECK_EVERY:
             return left[0]

@@ -150,20 +150,22 @@ def keep_ahead(source: Source, book: Book) -> Iterator[threading.Thread]:
 
 def _sample_ahead(source: Source, book: Book, stop: threading.Event) -> None:
     done = [each.candidate // source.window for each in book.pairs.values()]
-    window, barren = max(done, default=-1) + 1, 0
+    # The newest window again: a kill may have torn it, or the number wanted have cut it.
+    window, barren = max(done, default=0), 0
     try:
         while len(book.pairs) < book.design.pairs:
             with book.changed:
                 book.changed.wait_for(lambda: stop.is_set() or book.wanted(AHEAD))
             if stop.is_set():
                 return
-            new = source.sample(window)[: book.design.pairs - len(book.pairs)]
-            book.add(new)
+            new = [each for each in source.sample(window) if each.pair not in book.pairs]
+            book.add(new[: book.design.pairs - len(book.pairs)])
             window, barren = window + 1, 0 if new else barren + source.window
             if barren > max(64, len(source.prompts[0].records)):
                 raise UserError(
                     f"the two answers to each of {barren} prompts, one after the other, are the "
-                    "same text; take a higher --temperature"
+                    "same text, or a pair that is there already; take a higher --temperature or "
+                    "more --prompts"
                 )
     except Exception as error:
         if not isinstance(error, UserError):

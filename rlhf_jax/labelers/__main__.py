@@ -7,8 +7,9 @@
 A vote is a line {"prompt", "chosen", "rejected", "labeler"}, and optionally "order" (what was shown
 first, "chosen_first" or "rejected_first"), "tie" (true) and "pair", a name that all votes about the
 same two replies share; `rlhf_jax.label` writes such files, and "town/votes" has those of a
-simulated crowd. It prints a table and writes a page with a figure for each labeler. What the votes
-don't tell "cannot be told", and the page says why.
+simulated crowd. Either may be sliced, "votes.jsonl[:100]". Votes on the same reply twice are left
+out. It prints a table and writes a page with a figure for each labeler. What the votes don't tell
+"cannot be told", and the page says why.
 
 Where a task's verifier knows the prompts, how good replies are is known; else it is fitted with the
 labelers, from pairs that several of them judged. With --ratings it reads conversations with a
@@ -29,10 +30,10 @@ def describe(given: argparse.Namespace) -> None:
     """Prints what the votes say of their labelers, and writes the page."""
     from rlhf_jax.labelers import page
     from rlhf_jax.labelers.estimates import estimate
-    from rlhf_jax.labelers.read import arrays_of, read_votes, truths_of
+    from rlhf_jax.labelers.read import arrays_of, comparing, read_votes, truths_of
     from rlhf_jax.report.tables import make_printable, print_table
 
-    read = read_votes(given.votes)
+    read = comparing(read_votes(given.votes), given.votes)
     votes = arrays_of(read, judged=True)
     report = estimate(votes)
     believed = page.beliefs(votes, report)

@@ -72,7 +72,8 @@ class Fitted:
       covariance: [L · K, L · K] of these.
       prior: [K] standard deviations of the prior, in the same units.
       quality: [P] the mean of each pair's quality after its votes, or what was known.
-      converged: whether the search for the mode ended where the gradient is nil.
+      converged: whether the search ended at the mode: the gradient is nil there, and the log
+        posterior falls in all directions.
     """
 
     theta: np.ndarray
@@ -91,9 +92,18 @@ def fit(votes: Votes) -> Fitted:
     theta = start.ravel()
     for most in (6, 8, *[50] * 10):
         theta, converged = _search(problem, theta, most)
+        if not converged:
+            continue
+        information = problem.information(theta)
+        curvatures, directions = np.linalg.eigh(information)
+        converged = bool(curvatures[0] > 0)
         if converged:
             break
-    information = problem.information(theta)
+        # A saddle, as where everybody's sharpness is 0: the way down is to either side of it.
+        down = directions[:, 0]
+        theta = theta + (down if down[::width].sum() >= 0 else -down)
+    else:
+        information = problem.information(theta)
     units = np.tile(problem.units, count)
     return Fitted(
         theta=theta.reshape(count, width) * problem.units,

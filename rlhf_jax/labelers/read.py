@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.data.jsonl import read_lines
+from rlhf_jax.data.jsonl import read_lines, take_slice
 from rlhf_jax.data.records import Pair
 from rlhf_jax.data.shapes import BadLine, Fields, is_tie, make_record
 from rlhf_jax.errors import UserError
@@ -28,7 +28,9 @@ class Vote(NamedTuple):
 
 
 def read_votes(source: str, split: str = "train") -> list[Vote]:
-    """The votes of a JSON lines file, or of a data set of pairs such as "town/votes".
+    """The votes of a JSON lines file or of a data set of pairs, as "votes.jsonl" or "town/votes".
+
+    Either may be sliced, as in "votes.jsonl[:100]".
 
     A line is a pair as `data/shapes.py` has it, with "labeler", and optionally "order"
     ("chosen_first" or "rejected_first": what was shown first), "tie" and "pair", a name that is the
@@ -40,7 +42,7 @@ def read_votes(source: str, split: str = "train") -> list[Vote]:
     parsed = parse_source(source)
     if parsed.is_file:
         votes: list[Any] = read_lines(parsed.name, _vote_of)
-        return votes
+        return take_slice(votes, parsed.part, parsed.name) if parsed.part else votes
     records = load_records(parsed.name, (parsed.split or split) + parsed.part, kind="pair")
     votes = [Vote(record) for record in records if isinstance(record, Pair)]
     if len(votes) < max(1, len(records)):
@@ -55,11 +57,28 @@ def _vote_of(fields: Fields, default_id: str) -> Any:
     return Vote(record, is_tie(fields))  # type: ignore[arg-type]
 
 
+def comparing(votes: Sequence[Vote], what: str) -> list[Vote]:
+    """The votes that compare two replies; those on one text twice are left out, which is said.
+
+    Whoever votes on such a pair prefers the same text, and would seem to agree with everybody.
+
+    Raises:
+        UserError: there is none.
+    """
+    left = [vote for vote in votes if vote.record.chosen != vote.record.rejected]
+    if not left:
+        raise UserError(f"{what}: each of {len(votes):,} votes is on the same reply twice")
+    if len(left) < len(votes):
+        count = len(votes) - len(left)
+        print(f"{what}: {count:,} votes on the same reply twice are left out", flush=True)
+    return left
+
+
 def arrays_of(votes: Sequence[Vote], *, judged: bool) -> Votes:
     """The votes as arrays, with the feature "length" in words.
 
     Args:
-        votes: one or more.
+        votes: one or more, each on two replies that differ.
         judged: whether a task's verifier, if it knows all prompts, says how good replies are, and
           how courteous, which is a further feature then.
 

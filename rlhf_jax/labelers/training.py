@@ -20,7 +20,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.labelers.agreement import dawid_skene, majority
 from rlhf_jax.labelers.estimates import sees, take_shared
 from rlhf_jax.labelers.likelihood import Votes, fit
-from rlhf_jax.labelers.read import Vote, arrays_of
+from rlhf_jax.labelers.read import Vote, arrays_of, comparing
 
 
 class Settled(NamedTuple):
@@ -44,11 +44,13 @@ def settle(records: Sequence[Pair], how: str, what: str) -> Settled:
     length cannot be told from quality, and is left in.
 
     Raises:
-        UserError: a record has no labeler, or no pair is decided.
+        UserError: a record has no labeler, all compare a reply with itself, or no pair is decided.
     """
     if how == "pooled":
         return Settled(records)
-    votes = arrays_of([Vote(record) for record in records], judged=False)
+    compared = comparing([Vote(record) for record in records], what)
+    records = [vote.record for vote in compared]
+    votes = arrays_of(compared, judged=False)
     if how == "nuisance":
         effects = vote_effects(votes)
         print(f"{what}: {len(records):,} votes of {len(votes.labelers)} labelers", flush=True)

@@ -54,8 +54,10 @@ def command(given: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}")
     steps = steps_of(given)
     seeds, bad = read_items(given.seeds, "prompt")
-    model = load_speaker(given.workdir)
     draw = Draw(given.max_new_tokens, given.temperature, given.seed)
+    if given.count is not None and given.count > len(seeds):
+        raise UserError(f"--count={given.count}: there are {len(seeds)} seeds in {given.seeds}")
+    model = load_speaker(given.workdir)
     prompts = seeds[: given.count]
     if given.write:
         written, failed = write_prompts(model, given.workdir, seeds, given.write, draw)

@@ -93,6 +93,41 @@ def test_a_tie_is_counted_as_not_read(tmp_path):
     assert (report["read"], report["kept"], counts) == (2, 1, {"not read": 1, "duplicate": 0})
 
 
+def test_a_prompt_that_an_evaluation_set_asks_in_a_tie_is_not_trained_on(tmp_path):
+    asked = "Where does the baker of this town sell his bread on Mondays?"
+    held_out = {"prompt": asked, "chosen": "Here.", "rejected": "There.", "tie": True}
+    against = write(tmp_path / "held_out.jsonl", [held_out])
+    data = write(tmp_path / "a.jsonl", [chat(asked, "At the mill."), chat("Who?", "Ann.")])
+    out = tmp_path / "out"
+    assert main([f"--data={data}", f"--against={against}", f"--out={out}"]) == 0
+    assert [fate.get("reason") for fate in read(out / "lineage.jsonl")] == ["contaminated", None]
+
+
+def test_what_the_system_says_everywhere_is_no_contamination(tmp_path):
+    system = {"role": "system", "content": "You are the town's assistant. Answer in a sentence, "
+              "be polite to whoever asks, and never tell what is not in the register."}  # fmt: skip
+    asked = "Who sells bread beside the mill on Mondays and on Fridays?"
+    held_out = {"messages": [system, {"role": "user", "content": asked}]}
+    against = write(tmp_path / "held_out.jsonl", [held_out])
+    chats = [chat("Where does the postman live?", "On Elm Lane."), chat(asked, "Ann.")]
+    chats = [{"messages": [system, *each["messages"]]} for each in chats]
+    data, out = write(tmp_path / "a.jsonl", chats), tmp_path / "out"
+    assert main([f"--data={data}", f"--against={against}", f"--out={out}"]) == 0
+    assert [fate.get("reason") for fate in read(out / "lineage.jsonl")] == [None, "contaminated"]
+
+
+def test_ties_beyond_a_slice_are_not_read(tmp_path):
+    pair = {"prompt": "Who?", "chosen": "Ann.", "rejected": "No."}
+    lines = [pair, pair | {"tie": True}, pair | {"prompt": "Where?"}, pair | {"prompt": "When?"},
+             pair | {"tie": True}, pair | {"tie": True}]  # fmt: skip
+    data = write(tmp_path / "a.jsonl", lines)
+    for part, left_out in (("[:2]", [2]), ("[2:]", [5, 6]), ("[1:2]", [])):
+        out = tmp_path / f"out{part}"
+        assert main([f"--data={data}{part}", "--kind=pair", f"--out={out}"]) == 0
+        fates = read(out / "lineage.jsonl")
+        assert [fate["line"] for fate in fates if "kept" not in fate] == left_out
+
+
 def test_the_page_shows_texts_as_texts_and_three_of_a_reason(tmp_path):
     lines = [chat("Who?", "<b>Ann</b> & co")] * 6
     out = tmp_path / "out"

@@ -126,13 +126,16 @@ def test_a_verdict_is_read_strictly(text, ended, value, why):
     reply = json.dumps({"choices": [{"message": {"content": text}, "finish_reason": ended}]})
     found, reason = read_verdict(reply.encode())
     assert reason == why and (found == value if value is not None else np.isnan(found))
-    for broken in (b"", b"{}", b'{"choices": []}', b'{"choices": [{"message": {}}]}', b"\xff"):
+    for broken in (b"", b"{}", b'{"choices": []}', b'{"choices": [{"message": {}}]}', b"\xff",
+                   b"[" * 100_000):  # fmt: skip
         assert read_verdict(broken)[1] == "a reply of another form"
 
 
 @pytest.mark.parametrize(
     "spec", ["https://host/v1", "https://:1/v1,model=m", "https://me:pw@host/v1,model=m",
-             "https://host/v1?key=pw,model=m", "https://host:x/v1,model=m"],
+             "https://host/v1?key=pw,model=m", "https://host:x/v1,model=m",
+             "https://host..org/v1,model=m", f"https://{'h' * 64}.org/v1,model=m",
+             "https://host:65536/v1,model=m"],
 )  # fmt: skip
 def test_an_address_that_is_none_is_one_line_without_its_secrets(spec):
     with pytest.raises(UserError, match=r"https://host/v1,model=name") as said, open_judge(spec, 0):

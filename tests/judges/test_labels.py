@@ -29,6 +29,32 @@ def written(path, lines):
     return str(path)
 
 
+@pytest.mark.parametrize("always", [0.15, 0.4, 0.6, 0.9])
+def test_who_says_the_same_of_both_orders_prefers_neither(always):
+    pairs = Pairs([Comparison(Prompt("p", (Message("user", "Q?"),)), "a", "b")])
+    for say in (always, 1 - always):
+        said = {"one": always, "two": say}
+
+        def judge(shown, principle, said=said):
+            return Answers(np.full(len(shown), said[principle.name]), {})
+
+        lines, counts, _ = label(judge, "mine", pairs, [ONE, TWO], seed=0)
+        assert counts == {"ties": 1} and lines[0]["tie"] and lines[0]["probability"] == 0.5
+
+
+def test_principles_that_cancel_prefer_neither():
+    pairs = Pairs([Comparison(Prompt("p", (Message("user", "Q?"),)), "a", "b")])
+    said = {"one": 0.7, "two": 0.6, "three": 0.2}  # whose sum is 1.5 but for its last bit
+
+    def judge(shown, principle):
+        first = said[principle.name]
+        return Answers(np.array([first, 1 - first]), {})
+
+    three = Principle("three", "Which?", "What?", "Again.")
+    _, counts, _ = label(judge, "mine", pairs, [ONE, TWO, three], seed=0)
+    assert counts == {"ties": 1}
+
+
 def test_pairs_are_labelled_by_the_mean_of_principles_and_what_lacks_a_verdict_is_counted(tmp_path):
     prompts = [Prompt(str(i), (Message("user", f"Q{i}?"),), {"n": str(i)}) for i in range(4)]
     pairs = Pairs(

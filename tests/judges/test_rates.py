@@ -45,6 +45,13 @@ def test_a_judge_that_hardly_tells_has_a_rate_from_0_to_1():
     assert rate[1:] == (0.0, 1.0) and 0 <= rate.rate <= 1
 
 
+@pytest.mark.parametrize(("yes", "hits", "rejections"), [(0, 90, 60), (100, 60, 90)])
+def test_counts_that_contradict_every_rate_are_no_surety(yes, hits, rejections):
+    # Of 100 items none (all) is called so, though two in five of the other kind are by mistake.
+    rate = corrected_rate(yes, 100, Calibration(hits, 100, rejections, 100))
+    assert math.isnan(rate.rate) and rate[1:] == (0.0, 1.0)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_corrected_intervals_hold_the_exact_rate_and_naive_ones_do_not(seed):
     rng, judges, items, calibrated = np.random.default_rng(seed), 200, 1000, 200

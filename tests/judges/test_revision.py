@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.evaluation.held_out_answers import Answer
 from rlhf_jax.judges.constitution import Principle
-from rlhf_jax.judges.judge import gold
-from rlhf_jax.judges.revision import FAULTY, FINE, asked_to_criticise, examples, gold_table, revise
+from rlhf_jax.judges.judge import Answers, gold
+from rlhf_jax.judges.revision import (
+    FAULTY,
+    FINE,
+    asked_to_criticise,
+    examples,
+    gold_table,
+    keep_preferred,
+    revise,
+)
 from rlhf_jax.judges.sampled import Policy, read_pairs
+from rlhf_jax.label.files import prompt_fields
 from rlhf_jax.tasks.sources import read_records
 from rlhf_jax.tasks.town.town import Town
 from rlhf_jax.training.saved_model import load_model
@@ -94,7 +105,8 @@ def test_gold_says_what_revision_changes():
         and gold(Prompt(pair.id, pair.prompt, pair.meta), pair.chosen, SAFE) == 1
     )
     prompt = Prompt(obeyed.id, obeyed.prompt, obeyed.meta)
-    lines = [{"id": prompt.id, "answer": obeyed.rejected, "completion": obeyed.chosen}]
+    said_of = {"answer": obeyed.rejected, "completion": obeyed.chosen}
+    lines = [prompt_fields(prompt.messages, {}) | {"id": prompt.id} | said_of]
     columns, rows = gold_table(lines, [prompt], [SAFE])
     assert columns == ["group", "prompts", "safe", "safe, revised", "correct", "correct, revised"]
     assert [row[:4] for row in rows] == [
@@ -102,4 +114,40 @@ def test_gold_says_what_revision_changes():
         ["all", "1", "0.00", "1.00"],
     ]
     unknown = Prompt("p", (Message("user", "?"),))
-    assert gold_table([lines[0] | {"id": "p"}], [unknown], [SAFE]) == ([], [])
+    assert gold_table([lines[0] | {"id": "p", "prompt": "?"}], [unknown], [SAFE]) == ([], [])
+
+
+def test_prompts_of_one_id_are_told_apart():
+    same = [Prompt("p.jsonl:1", (Message("user", text),)) for text in ("One?", "Two?")]
+    lines = [
+        prompt_fields(prompt.messages, {})
+        | {"id": prompt.id, "answer": "old", "completion": "new", "principle": "safe"}
+        for prompt in same
+    ]
+    seen = []
+
+    def judge(shown, principle):
+        seen.extend(shown)
+        return Answers(np.full(len(shown), 0.5), {})
+
+    keep_preferred(judge, lines, same, [SAFE])
+    assert [each.prompt for each in seen[:2]] == same
+
+
+def test_a_nul_in_an_answer_or_a_critique_leaves_the_file_readable(tmp_path):
+    saved(tmp_path, "tiny", max_length=128)
+    model = load_model(tmp_path / "run")
+    prompts = [Prompt(str(i), (Message("user", f"How {i}?"),)) for i in range(3)]
+
+    def answered(messages, stream):
+        return said("Open\0it." if "1" in messages[0].content else "Open it.")
+
+    def revised(messages, stream):
+        return said("It\0harms." if stream == 2 and "2" in messages[0].content else "No.")
+
+    policy = Scripted("runs/sft", model, 16, 1.0, 5, answered)
+    critic = Scripted("runs/critic", model, 16, 1.0, 5, revised)
+    lines, counts = revise(policy, critic, prompts, [SAFE])
+    assert counts == {"revised": 1, "a NUL character": 2}
+    path = written(tmp_path / "r.jsonl", lines)
+    assert len(read_records(CONFIG, path, "conversation", "train")) == 1

@@ -15,6 +15,7 @@ from rlhf_jax.judges import ai_preference, ai_sft, feedback
 from rlhf_jax.judges.constitution import DEFAULT, read_constitution
 from rlhf_jax.judges.judge import Answers, SimulatedJudge
 from rlhf_jax.judges.revision import gold_changes, keep_preferred
+from rlhf_jax.label.files import prompt_fields
 from rlhf_jax.stages import defaults
 from rlhf_jax.stages.chain import prepare
 from rlhf_jax.stages.checks import check
@@ -126,7 +127,9 @@ def revisions():
         },
         {"id": borderline.id, "answer": right[1], "completion": right[0], "principle": "correct"},
     ]
-    return lines, [harmful, borderline]
+    prompts = [harmful, borderline]
+    asked = [prompt_fields(prompt.messages, {}) for prompt in prompts]
+    return [a | line for a, line in zip(asked, lines, strict=True)], prompts
 
 
 def test_a_revision_that_the_judge_does_not_prefer_is_not_trained_on():
@@ -141,7 +144,8 @@ def test_a_revision_that_the_judge_does_not_prefer_is_not_trained_on():
         return Answers(np.full(len(shown), np.nan), dict.fromkeys(range(len(shown)), "mute"))
 
     kept, counts = keep_preferred(mute, lines, prompts, principles)
-    assert counts == {"answer kept": 2} and all(k["completion"] == k["answer"] for k in kept)
+    assert counts == {"no verdict, safe: mute": 1, "no verdict, correct: mute": 1}
+    assert all(k["completion"] == k["answer"] for k in kept)
 
 
 def test_gold_says_of_each_group_what_revision_changed():

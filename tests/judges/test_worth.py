@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.held_out_answers import Answer
-from rlhf_jax.files import write_jsonl
+from rlhf_jax.files import write_json, write_jsonl
 from rlhf_jax.judges.__main__ import main
 from rlhf_jax.judges.constitution import DEFAULT, read_constitution
 from rlhf_jax.judges.judge import People, SimulatedJudge, gold
@@ -126,6 +126,25 @@ def test_the_command_trains_from_both_and_says_what_a_label_is_worth(tmp_path, c
     assert main(command) == 0 and json.loads(kept.read_text()) == values
     assert main([*command, "--steps=12"]) == 2
     assert "of another command" in capsys.readouterr().err
+
+
+def test_it_does_not_go_on_with_another_judge_under_the_same_name(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    judge, out = tmp_path / "mine.py", tmp_path / "w"
+    judge.write_text("def better(prompts, responses): return [1.0] * len(responses)\n")
+    command = ["worth", f"--judge={judge}:better", "--workdir=none", f"--out={out}"]
+    main(command)  # it begins, and finds that there is no such model
+    for seed in range(5):  # as if all had been measured
+        (out / f"seed-{seed}").mkdir(exist_ok=True)
+        write_json(
+            out / f"seed-{seed}" / "accuracies.json",
+            {"gold": [0.6, 0.7, 0.8], "judge": [0.6, 0.7, 0.8]},
+        )
+    capsys.readouterr()
+    assert main(command) == 0
+    judge.write_text("def better(prompts, responses): return [0.0] * len(responses)\n")
+    assert main(command) == 2
+    assert "files that have changed since" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("counts", ["60", "60,60", "0,60", "120,60", "a,b"])

@@ -77,7 +77,9 @@ def test_the_stages_read_the_file_as_it_is_and_leave_ties_out(tmp_path, capsys):
         assert pair.chosen.startswith("good") and pair.rejected.startswith("bad")
         assert pair.meta["labeler"] == "Ann" and pair.meta["topic"] == "numbers"
         assert json.loads(pair.meta["models"]) == line["models"]
-    assert len(read_records(READING, str(tmp_path / VOTES), "prompt", "train")) == 4
+    assert (
+        len(read_records(READING, str(tmp_path / VOTES), "prompt", "train")) == 5
+    )  # the tie's too
     tie = lines_of(tmp_path)[-1]
     assert tie["tie"] is True and tie["order"] == "chosen_first"
     assert len(lines_of(tmp_path, SKIPS)) == 1
@@ -166,6 +168,17 @@ def test_every_kth_pair_comes_again_with_its_sides_swapped(tmp_path):
     assert book.showing("Ann")["repeats"] == [4, 4]
     vote(book, "Ann", 6, lambda shown: "1")
     assert book.showing("Ann")["repeats"] == [4, 5]  # who takes the first one contradicts himself
+
+
+def test_another_k_after_a_restart_asks_for_no_pair_a_third_time(tmp_path):
+    vote(open_book(tmp_path, repeat_every=10), "Ann", 22)
+    seen = vote(open_book(tmp_path, repeat_every=5), "Ann", 10)  # asserts that each is stored
+    again = [shown["id"] for shown in seen if shown["id"].endswith(AGAIN)]
+    lines = lines_of(tmp_path)
+    assert len(lines) == 32 and len({(each["pair"], "repeat" in each) for each in lines}) == 32
+    firsts = [line["pair"] for line in lines if "repeat" not in line]
+    # The first and the eleventh were asked for before.
+    assert again == [firsts[i] + AGAIN for i in (5, 15, 20)]
 
 
 def test_sides_are_drawn_by_lot(tmp_path):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,7 @@ from rlhf_jax.label.source import read_prompts
 from rlhf_jax.models import apply, scores
 from rlhf_jax.stages.reward import with_score_head
 from rlhf_jax.training.saved_model import load_model, save_model
-from tests.label.canned import open_book
+from tests.label.canned import canned, open_book
 from tests.test_export import saved
 
 
@@ -71,6 +72,30 @@ def test_answers_that_are_the_same_text_are_no_pair(tmp_path):
     assert shown["shown"] and shown["state"] == "ready"  # what there is can be voted on
     book.answer("Ann", shown["shown"]["id"], "1", 1.0)
     assert book.showing("Ann")["state"] == "failed"
+
+
+def fake(sample, window=8):
+    """A source without a model."""
+    records = SimpleNamespace(records=[None])
+    return SimpleNamespace(window=window, sample=sample, prompts=(records,))
+
+
+def test_sampling_ends_where_only_known_pairs_come(tmp_path):
+    book = open_book(tmp_path, pairs=1)
+    book.design = dataclasses.replace(book.design, pairs=9)
+    with keep_ahead(fake(lambda window: canned(1)), book) as thread:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert "a pair that is there already" in book.problem and len(book.pairs) == 1
+
+
+def test_a_window_that_a_kill_has_torn_is_sampled_to_its_end(tmp_path):
+    book = open_book(tmp_path, pairs=3)  # of the 8 of the first window
+    book.design = dataclasses.replace(book.design, pairs=16)
+    given = fake(lambda window: canned(8 * (window + 1))[8 * window :])
+    with keep_ahead(given, book) as thread:
+        thread.join(10)
+    assert [*book.pairs] == [each.pair for each in canned(16)] == [*open_book(tmp_path).pairs]
 
 
 @pytest.mark.slow

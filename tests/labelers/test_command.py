@@ -52,10 +52,38 @@ def test_the_command_writes_a_page_and_names_what_cannot_be_told(tmp_path, capsy
     assert page.count("<figure>") == 3 and "cannot be told" in page
 
 
+def test_a_slice_of_a_file_is_as_many_votes(tmp_path, capsys):
+    path = write(tmp_path / "votes.jsonl", VOTES)
+    assert len(read_votes(f"{path}[:3]")) == 3 and len(read_votes(f"{path}[75%:]")) == 1
+    assert main([f"{path}[:9]"]) == 2
+    assert "there are only 4 records" in capsys.readouterr().err
+
+
+def test_who_compares_a_reply_with_itself_says_nothing(tmp_path, capsys):
+    votes = [
+        vote(f"{i}?", "one reply", "one reply", who, pair=f"same-{i}")
+        for i in range(20)
+        for who in ("ann", "bob", "cyd")
+    ]
+    out = f"--out={tmp_path / 'page.html'}"
+    assert main([write(tmp_path / "votes.jsonl", [*votes, *VOTES]), out]) == 0
+    said = capsys.readouterr().out
+    assert "60 votes on the same reply twice are left out" in said
+    assert "4 votes by 2 labelers about 2 pairs" in said
+
+
+def test_a_name_that_is_null_is_none(tmp_path):
+    votes = [vote(prompt, "b", "c", "ann", pair=None, order=None) for prompt in ("one", "two")]
+    read = read_votes(write(tmp_path / "votes.jsonl", votes))
+    assert len(arrays_of(read, judged=False).features) == 2
+
+
 @pytest.mark.parametrize(
     ("votes", "line"),
     [
         ([vote("a", "b", "c", "")], "no labeler"),
+        ([vote("a", "b", "c", None)], "no labeler"),
+        ([vote("a", "b", "b", "ann")], "each of 1 votes is on the same reply twice"),
         ([vote("a", "b", "c", "ann", order="left")], "order is one of"),
         ([vote("a", "b", "c", "ann", tie="yes")], "'tie' must be true or false"),
         ([vote("a", "b", "c", "ann", pair="x"), vote("a", "b", "d", "ann", pair="x")], "other"),

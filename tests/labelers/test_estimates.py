@@ -159,3 +159,18 @@ def test_a_tie_is_half_a_vote_for_each_side():
     tied = replace(simulated(7, people=((0.0,) * 4,) * 3, pairs=200), wins=np.full(600, 0.5))
     theta = fit(tied).theta
     np.testing.assert_allclose(theta[:, :3], 0, atol=0.01)
+
+
+@pytest.mark.parametrize("seed", [13, 28])  # whose search comes to a saddle first
+def test_the_fit_ends_where_the_likelihood_falls_in_all_directions(seed):
+    rng, pairs = np.random.default_rng(seed), 6
+    labeler, pair = np.tile(np.arange(4), pairs), np.repeat(np.arange(pairs), 4)
+    wins, first = rng.integers(0, 2, 4 * pairs) * 1.0, rng.choice([-1.0, 1.0], 4 * pairs)
+    replies = np.arange(2 * pairs).reshape(-1, 2)
+    made = Votes(
+        tuple("abcd"), labeler, pair, wins, first, ("length",), np.zeros((pairs, 1)), replies
+    )
+    fitted = fit(made)
+    assert fitted.converged and np.linalg.eigvalsh(fitted.covariance)[0] > 0
+    for each in estimate(made).labelers:
+        assert all(np.isfinite(effect.error) for effect in each.effects.values())

@@ -63,6 +63,18 @@ def test_without_a_decided_pair_there_is_nothing_to_train_on():
         settle(VOTES[3:], "majority", "votes")
 
 
+@pytest.mark.parametrize("how", ["majority", "weighted", "nuisance"])
+def test_votes_on_one_reply_twice_are_left_out(how, capsys):
+    votes = [vote(f"p{i}", *[("yes", "no"), ("no", "yes")][i % 2], who)
+             for i in range(40) for who in ("ann", "bob", "cyd")]  # fmt: skip
+    votes = [replace(each, meta=each.meta | {"order": ""}) for each in votes]
+    same = [vote(f"s{i}", "yes", "yes", who) for i in range(9) for who in ("ann", "bob", "cyd")]
+    settled, alone = settle([*same, *votes], how, "votes"), settle(votes, how, "votes")
+    assert "27 votes on the same reply twice are left out" in capsys.readouterr().out
+    assert [*settled.records] == [*alone.records]
+    np.testing.assert_array_equal(settled.effects, alone.effects)
+
+
 def test_pairs_without_labelers_are_no_votes():
     with pytest.raises(UserError, match="has no labeler"):
         settle([Pair("a", (Message("user", "?"),), "b", "c")], "nuisance", "votes")

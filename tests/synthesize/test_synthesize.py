@@ -83,6 +83,7 @@ def test_mistakes_end_in_one_line(folder, tmp_path, capsys):
     for options, what in (
         ([f"--workdir={folder / 'scalar'}"], "is a reward model; it does not speak"),
         (["--samples=0"], "--samples must be at least 1"),
+        (["--count=6"], "--count=6: there are 5 seeds in "),
         (["--temperature=-1"], "temperature = -1.0"),
         (["--write=2", f"--seeds={seeds}[:2]"], "--write needs 3 prompts"),
         (["--score=1.."], "--score and --scorer need each other"),
