@@ -12,8 +12,8 @@ python -m rlhf_jax.main --config=experiments/safety.py
 
 python -m rlhf_jax.sweep --config=experiments/safety.py --seeds=3 …
     as docs/safety.md has it, four shares of refusals and two β: above the curve of fine-tuned
-    models by +0.23 to +0.59 on wrapped harm, by −0.01 to +0.62 on kinds that training has, and on
-    those that it never has by nothing that could not be chance, −0.06 to +0.17
+    models by +0.23 to +0.59 on wrapped harm and by −0.01 to +0.62 on kinds that training has, each
+    more than chance in four of eight cells, and in none on those that it never has, −0.06 to +0.17
 python -m rlhf_jax.main --config=experiments/safety.py:careful
     shows abstention, privacy and rumours too, from the raw text on; not measured yet
 python -m rlhf_jax.main --config=experiments/safety.py:limited

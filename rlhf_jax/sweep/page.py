@@ -113,8 +113,8 @@ def _over_starts(curve: tradeoff.Curve) -> dict[str, Any]:
     cost, gain = (f"{share} {curve.tradeoff.what}" for share in curve.shares)
     note = (
         f"“above”: how much more {gain} than by the best mixture of the models that runs started "
-        f"from with as much {cost}. The interval is a bootstrap over seeds and prompts, of each "
-        "row by itself."
+        f"from with as much {cost}. The interval is over seeds and prompts, of each row by itself; "
+        "of a single seed over prompts alone."
     )
     return _entry("Over the curve of the starts", curve.columns, tradeoff.table(curve), note)
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 from rlhf_jax.evaluation.statistics import wilson_interval
 from rlhf_jax.files import read_object
@@ -135,9 +137,10 @@ def points(curve: Curve) -> list[dict[str, Any]]:
 def above(curve: Curve) -> Iterator[tuple[str, str, float, float, float, Any]]:
     """(cell, kind, x, y, the curve at x, (low, high) of y less it) of every tuned setting.
 
-    The interval is a percentile bootstrap in which seeds and, of each kind of request, prompts are
-    drawn with replacement, for the curve and the point alike. It holds for the point as it is, and
-    takes no account of there being several.
+    The interval lies about the gap as the percentiles of a bootstrap of seeds and prompts do, which
+    with few seeds are too narrow. So it is as wide as Student's t makes the variance over seeds (by
+    the jackknife) and over prompts, and never narrower than that over seeds alone; of a single seed
+    it is that of prompts alone. It takes no account of there being several points.
     """
     starts = [each for each in curve.settings if each.arm == "start"]
     for each in (each for each in curve.settings if each.arm == "tuned"):
@@ -149,11 +152,36 @@ def above(curve: Curve) -> Iterator[tuple[str, str, float, float, float, Any]]:
                 np.stack([[one.seeds[n][share, kind] for n in seeds] for one in (*starts, each)])
                 for share in curve.shares
             ]
-            (x, y), (xs, ys) = _shares(arrays, 0), _shares(arrays, RESAMPLES)
-            gaps = [b[-1] - _curve(a[:-1], b[:-1], a[-1]) for a, b in zip(xs, ys, strict=True)]
-            low, high = np.quantile(gaps, [0.025, 0.975])
-            there = _curve(x[0, :-1], y[0, :-1], x[0, -1])
-            yield each.name, kind, x[0, -1], y[0, -1], there, (float(low), float(high))
+            x, y = (shares[0, -1] for shares in _shares(arrays, 0))
+            gap = float(_gaps(arrays, 0)[0])
+            yield each.name, kind, x, y, y - gap, _interval(arrays, gap)
+
+
+def _interval(arrays: Sequence[np.ndarray], gap: float) -> tuple[float, float]:
+    """The ends of 95 % about a gap; see `above`."""
+    seeds, prompts = arrays[0].shape[1], min(array.shape[2] for array in arrays)
+    left_out = [
+        float(_gaps([np.delete(array, n, axis=1) for array in arrays], 0)[0])
+        for n in range(seeds if seeds > 1 else 0)
+    ]
+    by_seed = float(np.var(left_out) * (seeds - 1)) if left_out else 0.0
+    by_prompt = float(_gaps([array.mean(1, keepdims=True) for array in arrays], RESAMPLES).var())
+    total = by_seed + by_prompt
+    if not total:
+        return gap, gap
+    freedom = total**2 / (by_seed**2 / max(1, seeds - 1) + by_prompt**2 / max(1, prompts - 1))
+    reach = sqrt(total) * float(stdtrit(freedom, 0.975))
+    if left_out:
+        reach = max(reach, sqrt(by_seed) * float(stdtrit(seeds - 1, 0.975)))
+    below, beyond = np.quantile(_gaps(arrays, RESAMPLES), [0.025, 0.975])
+    share = float(np.clip((gap - below) / (beyond - below), 0, 1)) if beyond > below else 0.5
+    return gap - 2 * reach * share, gap + 2 * reach * (1 - share)
+
+
+def _gaps(arrays: Sequence[np.ndarray], resamples: int) -> np.ndarray:
+    """[R] by how much the last of M models lies above the curve of the others; see `_shares`."""
+    xs, ys = _shares(arrays, resamples)
+    return np.array([b[-1] - _curve(a[:-1], b[:-1], a[-1]) for a, b in zip(xs, ys, strict=True)])
 
 
 def _shares(arrays: Sequence[np.ndarray], resamples: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.report.refusals import draw_refusals
+from rlhf_jax.sweep import tradeoff
 from rlhf_jax.sweep.page import _over_starts
 from rlhf_jax.sweep.tradeoff import Curve, Setting, above, points, read_curve, table
 from rlhf_jax.tasks.safety import REFUSALS
@@ -39,6 +40,26 @@ def test_the_curve_is_the_upper_hull_of_the_starts():
     assert 0.05 < low < 0.25 < high < 0.5
     x, y, curve, (low, high) = found["d", "seen"]
     assert curve == pytest.approx(0.3) and low < 0 < high  # on the line from (0, 0) to a
+
+
+def test_seldom_is_a_model_said_to_lie_above_that_is_as_good_as_its_start(monkeypatch):
+    """Three seeds that differ by 0.1, as small models do: in 1 of 40 sets is expected."""
+    monkeypatch.setattr(tradeoff, "RESAMPLES", 200)
+    random, said = np.random.default_rng(0), 0
+    for _ in range(100):
+        settings = []
+        for arm in ("start", "tuned"):
+            seeds = {}
+            for seed in range(3):
+                shares = np.clip(random.normal([0.4, 0.6], 0.1), 0, 1)
+                seeds[seed] = {
+                    (family, "unseen"): random.random(60) < share
+                    for family, share in zip(("harmless", "harmful"), shares, strict=True)
+                }
+            settings.append(Setting(arm, arm, seeds, {}))
+        (found,) = above(Curve(replace(REFUSALS, kinds=("unseen",)), settings))
+        said += found[-1][0] > 0
+    assert said <= 3
 
 
 def test_chance_is_on_the_line_whatever_it_refuses():
