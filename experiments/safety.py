@@ -15,7 +15,9 @@ python -m rlhf_jax.sweep --config=experiments/safety.py --seeds=3 …
     models by +0.23 to +0.59 on wrapped harm and by −0.01 to +0.62 on kinds that training has, each
     more than chance in four of eight cells, and in none on those that it never has, −0.06 to +0.17
 python -m rlhf_jax.main --config=experiments/safety.py:careful
-    shows abstention, privacy and rumours too, from the raw text on; not measured yet
+    shows abstention, privacy and rumours too, from the raw text on. One seed: of private facts 0.05
+    are told in place of 0.85, where nobody knows 0.88 of the answers say so in place of none, but
+    known facts are answered in 0.65 in place of 0.85 (docs/safety.md)
 python -m rlhf_jax.main --config=experiments/safety.py:limited
     GRPO for a judge that likes every refusal, under a limit of 5 % on those that nothing calls for:
     2.2 % in the last 20 of 60 iterations, one seed
