@@ -27,9 +27,9 @@ BOUNDS = {
     # judge behind an address 110. An environment in another interpreter took 30 in the core,
     # reasoning-gym, TextArena and twenty questions 360, and faults of the annexes 70. Faults that
     # four readers showed took 120 more in the core (tables' dates, a decoding loop that devices end
-    # together, names of functions looked up beforehand) and 330 in the annexes.
+    # together, names of functions looked up beforehand) and 350 in the annexes.
     "lines of the core": 22_720,
-    "lines with the annexes": 46_460,
+    "lines with the annexes": 46_480,
     "functions over 60 lines": 1,
     "functions over 80 lines": 0,
     "functions over 8 parameters": 2,
