@@ -1,5 +1,7 @@
-"""Functions of the user's own, "mine.py:cauchy": losses and advantages run in this process, and of
-those that run in one of their own it is seen beforehand whether they are there.
+"""Functions of the user's own, "mine.py:cauchy".
+
+Losses and advantages run in this process. Rewards, tools and judges run in a process of their own;
+here it is only seen, before anything runs, whether their files have them.
 """
 
 from __future__ import annotations
@@ -33,12 +35,11 @@ def check_bound(target: str, field: str) -> None:
         nodes = list(ast.walk(ast.parse(Path(path).read_bytes())))
     except (SyntaxError, ValueError):  # its own process says where
         return
-    bound = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    others = {node.id for node in nodes if isinstance(node, ast.Name)}
-    others |= {node.name for node in nodes if isinstance(node, ast.AsyncFunctionDef)}
-    for node in nodes:
-        if isinstance(node, ast.alias):
-            others.add((node.asname or node.name).partition(".")[0])
+    definitions = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    bound = {node.name for node in nodes if isinstance(node, definitions)}
+    imported = (node.asname or node.name for node in nodes if isinstance(node, ast.alias))
+    others = {name.partition(".")[0] for name in imported}
+    others |= {node.id for node in nodes if isinstance(node, ast.Name)}
     if name not in bound | others and not _MAKES_NAMES & (bound | others):
         near = nearest(name, sorted(bound) or ["none"])
         raise UserError(

@@ -88,7 +88,7 @@ class _SameShape:
     def convert(self, fields: Fields, default_id: str) -> Record | None:
         if self.columns:
             fields = shapes.rename(fields, self.columns)
-        if shapes.is_tie(fields) and self.kind != "prompt":  # which prefers nothing anyhow
+        if shapes.is_tie(fields) and self.kind != "prompt":  # no reply of which is read
             self.ties += 1
             return None
         record, (name, keys) = shapes.make_record(fields, self.kind, default_id)

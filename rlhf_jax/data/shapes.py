@@ -53,6 +53,7 @@ _OPTIONAL = {"tool_calls": "assistant", "name": "tool", "tool_call_id": "tool"} 
 _OF_PAIRS = {"margin", "tie"}
 _JUDGED_BY = {"answer", "reference"}  # of meta, by rewards
 _TIMES = (date, time)  # a datetime is a date
+_TEXTUAL = (*_TIMES, timedelta, Decimal)  # of tables; JSON has none of them
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _SHARE_GPT_ROLES = {
@@ -397,15 +398,13 @@ def _write(key: str, value: Any) -> str:
     """A value of a field as text; BadLine for one that has none, such as an image."""
 
     def as_text(part: Any) -> str:
-        if isinstance(part, (*_TIMES, timedelta, Decimal)):
+        if isinstance(part, _TEXTUAL):
             return str(part)
         raise BadLine(
             "wrong type", f"field {key!r} holds {type_name(part)}; leave the column out of the file"
         )
 
-    if isinstance(value, (*_TIMES, timedelta, Decimal)):
-        return str(value)
-    return json.dumps(value, default=as_text)
+    return str(value) if isinstance(value, _TEXTUAL) else json.dumps(value, default=as_text)
 
 
 def _translate_share_gpt(fields: Fields) -> Fields:

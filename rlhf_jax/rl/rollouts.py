@@ -221,7 +221,7 @@ def _sample_block(
         weight = judge.weights.get("environment", 0.0)
         block = dataclasses.replace(block, turn_rewards=block.turn_rewards * np.float32(weight))
     if getattr(config.advantage, "name", "") == "remax":  # whose baseline is the greedy answer
-        # Nothing is drawn by the seed, but an environment begins as for the others.
+        # Greedy answers draw nothing by the seed, but environments begin by it, as for the samples.
         answers = sample_answers(
             config,
             model,

@@ -141,6 +141,8 @@ def above(curve: Curve) -> Iterator[tuple[str, str, float, float, float, Any]]:
     with few seeds are too narrow. So it is as wide as Student's t makes the variance over seeds (by
     the jackknife) and over prompts, and never narrower than that over seeds alone; of a single seed
     it is that of prompts alone. It takes no account of there being several points.
+
+    The jackknife estimate of variance (Efron and Stein, 1981), https://doi.org/10.1214/aos/1176345462
     """
     starts = [each for each in curve.settings if each.arm == "start"]
     for each in (each for each in curve.settings if each.arm == "tuned"):
@@ -160,19 +162,17 @@ def above(curve: Curve) -> Iterator[tuple[str, str, float, float, float, Any]]:
 def _interval(arrays: Sequence[np.ndarray], gap: float) -> tuple[float, float]:
     """The ends of 95 % about a gap; see `above`."""
     seeds, prompts = arrays[0].shape[1], min(array.shape[2] for array in arrays)
-    left_out = [
-        float(_gaps([np.delete(array, n, axis=1) for array in arrays], 0)[0])
-        for n in range(seeds if seeds > 1 else 0)
-    ]
-    by_seed = float(np.var(left_out) * (seeds - 1)) if left_out else 0.0
+    others = [np.delete(np.arange(seeds), n) for n in range(seeds)] if seeds > 1 else [[0]]
+    without = [_gaps([array[:, kept] for array in arrays], 0)[0] for kept in others]
+    by_seed = float(np.var(without) * (seeds - 1))
     by_prompt = float(_gaps([array.mean(1, keepdims=True) for array in arrays], RESAMPLES).var())
     total = by_seed + by_prompt
     if not total:
         return gap, gap
-    freedom = total**2 / (by_seed**2 / max(1, seeds - 1) + by_prompt**2 / max(1, prompts - 1))
-    reach = sqrt(total) * float(stdtrit(freedom, 0.975))
-    if left_out:
-        reach = max(reach, sqrt(by_seed) * float(stdtrit(seeds - 1, 0.975)))
+    of_seeds, of_prompts = max(1, seeds - 1), max(1, prompts - 1)  # degrees of freedom
+    freedom = total**2 / (by_seed**2 / of_seeds + by_prompt**2 / of_prompts)
+    tests = [(sqrt(total), freedom), (sqrt(by_seed), of_seeds)]
+    reach = max(spread * float(stdtrit(df, 0.975)) for spread, df in tests)
     below, beyond = np.quantile(_gaps(arrays, RESAMPLES), [0.025, 0.975])
     share = float(np.clip((gap - below) / (beyond - below), 0, 1)) if beyond > below else 0.5
     return gap - 2 * reach * share, gap + 2 * reach * (1 - share)
