@@ -318,6 +318,7 @@ print(peak() - before, sum(x.nbytes for x in jax.tree.leaves(params)))
 """
 
 
+@pytest.mark.slow
 def test_a_load_needs_little_more_memory_than_the_parameters(tmp_path):
     """Of a process of its own, above what JAX alone takes: at most target + 1.2 × a file."""
     config = dataclasses.replace(

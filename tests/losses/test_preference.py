@@ -243,7 +243,9 @@ def test_every_option_changes_the_loss():
         assert abs(default - other) > 1e-3, key
 
 
-@pytest.mark.parametrize("transformation", ["vmap", "pmap", "shard_map"])
+@pytest.mark.parametrize(
+    "transformation", ["vmap", pytest.param("pmap", marks=pytest.mark.slow), "shard_map"]
+)
 def test_same_under_every_transformation(reference_results, transformation):
     """Pairs split eight ways; for the batch-wise losses each part is compared with itself alone."""
     arrays = batch()

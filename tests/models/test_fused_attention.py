@@ -70,7 +70,12 @@ def test_the_check_passes_a_kernel_that_is_right(config, dtype):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"sliding_window": 7}, {"sliding_window": 500}, {"attention_softcap": 2.0}],
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"sliding_window": 7},
+        pytest.param({"sliding_window": 500}, marks=pytest.mark.slow),
+        {"attention_softcap": 2.0},
+    ],
     ids=["full", "window", "window-beyond-the-row", "capped"],
 )
 def test_splash_agrees_where_it_is_interpreted(changes):

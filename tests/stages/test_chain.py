@@ -92,6 +92,7 @@ def test_before_and_after_are_of_the_same_records(chain):
     assert re.search(r"Gold reward on the same 8 held-out records: \S+ before", out)
 
 
+@pytest.mark.slow
 def test_evaluating_again_on_the_same_records_gives_what_the_run_reported(chain, tmp_path, capsys):
     experiments, runs, _ = chain
     data = {"pretrain": "texts", "sft": "chats", "dpo": "pairs"}

@@ -65,6 +65,7 @@ def waits_for(process: subprocess.Popen, library: str) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_a_stop_before_the_report_is_no_end(experiments, tmp_path):
     pretrain = f"--config={experiments}/pretrain.py", f"--workdir={tmp_path}/pretrain"
     stopped = run_main(*pretrain, "--config.train.steps=2", fault="report", signal="SIGTERM")

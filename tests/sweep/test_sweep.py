@@ -179,7 +179,9 @@ def scripted(tmp_path, monkeypatch):
     monkeypatch.setattr(Job, "is_done", lambda job: (job.directory / "done").exists())
 
 
-@pytest.mark.parametrize("engines", [forks, lambda: nullcontext(on_cores)])
+@pytest.mark.parametrize(
+    "engines", [forks, pytest.param(lambda: nullcontext(on_cores), marks=pytest.mark.slow)]
+)
 def test_the_pool_goes_on_after_kills_and_says_why_one_failed(scripted, tmp_path, engines):
     killed = Job("killed", ("killed",), tmp_path / "killed")
     after = Job("after", ("runs",), tmp_path / "after", (killed,))
@@ -231,6 +233,7 @@ while not (folder / "go").exists():
 """
 
 
+@pytest.mark.slow
 def test_a_fork_is_a_process_of_its_own(scripted, tmp_path, monkeypatch):
     (tmp_path / "scripted_run.py").write_text(WAITS)
     job, log = Job("all", (), tmp_path / "all"), tmp_path / "all.log"

@@ -99,7 +99,7 @@ def test_a_save_waits_for_the_copy_and_not_for_the_disk(checkpoints, monkeypatch
     assert equal(checkpoints.restore(make_state(2)).state, kept)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 2, 4)])
+@pytest.mark.parametrize("sizes", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (1, 2, 4)])
 def test_a_checkpoint_goes_onto_another_mesh(checkpoints, sizes):
     state = make_state(1, mesh=make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
     save(checkpoints, 1, state)

@@ -155,6 +155,7 @@ def test_sigterm_at_a_point_saves_what_is_complete(point, saved, expected, tmp_p
     assert f"continuing after step {said[1]}" in continue_and_compare(tmp_path, expected)
 
 
+@pytest.mark.slow
 def test_the_last_state_is_whole_before_its_evaluation_begins(expected, tmp_path):
     never = "checkpoint_every=100"
     killed = run(tmp_path, never, FAULT="evaluation:12")
@@ -164,6 +165,7 @@ def test_the_last_state_is_whole_before_its_evaluation_begins(expected, tmp_path
     assert "continuing after step 12" in continue_and_compare(tmp_path, expected, never)
 
 
+@pytest.mark.slow
 def test_checkpoints_go_by_time_as_well(expected, tmp_path):
     often = "checkpoint_every=100", "checkpoint_minutes=1e-9"
     killed = run(tmp_path, *often, FAULT="step:12", PAUSE="0.15")
@@ -240,6 +242,7 @@ def expected_of_each_step(tmp_path_factory):
     return results(workdir)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_while_metrics_are_written(disk, expected_of_each_step):
     """With TensorBoard's files on it too; checkpoints have no room either."""
     workdir = disk / "run"
@@ -252,6 +255,7 @@ def test_a_disk_that_fills_while_metrics_are_written(disk, expected_of_each_step
     assert "continuing after step 4" in output
 
 
+@pytest.mark.slow
 def test_what_was_trained_since_is_saved_where_there_is_room(disk, expected_of_each_step, tmp_path):
     workdir = disk / "run"
     workdir.mkdir()
@@ -283,6 +287,7 @@ def test_a_disk_without_room_for_a_checkpoint(step, disk, expected):
     continue_and_compare(workdir, expected)
 
 
+@pytest.mark.slow
 def test_tensorboard_on_a_full_disk_costs_one_warning(disk, expected, tmp_path):
     fill(disk)
     workdir = tmp_path / "run"
@@ -295,6 +300,7 @@ def test_tensorboard_on_a_full_disk_costs_one_warning(disk, expected, tmp_path):
     assert results(workdir) == expected
 
 
+@pytest.mark.slow
 def test_a_limit_on_the_size_of_files_is_as_a_full_disk(expected, tmp_path):
     """Which is tried wherever no disk can be mounted, too."""
     limited = ["bash", "-c", 'ulimit -f 16 && exec "$@"', "bash", *COMMAND, str(tmp_path)]  # KiB
