@@ -1,7 +1,7 @@
 """The claims that RLHF is taught with, put to the test by `python -m rlhf_jax.claims`.
 
 python -m rlhf_jax.claims experiments/claims.py
-    all nine; docs/claims.md has what came of those that were run, in times of a busy 2-core CPU
+    all ten; docs/claims.md has what came of those that were run, in times of a busy 2-core CPU
 … experiments/claims.py:tuned_answers
     supported: 0.435 of a tuned model's answers are right, of the base model's 0.078, which goes on
     with the prompt in 1.000 of replies, the tuned one in 0.008; 60 to 102 s a run
@@ -17,7 +17,7 @@ python -m rlhf_jax.claims experiments/claims.py
     of this arm failed: best_of_n.prompts was 64, too few for a batch; nothing else was changed
 … experiments/claims.py:pairs_beat_scores
     undecided: 0.721 of held-out pairs right and 0.659, +0.062 (-0.032 to +0.167); 66 to 99 s
-… experiments/claims.py:pretraining_pays, :bias_reaches_the_model, :scale_pays
+… experiments/claims.py:pretraining_pays, :bias_reaches_the_model, :scale_pays, :masking_pays
     not run yet
 """
 
@@ -56,6 +56,8 @@ FEW = {"data.train": "town/pair[:2%]"}
 LARGE_FEW = Arm("large-few", "experiments/dpo.py", SAMPLED | FEW)
 SMALL_FEW = Arm("small-few", "experiments/dpo.py", SAMPLED | SMALL | FEW)
 SMALL_MANY = Arm("small-many", "experiments/dpo.py", SAMPLED | SMALL)
+MASKED = Arm("masked", "experiments/tools.py")
+UNMASKED = Arm("unmasked", "experiments/tools.py", {"rollout.given": "train"})
 
 CLAIMS = (
     Claim(
@@ -160,6 +162,16 @@ CLAIMS = (
         beside=(
             Measure(SMALL_FEW, "gold"),
             *(Measure(arm, "seconds") for arm in (SMALL_FEW, SMALL_MANY, LARGE_FEW, DPO)),
+        ),
+    ),
+    Claim(
+        "masking_pays",
+        "Tool calling is learnt better where what the tools answered has weight 0 than where it is "
+        "trained like what the policy drew.",
+        tests=(Comparison(Measure(MASKED, "gold"), Measure(UNMASKED, "gold"), "superior"),),
+        beside=(
+            *(Measure(MASKED, metric) for metric in ("eval/pass^8", "eval/kl")),
+            *(Measure(UNMASKED, metric) for metric in ("eval/pass^8", "eval/kl")),
         ),
     ),
 )

@@ -138,6 +138,16 @@ class Rollout:
             rows={},
         )
 
+    def with_answers_drawn(self) -> Rollout:
+        """What an environment answered as if it had been drawn, at log-probs of 0; not packed."""
+        span, lengths = np.arange(self.mask.shape[1]), [len(c.tokens) for c in self.completions]
+        return dataclasses.replace(
+            self,
+            mask=(span < np.array(lengths)[:, None]).astype(np.float32),
+            completions=[dataclasses.replace(each, given=()) for each in self.completions],
+            rows={},
+        )
+
     @staticmethod
     def joined(parts: Sequence[Rollout]) -> Rollout:
         """The scored answers of all parts, in order; not packed yet if there are several."""

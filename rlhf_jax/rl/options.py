@@ -64,6 +64,8 @@ class RolloutOptions(SamplingOptions):
         1.0, within="[0, inf)", only=Only("missing_eos", ("subtract", "replace"))
     )
     truncated: str = option("keep", choices=("keep", "mask"))  # "mask": those are not trained on
+    # What an environment answers; "train", an ablation: as if the policy had drawn it.
+    given: str = option("mask", choices=("mask", "train"))
     overlong_buffer: int = 0  # tokens below max_new_tokens that are punished softly (DAPO)
     filter_zero_std: bool = False  # leave out prompts whose answers all score the same
     # Further batches of prompts to replace those.

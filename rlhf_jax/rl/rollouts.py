@@ -187,6 +187,8 @@ def text_rollout(
         metrics["frac_reward_zero_std"] = uniform / max(count, 1), count
         if not weights.any():  # all that were judged were dropped, because it is 0
             metrics["reward_std"] = 0.0, count
+    if options.given == "train":
+        rollout = with_rows(config, rollout.with_answers_drawn(), multiple)
     return dataclasses.replace(
         rollout,
         scores=np.where(weights > 0, rollout.scores, 0.0),

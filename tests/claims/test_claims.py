@@ -38,7 +38,7 @@ BETTER = Claim(
 
 def test_every_claim_of_the_experiments_can_be_run(tmp_path):
     path, claims = read_claims(FILE)
-    assert len(claims) == 9 and [claims[3]] == read_claims(f"{FILE}:{claims[3].name}")[1]
+    assert len(claims) == 10 and [claims[3]] == read_claims(f"{FILE}:{claims[3].name}")[1]
     for claim in claims:
         jobs = running.plan(path, claim, tmp_path / "claims")
         assert len(jobs.runs) == claim.seeds * len(claim.arms) and claim.seeds >= 3

@@ -121,6 +121,28 @@ def test_rows_hold_what_was_sampled_and_rendered_piece_by_piece(prompts):
     assert retold  # encoding a turn again would have given other tokens
 
 
+def test_what_the_environment_answered_is_trained_if_that_is_asked_for(prompts):
+    made = {
+        given: text_rollout(
+            config_of(rollout={"given": given}, reward={"scorers": "environment=2,length=-0.01"}),
+            *(MODEL, Scorers(), None, PARAMS, prompts, 0),
+        )
+        for given in ("mask", "train")
+    }
+    masked, trained = made["mask"], made["train"]
+    assert [c.tokens for c in masked.completions] == [c.tokens for c in trained.completions]
+    assert trained.scores.tolist() == masked.scores.tolist()  # by what was drawn
+    for n, completion in enumerate(trained.completions):
+        (row, place), each = np.argwhere(trained.rows["members"] == n)[0], len(completion.tokens)
+        assert trained.mask[n, :each].all() and not trained.mask[n, each:].any()
+        assert trained.rows["mask"][row, place, :each].all()
+        assert trained.rows["weights"][row, trained.rows["slots"][row, place][:each]].all()
+    tools = sum(len(given) for each in masked.completions for given in each.given)
+    assert trained.mask.sum() - masked.mask.sum() == tools > 100
+    assert masked.metrics["tools/tokens"] == trained.metrics["tools/tokens"]
+    assert masked.metrics["rollout/tokens"] == trained.metrics["rollout/tokens"]
+
+
 def test_the_engines_log_probs_of_all_turns_are_the_trainers(prompts):
     rollout = drawn(prompts)
     statistics = jax.jit(target_statistics, static_argnums=0)(CONFIG, PARAMS, rollout.rows)
