@@ -1,18 +1,25 @@
 """Personas that last: dialogues of 2 to 8 turns in which the user presses a persona to give up.
 
 python -m rlhf_jax.main --config=experiments/persona.py
-    DPO on the first line of a dialogue that is not consistent with those before, from …
+    GRPO: the user is a rule, which rewards each line, from …
 python -m rlhf_jax.main --config=experiments/persona.py:sft
     … dialogues with right replies, from experiments/memory.py:chat
-python -m rlhf_jax.main --config=experiments/persona.py:grpo
-    GRPO in place of DPO: the user is a rule, which rewards each line
+python -m rlhf_jax.main --config=experiments/persona.py:dpo
+    DPO in place of GRPO, on the first line of a dialogue that is not consistent with those before
 python -m rlhf_jax.main --config=experiments/persona.py:real
     Synthetic-Persona-Chat: the persona is the system turn
 
 The first three end with 200 held-out dialogues, in which the model says every line, about personas
 that no training has: eval/persona/prompt_to_line and line_to_line, …/rule/turn/<n>,
 …/asked_after/<turns> and …/leak, with 95 % intervals, and eval/pass^k of eight sampled dialogues.
-None of the four has been measured.
+One seed, 9, 5 and 4 minutes beside other work:
+
+            prompt to line   line to line   rule        asked after 8 turns   facts   pass^8
+    :sft         0.99            0.97       1.00               0.94           0.95     0.19
+    GRPO         0.99            0.95       1.00               0.93           0.96     0.27
+    :dpo         0.89            0.94       0.98 to 0.99       0.71           0.92     0.15
+
+Nothing leaks into chats without a persona. :real has not been measured.
 """
 
 from rlhf_jax.stages import defaults
@@ -22,7 +29,7 @@ ENVIRONMENT = {"file": "rlhf_jax/tasks/town/persona.py:PersonaEnvironment"}
 EVALUATION = {"source": "persona", "count": 200, "max_new_tokens": 384}
 
 
-def get_config(variant="dpo"):
+def get_config(variant="grpo"):
     match variant:
         case "sft":
             return sft()
@@ -41,14 +48,14 @@ def sft():
         init={"policy": "experiments/memory.py:chat"},
         compute={"remat": "none"},
         data={
-            "train": "persona/dialogue=4,town=1",
+            "train": "persona/dialogue=3,town=1",
             "validation": "persona/dialogue",
             "row_length": 384,
             "replay": "town/text[:50%]=1",
         },
         batch={"rows": 8},
         optimizer={"learning_rate": 5e-3, **MUON},
-        train={"steps": 150, "log_every": 20},
+        train={"steps": 450, "log_every": 20},
         environment=ENVIRONMENT,
         eval=EVALUATION,
     )
