@@ -21,6 +21,8 @@ ASK = """Here are messages that people sent to an assistant.
 {shown}
 
 Write another message of that kind, about something else. Write the message alone."""
+# What a record's meta may say of its own last reply, as `rlhf_jax.labelers` and losses read it.
+_OF_THE_REPLY = ("label", "labeler")
 _NUMBER = re.compile(r"^\s*\d+[.)]\s+")
 
 
@@ -40,7 +42,9 @@ def sample_answers(
 
     A record's id is its prompt's with the number of the answer; its meta says which `run` wrote it
     ("model"), and "finish_reason" whether it ended by itself, as engines write it: "stop" or
-    "length". The same arguments give the same answers, bit for bit.
+    "length". What the seed's says of its own reply, "label" and "labeler", is not said of the new
+    one: there it is "seed_label" and "seed_labeler". The same arguments give the same answers, bit
+    for bit.
     """
     fitting, bad = _fitting(model, seeds, draw)
     items = []
@@ -53,11 +57,16 @@ def sample_answers(
             bad.append(Bad(seed.source, seed.line, "an answer has a NUL character"))
             continue
         ended = "stop" if reply.finished else "length"
-        meta = {**seed.record.meta, "model": run, "finish_reason": ended}
+        meta = {_named(key): value for key, value in seed.record.meta.items()}
+        meta |= {"model": run, "finish_reason": ended}
         turns = (*seed.record.messages, Message("assistant", text))
         record = Conversation(f"{seed.record.id}#{sample + 1}", turns, meta)
         items.append(Item(record, seed.source, seed.line))
     return items, bad
+
+
+def _named(key: str) -> str:
+    return f"seed_{key}" if key in _OF_THE_REPLY else key
 
 
 def write_prompts(

@@ -65,6 +65,18 @@ def test_every_answer_is_kept_or_went_and_says_whence_it_came(folder, tmp_path):
     assert synthesize(folder, tmp_path / "three", *scored, "--seed=1")[0] != kept
 
 
+def test_what_was_said_of_a_seeds_own_answer_is_not_said_of_the_new_one(folder, tmp_path):
+    rated = {"prompt": "Who?", "completion": "Ann.", "label": True, "labeler": "bo", "topic": "t"}
+    (tmp_path / "rated.jsonl").write_text(json.dumps(rated) + "\n")
+    options = (f"--seeds={tmp_path / 'rated.jsonl'}", "--samples=1")
+    (line,), _ = synthesize(folder, tmp_path / "out", *options)
+    assert "label" not in json.loads(line)
+    (record,) = read_jsonl(tmp_path / "out" / "kept.jsonl", "conversation")
+    assert not {"label", "labeler"} & record.meta.keys()
+    stated = {"seed_label": "true", "seed_labeler": "bo", "topic": "t"}
+    assert {name: record.meta.get(name) for name in stated} == stated
+
+
 @pytest.mark.slow
 def test_written_prompts_are_answered_and_name_their_seeds(folder, tmp_path):
     kept, report = synthesize(folder, tmp_path / "out", "--count=1", "--samples=1", "--write=6")
