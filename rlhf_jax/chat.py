@@ -12,6 +12,7 @@ each with its own history. Ctrl-C ends an answer, whose words so far stay in the
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import queue
 import signal
 import sys
@@ -301,15 +302,20 @@ def talk(given: argparse.Namespace) -> None:
     """Loads the models of a command line and converses at the terminal."""
     import jax
 
+    from rlhf_jax.data.conversation import render_prompt
+    from rlhf_jax.data.records import Message
     from rlhf_jax.environments.trajectories import EnvironmentOptions, environments_of
     from rlhf_jax.sampling.arguments import Sampling, check_streams
+    from rlhf_jax.stages.start import with_chat_template
     from rlhf_jax.training.saved_model import load_speaker
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     options = {name: getattr(given, name) for name in names}
-    offered = EnvironmentOptions(given.environment, given.tools, not given.undescribed)
-    if given.undescribed and not offered.named:
-        raise UserError("--undescribed is of --environment or --tools, and there are none")
+    described, python = not given.undescribed, given.python
+    offered = EnvironmentOptions(given.environment, given.tools, described, python)
+    if (given.undescribed or python) and not offered.named:
+        which = "--undescribed" if given.undescribed else "--config.environment.python"
+        raise UserError(f"{which} is of --environment or --tools, and there are none")
     # What no model can follow is said before one is loaded, not at each message.
     answered = (lambda turns: [None] * len(turns)) if offered.named else None
     Sampling(**options, respond=answered).validate()
@@ -318,6 +324,9 @@ def talk(given: argparse.Namespace) -> None:
     speakers = []
     for path in filter(None, (given.workdir, given.compare)):
         model = load_speaker(path)
+        tokenizer = with_chat_template(model.tokenizer, given.chat_template)
+        render_prompt([Message("user", "a")], tokenizer)  # UserError if it has no chat format
+        model = dataclasses.replace(model, tokenizer=tokenizer)
         speakers.append(Speaker(Path(path).name, model, given.system, options))
         count = sum(x.size for x in jax.tree.leaves(model.params))
         print(f"{Path(path).name}: {count:,} parameters, a context of {model.config.max_length:,} "
@@ -346,6 +355,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--environment", default="", help="what answers calls: mine.py:Env")
     parser.add_argument("--tools", default="", help="functions: mine.py:search,mine.py:add")
     parser.add_argument("--undescribed", action="store_true", help="don't tell it of the tools")
+    # As a config names them, and as messages do.
+    parser.add_argument("--config.environment.python", dest="python", default="",
+                        help="the interpreter that runs it")  # fmt: skip
+    parser.add_argument("--config.data.chat_template", dest="chat_template", default="",
+                        help="a chat template, in place of the model's own")  # fmt: skip
     return run(parser, talk, argv)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 
@@ -25,7 +26,7 @@ from rlhf_jax.sampling.arguments import Turn
 from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.training.saved_model import load_model
 from tests.hub.test_hub_tokenizer import write
-from tests.test_export import saved
+from tests.test_export import hub_directory, saved
 
 OPTIONS = {"max_new_tokens": 12, "temperature": 0.0, "seed": 0}
 
@@ -148,6 +149,7 @@ def test_the_command(run, monkeypatch, capsys):
         (["--seed=-1"], "seed = -1 must be a whole number"),
         (["--tools=gone.py:f", "--repetition-penalty=1.1"], "no repetition_penalty"),
         (["--undescribed"], "--undescribed is of --environment or --tools"),
+        (["--config.environment.python=x"], "--config.environment.python is of --environment or"),
     ],
 )
 def test_what_no_model_can_follow_is_said_before_one_is_loaded(tmp_path, capsys, flags, why):
@@ -164,12 +166,11 @@ def scripted(tokenizer, said, prompts=None):
         for text in waiting:
             ids = [*tokenizer.encode_texts([text])[0], tokenizer.end]
             tokens += ids
-            on_tokens(0, 0, tokens[first:-1])  # what ends the turn comes with the next tokens
-            answer, first = sampling.respond([Turn(0, 0, ids)])[0], len(tokens) - 1
-            if not answer or len(tokens) + len(answer) >= sampling.max_new_tokens:
-                break
             on_tokens(0, 0, tokens[first:])
             first = len(tokens)
+            (answer,) = sampling.respond([Turn(0, 0, ids)])
+            if not answer or first + len(answer) >= sampling.max_new_tokens:
+                break
             given.append(range(first, first + len(answer)))
             tokens += answer
         if prompts is not None:
@@ -295,6 +296,22 @@ def test_a_fault_of_an_environment_names_nothing_that_a_chat_has_not(run, mine, 
     assert "raised ValueError: no such shop" in written[-1]
     assert written[-1].endswith("; mend it and start the chat again\n")
     assert not it.messages
+
+
+def test_a_model_without_a_chat_template_is_given_one(tmp_path, capsys, monkeypatch):
+    """What the error says to add is an option of this command."""
+    hub_directory(tmp_path / "given", kind="plain")
+    path = tmp_path / "given/tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    del settings["chat_template"]
+    path.write_text(json.dumps(settings))
+    monkeypatch.setattr("builtins.input", lambda _: "/quit")
+    flags = [f"--workdir={tmp_path}/given"]
+    assert main(flags) == 2
+    assert (
+        "no chat template: name one, --config.data.chat_template=plain" in capsys.readouterr().err
+    )
+    assert main([*flags, "--config.data.chat_template=plain"]) == 0
 
 
 def test_a_reply_that_is_cut_off_is_said_to_be(run):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from random import Random
 
 from rlhf_jax.data.conversation import render_prompt
-from rlhf_jax.data.records import Conversation, Message, Prompt
+from rlhf_jax.data.records import Conversation, Message, Prompt, meta_of_seed
 from rlhf_jax.errors import UserError
 from rlhf_jax.filter.records import Bad, Item
 from rlhf_jax.sampling.arguments import Sampling
@@ -21,8 +21,6 @@ ASK = """Here are messages that people sent to an assistant.
 {shown}
 
 Write another message of that kind, about something else. Write the message alone."""
-# What a record's meta may say of its own last reply, as `rlhf_jax.labelers` and losses read it.
-_OF_THE_REPLY = ("label", "labeler")
 _NUMBER = re.compile(r"^\s*\d+[.)]\s+")
 
 
@@ -42,9 +40,8 @@ def sample_answers(
 
     A record's id is its prompt's with the number of the answer; its meta says which `run` wrote it
     ("model"), and "finish_reason" whether it ended by itself, as engines write it: "stop" or
-    "length". What the seed's says of its own reply, "label" and "labeler", is not said of the new
-    one: there it is "seed_label" and "seed_labeler". The same arguments give the same answers, bit
-    for bit.
+    "length". What the seed's says of its own reply is named so: see `meta_of_seed`. The same
+    arguments give the same answers, bit for bit.
     """
     fitting, bad = _fitting(model, seeds, draw)
     items = []
@@ -57,16 +54,11 @@ def sample_answers(
             bad.append(Bad(seed.source, seed.line, "an answer has a NUL character"))
             continue
         ended = "stop" if reply.finished else "length"
-        meta = {_named(key): value for key, value in seed.record.meta.items()}
-        meta |= {"model": run, "finish_reason": ended}
+        meta = {**meta_of_seed(seed.record.meta), "model": run, "finish_reason": ended}
         turns = (*seed.record.messages, Message("assistant", text))
         record = Conversation(f"{seed.record.id}#{sample + 1}", turns, meta)
         items.append(Item(record, seed.source, seed.line))
     return items, bad
-
-
-def _named(key: str) -> str:
-    return f"seed_{key}" if key in _OF_THE_REPLY else key
 
 
 def write_prompts(
