@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from random import Random
 
 from rlhf_jax.data.conversation import render_prompt
+from rlhf_jax.data.encode import naming
 from rlhf_jax.data.records import Conversation, Message, Prompt, meta_of_seed
 from rlhf_jax.errors import UserError
 from rlhf_jax.filter.records import Bad, Item
@@ -66,7 +67,8 @@ def write_prompts(
 ) -> tuple[list[Item], list[Bad]]:
     """Prompts that the model writes, each after `SHOTS` seeds (https://arxiv.org/abs/2212.10560).
 
-    One that is empty, does not end, or is a seed or another one again is among the second.
+    One that is empty, does not end, has a NUL character, or is a seed or another one again is among
+    the second.
 
     Raises:
         UserError: fewer seeds than `SHOTS` are one message of a user.
@@ -89,9 +91,14 @@ def write_prompts(
     for (ask, _), reply in zip(fitting, replies, strict=True):
         text = _NUMBER.sub("", model.tokenizer.decode_text(reply.tokens).strip())
         key = " ".join(text.split()).casefold()
-        ended = reply.finished and "\0" not in text
-        if not text or not ended or key in known:
-            why = "there already" if key in known else "without an end" if text else "empty"
+        why = (
+            "there already" if key in known
+            else "empty" if not text
+            else "without an end" if not reply.finished
+            else "with a NUL character" if "\0" in text
+            else ""
+        )  # fmt: skip
+        if why:
             bad.append(Bad(ask.source, ask.line, f"a written prompt is {why}: {text[:80]!r}"))
             continue
         known.add(key)
@@ -115,7 +122,8 @@ def _fitting(
     room = model.config.max_length - draw.max_new_tokens
     for seed in seeds:
         assert isinstance(seed.record, Prompt)
-        tokens = render_prompt(seed.record.messages, model.tokenizer)
+        with naming(seed.place):
+            tokens = render_prompt(seed.record.messages, model.tokenizer)
         if len(tokens) <= room:
             fitting.append((seed, tokens))
         else:
