@@ -17,7 +17,8 @@ from tokenizers import (
 )
 
 from rlhf_jax.data.conversation import render_prompt, render_replies
-from rlhf_jax.data.records import Message
+from rlhf_jax.data.encode import encode_conversations
+from rlhf_jax.data.records import Conversation, Message
 from rlhf_jax.errors import UserError
 from rlhf_jax.hub import template
 from rlhf_jax.hub.chat_formats import TEMPLATES, chat_template
@@ -448,6 +449,9 @@ def test_a_chat_begins_as_its_template_writes_it(tmp_path, kind):
     wanted = theirs.apply_chat_template(messages, return_dict=False)
     tokens, _ = ours.conversation(CONVERSATION)
     assert tokens == wanted[: len(tokens)] and len(wanted) - len(tokens) < 3
+    record, room = Conversation("0", tuple(CONVERSATION)), len(tokens) - 1
+    (cut,), _ = encode_conversations([record], ours, room, over_long="truncate_prompt_left")
+    assert cut.tokens == tokens[1:]
 
 
 END, NAMED = "<|endoftext|>", {"tokenizer_class": "PreTrainedTokenizerFast"}
