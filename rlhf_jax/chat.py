@@ -1,7 +1,8 @@
 """Talk to a model: `python -m rlhf_jax.chat --workdir=runs/dpo [--compare=runs/sft]`.
 
-With `--environment=mine.py:Env` or `--tools=mine.py:search` its calls are answered by what a config
-names so, anew for each message; of a message with calls the conversation keeps the answer alone.
+With `--environment=mine.py:Env` or `--tools=mine.py:search` its turns are answered by what a config
+names so, anew for each message. What it opens with and answers is shown, and the answers stay in
+the conversation, as they do in training.
 
 Answers appear as they are sampled; with `--compare` two models answer each message, side by side,
 each with its own history. Ctrl-C ends an answer, whose words so far stay in the conversation;
@@ -11,6 +12,7 @@ each with its own history. Ctrl-C ends an answer, whose words so far stay in the
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import queue
 import signal
 import sys
@@ -31,9 +33,11 @@ if TYPE_CHECKING:
     from rlhf_jax.data.records import Message
     from rlhf_jax.environments.trajectories import Environments, Play
     from rlhf_jax.sampling.arguments import Turn
+    from rlhf_jax.sampling.generate import Completion
     from rlhf_jax.training.saved_model import Model
 
 HALF = "\ufffd"  # a part of a character whose other bytes are still to come
+ADVICE = "mend it and start the chat again"  # where an environment fails
 HELP = """\
 /new            forget the conversation
 /system TEXT    start over under that system message; without a text, say what it is
@@ -56,7 +60,8 @@ class Speaker:
     options: dict[str, Any]  # of `Sampling`, and the seed
     messages: list[Message] = field(default_factory=list)
     enough: Callable[[], bool] = lambda: False  # whether the answer is to end here
-    environments: Environments | None = None  # what answers its calls
+    environments: Environments | None = None  # what answers its turns
+    cut: str = ""  # why the last answer has no end, where it has none
 
     def start_over(self) -> None:
         """Forgets the conversation."""
@@ -70,22 +75,14 @@ class Speaker:
         Raises:
             UserError: the conversation has no room left in the model's context.
         """
-        from rlhf_jax.data.conversation import render_prompt
-        from rlhf_jax.data.records import Message, Prompt
+        from rlhf_jax.data.records import Message
         from rlhf_jax.sampling.arguments import Sampling
         from rlhf_jax.sampling.generate import generate
 
         model = self.model
         asked = [*self.messages, Message("user", text)]
-        opening = [Message("system", self.system)] if self.system else []
         shown = Shown(model.tokenizer, show, self.enough)
-        if self.environments is None:
-            prompt = render_prompt([*opening, *asked], model.tokenizer)
-        else:
-            record = Prompt(f"message {number + 1}", (*opening, *asked))
-            seeds = [self.options["seed"]]
-            shown.play = self.environments.open(model.tokenizer, [record], 1, seeds)
-            (prompt,) = shown.play.prompts
+        prompt = self._open(asked, number, shown)
         room = model.config.max_length - len(prompt)
         if room < 1:
             raise UserError(
@@ -95,6 +92,7 @@ class Speaker:
         options = {name: value for name, value in self.options.items() if name != "seed"}
         options["max_new_tokens"] = min(options["max_new_tokens"], room)
         respond = shown.respond if shown.play else None
+        self.cut = ""
         try:
             (completion,) = generate(
                 model.config,
@@ -107,12 +105,44 @@ class Speaker:
                 chunk=4,
             )
         except Interrupted:
-            reply = shown.text
+            pass
         else:
-            reply = model.tokenizer.decode_text(completion.last_turn)
-            show(reply[len(shown.text) :])
-        self.messages = [*asked, Message("assistant", reply)]
-        return reply
+            shown.show_rest(completion.last_turn)
+            self.cut = _why_cut(completion, shown.play, options["max_new_tokens"])
+        self.messages = [*asked, *shown.said, Message("assistant", shown.text)]
+        return shown.text
+
+    def _open(self, asked: list[Message], number: int, shown: Shown) -> list[int]:
+        """The tokens that the answer follows; an environment's own opening is shown."""
+        from rlhf_jax.data.conversation import render_prompt
+        from rlhf_jax.data.records import Message, Prompt
+        from rlhf_jax.environments.trajectories import trajectory_seeds
+
+        messages = [*([Message("system", self.system)] if self.system else []), *asked]
+        tokenizer = self.model.tokenizer
+        if self.environments is None:
+            return render_prompt(messages, tokenizer)
+        record = Prompt(f"message {number + 1}", tuple(messages))
+        seeds = trajectory_seeds(self.options["seed"], [number])
+        shown.play = play = self.environments.open(tokenizer, [record], 1, seeds)
+        known = {(message.role, message.content) for message in messages}
+        for message in play.records[0].messages:
+            if (message.role, message.content) not in known:
+                shown.show(f"{message.content}\n")
+        return play.prompts[0]
+
+
+def _why_cut(completion: Completion, play: Play | None, limit: int) -> str:
+    """Why an answer did not come to its end; "" if it did."""
+    if completion.finished:
+        return ""
+    if play is not None:
+        if len(play.trajectories[0].told) > len(completion.given):
+            return f"the answer to this turn has no room in the {limit} tokens of --max-new-tokens"
+        if completion.tokens[-1] in play.tokenizer.ends:
+            most = play.environments.options.max_calls
+            return f"{most} turns were answered, and no more are"
+    return f"cut off after {limit} tokens, by --max-new-tokens or the model's context"
 
 
 @dataclass
@@ -122,13 +152,17 @@ class Shown:
     tokenizer: Tokenizer
     show: Callable[[str], object]
     enough: Callable[[], bool]
-    play: Play | None = None  # what answers calls
+    play: Play | None = None  # what answers turns
     text: str = ""
     tokens: list[int] = field(default_factory=list)  # of the last turn
-    given: int = 0  # tokens to come that answer a call, and are shown already
+    said: list[Message] = field(default_factory=list)  # the turns before it
+    told: list[Message] = field(default_factory=list)  # what answers it, if there is room for that
+    given: int = 0  # tokens to come that are those of `told`
 
     def on_tokens(self, _prompt: int, _sample: int, new: list[int]) -> None:
         """Shows what these tokens add; Interrupted once that is enough."""
+        if new and self.told:
+            self._next_turn()
         self.tokens.extend(new[self.given :])
         self.given = max(0, self.given - len(new))
         sofar = self.tokenizer.decode_text(self.tokens).rstrip(HALF)
@@ -138,15 +172,28 @@ class Shown:
         if self.enough():
             raise Interrupted
 
+    def show_rest(self, turn: Sequence[int]) -> None:
+        """Shows what is still to be shown of a whole turn."""
+        text = self.tokenizer.decode_text(turn)
+        self.show(text[len(self.text) :])
+        self.text = text
+
     def respond(self, turns: Sequence[Turn]) -> Sequence[list[int] | None]:
-        """What answers a turn, which is shown on a line of its own."""
+        """What answers a turn; it is shown once the model reads it."""
         assert self.play is not None
+        self.show_rest(turns[0].tokens)
         (answer,) = answers = self.play.respond(turns)
         if answer:
-            rest = self.tokenizer.decode_text(turns[0].tokens)[len(self.text) :]
-            self.show(f"{rest}\n{self.tokenizer.decode_text(answer)}\n")
-            self.text, self.tokens, self.given = "", [], len(answer)
+            self.told, self.given = self.play.trajectories[0].told[-1], len(answer)
         return answers
+
+    def _next_turn(self) -> None:
+        """Shows each message that answers the last turn on a line of its own."""
+        from rlhf_jax.data.records import Message
+
+        self.show("".join(f"\n{message.content}" for message in self.told) + "\n")
+        self.said += [Message("assistant", self.text), *self.told]
+        self.text, self.tokens, self.told = "", [], []
 
 
 @contextmanager
@@ -197,7 +244,7 @@ def converse(speakers: list[Speaker], read: Callable[[], str], write: Callable[[
             with interruptible(speakers):
                 if len(speakers) == 1:
                     speakers[0].answer(text, number, write)
-                    write("\n")
+                    write(f"\n({speakers[0].cut})\n" if speakers[0].cut else "\n")
                 else:
                     _side_by_side(speakers, text, number)
         except (UserError, KeyboardInterrupt) as error:
@@ -234,6 +281,8 @@ def _side_by_side(speakers: list[Speaker], text: str, number: int) -> None:
     def answer(i: int) -> None:
         try:
             speakers[i].answer(text, number, lambda piece: pieces.put((i, piece)))
+            if speakers[i].cut:
+                pieces.put((i, f"\n({speakers[i].cut})"))
         except UserError as error:
             pieces.put((i, str(error)))
 
@@ -253,15 +302,20 @@ def talk(given: argparse.Namespace) -> None:
     """Loads the models of a command line and converses at the terminal."""
     import jax
 
+    from rlhf_jax.data.conversation import render_prompt
+    from rlhf_jax.data.records import Message
     from rlhf_jax.environments.trajectories import EnvironmentOptions, environments_of
     from rlhf_jax.sampling.arguments import Sampling, check_streams
+    from rlhf_jax.stages.start import with_chat_template
     from rlhf_jax.training.saved_model import load_speaker
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     options = {name: getattr(given, name) for name in names}
-    offered = EnvironmentOptions(given.environment, given.tools, not given.undescribed)
-    if given.undescribed and not offered.named:
-        raise UserError("--undescribed is of --environment or --tools, and there are none")
+    described, python = not given.undescribed, given.python
+    offered = EnvironmentOptions(given.environment, given.tools, described, python)
+    if (given.undescribed or python) and not offered.named:
+        which = "--undescribed" if given.undescribed else "--config.environment.python"
+        raise UserError(f"{which} is of --environment or --tools, and there are none")
     # What no model can follow is said before one is loaded, not at each message.
     answered = (lambda turns: [None] * len(turns)) if offered.named else None
     Sampling(**options, respond=answered).validate()
@@ -270,6 +324,9 @@ def talk(given: argparse.Namespace) -> None:
     speakers = []
     for path in filter(None, (given.workdir, given.compare)):
         model = load_speaker(path)
+        tokenizer = with_chat_template(model.tokenizer, given.chat_template)
+        render_prompt([Message("user", "a")], tokenizer)  # UserError if it has no chat format
+        model = dataclasses.replace(model, tokenizer=tokenizer)
         speakers.append(Speaker(Path(path).name, model, given.system, options))
         count = sum(x.size for x in jax.tree.leaves(model.params))
         print(f"{Path(path).name}: {count:,} parameters, a context of {model.config.max_length:,} "
@@ -278,7 +335,7 @@ def talk(given: argparse.Namespace) -> None:
     prompt = "> " if sys.stdin.isatty() else ""
     with ExitStack() as held:
         for speaker in speakers:
-            speaker.environments = held.enter_context(environments_of(offered))
+            speaker.environments = held.enter_context(environments_of(offered, ADVICE))
         converse(speakers, lambda: input(prompt), partial(print, end="", flush=True))
 
 
@@ -298,6 +355,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--environment", default="", help="what answers calls: mine.py:Env")
     parser.add_argument("--tools", default="", help="functions: mine.py:search,mine.py:add")
     parser.add_argument("--undescribed", action="store_true", help="don't tell it of the tools")
+    # As a config names them, and as messages do.
+    parser.add_argument("--config.environment.python", dest="python", default="",
+                        help="the interpreter that runs it")  # fmt: skip
+    parser.add_argument("--config.data.chat_template", dest="chat_template", default="",
+                        help="a chat template, in place of the model's own")  # fmt: skip
     return run(parser, talk, argv)
 
 

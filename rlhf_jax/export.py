@@ -12,13 +12,19 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rlhf_jax import __version__
 from rlhf_jax.commands import Parser, run
 from rlhf_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from rlhf_jax.training.saved_model import Model
 
 
 def export(
@@ -45,37 +51,55 @@ def export(
     if shard_bytes < 1:
         raise UserError(f"--shard-bytes = {shard_bytes} must be at least 1")
     model = load_model(workdir)
-    tokenizer, base = model.tokenizer, None if model.base is None else model.base.directory
+    base = None if model.base is None else model.base.directory
     from_hub = base is not None and is_hub_directory(base)
     what = "reward model" if model.config.head == "scalar" else "language model"
     library, written = "transformers", dtype or "float32"
-    if model.adapter is not None and base is not None and not merge:
-        out.mkdir(parents=True, exist_ok=True)
-        beside = base if from_hub else (out / "base").resolve()
-        write_adapter(out, model.config, model.params, model.adapter, beside, dtype=written)
-        if not from_hub:
-            export(base, out / "base", dtype=dtype, shard_bytes=shard_bytes)
-        what, library = f"LoRA adapter of a {what}", "peft"
-    else:
-        if dtype is None and from_hub and base is not None:
-            written = stored_dtype(base)
-            print(
-                f"weights are written in {written}, as in {base}; --dtype names another", flush=True
+    with _filling(out):
+        if model.adapter is not None and base is not None and not merge:
+            beside = base if from_hub else (out / "base").resolve()
+            write_adapter(out, model.config, model.params, model.adapter, beside, dtype=written)
+            if not from_hub:
+                export(base, out / "base", dtype=dtype, shard_bytes=shard_bytes)
+            what, library = f"LoRA adapter of a {what}", "peft"
+        else:
+            if dtype is None and from_hub and base is not None:
+                written = stored_dtype(base)
+                print(f"weights are written in {written}, as in {base}; --dtype names another",
+                      flush=True)  # fmt: skip
+            params = model.params if model.adapter is None else lora.merge(model.params)
+            ids = _special_ids(model)
+            write_weights(
+                out, model.config, params, dtype=written, shard_bytes=shard_bytes, extra=ids
             )
-        out.mkdir(parents=True, exist_ok=True)
-        params = model.params if model.adapter is None else lora.merge(model.params)
-        ids = tokenizer.special_ids
-        if model.config.head == "scalar" and ids["pad_token_id"] in tokenizer.ends:
-            ids["pad_token_id"] = None
-            print(
-                "no pad_token_id is written: it would be that of the token that ends a reply, "
-                "before which transformers would then read the score",
-                flush=True,
-            )
-        write_weights(out, model.config, params, dtype=written, shard_bytes=shard_bytes, extra=ids)
-    card = model_card(workdir, out.resolve().name, what=what, dtype=written, library=library)
-    (out / "README.md").write_text(card, "utf-8")
-    tokenizer.export(out)  # last, so that a model that cannot be written leaves an empty directory
+        card = model_card(workdir, out.resolve().name, what=what, dtype=written, library=library)
+        (out / "README.md").write_text(card, "utf-8")
+        model.tokenizer.export(out)
+
+
+@contextmanager
+def _filling(out: Path) -> Iterator[None]:
+    """Makes a directory, which is left empty by whatever ends what happens inside early."""
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in out.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
+
+
+def _special_ids(model: Model) -> dict[str, Any]:
+    """The tokenizer's, for config.json, but for a padding token that would move a score."""
+    ids = model.tokenizer.special_ids
+    if model.config.head == "scalar" and ids["pad_token_id"] in model.tokenizer.ends:
+        ids["pad_token_id"] = None
+        print(
+            "no pad_token_id is written: it would be that of the token that ends a reply, before "
+            "which transformers would then read the score",
+            flush=True,
+        )
+    return ids
 
 
 def check_push(name: str) -> None:

@@ -303,6 +303,33 @@ def test_a_dtype_that_cannot_hold_a_weight_is_refused_and_leaves_nothing(tmp_pat
     assert load_file(tmp_path / "half/model.safetensors")["model.norm.weight"].max() == 65504
 
 
+def test_a_base_that_cannot_be_written_leaves_nothing_of_its_adapter(tmp_path, capsys):
+    """The base, one of our runs, is written after the adapter, and holds what float16 cannot."""
+    run, config, params, tokenizer = saved(tmp_path, "1b")
+    params["final_norm"]["scale"] = params["final_norm"]["scale"].at[3].set(1e5)
+    save_model(run, Model(config, params, tokenizer))
+    (tmp_path / "adapted").mkdir()
+    model = as_trainable(load_model(run), AdapterConfig(rank=2), 0)
+    save_model(tmp_path / "adapted", model)
+    flags = [f"--workdir={tmp_path}/adapted", f"--out={tmp_path}/out"]
+    assert main([*flags, "--dtype=float16"]) == 2
+    assert "model.norm.weight holds 100000" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+    assert main(flags) == 0 and (tmp_path / "out/base/model.safetensors").exists()
+
+
+def test_a_stop_while_a_model_is_written_leaves_nothing(tmp_path, monkeypatch):
+    run, *_ = saved(tmp_path, "tiny")
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlhf_jax.model_card.model_card", stop)
+    with pytest.raises(KeyboardInterrupt):
+        main([f"--workdir={run}", f"--out={tmp_path}/out"])
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_weights_of_several_dtypes_lose_nothing(tmp_path):
     hub_directory(tmp_path / "given", "bfloat16")
     path = tmp_path / "given/model.safetensors"

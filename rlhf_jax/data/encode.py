@@ -129,7 +129,6 @@ def encode_conversations(
     documents, fit = [], _Fit(records, row_length, over_long, CHAT_POLICIES)
     stats = fit.stats
     stats |= {"turns": 0, "stripped": 0}
-    start = _start(tokenizer)
     for record in records:
         with naming(record.id):
             parts, turns = split_turns(record.messages, tokenizer, stripped_turns == "expand")
@@ -145,6 +144,7 @@ def encode_conversations(
             is_target = mark(tokens, places)
             if len(tokens) > row_length:
                 _check_reply_fits(record.id, len(places[-1]), row_length)
+                start = _start_of(tokens, tokenizer)
                 rest = row_length - len(start)
                 tokens = [*start, *tokens[-rest:]]
                 cut = is_target[-rest:].index(0)  # targets of a turn that lost its beginning
@@ -192,7 +192,7 @@ def encode_pairs(
     rendered = render_groups(records, tokenizer)
     if mismatched:
         rendered = add_mismatched(rendered, records, tokenizer, row_length, over_long)
-    groups, start = [], _start(tokenizer)
+    groups = []
     for record, group in zip(records, rendered, strict=True):
         if not fit.takes(group.size, record.id):
             continue
@@ -200,6 +200,7 @@ def encode_pairs(
             replies = group.size - len(group.prompt)
             what = "a pair of replies" + " (with one to another prompt)" * mismatched
             _check_reply_fits(record.id, replies, row_length, what)
+            start = _start_of(group.prompt, tokenizer)
             prompt = [*start, *group.prompt[replies + len(start) - row_length :]]
             group = dataclasses.replace(group, prompt=prompt)
         groups.append(group)
@@ -304,6 +305,11 @@ def check_trained_share(documents: Sequence[Document]) -> float:
 
 def _start(tokenizer: Tokenizer) -> list[int]:
     return [] if tokenizer.bos is None else [tokenizer.bos]
+
+
+def _start_of(chat: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    """The token that begins a text if a chat begins with it; not every template writes it."""
+    return [token for token in chat[:1] if token == tokenizer.bos]
 
 
 def _check_reply_fits(

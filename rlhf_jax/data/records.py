@@ -88,6 +88,15 @@ KINDS: dict[str, type] = {
 }
 
 
+def meta_of_seed(meta: Mapping[str, str]) -> dict[str, str]:
+    """What a record's `meta` says where its prompt is answered anew.
+
+    "label" and "labeler" say how good its own last reply is and who thinks so, not the new one: of
+    that they are "seed_label" and "seed_labeler".
+    """
+    return {f"seed_{k}" if k in ("label", "labeler") else k: v for k, v in meta.items()}
+
+
 def convert(record: Record, kind: str) -> Record:
     """Makes a record of another kind, if that loses only what the kind has no place for.
 

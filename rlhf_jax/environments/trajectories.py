@@ -89,6 +89,7 @@ class Trajectory:
     Attributes:
       rewards: of each turn that the environment has taken, in order.
       calls, invalid: turns that were answered, and those among them by an error.
+      told: the messages that answered each of those turns, in order.
       fault: why the environment could not go on; "" if it could.
     """
 
@@ -98,6 +99,7 @@ class Trajectory:
     rewards: list[float] = field(default_factory=list)
     calls: int = 0
     invalid: int = 0
+    told: list[list[Message]] = field(default_factory=list)
     fault: str = ""
 
     @property
@@ -106,22 +108,28 @@ class Trajectory:
         return f"prompt {self.record.id!r}, sample {self.sample}"
 
 
+_ADVICE = "mend it, or leave such trajectories out with environment.on_error=mask"
+
+
 def environments_of(
-    options: EnvironmentOptions | None,
+    options: EnvironmentOptions | None, advice: str = _ADVICE
 ) -> AbstractContextManager[Environments | None]:
     """The `Environments` that a config names, None if it names none."""
-    return Environments(options) if options and options.named else nullcontext()
+    return Environments(options, advice) if options and options.named else nullcontext()
 
 
 class Environments:
     """The process of the environments. Use as a context manager.
 
+    Args:
+        advice: what whoever reads of a fault that ends the run can do.
+
     Raises:
         UserError: a file, class or function can't be loaded, or a tool has no schema.
     """
 
-    def __init__(self, options: EnvironmentOptions):
-        self.options = options
+    def __init__(self, options: EnvironmentOptions, advice: str = _ADVICE):
+        self.options, self.advice = options, advice
         self._child: Child | None = None
         self._told: set[str] = set()
         self.schemas = hosts.by_first(self._start)
@@ -225,9 +233,7 @@ class Environments:
         """Ends the run at a fault, or counts it and prints the first of its reason."""
         line = f"environment, {trajectory.name}: {detail}"
         if self.options.on_error == "fail":
-            raise UserError(
-                f"{line}; mend it, or leave such trajectories out with environment.on_error=mask"
-            )
+            raise UserError(f"{line}; {self.advice}")
         if reason not in self._told:
             self._told.add(reason)
             print(f"warning: {line}; left out and counted (environment.on_error=mask)", flush=True)
@@ -266,6 +272,7 @@ class Play:
             elif trajectory.calls < self.environments.options.max_calls:
                 messages = _messages(outcome["turns"])
                 trajectory.calls += 1
+                trajectory.told.append(messages)
                 trajectory.invalid += any(
                     message.role == "tool" and is_error(message.content) for message in messages
                 )

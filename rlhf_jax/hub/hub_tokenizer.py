@@ -54,8 +54,6 @@ class HubTokenizer:
         for each in settings.ends:
             if each not in self.ids:
                 raise UserError(f"eos_token_id {each} is no id of the tokenizer")
-        probe = vocabulary.whole.encode("a").ids
-        self._adds_bos = self.bos is not None and bool(probe) and probe[0] == self.bos
         named = settings.named | {"bos_token": vocabulary.bos or "", "eos_token": vocabulary.eos}
         source = settings.template
         self._template = None if source is None else Template(source, named)
@@ -265,7 +263,10 @@ class HubTokenizer:
             if text.startswith(prompt) and len(prompt) >= max(places.values(), default=0):
                 places[i] = len(prompt)
         bounds = [*places.values(), len(text)]
-        tokens = self._add_bos(self.spelling.encode(text[: bounds[0]]))
+        tokens = self.spelling.encode(text[: bounds[0]])
+        if self.bos is not None and tokens[:2] == [self.bos, self.bos]:
+            # Llama 2 begins every exchange with one, which is no more than one at the beginning.
+            raise UserError("the chat template writes the token that begins a text twice")
         begins = {}
         for (i, begin), end in zip(places.items(), bounds[1:], strict=True):
             begins[i] = len(tokens)
@@ -310,15 +311,6 @@ class HubTokenizer:
         if end is None or CLOSE not in whole:
             raise UserError(_NO_END)
         return end[0]
-
-    def _add_bos(self, ids: list[int]) -> list[int]:
-        if self.bos is None:
-            return ids
-        if self._adds_bos and ids[:1] != [self.bos]:
-            ids = [self.bos, *ids]
-        if ids[:2] == [self.bos, self.bos]:  # Llama 2 begins every exchange with one
-            raise UserError("the chat template writes the token that begins a text twice")
-        return ids
 
     def _explain_break(self, prompt: str, whole: str) -> UserError:
         """An error saying where a prompt and its reply are not what the template makes of both."""

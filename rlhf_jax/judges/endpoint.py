@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from urllib.parse import urlsplit
@@ -24,7 +27,7 @@ _HOST = r"(?P<host>[\w-]{1,63}(\.[\w-]{1,63})*\.?)"  # else no name can be looke
 _ADDRESS = re.compile(rf"http(?P<tls>s?)://{_HOST}(:(?P<port>\d{{1,5}}))?(/[\w./-]*)?", re.ASCII)
 _VERDICT = re.compile(r"\s*(first|second)\.?\s*", re.IGNORECASE)
 _WAITS = (0.0, 1.0, 8.0)  # seconds before it is asked, and asked again where that may help
-_AT_ONCE, _SECONDS = 8, 120.0  # requests; for a reply
+_AT_ONCE, _SECONDS = 8, 120.0  # requests; for a whole reply, however its bytes come
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,31 @@ class EndpointJudge:
         connection = make(parts.hostname or "", parts.port, timeout=_SECONDS)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         headers["Content-Type"] = "application/json"
+        late, deadline = threading.Event(), time.monotonic() + _SECONDS
+        connection.connect()
+        # The connection's own limit is one for each wait, and begins anew with every byte.
+        timer = threading.Timer(deadline - time.monotonic(), _hang_up, (connection.sock, late))
+        timer.daemon = True
+        timer.start()
         try:  # it follows no redirection, nor does the key
             connection.request("POST", f"{parts.path}/chat/completions", body, headers)
             response = connection.getresponse()
-            return response.status, response.read(1 << 20)
+            answer = response.status, response.read(1 << 20)
+        except (OSError, HTTPException):
+            if not late.is_set():
+                raise
         finally:
+            timer.cancel()
             connection.close()
+        if late.is_set():  # what was read may end anywhere
+            raise TimeoutError
+        return answer
+
+
+def _hang_up(connected: socket.socket, late: threading.Event) -> None:
+    late.set()
+    with suppress(OSError):  # it has ended meanwhile
+        connected.shutdown(socket.SHUT_RDWR)
 
 
 def read_verdict(reply: bytes) -> tuple[float, str]:

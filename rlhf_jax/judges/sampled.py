@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data.records import Prompt
+from rlhf_jax.data.records import Prompt, meta_of_seed
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.held_out_answers import Answer, answer
 from rlhf_jax.judges.judge import Comparison
@@ -100,6 +101,8 @@ def read_prompts(
 ) -> list[Prompt]:
     """`count` prompts of a source, or all, drawn at random, that leave each policy `room` tokens.
 
+    What their meta says of replies of their own is named so: see `meta_of_seed`.
+
     Raises:
         UserError: there are fewer.
     """
@@ -109,7 +112,11 @@ def read_prompts(
         why = f"left out: the context of {policy.name} leaves {limit} for a prompt"
         tokenizer = policy.model.tokenizer
         records = prompts_within(limit, f"{source} prompts", records, tokenizer, why).records
-    return _drawn(records, source, len(records) if count is None else count, policies[0].seed)
+    count = len(records) if count is None else count
+    return [
+        dataclasses.replace(record, meta=meta_of_seed(record.meta))
+        for record in _drawn(records, source, count, policies[0].seed)
+    ]
 
 
 def sample_pairs(first: Policy, second: Policy, prompts: list[Prompt]) -> Pairs:

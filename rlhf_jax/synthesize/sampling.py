@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from random import Random
 
 from rlhf_jax.data.conversation import render_prompt
-from rlhf_jax.data.records import Conversation, Message, Prompt
+from rlhf_jax.data.encode import naming
+from rlhf_jax.data.records import Conversation, Message, Prompt, meta_of_seed
 from rlhf_jax.errors import UserError
 from rlhf_jax.filter.records import Bad, Item
 from rlhf_jax.sampling.arguments import Sampling
@@ -40,7 +41,8 @@ def sample_answers(
 
     A record's id is its prompt's with the number of the answer; its meta says which `run` wrote it
     ("model"), and "finish_reason" whether it ended by itself, as engines write it: "stop" or
-    "length". The same arguments give the same answers, bit for bit.
+    "length". What the seed's says of its own reply is named so: see `meta_of_seed`. The same
+    arguments give the same answers, bit for bit.
     """
     fitting, bad = _fitting(model, seeds, draw)
     items = []
@@ -53,7 +55,7 @@ def sample_answers(
             bad.append(Bad(seed.source, seed.line, "an answer has a NUL character"))
             continue
         ended = "stop" if reply.finished else "length"
-        meta = {**seed.record.meta, "model": run, "finish_reason": ended}
+        meta = {**meta_of_seed(seed.record.meta), "model": run, "finish_reason": ended}
         turns = (*seed.record.messages, Message("assistant", text))
         record = Conversation(f"{seed.record.id}#{sample + 1}", turns, meta)
         items.append(Item(record, seed.source, seed.line))
@@ -65,7 +67,8 @@ def write_prompts(
 ) -> tuple[list[Item], list[Bad]]:
     """Prompts that the model writes, each after `SHOTS` seeds (https://arxiv.org/abs/2212.10560).
 
-    One that is empty, does not end, or is a seed or another one again is among the second.
+    One that is empty, does not end, has a NUL character, or is a seed or another one again is among
+    the second.
 
     Raises:
         UserError: fewer seeds than `SHOTS` are one message of a user.
@@ -88,9 +91,14 @@ def write_prompts(
     for (ask, _), reply in zip(fitting, replies, strict=True):
         text = _NUMBER.sub("", model.tokenizer.decode_text(reply.tokens).strip())
         key = " ".join(text.split()).casefold()
-        ended = reply.finished and "\0" not in text
-        if not text or not ended or key in known:
-            why = "there already" if key in known else "without an end" if text else "empty"
+        why = (
+            "there already" if key in known
+            else "empty" if not text
+            else "without an end" if not reply.finished
+            else "with a NUL character" if "\0" in text
+            else ""
+        )  # fmt: skip
+        if why:
             bad.append(Bad(ask.source, ask.line, f"a written prompt is {why}: {text[:80]!r}"))
             continue
         known.add(key)
@@ -114,7 +122,8 @@ def _fitting(
     room = model.config.max_length - draw.max_new_tokens
     for seed in seeds:
         assert isinstance(seed.record, Prompt)
-        tokens = render_prompt(seed.record.messages, model.tokenizer)
+        with naming(seed.place):
+            tokens = render_prompt(seed.record.messages, model.tokenizer)
         if len(tokens) <= room:
             fitting.append((seed, tokens))
         else:

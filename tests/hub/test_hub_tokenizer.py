@@ -6,10 +6,19 @@ import json
 
 import pytest
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from rlhf_jax.data.conversation import render_prompt, render_replies
-from rlhf_jax.data.records import Message
+from rlhf_jax.data.encode import encode_conversations
+from rlhf_jax.data.records import Conversation, Message
 from rlhf_jax.errors import UserError
 from rlhf_jax.hub import template
 from rlhf_jax.hub.chat_formats import TEMPLATES, chat_template
@@ -412,6 +421,37 @@ def test_a_system_message_opens_the_first_turn(tmp_path):
         text = ours.decode(ours.prompt(messages), control=True)
         assert text.index("Be brief.") < text.index("12 + 30") < text.index("It is 42.")
         assert text.count("Be brief.") == 1
+
+
+@pytest.mark.parametrize("kind", ["gemma", "llama3"])
+def test_a_chat_begins_as_its_template_writes_it(tmp_path, kind):
+    """A post-processor adds bos to texts; transformers adds none to what a template writes."""
+    write(tmp_path, kind)
+    begin = KINDS[kind][1]
+    made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    number = made.token_to_id(begin)
+    made.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=[(begin, number)]
+    )
+    made.save(str(tmp_path / "tokenizer.json"))
+    path = tmp_path / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    bare = settings["chat_template"].replace("{{- bos_token -}}", "", 1)
+    assert bare != settings["chat_template"]
+    path.write_text(json.dumps(settings | {"chat_template": bare}))
+    ours = HubTokenizer.load(tmp_path)
+    assert ours.bos == number == made.encode("fox").ids[0]
+    transformers = pytest.importorskip("transformers", reason="needs requirements-parity.txt")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    messages = [m.to_json() for m in CONVERSATION]
+    wanted = theirs.apply_chat_template(messages[:3], add_generation_prompt=True, return_dict=False)
+    assert number not in wanted and ours.prompt(CONVERSATION[:3]) == wanted
+    wanted = theirs.apply_chat_template(messages, return_dict=False)
+    tokens, _ = ours.conversation(CONVERSATION)
+    assert tokens == wanted[: len(tokens)] and len(wanted) - len(tokens) < 3
+    record, room = Conversation("0", tuple(CONVERSATION)), len(tokens) - 1
+    (cut,), _ = encode_conversations([record], ours, room, over_long="truncate_prompt_left")
+    assert cut.tokens == tokens[1:]
 
 
 END, NAMED = "<|endoftext|>", {"tokenizer_class": "PreTrainedTokenizerFast"}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import BaseRequestHandler, ThreadingTCPServer
 
 import numpy as np
 import pytest
@@ -110,6 +113,37 @@ def test_a_redirection_is_not_followed_and_a_server_that_answers_nothing_is_one_
     assert SECRET not in str(said.value)
     with pytest.raises(UserError, match="the server gives no reply: ConnectionRefusedError"):
         EndpointJudge("http://127.0.0.1:9/v1", "m")(PAIRS[:1], SAFE)
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nX-Slow: "])
+def test_a_reply_that_comes_byte_by_byte_is_given_up_on(monkeypatch, head):
+    """Every wait for a byte is short, be it of the body or of the headers, and there is no end."""
+    monkeypatch.setattr(endpoint, "_WAITS", (0.0,))
+    monkeypatch.setattr(endpoint, "_SECONDS", 0.5)
+    gone = threading.Event()
+
+    class Slow(BaseRequestHandler):
+        def handle(self):
+            self.request.sendall(head)
+            with contextlib.suppress(OSError):
+                for _ in range(100):  # 5 s, were it not given up on
+                    self.request.sendall(b"x")
+                    if gone.wait(0.05):
+                        return
+
+    with ThreadingTCPServer(("127.0.0.1", 0), Slow) as listening:
+        thread = threading.Thread(target=listening.serve_forever, args=(0.01,))
+        thread.start()
+        begun = time.monotonic()
+        judge = EndpointJudge(f"http://127.0.0.1:{listening.server_address[1]}/v1", "m")
+        try:
+            with pytest.raises(UserError, match="the server gives no reply: TimeoutError"):
+                judge(PAIRS[:1], SAFE)
+            assert time.monotonic() - begun < 3
+        finally:
+            gone.set()
+            listening.shutdown()
+            thread.join()
 
 
 @pytest.mark.parametrize(

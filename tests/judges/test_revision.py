@@ -19,7 +19,7 @@ from rlhf_jax.judges.revision import (
     keep_preferred,
     revise,
 )
-from rlhf_jax.judges.sampled import Policy, read_pairs
+from rlhf_jax.judges.sampled import Policy, read_pairs, read_prompts
 from rlhf_jax.label.files import prompt_fields
 from rlhf_jax.tasks.sources import read_records
 from rlhf_jax.tasks.town.town import Town
@@ -42,6 +42,17 @@ class Scripted(Policy):
 
 def said(text, finished=True):
     return Answer(text, (1,), finished)
+
+
+def test_what_a_prompts_meta_says_of_a_reply_of_its_own_is_named_so(tmp_path):
+    saved(tmp_path, "tiny")
+    policy = Policy("it", load_model(tmp_path / "run"), 4, 1.0, 0)
+    rated = {"prompt": "Who?", "completion": "Ann.", "label": False, "labeler": "bo", "n": 1}
+    source = written(tmp_path / "rated.jsonl", [rated])
+    (prompt,) = read_prompts(source, [policy], "train", None, 4)
+    assert not {"label", "labeler"} & prompt.meta.keys()
+    stated = {"seed_label": "false", "seed_labeler": "bo", "n": "1"}
+    assert {name: prompt.meta[name] for name in stated} == stated
 
 
 def test_an_answer_is_criticised_then_revised_in_one_conversation(tmp_path):

@@ -7,11 +7,17 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from rlhf_jax.data.jsonl import read_jsonl
+from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.data.tokenizer import train_bpe
+from rlhf_jax.errors import UserError
+from rlhf_jax.filter.records import Item
 from rlhf_jax.models import ModelConfig, init
+from rlhf_jax.sampling.generate import Completion
+from rlhf_jax.synthesize import sampling
 from rlhf_jax.synthesize.__main__ import main
 from rlhf_jax.training.saved_model import Model, save_model
 
@@ -63,6 +69,46 @@ def test_every_answer_is_kept_or_went_and_says_whence_it_came(folder, tmp_path):
         assert record.id.startswith(f"seeds.jsonl:{lines[number]['line']}#")
     assert synthesize(folder, tmp_path / "two", *scored)[0] == kept
     assert synthesize(folder, tmp_path / "three", *scored, "--seed=1")[0] != kept
+
+
+def test_what_was_said_of_a_seeds_own_answer_is_not_said_of_the_new_one(folder, tmp_path):
+    rated = {"prompt": "Who?", "completion": "Ann.", "label": True, "labeler": "bo", "topic": "t"}
+    (tmp_path / "rated.jsonl").write_text(json.dumps(rated) + "\n")
+    options = (f"--seeds={tmp_path / 'rated.jsonl'}", "--samples=1")
+    (line,), _ = synthesize(folder, tmp_path / "out", *options)
+    assert "label" not in json.loads(line)
+    (record,) = read_jsonl(tmp_path / "out" / "kept.jsonl", "conversation")
+    assert not {"label", "labeler"} & record.meta.keys()
+    stated = {"seed_label": "true", "seed_labeler": "bo", "topic": "t"}
+    assert {name: record.meta.get(name) for name in stated} == stated
+
+
+def test_why_a_written_prompt_is_none_is_said_of_each(monkeypatch):
+    texts = ["Where?", "", "How so", "a\0b", "How many?"]
+    ended = [True, True, False, True, True]
+    replies = [
+        Completion(TOKENIZER.encode(text), np.zeros(0), finished)
+        for text, finished in zip(texts, ended, strict=True)
+    ]
+    monkeypatch.setattr(sampling, "_generate", lambda *_: replies)
+    asked = [Prompt(text, (Message("user", text),)) for text in ("Where?", "Who?", "When?")]
+    seeds = [Item(prompt, "seeds.jsonl", i) for i, prompt in enumerate(asked, 1)]
+    model = Model(CONFIG, {}, TOKENIZER)
+    made, bad = sampling.write_prompts(model, "run", seeds, 5, sampling.Draw(8, 1.0, 0))
+    assert [item.record.messages[0].content for item in made] == ["How many?"]
+    assert [(each.line, each.why.partition(" is ")[2]) for each in bad] == [
+        (1, "there already: 'Where?'"), (2, "empty: ''"), (3, "without an end: 'How so'"),
+        (4, "with a NUL character: 'a\\x00b'"),
+    ]  # fmt: skip
+
+
+def test_a_seed_that_cannot_be_rendered_is_named():
+    prompt = Prompt("0", (Message("tool", "42"),))
+    with pytest.raises(UserError, match=r"record 'seeds.jsonl:7': messages\[0\]: role 'tool'"):
+        sampling.sample_answers(
+            Model(CONFIG, {}, TOKENIZER), "run", [Item(prompt, "seeds.jsonl", 7)], 1,
+            sampling.Draw(8, 1.0, 0),
+        )  # fmt: skip
 
 
 @pytest.mark.slow
