@@ -30,7 +30,8 @@ class SamplingOptions:
     """How answers to prompts are drawn."""
 
     max_prompt_tokens: int = option(128, least=1)  # longer prompts are left out and counted
-    max_new_tokens: int = option(48, least=1)  # of an answer, its end included
+    # Of an answer, its end included, and all that an environment answers in it.
+    max_new_tokens: int = option(48, least=1)
     # best_of_n draws its curves at temperature 1 whatever this says, since their KL bound holds
     # only there.
     temperature: float = 1.0
@@ -66,7 +67,8 @@ class RolloutOptions(SamplingOptions):
     truncated: str = option("keep", choices=("keep", "mask"))  # "mask": those are not trained on
     # What an environment answers; "train", an ablation: as if the policy had drawn it.
     given: str = option("mask", choices=("mask", "train"))
-    overlong_buffer: int = 0  # tokens below max_new_tokens that are punished softly (DAPO)
+    # Tokens below max_new_tokens, of all that it bounds, that are punished softly (DAPO).
+    overlong_buffer: int = 0
     filter_zero_std: bool = False  # leave out prompts whose answers all score the same
     # Further batches of prompts to replace those.
     resample: int = option(0, least=0, only=Only("filter_zero_std"))

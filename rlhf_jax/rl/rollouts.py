@@ -102,7 +102,10 @@ def sample_answers(
     if play is not None:
         play.end(rollout.finished.tolist())
         rollout = dataclasses.replace(
-            rollout, trajectories=play.trajectories, turn_rewards=_turn_rewards(play, rollout)
+            rollout,
+            trajectories=play.trajectories,
+            turn_rewards=_turn_rewards(play, rollout),
+            extents=np.array([len(c.tokens) + c.unread for c in completions], np.float32),
         )
     return with_rows(config, rollout, multiple)
 
