@@ -109,7 +109,12 @@ class Rollout:
     @property
     def lengths(self) -> Array:
         """[N] sampled tokens of each answer."""
-        return (self.mask if self.drawn is None else self.drawn).sum(-1)
+        return self.sampled.sum(-1)
+
+    @property
+    def sampled(self) -> Array:
+        """[N, T], 1 on the tokens that were sampled."""
+        return self.mask if self.drawn is None else self.drawn
 
     @property
     def _of_answers(self) -> tuple[str, ...]:

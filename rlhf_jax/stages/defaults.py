@@ -29,8 +29,8 @@ from rlhf_jax.rl.options import (
     LagrangeOptions,
     OnlineRolloutOptions,
     PolicyOptions,
+    PolicyRolloutOptions,
     RewardOptions,
-    RolloutOptions,
 )
 from rlhf_jax.training.loop import Train
 from rlhf_jax.training.optimizer import OptimizerConfig
@@ -359,7 +359,8 @@ STAGES: dict[str, dict[str, type]] = {
     | {"init": JudgedInit, "data": VotedData, "loss": PreferenceOptions}
     | {"environment": EnvironmentOptions},
     "policy": _SAMPLED
-    | {"data": PolicyData, "rollout": RolloutOptions, "train": SampledTrain, "loss": PolicyOptions}
+    | {"data": PolicyData, "rollout": PolicyRolloutOptions, "train": SampledTrain}
+    | {"loss": PolicyOptions}
     | {"kl": KlOptions, "lagrange": LagrangeOptions, "advantage": AdvantageOptions}
     | {"critic": CriticOptions, "environment": EnvironmentOptions},
     "online_preference": _SAMPLED

@@ -16,7 +16,8 @@ from rlhf_jax.models.scoring import target_statistics
 from rlhf_jax.rewards.scorers import TextScorers
 from rlhf_jax.rl.judge import Judge
 from rlhf_jax.rl.layout import from_rows, select
-from rlhf_jax.rl.objectives import advantages, sample_metrics, shape_scores
+from rlhf_jax.rl.objectives import advantages, shape_scores
+from rlhf_jax.rl.on_policy import _mismatch
 from rlhf_jax.rl.rollouts import sample_answers, text_rollout
 from rlhf_jax.stages import defaults
 from rlhf_jax.tasks.prompts import PromptSet
@@ -143,6 +144,38 @@ def test_what_the_environment_answered_is_trained_if_that_is_asked_for(prompts):
     assert trained.mask.sum() - masked.mask.sum() == tools > 100
     assert masked.metrics["tools/tokens"] == trained.metrics["tools/tokens"]
     assert masked.metrics["rollout/tokens"] == trained.metrics["rollout/tokens"]
+    assert masked.lengths.tolist() == trained.lengths.tolist()
+
+
+def test_answers_that_are_trained_have_no_log_probs_of_the_sampler(prompts):
+    """The sampler never drew them: nothing says how far its log-probs are from the trainer's."""
+    config = config_of(rollout={"given": "train"}, reward={"scorers": "environment"})
+    rollout = text_rollout(config, MODEL, Scorers(), None, PARAMS, prompts, 0)
+    statistics = jax.jit(target_statistics, static_argnums=0)(CONFIG, PARAMS, rollout.rows)
+    ours = select(statistics.logprobs, rollout.rows).reshape(rollout.rows["slots"].shape)
+    old = from_rows(np.asarray(ours), rollout.rows["members"])
+    rollout = dataclasses.replace(rollout, old_logprobs=old, entropy=np.zeros_like(old))
+    metrics = _mismatch(rollout)
+    assert metrics["rollout/logprob_difference"][0] < 1e-4
+    assert metrics["rollout/kl_k3"] == (pytest.approx(0, abs=1e-6), rollout.lengths.sum())
+
+
+def test_a_greedy_answer_is_judged_as_those_that_are_set_against_it(prompts):
+    """One that was cut off pays for it too, or ReMax would punish all others beside it."""
+    rollout = {"missing_eos": "subtract", "missing_eos_penalty": 3.0}
+    made = [
+        text_rollout(
+            config_of("remax", rollout=each, reward={"scorers": "environment"}),
+            *(MODEL, Scorers(), None, PARAMS, prompts, 0),
+        )
+        for each in ({}, rollout)
+    ]
+    greedy = sample_answers(
+        config_of("remax"), MODEL, prompts, samples=1, seed=5, multiple=1, temperature=0.0
+    )
+    assert not greedy.finished.all()
+    paid = made[0].greedy_scores - made[1].greedy_scores
+    np.testing.assert_allclose(paid, 3.0 * ~greedy.finished, atol=1e-5)
 
 
 def test_the_punishment_of_length_counts_what_the_limit_bounds(prompts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import inspect
 from functools import cache, partial
@@ -217,6 +218,7 @@ def test_every_field_has_a_comment(kind):
         ("policy", "train.ema_decay", "pretrain, sft, reward, preference, best_of_n"),
         ("policy", "data.over_long", "pretrain, sft, reward, preference"),
         ("sft", "eval.during", "preference, policy, online_preference, best_of_n"),
+        ("online_preference", "rollout.given", "policy"),
         ("reward", "eval.temperature", "sft, preference, policy, online_preference, best_of_n"),
         ("pretrain", "init.policy", "sft, reward, preference, policy, online_preference"),
         ("oracle", "batch.rows", "pretrain, sft, reward, preference, policy, online_preference"),
@@ -263,7 +265,13 @@ def test_a_missing_reward_file_and_another_loss_are_seen_before_the_parents_run(
     config.environment.tools = "mine.py:scor, other.py:scor"
     with pytest.raises(UserError, match=r"environment names 'other.py:scor': there is no file"):
         checked(config)
+    config.environment.tools = "mine.py:sqrt"
+    config.rollout.given = "train"
+    checked(config)
     config.environment.tools = ""
+    with pytest.raises(UserError, match=r"trains what an environment answers, but there is none"):
+        checked(config)
+    config.rollout.given = "mask"
     config.reward.scorers = "model"
     with pytest.raises(UserError, match=r"name its run with --config\.init\.reward=…, or another"):
         checked(config)
@@ -396,13 +404,21 @@ def test_the_path_of_a_source_may_hold_what_separates_sources(tmp_path):
 
 def test_a_part_of_a_file_s_name_is_no_scorer():
     for scorers, names in (
-        ("length=1, model=2", {"normalize"}),
-        ("regex", {"pattern"}),
-        ("mine.py:score", {"timeout_seconds"}),
-        ("remodel.py:regex_of", {"timeout_seconds"}),
+        ("length=1, model=2", {"normalize", "on_error"}),
+        ("regex", {"pattern", "timeout_seconds", "on_error"}),
+        ("mathematics.py:regexp", {"timeout_seconds", "on_error"}),
+        ("math", {"timeout_seconds", "on_error"}),
+        ("number", {"on_error"}),  # of a record without an answer
+        ("mine.py:score", {"timeout_seconds", "on_error"}),
+        ("remodel.py:regex_of", {"timeout_seconds", "on_error"}),
     ):
-        options = defaults.resolve(defaults.on_policy("grpo", reward={"scorers": scorers}))
-        fields = ("normalize", "pattern", "timeout_seconds")
+        reward = {"scorers": "length"} if scorers == "math" else {"scorers": scorers}
+        options = defaults.resolve(defaults.on_policy("grpo", reward=reward))
+        if scorers == "math":  # whose package need not be there
+            options = dataclasses.replace(
+                options, reward=dataclasses.replace(options.reward, scorers=scorers)
+            )
+        fields = ("normalize", "pattern", "timeout_seconds", "on_error")
         assert {n for n in fields if unread(options, f"reward.{n}") is None} == names, scorers
 
 
