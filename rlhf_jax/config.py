@@ -79,7 +79,7 @@ class Only:
         if self.containing:
             names = [part.partition("=")[0].strip() for part in value.split(",")]
             functions = ".py:" in self.containing
-            return any(n in self.containing or functions and ".py:" in n for n in names)
+            return any(n in self.containing or (functions and ".py:" in n) for n in names)
         return value in self.among if self.among else bool(value)
 
     def __str__(self) -> str:

@@ -360,6 +360,20 @@ def test_an_option_of_another_loss_is_refused_with_those_that_have_it():
     assert objective == Simpo(beta=2.0, gamma=1.0) and type(objective.gamma) is float
 
 
+def test_replies_of_which_none_is_to_be_trained_are_not_expanded():
+    both = {"trained_turns": "last", "stripped_turns": "expand"}
+    for name in both:
+        checked(defaults.base("sft", data={name: both[name]}))
+    with pytest.raises(UserError, match=r"'expand' trains earlier replies, and .* set one of them"):
+        checked(defaults.base("sft", data=both))
+
+
+def test_one_stream_has_no_records_that_are_too_long():
+    config = defaults.base("pretrain", data={"layout": "windows"})
+    said = "data.over_long is read only with data.layout = documents"
+    assert unread(defaults.resolve(config), "data.over_long") == said
+
+
 def test_what_means_nothing_is_not_recorded_and_told_on_the_command_line(tmp_path):
     config = defaults.base("sft", optimizer={"schedule": "linear", "decay_fraction": 0.4})
     assert "decay_fraction" not in document(defaults.resolve(config))["optimizer"]
