@@ -15,7 +15,7 @@ from rlhf_jax.models import init
 from rlhf_jax.models.scoring import target_statistics
 from rlhf_jax.rewards.scorers import TextScorers
 from rlhf_jax.rl.judge import Judge
-from rlhf_jax.rl.layout import from_rows, select
+from rlhf_jax.rl.layout import Rollout, from_rows, select
 from rlhf_jax.rl.objectives import advantages, shape_scores
 from rlhf_jax.rl.on_policy import _mismatch
 from rlhf_jax.rl.rollouts import sample_answers, text_rollout
@@ -188,6 +188,9 @@ def test_the_punishment_of_length_counts_what_the_limit_bounds(prompts):
     assert (~cut & (lengths > 30)).any() and (rollout.lengths[cut] <= 30).any()
     by_hand = np.where(cut, -1.0, -np.clip((lengths - 30) / 10, 0, 1))
     np.testing.assert_allclose(found, by_hand, atol=1e-5)
+    some = Rollout.joined([rollout, rollout]).take([5, 2])  # as where prompts are replaced
+    again = np.asarray(shape_scores(config, some)) - some.scores
+    np.testing.assert_allclose(again, [*by_hand[4:8], *by_hand[8:12]], atol=1e-5)
 
 
 def test_a_trajectory_that_its_calls_ended_is_punished_for_its_own_length(prompts):
