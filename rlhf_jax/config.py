@@ -64,12 +64,12 @@ class Config:
 class Only:
     """A condition on another field: that it is set, is `among`, or names a scorer.
 
-    `containing` is the name of one of the scorers that the field lists, or ".py:" for any function.
+    `containing` are the names of scorers of which the field lists one, ".py:" being any function.
     """
 
     field: str  # of the same section, or "section.field" of another
     among: tuple[Any, ...] = ()
-    containing: str = ""
+    containing: tuple[str, ...] = ()
     told: str = ""  # the condition as a user would state it; "": as it stands
 
     def holds(self, config: Config, section: Any) -> bool:
@@ -78,13 +78,13 @@ class Only:
         value = getattr(getattr(config, where) if where else section, name)
         if self.containing:
             names = [part.partition("=")[0].strip() for part in value.split(",")]
-            functions = self.containing == ".py:"
-            return any(".py:" in n if functions else n == self.containing for n in names)
+            functions = ".py:" in self.containing
+            return any(n in self.containing or (functions and ".py:" in n) for n in names)
         return value in self.among if self.among else bool(value)
 
     def __str__(self) -> str:
         if self.told or self.containing:
-            return self.told or f"{self.containing!r} in {self.field}"
+            return self.told or f"{' or '.join(map(repr, self.containing))} in {self.field}"
         return f"{self.field} = {' or '.join(map(str, self.among))}" if self.among else self.field
 
 

@@ -122,9 +122,10 @@ def read_lines(
     else:
         numbered = ((i, _drop_nulls(dict(row))) for i, row in enumerate(rows, 1))
     reasons: Counter[str] = Counter()
-    records, first_error = [], ""
+    records, first_error, lines = [], "", 0
     for number, raw in numbered:
         stop_point()
+        lines += 1
         try:
             fields = raw if isinstance(raw, dict) else _parse_object(raw)
             record, why = convert(fields, f"{Path(path).name}:{number}"), ""
@@ -144,9 +145,9 @@ def read_lines(
             told(number, why)
     bad = reasons.total()
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    if bad > max_bad_fraction * (bad + len(records)):
+    if bad > max_bad_fraction * lines:
         raise UserError(
-            f"{path}: {bad} of {bad + len(records)} lines are bad ({counts}), more than "
+            f"{path}: {bad} of {lines} lines are bad ({counts}), more than "
             f"max_bad_fraction={max_bad_fraction} allows; first: {first_error}"
         )
     if not records:

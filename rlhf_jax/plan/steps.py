@@ -229,7 +229,7 @@ def _by_loss(site: _Site) -> list[Step]:
     holds = _trained(state, model.params)
     if others := _reward_models(site):
         holds["other models"] = others
-    if config.stage == "preference" and config.train.eval_every:
+    if config.stage == "preference" and config.train.eval_every and config.eval.during:
         holds["other models"] = split(model.params)[0]  # the start is kept, for its KL
     batch = site.rows(rows, size)
     steps = [_update(site, "update", learner, loss, state, batch, holds, calls)]

@@ -13,7 +13,7 @@
                in a separate process; an answer that takes MATH_SECONDS or too much memory is wrong
     exact      1 if the response is meta["answer"], or without one meta["reference"], else 0
     regex      1 if the pattern is found in the response, else 0; in a separate process too
-    length     the response's tokens
+    length     the response's tokens; where an environment answers, those drawn in all turns
     path/to/file.py:function    a user's own, run in a separate process (see `worker`)
 
 A user's function is called as f(prompts, responses, **columns) and returns a list of numbers, one

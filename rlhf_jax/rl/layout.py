@@ -29,8 +29,10 @@ Array = Any  # on the host or a device
 
 
 _OF_ANSWERS = ("mask", "behaviour_logprobs", "finished", "scores", "weights")  # sampled, scored
+_OF_TRAJECTORIES = ("turn_rewards", "extents")
 _ARRAYS = (
-    *(*_OF_ANSWERS, "turn_rewards", "greedy_scores", "old_logprobs", "ref_logprobs", "entropy"),
+    *(*_OF_ANSWERS, *_OF_TRAJECTORIES, "drawn"),
+    *("greedy_scores", "old_logprobs", "ref_logprobs", "entropy"),
     *("charges", "old_values", "last_values", "advantages", "returns"),
 )
 
@@ -48,7 +50,8 @@ class Rollout:
     JAX sees its arrays alone: what is compiled finds the other fields empty.
 
     Attributes:
-      mask: f32 [N, T], 1 on response tokens, EOS included; 0 on what an environment answered.
+      mask: f32 [N, T], 1 on response tokens, EOS included; 0 on what an environment answered,
+        unless that is trained too.
       behaviour_logprobs: f32 [N, T] nats, as the sampler said.
       finished: bool [N], ended by itself.
       scores, weights: [N], of the scorers; weight 0 leaves a sequence out.
@@ -56,6 +59,9 @@ class Rollout:
         limit on a cost.
       turn_rewards: f32 [N, T], None without an environment: its rewards of all turns but the last
         one, each on its turn's last token. They are part of the score.
+      extents: f32 [N] tokens, None without an environment: of the whole trajectory, what was
+        answered included, also the answer for which the limit left no room.
+      drawn: f32 [N, T], 1 on what was sampled, where the mask has other tokens too; else None.
       greedy_scores: [P], of the greedy answers, ReMax's baseline; zeros for other algorithms.
       old_logprobs, ref_logprobs, entropy: f32 [N, T] nats, of the policy before the first update
         and of the reference, by the function that trains.
@@ -78,6 +84,8 @@ class Rollout:
     weights: Array = None
     charges: Array = None
     turn_rewards: Array = None
+    extents: Array = None
+    drawn: Array = None
     greedy_scores: Array = None
     old_logprobs: Array = None
     ref_logprobs: Array = None
@@ -101,11 +109,16 @@ class Rollout:
     @property
     def lengths(self) -> Array:
         """[N] sampled tokens of each answer."""
-        return self.mask.sum(-1)
+        return self.sampled.sum(-1)
+
+    @property
+    def sampled(self) -> Array:
+        """[N, T], 1 on the tokens that were sampled."""
+        return self.mask if self.drawn is None else self.drawn
 
     @property
     def _of_answers(self) -> tuple[str, ...]:
-        return _OF_ANSWERS if self.turn_rewards is None else (*_OF_ANSWERS, "turn_rewards")
+        return _OF_ANSWERS if self.turn_rewards is None else (*_OF_ANSWERS, *_OF_TRAJECTORIES)
 
     @staticmethod
     def of(
@@ -144,6 +157,7 @@ class Rollout:
         return dataclasses.replace(
             self,
             mask=(span < np.array(lengths)[:, None]).astype(np.float32),
+            drawn=self.mask,
             completions=[dataclasses.replace(each, given=()) for each in self.completions],
             rows={},
         )

@@ -59,8 +59,9 @@ def shape_scores(config: Config, rollout: Rollout) -> jax.Array:
         penalty=options.missing_eos_penalty,
     )
     if options.overlong_buffer:
+        extents = rollout.lengths if rollout.extents is None else rollout.extents
         scores = scores + overlong_penalty(
-            rollout.lengths, limit=options.max_new_tokens, buffer=options.overlong_buffer
+            extents, limit=options.max_new_tokens, buffer=options.overlong_buffer
         )
     return scores
 

@@ -459,9 +459,9 @@ def _exact_kl(trainer: Trainer, params: Any, rollout: Rollout, number: int) -> P
 
 def _mismatch(rollout: Rollout) -> Pairs:
     """How far the sampler's log-probs are from those of the function that trains, with weights."""
-    mask = rollout.mask
-    gap = np.where(mask > 0, rollout.old_logprobs - rollout.behaviour_logprobs, 0)
-    tokens = float(mask.sum())
+    mask, sampled = rollout.mask, rollout.sampled
+    gap = np.where(sampled > 0, rollout.old_logprobs - rollout.behaviour_logprobs, 0)
+    tokens = float(sampled.sum())
     return {
         "rollout/logprob_difference": (float(np.abs(gap).max()), 1.0),
         "rollout/logprob_difference_mean": (float(np.abs(gap).sum() / tokens), tokens),

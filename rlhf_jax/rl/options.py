@@ -20,9 +20,9 @@ from rlhf_jax.training.optimizer import OptimizerConfig
 NO_FILE = Only("file", ("",), told="file empty")
 _GROUP = Only("name", ("group",))
 _GAE = Only("advantage.name", ("gae",))  # the one that has a critic
-_MODEL = Only("scorers", containing="model")
+_MODEL = Only("scorers", containing=("model",))
 _COST = Only("cost")
-_FUNCTION = Only("scorers", containing=".py:")
+_PROCESS = Only("scorers", containing=(".py:", "regex", "math"))  # each in one of its own
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class SamplingOptions:
     """How answers to prompts are drawn."""
 
     max_prompt_tokens: int = option(128, least=1)  # longer prompts are left out and counted
-    max_new_tokens: int = option(48, least=1)  # of an answer, its end included
+    # Of an answer, its end included, and all that an environment answers in it.
+    max_new_tokens: int = option(48, least=1)
     # best_of_n draws its curves at temperature 1 whatever this says, since their KL bound holds
     # only there.
     temperature: float = 1.0
@@ -53,7 +54,7 @@ class Truncation:
 
 @dataclass(frozen=True)
 class RolloutOptions(SamplingOptions):
-    """The samples of an iteration of the policy stage."""
+    """The samples of an iteration."""
 
     prompts: int = option(64, least=1)  # per iteration
     samples: int = option(1, least=1)  # per prompt
@@ -64,9 +65,8 @@ class RolloutOptions(SamplingOptions):
         1.0, within="[0, inf)", only=Only("missing_eos", ("subtract", "replace"))
     )
     truncated: str = option("keep", choices=("keep", "mask"))  # "mask": those are not trained on
-    # What an environment answers; "train", an ablation: as if the policy had drawn it.
-    given: str = option("mask", choices=("mask", "train"))
-    overlong_buffer: int = 0  # tokens below max_new_tokens that are punished softly (DAPO)
+    # Tokens below max_new_tokens, of all that it bounds, that are punished softly (DAPO).
+    overlong_buffer: int = 0
     filter_zero_std: bool = False  # leave out prompts whose answers all score the same
     # Further batches of prompts to replace those.
     resample: int = option(0, least=0, only=Only("filter_zero_std"))
@@ -84,6 +84,20 @@ class RolloutOptions(SamplingOptions):
                 "rollout.filter_zero_std needs rollout.samples of 2 or more: one answer to a "
                 "prompt has no spread"
             )
+        if self.truncated == "mask" and self.missing_eos != "none":
+            raise ValueError(
+                f"rollout.missing_eos = {self.missing_eos!r} would punish the very answers that "
+                "rollout.truncated = 'mask' leaves out; set one of them"
+            )
+
+
+@dataclass(frozen=True)
+class PolicyRolloutOptions(RolloutOptions):
+    """The samples of an iteration of the policy stage."""
+
+    # What an environment answers; "train", an ablation: the loss, the KL, the entropy and the
+    # critic take it as if the policy had drawn it; lengths and rollout/… stay of what was drawn.
+    given: str = option("mask", choices=("mask", "train"))
 
 
 @dataclass(frozen=True)
@@ -113,10 +127,11 @@ class RewardOptions:
     ensemble_k: float = option(  # deviations
         1.0, within="[0, inf)", only=Only("ensemble", ("mean_minus_std",))
     )
-    pattern: str = option("", only=Only("scorers", containing="regex"))  # of that scorer
-    # What an error of a reward function does; "mask": the answer is left out and counted.
-    on_error: str = option("fail", choices=("fail", "mask"), only=_FUNCTION)
-    timeout_seconds: float = option(60.0, within="(0, inf)", only=_FUNCTION)  # per call
+    pattern: str = option("", only=Only("scorers", containing=("regex",)))  # of that scorer
+    # What an answer without a score does, whichever scorer has none; "mask": it is left out and
+    # counted.
+    on_error: str = option("fail", choices=("fail", "mask"))
+    timeout_seconds: float = option(60.0, within="(0, inf)", only=_PROCESS)  # per call
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,10 @@ def sample_answers(
     if play is not None:
         play.end(rollout.finished.tolist())
         rollout = dataclasses.replace(
-            rollout, trajectories=play.trajectories, turn_rewards=_turn_rewards(play, rollout)
+            rollout,
+            trajectories=play.trajectories,
+            turn_rewards=_turn_rewards(play, rollout),
+            extents=np.array([len(c.tokens) + c.unread for c in completions], np.float32),
         )
     return with_rows(config, rollout, multiple)
 
@@ -187,7 +190,7 @@ def text_rollout(
         metrics["frac_reward_zero_std"] = uniform / max(count, 1), count
         if not weights.any():  # all that were judged were dropped, because it is 0
             metrics["reward_std"] = 0.0, count
-    if options.given == "train":
+    if getattr(options, "given", "mask") == "train":
         rollout = with_rows(config, rollout.with_answers_drawn(), multiple)
     return dataclasses.replace(
         rollout,
@@ -235,7 +238,8 @@ def _sample_block(
             ids=ids,
         )
         of_greedy = judge.score(answers)
-        greedy, failed = np.nan_to_num(of_greedy.total), sum(of_greedy.failures.values())
+        answers = dataclasses.replace(answers, scores=np.nan_to_num(of_greedy.total))
+        greedy, failed = np.asarray(shape_scores(config, answers)), sum(of_greedy.failures.values())
         counted &= np.repeat(of_greedy.valid, each)
     block = dataclasses.replace(
         block,

@@ -39,12 +39,14 @@ class Completion:
       finished: ended by a stop token or string, not by the length limit.
       given: places of the tokens that were not drawn but answer a turn (see `Sampling.respond`);
         their log-probs are 0.
+      unread: tokens of an answer to the last turn for which `max_new_tokens` left no room.
     """
 
     tokens: list[int]
     logprobs: np.ndarray
     finished: bool
     given: tuple[range, ...] = ()
+    unread: int = 0
 
     @property
     def last_turn(self) -> list[int]:
@@ -293,7 +295,9 @@ class _Decoder:
                 tokens[place, begin[place] : end[place]] = answer
                 work.given.append(range(start, start + len(answer)))
                 continue
-            ended[work.request] = dataclasses.replace(completion, finished=answer == [])
+            ended[work.request] = dataclasses.replace(
+                completion, finished=answer == [], unread=len(answer or ())
+            )
             self.held[place] = None
         if end.any():
             self.slots = engine.resume(self.slots, end > 0, tokens, begin, end)

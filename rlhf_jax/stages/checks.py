@@ -171,6 +171,11 @@ def _check_environment(config: Config) -> None:
             "config: reward.scorers names 'environment', but there is none: name one with "
             "--config.environment=mine.py:Env"
         )
+    if getattr(config.rollout, "given", "mask") == "train" and not named:
+        raise UserError(
+            "config: rollout.given = 'train' trains what an environment answers, but there is "
+            "none: name one with --config.environment=mine.py:Env"
+        )
 
 
 def check_objective(config: Config) -> None:
@@ -198,6 +203,16 @@ def check_objective(config: Config) -> None:
         raise UserError(
             "config: rollout.filter_zero_std leaves out prompts before lagrange.cost is charged, "
             "so answers that differ in their cost alone would teach nothing; set one of them"
+        )
+    if config.rollout.given == "train" and loss.importance != "none":
+        raise UserError(
+            f"config: loss.importance = {loss.importance!r} corrects for the sampler's log-probs, "
+            "and what rollout.given = 'train' trains beside was never sampled; set one of them"
+        )
+    if advantage.name == "gae" and advantage.bootstrap and config.rollout.truncated == "mask":
+        raise UserError(
+            "config: advantage.bootstrap is of answers that were cut off, which rollout.truncated "
+            "= 'mask' leaves out; set one of them"
         )
     if loss.name == "policy_gradient" and updates > 1:
         raise UserError(

@@ -29,8 +29,8 @@ from rlhf_jax.rl.options import (
     LagrangeOptions,
     OnlineRolloutOptions,
     PolicyOptions,
+    PolicyRolloutOptions,
     RewardOptions,
-    RolloutOptions,
 )
 from rlhf_jax.training.loop import Train
 from rlhf_jax.training.optimizer import OptimizerConfig
@@ -97,7 +97,8 @@ class Data:
 class RawData(Data):
     """Raw text."""
 
-    over_long: str = "error"  # records longer than a row: data/encode.py's policies
+    # Records longer than a row: data/encode.py's policies.
+    over_long: str = option("error", only=Only("layout", ("documents",)))
     layout: str = option("documents", choices=("documents", "windows"))  # of a stream of text
 
 
@@ -136,8 +137,13 @@ class SftData(LabelledData):
     trained_turns: str = option("all", choices=("all", "last"))
 
     def validate(self) -> None:
-        """Raises UserError for a way to treat such replies that there is not."""
+        """Raises UserError for a way to treat such replies that there is not, or has no effect."""
         check_stripped_turns(self.stripped_turns)
+        if self.trained_turns == "last" and self.stripped_turns == "expand":
+            raise UserError(
+                "config: data.stripped_turns = 'expand' trains earlier replies, and "
+                "data.trained_turns = 'last' none; set one of them"
+            )
 
 
 @dataclass(frozen=True)
@@ -359,7 +365,8 @@ STAGES: dict[str, dict[str, type]] = {
     | {"init": JudgedInit, "data": VotedData, "loss": PreferenceOptions}
     | {"environment": EnvironmentOptions},
     "policy": _SAMPLED
-    | {"data": PolicyData, "rollout": RolloutOptions, "train": SampledTrain, "loss": PolicyOptions}
+    | {"data": PolicyData, "rollout": PolicyRolloutOptions, "train": SampledTrain}
+    | {"loss": PolicyOptions}
     | {"kl": KlOptions, "lagrange": LagrangeOptions, "advantage": AdvantageOptions}
     | {"critic": CriticOptions, "environment": EnvironmentOptions},
     "online_preference": _SAMPLED

@@ -60,22 +60,22 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
     )
 
     prompts = held_out_prompts(config, reference).records[: config.eval.during]
+    on_the_way = config.train.eval_every > 0 and config.eval.during > 0
 
     measure = evaluation(config, reference, held_out, held_out_reference)
 
     def evaluate(params: Any) -> Evaluated:
         evaluated = measure(params)
-        if config.train.eval_every:
+        if on_the_way:
             model = dataclasses.replace(reference, params=params)
             evaluated.metrics.update(sampled_metrics(config, model, reference, prompts))
         return evaluated
 
     # From here on only the KL of answers sampled on the way asks the reference itself.
-    keeps_start = config.train.eval_every > 0
     model, metrics, plots = fit(
         config, run, *trained, evaluate,
         before=lambda params: logprob_values(config, held_out_reference, held_out),
-        keeps_start=keeps_start,
+        keeps_start=on_the_way,
     )  # fmt: skip
     save_model(run.path, model)
     tables = console.few_records("held-out preferences", int(held_out["valid"].sum()))

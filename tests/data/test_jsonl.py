@@ -265,6 +265,14 @@ def test_bad_lines_are_counted_by_reason(tmp_path, caplog):
         read_jsonl(path, "text", max_bad_fraction=0.29)
 
 
+def test_a_tie_is_one_of_the_lines_of_which_a_share_may_be_bad(tmp_path):
+    pair = {"prompt": "hi", "chosen": "yo", "rejected": "no"}
+    path = write(tmp_path, pair, *[pair | {"tie": True}] * 2, {"prompt": "hi"})
+    assert len(read_jsonl(path, "pair", max_bad_fraction=0.25)) == 1
+    with pytest.raises(UserError, match=r"1 of 4 lines are bad"):
+        read_jsonl(path, "pair", max_bad_fraction=0.24)
+
+
 def test_one_file_has_one_format(tmp_path):
     path = write(tmp_path, {"messages": [U, A]}, {"prompt": "hi", "response": "yo"})
     with pytest.raises(UserError, match=r"f.jsonl:2: mixed format"):

@@ -526,6 +526,10 @@ def test_a_price_stays_where_nothing_can_cost_and_ends_at_nothing():
         ("loss", {"clip_hihg": 1}, "no loss.clip_hihg; did you mean loss.clip_high"),
         ("loss", {"aggregation": "mean"}, "loss.aggregation must be one of token_mean"),
         ("advantage", {"name": "gea"}, "advantage.name must be one of gae"),
+        (
+            *("rollout", {"truncated": "mask", "missing_eos": "subtract"}),
+            "rollout.missing_eos = 'subtract' would punish the very answers",
+        ),
     ],
 )
 def test_mistakes_are_found_before_anything_runs(section, values, message):
@@ -535,6 +539,19 @@ def test_mistakes_are_found_before_anything_runs(section, values, message):
     check_objective(resolve(config))
     config[section].update(values)
     with pytest.raises(UserError, match=message):
+        check_objective(resolve(config))
+
+
+def test_what_two_sections_disagree_on_is_found_before_anything_runs():
+    trained = {"rollout": {"samples": 8, "given": "train"}}
+    check_objective(resolve(defaults.on_policy("grpo", **trained)))
+    config = defaults.on_policy("grpo", loss={"importance": "token"}, **trained)
+    with pytest.raises(UserError, match=r"loss\.importance = 'token' corrects .* never sampled"):
+        check_objective(resolve(config))
+    config = defaults.on_policy("ppo", rollout={"truncated": "mask"})
+    check_objective(resolve(config))
+    config.advantage.bootstrap = True
+    with pytest.raises(UserError, match=r"advantage\.bootstrap is of answers that were cut off"):
         check_objective(resolve(config))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ from rlhf_jax.models import init
 from rlhf_jax.models.scoring import target_statistics
 from rlhf_jax.rewards.scorers import TextScorers
 from rlhf_jax.rl.judge import Judge
-from rlhf_jax.rl.layout import from_rows, select
-from rlhf_jax.rl.objectives import advantages
+from rlhf_jax.rl.layout import Rollout, from_rows, select
+from rlhf_jax.rl.objectives import advantages, shape_scores
+from rlhf_jax.rl.on_policy import _mismatch
 from rlhf_jax.rl.rollouts import sample_answers, text_rollout
 from rlhf_jax.stages import defaults
 from rlhf_jax.tasks.prompts import PromptSet
@@ -141,6 +144,65 @@ def test_what_the_environment_answered_is_trained_if_that_is_asked_for(prompts):
     assert trained.mask.sum() - masked.mask.sum() == tools > 100
     assert masked.metrics["tools/tokens"] == trained.metrics["tools/tokens"]
     assert masked.metrics["rollout/tokens"] == trained.metrics["rollout/tokens"]
+    assert masked.lengths.tolist() == trained.lengths.tolist()
+
+
+def test_answers_that_are_trained_have_no_log_probs_of_the_sampler(prompts):
+    """The sampler never drew them: nothing says how far its log-probs are from the trainer's."""
+    config = config_of(rollout={"given": "train"}, reward={"scorers": "environment"})
+    rollout = text_rollout(config, MODEL, Scorers(), None, PARAMS, prompts, 0)
+    statistics = jax.jit(target_statistics, static_argnums=0)(CONFIG, PARAMS, rollout.rows)
+    ours = select(statistics.logprobs, rollout.rows).reshape(rollout.rows["slots"].shape)
+    old = from_rows(np.asarray(ours), rollout.rows["members"])
+    rollout = dataclasses.replace(rollout, old_logprobs=old, entropy=np.zeros_like(old))
+    metrics = _mismatch(rollout)
+    assert metrics["rollout/logprob_difference"][0] < 1e-4
+    assert metrics["rollout/kl_k3"] == (pytest.approx(0, abs=1e-6), rollout.lengths.sum())
+
+
+def test_a_greedy_answer_is_judged_as_those_that_are_set_against_it(prompts):
+    """One that was cut off pays for it too, or ReMax would punish all others beside it."""
+    rollout = {"missing_eos": "subtract", "missing_eos_penalty": 3.0}
+    made = [
+        text_rollout(
+            config_of("remax", rollout=each, reward={"scorers": "environment"}),
+            *(MODEL, Scorers(), None, PARAMS, prompts, 0),
+        )
+        for each in ({}, rollout)
+    ]
+    greedy = sample_answers(
+        config_of("remax"), MODEL, prompts, samples=1, seed=5, multiple=1, temperature=0.0
+    )
+    assert not greedy.finished.all()
+    paid = made[0].greedy_scores - made[1].greedy_scores
+    np.testing.assert_allclose(paid, 3.0 * ~greedy.finished, atol=1e-5)
+
+
+def test_the_punishment_of_length_counts_what_the_limit_bounds(prompts):
+    """DAPO's by hand: 0 up to 30 tokens of 40, −1 from 40 on or where an answer had no room."""
+    config = config_of(rollout={"overlong_buffer": 10}, reward={"scorers": "environment"})
+    rollout = text_rollout(config, MODEL, Scorers(), None, PARAMS, prompts, 0)
+    found, cut = np.asarray(shape_scores(config, rollout)) - rollout.scores, ~rollout.finished
+    lengths = np.array([len(c.tokens) for c in rollout.completions])
+    assert (cut & (lengths < 40)).any() and (cut & (lengths == 40)).any()
+    assert (~cut & (lengths > 30)).any() and (rollout.lengths[cut] <= 30).any()
+    by_hand = np.where(cut, -1.0, -np.clip((lengths - 30) / 10, 0, 1))
+    np.testing.assert_allclose(found, by_hand, atol=1e-5)
+    some = Rollout.joined([rollout, rollout]).take([5, 2])  # as where prompts are replaced
+    again = np.asarray(shape_scores(config, some)) - some.scores
+    np.testing.assert_allclose(again, [*by_hand[4:8], *by_hand[8:12]], atol=1e-5)
+
+
+def test_a_trajectory_that_its_calls_ended_is_punished_for_its_own_length(prompts):
+    environments = prompts.environments
+    environments.options = dataclasses.replace(environments.options, max_calls=1)
+    config = config_of(rollout={"overlong_buffer": 40}, reward={"scorers": "environment"})
+    rollout = text_rollout(config, MODEL, Scorers(), None, PARAMS, prompts, 0)
+    found = np.asarray(shape_scores(config, rollout)) - rollout.scores
+    short = [n for n, c in enumerate(rollout.completions) if len(c.tokens) < 35]
+    assert any(not rollout.finished[n] for n in short)
+    lengths = np.array([len(rollout.completions[n].tokens) for n in short])
+    np.testing.assert_allclose(found[short], -lengths / 40, atol=1e-5)
 
 
 def test_the_engines_log_probs_of_all_turns_are_the_trainers(prompts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import inspect
 from functools import cache, partial
@@ -189,12 +190,13 @@ def test_fields_are_few():
     fields = {stage: set(leaves(fields_of(stage))) for stage in defaults.STAGES}
     # Two are files of the user's own code, one is train.best, one what becomes of votes, two name
     # what answers a policy's turns, one is the cost that a policy keeps below a limit, one says
-    # what of a number is a token, one which replies of a conversation are trained; nine are of the
-    # stages of AI feedback, and of no other.
-    assert len(set().union(*fields.values())) <= 136
+    # what of a number is a token, one which replies of a conversation are trained, one whether what
+    # an environment answered is, one what an answer without a score does; nine are of the stages of
+    # AI feedback, and of no other.
+    assert len(set().union(*fields.values())) <= 138
     others = (fields[stage] for stage in defaults.STAGES if stage not in defaults.FED_BACK)
-    assert len(set().union(*others)) <= 127
-    assert len(fields["policy"]) <= 81
+    assert len(set().union(*others)) <= 129
+    assert len(fields["policy"]) <= 83
 
 
 @pytest.mark.parametrize("kind", sorted(every_section(), key=lambda kind: kind.__name__))
@@ -217,6 +219,7 @@ def test_every_field_has_a_comment(kind):
         ("policy", "train.ema_decay", "pretrain, sft, reward, preference, best_of_n"),
         ("policy", "data.over_long", "pretrain, sft, reward, preference"),
         ("sft", "eval.during", "preference, policy, online_preference, best_of_n"),
+        ("online_preference", "rollout.given", "policy"),
         ("reward", "eval.temperature", "sft, preference, policy, online_preference, best_of_n"),
         ("pretrain", "init.policy", "sft, reward, preference, policy, online_preference"),
         ("oracle", "batch.rows", "pretrain, sft, reward, preference, policy, online_preference"),
@@ -263,7 +266,13 @@ def test_a_missing_reward_file_and_another_loss_are_seen_before_the_parents_run(
     config.environment.tools = "mine.py:scor, other.py:scor"
     with pytest.raises(UserError, match=r"environment names 'other.py:scor': there is no file"):
         checked(config)
+    config.environment.tools = "mine.py:sqrt"
+    config.rollout.given = "train"
+    checked(config)
     config.environment.tools = ""
+    with pytest.raises(UserError, match=r"trains what an environment answers, but there is none"):
+        checked(config)
+    config.rollout.given = "mask"
     config.reward.scorers = "model"
     with pytest.raises(UserError, match=r"name its run with --config\.init\.reward=…, or another"):
         checked(config)
@@ -352,6 +361,20 @@ def test_an_option_of_another_loss_is_refused_with_those_that_have_it():
     assert objective == Simpo(beta=2.0, gamma=1.0) and type(objective.gamma) is float
 
 
+def test_replies_of_which_none_is_to_be_trained_are_not_expanded():
+    both = {"trained_turns": "last", "stripped_turns": "expand"}
+    for name in both:
+        checked(defaults.base("sft", data={name: both[name]}))
+    with pytest.raises(UserError, match=r"'expand' trains earlier replies, and .* set one of them"):
+        checked(defaults.base("sft", data=both))
+
+
+def test_one_stream_has_no_records_that_are_too_long():
+    config = defaults.base("pretrain", data={"layout": "windows"})
+    said = "data.over_long is read only with data.layout = documents"
+    assert unread(defaults.resolve(config), "data.over_long") == said
+
+
 def test_what_means_nothing_is_not_recorded_and_told_on_the_command_line(tmp_path):
     config = defaults.base("sft", optimizer={"schedule": "linear", "decay_fraction": 0.4})
     assert "decay_fraction" not in document(defaults.resolve(config))["optimizer"]
@@ -396,13 +419,21 @@ def test_the_path_of_a_source_may_hold_what_separates_sources(tmp_path):
 
 def test_a_part_of_a_file_s_name_is_no_scorer():
     for scorers, names in (
-        ("length=1, model=2", {"normalize"}),
-        ("regex", {"pattern"}),
-        ("mine.py:score", {"timeout_seconds"}),
-        ("remodel.py:regex_of", {"timeout_seconds"}),
+        ("length=1, model=2", {"normalize", "on_error"}),
+        ("regex", {"pattern", "timeout_seconds", "on_error"}),
+        ("mathematics.py:regexp", {"timeout_seconds", "on_error"}),
+        ("math", {"timeout_seconds", "on_error"}),
+        ("number", {"on_error"}),  # of a record without an answer
+        ("mine.py:score", {"timeout_seconds", "on_error"}),
+        ("remodel.py:regex_of", {"timeout_seconds", "on_error"}),
     ):
-        options = defaults.resolve(defaults.on_policy("grpo", reward={"scorers": scorers}))
-        fields = ("normalize", "pattern", "timeout_seconds")
+        reward = {"scorers": "length"} if scorers == "math" else {"scorers": scorers}
+        options = defaults.resolve(defaults.on_policy("grpo", reward=reward))
+        if scorers == "math":  # whose package need not be there
+            options = dataclasses.replace(
+                options, reward=dataclasses.replace(options.reward, scorers=scorers)
+            )
+        fields = ("normalize", "pattern", "timeout_seconds", "on_error")
         assert {n for n in fields if unread(options, f"reward.{n}") is None} == names, scorers
 
 

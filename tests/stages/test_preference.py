@@ -13,8 +13,11 @@ import pytest
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import pair_scores
+from rlhf_jax.evaluation.before_after import Evaluated
 from rlhf_jax.losses.preference import LOSSES
 from rlhf_jax.stages import defaults, preference, preference_rows
+from rlhf_jax.tasks.prompts import PromptSet
+from rlhf_jax.training.saved_model import Model
 from tests.stages.conftest import run_main
 
 
@@ -26,6 +29,37 @@ def _loss(monkeypatch, logprobs, batch, **settings):
     config = _config(**settings)
     monkeypatch.setattr(preference, "sequence_logprobs", lambda *_: logprobs)
     return preference.loss(config, None, None, batch, None)
+
+
+@pytest.mark.parametrize(
+    ("during", "every", "asked"), [(0, 2, []), (1, 2, [["a"]]), (9, 2, [["a", "b"]]), (9, 0, [])]
+)
+def test_as_many_prompts_are_answered_on_the_way_as_asked_for(monkeypatch, during, every, asked):
+    class Stop(Exception):
+        pass
+
+    def fit(*arguments, keeps_start, **_):
+        assert keeps_start == bool(asked)
+        arguments[-1](None)  # evaluate
+        raise Stop
+
+    seen = []
+    for name, does in {
+        "load_start": lambda *_: Model(None, None, None),
+        "pack_preferences": lambda *_, **__: {},
+        "training": lambda *_, **__: (),
+        "reference_logprobs": lambda *_: None,
+        "held_out_prompts": lambda *_: PromptSet(["a", "b"], []),
+        "evaluation": lambda *_: lambda params: Evaluated({}, [], {}),
+        "sampled_metrics": lambda *arguments: seen.append(arguments[-1]) or {},
+        "fit": fit,
+    }.items():
+        monkeypatch.setattr(preference, name, does)
+    stated = {"train": {"eval_every": every}, "eval": {"during": during}}
+    with pytest.raises(Stop):
+        config = defaults.resolve(defaults.base("preference", **stated))
+        preference.run(config, None, {"policy": None})
+    assert seen == asked
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.3])
