@@ -39,7 +39,7 @@ def test_rates_are_of_what_records_count():
     metrics = rate_metrics(values)
     assert metrics["eval/yes"] == 4 / 6 and metrics["eval/by/20"] == 0.5
     assert metrics["eval/by/10"] == 0
-    # Turns of a record are no independent draws: 1, 1, 2 and 2 weigh as 6² / 10 = 3.6 equal records.
+    # Turns of a record are no independent draws: 1, 1, 2, 2 weigh as 6² / 10 = 3.6 equal records.
     low, high = wilson_interval(3.6 * 4 / 6, 3.6)
     assert (metrics["eval/yes_low"], metrics["eval/yes_high"]) == pytest.approx((low, high))
     assert interval_of("by/20", values["by/20"]) == wilson_interval(0.5, 1)
