@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,7 @@ def run_grid(sweep: Sweep, runner: Runner, baseline: Cell, seeds: int, metric: s
         fresh = read_results(chosen, baseline.name, again.runs, failed, results.metric)
         everything |= again.runs
     write_tables(sweep.directory, results, fresh)
-    write_runs(sweep.directory, cells, everything)
+    write_runs(sweep.directory, cells, everything, failed)
     told = sentences(results, fresh)
     print_results(sweep.directory, results, told)
     curve = tradeoff.read_curve(
@@ -215,7 +216,7 @@ def confirm(sweep: Sweep, runner: Runner, study: Search, seeds: int, metric: str
     failed = runner.run(jobs, metric)
     results = read_results(cells, AS_IT_IS.name, jobs.runs, failed, metric)
     write_tables(sweep.directory, results, None)
-    write_runs(sweep.directory, cells, jobs.runs)
+    write_runs(sweep.directory, cells, jobs.runs, failed)
     rows = [[cell, steps, format_metric("", value), why] for cell, steps, value, why in trials]
     print_table("Trials", ("cell", "steps", metric, "failed"), rows)
     told = of_search(results, best.name, len(trials))
@@ -246,7 +247,7 @@ class _Measure:
                 values.append(failed[job])
             else:
                 value = read_summary(job.directory)["metrics"][self.metric]
-                values.append(value if value == value else f"its {self.metric} is {value}")
+                values.append(value if isfinite(value) else f"its {self.metric} is {value}")
         return values
 
 
