@@ -102,7 +102,7 @@ def compare(comparison: Comparison, runs: Runs, seeds: int) -> Found:
 def judge(comparison: Comparison, ours: np.ndarray, theirs: np.ndarray) -> Found:
     """What two sets of values [S, P] of the same seeds and prompts come to; P is 1 of numbers."""
     paired = ours - theirs
-    difference, of_prompts = Estimate(*[nan] * 5, len(paired)), (nan, nan)
+    difference, of_prompts = Estimate(nan, nan, nan, nan, nan, len(paired)), (nan, nan)
     if np.isfinite(paired).all():  # else nothing is known, and nothing decided
         difference = estimate(paired, level=LEVEL)
         if paired.shape[1] > 1:
