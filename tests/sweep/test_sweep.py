@@ -25,7 +25,6 @@ from rlhf_jax.sweep.forks import forks
 from rlhf_jax.sweep.grid import Cell, cell_name, make_cells, parse_grid
 from rlhf_jax.sweep.jobs import Job, cores_of, run_jobs
 from rlhf_jax.sweep.plan import Jobs, Sweep, make_jobs
-from rlhf_jax.sweep.sweep import find_directory
 from rlhf_jax.training.run_lock import acquire, is_held
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,47 +111,6 @@ def test_a_second_sweep_is_told_who_holds_the_directory(tiny, tmp_path, capsys):
     assert main([f"--config={tiny}:preference", f"--workdir={tmp_path}"]) == 2
     assert f"is held by pid {os.getpid()}" in capsys.readouterr().err
     os.close(lock)
-
-
-def test_sweeps_of_one_config_have_directories_of_their_own(tiny, tmp_path, monkeypatch):
-    """Each line is run as it stands, and again; what runs is replaced by what it leaves behind."""
-    monkeypatch.chdir(tmp_path)
-    places = []
-
-    def run_grid(sweep, runner, baseline, seeds, metric):
-        places.append(sweep.directory.name)
-        for cell in sweep.cells:
-            (sweep.directory / f"{cell.name},seed=0").mkdir(exist_ok=True)
-
-    monkeypatch.setattr("rlhf_jax.sweep.sweep.run_grid", run_grid)
-
-    def swept(*flags):
-        assert main([f"--config={tiny}:preference", *flags]) == 0
-        return places.pop().removeprefix("tiny-preference-sweep")
-
-    betas, names = "--grid=loss.beta=0.05,0.1", "--grid=loss.name=sigmoid,ipo"
-    for _ in range(2):
-        assert swept(betas) == swept(betas, "--seeds=2", "--metric=eval/loss") == ""
-        assert swept(names) == "-2"
-        assert swept(betas, "--config.train.steps=2") == "-3"
-        assert swept(betas, "--seeds-from=pretrain") == "-4"
-        assert swept() == "-5" and swept("--grid=loss.beta=1,2") == "-6"
-    assert swept(betas + ",0.5") == swept("--grid=loss.beta=0.1") == ""  # more or fewer values
-    assert swept(names, "--workdir=runs/other") == "other"
-
-
-def test_a_sweep_of_an_older_version_goes_on_where_it_is(tmp_path):
-    cells = make_cells({"loss.beta": ["0.05", "0.1"]})
-    varied = {"grid": {"loss.beta": ["0.05", "0.1"]}, "search": "", "flags": [], "seeds_from": ""}
-    place = tmp_path / "dpo-sweep"
-    (place / "beta=0.1,seed=0").mkdir(parents=True)
-    assert find_directory(place, varied, cells) == place
-    others = make_cells({"loss.name": ["ipo"]})
-    changed = varied | {"grid": {"loss.name": ["ipo"]}}
-    assert find_directory(place, changed, others) == tmp_path / "dpo-sweep-2"
-    (place / "search.journal").touch()
-    searched = varied | {"grid": {}, "search": "loss.beta=0.01..1"}
-    assert find_directory(place, searched, []) == place
 
 
 def planned(tiny: str, directory: Path, seeds_from: str = "") -> Jobs:
