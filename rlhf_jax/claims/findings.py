@@ -102,7 +102,11 @@ def compare(comparison: Comparison, runs: Runs, seeds: int) -> Found:
 def judge(comparison: Comparison, ours: np.ndarray, theirs: np.ndarray) -> Found:
     """What two sets of values [S, P] of the same seeds and prompts come to; P is 1 of numbers."""
     paired = ours - theirs
-    difference = estimate(paired, level=LEVEL)
+    difference, of_prompts = Estimate(nan, nan, nan, nan, nan, len(paired)), (nan, nan)
+    if np.isfinite(paired).all():  # else nothing is known, and nothing decided
+        difference = estimate(paired, level=LEVEL)
+        if paired.shape[1] > 1:
+            of_prompts = bootstrap_interval(paired.T, 0, confidence=LEVEL)
     prompts = paired.shape[1] if paired.shape[1] > 1 else 0
     verdict = RULES[comparison.rule](difference.low, difference.high, comparison.margin)
     return Found(
@@ -110,7 +114,7 @@ def judge(comparison: Comparison, ours: np.ndarray, theirs: np.ndarray) -> Found
         ours=float(ours.mean()),
         theirs=float(theirs.mean()),
         difference=difference,
-        of_prompts=bootstrap_interval(paired.T, 0, confidence=LEVEL) if prompts else (nan, nan),
+        of_prompts=of_prompts,
         seeds=tuple(paired.mean(1).tolist()),
         prompts=prompts,
         verdict=verdict,

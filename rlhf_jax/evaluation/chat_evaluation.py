@@ -205,7 +205,7 @@ def _in_a_row(config: Config, model: Model, prompts: Sequence[Prompt]) -> dict[s
     sampled = _answer(config, model, asked, temperature=1.0)
     verdicts = verdicts_of(asked, [each.turns for each in sampled])
     groups = [verdicts[i : i + IN_A_ROW[-1]] for i in range(0, len(verdicts), IN_A_ROW[-1])]
-    return pass_metrics(groups, config.seed)
+    return pass_metrics(groups)
 
 
 def _probes(

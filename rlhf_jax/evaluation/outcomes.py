@@ -1,7 +1,7 @@
 """What came of replies, by the names that their task has for it: rates, a table and curves.
 
 A task says of each record and the assistant's turns how many of how many (`Task.outcomes`); here
-they become rates of all records, with Wilson's intervals.
+they become rates of all records, with intervals over records.
 """
 
 from __future__ import annotations
@@ -14,13 +14,9 @@ import numpy as np
 
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.evaluation.before_after import Values
-from rlhf_jax.evaluation.statistics import (
-    bootstrap_interval,
-    pass_all,
-    resample,
-    wilson_interval,
-)
+from rlhf_jax.evaluation.statistics import pass_all, resample, wilson_interval
 from rlhf_jax.tasks.task import Task, Verdict
+from rlhf_jax.training.meanings import is_share
 
 IN_A_ROW = (1, 2, 4, 8)
 Rates = Mapping[str, Values]
@@ -49,21 +45,36 @@ def _order(name: str) -> tuple[str, int]:
     return (stem, int(last)) if last.isdigit() else (name, 0)
 
 
-def interval_of(values: Values) -> tuple[float, float]:
-    """The 95 % interval: Wilson's of a rate, the bootstrap's over records of what exceeds 1."""
+def interval_of(name: str, values: Values) -> tuple[float, float]:
+    """The 95 % interval over records: of a share Wilson's, of a ratio the bootstrap's.
+
+    Which one it is the metric's name says (`meanings.is_share`). In Wilson's, N records of weights
+    w count as (Σw)² / Σw² equal ones, N where they are equal: what one record counts several times
+    is no several draws.
+
+    Args:
+        name: of the metric, without "eval/".
+
+    Raises:
+        ValueError: of a record, more is counted than there is of a share.
+    """
     sums, weights = values
-    if (sums > weights).any():
+    if not is_share(f"eval/{name}"):
         ratios = [(draws @ sums) / (draws @ weights) for draws in resample(len(sums), 0)]
         low, high = np.quantile(np.concatenate(ratios), [0.025, 0.975])
         return float(low), float(high)
-    return wilson_interval(float(values.sums.sum()), int(values.weights.sum()))
+    if (sums > weights).any():
+        raise ValueError(f"eval/{name} is above 1, so that it is no share: say so in meanings.py")
+    squares = float((weights**2).sum())
+    records = float(weights.sum()) ** 2 / squares if squares else 0.0
+    return wilson_interval(values.mean * records if records else 0.0, records)
 
 
 def rate_metrics(values: Rates) -> dict[str, float]:
     """eval/<name> with 95 % interval of each rate."""
     metrics: dict[str, float] = {}
     for name, each in values.items():
-        low, high = interval_of(each)
+        low, high = interval_of(name, each)
         metrics |= {f"eval/{name}": each.mean, f"eval/{name}_low": low, f"eval/{name}_high": high}
     return metrics
 
@@ -72,15 +83,15 @@ def rate_tables(values: Mapping[str, Rates]) -> list[dict[str, Any]]:
     """The report's table of the rates of each model, the interval being that of the last one."""
     *_, own = values.values()
     rows = [
-        [name, int(each.weights.sum())]
+        [name, int((each.weights > 0).sum())]
         + [rates[name].mean if name in rates else None for rates in values.values()]
-        + [*interval_of(each)]
+        + [*interval_of(name, each)]
         for name, each in own.items()
     ]
     table = {
         "section": "changes",
         "title": "What came of the replies",
-        "columns": ["share", "number", *values, "95 % from", "to"],
+        "columns": ["share", "records", *values, "95 % from", "to"],
         "rows": rows,
     }
     return [table] if rows else []
@@ -99,7 +110,7 @@ def rate_plots(values: Mapping[str, Rates]) -> list[dict[str, Any]]:
 
 def _plot(stem: str, numbers: Sequence[str], values: Mapping[str, Rates]) -> dict[str, Any]:
     *_, own = values.values()
-    intervals = {n: interval_of(own[f"{stem}/{n}"]) for n in numbers}
+    intervals = {n: interval_of(f"{stem}/{n}", own[f"{stem}/{n}"]) for n in numbers}
     told = ", ".join(f"{n}: {low:.2f} to {high:.2f}" for n, (low, high) in intervals.items())
     return {
         "kind": "grouped_bars",
@@ -114,10 +125,10 @@ def _plot(stem: str, numbers: Sequence[str], values: Mapping[str, Rates]) -> dic
     }
 
 
-def pass_metrics(verdicts: Sequence[Sequence[Verdict]], seed: int) -> dict[str, float]:
+def pass_metrics(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, float]:
     """eval/pass^k, that k episodes in a row are worth 1, for each k of `IN_A_ROW`.
 
-    The 95 % interval is over prompts.
+    The 95 % interval is Wilson's over prompts, a little wide where a prompt's chance is not 0 or 1.
 
     Args:
         verdicts: [P][G], those of a prompt together, G at least the largest k.
@@ -126,9 +137,7 @@ def pass_metrics(verdicts: Sequence[Sequence[Verdict]], seed: int) -> dict[str, 
     metrics: dict[str, float] = {}
     for k in IN_A_ROW:
         chances = pass_all(solved, len(verdicts[0]), k)
-        low, high = bootstrap_interval(chances, seed)
-        if low == high:  # all prompts alike, of which a bootstrap knows nothing
-            low, high = wilson_interval(float(chances.sum()), len(chances))
+        low, high = wilson_interval(float(chances.sum()), len(chances))
         key = f"eval/pass^{k}"
         metrics |= {key: float(chances.mean()), f"{key}_low": low, f"{key}_high": high}
     return metrics

@@ -42,7 +42,7 @@ class BinnedAccuracy:
     counts: tuple[int, ...]
 
 
-def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(successes: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """Wilson's score interval of a proportion p̂ = successes / n.
 
         (p̂ + z²/2n ± z √(p̂(1−p̂)/n + z²/4n²)) / (1 + z²/n)

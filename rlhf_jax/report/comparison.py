@@ -188,14 +188,15 @@ def group_seeds(runs: Mapping[str, Run]) -> dict[str, dict[str, Run]]:
     """{name: runs by their names} of those whose configs differ in the seed alone, in their order.
 
     Several are named after the first, without its seed, and their number. A run of a seed that is
-    there already, such as one that --rerun has set aside, was made from something else.
+    there already, such as one that --rerun has set aside, was made from something else; and one
+    that has no summary is not finished, so that it is not of those whose mean is taken.
     """
-    groups: dict[tuple[str, int], dict[str, Run]] = {}
+    groups: dict[tuple[str, bool, int], dict[str, Run]] = {}
     again = Counter[str]()
     for name, run in runs.items():
         key = json.dumps(_without_seed(run.config), sort_keys=True)
         whole = json.dumps(run.config, sort_keys=True)
-        groups.setdefault((key, again[whole]), {})[name] = run
+        groups.setdefault((key, bool(run.summary), again[whole]), {})[name] = run
         again[whole] += 1
     named: dict[str, dict[str, Run]] = {}
     for seeds in groups.values():
@@ -232,17 +233,19 @@ def format_runs(name: str, runs: Sequence[Run], points: Sequence[Mapping[str, An
 
     Rewards and KL are those of the frontier's last point, or without a frontier the summary's. The
     summary's may be of greedy answers, not sampled ones, or even of another model. Several runs
-    have the mean ± standard deviation of each number over those that have it.
+    have the mean ± standard deviation of each number over those that have it, and how many these
+    are where others have none; the wall time is that of all of them together.
     """
     numbers = [_numbers_of(run, each) for run, each in zip(runs, points, strict=True)]
     bound = bool(points[0]["kl"]) and points[0]["bound"]
 
     def show(key: str, metric: str) -> str:
         values = [each[key] for each in numbers if isfinite(each[key])]
-        if len(values) < 2:
-            return format_metric(metric, values[0] if values else None)
-        spread = format_metric(metric, statistics.stdev(values))
-        return f"{format_metric(metric, statistics.fmean(values))} ± {spread}"
+        text = format_metric(metric, statistics.fmean(values) if values else None)
+        if len(values) > 1:
+            text += f" ± {format_metric(metric, statistics.stdev(values))}"
+        some = 0 < len(values) < len(numbers)
+        return f"{text} ({len(values)} of {len(numbers)})" if some else text
 
     def show_kl(key: str) -> str:
         text = show(key, "eval/kl")

@@ -188,7 +188,10 @@ def _view(line: dict[str, Any]) -> dict[str, Any]:
 
 def report_of(run: Path, evaluations: list[dict[str, float]]) -> dict[str, Any]:
     """Returns the entries of evaluation.json: frontier, samples over time, tokens, plots."""
+    # The answers at other steps are of another evaluation, which the run had before.
+    steps = {line.get("step", i) for i, line in enumerate(evaluations)}
     lines = [line for _, line in read_lines(run / "timeline.jsonl", _at_step)]
+    lines = [line for line in lines if line["step"] in steps]
     views = [view for _, view in read_lines(run / "views.jsonl", _view)]
     frontier: dict[str, Any] = {"bound": False}
     for name, metric in (

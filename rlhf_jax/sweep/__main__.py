@@ -43,7 +43,7 @@ def _parser() -> _Parser:
     option("--grid", default="", help='"field=value,value; field=value,value"; none: seeds only')
     option("--seeds", type=int, default=5, help="of every cell (default: %(default)s)")
     option("--workers", type=int, default=2, help="runs at a time (default: %(default)s)")
-    option("--workdir", help="the sweep's directory (default: runs/<config>-sweep)")
+    option("--workdir", help="the sweep's directory (default: runs/<config>-sweep, -2, …)")
     option("--seeds-from", default="", help="the stage from which on seeds differ: pretrain")
     option("--vmap-seeds", action="store_true", help="train the seeds of a cell in one program")
     option("--metric", default="", help="what is compared (default: the report's first)")

@@ -34,15 +34,24 @@ def outcomes(run: Path, metric: str) -> tuple[np.ndarray, str]:
             theirs, ours = np.array([each[-2:] for each in scores]).T
             values = ours if metric == "eval/gold_reward" else won(ours - theirs, 1e-9)
             what = f"prompts {json_digest([sample['prompt'] for sample in read.samples])}"
-    elif metric == "eval/accuracy":
+    elif metric == "eval/accuracy" and (source := _pairs_of(read.config)):
         figures = (each.get("values", {}) for each in read.evaluation.get("plots", []))
         pairs = next((each for each in figures if {*each} == {"chosen", "rejected"}), None)
         if pairs:
             values = won(np.array(pairs["chosen"]) - np.array(pairs["rejected"]), 0.0)
-            what = f"{len(values)} pairs of {read.config['data']['validation']}"
+            what = f"{len(values)} pairs of {source}"
     if len(values) and abs(values.mean() - mean) < 1e-6:
         return values, what
     return np.array([mean]), ""
+
+
+def _pairs_of(config: Mapping[str, Any]) -> str:
+    """Where a run's held-out pairs are from, "" if it made them itself, unlike any other run's.
+
+    Without a data.validation they are the last part of data.train.
+    """
+    data = config["data"]
+    return data["validation"] or ("" if config.get("feedback") else f"the end of {data['train']}")
 
 
 def check_metric(run: Path, metrics: Mapping[str, float], metric: str) -> None:

@@ -16,7 +16,7 @@ from scipy.special import stdtrit
 from rlhf_jax.files import write_whole
 from rlhf_jax.report.cells import draw_bands, draw_clouds, draw_intervals, draw_parallel
 from rlhf_jax.report.comparison import read_frontier
-from rlhf_jax.report.figure import Plot
+from rlhf_jax.report.figure import Plot, to_floats
 from rlhf_jax.report.page import render_page
 from rlhf_jax.report.refusals import draw_refusals
 from rlhf_jax.report.run_files import Run, read_run
@@ -104,8 +104,8 @@ _WHAT = (
 
 
 _OF_SAFETY = (
-    "Intervals are Wilson’s, of all seeds’ replies together: they take the replies of two seeds to "
-    "one prompt for independent, and are so a little narrow. “start” is what runs started from."
+    "Intervals are Wilson’s, over prompts: a prompt’s replies of all seeds are one share, as if "
+    "there were no other seeds. “start” is what runs started from."
 )
 
 
@@ -175,8 +175,8 @@ def _last_point(run: Run) -> tuple[float, float] | None:
     points = read_frontier(run.name, run)
     if not points["kl"] or not points.get("gold"):
         return None
-    kl, gold = points["kl"][-1], points["gold"][-1]
-    return (kl, gold) if kl is not None and gold is not None else None
+    kl, gold = to_floats([points["kl"][-1], points["gold"][-1]])
+    return (kl, gold) if isfinite(kl) and isfinite(gold) else None
 
 
 def _curves(results: Results, read: Mapping[str, Sequence[Run]]) -> tuple[list[Plot], str]:

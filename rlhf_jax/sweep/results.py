@@ -166,14 +166,16 @@ def write_tables(directory: Path, results: Results, fresh: Results | None) -> No
         write_whole(directory / name, text.encode())
 
 
-def write_runs(directory: Path, cells: Sequence[Cell], jobs: Mapping[Any, Job]) -> None:
-    """Writes runs.csv: a row a run, with all metrics of its summary and its time."""
+def write_runs(
+    directory: Path, cells: Sequence[Cell], jobs: Mapping[Any, Job], failed: Mapping[Job, str]
+) -> None:
+    """Writes runs.csv: a row a run, with all metrics of its summary and its time.
+
+    One that failed has none: what its directory holds may be of another run.
+    """
     fields = list(dict.fromkeys(field for cell in cells for field in cell.values))
     values = {cell.name: cell.values for cell in cells}
-    read = {
-        key: read_summary(job.directory) if (job.directory / "summary.json").exists() else {}
-        for key, job in jobs.items()
-    }
+    read = {key: {} if job in failed else read_summary(job.directory) for key, job in jobs.items()}
     metrics = sorted({name for summary in read.values() for name in summary.get("metrics", {})})
     rows = [
         [name, *map(values[name].get, fields), seed, summary.get("wall_seconds")]

@@ -35,7 +35,8 @@ class Estimate:
 
     Attributes:
         deviation: of the seeds' means.
-        p: the probability, if the mean were 0, of one so far from 0.
+        p: the probability, if the mean were 0, of one so far from 0; where all outcomes are the
+            same number, of as many seeds on one side of it (the sign test).
         seeds: how many there are; of a single one nothing but the mean is known, the rest is NaN.
     """
 
@@ -72,8 +73,9 @@ def estimate(
     freedom, by_seed = floor[1] or seeds - 1, max(by_seed, floor[0])
     deviation = float(values.mean(1).std(ddof=1))
     total = max(by_seed + by_prompt - rest, by_seed, by_prompt)
-    if total == 0:
-        return Estimate(mean, deviation, mean, mean, float(mean == 0), seeds)
+    if sqrt(total) <= 1e-12 * np.abs(values).max():  # nothing but rounding
+        by_signs = 0.5 ** (seeds - 1) if mean else 1.0  # alike by chance: no variance to go by
+        return Estimate(mean, deviation, mean, mean, by_signs, seeds)
     parts = by_seed**2 / freedom + (total - by_seed) ** 2 / max(1, prompts - 1)
     tests = [(sqrt(total), total**2 / parts), (sqrt(by_seed), freedom)]
     upper = (1 + level) / 2

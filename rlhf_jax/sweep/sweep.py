@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import ast
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.files import read_object, write_json
 from rlhf_jax.main import parse
 from rlhf_jax.report.tables import format_metric, format_seconds, print_table
 from rlhf_jax.stages.chain import default_workdir
@@ -37,6 +40,7 @@ from rlhf_jax.training.meanings import is_less_better
 from rlhf_jax.training.run_lock import acquire, release
 from rlhf_jax.training.summary import read_summary
 
+VARIED, JOURNAL = "varied.json", "search.journal"
 AS_IT_IS = Cell("as-it-is", {})  # the config without what a search sets
 
 
@@ -95,11 +99,15 @@ def run_sweep(given: argparse.Namespace) -> None:
         raise UserError("--vmap-seeds needs --seeds=2 or more, and has no --search or --seeds-from")
     if (given.slurm and given.engine != "slurm") or (given.storage and not given.search):
         raise UserError("--slurm needs --engine=slurm, and --storage needs --search")
-    default = default_workdir(source, Path("runs"))
-    directory = Path(given.workdir or default.with_name(f"{default.name}-sweep"))
     flags = tuple(flag for flag in given.rest if flag.startswith(("--config.", "--noconfig.")))
     space = parse_space(given.search) if given.search else {}
-    cells = [AS_IT_IS, *corners(space)] if space else make_cells(parse_grid(given.grid))
+    grid = parse_grid(given.grid)
+    cells = [AS_IT_IS, *corners(space)] if space else make_cells(grid)
+    varied = {"grid": grid, "search": given.search, "flags": sorted(flags)}
+    varied |= {"seeds_from": given.seeds_from}
+    default = default_workdir(source, Path("runs"))
+    default = default.with_name(f"{default.name}-sweep")
+    directory = Path(given.workdir or find_directory(default, varied, cells))
     sweep = Sweep(source, flags, tuple(cells), directory, given.seeds_from, given.vmap_seeds)
     baseline = find_cell(cells, given.baseline) if given.baseline else cells[0]
     check_grid(sweep, given.max_cells)
@@ -109,12 +117,13 @@ def run_sweep(given: argparse.Namespace) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     lock = acquire(directory / "lock")
     try:
+        write_json(directory / VARIED, varied)
         with engines as engine:
             runner = Runner(directory, given.workers, engine, further)
             if not space:
                 run_grid(sweep, runner, baseline, given.seeds, given.metric)
             else:
-                storage = Path(given.storage or directory / "search.journal")
+                storage = Path(given.storage or directory / JOURNAL)
                 made_from = {"--config": source, "--search": given.search, "flags": [*flags]}
                 study = Search(storage, directory, given.metric, config.train.steps, made_from)
                 measure = _Measure(sweep, runner, given.metric)
@@ -122,6 +131,35 @@ def run_sweep(given: argparse.Namespace) -> None:
                 confirm(sweep, runner, study, given.seeds, given.metric)
     finally:
         release(lock)
+
+
+def find_directory(default: Path, varied: Mapping[str, Any], cells: Sequence[Cell]) -> Path:
+    """The default directory, or <default>-2 and so on where that holds another sweep.
+
+    A sweep is the same if it differs at most in having more or fewer values of the same fields.
+    """
+    for place in itertools.chain([default], (Path(f"{default}-{n}") for n in itertools.count(2))):
+        known = read_object(place / VARIED) if (place / VARIED).exists() else None
+        if _is_same(known, varied) if known else _may_be_same(place, varied, cells):
+            break
+        print(f"{place} holds another sweep", flush=True)
+    return place
+
+
+def _is_same(known: Mapping[str, Any], varied: Mapping[str, Any]) -> bool:
+    before, grid = known.get("grid", {}), varied["grid"]
+    if before.keys() != grid.keys() or {**known, "grid": 0} != {**varied, "grid": 0}:
+        return False
+    pairs = [(set(before[field]), set(grid[field])) for field in grid]
+    return all(one <= other or other <= one for one, other in pairs)
+
+
+def _may_be_same(place: Path, varied: Mapping[str, Any], cells: Sequence[Cell]) -> bool:
+    """Whether a directory without VARIED, as older versions left it, holds no runs or such ones."""
+    if varied["search"] and (place / JOURNAL).exists():
+        return True
+    found = {path.name for path in place.glob("*,seed=*")}
+    return not found or any(f"{cell.name},seed=0" in found for cell in cells)
 
 
 def _engine(given: argparse.Namespace, directory: Path) -> AbstractContextManager[Engine]:
@@ -152,7 +190,7 @@ def run_grid(sweep: Sweep, runner: Runner, baseline: Cell, seeds: int, metric: s
         fresh = read_results(chosen, baseline.name, again.runs, failed, results.metric)
         everything |= again.runs
     write_tables(sweep.directory, results, fresh)
-    write_runs(sweep.directory, cells, everything)
+    write_runs(sweep.directory, cells, everything, failed)
     told = sentences(results, fresh)
     print_results(sweep.directory, results, told)
     curve = tradeoff.read_curve(
@@ -178,7 +216,7 @@ def confirm(sweep: Sweep, runner: Runner, study: Search, seeds: int, metric: str
     failed = runner.run(jobs, metric)
     results = read_results(cells, AS_IT_IS.name, jobs.runs, failed, metric)
     write_tables(sweep.directory, results, None)
-    write_runs(sweep.directory, cells, jobs.runs)
+    write_runs(sweep.directory, cells, jobs.runs, failed)
     rows = [[cell, steps, format_metric("", value), why] for cell, steps, value, why in trials]
     print_table("Trials", ("cell", "steps", metric, "failed"), rows)
     told = of_search(results, best.name, len(trials))
@@ -209,7 +247,7 @@ class _Measure:
                 values.append(failed[job])
             else:
                 value = read_summary(job.directory)["metrics"][self.metric]
-                values.append(value if value == value else f"its {self.metric} is {value}")
+                values.append(value if isfinite(value) else f"its {self.metric} is {value}")
         return values
 
 

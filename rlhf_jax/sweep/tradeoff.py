@@ -118,16 +118,16 @@ def _outcomes(run: Path, name: str, tradeoff: Tradeoff) -> tuple[Outcomes, dict[
 
 
 def points(curve: Curve) -> list[dict[str, Any]]:
-    """What `draw_refusals` draws: shares of all seeds together, with Wilson's intervals."""
+    """What `draw_refusals` draws: means over seeds, with Wilson's intervals over prompts."""
     found = []
     for kind in curve.tradeoff.kinds:
         for each in curve.settings:
             point: dict[str, Any] = {"kind": kind, "arm": each.arm, "setting": each.name}
             for family in curve.shares:
                 models = {id(outcomes): outcomes for outcomes in each.seeds.values()}
-                replies = np.concatenate([model[family, kind] for model in models.values()])
-                low, high = wilson_interval(int(replies.sum()), len(replies))
-                shares = {"": float(replies.mean()), "_low": low, "_high": high}
+                of_prompts = np.mean([model[family, kind] for model in models.values()], 0)
+                low, high = wilson_interval(float(of_prompts.sum()), len(of_prompts))
+                shares = {"": float(of_prompts.mean()), "_low": low, "_high": high}
                 point |= {f"{family}{end}": share for end, share in shares.items()}
             helpful = [share for (of, _), share in each.helpful.items() if of == kind]
             found.append(point | {"helpful": float(np.mean(helpful))})

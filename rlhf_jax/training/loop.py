@@ -68,7 +68,7 @@ class Loop:
     Checkpoints are written in the background: after steps that are a multiple of
     `checkpoint_every`, and after the first one that ends `checkpoint_minutes` after the checkpoint
     before. That of the last step is whole before anything is evaluated. An evaluation that was
-    interrupted is done again, and so is the last one if the run's evaluation is another since.
+    interrupted is done again, and so is the newest one if the run's evaluation is another since.
 
     Attributes:
       options: of the training loop.
@@ -114,11 +114,11 @@ class Loop:
         self._guard = _Guard(self.step)
         with closing(Checkpoints(path / "checkpoints")) as self._checkpoints:
             self._state, done, means, unwritten = self._resume(state)
-            # The last step's line is written again if its evaluation has become another.
-            again = self.run.evaluates_anew and done == options.steps
+            has_line = hosts.by_first(lambda: _has_line(path / "metrics.jsonl", done))
+            has_line |= any(line["step"] == done for line in unwritten)
             writer = MetricsWriter(
                 path,
-                done - again,
+                done if has_line else max(0, done - 1),
                 unwritten=unwritten,
                 config=self.run.config,
                 tensorboard=options.tensorboard,
@@ -127,7 +127,7 @@ class Loop:
             progress = Progress(path.name, done, options.steps)
             log = Log(writer, self.clock, progress, means, options.max_skipped)
             with closing(log) as self._log:
-                if hosts.by_first(lambda: _has_line(path / "metrics.jsonl", done)):
+                if has_line:
                     means.take()  # the checkpoint was begun before that line
                 elif done and is_evaluated(options, done):
                     self._evaluate(done)

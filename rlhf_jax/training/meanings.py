@@ -52,6 +52,14 @@ _BETTER: dict[str, tuple[str, ...]] = {
 }
 
 
+_RATIOS = ("eval/questions/of_fewest",)  # of what a task counts, what may exceed 1
+
+
+def is_share(name: str) -> bool:
+    """Whether what a task counts under a name is a part of a whole, in [0, 1] of each record."""
+    return name not in _RATIOS
+
+
 @functools.cache
 def better(name: str) -> str:
     """Which of two values of a metric is the better one: the "less", the "more", "" if unknown."""

@@ -16,7 +16,17 @@ from typing import Any
 
 from rlhf_jax import hosts
 from rlhf_jax.errors import UserError
-from rlhf_jax.files import check_fields, read_object, room_for, sync_directory, write_json
+from rlhf_jax.files import (
+    check_fields,
+    numbers,
+    read_lines,
+    read_object,
+    room_for,
+    sync_directory,
+    write_json,
+    write_jsonl,
+    write_whole,
+)
 from rlhf_jax.stopping import listening
 from rlhf_jax.training.origin import (
     changes,
@@ -30,6 +40,7 @@ from rlhf_jax.training.origin import (
 from rlhf_jax.training.run_lock import acquire, release
 
 CONFIG, MADE_FROM, SUMMARY = "config.json", "made_from.json", "summary.json"
+_METRICS = "metrics.jsonl"
 _MADE_FROM_FIELDS = {
     "version": str,
     "commit": str,
@@ -64,13 +75,13 @@ class RunDirectory:
     constant learning rate a run goes on to more steps than it had. With `rerun` its directory is
     kept under another name, <path>.1 or the next that is free, and a new one begun; where all that
     differs is free (see `origin`), a copy is kept and the run goes on from its last checkpoint, to
-    another evaluation. One that has neither a checkpoint nor a summary is set aside without being
-    asked: a first try that failed is not to stand in the way.
+    another evaluation. metrics.jsonl then has no numbers of the older one, and is kept beside with
+    them. A run that has neither a checkpoint nor a summary is set aside without being asked: a
+    first try that failed is not to stand in the way.
 
     Attributes:
       path: the directory.
       config: the configuration as plain JSON values.
-      evaluates_anew: whether the run's evaluation is another one than when it was here before.
 
     Raises (on entering):
       AnotherRun: what the run is made from has changed.
@@ -90,25 +101,25 @@ class RunDirectory:
         self.made_from = dict(made_from or {})
         self.rerun = rerun
         self.earlier_seconds = 0.0
-        self.evaluates_anew = False
 
     def __enter__(self) -> RunDirectory:
-        self.evaluates_anew = hosts.by_first(self._begin)
+        hosts.by_first(self._begin)
         self._start = time.monotonic()
         self._listening = listening()
         self._listening.__enter__()
         return self
 
-    def _begin(self) -> bool:
+    def _begin(self) -> None:
         self._hold()
         try:
             changed = self._keep_another_run()
+            if any(name.startswith(("eval.", "contents.eval.")) for name in changed):
+                self._keep_evaluations()
             write_json(self.path / MADE_FROM, self.made_from)
             write_json(self.path / CONFIG, self.config)
         except BaseException:
             release(self._lock)
             raise
-        return any(name.startswith(("eval.", "contents.eval.")) for name in changed)
 
     def __exit__(self, *error) -> None:
         if hosts.is_first():
@@ -183,6 +194,27 @@ class RunDirectory:
             before = "-".join(str(old) for old, _ in decides.values())
             os.rename(self.path / SUMMARY, self.path / f"summary-{before}.json")
             sync_directory(self.path)
+
+    def _keep_evaluations(self) -> None:
+        """Takes the numbers of an older evaluation out of metrics.jsonl, which is kept beside.
+
+        One curve is of one evaluation. The line of the newest checkpoint, if it has such numbers,
+        is taken out whole, so that the loop evaluates that step and writes it again.
+        """
+        path, checkpoints = self.path / _METRICS, (self.path / "checkpoints").glob("*")
+        newest = max((int(each.name) for each in checkpoints if each.name.isdigit()), default=0)
+        lines = read_lines(path, lambda line: numbers(line) and line)
+        found = [line for _, line in lines if any(name.startswith("eval/") for name in line)]
+        if not found:
+            return
+        names = (self.path / f"metrics.{n}.jsonl" for n in itertools.count(1))
+        aside = next(name for name in names if not name.exists())
+        write_whole(aside, b"".join(text for text, _ in lines))
+        kept = [line for _, line in lines if line not in found or line["step"] != newest]
+        write_jsonl(
+            path, [{k: v for k, v in line.items() if not k.startswith("eval/")} for line in kept]
+        )
+        print(f"the evaluations of {self.path} so far are kept in {aside}", flush=True)
 
     def _set_aside(self, *, move: bool) -> None:
         """Renames or copies the directory to <path>.1, or the next number that is free.

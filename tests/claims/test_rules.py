@@ -124,3 +124,10 @@ def test_arms_that_differ_by_the_margin_are_not_equivalent():
     random = np.random.default_rng(0)
     assert simulated(random, 5, 0.05, "equivalent", 0.05).count(SUPPORTED) <= 5
     assert simulated(random, 5, 0.15, "equivalent", 0.05).count(REFUTED) >= 95
+
+
+def test_a_number_that_is_none_decides_nothing():
+    for ours in (np.array([[1.0], [math.nan]]), np.full((3, 8), math.nan)):
+        found = judge(Comparison(ONE, OTHER, "superior"), ours, 0 * ours)
+        assert found.verdict == UNDECIDED and math.isnan(found.difference.low)
+        assert all(map(math.isnan, found.of_prompts))

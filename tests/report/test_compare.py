@@ -157,6 +157,23 @@ def test_a_run_that_was_set_aside_is_no_further_seed(rl_runs, tmp_path):
     assert compare([*sorted(sweep.glob("beta*"))]).names == [f"{name}, 3 seeds", f"{name},seed=2.1"]
 
 
+def test_a_seed_that_has_not_finished_is_in_no_mean(rl_runs, tmp_path):
+    runs = sorted(seeded(rl_runs, tmp_path).glob("beta*"))
+    (runs[2] / "summary.json").unlink()
+    logged = (runs[2] / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (runs[2] / "metrics.jsonl").write_text("".join(logged[:3]))  # killed on the way
+    both = compare(runs)
+    assert both.names == ["beta=0.1,name=a_rather_long_name, 2 seeds", runs[2].name]
+    assert both.rows[0][4] == "0.720 ± 0.028"  # of 0.7 and 0.74
+
+
+def test_seeds_that_lack_a_number_are_counted(rl_runs, tmp_path):
+    runs = sorted(seeded(rl_runs, tmp_path).glob("beta*"))
+    lines = (runs[2] / "metrics.jsonl").read_text().replace("0.78", '"NaN"')
+    (runs[2] / "metrics.jsonl").write_text(lines)
+    assert compare(runs).rows[0][4] == "0.720 ± 0.028 (2 of 3)"
+
+
 def test_a_pattern_stands_for_the_runs_it_matches(rl_runs, tmp_path, capsys):
     sweep = seeded(rl_runs, tmp_path)
     assert len(read_runs([f"{sweep}/*"])) == 3

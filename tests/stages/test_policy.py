@@ -556,7 +556,8 @@ def test_a_damaged_line_of_the_timeline_costs_that_step(tmp_path, caplog):
     first, _, last = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(first + b'{"step": 2, "prom\n' + last)
     (tmp_path / "views.jsonl").write_text("{}\n")
-    report = sampled.report_of(tmp_path, [{"eval/kl": 0.0}])
+    evaluations = [{"eval/kl": 0.0}, *({"step": step, "eval/kl": 0.0} for step in (2, 4))]
+    report = sampled.report_of(tmp_path, evaluations)
     (entry,) = report["timeline"]
     assert [answer["step"] for answer in entry["answers"]] == [0, 4]
     assert report["token_views"] == []
@@ -564,7 +565,7 @@ def test_a_damaged_line_of_the_timeline_costs_that_step(tmp_path, caplog):
     sampled.keep_timeline(tmp_path, 4, answers, {"proxy": np.ones(1)})
     assert path.read_bytes() == first + last
     path.write_text("{")
-    assert sampled.report_of(tmp_path, [{"eval/kl": 0.0}])["timeline"] == []
+    assert sampled.report_of(tmp_path, evaluations)["timeline"] == []
 
 
 def test_answers_to_other_prompts_are_of_another_evaluation(tmp_path):
@@ -572,9 +573,11 @@ def test_answers_to_other_prompts_are_of_another_evaluation(tmp_path):
         Rollout.of(PromptSet(asked, [[1]] * len(asked)), [], ["So."] * len(asked), 1)
         for asked in ([PROMPTS[0]], PROMPTS)
     )
-    for step, answers in ((0, one), (2, one), (4, one), (0, two), (4, two)):
+    for step, answers in ((0, one), (2, one), (4, one), (0, two), (2, two), (4, two)):
         sampled.keep_timeline(tmp_path, step, answers, {"proxy": np.ones(len(answers.texts))})
-    timeline = sampled.report_of(tmp_path, [{"eval/kl": 0.0}])["timeline"]
+    # The same first prompts of more: step 2 is of an evaluation that has no line any more.
+    evaluations = [{"eval/kl": 0.0}, {"step": 4.0, "eval/kl": 0.0}]
+    timeline = sampled.report_of(tmp_path, evaluations)["timeline"]
     assert [[each["step"] for each in entry["answers"]] for entry in timeline] == [[0, 4]] * 2
 
 

@@ -14,10 +14,11 @@ import pytest
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.report.cells import draw_bands, draw_intervals
+from rlhf_jax.report.run_files import read_run
 from rlhf_jax.sweep.grid import Cell, make_cells, parse_grid
 from rlhf_jax.sweep.jobs import Job
 from rlhf_jax.sweep.outcomes import choose_metric, outcomes
-from rlhf_jax.sweep.page import write_page
+from rlhf_jax.sweep.page import _last_point, write_page
 from rlhf_jax.sweep.results import read_results, write_runs, write_tables
 from rlhf_jax.sweep.tables import differences_of, estimates, of_search, sentences
 
@@ -131,6 +132,38 @@ def test_a_run_whose_metric_is_no_number_has_failed(swept):
     assert read(swept, "eval/kl").rows[1].failures == {0: "its eval/kl is nan"}
 
 
+def test_a_run_that_failed_has_no_numbers_of_what_was_there_before(swept):
+    runs = {key: job for key, job in swept.runs.items() if job != swept.lost}
+    (key, job), *_ = runs.items()
+    write_runs(swept.directory, swept.cells, runs, {job: "error: it holds another run"})
+    with open(swept.directory / "runs.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["eval/kl"] == ""]
+    assert [(row["cell"], int(row["seed"]), row["wall_seconds"]) for row in rows] == [(*key, "")]
+
+
+def test_pairs_of_other_files_are_not_compared_pair_by_pair(swept):
+    def held_out(run, data, **further):
+        config = {"stage": "preference", "data": data, **further}
+        (run / "config.json").write_text(json.dumps(config))
+        return outcomes(run, "eval/accuracy")
+
+    one, other = (swept.runs[swept.cells[0].name, seed].directory for seed in (0, 1))
+    own = {"train": "one.jsonl", "validation": ""}
+    assert held_out(one, own)[1] == held_out(other, own)[1] != ""
+    assert held_out(one, own)[1] != held_out(other, own | {"train": "other.jsonl"})[1]
+    values, of = held_out(one, own, feedback={"judge": "model"})  # its own answers, labelled
+    assert len(values) == 1 and of == ""
+
+
+def test_a_run_without_a_kl_is_no_point_at_zero(swept):
+    run = swept.runs[swept.cells[0].name, 0].directory
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    for kl, point in ((4.0, (4.0, 0.5)), (float("nan"), None)):
+        evaluation["frontier"] = {"kl": [1.0, kl], "gold": [0.4, 0.5]}
+        (run / "evaluation.json").write_text(json.dumps(evaluation))
+        assert _last_point(read_run(run)) == point
+
+
 def test_less_is_better_of_some_metrics(swept):
     assert read(swept, "eval/kl").best.name == "beta=0.05,name=sigmoid"
 
@@ -155,7 +188,7 @@ def test_the_best_is_told_on_fresh_seeds(swept):
     assert "it is better." in told
     assert "with a single seed or cell" in sentences(results, None)[0]
     write_tables(swept.directory, results, fresh)
-    write_runs(swept.directory, swept.cells, swept.runs | swept.fresh)
+    write_runs(swept.directory, swept.cells, swept.runs | swept.fresh, swept.failed)
     with open(swept.directory / "cells.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["seeds are"] for row in rows] == ["chosen on"] * 3 + ["fresh"] * 2

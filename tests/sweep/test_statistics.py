@@ -44,6 +44,12 @@ def test_a_single_seed_says_nothing_and_equal_outcomes_say_they_are_equal():
     assert one.mean == 1 and all(x != x for x in (one.deviation, one.low, one.high, one.p))
     same = estimate(np.full((3, 8), 0.0))
     assert (same.low, same.high, same.p) == (0, 0, 1)
+    # Two seeds of ±0.25 or 0 each are the same, and not 0, in an eighth of all sweeps by chance.
+    alike = estimate(np.array([[0.25], [0.25]]))
+    assert (alike.low, alike.high, alike.p) == (0.25, 0.25, 0.5)
+    rounded = estimate(np.array([[0.3 - 0.2], [0.4 - 0.3]]))
+    assert rounded.deviation > 0 and rounded.p == 0.5
+    assert estimate(np.full((6, 1), 0.25)).p == 1 / 32
     for bad in (np.zeros((0, 4)), np.array([[1.0, np.nan]])):
         with pytest.raises(ValueError, match="need finite outcomes"):
             estimate(bad)

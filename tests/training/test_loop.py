@@ -274,7 +274,7 @@ def test_a_step_that_has_changed_the_state_is_not_saved(tmp_path):
     assert not [*(tmp_path / "checkpoints").iterdir()]
 
 
-def test_another_evaluation_takes_the_place_of_the_last_one(tmp_path):
+def test_another_evaluation_takes_the_place_of_the_older_one(tmp_path):
     def run(count):
         with RunDirectory(tmp_path, {"eval": {"count": count}}) as run:
             optimizer = optax.sgd(0.1)
@@ -287,7 +287,28 @@ def test_another_evaluation_takes_the_place_of_the_last_one(tmp_path):
 
     first, same, other = run(8), run(8), run(9)
     assert first == same and [line["step"] for line in first] == [3, 5]
-    assert other == [first[0], first[1] | {"eval/count": 9}]
+    without = {name: value for name, value in first[0].items() if name != "eval/count"}
+    assert other == [without, first[1] | {"eval/count": 9}]
+    kept = read_metrics(tmp_path / "metrics.1.jsonl")
+    assert [line["eval/count"] for line in kept] == [8, 8] and run(9) == other
+    assert not (tmp_path / "metrics.2.jsonl").exists()
+
+
+def test_another_evaluation_that_was_killed_before_it_began_is_done(tmp_path):
+    def evaluations(count):
+        return {"eval_every": 2, "evaluation": lambda state: {"eval/count": count}}
+
+    train(tmp_path, **evaluations(8))
+    held = {"train": {"log_every": 3}}
+    with RunDirectory(tmp_path, held | {"eval": {"count": 9}}):
+        pass  # killed where the model is loaded
+    with RunDirectory(tmp_path, held | {"eval": {"count": 9}}) as run:
+        optimizer = optax.sgd(0.1)
+        state, step = init_state(model.init(), optimizer), make_step(model.loss_fn, optimizer)
+        options = {"log_every": 3, "checkpoint_every": 100, "tensorboard": False, "steps": 7}
+        start(run, state, step, model.Batches(), **options, **evaluations(9))
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line.get("eval/count") for line in lines] == [None, None, None, None, 9]
 
 
 def test_an_evaluation_that_was_interrupted_is_done_again_and_its_line_once(tmp_path):

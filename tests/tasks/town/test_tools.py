@@ -197,7 +197,8 @@ def test_the_interval_of_invalid_calls_is_over_episodes(made):
     kinds = [outcomes(prompt, [each] * 5 + ["I don't know."]) for each in (call, "{")]
     counts = np.array([kind["invalid_calls"] for kind in kinds])
     drawn = np.random.default_rng(0).random((1000, 60)) < 0.2
-    intervals = [interval_of(Values.of(*counts[sample.astype(int)].T)) for sample in drawn]
+    samples = [Values.of(*counts[sample.astype(int)].T) for sample in drawn]
+    intervals = [interval_of("invalid_calls", sample) for sample in samples]
     covered = sum(low <= 0.2 <= high for low, high in intervals)
     assert 930 <= covered <= 975
 
