@@ -2,7 +2,10 @@
 
 import ast
 import re
+import subprocess
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,3 +31,16 @@ def test_a_file_imports_only_from_floors_below_its_own():
         for path in (ROOT / "rlhf_jax" / floor).rglob("*.py"):
             above = set(imported(path)) & set(listed[:i])
             assert not above, f"{path} imports from {above}"
+
+
+def test_the_repository_holds_text_and_small_pictures():
+    """Seven wheels that a test had downloaded were once committed with it."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("no checkout of git")
+    command = ["git", "ls-files", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
+    files = [ROOT / name.decode() for name in listed.split(b"\0")[:-1]]
+    assert len(files) > 500
+    for path in filter(Path.exists, files):
+        assert path.suffix in (".png", ".svg") or b"\0" not in path.read_bytes(), path
+        assert path.stat().st_size < 500_000, path
