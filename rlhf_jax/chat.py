@@ -138,7 +138,10 @@ def _why_cut(completion: Completion, play: Play | None, limit: int) -> str:
         return ""
     if play is not None:
         if len(play.trajectories[0].told) > len(completion.given):
-            return f"the answer to this turn has no room in the {limit} tokens of --max-new-tokens"
+            return (
+                f"the answer to this turn has no room in the {limit} tokens that --max-new-tokens and "
+                "the model's context leave"
+            )
         if completion.tokens[-1] in play.tokenizer.ends:
             most = play.environments.options.max_calls
             return f"{most} turns were answered, and no more are"

@@ -239,7 +239,8 @@ def test_later_messages_follow_the_turns_that_training_renders(run, mine, monkey
         (run / "hub").mkdir()
         tokenizer = write(run / "hub", "chatml")
     it, pieces, rendered = speaker(run, max_new_tokens=200), [], []
-    it.model = dataclasses.replace(it.model, tokenizer=tokenizer)
+    config = dataclasses.replace(it.model.config, max_length=1024)
+    it.model = dataclasses.replace(it.model, tokenizer=tokenizer, config=config)
     said = ["A pen", "And ink", "The pen.", "A cap", "No", "Yes."]
     monkeypatch.setattr(sampling, "generate", scripted(tokenizer, said, rendered))
     with Environments(EnvironmentOptions(f"{mine}:Shop")) as it.environments:
@@ -265,7 +266,8 @@ def test_an_answer_without_room_is_not_shown_and_why_it_is_cut_is_said(run, mine
         words = iter(["Hello", "/quit"])
         converse([it], lambda: next(words), pieces.append)
     assert "".join(pieces) == (
-        "A pen\n(the answer to this turn has no room in the 12 tokens of --max-new-tokens)\n"
+        "A pen\n(the answer to this turn has no room in the 12 tokens that --max-new-tokens and "
+        "the model's context leave)\n"
     )
     assert [m.content for m in it.messages] == ["Hello", "A pen"]
     it = speaker(run, max_new_tokens=200)

@@ -182,14 +182,8 @@ def text_rollout(
         "rewards/failures": (failures, 1.0),
         "rollout/tokens": (drawn.lengths.sum(), 1.0),
         "rollout/blocks": (len(blocks), 1.0),
-        "rollout/zero_std_groups": (0, 1.0),
     }
-    if options.samples > 1:  # of all that were judged, those left out too
-        count, uniform = int(judged.sum()), int((same & judged).sum())
-        metrics["rollout/zero_std_groups"] = uniform, 1.0
-        metrics["frac_reward_zero_std"] = uniform / max(count, 1), count
-        if not weights.any():  # all that were judged were dropped, because it is 0
-            metrics["reward_std"] = 0.0, count
+    metrics |= _metrics_of_groups(options.samples, same, judged, weights)
     if getattr(options, "given", "mask") == "train":
         rollout = with_rows(config, rollout.with_answers_drawn(), multiple)
     return dataclasses.replace(
@@ -260,6 +254,22 @@ def _metrics_of_scores(scored: Sequence[Scores]) -> dict[str, tuple[float, float
         if len(values):
             metrics[f"rewards/{name}/mean"] = float(values.mean()), len(values)
             metrics[f"rewards/{name}/std"] = float(values.std()), len(values)
+    return metrics
+
+
+def _metrics_of_groups(
+    each: int, same: np.ndarray, judged: np.ndarray, weights: np.ndarray
+) -> dict[str, tuple[float, float]]:
+    """How many groups score the same, of all that were judged, those left out too."""
+    if each == 1:
+        return {"rollout/zero_std_groups": (0, 1.0)}
+    count, uniform = int(judged.sum()), int((same & judged).sum())
+    metrics = {
+        "rollout/zero_std_groups": (float(uniform), 1.0),
+        "frac_reward_zero_std": (uniform / max(count, 1), float(count)),
+    }
+    if not weights.any():  # all that were judged were dropped, because it is 0
+        metrics["reward_std"] = 0.0, float(count)
     return metrics
 
 

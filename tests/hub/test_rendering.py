@@ -259,7 +259,7 @@ def test_left_truncation_keeps_the_last_reply(bare):
     (document,), _ = encode_conversations(
         [Conversation("0", TURNS)], ours, len(reply) + 4, over_long="truncate_prompt_left"
     )
-    assert document.tokens == [ours.bos, *tokens[-len(reply) - 3 :]]
+    assert document.tokens == tokens[-len(reply) - 4 :]  # this template writes no bos
     assert document.is_target == [0] * 4 + [1] * len(reply)
 
 
