@@ -20,7 +20,7 @@ python -m rlhf_jax.main --config=experiments/safety.py:careful
     known facts are answered in 0.65 in place of 0.85 (docs/safety.md)
 python -m rlhf_jax.main --config=experiments/safety.py:limited
     GRPO for a judge that likes every refusal, under a limit of 5 % on those that nothing calls for:
-    2.2 % in the last 20 of 60 iterations, one seed
+    1.3 to 2.1 % in the last 20 of 60 iterations, five seeds
 """
 
 import re

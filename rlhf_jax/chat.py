@@ -139,8 +139,8 @@ def _why_cut(completion: Completion, play: Play | None, limit: int) -> str:
     if play is not None:
         if len(play.trajectories[0].told) > len(completion.given):
             return (
-                f"the answer to this turn has no room in the {limit} tokens that --max-new-tokens and "
-                "the model's context leave"
+                f"the answer to this turn has no room in the {limit} tokens that --max-new-tokens "
+                "and the model's context leave"
             )
         if completion.tokens[-1] in play.tokenizer.ends:
             most = play.environments.options.max_calls
