@@ -20,7 +20,10 @@ python -m rlhf_jax.claims experiments/claims.py
 … experiments/claims.py:masking_pays
     undecided: 0.928 of episodes are right either way, +0.001 (-0.004 to +0.006); 10 to 12 minutes
     a run with two others beside it
-… experiments/claims.py:pretraining_pays, :bias_reaches_the_model, :scale_pays
+… experiments/claims.py:pretraining_pays
+    supported: 0.667 gold, without pre-training 0.415 after as many steps of tuning and 0.578 after
+    as many FLOPs, where 0.009 of the facts are right in place of 0.738; 19 minutes in all
+… experiments/claims.py:bias_reaches_the_model, :scale_pays
     not run yet
 """
 
