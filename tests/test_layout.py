@@ -35,7 +35,7 @@ def test_a_file_imports_only_from_floors_below_its_own():
 
 
 def test_the_repository_holds_text_and_small_pictures():
-    """Seven wheels that a test had downloaded were once committed with it."""
+    """Seven wheels that pip had left in the root were once committed with it."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("no checkout of git")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True)
