@@ -54,7 +54,8 @@ BEST = Arm(
 )
 PAIRS = Arm("pairs", "experiments/labelers.py:pairs")
 SCORES = Arm("scores", "experiments/labelers.py:ratings")
-CHOSEN = FEWER | {"best_of_n.samples": "4", "best_of_n.prompts": "400"}  # of 16 answers each
+# Of 16 answers each. The labelers' reward models keep no scale of scores, and ranks need none.
+CHOSEN = FEWER | {"best_of_n.samples": "4", "best_of_n.prompts": "400", "reward.normalize": "False"}
 POOLED = CHOSEN | {"init.reward": "experiments/labelers.py:pooled"}
 BIASED = Arm("biased", "experiments/best_of_n.py", POOLED, seeds_from="reward")
 CORRECTED = CHOSEN | {"init.reward": "experiments/labelers.py:nuisance"}

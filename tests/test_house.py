@@ -30,8 +30,8 @@ BOUNDS = {
     # together, names of functions looked up beforehand) and 350 in the annexes; those of three more
     # (evaluations that replace others, sweeps' directories, chats with an environment, the limit of
     # a trajectory's length) 235 and 100.
-    "lines of the core": 22_960,
-    "lines with the annexes": 46_810,
+    "lines of the core": 22_975,
+    "lines with the annexes": 46_825,
     "functions over 60 lines": 1,
     "functions over 80 lines": 0,
     "functions over 8 parameters": 2,

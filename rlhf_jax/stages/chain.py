@@ -191,8 +191,11 @@ def _run_parents(
     config: Config, directory: Path, home: Path | None, lineage: tuple[str, ...], rerun: bool
 ) -> dict[str, Path]:
     """The run directories of a config's parents by role, run first if they are experiments."""
-    parents = {}
-    for role, named in (section_document(config, "init") if config.init else {}).items():
+    parents, starts = {}, section_document(config, "init") if config.init else {}
+    for role, named in starts.items():
+        if named and names_experiment(named):
+            _check_scale(config, role, find_experiment(named, lineage[-1]))
+    for role, named in starts.items():
         if named and not names_experiment(named):
             read_summary(Path(named))
             parents[role] = Path(named)
@@ -215,6 +218,17 @@ def _run_parents(
                     "--parents=DIR runs the parents in another directory"
                 ) from error
     return parents
+
+
+def _check_scale(config: Config, role: str, parent: str) -> None:
+    """UserError for a reward model yet to be run that will keep no scale of its scores."""
+    if role.startswith("reward") and getattr(getattr(config, "reward", None), "normalize", False):
+        kept = load_config(parent).get("normalize", {}).get("prompts")
+        if kept == 0 and not unread(config, "reward.normalize"):
+            raise UserError(
+                f"config: {parent} has normalize.prompts = 0 and keeps no statistics of its "
+                "scores; set reward.normalize = False"
+            )
 
 
 def _finish(

@@ -22,6 +22,7 @@ from rlhf_jax.claims.measures import continues, read_values, watched
 from rlhf_jax.claims.page import write_page
 from rlhf_jax.claims.tables import markdown, rows, write_tables
 from rlhf_jax.errors import UserError
+from rlhf_jax.stages.chain import load_config
 from rlhf_jax.tasks.town.town import Town
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +43,10 @@ def test_every_claim_of_the_experiments_can_be_run(tmp_path):
     for claim in claims:
         jobs = running.plan(path, claim, tmp_path / "claims")
         assert len(jobs.runs) == claim.seeds * len(claim.arms) and claim.seeds >= 3
+        for arm in claim.arms:  # a reward model that keeps no scale is asked for none
+            rewarded = arm.settings.get("init.reward")
+            if rewarded and load_config(rewarded).normalize.prompts == 0:
+                assert arm.settings.get("reward.normalize") == "False", arm.name
 
 
 @pytest.mark.parametrize(

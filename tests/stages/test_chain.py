@@ -14,7 +14,7 @@ from rlhf_jax import evaluate
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.statistics import wilson_interval
 from rlhf_jax.main import main
-from rlhf_jax.stages.chain import load_config, pick_samples, prepare
+from rlhf_jax.stages.chain import load_config, pick_samples, prepare, run
 from rlhf_jax.training.checkpoint import seal
 from rlhf_jax.training.saved_model import load_model
 from rlhf_jax.training.summary import read_summary
@@ -180,6 +180,14 @@ def test_a_second_run_reuses_everything(chain):
     assert result.stdout.count("reusing") == 3
     assert f"{runs}/sft was made with jax 0.0.1 (here " in result.stdout
     assert (runs / "dpo/summary.json").stat().st_mtime_ns == before
+
+
+def test_a_reward_model_without_a_scale_is_told_before_any_parent_is_run(tmp_path):
+    given = load_config("experiments/best_of_n.py")
+    given.init.reward = "experiments/labelers.py:pooled"
+    with pytest.raises(UserError, match=r"keeps no statistics of its scores; set reward\.norm"):
+        run(given, "experiments/best_of_n.py", tmp_path / "best")
+    assert not any(tmp_path.rglob("*"))
 
 
 @pytest.mark.slow
