@@ -27,7 +27,7 @@ python -m rlhf_jax.claims experiments/claims.py
     supported: gold 0.654; of a sixth of the parameters 0.432, of 2 % of the pairs 0.536, of both
     0.301; 17 to 75 s a run
 … experiments/claims.py:bias_reaches_the_model
-    undecided: 8.8 words an answer and 8.5, +0.27 (-1.50 to +1.94), 6.6 before; 79 to 87 s a run
+    undecided: 8.8 words an answer and 8.5, +0.27 (-1.50 to +1.94), 6.6 before; 69 to 87 s a run
 """
 
 from rlhf_jax.claims.claim import Arm, Claim, Comparison, Measure
