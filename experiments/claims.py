@@ -17,9 +17,6 @@ python -m rlhf_jax.claims experiments/claims.py
     of this arm failed: best_of_n.prompts was 64, too few for a batch; nothing else was changed
 … experiments/claims.py:pairs_beat_scores
     undecided: 0.721 of held-out pairs right and 0.659, +0.062 (-0.032 to +0.167); 66 to 99 s
-… experiments/claims.py:masking_pays
-    undecided: 0.928 of episodes are right either way, +0.001 (-0.004 to +0.006); 10 to 12 minutes
-    a run with two others beside it
 … experiments/claims.py:pretraining_pays
     supported: 0.667 gold, without pre-training 0.415 after as many steps of tuning and 0.578 after
     as many FLOPs, where 0.009 of the facts are right in place of 0.738; 19 minutes in all
@@ -28,6 +25,9 @@ python -m rlhf_jax.claims experiments/claims.py
     0.301; 17 to 75 s a run
 … experiments/claims.py:bias_reaches_the_model
     undecided: 8.8 words an answer and 8.5, +0.27 (-1.50 to +1.94), 6.6 before; 69 to 87 s a run
+… experiments/claims.py:masking_pays
+    undecided: 0.928 of episodes are right either way, +0.001 (-0.004 to +0.006); 10 to 12 minutes
+    a run with two others beside it
 """
 
 from rlhf_jax.claims.claim import Arm, Claim, Comparison, Measure
