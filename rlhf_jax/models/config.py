@@ -89,6 +89,7 @@ class ModelConfig:
     unused: tuple[tuple[int, int], ...] = ()  # ids from … to before … that no word has, in order
     head: str = "lm"  # "lm", or "scalar" for reward and value models
     init_std: float = 0.02
+    short_convolution: int = 0  # tokens before each whose embeddings are added to its own
     copy_init: bool = False  # attention starts by adding what it attends to: `transformer.init`
     compute_dtype: str = "float32"
     remat: str = "none"  # what the backward pass recomputes: "none", "full", "dots" (all but dots)
@@ -113,8 +114,10 @@ class ModelConfig:
             kinds, what = (int, "whole number") if field in _WHOLE else (int | float, "number")
             if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
                 raise UserError(f"model.{field} = {value!r}: give a {what} above 0")
-        if isinstance(self.experts, bool) or not isinstance(self.experts, int) or self.experts < 0:
-            raise UserError(f"model.experts = {self.experts!r}: give a whole number, 0 for none")
+        for field in ("experts", "short_convolution"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise UserError(f"model.{field} = {value!r}: give a whole number, 0 for none")
         if self.experts and self.experts_per_token > self.experts:
             raise UserError(
                 f"model.experts_per_token = {self.experts_per_token} is above model.experts = "
@@ -292,6 +295,7 @@ class Shape:
     tied_embeddings: bool | None = None  # logits are made by the embedding
     norm: str | None = None  # "rms" or "layer"
     position: str | None = None  # "rope" or "learned"
+    short_convolution: int | None = None  # tokens before each whose embeddings are added to its own
     activation: str | None = None  # "swiglu", "geglu", "gelu" or "gelu_tanh"
     compute_dtype: str | None = None  # "float32" or "bfloat16"
     remat: str | None = None  # what the backward pass recomputes: "none", "full", "dots"

@@ -311,6 +311,11 @@ def init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     less text, and learns to use its prompt. After "Mimetic Initialization of Self-Attention
     Layers", https://arxiv.org/abs/2305.09828.
 
+    With `short_convolution` each token's embedding has those of so many tokens before it added,
+    each dimension with a learnt factor that starts at ½. Attention then finds a token by what
+    stands before it, which two small layers do not learn by themselves in a million tokens. After
+    the smeared keys of "In-context Learning and Induction Heads", https://arxiv.org/abs/2209.11895.
+
     Raises:
         UserError: the config does not fit together.
     """
@@ -335,6 +340,9 @@ def init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
         attention["out"]["kernel"] = _undo_value(config, attention["value"]["kernel"])
     if config.position == "learned":
         params["position_embed"] = {"embedding": normal(keys[2], config.max_length, config.width)}
+    if config.short_convolution:
+        shape = config.short_convolution, config.width
+        params["short_convolution"] = {"scale": jnp.full(shape, 0.5)}
     if config.head == "scalar":
         std = 1 / np.sqrt(config.width + 1)
         params["score_head"] = {"kernel": normal(keys[3], config.width, 1, std=std)}
@@ -400,11 +408,12 @@ def apply(
     if positions is None:
         positions = jnp.arange(length)[None]
     contexts = _contexts(config, positions, segment_ids, branch_ids)
-    hidden, (keys, values) = _forward(config, params, tokens, contexts)
+    hidden, (keys, values) = _forward(config, params, tokens, contexts, branch_ids)
     if cache is not None and prompt_lengths is not None:
         cache = {
             "keys": _fill(cache["keys"], keys),
             "values": _fill(cache["values"], values),
+            "tokens": cache["tokens"].at[:, :length].set(tokens),
             "lengths": prompt_lengths.astype(jnp.int32),
         }
     return Output(hidden, cache)
@@ -433,9 +442,29 @@ def _contexts(
 
 
 def _embed(
-    config: ModelConfig, params: Params, tokens: jax.Array, positions: jax.Array
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    *,
+    branch_ids: jax.Array | None = None,
+    cached: jax.Array | None = None,
 ) -> jax.Array:
-    x = take_rows(params["embed"]["embedding"], tokens)
+    """Embeddings [B, T, width]; `cached` are a cache's tokens with these, int32 [B, slots]."""
+    table = params["embed"]["embedding"]
+    x = take_rows(table, tokens)
+    if config.short_convolution:
+        scales = gather(params["short_convolution"]["scale"], jnp.float32)
+        before, back = x, None if branch_ids is None else _preceding(branch_ids)
+        for i, scale in enumerate(scales, start=1):
+            if cached is not None:
+                ids = jnp.take_along_axis(cached, jnp.maximum(positions - i, 0), axis=1)
+                before = take_rows(table, ids)
+            elif back is not None:
+                before = jnp.take_along_axis(before, back[..., None], axis=1)
+            else:
+                before = jnp.pad(before, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+            x = x + jnp.where((positions >= i)[..., None], before * scale, 0)
     if config.embed_scale != 1:
         x = x * config.embed_scale
     if config.position == "learned":
@@ -443,12 +472,25 @@ def _embed(
     return x.astype(config.compute_dtype)
 
 
+def _preceding(branch_ids: jax.Array) -> jax.Array:
+    """The place of the token before each: int32 [B, T]. A branch follows its segment's prompt."""
+    place = jnp.broadcast_to(jnp.arange(branch_ids.shape[1]), branch_ids.shape)
+    before = jnp.maximum(place - 1, 0)
+    prompt = jax.lax.cummax(jnp.where(branch_ids == 0, place, 0), axis=1)
+    goes_on = (branch_ids == 0) | (branch_ids == jnp.take_along_axis(branch_ids, before, axis=1))
+    return jnp.where(goes_on, before, prompt)
+
+
 def _final_norm(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
     return cast(jax.Array, _Norm(config, config.norm).apply({"params": params["final_norm"]}, x))
 
 
 def _forward(
-    config: ModelConfig, params: Params, tokens: jax.Array, contexts: list[_Context]
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    contexts: list[_Context],
+    branch_ids: jax.Array | None,
 ) -> tuple[jax.Array, KeysValues]:
     """Scans the layers: hidden states, and keys and values [layers, B, kv_heads, T, head_dim]."""
     mixed = len(contexts) > 1
@@ -465,7 +507,7 @@ def _forward(
         block = jax.checkpoint(
             block, policy=_remat_policy(config.remat), prevent_cse=config.layers_per_turn > 1
         )
-    x = _embed(config, params, tokens, contexts[0].positions)
+    x = _embed(config, params, tokens, contexts[0].positions, branch_ids=branch_ids)
     if isinstance(params["layers"], tuple):  # from `decoding_params`
         each = []
         for layer in zip(params["layers"], config.windowed, strict=True):
@@ -502,7 +544,9 @@ def _decode(
 
     A scan over the layers would copy the whole cache at every step.
     """
-    x = _embed(config, params, tokens, contexts[0].positions)
+    positions = contexts[0].positions
+    so_far = cache["tokens"].at[jnp.arange(len(tokens))[:, None], positions].set(tokens)
+    x = _embed(config, params, tokens, positions, cached=so_far)
     keys, values = [], []
     for i, cached in enumerate(zip(cache["keys"], cache["values"], strict=True)):
         layer = _layer(params, i)
@@ -510,7 +554,8 @@ def _decode(
         x, (key, value) = _Block(config).apply({"params": layer}, x, context, cached)
         keys.append(key)
         values.append(value)
-    return _final_norm(config, params, x), {"keys": tuple(keys), "values": tuple(values)}
+    new = {"tokens": so_far, "keys": tuple(keys), "values": tuple(values)}
+    return _final_norm(config, params, x), new
 
 
 def _layer(params: Params, i: int) -> Params:
@@ -561,8 +606,8 @@ def lay_out_for_decoding(
     new["layers"] = tuple(_layer(new, i) for i in range(config.layers))
     if "lm_head" in params:
         new["lm_head"] = round_kernels(params["lm_head"])
-    if config.tied_embeddings and config.embed_scale == 1 and config.position == "rope":
-        # Otherwise an embedding is changed before it is rounded.
+    changed = config.embed_scale != 1 or config.position != "rope" or config.short_convolution
+    if config.tied_embeddings and not changed:  # an embedding that is changed is rounded after that
         new["embed"] = jax.tree.map(lambda x: x.astype(config.compute_dtype), params["embed"])
     if places[0] is None:
         return new
@@ -583,6 +628,7 @@ def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
     """
     shape = (batch, config.kv_heads, length, config.head_dim)
     return {
+        "tokens": jnp.zeros((batch, length), jnp.int32),
         "keys": tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.layers)),
         "values": tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.layers)),
         "lengths": jnp.zeros(batch, jnp.int32),

@@ -232,6 +232,9 @@ def _insert(
     cache, new = slots.cache, prefilled.cache
     slots = slots._replace(
         cache={
+            "tokens": cache["tokens"]
+            .at[places, : new["tokens"].shape[1]]
+            .set(take(new["tokens"]), mode="drop"),
             "keys": jax.tree.map(put_cached, cache["keys"], new["keys"]),
             "values": jax.tree.map(put_cached, cache["values"], new["values"]),
             "lengths": put(cache["lengths"], take(new["lengths"])),

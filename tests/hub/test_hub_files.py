@@ -120,6 +120,11 @@ def test_older_spellings_say_the_same(tmp_path, config):
     assert read_config(tmp_path) == (kind, dataclasses.replace(config, copy_init=False))
 
 
+def test_what_no_model_type_computes_is_refused_by_name():
+    with pytest.raises(UserError, match=r"no Hugging Face model type .*'short_convolution': 4"):
+        to_document(dataclasses.replace(LLAMA, short_convolution=4))
+
+
 @pytest.mark.parametrize(
     "stated, window",
     [

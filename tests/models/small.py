@@ -33,7 +33,9 @@ LEARNED = dataclasses.replace(
 KINDS = {
     "llama": SMALL,
     "gpt2": LEARNED,
-    "grouped-window": dataclasses.replace(SMALL, kv_heads=2, sliding_window=5, qk_norm=True),
+    "grouped-window": dataclasses.replace(
+        SMALL, kv_heads=2, sliding_window=5, qk_norm=True, short_convolution=3
+    ),
     "experts": dataclasses.replace(SMALL, mlp_width=12, experts=4),
     "multiquery-capped": dataclasses.replace(
         SMALL,

@@ -99,7 +99,10 @@ def numpy_forward(config, params, tokens):
         pick = [jax.tree.map(lambda leaf, e=e: leaf[e], p["experts"]) for e in chosen]
         return sum(share[e] * mlp(token, own) for e, own in zip(chosen, pick, strict=True))
 
-    x = params["embed"]["embedding"][tokens]
+    embedded = x = params["embed"]["embedding"][tokens]
+    for i in range(config.short_convolution):
+        before = np.concatenate([np.zeros((i + 1, config.width)), embedded[: -i - 1]])
+        x = x + params["short_convolution"]["scale"][i] * before
     if config.position == "learned":
         x = x + params["position_embed"]["embedding"][: len(tokens)]
     for i in range(config.layers):
@@ -129,6 +132,7 @@ def test_parameters_are_stacked_float32_and_named():
     }
     assert shapes == {
         "embed/embedding": (61, 16),
+        "short_convolution/scale": (3, 16),
         "layers/attention_norm/scale": (2, 16),
         "layers/attention/query/kernel": (2, 16, 16),
         "layers/attention/key/kernel": (2, 16, 8),
