@@ -114,7 +114,7 @@ def limited():
         batch={"rows": 4},
         rollout={"prompts": 16, "samples": 8, "max_prompt_tokens": 64, "max_new_tokens": 40},
         reward={"scorers": "regex=1", "pattern": r"\bI (can't|won't) (help|do)\b"},
-        lagrange={"cost": "over_refusal", "limit": 0.05, "rate": 2.0},
+        lagrange={"cost": "over_refusal", "limit": 0.05, "rate": 1.0, "damping": 30.0},
         kl={"coefficient": 0.05},
         optimizer={"learning_rate": 2e-4, "warmup_steps": 5, "schedule": "constant"},
         train={"steps": 60, "eval_every": 20, "minibatches": 2, "log_every": 1},

@@ -235,9 +235,12 @@ def iterate(
 def charge(
     trainer: Trainer, state: OnPolicyState, rollout: Rollout
 ) -> tuple[Rollout, jax.Array | None, Pairs]:
-    """(the rollout with its answers' charges of λ·cost, the next λ, metrics).
+    """(the rollout with its answers' charges of price·cost, the next λ, metrics).
 
-    The mean that λ follows is over the answers that count and can have a cost; without any λ stays.
+    The price is max(0, λ + κ·(mean cost − limit)), a proportional and an integral controller:
+    "Responsive Safety in Reinforcement Learning by PID Lagrangian Methods",
+    https://arxiv.org/abs/2007.03964. The mean is over the answers that count and can have a cost;
+    without any there is no charge, and λ stays.
     """
     multiplier = state.multiplier
     if trainer.task.costs is None or multiplier is None:
@@ -245,16 +248,16 @@ def charge(
     options, costs = trainer.config.lagrange, trainer.task.costs(rollout)
     counted = np.isfinite(costs) & (rollout.weights > 0)
     paid = np.where(counted, costs, 0)
-    rollout = dataclasses.replace(rollout, charges=float(multiplier) * paid)
-    count = float(counted.sum())
+    count, price = float(counted.sum()), multiplier
     metrics = {"objective/multiplier": (float(multiplier), 1.0)}
     if count:
         cost = float(paid.sum() / count)
         metrics["objective/cost"] = cost, count
-        multiplier = lagrange_multiplier(
-            multiplier, jnp.float32(cost), limit=options.limit, rate=options.rate
+        step = functools.partial(
+            lagrange_multiplier, multiplier, jnp.float32(cost), limit=options.limit
         )
-    return rollout, multiplier, metrics
+        price, multiplier = step(rate=options.damping), step(rate=options.rate)
+    return dataclasses.replace(rollout, charges=float(price) * paid), multiplier, metrics
 
 
 def score(trainer: Trainer, state: OnPolicyState, rollout: Rollout, *, own: bool = True) -> Rollout:

@@ -183,6 +183,8 @@ class LagrangeOptions:
     limit: float = option(0.05, within="[0, inf)", only=_COST)
     rate: float = option(0.5, within="(0, inf)", only=_COST)  # η of λ
     start: float = option(1.0, within="[0, inf)", only=_COST)  # λ before the first iteration
+    # κ: an iteration's own answers are charged λ + κ·(cost − limit), so that λ swings less.
+    damping: float = option(0.0, within="[0, inf)", only=_COST)
 
 
 @dataclass(frozen=True)

@@ -445,9 +445,9 @@ def test_the_controller_moves_towards_its_target():
 LIMIT = {"cost": "over_refusal", "limit": 0.25, "rate": 2.0, "start": 1.0}
 
 
-def limited(costs):
+def limited(costs, **options):
     """The table's task with a limit on what `costs` says of a rollout's N answers."""
-    config, task, start = table(lagrange=LIMIT)
+    config, task, start = table(lagrange=LIMIT | options)
     return (
         config,
         dataclasses.replace(task, costs=lambda rollout: costs(len(rollout.scores))),
@@ -477,6 +477,16 @@ def test_a_cost_is_charged_to_the_answers_that_have_it_and_its_price_follows_the
     state, metrics, _ = steps(config, task, start, 2)
     assert metrics["objective/multiplier"] == 1.5
     np.testing.assert_allclose(state.multiplier, 2.0, rtol=1e-6)
+
+
+def test_a_damped_price_follows_an_iterations_own_cost_and_lambda_does_not():
+    config, task, start = limited(lambda count: np.arange(count) % 2.0, damping=3.0)
+    state, metrics, rollout = steps(config, task, start, 1)
+    np.testing.assert_allclose(rollout.charges, (1 + 3 * 0.25) * (np.arange(64) % 2.0), rtol=1e-6)
+    assert metrics["objective/multiplier"] == 1
+    np.testing.assert_allclose(state.multiplier, 1.5, rtol=1e-6)
+    config, task, start = limited(np.zeros, damping=8.0)
+    assert not steps(config, task, start, 1)[2].charges.any()  # 1 − 8 · 0.25 is below 0
 
 
 def test_a_price_comes_back_from_a_checkpoint_and_goes_on_bit_for_bit(tmp_path):
