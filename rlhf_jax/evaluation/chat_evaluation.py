@@ -155,15 +155,16 @@ def held_out_prompts(config: Config, model: Model) -> PromptSet:
 def _ancestors(config: Config, directories: Mapping[str, Path], model: Model) -> dict[str, Model]:
     """The models that `model` comes from, by the names of their runs, oldest first.
 
-    They are computed as the run's own is, so that what differs is the weights. One without a chat
-    template that works answers under the template of `model`.
+    They are computed as the run's own is, so that what differs is the weights. They answer under
+    the template of `model` where the run names one, or where theirs does not work.
     """
+    named = getattr(config.data, "chat_template", "")
     changes = {} if config.compute is None else dataclasses.asdict(config.compute)
     models = {}
     for name, path in directories.items():
         stop_point(together=True)
         each = load_model(path, mesh=mesh_of(config), **changes)
-        if not each.tokenizer.has_template:
+        if named or not each.tokenizer.has_template:
             each = dataclasses.replace(each, tokenizer=model.tokenizer)
         models[name] = each
     return models

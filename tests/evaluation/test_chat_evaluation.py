@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data.packing import Group, pack_groups
+from rlhf_jax.evaluation import chat_evaluation
 from rlhf_jax.evaluation.chat_evaluation import _ancestors, evaluate_chat
 from rlhf_jax.evaluation.held_out_answers import log_ratios
+from rlhf_jax.models import PRESETS
 from rlhf_jax.stages import defaults
 from rlhf_jax.stages.defaults import Compute, MeshAxes
-from rlhf_jax.training.saved_model import load_model
+from rlhf_jax.training.saved_model import Model, load_model
 from rlhf_jax.training.summary import names_of
 from tests.chat_model import make_chat_model
 
@@ -62,7 +65,20 @@ def test_a_run_has_no_kl_to_its_start_by_what_it_computes_in(tmp_path, dtype):
     """The start was saved computing in float32; the run that is evaluated may not compute so."""
     make_chat_model(tmp_path / "sft")
     model = load_model(tmp_path / "sft", compute_dtype=dtype)
-    config = SimpleNamespace(compute=Compute(compute_dtype=dtype), mesh=MeshAxes())
+    compute, data = Compute(compute_dtype=dtype), SimpleNamespace(chat_template="")
+    config = SimpleNamespace(compute=compute, mesh=MeshAxes(), data=data)
     start = _ancestors(config, {"sft": tmp_path / "sft"}, model)["sft"]
     rows, _ = pack_groups([Group([8, 9, 10], ([11, 12, 13, 14],), 0)], 32, branches=1)
     np.testing.assert_array_equal(log_ratios(model, start, rows, 32), 0)
+
+
+@pytest.mark.parametrize(("named", "answers"), [("", "its own"), ("qwen", "the run's")])
+def test_a_template_that_a_run_names_is_that_of_what_it_started_from(monkeypatch, named, answers):
+    """A Hub model whose own template takes no tools is trained with tools under another one."""
+    own, given = (SimpleNamespace(has_template=True, name=n) for n in ("its own", "the run's"))
+    start = Model(PRESETS["tiny"], {}, own)
+    monkeypatch.setattr(chat_evaluation, "load_model", lambda *_, **__: start)
+    data = SimpleNamespace(chat_template=named)
+    config = SimpleNamespace(compute=None, mesh=MeshAxes(), data=data)
+    model = dataclasses.replace(start, tokenizer=given)
+    assert _ancestors(config, {"hub": Path("hub")}, model)["hub"].tokenizer.name == answers
