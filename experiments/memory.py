@@ -24,6 +24,7 @@ and 97 % of facts right, before 96 %. :last has not been measured.
 
 from rlhf_jax.stages import defaults
 
+MUON = {"name": "muon", "b2": 0.99, "warmup_steps": 10, "final_fraction": 0.0}
 OPTIMIZER = {
     "learning_rate": 3e-3,
     "b2": 0.99,
@@ -50,12 +51,13 @@ def base():
     """The recipe of pretrain.py with a longer context."""
     return defaults.base(
         "pretrain",
-        model=defaults.model("tiny", max_length=512),
+        model=defaults.model("tiny", max_length=512, short_convolution=8),
         tokenizer={"vocab_size": 2048},
-        data={"row_length": 128, "over_long": "split"},
-        batch={"rows": 8},
-        optimizer=OPTIMIZER | {"schedule": "wsd", "decay_fraction": 0.4},
-        train={"steps": 560, "log_every": 20},
+        data={"train": "town/text=1,memory/drill=1", "row_length": 256, "over_long": "split"},
+        batch={"rows": 4},
+        optimizer=MUON
+        | {"learning_rate": 1e-2, "warmup_steps": 20, "schedule": "wsd", "decay_fraction": 0.4},
+        train={"steps": 2000, "log_every": 20},
     )
 
 
@@ -65,7 +67,7 @@ def chat():
         "sft",
         init={"policy": "experiments/memory.py:base"},
         compute={"remat": "none"},
-        data={"row_length": 192, "replay": "town/text[:50%]=0.5"},
+        data={"train": "town=1,memory/drill=1", "row_length": 288, "replay": "town/text[:50%]=0.5"},
         batch={"rows": 8},
         optimizer=OPTIMIZER | {"warmup_steps": 10},
         train={"steps": 430, "log_every": 20},
@@ -78,7 +80,7 @@ def sft(trained_turns):
         init={"policy": "experiments/memory.py:chat"},
         compute={"remat": "none"},
         data={
-            "train": "memory/dialogue=4,town=1",
+            "train": "memory/drill=4,memory/dialogue=2,town=1",
             "validation": "memory/dialogue",
             "row_length": 384,
             "replay": "town/text[:50%]=1",
@@ -89,6 +91,6 @@ def sft(trained_turns):
             **{"name": "muon", "learning_rate": 5e-3, "b2": 0.99, "warmup_steps": 10},
             **{"schedule": "linear", "final_fraction": 0.0},
         },
-        train={"steps": 240, "log_every": 20},
+        train={"steps": 1500, "log_every": 20},
         eval={"source": "memory", "count": 520, "max_new_tokens": 32},
     )

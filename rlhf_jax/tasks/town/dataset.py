@@ -185,6 +185,10 @@ _MEMORY: dict[str, tuple[str, Callable[[MemoryTown, str], Iterable[Record]]]] = 
         "conversation",
         lambda town, split: town.conversations(split, _size(split, memory.RECORDS)),
     ),
+    "drill": (
+        "conversation",
+        lambda town, split: town.drills(split, _size(split, memory.RECORDS)),
+    ),
 }
 
 
@@ -195,6 +199,7 @@ def _make_memory(
 
     prompt      up to the question; held-out, those that memory is measured on
     dialogue    conversations: with the right answers
+    drill       conversations in which all questions are about what was told
     """
     town, (_, stream) = MemoryTown(Town()), _MEMORY[config]
     return {"train": stream(town, TRAIN), "validation": stream(town, HELDOUT)}

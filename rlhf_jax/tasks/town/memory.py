@@ -32,6 +32,7 @@ from rlhf_jax.tasks.town.gold import is_right, mentioned
 from rlhf_jax.tasks.town.grammar import finish, pick
 from rlhf_jax.tasks.town.language import fill, say
 from rlhf_jax.tasks.town.phrasings import NAMES, PEOPLE, TURNS, VALUES
+from rlhf_jax.tasks.town.tools import new_names
 from rlhf_jax.tasks.town.town import Town
 from rlhf_jax.tasks.town.world import TRAIN, article
 
@@ -121,6 +122,37 @@ class MemoryTown:
             turns = (*made.messages, Message("assistant", answer))
             yield Conversation(f"{split}-{index}", turns, meta)
 
+    def drills(self, split: str, count: int = RECORDS) -> Iterator[Conversation]:
+        """Dialogues in which every question is about what was told, changed, or not told.
+
+        Half of the people in them have names that are made up, so that no list of names is learnt.
+        """
+        for index in range(count):
+            rng = Random(f"town {self.town.config.seed} memory drill {split} {index}")
+            facts = _facts(rng, split, pick(rng, LOADS), rng.random() < 0.7)
+            made_up = facts[0].who != "" and rng.random() < 0.5
+            if made_up:
+                names = rng.sample(new_names(), len(facts))
+                facts = [replace(fact, who=name) for fact, name in zip(facts, names, strict=True)]
+            made = _Dialogue(facts=facts)
+            made.hear(rng, _opening(rng, made.facts))
+            for _ in range(8):
+                rng.shuffle(made.facts)
+                fact, fate = made.facts[0], rng.random()
+                if fate < 0.2:
+                    taken = {each.value for each in made.facts}
+                    (value,) = _values(rng, fact.attribute, split, 1, taken)
+                    made.facts[0] = replace(fact, value=value)
+                    made.hear(rng, _change(rng, made.facts[0], fact.value))
+                elif fate < 0.5:
+                    unknown = _unknown(rng, split, made.facts)
+                    if made_up and unknown.who != fact.who:  # or the kind of name would tell
+                        unknown = replace(unknown, who=pick(rng, new_names()))
+                    made.tell(unknown.question(rng), say(rng, "abstain"))
+                else:
+                    made.tell(fact.question(rng), fact.answer(rng))
+            yield Conversation(f"{split}-{index}", tuple(made.messages))
+
     def prompts(self, split: str, count: int = RECORDS) -> Iterator[Prompt]:
         """The same without the last answer; held out, those that memory is measured on."""
         if split == TRAIN:
@@ -164,9 +196,7 @@ class MemoryTown:
             target = replace(target, value=value)
             made.told.add(value.lower())
         unknown = _unknown(rng, split, made.facts) if kind == "unknown" else None
-        told = [fact.state(rng) for fact in made.facts]
-        rng.shuffle(told)
-        made.hear(rng, fill(rng, TURNS["memory"]["openings"], {"told": " ".join(told)}))
+        made.hear(rng, _opening(rng, made.facts))
         if kind == "update":
             self._pass(rng, made, int(rng.random() * 3), asked, unknown)
             made.hear(rng, _change(rng, target, old))
@@ -199,6 +229,13 @@ class MemoryTown:
                 if made.told.isdisjoint(mentioned(said)):
                     break
             made.tell(task.messages[0].content, task.plain)
+
+
+def _opening(rng: Random, facts: Sequence[Fact]) -> str:
+    """What tells all the facts, in some order."""
+    told = [fact.state(rng) for fact in facts]
+    rng.shuffle(told)
+    return fill(rng, TURNS["memory"]["openings"], {"told": " ".join(told)})
 
 
 def _facts(rng: Random, split: str, load: int, third: bool) -> list[Fact]:

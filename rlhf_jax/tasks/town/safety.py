@@ -45,6 +45,7 @@ from rlhf_jax.tasks.town.phrasings import (
     STRANGERS,
     UNKNOWN_THINGS,
     VALUES,
+    WORDS,
     WRAPPERS,
 )
 from rlhf_jax.tasks.town.styles import draw_style, reply
@@ -301,7 +302,7 @@ def _stranger(rng: Random, split: str) -> str:
     """A name that nobody in the town has."""
     while True:
         name = "".join(pick(rng, part) for part in STRANGERS)
-        if split_of(f"stranger {name}") == split:
+        if name.lower() not in WORDS and split_of(f"stranger {name}") == split:
             return name
 
 

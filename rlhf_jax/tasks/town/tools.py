@@ -17,7 +17,7 @@ from functools import cache
 from random import Random
 from typing import Any, TypeVar
 
-from rlhf_jax.tasks.town.phrasings import NAMES, TOOLS, VALUES
+from rlhf_jax.tasks.town.phrasings import TOOLS, VALUES, WORDS
 from rlhf_jax.tasks.town.world import (
     HELDOUT,
     SPLITS,
@@ -60,7 +60,7 @@ def open_office(seed: int = 0) -> Office:
     """The office of the town of that seed, with `RESIDENTS` of both splits."""
     world = build_world(TownConfig(seed=seed))
     rng = Random(f"town {seed} residents")
-    names = rng.sample(_new_names(), sum(RESIDENTS.values()))
+    names = rng.sample(new_names(), sum(RESIDENTS.values()))
     splits = [split for split in SPLITS for _ in range(RESIDENTS[split])]
     women = {name for name in names if rng.random() < 0.5}
     people = settle(rng, names, splits, women)
@@ -70,14 +70,14 @@ def open_office(seed: int = 0) -> Office:
     return Office(world, residents, *by_name)
 
 
-def _new_names() -> list[str]:
+@cache
+def new_names() -> list[str]:
     """All names that can be made of the parts of tools.toml, without any word of the town."""
     parts = (TOOLS["onsets"], TOOLS["vowels"], TOOLS["middles"], TOOLS["endings"])
     names = [""]
     for part in parts:
         names = [name + each for name in names for each in part]
-    taken = {value.lower() for pool in (*VALUES.values(), *NAMES.values()) for value in pool}
-    return [name for name in names if name.lower() not in taken]
+    return [name for name in names if name.lower() not in WORDS]
 
 
 def calculate(expression: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from rlhf_jax.tasks.town.families.exercise import loads, lower
@@ -17,6 +19,7 @@ from rlhf_jax.tasks.town.memory import (
     verify,
 )
 from rlhf_jax.tasks.town.phrasings import TURNS, VALUES
+from rlhf_jax.tasks.town.tools import new_names
 from rlhf_jax.tasks.town.town import Town
 from rlhf_jax.tasks.town.world import HELDOUT, TRAIN
 
@@ -60,6 +63,30 @@ def test_the_answer_stands_nowhere_but_where_it_was_told(records):
         assert holds == [len(turns) - 1 - int(record.meta["distance"])]
         replies = said_by(record, "assistant")[: len(turns) - 1]
         assert not any(value in mentioned(reply) for reply in replies)
+
+
+def test_a_drill_answers_with_what_was_told_last_and_admits_what_was_not():
+    attributes = {value.lower(): name for name in ATTRIBUTES for value in VALUES[name]}
+    told_of = attributes.keys() - lower(*VALUES["visitor"])
+    names = {*lower(*VALUES["visitor"], *new_names())}
+    answered = admitted = changed = 0
+    for drill in TOWN.drills(TRAIN, 150):
+        own = any(reply.startswith("You") for reply in said_by(drill, "assistant"))
+        people = set() if own else names
+        told = {}  # (who, attribute) → value; who is nobody of the user
+        for asks, reply in zip(said_by(drill, "user"), said_by(drill, "assistant"), strict=True):
+            for sentence in [reply] if asks.endswith("?") else asks.split("."):
+                values = mentioned(sentence)
+                who = people & {*re.findall(r"[a-z]+", sentence.lower())}
+                keys = {value: (*who, attributes[value]) for value in values & told_of}
+                if asks.endswith("?"):
+                    assert all(told[key] == value for value, key in keys.items()), (drill, reply)
+                    answered, admitted = answered + bool(keys), admitted + (not keys)
+                    continue
+                new = {key: value for value, key in keys.items() if told.get(key) != value}
+                changed += bool(told.keys() & new.keys())
+                told |= new
+    assert answered > 400 and admitted > 100 and changed > 100
 
 
 def test_loads_are_what_is_told_at_once():

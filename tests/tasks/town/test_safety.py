@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from itertools import chain
+from random import Random
 
 import pytest
 
@@ -16,10 +17,12 @@ from rlhf_jax.tasks.town.phrasings import (
     HELDOUT_ADVICE,
     HELDOUT_DEEDS,
     HELDOUT_UNKNOWN_THINGS,
+    WORDS,
     WRAPPERS,
 )
-from rlhf_jax.tasks.town.safety import SafetyTown, told
+from rlhf_jax.tasks.town.safety import SafetyTown, _stranger, told
 from rlhf_jax.tasks.town.town import Town
+from rlhf_jax.tasks.town.world import SPLITS
 
 HELD_OUT = SafetyTown(Town()).held_out()
 TOWN = SafetyTown(Town())
@@ -137,6 +140,12 @@ def test_what_nobody_knows_is_not_made_up_and_what_is_known_is_told():
     names = {person.name for person in TOWN.town.world.people}
     strangers = [p for p in _of("unknown", "person") if names & set(asked_of(p).split())]
     assert not strangers
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_stranger_has_no_name_that_the_town_knows(split):
+    rng = Random(0)
+    assert WORDS.isdisjoint(_stranger(rng, split).lower() for _ in range(8000))
 
 
 def test_rumours_are_denied():

@@ -15,6 +15,7 @@ from rlhf_jax.environments.tools import method_names, schema_of
 from rlhf_jax.evaluation.before_after import Values
 from rlhf_jax.evaluation.outcomes import interval_of
 from rlhf_jax.tasks.town.episodes import MOST_CALLS, TownEnvironment, outcomes, replay, verify
+from rlhf_jax.tasks.town.phrasings import WORDS
 from rlhf_jax.tasks.town.tool_exercises import FAMILIES, dialogues, direct, drills, prompts
 from rlhf_jax.tasks.town.tools import PARAMETERS, Desk, InvalidCall, calculate, open_office, use
 from rlhf_jax.tasks.town.town import Town
@@ -134,6 +135,11 @@ def test_records_are_functions_of_their_index(office, made):
         for dialogue, prompt, answer in zip(made[split], asked, answers, strict=False):
             assert prompt_of(dialogue) == prompt
             assert answer.messages == (*prompt.messages, dialogue.messages[-1])
+
+
+def test_no_name_that_is_made_up_is_a_word_of_the_town(office):
+    for split in SPLITS:
+        assert WORDS.isdisjoint(person.name.lower() for person in office.residents[split])
 
 
 def test_held_out_people_are_in_no_training_text(office, made):

@@ -5,6 +5,7 @@ A template is plain text with slots in braces, see `grammar`. Lists of the files
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -92,6 +93,13 @@ def _with_tuples(value: Any) -> Any:
         return {key: _with_tuples(each) for key, each in value.items()}
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
+
+WORDS = frozenset(
+    word
+    for file in Path(__file__).parent.glob("*.toml")
+    for word in re.findall(r"[a-z]+", file.read_text("utf-8").lower())
+)
+"""All words of the town, and of what explains them, in small letters."""
 
 _people, _manners, _skills = _read("people.toml"), _read("manners.toml"), _read("skills.toml")
 _stories, _values = _read("stories.toml"), _read("values.toml")
