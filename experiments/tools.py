@@ -54,6 +54,7 @@ def get_config(variant="grpo"):
 def base():
     return defaults.base(
         "pretrain",
+        model=defaults.model("tiny", short_convolution=4),
         # A number of three digits is one token, which a small model copies more easily than three.
         tokenizer={"vocab_size": 3072, "digits": 3},
         data={
@@ -73,7 +74,12 @@ def sft(data, **sections):
         "sft",
         init={"policy": "experiments/tools.py:base"},
         compute={"remat": "none"},
-        data={"train": data, "validation": data, "row_length": 192},
+        data={
+            "train": data,
+            "validation": data,
+            "row_length": 192,
+            "replay": "town_tools/drill=0.5",
+        },
         batch={"rows": 8},
         optimizer=MUON | {"learning_rate": 5e-3, "schedule": "linear"},
         train={"steps": 1200, "log_every": 20},

@@ -236,7 +236,7 @@ def drills(office: Office, split: str) -> Iterator[Text]:
         listed = [
             pick(rng, office.residents[split]).name
             if rng.random() < 0.5
-            else str(int(10 ** (1 + 4 * rng.random())))
+            else str(int(10 ** (1 + 5 * rng.random())))
             for _ in range(1 + int(rng.random() * 6))
         ]
         ways = [", ".join(listed), json.dumps(listed), " and ".join(listed)]
