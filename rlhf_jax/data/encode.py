@@ -89,6 +89,11 @@ def encode_texts(
     token is still a target once (only the first piece starts with BOS); "error"; "drop".
     stats["bytes"] are the encoded texts' in UTF-8.
     """
+    if row_length < 2:
+        raise UserError(
+            f"data.row_length = {row_length}: a row of text needs two tokens or more, the second "
+            "to be predicted from the first"
+        )
     documents, fit = [], _Fit(records, row_length, over_long, TEXT_POLICIES)
     fit.stats["bytes"] = 0
     start = _start(tokenizer)

@@ -14,12 +14,18 @@ from rlhf_jax.hub.chat_formats import NAMES, WITH_TOOLS
 from rlhf_jax.hub.template import Template
 from rlhf_jax.hub.vocabulary import CLOSE, ESCAPED, OPEN, Spelling
 
-ANOTHER = f"to use another: --config.data.chat_template={NAMES}"
+_ELSE = (
+    "; for a judge, or where a command has no such option, write a chat_template.jinja in the Hub "
+    "model's directory"
+)
+ANOTHER = f"to use another: --config.data.chat_template={NAMES}{_ELSE}"
 _WITH_TOOLS = (
     f"templates that take tools: --config.data.chat_template={' or '.join(WITH_TOOLS)}, where "
-    "their control tokens are in the vocabulary, or a .jinja file"
+    f"their control tokens are in the vocabulary, or a .jinja file{_ELSE}"
 )
-_NO_TEMPLATE = f"the model has no chat template: name one, --config.data.chat_template={NAMES}"
+_NO_TEMPLATE = (
+    f"the model has no chat template: name one, --config.data.chat_template={NAMES}{_ELSE}"
+)
 # Places of a conversation's messages, and whether it awaits a reply.
 Part = tuple[Sequence[int], bool]
 

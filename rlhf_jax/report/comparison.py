@@ -9,7 +9,8 @@ those of the first of these that has any:
     evaluation.json  "frontier": {"kl": […], "gold": […]?, "proxy": […]?, "bound": bool?}; bound
                      where KL is known as a bound only, as that of best of n is
     metrics.jsonl    the lines with "eval/kl" and "eval/gold_reward" or "eval/proxy_reward"
-    summary.json     the same names among its metrics: one point
+    summary.json     the same names among its metrics: one point, whose gold reward is of the
+                     answers that were judged, by default greedy ones, and its KL of sampled ones
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ COLUMNS = (
     "peak gold", "at KL", "gold win rate", "response length",
 )  # fmt: skip
 REWARDS = {"gold": "eval/gold_reward", "proxy": "eval/proxy_reward"}
+JUDGED = (
+    "is of the answers that were judged, greedy ones by default, not of the sampled ones whose KL "
+    "it is drawn at."
+)
 _SEED = re.compile(r"[-_,. ]*seed[=_-]?\d+")
 _LABEL, _COLUMN = 18, 14  # characters of the console's table
 
@@ -89,9 +94,12 @@ def compare(workdirs: Sequence[str | os.PathLike[str]]) -> Comparison:
     plot = None
     if series:
         plot = draw_frontier("Gold and proxy reward against √KL", series=series, wide=True)
+        notes = []
         if without := [name for name in runs if name not in series]:
-            note = f"No KL to the reference was measured of {', '.join(without)}."
-            plot = replace(plot, note=note)
+            notes.append(f"No KL to the reference was measured of {', '.join(without)}.")
+        if judged := [name for name in series if any(each["judged"] for each in points[name])]:
+            notes.append(f"The gold reward of {', '.join(judged)} {JUDGED}")
+        plot = replace(plot, note=" ".join(notes))
     configs = {name: run.config for name, run in runs.items()}
     if any(len(seeds) > 1 for seeds in groups.values()):
         configs = {name: _without_seed(config) for name, config in configs.items()}
@@ -169,11 +177,15 @@ def read_runs(workdirs: Sequence[str | os.PathLike[str]]) -> dict[str, Run]:
 
 
 def read_frontier(name: str, run: Run) -> dict[str, Any]:
-    """Returns {"kl", "gold"?, "proxy"?, "bound"} of a run; `kl` is empty if none was measured."""
+    """Returns {"kl", "gold"?, "proxy"?, "bound", "judged"} of a run; no KL was measured: `kl` = [].
+
+    judged: whether the gold reward is of other answers than the KL, as the summary has them.
+    """
     if "frontier" in run.evaluation:
         return _check_frontier(name, run.evaluation["frontier"])
     lines = [r for r in run.records if "eval/kl" in r and any(k in r for k in REWARDS.values())]
-    if not lines and "eval/kl" in run.metrics:
+    judged = not lines and "eval/kl" in run.metrics
+    if judged:
         lines = [run.metrics]
     rewards = {
         key: [line.get(metric) for line in lines]
@@ -181,7 +193,7 @@ def read_frontier(name: str, run: Run) -> dict[str, Any]:
         if any(metric in line for line in lines)
     }
     kl = [line["eval/kl"] for line in lines] if rewards else []
-    return {"kl": kl, **rewards, "bound": False}
+    return {"kl": kl, **rewards, "bound": False, "judged": judged and "gold" in rewards}
 
 
 def group_seeds(runs: Mapping[str, Run]) -> dict[str, dict[str, Run]]:
@@ -334,7 +346,7 @@ def _check_frontier(name: str, points: Any) -> dict[str, Any]:
     file = f"{name}/evaluation.json"
     if not isinstance(points, Mapping) or not isinstance(points.get("kl"), list):
         raise UserError(f"{file}: frontier must be an object with a list kl")
-    frontier: dict[str, Any] = {"bound": bool(points.get("bound"))}
+    frontier: dict[str, Any] = {"bound": bool(points.get("bound")), "judged": False}
     for key in ("kl", *REWARDS):
         values = points.get(key)
         if values is None:

@@ -195,7 +195,7 @@ def winners(
     """Packed rows of the best of `best_of_n.n` answers to each training prompt: (train, held out).
 
     They are drawn as `rollout` says. Only answers that ended by themselves count and are trained
-    on. A tenth is held out.
+    on. One of every ten that follow each other is held out, which is a tenth of every source.
     """
     documents: list[Document] = []
     n = config.best_of_n.n
@@ -215,9 +215,13 @@ def winners(
         )
     dropped = len(prompts.records) - len(documents)
     console.say("winners", {"prompts": len(prompts.records), "without an answer": dropped})
-    held = max(1, len(documents) // 10)
-    train, _ = pack_documents(documents[held:], config.data.row_length)
-    held_out, _ = pack_documents(documents[:held], config.data.row_length)
+    tens = np.array_split(np.arange(len(documents)), max(1, len(documents) // 10))
+    drawn = random_bits(range(len(tens)), seed)
+    held = {int(ten[int(bits) % len(ten)]) for ten, bits in zip(tens, drawn, strict=True)}
+    parts: tuple[list[Document], list[Document]] = ([], [])
+    for i, document in enumerate(documents):
+        parts[i in held].append(document)
+    train, held_out = (pack_documents(part, config.data.row_length)[0] for part in parts)
     return train, held_out
 
 

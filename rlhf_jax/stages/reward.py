@@ -22,6 +22,7 @@ import numpy as np
 from rlhf_jax import console
 from rlhf_jax.config import Config
 from rlhf_jax.data.conversation import render_prompt
+from rlhf_jax.data.encode import length_of_share
 from rlhf_jax.data.packing import Arrays, Group, pack_groups
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.before_after import Evaluated
@@ -142,14 +143,16 @@ def reference_scores(
 
     `normalize.prompts` prompts are drawn from the training records of all sources, among those that
     leave room for an answer, and answered once each at temperature 1: "Fine-Tuning Language Models
-    from Human Preferences", https://arxiv.org/abs/1909.08593, normalises by these.
+    from Human Preferences", https://arxiv.org/abs/1909.08593, normalises by these. Those without
+    room are counted.
     """
     options = config.normalize
     records = [p for s in sources for p in read_records(config, s, "prompt", "train")]
     room = model.config.max_length - options.max_new_tokens
-    prompts, tokens = [], []
+    prompts, tokens, lengths = [], [], []
     for i in np.random.default_rng(config.seed).permutation(len(records)):
         rendered = render_prompt(records[i].messages, model.tokenizer)
+        lengths.append(len(rendered))
         if len(rendered) <= room:
             prompts.append(records[i])
             tokens.append(rendered)
@@ -160,6 +163,13 @@ def reference_scores(
             f"normalize.max_new_tokens = {options.max_new_tokens} leaves no training prompt room "
             f"in model.max_length = {model.config.max_length}"
         )
+    what, too_long = "normalization prompts", len(lengths) - len(prompts)
+    console.say(what, {"asked for": options.prompts, "drawn": len(lengths), "too long": too_long})
+    console.warn_over_long(
+        what, too_long, len(lengths), length_of_share(lengths),
+        f"left out, longer than the {room} tokens that normalize.max_new_tokens = "
+        f"{options.max_new_tokens} leaves of model.max_length = {model.config.max_length}",
+    )  # fmt: skip
     answers = answer(
         policy,
         prompts,

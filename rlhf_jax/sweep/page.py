@@ -15,7 +15,7 @@ from scipy.special import stdtrit
 
 from rlhf_jax.files import write_whole
 from rlhf_jax.report.cells import draw_bands, draw_clouds, draw_intervals, draw_parallel
-from rlhf_jax.report.comparison import read_frontier
+from rlhf_jax.report.comparison import JUDGED, read_frontier
 from rlhf_jax.report.figure import Plot, to_floats
 from rlhf_jax.report.page import render_page
 from rlhf_jax.report.refusals import draw_refusals
@@ -163,7 +163,9 @@ def _figures(
     clouds = {name: list(filter(None, map(_last_point, runs))) for name, runs in read.items()}
     clouds = {name: points for name, points in clouds.items() if points}
     if clouds:
-        plots.append(draw_clouds("Gold reward against KL", cells=clouds, ylabel="gold reward"))
+        drawn = draw_clouds("Gold reward against KL", cells=clouds, ylabel="gold reward")
+        judged = (read_frontier(r.name, r)["judged"] for runs in read.values() for r in runs)
+        plots.append(replace(drawn, note=f"Gold reward {JUDGED}") if any(judged) else drawn)
     if curve:
         drawn = draw_refusals("Refusals, by kind of request", points=tradeoff.points(curve))
         plots.append(replace(drawn, note=_OF_SAFETY))

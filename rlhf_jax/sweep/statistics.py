@@ -35,6 +35,8 @@ class Estimate:
 
     Attributes:
         deviation: of the seeds' means.
+        low, high: NaN where all outcomes are the same number, and so few seeds that by the sign
+            test they exclude none.
         p: the probability, if the mean were 0, of one so far from 0; where all outcomes are the
             same number, of as many seeds on one side of it (the sign test).
         seeds: how many there are; of a single one nothing but the mean is known, the rest is NaN.
@@ -74,8 +76,9 @@ def estimate(
     deviation = float(values.mean(1).std(ddof=1))
     total = max(by_seed + by_prompt - rest, by_seed, by_prompt)
     if sqrt(total) <= 1e-12 * np.abs(values).max():  # nothing but rounding
-        by_signs = 0.5 ** (seeds - 1) if mean else 1.0  # alike by chance: no variance to go by
-        return Estimate(mean, deviation, mean, mean, by_signs, seeds)
+        by_signs = 0.5 ** (seeds - 1)  # alike by chance: there is no variance to go by
+        end = mean if by_signs <= 1 - level else nan
+        return Estimate(mean, deviation, end, end, by_signs if mean else 1.0, seeds)
     parts = by_seed**2 / freedom + (total - by_seed) ** 2 / max(1, prompts - 1)
     tests = [(sqrt(total), total**2 / parts), (sqrt(by_seed), freedom)]
     upper = (1 + level) / 2

@@ -6,7 +6,7 @@ import argparse
 import ast
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import isfinite
@@ -89,8 +89,9 @@ def run_sweep(given: argparse.Namespace) -> None:
             the directory; a shared parent failed, or no run has finished.
     """
     config, source, _, others = parse(given.rest)
-    if others.preflight or others.coordinator:
-        raise UserError("--preflight and --coordinator are of rlhf_jax.main")
+    alone = ("preflight", "print", "version", "coordinator", "processes", "process", "parents")
+    if stated := [f"--{name}" for name in alone if others[name].present]:
+        raise UserError(f"of rlhf_jax.main alone: {', '.join(stated)}")
     if given.metric:
         is_less_better(given.metric)  # an error if that is not known
     if given.search and (given.grid or given.baseline or not given.metric):
@@ -99,7 +100,7 @@ def run_sweep(given: argparse.Namespace) -> None:
         raise UserError("--vmap-seeds needs --seeds=2 or more, and has no --search or --seeds-from")
     if (given.slurm and given.engine != "slurm") or (given.storage and not given.search):
         raise UserError("--slurm needs --engine=slurm, and --storage needs --search")
-    flags = tuple(flag for flag in given.rest if flag.startswith(("--config.", "--noconfig.")))
+    flags = tuple(_fields(given.rest, others))
     space = parse_space(given.search) if given.search else {}
     grid = parse_grid(given.grid)
     cells = [AS_IT_IS, *corners(space)] if space else make_cells(grid)
@@ -131,6 +132,16 @@ def run_sweep(given: argparse.Namespace) -> None:
                 confirm(sweep, runner, study, given.seeds, given.metric)
     finally:
         release(lock)
+
+
+def _fields(words: Sequence[str], read: Any) -> Iterator[str]:
+    """The flags among `words` that set fields, each in one word; `read` is what `parse` made."""
+    following = iter(words)
+    for word in following:
+        name, equals, _ = word.lstrip("-").partition("=")
+        if word.startswith("-") and name.startswith(("config.", "noconfig.")):
+            alone = equals or name.startswith("no") or (name in read and read[name].boolean)
+            yield f"--{word.lstrip('-')}" + ("" if alone else f"={next(following)}")
 
 
 def find_directory(default: Path, varied: Mapping[str, Any], cells: Sequence[Cell]) -> Path:

@@ -53,9 +53,10 @@ def _of_wins(results: Results) -> list[str]:
         wins = results.wins(row.name) if row.difference else None
         if wins:
             seeds = ", ".join(map(str, sorted(results.outcomes[row.name])))
+            within = f" ({wins.low + 0.5:.3f} to {wins.high + 0.5:.3f})"
             told.append(
                 f"To the same prompts {row.name} gives the better answer by gold, ties ½, in "
-                f"{wins.mean + 0.5:.3f} ({wins.low + 0.5:.3f} to {wins.high + 0.5:.3f}) against "
+                f"{wins.mean + 0.5:.3f}{within if wins.low == wins.low else ''} against "
                 f"{results.baseline}, seeds {seeds}."
             )
     return told
@@ -91,7 +92,7 @@ def _on_fresh_seeds(fresh: Results, best: str) -> list[str]:
     if row.estimate is None or row.failures:
         return ["It failed on fresh seeds, so that it is not called the best."]
     e = row.estimate
-    within = f" ({_interval(fresh, e.low, e.high)})" if e.seeds > 1 else ""
+    within = f" ({_interval(fresh, e.low, e.high)})" if e.low == e.low else ""
     told = [f"On {e.seeds} fresh seeds it has {_format(fresh, e.mean)}{within}."]
     if row.difference:
         d, p = row.difference

@@ -19,7 +19,7 @@ from typing import Any
 from rlhf_jax import hosts
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import append_whole, numbers, read_lines, room_for, write_whole
-from rlhf_jax.training.rundir import fault_point
+from rlhf_jax.training.rundir import TENSORBOARD, fault_point
 
 MAX_WAITING = 1000  # lines that TensorBoard or W&B may be behind
 CLOSE_SECONDS = 30  # that the end of a run waits for them
@@ -89,8 +89,11 @@ class MetricsWriter:
             self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._append()
         if tensorboard:
-            board = functools.partial(_open_tensorboard, run / "tensorboard", step)
-            self._others.append(_Other("TensorBoard", board))
+            board, earlier = run / TENSORBOARD, []
+            if not board.exists():
+                earlier = [line for _, line in read_lines(self._path, numbers)]
+            start = functools.partial(_open_tensorboard, board, step, earlier)
+            self._others.append(_Other("TensorBoard", start))
         if wandb:
             try:
                 import wandb as client
@@ -195,8 +198,13 @@ class _Other:
             logging.warning("%s is dropped, the run goes on without it: %s", self._name, why)
 
 
-def _open_tensorboard(directory: Path, step: int) -> tuple[Write, Close]:
-    """Writes event files; `tensorboardX.SummaryWriter` has a thread whose end it would not see."""
+def _open_tensorboard(
+    directory: Path, step: int, earlier: Sequence[Mapping[str, float]]
+) -> tuple[Write, Close]:
+    """Writes event files, the `earlier` lines of metrics.jsonl first.
+
+    `tensorboardX.SummaryWriter` has a thread whose end it would not see.
+    """
     from tensorboardX import RecordWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.proto.summary_pb2 import Summary
@@ -225,6 +233,8 @@ def _open_tensorboard(directory: Path, step: int) -> tuple[Write, Close]:
     add(file_version="brain.Event:2")
     # Hides the steps that an interrupted run wrote and this one writes again.
     add(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+    for line in earlier:
+        write(int(line["step"]), {name: x for name, x in line.items() if name != "step"})
     return write, records.close
 
 

@@ -40,7 +40,7 @@ from rlhf_jax.training.origin import (
 from rlhf_jax.training.run_lock import acquire, release
 
 CONFIG, MADE_FROM, SUMMARY = "config.json", "made_from.json", "summary.json"
-_METRICS = "metrics.jsonl"
+_METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 _MADE_FROM_FIELDS = {
     "version": str,
     "commit": str,
@@ -75,9 +75,9 @@ class RunDirectory:
     constant learning rate a run goes on to more steps than it had. With `rerun` its directory is
     kept under another name, <path>.1 or the next that is free, and a new one begun; where all that
     differs is free (see `origin`), a copy is kept and the run goes on from its last checkpoint, to
-    another evaluation. metrics.jsonl then has no numbers of the older one, and is kept beside with
-    them. A run that has neither a checkpoint nor a summary is set aside without being asked: a
-    first try that failed is not to stand in the way.
+    another evaluation. metrics.jsonl and what TensorBoard shows then have no numbers of the older
+    one, and are kept beside with them. A run that has neither a checkpoint nor a summary is set
+    aside without being asked: a first try that failed is not to stand in the way.
 
     Attributes:
       path: the directory.
@@ -198,7 +198,8 @@ class RunDirectory:
     def _keep_evaluations(self) -> None:
         """Takes the numbers of an older evaluation out of metrics.jsonl, which is kept beside.
 
-        One curve is of one evaluation. The line of the newest checkpoint, if it has such numbers,
+        So is TensorBoard's directory: the writer begins another with what is left in the file. One
+        curve is of one evaluation. The line of the newest checkpoint, if it has such numbers,
         is taken out whole, so that the loop evaluates that step and writes it again.
         """
         path, checkpoints = self.path / _METRICS, (self.path / "checkpoints").glob("*")
@@ -207,9 +208,14 @@ class RunDirectory:
         found = [line for _, line in lines if any(name.startswith("eval/") for name in line)]
         if not found:
             return
-        names = (self.path / f"metrics.{n}.jsonl" for n in itertools.count(1))
-        aside = next(name for name in names if not name.exists())
+        pairs = (
+            (self.path / f"metrics.{n}.jsonl", self.path / f"{TENSORBOARD}.{n}")
+            for n in itertools.count(1)
+        )
+        aside, board = next(pair for pair in pairs if not any(path.exists() for path in pair))
         write_whole(aside, b"".join(text for text, _ in lines))
+        if (self.path / TENSORBOARD).exists():
+            os.rename(self.path / TENSORBOARD, board)
         kept = [line for _, line in lines if line not in found or line["step"] != newest]
         write_jsonl(
             path, [{k: v for k, v in line.items() if not k.startswith("eval/")} for line in kept]

@@ -61,6 +61,12 @@ def test_long_texts_can_be_dropped_or_refused():
         encode_texts(texts, train_chars("x"), 8)
 
 
+def test_a_row_of_one_token_has_none_to_predict():
+    for over_long in ("split", "error", "drop"):
+        with pytest.raises(UserError, match=r"data\.row_length = 1: .*two tokens or more"):
+            encode_texts([Text("a", "xyz")], TOKENIZER, 1, over_long=over_long)
+
+
 def test_conversations_train_the_replies():
     record = Conversation("a", chat("hi", "yo", "so", "no"))
     (document,), _ = encode_conversations([record], TOKENIZER, 32)

@@ -337,9 +337,13 @@ def test_a_model_without_a_template_is_given_one(tmp_path):
     assert not bare.has_template
     with pytest.raises(
         UserError, match=r"no chat template: name one, --config\.data\.chat_template=plain or"
-    ):
+    ) as error:
         bare.prompt(CONVERSATION[:1])
     assert bare.with_template(chat_template("plain")).hash == given.hash
+    # What a command without that option can be given, as the same line says.
+    assert "write a chat_template.jinja in the Hub model's directory" in str(error.value)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATES["plain"])
+    assert HubTokenizer.load(tmp_path).hash == given.hash
     with pytest.raises(
         UserError, match=r"no token that ends the assistant's turn; .*=plain or olmo"
     ):

@@ -78,8 +78,14 @@ def test_the_figure_has_every_point_of_every_run(rl_runs):
     }  # fmt: skip
     assert "ppo: 0.9 at KL 5.4" in plot.svg and "best_of_n: 0.5 at KL ≤ 0.19" in plot.svg
     (rl_runs[1] / "metrics.jsonl").write_text('{"step": 3, "eval/kl": 1.0}\n')
-    assert compare(rl_runs[1:]).plot.note == "No KL to the reference was measured of grpo."
+    assert "No KL to the reference was measured of grpo." in compare(rl_runs[1:]).plot.note
     assert compare(rl_runs[1:2]).plot is None
+
+
+def test_a_point_of_greedy_answers_beside_the_kl_of_sampled_ones_is_said_to_be(rl_runs):
+    note = "of dpo is of the answers that were judged, greedy ones by default, not of the sampled"
+    assert note in compare(rl_runs).plot.note
+    assert not compare([rl_runs[0], rl_runs[3]]).plot.note
 
 
 def test_evaluation_json_wins_over_metrics(rl_runs):

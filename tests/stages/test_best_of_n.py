@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
 from rlhf_jax.stages import best_of_n, defaults
+from rlhf_jax.tasks.prompts import PromptSet
 from tests.chat_model import make_chat_model
 
 
@@ -39,3 +43,25 @@ def test_a_source_with_fewer_prompts_than_asked_for_is_told(tmp_path, monkeypatc
     taken = best_of_n.training_prompts(defaults.resolve(config), make_chat_model(tmp_path / "m"))
     assert len(taken.records) == 3
     assert "a.jsonl: 3 prompts, all there are of 10 asked for" in capsys.readouterr().out
+
+
+def test_a_tenth_of_every_source_is_held_out(monkeypatch):
+    first, second = range(100, 150), range(200, 250)  # tokens by which a prompt is known
+    prompts = PromptSet([None] * 100, [[token] for token in (*first, *second)])
+    answers = SimpleNamespace(
+        prompts=prompts,
+        finished=np.ones(100, bool),
+        completions=[SimpleNamespace(tokens=[1])] * 100,
+    )
+    scores = SimpleNamespace(valid=np.ones(100, bool), total=np.zeros(100))
+    monkeypatch.setattr(best_of_n, "_blocks", lambda *_: iter([(answers, scores)]))
+    config = defaults.resolve(defaults.best_of_n(best_of_n={"n": 1}, data={"row_length": 64}))
+
+    def split():
+        parts = best_of_n.winners(config, None, prompts, None)
+        return [{*part["tokens"].ravel().tolist()} - {0, 1} for part in parts]
+
+    train, held_out = split()
+    assert [len(held_out & {*source}) for source in (first, second)] == [5, 5]
+    assert not train & held_out and train | held_out == {*first, *second}
+    assert split() == [train, held_out]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.pair_scores import label_metrics
 from rlhf_jax.evaluation.row_passes import in_record_order
-from rlhf_jax.stages import defaults
+from rlhf_jax.stages import defaults, reward
 from rlhf_jax.stages.preference_rows import pack_labelled
 from rlhf_jax.stages.reward import run as run_stage
 from rlhf_jax.training.checkpoint import load_params, save_params
@@ -23,7 +24,7 @@ from rlhf_jax.training.saved_model import load_model
 from tests.stages.conftest import run_main
 
 LABELLED = """
-from rlhf_jax.stages import defaults
+from rlhf_jax.stages import defaults, reward
 
 
 def get_config():
@@ -102,6 +103,26 @@ def test_models_of_older_versions_have_no_statistics(trained, tmp_path):
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_bpe(["Was it good, number 1? yes no"] * 4, 280)
+
+
+def test_prompts_without_room_for_an_answer_are_counted(
+    tokenizer, tmp_path, monkeypatch, capsys, caplog
+):
+    path = tmp_path / "prompts.jsonl"
+    prompts = ["Was it?", "Was it? " * 40, "Is it?", "Is it? " * 50]
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    normalize = {"prompts": 3, "max_new_tokens": 4}
+    config = defaults.resolve(defaults.base("reward", normalize=normalize))
+    shape = SimpleNamespace(max_length=64)
+    model = SimpleNamespace(tokenizer=tokenizer, config=shape, params=None)
+    answers = [SimpleNamespace(tokens=[1])] * 2
+    monkeypatch.setattr(reward, "answer", lambda *_, **how: answers)
+    monkeypatch.setattr(reward, "map_rows", lambda *_: np.arange(2.0))
+    monkeypatch.setattr(reward, "in_record_order", lambda values, _: values)
+    reward.reference_scores(config, model, model, [f"{path}"])
+    out = capsys.readouterr().out
+    assert "normalization prompts: asked for 3, drawn 4, too long 2" in out
+    assert "2 of 4 records (50.0 %) are left out, longer than the 60 tokens" in caplog.text
 
 
 def settings(row_length=64, over_long="error"):

@@ -34,6 +34,20 @@ def test_sweeps_of_one_config_have_directories_of_their_own(tiny, tmp_path, monk
     assert swept(names, "--workdir=runs/other") == "other"
 
 
+def test_fields_are_set_in_two_words_or_by_one_dash_as_in_main(tiny, tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr("rlhf_jax.sweep.sweep.run_grid", lambda sweep, *_: seen.append(sweep.flags))
+    command = ["--config", f"{tiny}:preference", f"--workdir={tmp_path}/sweep"]
+    fields = ["--config.train.steps", "2", "-config.loss.beta=0.2", "--noconfig.train.tensorboard"]
+    assert main([*command, *fields, "--config.train.wandb", "-"]) == 0
+    assert seen == [(
+        "--config.train.steps=2", "--config.loss.beta=0.2", "--noconfig.train.tensorboard",
+        "--config.train.wandb=-",
+    )]  # fmt: skip
+    assert main([*command, "--parents=elsewhere"]) == 2
+    assert capsys.readouterr().err == "error: of rlhf_jax.main alone: --parents\n"
+
+
 def test_a_sweep_of_an_older_version_goes_on_where_it_is(tmp_path):
     cells = make_cells({"loss.beta": ["0.05", "0.1"]})
     varied = {"grid": {"loss.beta": ["0.05", "0.1"]}, "search": "", "flags": [], "seeds_from": ""}

@@ -39,17 +39,21 @@ def test_an_interval_leans_to_where_the_outcomes_do():
     assert 0 < found.high - found.mean < found.mean - found.low
 
 
-def test_a_single_seed_says_nothing_and_equal_outcomes_say_they_are_equal():
+def test_a_single_seed_says_nothing_and_equal_outcomes_what_their_signs_say():
     one = estimate(np.ones((1, 8)))
     assert one.mean == 1 and all(x != x for x in (one.deviation, one.low, one.high, one.p))
     same = estimate(np.full((3, 8), 0.0))
-    assert (same.low, same.high, same.p) == (0, 0, 1)
+    assert same.p == 1 and same.low != same.low and same.high != same.high
     # Two seeds of ±0.25 or 0 each are the same, and not 0, in an eighth of all sweeps by chance.
     alike = estimate(np.array([[0.25], [0.25]]))
-    assert (alike.low, alike.high, alike.p) == (0.25, 0.25, 0.5)
+    assert alike.p == 0.5 and alike.low != alike.low and alike.high != alike.high
     rounded = estimate(np.array([[0.3 - 0.2], [0.4 - 0.3]]))
     assert rounded.deviation > 0 and rounded.p == 0.5
-    assert estimate(np.full((6, 1), 0.25)).p == 1 / 32
+    # Of six seeds the sign test excludes, at 5 % and not at 2.5 %, all but what they have.
+    six = np.full((6, 1), 0.25)
+    assert (estimate(six).low, estimate(six).high, estimate(six).p) == (0.25, 0.25, 1 / 32)
+    strict = estimate(six, level=0.975)
+    assert strict.p == 1 / 32 and strict.low != strict.low and strict.high != strict.high
     for bad in (np.zeros((0, 4)), np.array([[1.0, np.nan]])):
         with pytest.raises(ValueError, match="need finite outcomes"):
             estimate(bad)

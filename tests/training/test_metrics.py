@@ -321,6 +321,19 @@ def test_tensorboard_reads_what_is_written(tmp_path):
     assert second.step == 5 and math.isnan(second.summary.value[0].simple_value)
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_tensorboard_of_a_directory_that_is_new_has_the_earlier_lines(tmp_path, there):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "train/loss": 0.5}\n')
+    if there:
+        (tmp_path / "tensorboard").mkdir()  # of a process that wrote them
+    writer = MetricsWriter(tmp_path, 2)
+    writer.write(3, {"eval/loss": 0.25})
+    writer.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    names = (b"train/loss", b"eval/loss")
+    assert [events.read_bytes().count(name) for name in names] == [not there, 1]
+
+
 def test_tensorboard_without_tensorflow(tmp_path):
     writer = MetricsWriter(tmp_path, 0)
     writer.write(1, {"train/loss": 1.0})

@@ -112,6 +112,19 @@ def test_commit_and_prompts_of_the_evaluation_are_free(tmp_path, capsys):
     assert json.loads((tmp_path / "made_from.json").read_text()) == now
 
 
+def test_another_evaluation_takes_the_older_one_out_of_tensorboard_too(tmp_path):
+    begun(tmp_path, MADE_FROM)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "eval/loss": 0.5}\n')
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "tensorboard" / "events").touch()
+    contents = MADE_FROM["contents"] | {"eval.source: prompts.jsonl": "1"}
+    with RunDirectory(tmp_path, CONFIG, MADE_FROM | {"contents": contents}):
+        pass
+    assert not (tmp_path / "tensorboard").exists()
+    assert (tmp_path / "metrics.1.jsonl").exists()
+    assert (tmp_path / "tensorboard.1" / "events").exists()
+
+
 def test_a_run_that_recorded_no_inputs_is_another(tmp_path):
     begun(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"stage": "sft"}))
