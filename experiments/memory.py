@@ -25,13 +25,6 @@ and 97 % of facts right, before 96 %. :last has not been measured.
 from rlhf_jax.stages import defaults
 
 MUON = {"name": "muon", "b2": 0.99, "warmup_steps": 10, "final_fraction": 0.0}
-OPTIMIZER = {
-    "learning_rate": 3e-3,
-    "b2": 0.99,
-    "warmup_steps": 20,
-    "schedule": "linear",
-    "final_fraction": 0.0,
-}
 
 
 def get_config(variant="sft"):
@@ -48,9 +41,9 @@ def get_config(variant="sft"):
 
 
 def base():
-    """The recipe of pretrain.py with a longer context."""
     return defaults.base(
         "pretrain",
+        # So that a value knows of whom it was said: docs/turns.md.
         model=defaults.model("tiny", max_length=512, short_convolution=8),
         tokenizer={"vocab_size": 2048},
         data={"train": "town/text=1,memory/drill=1", "row_length": 256, "over_long": "split"},
@@ -62,14 +55,16 @@ def base():
 
 
 def chat():
-    """The recipe of sft.py."""
     return defaults.base(
         "sft",
         init={"policy": "experiments/memory.py:base"},
         compute={"remat": "none"},
         data={"train": "town=1,memory/drill=1", "row_length": 288, "replay": "town/text[:50%]=0.5"},
         batch={"rows": 8},
-        optimizer=OPTIMIZER | {"warmup_steps": 10},
+        optimizer={
+            **{"learning_rate": 3e-3, "b2": 0.99, "warmup_steps": 10},
+            **{"schedule": "linear", "final_fraction": 0.0},
+        },
         train={"steps": 430, "log_every": 20},
     )
 
@@ -87,10 +82,7 @@ def sft(trained_turns):
             "trained_turns": trained_turns,
         },
         batch={"rows": 8},
-        optimizer={
-            **{"name": "muon", "learning_rate": 5e-3, "b2": 0.99, "warmup_steps": 10},
-            **{"schedule": "linear", "final_fraction": 0.0},
-        },
+        optimizer=MUON | {"learning_rate": 5e-3, "schedule": "linear"},
         train={"steps": 1500, "log_every": 20},
         eval={"source": "memory", "count": 520, "max_new_tokens": 32},
     )
