@@ -125,7 +125,7 @@ class MemoryTown:
     def drills(self, split: str, count: int = RECORDS) -> Iterator[Conversation]:
         """Dialogues in which every question is about what was told, changed, or not told.
 
-        Half of the people in them have names that are made up, so that no list of names is learnt.
+        In half of those about others their names are made up, so that no list of names is learnt.
         """
         for index in range(count):
             rng = Random(f"town {self.town.config.seed} memory drill {split} {index}")
