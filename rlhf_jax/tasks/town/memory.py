@@ -147,7 +147,10 @@ class MemoryTown:
                 elif fate < 0.5:
                     unknown = _unknown(rng, split, made.facts)
                     if made_up and unknown.who != fact.who:  # or the kind of name would tell
-                        unknown = replace(unknown, who=pick(rng, new_names()))
+                        people = {each.who for each in made.facts}
+                        while (name := pick(rng, new_names())) in people:
+                            continue
+                        unknown = replace(unknown, who=name)
                     made.tell(unknown.question(rng), say(rng, "abstain"))
                 else:
                     made.tell(fact.question(rng), fact.answer(rng))
