@@ -12,14 +12,14 @@ python -m rlhf_jax.main --config=experiments/persona.py:real
 The first three end with 200 held-out dialogues, in which the model says every line, about personas
 that no training has: eval/persona/prompt_to_line and line_to_line, …/rule/turn/<n>,
 …/asked_after/<turns> and …/leak, with 95 % intervals, and eval/pass^k of eight sampled dialogues.
-One seed, 9, 5 and 4 minutes beside other work:
+One seed of each, 11 minutes on one core beside other work:
 
-            prompt to line   line to line   rule        asked after 8 turns   facts   pass^8
-    :sft         0.99            0.97       1.00               0.94           0.95     0.19
-    GRPO         0.99            0.95       1.00               0.93           0.96     0.27
-    :dpo         0.89            0.94       0.98 to 0.99       0.71           0.92     0.15
+            prompt to line   line to line   rule   asked after 8 turns   facts   pass^8
+    :sft        0.999            0.99       1.00          1.00            0.93     0.38
+    GRPO        0.999            0.99       1.00          1.00            0.95     0.35
 
-Nothing leaks into chats without a persona. :real has not been measured.
+Nothing leaks into chats without a persona. :real has not been measured, and :dpo only before
+experiments/memory.py had a short convolution (docs/turns.md).
 """
 
 from rlhf_jax.stages import defaults
