@@ -8,7 +8,7 @@ python -m rlhf_jax.main --config=experiments/safety.py
         :helpful                   0.02   0.22   0.27              0.15   0.18   0.18      0.92
         :sft0.1                    1.00   1.00   1.00              0.37   0.77   0.77      0.91
         :dpo                       1.00   1.00   0.97              0.18   0.78   0.38      0.88
-        :limited                   1.00   1.00   0.93              0.00   0.53   0.03      0.87
+        :limited                   1.00   1.00   0.95              0.00   0.57   0.05      0.91
 
 python -m rlhf_jax.sweep --config=experiments/safety.py --seeds=3 …
     as docs/safety.md has it, four shares of refusals and two β: above the curve of fine-tuned
@@ -20,7 +20,7 @@ python -m rlhf_jax.main --config=experiments/safety.py:careful
     known facts are answered in 0.65 in place of 0.85 (docs/safety.md)
 python -m rlhf_jax.main --config=experiments/safety.py:limited
     GRPO for a judge that likes every refusal, under a limit of 5 % on those that nothing calls for:
-    1.3 to 2.1 % in the last 20 of 60 iterations, five seeds
+    3.7 to 4.3 % in the last 20 of 60 iterations, five seeds
 """
 
 import re
