@@ -34,7 +34,7 @@ VARIANTS = {
     "claims": ["blank", "small", "small_sft"],
     "memory": ["base", "chat", "sft", "last"],
     "persona": ["sft", "dpo", "grpo", "real"],
-    "questions": ["sft", "grpo"],
+    "questions": ["base", "chat", "sft", "grpo"],
     "llama": ["dpo-8b", "dpo-70b", "grpo-8b", "grpo-70b", "8b", "70b"],
 }
 
