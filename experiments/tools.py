@@ -19,7 +19,7 @@ eval/invalid_calls with 95 % intervals, and eval/pass^k of eight sampled episode
 Chains of three seeds, after GRPO: sums 1.00, 0.99 and 0.99, people 0.98, 0.98 and 0.99, two hops
 0.93, 0.93 and 0.95, no tool needed 0.83, 0.85 and 0.80; needless calls none, of an episode's calls
 1.2, 1.4 and 1.0 % invalid; pass^8 0.86, 0.88 and 0.86. After :sft all are the same but for chance.
-:direct: @D
+:direct, measured before there was a short convolution: sums and people 0.01, two hops 0.06.
 """
 
 from rlhf_jax.stages import defaults
