@@ -485,8 +485,8 @@ def test_a_damped_price_follows_an_iterations_own_cost_and_lambda_does_not():
     np.testing.assert_allclose(rollout.charges, (1 + 3 * 0.25) * (np.arange(64) % 2.0), rtol=1e-6)
     assert metrics["objective/multiplier"] == 1
     np.testing.assert_allclose(state.multiplier, 1.5, rtol=1e-6)
-    config, task, start = limited(np.zeros, damping=8.0)
-    assert not steps(config, task, start, 1)[2].charges.any()  # 1 − 8 · 0.25 is below 0
+    config, task, start = limited(lambda count: np.arange(count) % 8 == 0.0, damping=16.0)
+    assert not steps(config, task, start, 1)[2].charges.any()  # 1 + 16 · (0.125 − 0.25) is below 0
 
 
 def test_a_price_comes_back_from_a_checkpoint_and_goes_on_bit_for_bit(tmp_path):

@@ -18,7 +18,7 @@ from rlhf_jax.tasks.town.memory import (
     values_of,
     verify,
 )
-from rlhf_jax.tasks.town.phrasings import TURNS, VALUES
+from rlhf_jax.tasks.town.phrasings import PEOPLE, TURNS, VALUES
 from rlhf_jax.tasks.town.tools import new_names
 from rlhf_jax.tasks.town.town import Town
 from rlhf_jax.tasks.town.world import HELDOUT, TRAIN
@@ -65,6 +65,14 @@ def test_the_answer_stands_nowhere_but_where_it_was_told(records):
         assert not any(value in mentioned(reply) for reply in replies)
 
 
+def questions_for(told):
+    """Every question, in lower case, for facts by (who, attribute), or (attribute,) of the user."""
+    for *who, attribute in told:
+        table = PEOPLE[attribute].questions if who else TURNS["own"][attribute]["questions"]
+        slots = {"who": who[0], "whose": f"{who[0]}'s"} if who else {}
+        yield from (q.format(**slots) for q in table if {*re.findall(r"{(\w+)}", q)} <= {*slots})
+
+
 def test_a_drill_answers_with_what_was_told_last_and_admits_what_was_not():
     attributes = {value.lower(): name for name in ATTRIBUTES for value in VALUES[name]}
     told_of = attributes.keys() - lower(*VALUES["visitor"])
@@ -82,6 +90,8 @@ def test_a_drill_answers_with_what_was_told_last_and_admits_what_was_not():
                 if asks.endswith("?"):
                     assert all(told[key] == value for value, key in keys.items()), (drill, reply)
                     answered, admitted = answered + bool(keys), admitted + (not keys)
+                    was_told = asks.lower().endswith(tuple(questions_for(told)))
+                    assert keys or not was_told, (drill, asks)
                     continue
                 new = {key: value for value, key in keys.items() if told.get(key) != value}
                 changed += bool(told.keys() & new.keys())

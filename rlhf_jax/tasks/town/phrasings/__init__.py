@@ -99,7 +99,7 @@ WORDS = frozenset(
     for file in Path(__file__).parent.glob("*.toml")
     for word in re.findall(r"[a-z]+", file.read_text("utf-8").lower())
 )
-"""All words of the town, and of what explains them, in small letters."""
+"""Every word in these files, their comments too, in lower case."""
 
 _people, _manners, _skills = _read("people.toml"), _read("manners.toml"), _read("skills.toml")
 _stories, _values = _read("stories.toml"), _read("values.toml")
