@@ -450,12 +450,7 @@ def _embed(
     branch_ids: jax.Array | None = None,
     cached: jax.Array | None = None,
 ) -> jax.Array:
-    """Embeddings [B, T, width], with those of the tokens before if the config says so.
-
-    Args:
-        branch_ids: int32 [B, T], of packed rows. cached: int32 [B, slots], the tokens of a cache,
-            these included.
-    """
+    """Embeddings [B, T, width]; `cached` are all tokens of a cache, these too: int32 [B, slots]."""
     table = params["embed"]["embedding"]
     x = take_rows(table, tokens)
     if config.short_convolution:
