@@ -49,6 +49,7 @@ class _Context(NamedTuple):
     bias: Any  # from `visibility`, or for a cache f32 [B, T, slots]
     rope: tuple[jax.Array, jax.Array] | None  # cos, sin: f32 [B or 1, T, 1, rotary_dim/2]
     positions: jax.Array  # int32 [B or 1, T]
+    near: jax.Array | None = None  # [B, T, width] that queries and keys have of the tokens before
 
 
 def rope_frequencies(config: ModelConfig, *, windowed: bool = False) -> tuple[np.ndarray, float]:
@@ -172,14 +173,27 @@ def _products(
     return {name: _Dense(config, size, bias, name=name)(x) for name, size in sizes.items()}
 
 
+def _of_one_input(config: ModelConfig) -> tuple[tuple[str, ...], ...]:
+    """Those of attention's three products that are of the same vectors."""
+    return (
+        (QUERY_KEY_VALUE[:2], QUERY_KEY_VALUE[2:])
+        if config.short_convolution
+        else (QUERY_KEY_VALUE,)
+    )
+
+
 class _Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: _Context, cached: KeysValues | None):
+    def __call__(self, x: jax.Array, near: jax.Array, context: _Context, cached: KeysValues | None):
+        """Values are of x, queries and keys of near."""
         config, bias = self.config, self.config.attention_bias
         sizes = [n * config.head_dim for n in (config.heads, config.kv_heads, config.kv_heads)]
-        products = _products(self, x, dict(zip(QUERY_KEY_VALUE, sizes, strict=True)), bias)
+        products: dict[str, jax.Array] = {}
+        for names in _of_one_input(config):
+            chosen = {n: s for n, s in zip(QUERY_KEY_VALUE, sizes, strict=True) if n in names}
+            products |= _products(self, x if "value" in names else near, chosen, bias)
 
         def heads(name: str, count: int, norm: bool = False) -> jax.Array:
             y = products[name]
@@ -289,8 +303,12 @@ class _Block(nn.Module):
         def norm(name: str, x: jax.Array, *places: str) -> jax.Array:
             return _Norm(config, config.norm, name=name)(x) if config.norm_place in places else x
 
-        y = norm("attention_norm", x, "before", "around")
-        y, new = _Attention(config, name="attention")(y, context, cached)
+        if context.near is None:
+            y = near = norm("attention_norm", x, "before", "around")
+        else:
+            both = norm("attention_norm", jnp.stack([x, x + context.near]), "before", "around")
+            y, near = both
+        y, new = _Attention(config, name="attention")(y, near, context, cached)
         after = x + norm("attention_post_norm", y, "after", "around")
         y = norm("mlp_norm", x if config.parallel else after, "before", "around")
         y = (_Experts if config.experts else _Mlp)(config, name="mlp")(y)
@@ -311,8 +329,9 @@ def init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     less text, and learns to use its prompt. After "Mimetic Initialization of Self-Attention
     Layers", https://arxiv.org/abs/2305.09828.
 
-    With `short_convolution` each token's embedding has those of so many tokens before it added,
-    each dimension with a learnt factor that starts at ½. Attention then finds a token by what
+    With `short_convolution` what queries and keys are made of has the embeddings of so many tokens
+    before added in every layer, each dimension with a learnt factor that starts at ½ or −½, by
+    chance, so that it can be told how far back a token stands. Attention then finds a token by what
     stands before it, which two small layers do not learn by themselves in a million tokens. After
     the smeared keys of "In-context Learning and Induction Heads", https://arxiv.org/abs/2209.11895.
 
@@ -342,7 +361,8 @@ def init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
         params["position_embed"] = {"embedding": normal(keys[2], config.max_length, config.width)}
     if config.short_convolution:
         shape = config.short_convolution, config.width
-        params["short_convolution"] = {"scale": jnp.full(shape, 0.5)}
+        signs = jax.random.rademacher(jax.random.fold_in(key, len(keys)), shape, jnp.float32)
+        params["short_convolution"] = {"scale": signs / 2}
     if config.head == "scalar":
         std = 1 / np.sqrt(config.width + 1)
         params["score_head"] = {"kernel": normal(keys[3], config.width, 1, std=std)}
@@ -442,6 +462,18 @@ def _contexts(
 
 
 def _embed(
+    config: ModelConfig, params: Params, tokens: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """Embeddings [B, T, width]."""
+    x = take_rows(params["embed"]["embedding"], tokens)
+    if config.embed_scale != 1:
+        x = x * config.embed_scale
+    if config.position == "learned":
+        x = x + take_rows(params["position_embed"]["embedding"], positions)
+    return x.astype(config.compute_dtype)
+
+
+def _convolve(
     config: ModelConfig,
     params: Params,
     tokens: jax.Array,
@@ -449,27 +481,23 @@ def _embed(
     *,
     branch_ids: jax.Array | None = None,
     cached: jax.Array | None = None,
-) -> jax.Array:
-    """Embeddings [B, T, width]; `cached` are all tokens of a cache, these too: int32 [B, slots]."""
-    table = params["embed"]["embedding"]
-    x = take_rows(table, tokens)
-    if config.short_convolution:
-        scales = gather(params["short_convolution"]["scale"], jnp.float32)
-        before, back = x, None if branch_ids is None else _preceding(branch_ids)
-        for i, scale in enumerate(scales, start=1):
-            if cached is not None:
-                ids = jnp.take_along_axis(cached, jnp.maximum(positions - i, 0), axis=1)
-                before = take_rows(table, ids)
-            elif back is not None:
-                before = jnp.take_along_axis(before, back[..., None], axis=1)
-            else:
-                before = jnp.pad(before, ((0, 0), (1, 0), (0, 0)))[:, :-1]
-            x = x + jnp.where((positions >= i)[..., None], before * scale, 0)
-    if config.embed_scale != 1:
-        x = x * config.embed_scale
-    if config.position == "learned":
-        x = x + take_rows(params["position_embed"]["embedding"], positions)
-    return x.astype(config.compute_dtype)
+) -> jax.Array | None:
+    """What `_Context.near` holds; `cached` are all tokens of a cache, these too: [B, slots]."""
+    if not config.short_convolution:
+        return None
+    table, near = params["embed"]["embedding"], jnp.zeros(())
+    scales = gather(params["short_convolution"]["scale"], jnp.float32)
+    before, back = take_rows(table, tokens), None if branch_ids is None else _preceding(branch_ids)
+    for i, scale in enumerate(scales, start=1):
+        if cached is not None:
+            ids = jnp.take_along_axis(cached, jnp.maximum(positions - i, 0), axis=1)
+            before = take_rows(table, ids)
+        elif back is not None:
+            before = jnp.take_along_axis(before, back[..., None], axis=1)
+        else:
+            before = jnp.pad(before, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+        near = near + jnp.where((positions >= i)[..., None], before * scale, 0)
+    return (config.embed_scale * near).astype(config.compute_dtype)
 
 
 def _preceding(branch_ids: jax.Array) -> jax.Array:
@@ -507,7 +535,10 @@ def _forward(
         block = jax.checkpoint(
             block, policy=_remat_policy(config.remat), prevent_cse=config.layers_per_turn > 1
         )
-    x = _embed(config, params, tokens, contexts[0].positions, branch_ids=branch_ids)
+    positions = contexts[0].positions
+    x = _embed(config, params, tokens, positions)
+    near = _convolve(config, params, tokens, positions, branch_ids=branch_ids)
+    contexts = [each._replace(near=near) for each in contexts]
     if isinstance(params["layers"], tuple):  # from `decoding_params`
         each = []
         for layer in zip(params["layers"], config.windowed, strict=True):
@@ -546,7 +577,9 @@ def _decode(
     """
     positions = contexts[0].positions
     so_far = cache["tokens"].at[jnp.arange(len(tokens))[:, None], positions].set(tokens)
-    x = _embed(config, params, tokens, positions, cached=so_far)
+    x = _embed(config, params, tokens, positions)
+    near = _convolve(config, params, tokens, positions, cached=so_far)
+    contexts = [each._replace(near=near) for each in contexts]
     keys, values = [], []
     for i, cached in enumerate(zip(cache["keys"], cache["values"], strict=True)):
         layer = _layer(params, i)
@@ -594,7 +627,7 @@ def lay_out_for_decoding(
             new["kernel"] = node["kernel"].astype(config.compute_dtype)
         if "router" in node:  # computes in float32
             new["router"] = node["router"]
-        for names in (QUERY_KEY_VALUE, GATE_UP) if join else ():
+        for names in (*_of_one_input(config), GATE_UP) if join else ():
             kernels = [new.get(name, {}) for name in names]
             if all("kernel" in each and set(each) <= {"kernel", "bias"} for each in kernels):
                 joined = jax.tree.map(lambda *x: jnp.concatenate(x, -1), *kernels)

@@ -54,14 +54,15 @@ def numpy_forward(config, params, tokens):
         z = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angle)
         return np.concatenate([z.real, z.imag], -1)
 
-    def attention(x, p):
+    def attention(x, near, p):
         size = config.head_dim
         mixed = []
         for head in range(config.heads):
             shared = head // (config.heads // config.kv_heads)
-            q = dense(x, p["query"])[:, head * size : (head + 1) * size]
+            q = dense(near, p["query"])[:, head * size : (head + 1) * size]
             k, v = (
-                dense(x, p[n])[:, shared * size : (shared + 1) * size] for n in ("key", "value")
+                dense(y, p[n])[:, shared * size : (shared + 1) * size]
+                for y, n in ((near, "key"), (x, "value"))
             )
             if config.qk_norm:
                 q, k = norm(q, p["query_norm"], "rms"), norm(k, p["key_norm"], "rms")
@@ -99,15 +100,17 @@ def numpy_forward(config, params, tokens):
         pick = [jax.tree.map(lambda leaf, e=e: leaf[e], p["experts"]) for e in chosen]
         return sum(share[e] * mlp(token, own) for e, own in zip(chosen, pick, strict=True))
 
-    embedded = x = params["embed"]["embedding"][tokens]
+    x = params["embed"]["embedding"][tokens]
+    near = np.zeros_like(x)
     for i in range(config.short_convolution):
-        before = np.concatenate([np.zeros((i + 1, config.width)), embedded[: -i - 1]])
-        x = x + params["short_convolution"]["scale"][i] * before
+        before = np.concatenate([np.zeros((i + 1, config.width)), x[: -i - 1]])
+        near = near + params["short_convolution"]["scale"][i] * before
     if config.position == "learned":
         x = x + params["position_embed"]["embedding"][: len(tokens)]
     for i in range(config.layers):
         layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
-        x = x + attention(norm(x, layer["attention_norm"]), layer["attention"])
+        here, both = (norm(y, layer["attention_norm"]) for y in (x, x + near))
+        x = x + attention(here, both, layer["attention"])
         x = x + mlp(norm(x, layer["mlp_norm"]), layer["mlp"])
     return norm(x, params["final_norm"])
 
