@@ -175,8 +175,7 @@ def _sampled_kl(
 ) -> tuple[dict[str, float], list[Answer]]:
     """The KL's metrics, and the answers at temperature 1 that it is estimated from."""
     sampled = _answer(config, model, prompts, temperature=1.0)
-    rows = pack_answers(model, prompts, sampled)
-    ratios = log_ratios(model, reference, rows, step_tokens(config))
+    ratios = log_ratios(model, reference, pack_answers(sampled), step_tokens(config))
     return kl_metrics(ratios, config.seed), sampled
 
 

@@ -29,8 +29,8 @@ CACHED = 8  # tokens whose keys and values take about what a training step keeps
 class Answer:
     """A sampled reply: its text, its tokens (with <|end|> if finished), whether it ended itself.
 
-    Of one that an environment answers, `text` is its last turn's, `turns` are the texts of all,
-    `given` are the places of the answers among its tokens, and `prompt` the tokens before them.
+    `prompt` are the tokens before its own. Of one that an environment answers, `text` is its last
+    turn's, `turns` are the texts of all and `given` the places of the answers among its tokens.
     """
 
     text: str
@@ -121,12 +121,9 @@ def _answer_of(model: Model, reply: Completion, prompt: Sequence[int]) -> Answer
     )
 
 
-def pack_answers(model: Model, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> Arrays:
+def pack_answers(answers: Sequence[Answer]) -> Arrays:
     """Rows of prompts, each with its one answer."""
-    groups = [
-        Group(a.prompt or render_prompt(p.messages, model.tokenizer), (a.tokens,), i, (a.given,))
-        for i, (p, a) in enumerate(zip(prompts, answers, strict=True))
-    ]
+    groups = [Group(a.prompt, (a.tokens,), i, (a.given,)) for i, a in enumerate(answers)]
     longest = max(len(g.prompt) + len(g.branches[0]) for g in groups)
     rows, _ = pack_groups(groups, -(-longest // 64) * 64, branches=1)
     return rows
