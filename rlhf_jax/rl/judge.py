@@ -28,8 +28,8 @@ from rlhf_jax.rewards.ensemble import (
 )
 from rlhf_jax.rewards.scorers import Scores, TextScorers, parse_rewards
 from rlhf_jax.rl.layout import Rollout, from_rows
-from rlhf_jax.training.mesh import mesh_of, step_tokens
-from rlhf_jax.training.saved_model import Model, load_model
+from rlhf_jax.training.mesh import step_tokens
+from rlhf_jax.training.saved_model import Model, load_like
 
 _READ_BY_MODELS = (
     *("tokens", "positions", "segment_ids", "branch_ids", "sources", "targets", "weights"),
@@ -196,7 +196,7 @@ def _load_reward_models(
     paths = [path for role, path in parents.items() if role.startswith("reward")]
     models = []
     for path in paths:
-        model = load_model(path, mesh=mesh_of(config), **dataclasses.asdict(config.compute))
+        model = load_like(config, path)
         models.append(model)
         if model.config.head != "scalar":
             raise UserError(f"init.reward: {path} is not a reward model but a language model")
