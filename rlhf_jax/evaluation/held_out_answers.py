@@ -15,7 +15,7 @@ from rlhf_jax.data.records import Prompt
 from rlhf_jax.environments.trajectories import Environments, trajectory_seeds
 from rlhf_jax.evaluation.before_after import Values
 from rlhf_jax.evaluation.row_passes import in_record_order, response_logprobs, rows_of
-from rlhf_jax.evaluation.statistics import bootstrap_interval
+from rlhf_jax.evaluation.statistics import bootstrap_interval, with_interval
 from rlhf_jax.sampling.arguments import Sampling
 from rlhf_jax.sampling.generate import Completion, generate
 from rlhf_jax.training.kept_results import kept_result, result_key
@@ -143,8 +143,7 @@ def log_ratios(model: Model, reference: Model, rows: Arrays, tokens: int) -> np.
 
 def kl_metrics(ratios: np.ndarray, seed: int) -> dict[str, float]:
     """eval/kl, nats per sequence, from `log_ratios` of sampled answers, with 95 % interval."""
-    low, high = bootstrap_interval(ratios, seed)
-    return {"eval/kl": float(ratios.mean()), "eval/kl_low": low, "eval/kl_high": high}
+    return with_interval("eval/kl", float(ratios.mean()), bootstrap_interval(ratios, seed))
 
 
 def ending_metrics(answers: Sequence[Answer] | Sequence[Completion]) -> dict[str, float]:
