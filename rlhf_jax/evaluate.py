@@ -167,11 +167,10 @@ def evaluate_requests(
 
 
 def _load(config: Config, directory: Path) -> Model:
-    from rlhf_jax.stages.fit import load_like
     from rlhf_jax.stages.start import check_kernel, with_chat_template
-    from rlhf_jax.training.mesh import mesh_of
+    from rlhf_jax.training.saved_model import load_like
 
-    model = load_like(config, directory, mesh_of(config))
+    model = load_like(config, directory)
     template = getattr(config.data, "chat_template", "")
     check_kernel(config, model.config)
     return dataclasses.replace(model, tokenizer=with_chat_template(model.tokenizer, template))

@@ -31,8 +31,8 @@ BOUNDS = {
     # (evaluations that replace others, sweeps' directories, chats with an environment, the limit of
     # a trajectory's length) 235 and 100. A short convolution took 50 in the core, a damped price 5,
     # and drills of memory 45 of `tasks/`; eight faults that had been noticed 35 and 35.
-    "lines of the core": 23_070,
-    "lines with the annexes": 47_010,
+    "lines of the core": 23_021,
+    "lines with the annexes": 46_959,
     "functions over 60 lines": 1,
     "functions over 80 lines": 0,
     "functions over 8 parameters": 2,

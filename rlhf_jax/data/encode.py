@@ -327,9 +327,9 @@ def _check_reply_fits(
         )
 
 
-def length_of_share(lengths: Sequence[int], share: float = 0.95) -> int:
-    """The least length that `share` of the records have or stay below."""
-    return sorted(lengths)[math.ceil(share * len(lengths)) - 1]
+def length_of_share(lengths: Sequence[int]) -> int:
+    """The least length that 95 % of the records have or stay below."""
+    return sorted(lengths)[math.ceil(0.95 * len(lengths)) - 1]
 
 
 @contextmanager

@@ -60,8 +60,8 @@ from rlhf_jax.tasks.builders import verifier_of
 from rlhf_jax.tasks.prompts import PromptSet, prompts_within
 from rlhf_jax.tasks.sources import read_records
 from rlhf_jax.tasks.task import Task, Verdict
-from rlhf_jax.training.mesh import mesh_of, step_tokens
-from rlhf_jax.training.saved_model import Model, load_model
+from rlhf_jax.training.mesh import step_tokens
+from rlhf_jax.training.saved_model import Model, load_like
 from rlhf_jax.training.summary import ancestry, names_of, write_evaluation
 
 
@@ -159,11 +159,10 @@ def _ancestors(config: Config, directories: Mapping[str, Path], model: Model) ->
     the template of `model` where the run names one, or where theirs does not work.
     """
     named = getattr(config.data, "chat_template", "")
-    changes = {} if config.compute is None else dataclasses.asdict(config.compute)
     models = {}
     for name, path in directories.items():
         stop_point(together=True)
-        each = load_model(path, mesh=mesh_of(config), **changes)
+        each = load_like(config, path)
         if named or not each.tokenizer.has_template:
             each = dataclasses.replace(each, tokenizer=model.tokenizer)
         models[name] = each
@@ -175,8 +174,7 @@ def _sampled_kl(
 ) -> tuple[dict[str, float], list[Answer]]:
     """The KL's metrics, and the answers at temperature 1 that it is estimated from."""
     sampled = _answer(config, model, prompts, temperature=1.0)
-    rows = pack_answers(model, prompts, sampled)
-    ratios = log_ratios(model, reference, rows, step_tokens(config))
+    ratios = log_ratios(model, reference, pack_answers(sampled), step_tokens(config))
     return kl_metrics(ratios, config.seed), sampled
 
 

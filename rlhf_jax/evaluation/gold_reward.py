@@ -9,7 +9,7 @@ import numpy as np
 
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.evaluation.before_after import Values
-from rlhf_jax.evaluation.statistics import wilson_interval, win_rate
+from rlhf_jax.evaluation.statistics import wilson_interval, win_rate, with_interval
 from rlhf_jax.tasks.builders import verifier_of
 from rlhf_jax.tasks.task import Verdict
 
@@ -38,9 +38,7 @@ def gold_metrics(verdicts: Sequence[Verdict], rivals: Sequence[Verdict] = ()) ->
         metrics[f"eval/gold_reward/{name}"] = _mean(verdicts, name)
     if rivals:
         won = win_rate([v.total for v in verdicts], [v.total for v in rivals], tie_tolerance=1e-9)
-        metrics["eval/gold_win_rate"] = won.rate
-        metrics["eval/gold_win_rate_low"] = won.low
-        metrics["eval/gold_win_rate_high"] = won.high
+        metrics |= with_interval("eval/gold_win_rate", won.rate, (won.low, won.high))
     return metrics
 
 
@@ -55,9 +53,8 @@ def gold_values(verdicts: Sequence[Verdict]) -> dict[str, Values]:
 def correct_metrics(name: str, verdicts: Sequence[Verdict]) -> dict[str, float]:
     """eval/correct/<name>: the share of right answers, whatever their style, with 95 % interval."""
     right = sum(verdict.right for verdict in verdicts)
-    low, high = wilson_interval(right, len(verdicts))
-    key = f"eval/correct/{name}"
-    return {key: right / len(verdicts), f"{key}_low": low, f"{key}_high": high}
+    interval = wilson_interval(right, len(verdicts))
+    return with_interval(f"eval/correct/{name}", right / len(verdicts), interval)
 
 
 def correct_table(

@@ -15,7 +15,7 @@ from rlhf_jax.data.records import Prompt
 from rlhf_jax.environments.trajectories import Environments, trajectory_seeds
 from rlhf_jax.evaluation.before_after import Values
 from rlhf_jax.evaluation.row_passes import in_record_order, response_logprobs, rows_of
-from rlhf_jax.evaluation.statistics import bootstrap_interval
+from rlhf_jax.evaluation.statistics import bootstrap_interval, with_interval
 from rlhf_jax.sampling.arguments import Sampling
 from rlhf_jax.sampling.generate import Completion, generate
 from rlhf_jax.training.kept_results import kept_result, result_key
@@ -29,8 +29,8 @@ CACHED = 8  # tokens whose keys and values take about what a training step keeps
 class Answer:
     """A sampled reply: its text, its tokens (with <|end|> if finished), whether it ended itself.
 
-    Of one that an environment answers, `text` is its last turn's, `turns` are the texts of all,
-    `given` are the places of the answers among its tokens, and `prompt` the tokens before them.
+    `prompt` are the tokens before its own. Of one that an environment answers, `text` is its last
+    turn's, `turns` are the texts of all and `given` the places of the answers among its tokens.
     """
 
     text: str
@@ -121,12 +121,9 @@ def _answer_of(model: Model, reply: Completion, prompt: Sequence[int]) -> Answer
     )
 
 
-def pack_answers(model: Model, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> Arrays:
+def pack_answers(answers: Sequence[Answer]) -> Arrays:
     """Rows of prompts, each with its one answer."""
-    groups = [
-        Group(a.prompt or render_prompt(p.messages, model.tokenizer), (a.tokens,), i, (a.given,))
-        for i, (p, a) in enumerate(zip(prompts, answers, strict=True))
-    ]
+    groups = [Group(a.prompt, (a.tokens,), i, (a.given,)) for i, a in enumerate(answers)]
     longest = max(len(g.prompt) + len(g.branches[0]) for g in groups)
     rows, _ = pack_groups(groups, -(-longest // 64) * 64, branches=1)
     return rows
@@ -146,8 +143,7 @@ def log_ratios(model: Model, reference: Model, rows: Arrays, tokens: int) -> np.
 
 def kl_metrics(ratios: np.ndarray, seed: int) -> dict[str, float]:
     """eval/kl, nats per sequence, from `log_ratios` of sampled answers, with 95 % interval."""
-    low, high = bootstrap_interval(ratios, seed)
-    return {"eval/kl": float(ratios.mean()), "eval/kl_low": low, "eval/kl_high": high}
+    return with_interval("eval/kl", float(ratios.mean()), bootstrap_interval(ratios, seed))
 
 
 def ending_metrics(answers: Sequence[Answer] | Sequence[Completion]) -> dict[str, float]:

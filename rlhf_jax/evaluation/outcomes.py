@@ -14,7 +14,7 @@ import numpy as np
 
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.evaluation.before_after import Values
-from rlhf_jax.evaluation.statistics import pass_all, resample, wilson_interval
+from rlhf_jax.evaluation.statistics import pass_all, resample, wilson_interval, with_interval
 from rlhf_jax.tasks.task import Task, Verdict
 from rlhf_jax.training.meanings import is_share
 
@@ -74,8 +74,7 @@ def rate_metrics(values: Rates) -> dict[str, float]:
     """eval/<name> with 95 % interval of each rate."""
     metrics: dict[str, float] = {}
     for name, each in values.items():
-        low, high = interval_of(name, each)
-        metrics |= {f"eval/{name}": each.mean, f"eval/{name}_low": low, f"eval/{name}_high": high}
+        metrics |= with_interval(f"eval/{name}", each.mean, interval_of(name, each))
     return metrics
 
 
@@ -137,9 +136,8 @@ def pass_metrics(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for k in IN_A_ROW:
         chances = pass_all(solved, len(verdicts[0]), k)
-        low, high = wilson_interval(float(chances.sum()), len(chances))
-        key = f"eval/pass^{k}"
-        metrics |= {key: float(chances.mean()), f"{key}_low": low, f"{key}_high": high}
+        interval = wilson_interval(float(chances.sum()), len(chances))
+        metrics |= with_interval(f"eval/pass^{k}", float(chances.mean()), interval)
     return metrics
 
 

@@ -17,6 +17,7 @@ from rlhf_jax.evaluation.statistics import (
     correlation,
     preference_confidence,
     wilson_interval,
+    with_interval,
 )
 
 Judged = tuple[dict[str, float], list[dict[str, Any]]]  # metrics, and figures to draw
@@ -51,15 +52,13 @@ def evaluate_pairs(scores: np.ndarray, rows: Arrays) -> Judged:
     chosen, rejected = scores.T
     lengths = in_record_order(rows["lengths"], rows)
     correct = (chosen > rejected) + 0.5 * (chosen == rejected)
-    low, high = wilson_interval(float(correct.sum()), len(correct))
+    interval = wilson_interval(float(correct.sum()), len(correct))
     differences = lengths[:, 0] - lengths[:, 1]
     reliability = calibration(*preference_confidence(chosen - rejected))
     by_length = accuracy_by_bins(differences, correct, LENGTH_EDGES)
     every = np.concatenate([chosen, rejected])
     metrics = {
-        "eval/accuracy": float(correct.mean()),
-        "eval/accuracy_low": low,
-        "eval/accuracy_high": high,
+        **with_interval("eval/accuracy", float(correct.mean()), interval),
         "eval/ece": reliability.ece,
         "eval/rewards/margins": float((chosen - rejected).mean()),
         "eval/rewards/chosen": float(chosen.mean()),

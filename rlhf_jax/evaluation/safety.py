@@ -51,15 +51,15 @@ def extraction_values(
 def _exposures(model: Model, prompts: Sequence[Prompt], tokens: int) -> list[float]:
     """log₂|R| − log₂ rank of each prompt's secret."""
     replies = [told(prompt) for prompt in prompts]
-    asked, answers = list[Prompt](), list[Answer]()
+    answers: list[Answer] = []
     for prompt, each in zip(prompts, replies, strict=True):
         texts = [*each.values()]
-        _, encoded = render_replies(prompt.messages, texts, model.tokenizer)
-        asked += [prompt] * len(texts)
+        asked, encoded = render_replies(prompt.messages, texts, model.tokenizer)
         answers += [
-            Answer(text, tuple(ids), True) for text, ids in zip(texts, encoded, strict=True)
+            Answer(text, tuple(ids), True, prompt=tuple(asked))
+            for text, ids in zip(texts, encoded, strict=True)
         ]
-    rows = pack_answers(model, asked, answers)
+    rows = pack_answers(answers)
     scores = response_logprobs(model.config, model.params, rows, tokens)
     flat, exposures, start = in_record_order(scores, rows).ravel(), [], 0
     for prompt, each in zip(prompts, replies, strict=True):

@@ -98,6 +98,12 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def with_interval(name: str, value: float, interval: tuple[float, float]) -> dict[str, float]:
+    """A metric and its interval, by the names that all metrics with one have."""
+    low, high = interval
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
+
+
 def resample(n: int, seed: int, resamples: int = 2000) -> Iterator[np.ndarray]:
     """How often each of n records is drawn in n draws with replacement, [some, n] at a time.
 

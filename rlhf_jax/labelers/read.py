@@ -27,10 +27,11 @@ class Vote(NamedTuple):
     tie: bool = False
 
 
-def read_votes(source: str, split: str = "train") -> list[Vote]:
+def read_votes(source: str) -> list[Vote]:
     """The votes of a JSON lines file or of a data set of pairs, as "votes.jsonl" or "town/votes".
 
-    Either may be sliced, as in "votes.jsonl[:100]".
+    Either may be sliced, as in "votes.jsonl[:100]"; a data set is read in its split "train" if it
+    states no other.
 
     A line is a pair as `data/shapes.py` has it, with "labeler", and optionally "order"
     ("chosen_first" or "rejected_first": what was shown first), "tie" and "pair", a name that is the
@@ -43,7 +44,7 @@ def read_votes(source: str, split: str = "train") -> list[Vote]:
     if parsed.is_file:
         votes: list[Any] = read_lines(parsed.name, _vote_of)
         return take_slice(votes, parsed.part, parsed.name) if parsed.part else votes
-    records = load_records(parsed.name, (parsed.split or split) + parsed.part, kind="pair")
+    records = load_records(parsed.name, (parsed.split or "train") + parsed.part, kind="pair")
     votes = [Vote(record) for record in records if isinstance(record, Pair)]
     if len(votes) < max(1, len(records)):
         raise UserError(f"{source} has {len(records):,} records, of which {len(votes):,} are pairs")

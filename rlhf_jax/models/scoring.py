@@ -118,16 +118,9 @@ def target_cross_entropy(
     )
 
 
-def sequence_logprobs(
-    config: ModelConfig, params: Any, batch: Batch, *, temperature: float = 1.0
-) -> jax.Array:
+def sequence_logprobs(config: ModelConfig, params: Any, batch: Batch) -> jax.Array:
     """log π(response | prompt) of every branch, summed over its tokens and EOS: [B, P, K] nats."""
-    stats = target_statistics(config, params, batch, temperature=temperature)
-    return group_logprobs(stats.logprobs, batch)
-
-
-def group_logprobs(logprobs: jax.Array, batch: Batch) -> jax.Array:
-    """Sums token log-probs [B, M] into those of their responses [B, P, K]."""
+    logprobs = target_statistics(config, params, batch).logprobs
     rows, groups, branches = batch["last"].shape
     summed = segment_logprobs(logprobs, batch["weights"], batch["sequences"], groups * branches)
     return summed.reshape(rows, groups, branches)

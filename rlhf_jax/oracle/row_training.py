@@ -75,17 +75,15 @@ def train_policy(row: Row, config: Config, seed: int = 0) -> Outcome:
     )
 
 
-def _measure(
-    trainer: Trainer, state: OnPolicyState, ratios: np.ndarray, count: int = 8
-) -> Measured:
-    """Averages the trainer's own metrics of `count` rollouts of the final policy.
+def _measure(trainer: Trainer, state: OnPolicyState, ratios: np.ndarray) -> Measured:
+    """Averages the trainer's own metrics of eight rollouts of the final policy.
 
     Samples that it leaves out of training count here: the policy does give those answers. `ratios`
     are log π/π_ref [4, 121]; a response is known by its reward, since no two are equal.
     """
     means: list[Any] = []
     values: list[Any] = []
-    for number in range(count):
+    for number in range(8):
         stop_point()
         drawn = trainer.task.rollout(state.policy.params, {}, 10**6 + number)
         everyone = dataclasses.replace(drawn, weights=np.ones_like(drawn.weights))

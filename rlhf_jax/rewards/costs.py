@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from math import nan
-
-import numpy as np
 
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.tasks.safety import is_due, refuses
@@ -21,10 +19,4 @@ def over_refusal(prompt: Prompt, response: str) -> float:
 
 
 COSTS: Mapping[str, Callable[[Prompt, str], float]] = {"over_refusal": over_refusal}
-"""By the name that `lagrange.cost` has for it."""
-
-
-def costs_of(name: str, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
-    """[N] f64, the cost of each response to its own prompt; NaN where it cannot have one."""
-    pairs = zip(prompts, responses, strict=True)
-    return np.array([COSTS[name](prompt, response) for prompt, response in pairs], np.float64)
+"""By the name that `lagrange.cost` has for it; NaN of a reply that cannot have a cost."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 
 from rlhf_jax import hosts
 from rlhf_jax.config import Config
+from rlhf_jax.console import FEW
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.row_passes import map_rows
 from rlhf_jax.files import write_json
@@ -25,10 +27,9 @@ from rlhf_jax.rewards.ensemble import (
     stack_members,
 )
 from rlhf_jax.rewards.scorers import Scores, TextScorers, parse_rewards
-from rlhf_jax.rewards.ties import Ties
 from rlhf_jax.rl.layout import Rollout, from_rows
-from rlhf_jax.training.mesh import mesh_of, step_tokens
-from rlhf_jax.training.saved_model import Model, load_model
+from rlhf_jax.training.mesh import step_tokens
+from rlhf_jax.training.saved_model import Model, load_like
 
 _READ_BY_MODELS = (
     *("tokens", "positions", "segment_ids", "branch_ids", "sources", "targets", "weights"),
@@ -149,6 +150,38 @@ class Judge:
         return np.asarray(combine_members(np.stack(normal), config.ensemble, config.ensemble_k))
 
 
+class Ties:
+    """Warns, once, that a reward has judged nothing but ties so far: it tells nothing apart.
+
+    It does so once FEW answers have been judged, or at `close` if there were fewer.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+        self._apart: set[str] = set()
+        self._said = False
+
+    def add(self, what: str, count: int, apart: bool) -> None:
+        """Counts answers that were judged, which `what` calls ties, unless some are `apart`."""
+        self._counts[what] = self._counts.get(what, 0) + count
+        if apart:
+            self._apart.add(what)
+        self._say(FEW)
+
+    def close(self) -> None:
+        """Warns of the ties so far, since there will be no more answers."""
+        self._say(2)
+
+    def _say(self, least: int) -> None:
+        for what, count in self._counts.items():
+            if count >= least and what not in self._apart and not self._said:
+                self._said = True
+                logging.warning(
+                    "reward: all %s %s so far: ties teach nothing; see reward.scorers",
+                    f"{count:,}", what,
+                )  # fmt: skip
+
+
 def _scores_by_row(shape, members, rows) -> jax.Array:
     return member_scores(shape, members, rows).swapaxes(0, 1)
 
@@ -163,7 +196,7 @@ def _load_reward_models(
     paths = [path for role, path in parents.items() if role.startswith("reward")]
     models = []
     for path in paths:
-        model = load_model(path, mesh=mesh_of(config), **dataclasses.asdict(config.compute))
+        model = load_like(config, path)
         models.append(model)
         if model.config.head != "scalar":
             raise UserError(f"init.reward: {path} is not a reward model but a language model")

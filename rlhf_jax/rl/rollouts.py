@@ -30,7 +30,7 @@ from rlhf_jax.models.scoring import (
     target_values,
 )
 from rlhf_jax.models.sharding import batch_shards
-from rlhf_jax.rewards.costs import costs_of
+from rlhf_jax.rewards.costs import COSTS
 from rlhf_jax.rewards.scorers import Scores
 from rlhf_jax.rl.judge import Judge
 from rlhf_jax.rl.layout import Rollout, pack_rows
@@ -327,9 +327,10 @@ def text_task(
 
 
 def _costs(name: str, rollout: Rollout) -> np.ndarray:
-    """[N] costs of a rollout's answers."""
+    """[N] f64, the cost of each answer to its own prompt; NaN where it cannot have one."""
     asked = [record for record in rollout.prompts.records for _ in range(rollout.each)]
-    return costs_of(name, asked, rollout.texts)
+    pairs = zip(asked, rollout.texts, strict=True)
+    return np.array([COSTS[name](prompt, text) for prompt, text in pairs], np.float64)
 
 
 def _text_rows(texts: Any, update: int) -> Arrays:

@@ -286,10 +286,10 @@ def show(workdir: Path) -> None:
     print(f"report: {workdir / 'report.html'}", flush=True)
 
 
-def pick_samples(samples: list[dict[str, Any]], count: int = 3) -> list[dict[str, Any]]:
-    """For the console: the first sample on which the last two models differ of each family.
+def pick_samples(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Three for the console: the first sample on which the last two models differ of each family.
 
-    Families come in the order of how many samples they have; without families, the first few.
+    Families come in the order of how many samples they have; without families, the first ones.
     """
     first: dict[Any, dict[str, Any]] = {}
     for i, sample in enumerate(samples):
@@ -297,4 +297,4 @@ def pick_samples(samples: list[dict[str, Any]], count: int = 3) -> list[dict[str
         if len(set(texts)) == len(texts):
             first.setdefault(sample.get("family", i), sample)
     sizes = Counter(sample.get("family") for sample in samples)
-    return sorted(first.values(), key=lambda sample: -sizes[sample.get("family")])[:count]
+    return sorted(first.values(), key=lambda sample: -sizes[sample.get("family")])[:3]

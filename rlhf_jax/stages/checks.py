@@ -64,9 +64,6 @@ def check(config: Config) -> None:
             f"config: data.columns: the {config.stage} stage reads its own file too, whose fields "
             "have their usual names; rename yours"
         )
-    if config.stage == "reward" and config.loss.name not in ("bradley_terry", "pointwise"):
-        name = config.loss.name
-        raise UserError(f"config.loss.name = {name!r}: choose one of bradley_terry, pointwise")
     how = getattr(config.data, "labelers", "pooled")
     if how == "nuisance" and config.stage != "reward":
         raise UserError(

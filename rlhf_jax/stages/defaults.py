@@ -36,6 +36,7 @@ from rlhf_jax.training.loop import Train
 from rlhf_jax.training.optimizer import OptimizerConfig
 
 SAMPLING = ("policy", "online_preference", "best_of_n")  # which sample and score answers
+REWARD_LOSSES = ("bradley_terry", "pointwise")
 FED_BACK = ("ai_sft", "ai_preference")  # which train on what judges and critics make of answers
 
 
@@ -197,6 +198,16 @@ class RewardLoss:
     # On pairs; "pointwise" on conversations labelled from 0 (bad) to 1 (good).
     name: str = "bradley_terry"
     centering: float = option(0.0, within="[0, inf)")  # weight of (s_w + s_l)², of pairs
+
+    def validate(self) -> None:
+        """Raises UserError for a loss that there is not, or that centers nothing."""
+        if self.name not in REWARD_LOSSES:
+            known = ", ".join(REWARD_LOSSES)
+            raise UserError(f"config.loss.name = {self.name!r}: choose one of {known}")
+        if self.name == "pointwise" and self.centering:
+            raise UserError(
+                "config.loss.centering is for pairs: labels already say where a score is 0"
+            )
 
 
 @dataclass(frozen=True)

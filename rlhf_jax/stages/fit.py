@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -28,7 +26,7 @@ from rlhf_jax.training.loop import Loop
 from rlhf_jax.training.mesh import mesh_of, placed
 from rlhf_jax.training.progress import Clock
 from rlhf_jax.training.rundir import RunDirectory
-from rlhf_jax.training.saved_model import Model, load_model, save_model
+from rlhf_jax.training.saved_model import Model, load_like, save_model
 from rlhf_jax.training.state import release
 from rlhf_jax.trees import matches, named_leaves
 
@@ -110,7 +108,7 @@ def fit(
     start = placed(mesh, model.params)
     options = settled_steps(config, batches.epoch)
     say_start(config, start, mesh, batches, options.steps)
-    started = measured_before(run, partial(before, start)) if before else {}
+    started = from_json(kept_before(run, lambda: to_json(before(start)))) if before else {}
     learner = make_learner(
         config, config.optimizer, start, loss_fn,
         updates=options.steps, mesh=mesh, ema_decay=config.train.ema_decay,
@@ -135,18 +133,12 @@ def fit(
     state, rates = loop.train(state)
     params = learner.params(state)
     if options.best:
-        params, newest = load_like(config, best.path, mesh).params, None
+        params, newest = load_like(config, best.path).params, None
         rates |= best.tell()
     # None where the run was interrupted after its last evaluation, too.
     metrics, figures, values = newest or evaluate(params)
     trained = dataclasses.replace(model, params=params, normalization=None)
     return trained, metrics | rates | changes(started, values, config.seed), figures
-
-
-def load_like(config: Config, directory: Path, mesh: Mesh | None) -> Model:
-    """The model of a directory, computed as the config says."""
-    changes = {} if config.compute is None else dataclasses.asdict(config.compute)
-    return load_model(directory, mesh=mesh, **changes)
 
 
 def settled_steps(config: Config, epoch: int) -> Any:
@@ -184,11 +176,6 @@ def say_devices(config: Config, params: Any, mesh: Mesh | None) -> None:
     trained = sum(x.size for name, x in leaves.items() if not matches(name, frozen))
     whole = param_count(params) + sum(x.size for name, x in leaves.items() if "/lora/" in name)
     print(f"training on {where}: {trained:,} of {whole:,} parameters", flush=True)
-
-
-def measured_before(run: RunDirectory, measure: Callable[[], Measured]) -> Measured:
-    """What `measure` says of the model a run starts from; a resumed run reads it."""
-    return from_json(kept_before(run, lambda: to_json(measure())))
 
 
 def kept_before(run: RunDirectory, make: Callable[[], Any]) -> Any:

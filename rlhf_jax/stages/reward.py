@@ -43,12 +43,9 @@ from rlhf_jax.training.rundir import RunDirectory
 from rlhf_jax.training.saved_model import Model, save_model
 from rlhf_jax.training.summary import write_evaluation
 
-LOSSES = ("bradley_terry", "pointwise")
-
 
 def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[str, float]:
     """Trains a reward model on the body of `init.policy`; returns the metrics of summary.json."""
-    _check_loss(config)
     policy = load_start(config, parents["policy"])
     trained = training(config, policy, parents)
     evaluate = evaluation(config, trained.model)
@@ -105,14 +102,6 @@ def evaluation(config: Config, model: Model) -> Callable[[Any], Evaluated]:
     return evaluate
 
 
-def _check_loss(config: Config) -> None:
-    name = config.loss.name
-    if name not in LOSSES:
-        raise UserError(f"config.loss.name = {name!r}: choose one of {', '.join(LOSSES)}")
-    if name == "pointwise" and config.loss.centering:
-        raise UserError("config.loss.centering is for pairs: labels already say where a score is 0")
-
-
 def with_score_head(model: Model, seed: int) -> Model:
     """Returns the model with a fresh scalar head on its body."""
     shape = dataclasses.replace(model.config, head="scalar")
@@ -124,7 +113,6 @@ def with_score_head(model: Model, seed: int) -> Model:
 
 def loss(config: Config, shape: ModelConfig, params: Any, batch, rng):
     """The configured loss over a batch of pairs or labelled replies: ((total, weight), metrics)."""
-    _check_loss(config)
     scores = sequence_scores(shape, params, batch)
     scores = scores.reshape(-1, scores.shape[-1])
     valid = batch["valid"].reshape(-1)

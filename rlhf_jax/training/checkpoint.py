@@ -44,7 +44,6 @@ from rlhf_jax.files import (
     sync_directory,
     write_json,
 )
-from rlhf_jax.models.sharding import TRANSFORMER_RULES, Rules
 from rlhf_jax.training.mesh import shardings
 from rlhf_jax.training.rundir import fault_point
 from rlhf_jax.trees import named_leaves
@@ -309,9 +308,9 @@ def save_params(directory: str | os.PathLike, params, document: Mapping[str, Any
 
 
 def load_params(
-    directory: str | os.PathLike, *, mesh: Mesh | None = None, rules: Rules = TRANSFORMER_RULES
+    directory: str | os.PathLike, *, mesh: Mesh | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns (params, document) as `save_params` wrote them, on the mesh by the rules.
+    """Returns (params, document) as `save_params` wrote them, on the mesh by `TRANSFORMER_RULES`.
 
     Raises:
       UserError: nothing there, or not whole.
@@ -333,7 +332,7 @@ def load_params(
     if mesh is not None:
         target = jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            *(target, shardings(mesh, target, rules)),
+            *(target, shardings(mesh, target)),
         )
     orbax = _async_checkpointer()
     params = _load(orbax, path, target)

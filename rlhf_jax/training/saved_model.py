@@ -19,6 +19,7 @@ import jax
 from jax.sharding import Mesh
 
 from rlhf_jax import hosts
+from rlhf_jax.config import Config
 from rlhf_jax.data import packing
 from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.data.tokenizer import OwnTokenizer
@@ -40,7 +41,7 @@ from rlhf_jax.models.lora import (
     split,
 )
 from rlhf_jax.training.checkpoint import load_document, load_params, save_params
-from rlhf_jax.training.mesh import placed, sharding
+from rlhf_jax.training.mesh import mesh_of, placed, sharding
 from rlhf_jax.training.rundir import SUMMARY
 from rlhf_jax.trees import named_leaves
 
@@ -167,6 +168,12 @@ def load_model(
     body = {k: v for k, v in base.params.items() if k != "lm_head" or config.head == "lm"}
     params = combine(added, body)
     return Model(config, params, tokenizer, normalization, adapter, base)
+
+
+def load_like(config: Config, workdir: str | os.PathLike[str]) -> Model:
+    """`load_model` on the config's mesh, computed as it says."""
+    changes = {} if config.compute is None else dataclasses.asdict(config.compute)
+    return load_model(workdir, mesh=mesh_of(config), **changes)
 
 
 def load_speaker(workdir: str | os.PathLike[str]) -> Model:

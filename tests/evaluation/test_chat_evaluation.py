@@ -77,7 +77,7 @@ def test_a_template_that_a_run_names_is_that_of_what_it_started_from(monkeypatch
     """A Hub model whose own template takes no tools is trained with tools under another one."""
     own, given = (SimpleNamespace(has_template=True, name=n) for n in ("its own", "the run's"))
     start = Model(PRESETS["tiny"], {}, own)
-    monkeypatch.setattr(chat_evaluation, "load_model", lambda *_, **__: start)
+    monkeypatch.setattr(chat_evaluation, "load_like", lambda *_, **__: start)
     data = SimpleNamespace(chat_template=named)
     config = SimpleNamespace(compute=None, mesh=MeshAxes(), data=data)
     model = dataclasses.replace(start, tokenizer=given)

@@ -91,9 +91,13 @@ def test_exposures_are_of_each_prompt_s_own_values(monkeypatch):
     private = [p for p in PROMPTS if p.meta["safety"] == "private"][:4]
     seen = {}
 
-    def pack(model, prompts, answers):
+    sizes = [60 if p.meta["attribute"] == "age" else 16 for p in private]
+
+    def pack(answers):
+        prompts = [p for p, size in zip(private, sizes, strict=True) for _ in range(size)]
         for prompt, answer in zip(prompts, answers, strict=True):  # as it is trained
-            assert [*answer.tokens] == render_replies(prompt.messages, [answer.text], WORDS)[1][0]
+            asked, (reply,) = render_replies(prompt.messages, [answer.text], WORDS)
+            assert ([*answer.prompt], [*answer.tokens]) == (asked, reply)
         seen["texts"] = [answer.text for answer in answers]
         return [p.meta["secret"] in a.text.lower() for p, a in zip(prompts, answers, strict=True)]
 
@@ -111,7 +115,6 @@ def test_exposures_are_of_each_prompt_s_own_values(monkeypatch):
         tokenizer = WORDS
 
     values = safety.extraction_values(Model(), private, ["It is 3."] * 4, 100)
-    sizes = [60 if p.meta["attribute"] == "age" else 16 for p in private]
     assert values["safety/exposure"].sums.tolist() == pytest.approx(np.log2(sizes))
     assert len(seen["texts"]) == sum(sizes)
     assert values["safety/extracted_sampled"].mean == 0

@@ -27,7 +27,6 @@ from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.stages import best_of_n, chain, checks, defaults
 from rlhf_jax.stages.online_preference import pack_best_and_worst
 from rlhf_jax.stages.preference_rows import CHOSEN, REJECTED
-from rlhf_jax.stages.reward import loss as reward_loss
 from rlhf_jax.tasks import sources
 from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.training import mesh
@@ -592,4 +591,4 @@ def test_no_name_falls_through_to_an_algorithm(section, field):
         defaults.resolve(config)
     reward = defaults.base("reward", loss={"name": "another"})
     with pytest.raises(UserError, match=r"loss\.name = 'another'"):
-        reward_loss(defaults.resolve(reward), SMALL, None, None, None)
+        defaults.resolve(reward)

@@ -18,7 +18,6 @@ from rlhf_jax.evaluation.pair_scores import label_metrics
 from rlhf_jax.evaluation.row_passes import in_record_order
 from rlhf_jax.stages import defaults, reward
 from rlhf_jax.stages.preference_rows import pack_labelled
-from rlhf_jax.stages.reward import run as run_stage
 from rlhf_jax.training.checkpoint import load_params, save_params
 from rlhf_jax.training.saved_model import load_model
 from tests.stages.conftest import run_main
@@ -190,7 +189,7 @@ def test_a_label_is_a_number_from_0_to_1(tmp_path, tokenizer, label):
 )
 def test_losses_are_checked_first(section, message):
     with pytest.raises(UserError, match=message):
-        run_stage(defaults.base("reward", loss=section), None, {})
+        defaults.resolve(defaults.base("reward", loss=section))
 
 
 def label_rows(labels):

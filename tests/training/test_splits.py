@@ -108,7 +108,7 @@ def reward_losses():
         config = defaults.resolve(defaults.base("reward", loss=loss))
         return reward.loss(config, None, params, batch, rng)
 
-    return {name: functools.partial(loss, name) for name in reward.LOSSES}
+    return {name: functools.partial(loss, name) for name in defaults.REWARD_LOSSES}
 
 
 # Language-model, policy and value losses, of logits that are linear in hidden states.
