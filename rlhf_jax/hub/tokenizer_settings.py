@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.hub.template import DEFAULT
 from rlhf_jax.hub.vocabulary import Vocabulary
 
 FILE, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"
 SPECIAL_MAP, GENERATION, CONFIG = (
     f"{name}.json" for name in ("special_tokens_map", "generation_config", "config")
 )
@@ -35,7 +37,7 @@ class TokenizerSettings:
     Attributes:
       eos, bos: the tokens that end and begin a text, or their ids; None where none is named.
       pad: the token that fills batches, where one is named.
-      template: the chat template in Jinja.
+      templates: the chat templates in Jinja by name: "default", or several.
       ends: ids that end a reply.
       stated: what tokenizer_config.json and special_tokens_map.json said.
       generation: what generation_config.json said. config: the ids of special tokens that
@@ -46,7 +48,7 @@ class TokenizerSettings:
     eos: str | int | None
     bos: str | int | None = None
     pad: str | None = None
-    template: str | None = None
+    templates: Mapping[str, str] = field(default_factory=dict)
     ends: tuple[int, ...] = ()
     stated: Mapping[str, Any] = field(default_factory=dict)
     generation: Mapping[str, Any] = field(default_factory=dict)
@@ -74,7 +76,7 @@ class TokenizerSettings:
     def uses(self, token: str) -> bool:
         """Whether one of the files names a token as special, or the template may write it."""
         named = (self.bos, self.eos, *self.named.values())
-        return token in named or token in (self.template or "")
+        return token in named or any(token in source for source in self.templates.values())
 
     def write(self, directory: Path, vocabulary: Vocabulary, ends: tuple[int, ...]) -> None:
         """Writes what transformers reads, all but config.json: settings as they came."""
@@ -95,8 +97,11 @@ class TokenizerSettings:
         if isinstance(settings.get("extra_special_tokens"), list):  # read by transformers 5 only
             settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
         (directory / FILE).write_text(json.dumps(vocabulary.content, ensure_ascii=False), "utf-8")
-        if self.template is not None:
-            (directory / TEMPLATE).write_text(self.template, "utf-8")
+        if self.templates.keys() == {DEFAULT}:
+            (directory / TEMPLATE).write_text(self.templates[DEFAULT], "utf-8")
+        elif self.templates:  # as every reader of several knows them
+            listed = [{"name": k, "template": v} for k, v in self.templates.items()]
+            settings["chat_template"] = listed
         (directory / SETTINGS).write_text(json.dumps(settings, indent=2), "utf-8")
         generation = dict(self.generation) or self.special_ids(vocabulary, ends)
         generation["eos_token_id"] = _keep_form(generation.get("eos_token_id"), ends)
@@ -136,7 +141,7 @@ def read_settings(directory: Path) -> TokenizerSettings:
         eos,
         bos,
         _read_token(names, "pad_token"),
-        template=_read_template(directory, settings),
+        templates=_read_templates(directory, settings),
         ends=tuple(ends),
         stated=names,
         generation=generation,
@@ -183,15 +188,18 @@ def _read_token(settings: Mapping[str, Any], name: str) -> str | None:
     return value
 
 
-def _read_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, or the one in tokenizer_config.json, the "default" of several."""
+def _read_templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates by name: of files, or without these those in tokenizer_config.json."""
+    files = {path.stem: path for path in sorted((directory / MORE_TEMPLATES).glob("*.jinja"))}
     if (directory / TEMPLATE).is_file():
-        try:
-            return (directory / TEMPLATE).read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{directory}: {error}") from error
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+        files[DEFAULT] = directory / TEMPLATE
+    try:
+        if files:
+            return {name: path.read_text("utf-8") for name, path in files.items()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{directory}: {error}") from error
+    given = settings.get("chat_template")
+    if isinstance(given, list):
+        given = {t.get("name"): t.get("template") for t in given if isinstance(t, dict)}
+    named = given if isinstance(given, dict) else {DEFAULT: given}
+    return {k: v for k, v in named.items() if isinstance(k, str) and isinstance(v, str)}
