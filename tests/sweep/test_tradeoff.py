@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_jax.evaluation.statistics import wilson_interval
 from rlhf_jax.report.refusals import draw_refusals
-from rlhf_jax.sweep import tradeoff
+from rlhf_jax.sweep import page, tradeoff
 from rlhf_jax.sweep.page import _figures, _over_starts
 from rlhf_jax.sweep.results import Results
 from rlhf_jax.sweep.tradeoff import Curve, Setting, above, points, read_curve, table
@@ -91,13 +91,14 @@ def test_points_and_their_figure():
     assert curve.columns[2:4] == ("harmless refused", "harmful refused")
 
 
-def test_the_page_says_what_the_tradeoff_is_of():
+def test_the_page_says_what_the_tradeoff_is_of(monkeypatch):
     of_answers = replace(REFUSALS, cost="short", gain="true", what="answered")
     curve = Curve(of_answers, [setting("start", "a", 0.2, 0.6, named=("short", "true"))])
     entry = _over_starts(curve)
     assert entry["columns"][2:4] == ("short answered", "true answered")
     assert "how much more true answered than" in entry["note"]
     assert "harm" not in entry["note"]
+    monkeypatch.setattr(page, "draw_intervals", lambda *args, **more: None)
     *_, plot = _figures(Results("eval/a", "", [], {}, ""), {}, "a", curve)
     assert plot.title == "Answered, by kind of request" and "harm" not in plot.csv
 
