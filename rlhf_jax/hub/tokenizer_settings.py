@@ -10,10 +10,10 @@ from typing import Any
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.hub.template import DEFAULT
-from rlhf_jax.hub.vocabulary import Vocabulary
+from rlhf_jax.hub.vocabulary import FLAGS, Vocabulary
 
 FILE, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
-MORE_TEMPLATES = "additional_chat_templates"
+MORE_TEMPLATES, ADDED = "additional_chat_templates", "added_tokens.json"
 SPECIAL_MAP, GENERATION, CONFIG = (
     f"{name}.json" for name in ("special_tokens_map", "generation_config", "config")
 )
@@ -26,6 +26,7 @@ _ANEW = (
 # models begin no text then, whatever id their config.json gives: Qwen's gives one.
 _BOS_BY_CLASS = ("gpt2", "gpt_neox", "gptneox", "gemma")
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_MORE = "additional_special_tokens"
 # Beside those that begin and end a text, transformers gives templates these.
 _NAMED = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -39,6 +40,7 @@ class TokenizerSettings:
       pad: the token that fills batches, where one is named.
       templates: the chat templates in Jinja by name: "default", or several.
       ends: ids that end a reply.
+      added: entries of added tokens, as tokenizer.json has them, that other files state, by text.
       stated: what tokenizer_config.json and special_tokens_map.json said.
       generation: what generation_config.json said. config: the ids of special tokens that
         config.json gave.
@@ -50,6 +52,7 @@ class TokenizerSettings:
     pad: str | None = None
     templates: Mapping[str, str] = field(default_factory=dict)
     ends: tuple[int, ...] = ()
+    added: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     stated: Mapping[str, Any] = field(default_factory=dict)
     generation: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -92,10 +95,13 @@ class TokenizerSettings:
             "bos_token": vocabulary.bos,
             "eos_token": vocabulary.eos,
         }
+        if decoder := settings.get("added_tokens_decoder"):  # which may have what was left out
+            own = {k: v for k, v in decoder.items() if v["content"] in vocabulary.added}
+            settings["added_tokens_decoder"] = own
         if (pad := self._pad(vocabulary)) is not None:
             settings["pad_token"] = pad
         if isinstance(settings.get("extra_special_tokens"), list):  # read by transformers 5 only
-            settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+            settings[_MORE] = settings.pop("extra_special_tokens")
         (directory / FILE).write_text(json.dumps(vocabulary.content, ensure_ascii=False), "utf-8")
         if self.templates.keys() == {DEFAULT}:
             (directory / TEMPLATE).write_text(self.templates[DEFAULT], "utf-8")
@@ -143,6 +149,7 @@ def read_settings(directory: Path) -> TokenizerSettings:
         _read_token(names, "pad_token"),
         templates=_read_templates(directory, settings),
         ends=tuple(ends),
+        added=_read_added(directory, names),
         stated=names,
         generation=generation,
         config={name: config[name] for name in _SPECIAL_IDS if name in config},
@@ -186,6 +193,31 @@ def _read_token(settings: Mapping[str, Any], name: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise UserError(f"{SETTINGS} or {SPECIAL_MAP}: {name} = {str(value)[:60]!r} is no token")
     return value
+
+
+def _read_added(directory: Path, names: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The added tokens of added_tokens_decoder, or else of added_tokens.json, by text."""
+    if "added_tokens_decoder" not in names:
+        ids = _read_object(directory / ADDED)
+        if not all(type(number) is int for number in ids.values()):
+            raise UserError(f"{directory / ADDED} should be an object of ids")
+        tokens = [*map(names.get, ("bos_token", "eos_token", *_NAMED)), *(names.get(_MORE) or ())]
+        special = [each.get("content") if isinstance(each, dict) else each for each in tokens]
+        return {
+            text: {"id": i, "content": text, "special": text in special}
+            | FLAGS
+            | {"normalized": text not in special}  # as transformers has it
+            for text, i in ids.items()
+        }
+    decoder, added = names["added_tokens_decoder"], {}
+    if not isinstance(decoder, dict):
+        raise UserError(f"{directory / SETTINGS}: added_tokens_decoder is no object")
+    for number, token in decoder.items():
+        content = token.get("content") if isinstance(token, dict) else None
+        if not isinstance(content, str) or not number.isdecimal():
+            raise UserError(f"{directory / SETTINGS}: added_tokens_decoder is wrong at {number!r}")
+        added[content] = {"special": False} | FLAGS | token | {"id": int(number)}
+    return added
 
 
 def _read_templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:
