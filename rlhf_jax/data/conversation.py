@@ -75,7 +75,7 @@ class Tokenizer(Protocol):
     def conversation(self, messages: Sequence[Message]) -> tuple[list[int], dict[int, range]]:
         """Tokens of a conversation and where replies stand in them; see `render_turns`."""
 
-    def continuation(self, messages: Sequence[Message]) -> list[int]:
+    def continuation(self, messages: Sequence[Message], *, for_tools: bool = False) -> list[int]:
         """Tokens between what ends a reply and the next reply; see `render_continuation`."""
 
     def with_template(self, template: str) -> Tokenizer:
@@ -158,11 +158,15 @@ def render_replies(
     return tokenizer.replies(prompt, replies)
 
 
-def render_continuation(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+def render_continuation(
+    messages: Sequence[Message], tokenizer: Tokenizer, *, for_tools: bool = False
+) -> list[int]:
     """Tokens of the turns that answer a reply, and of what awaits the next one.
+
+    for_tools: whether its prompt came with tools, for which some models have another template.
 
     They follow the token that ended the reply, whatever it said: a trajectory is the tokens of its
     prompt, of a reply, these, those of the next reply and so on, none rendered or encoded twice.
     """
     check_messages([Message("user", ""), Message("assistant", ""), *messages], reply_last=False)
-    return tokenizer.continuation(messages)
+    return tokenizer.continuation(messages, for_tools=for_tools)

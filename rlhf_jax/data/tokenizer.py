@@ -133,7 +133,7 @@ class OwnTokenizer:
             tokens += ids
         return tokens, turns
 
-    def continuation(self, messages: Sequence[Message]) -> list[int]:
+    def continuation(self, messages: Sequence[Message], *, for_tools: bool = False) -> list[int]:
         """Tokens of the turns that answer a reply, up to the next one."""
         return [*(i for message in messages for i in self._turn(message)), ASSISTANT]
 

@@ -64,7 +64,7 @@ def interval_of(name: str, values: Values) -> tuple[float, float]:
         low, high = np.quantile(np.concatenate(ratios), [0.025, 0.975])
         return float(low), float(high)
     if (sums > weights).any():
-        raise ValueError(f"eval/{name} is above 1, so that it is no share: say so in meanings.py")
+        raise ValueError(f"eval/{name} is above 1, so that it is no share: see meanings.is_share")
     squares = float((weights**2).sum())
     records = float(weights.sum()) ** 2 / squares if squares else 0.0
     return wilson_interval(values.mean * records if records else 0.0, records)

@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ from typing import Any
 from rlhf_jax.data.records import Message
 from rlhf_jax.errors import UserError
 from rlhf_jax.hub.rendered_text import ANOTHER, Part, find_parting, looks_like_markup, render
-from rlhf_jax.hub.template import Template
+from rlhf_jax.hub.template import DEFAULT, TOOL_USE, Template
 from rlhf_jax.hub.tokenizer_settings import CONFIG, FILE, TokenizerSettings, read_settings
-from rlhf_jax.hub.vocabulary import CLOSE, OPEN, Spelling, Vocabulary, drop_beyond
+from rlhf_jax.hub.vocabulary import CLOSE, OPEN, Spelling, Vocabulary, add_missing, drop_beyond
 
 _NO_END = f"the chat template writes no token that ends the assistant's turn; {ANOTHER}"
 
@@ -55,8 +56,11 @@ class HubTokenizer:
             if each not in self.ids:
                 raise UserError(f"eos_token_id {each} is no id of the tokenizer")
         named = settings.named | {"bos_token": vocabulary.bos or "", "eos_token": vocabulary.eos}
-        source = settings.template
-        self._template = None if source is None else Template(source, named)
+        self._templates = {
+            name: Template(settings.templates[name], named, for_tools=name == TOOL_USE)
+            for name in (DEFAULT, TOOL_USE)
+            if name in settings.templates
+        }
         self._given_ends = tuple(dict.fromkeys([self.end, *settings.ends]))
 
     @classmethod
@@ -72,7 +76,7 @@ class HubTokenizer:
             )
         settings = read_settings(directory)
         try:
-            text = (directory / FILE).read_text("utf-8")
+            text = add_missing((directory / FILE).read_text("utf-8"), settings.added)
             if settings.size is not None:
                 text, dropped = drop_beyond(text, settings.size, settings.uses)
                 if dropped:
@@ -98,38 +102,34 @@ class HubTokenizer:
         return self.settings.special_ids(self.vocabulary, self.ends)
 
     def with_template(self, template: str) -> HubTokenizer:
-        """Returns this tokenizer under another chat template.
+        """Returns this tokenizer under another chat template, in place of all its own.
 
         Raises:
             UserError: the template does not fit the vocabulary.
         """
-        settings = dataclasses.replace(self.settings, template=template)
+        settings = dataclasses.replace(self.settings, templates={DEFAULT: template})
         tokenizer = HubTokenizer(json.dumps(self.vocabulary.content), settings)
-        tokenizer._template_end()
+        tokenizer._template_end(DEFAULT)
         return tokenizer
 
     @property
     def has_template(self) -> bool:
-        """Whether it can render chats: it has a template, and that works."""
-        try:
-            self._template_end()
-        except UserError:
-            return False
-        return True
+        """Whether it can render chats: it has a template that works."""
+        return bool(self._template_ends)
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
-        """Ids that end a reply: those given, and the one that the template writes, if it works."""
-        try:
-            return tuple(dict.fromkeys([*self._given_ends, self._template_end()]))
-        except UserError:
-            return self._given_ends
+        """Ids that end a reply: those given, and those that templates write which work."""
+        return tuple(dict.fromkeys([*self._given_ends, *self._template_ends.values()]))
 
     @cached_property
     def hash(self) -> str:
         """sha256 of all that decides ids."""
         words = self.vocabulary
-        document = [words.content, words.bos, words.eos, self.settings.template, list(self.ends)]
+        sources = self.settings.templates
+        document = [words.content, words.bos, words.eos, sources.get(DEFAULT), list(self.ends)]
+        if TOOL_USE in sources:
+            document.append(sources[TOOL_USE])
         packed = json.dumps(document, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(packed.encode()).hexdigest()
 
@@ -138,11 +138,10 @@ class HubTokenizer:
         """Encodes text between the template's control tokens."""
         added, always = self.vocabulary.added, {self.bos, *self._given_ends}
         control = {n for n, i in added.items() if i in always or i in self.vocabulary.special}
-        source = ""
-        if self._template is not None:
-            source = self._template.source
-            control |= find_parting(added.keys() - control, control, self._template)
-        named = {text for text in added if looks_like_markup(text) and text in source}
+        for each in self._templates.values():
+            control |= find_parting(added.keys() - control, control, each)
+        sources = "\n".join(each.source for each in self._templates.values())
+        named = {text for text in added if looks_like_markup(text) and text in sources}
         return Spelling(self.vocabulary, control, named)
 
     @cached_property
@@ -151,13 +150,16 @@ class HubTokenizer:
 
     @cached_property
     def marks(self) -> tuple[str, ...]:
-        """The texts that part the template's turns: control tokens, or else words between two."""
+        """The texts that part templates' turns: control tokens, or else words between two."""
         asked, answer = self.spelling.hide(OPEN), self.spelling.hide(CLOSE)
-        (whole,) = self._render([Message("user", OPEN), Message("assistant", CLOSE)])
-        between = whole.partition(asked)[2].partition(answer)[0].strip()
-        marks = {match[0] for match, _ in self.spelling.find_control(whole)}
-        alone = next(self.spelling.find_control(between), None) is None
-        return tuple(sorted(marks | {between} if alone else marks))
+        marks = set()
+        for name in self._template_ends or (DEFAULT,):
+            whole = self._exchange(name, OPEN)
+            between = whole.partition(asked)[2].partition(answer)[0].strip()
+            marks |= {match[0] for match, _ in self.spelling.find_control(whole)}
+            if next(self.spelling.find_control(between), None) is None:
+                marks.add(between)
+        return tuple(sorted(marks))
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts as they stand at the beginning; never a special token."""
@@ -226,7 +228,7 @@ class HubTokenizer:
                 turns[i] = range(begins[i], begins[i] + len(self._cut_at_end(tokens[begins[i] :])))
         return tokens[: turns[last].stop], turns
 
-    def continuation(self, messages: Sequence[Message]) -> list[int]:
+    def continuation(self, messages: Sequence[Message], *, for_tools: bool = False) -> list[int]:
         """Tokens between what ends a reply and the next reply, as the template writes them.
 
         Raises:
@@ -234,15 +236,21 @@ class HubTokenizer:
         """
         pool = [Message("user", "a"), Message("assistant", "b"), *messages]
         parts: list[Part] = [(range(1), True), (range(2), False), (range(len(pool)), True)]
-        prompt, reply, whole = self._render(pool, parts)
+        prompt, reply, whole = self._render(pool, parts, for_tools=for_tools)
         end = self._find_end(reply, len(prompt), self.ends)
         if end is None or not whole.startswith(reply[: end[1]]):
             raise self._explain_break(reply, whole)
         return self._continue(whole[: end[1]], whole[end[1] :])
 
-    def _render(self, messages: Sequence[Message], parts: Sequence[Part] = ()) -> list[str]:
-        parts = parts or [(range(len(messages)), False)]
-        return render(self._template, self.spelling, messages, parts)
+    def _render(
+        self, messages: Sequence[Message], parts: Sequence[Part], *, for_tools: bool = False
+    ) -> list[str]:
+        return render(self._templates, self.spelling, messages, parts, for_tools=for_tools)
+
+    def _exchange(self, name: str, question: str) -> str:
+        """A question and the answer `CLOSE` as the template of this name writes them."""
+        messages = [Message("user", question), Message("assistant", CLOSE)]
+        return self._render(messages, [(range(2), False)], for_tools=name == TOOL_USE)[0]
 
     def _render_parts(
         self, messages: Sequence[Message], parts: Sequence[Part], size: int | None = None
@@ -300,13 +308,22 @@ class HubTokenizer:
                 return token, match.end()
         return None
 
-    def _template_end(self) -> int:
-        """Id of the token that the template writes after a reply.
+    @cached_property
+    def _template_ends(self) -> dict[str, int]:
+        """Ids of the tokens that templates write after a reply, by the names of those that work."""
+        ends = {}
+        for name in self._templates:
+            with suppress(UserError):
+                ends[name] = self._template_end(name)
+        return ends
+
+    def _template_end(self, name: str) -> int:
+        """Id of the token that the template of this name writes after a reply.
 
         Raises:
             UserError: there is none, or there is no template or one that fails.
         """
-        (whole,) = self._render([Message("user", "a"), Message("assistant", CLOSE)])
+        whole = self._exchange(name, "a")
         end = self._find_end(whole, whole.rfind(CLOSE))
         if end is None or CLOSE not in whole:
             raise UserError(_NO_END)

@@ -11,7 +11,7 @@ from typing import Any
 from rlhf_jax.data.records import Message
 from rlhf_jax.errors import UserError
 from rlhf_jax.hub.chat_formats import NAMES, WITH_TOOLS
-from rlhf_jax.hub.template import Template
+from rlhf_jax.hub.template import DEFAULT, TOOL_USE, Template
 from rlhf_jax.hub.vocabulary import CLOSE, ESCAPED, OPEN, Spelling
 
 _ELSE = (
@@ -31,20 +31,24 @@ Part = tuple[Sequence[int], bool]
 
 
 def render(
-    template: Template | None,
+    templates: Mapping[str, Template],
     spelling: Spelling,
     messages: Sequence[Message],
     parts: Sequence[Part],
+    *,
+    for_tools: bool = False,
 ) -> list[str]:
     """Texts of conversations, each made of some of the messages, with hidden names.
 
+    As in transformers the template "tool_use", if there is one, renders those with tools, and the
+    parts of such a one, which are told by `for_tools`; "default" renders all others.
+
     Raises:
-        UserError: there is no template, it fails, or it ignores what concerns tools.
+        UserError: there is no such template, it fails, or it ignores what concerns tools.
     """
-    if template is None:
-        raise UserError(_NO_TEMPLATE)
     more = [spelling.hide_all(json.loads(m.more)) if m.more else {} for m in messages]
     tools = more[0].pop("tools", None) if more else None
+    template = _choose(templates, for_tools=for_tools or tools is not None)
     turns = [
         {"role": m.role, "content": spelling.hide(m.content, of_tool=m.role == "tool")} | keys
         for m, keys in zip(messages, more, strict=True)
@@ -71,6 +75,19 @@ def render(
                 "token's name; take it out of them"
             )
     return texts
+
+
+def _choose(templates: Mapping[str, Template], *, for_tools: bool) -> Template:
+    if for_tools and TOOL_USE in templates:
+        return templates[TOOL_USE]
+    if DEFAULT in templates:
+        return templates[DEFAULT]
+    if TOOL_USE in templates:
+        raise UserError(
+            f"the model's only chat template is {TOOL_USE!r}, for conversations with tools, and "
+            f"this one has none; {ANOTHER}"
+        )
+    raise UserError(_NO_TEMPLATE)
 
 
 def _remove_each(

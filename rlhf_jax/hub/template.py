@@ -17,14 +17,18 @@ from rlhf_jax.errors import UserError
 SECONDS = 10.0  # for the renderings of one request, and for the process's start
 MEMORY = 1 << 29  # bytes of the process
 CHARACTERS = 4_000_000  # of one rendering
+DEFAULT, TOOL_USE = "default", "tool_use"  # the latter is of conversations with tools
 _WORKER = Path(__file__).with_name("template_worker.py")
 
 
 class Template:
-    """A Jinja chat template and the special tokens it may name; read when it first renders."""
+    """A Jinja chat template and the special tokens it may name; read when it first renders.
 
-    def __init__(self, source: str, variables: Mapping[str, str]):
-        self.source, self.variables = source, dict(variables)
+    One that is `for_tools` is given an empty list where there are none, as such templates expect.
+    """
+
+    def __init__(self, source: str, variables: Mapping[str, str], *, for_tools: bool = False):
+        self.source, self.variables, self.for_tools = source, dict(variables), for_tools
         arguments = {"source": source, "variables": self.variables, "characters": CHARACTERS}
         self._child = Child(
             str(_WORKER), "read_template", arguments, SECONDS, memory=MEMORY, isolated=True
@@ -55,6 +59,7 @@ class Template:
                 `SECONDS` or writes more than `CHARACTERS`.
         """
         pairs = [(list(places), opened) for places, opened in renderings]
+        tools = [] if tools is None and self.for_tools else tools
         given = {"messages": list(messages), "tools": tools}
         # An answer is about as long as one rendering may be.
         at_once = max(1, CHARACTERS // len(json.dumps(given)))

@@ -57,7 +57,8 @@ def read_template(
         for places, opened in renderings:
             given = {"messages": [messages[i] for i in places], "add_generation_prompt": opened}
             parts, size = [], 0
-            for part in template.generate(**(variables | {"tools": tools} | given)):
+            # transformers gives templates `documents` too, None where there are none.
+            for part in template.generate(**variables, tools=tools, documents=None, **given):
                 parts.append(part)
                 size += len(part)
                 if size > characters:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.hub.vocabulary import Vocabulary
+from rlhf_jax.hub.template import DEFAULT
+from rlhf_jax.hub.vocabulary import FLAGS, Vocabulary
 
 FILE, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+MORE_TEMPLATES, ADDED = "additional_chat_templates", "added_tokens.json"
 SPECIAL_MAP, GENERATION, CONFIG = (
     f"{name}.json" for name in ("special_tokens_map", "generation_config", "config")
 )
@@ -24,6 +26,7 @@ _ANEW = (
 # models begin no text then, whatever id their config.json gives: Qwen's gives one.
 _BOS_BY_CLASS = ("gpt2", "gpt_neox", "gptneox", "gemma")
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_MORE = "additional_special_tokens"
 # Beside those that begin and end a text, transformers gives templates these.
 _NAMED = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -35,8 +38,9 @@ class TokenizerSettings:
     Attributes:
       eos, bos: the tokens that end and begin a text, or their ids; None where none is named.
       pad: the token that fills batches, where one is named.
-      template: the chat template in Jinja.
+      templates: the chat templates in Jinja by name: "default", or several.
       ends: ids that end a reply.
+      added: entries of added tokens, as tokenizer.json has them, that other files state, by text.
       stated: what tokenizer_config.json and special_tokens_map.json said.
       generation: what generation_config.json said. config: the ids of special tokens that
         config.json gave.
@@ -46,8 +50,9 @@ class TokenizerSettings:
     eos: str | int | None
     bos: str | int | None = None
     pad: str | None = None
-    template: str | None = None
+    templates: Mapping[str, str] = field(default_factory=dict)
     ends: tuple[int, ...] = ()
+    added: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     stated: Mapping[str, Any] = field(default_factory=dict)
     generation: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -74,7 +79,7 @@ class TokenizerSettings:
     def uses(self, token: str) -> bool:
         """Whether one of the files names a token as special, or the template may write it."""
         named = (self.bos, self.eos, *self.named.values())
-        return token in named or token in (self.template or "")
+        return token in named or any(token in source for source in self.templates.values())
 
     def write(self, directory: Path, vocabulary: Vocabulary, ends: tuple[int, ...]) -> None:
         """Writes what transformers reads, all but config.json: settings as they came."""
@@ -90,13 +95,19 @@ class TokenizerSettings:
             "bos_token": vocabulary.bos,
             "eos_token": vocabulary.eos,
         }
+        if decoder := settings.get("added_tokens_decoder"):  # which may have what was left out
+            own = {k: v for k, v in decoder.items() if v["content"] in vocabulary.added}
+            settings["added_tokens_decoder"] = own
         if (pad := self._pad(vocabulary)) is not None:
             settings["pad_token"] = pad
         if isinstance(settings.get("extra_special_tokens"), list):  # read by transformers 5 only
-            settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+            settings[_MORE] = settings.pop("extra_special_tokens")
         (directory / FILE).write_text(json.dumps(vocabulary.content, ensure_ascii=False), "utf-8")
-        if self.template is not None:
-            (directory / TEMPLATE).write_text(self.template, "utf-8")
+        if self.templates.keys() == {DEFAULT}:
+            (directory / TEMPLATE).write_text(self.templates[DEFAULT], "utf-8")
+        elif self.templates:  # as every reader of several knows them
+            listed = [{"name": k, "template": v} for k, v in self.templates.items()]
+            settings["chat_template"] = listed
         (directory / SETTINGS).write_text(json.dumps(settings, indent=2), "utf-8")
         generation = dict(self.generation) or self.special_ids(vocabulary, ends)
         generation["eos_token_id"] = _keep_form(generation.get("eos_token_id"), ends)
@@ -136,8 +147,9 @@ def read_settings(directory: Path) -> TokenizerSettings:
         eos,
         bos,
         _read_token(names, "pad_token"),
-        template=_read_template(directory, settings),
+        templates=_read_templates(directory, settings),
         ends=tuple(ends),
+        added=_read_added(directory, names),
         stated=names,
         generation=generation,
         config={name: config[name] for name in _SPECIAL_IDS if name in config},
@@ -183,15 +195,43 @@ def _read_token(settings: Mapping[str, Any], name: str) -> str | None:
     return value
 
 
-def _read_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, or the one in tokenizer_config.json, the "default" of several."""
+def _read_added(directory: Path, names: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The added tokens of added_tokens_decoder, or else of added_tokens.json, by text."""
+    if "added_tokens_decoder" not in names:
+        ids = _read_object(directory / ADDED)
+        if not all(type(number) is int for number in ids.values()):
+            raise UserError(f"{directory / ADDED} should be an object of ids")
+        tokens = [*map(names.get, ("bos_token", "eos_token", *_NAMED)), *(names.get(_MORE) or ())]
+        special = [each.get("content") if isinstance(each, dict) else each for each in tokens]
+        return {
+            text: {"id": i, "content": text, "special": text in special}
+            | FLAGS
+            | {"normalized": text not in special}  # as transformers has it
+            for text, i in ids.items()
+        }
+    decoder, added = names["added_tokens_decoder"], {}
+    if not isinstance(decoder, dict):
+        raise UserError(f"{directory / SETTINGS}: added_tokens_decoder is no object")
+    for number, token in decoder.items():
+        content = token.get("content") if isinstance(token, dict) else None
+        if not isinstance(content, str) or not number.isdecimal():
+            raise UserError(f"{directory / SETTINGS}: added_tokens_decoder is wrong at {number!r}")
+        added[content] = {"special": False} | FLAGS | token | {"id": int(number)}
+    return added
+
+
+def _read_templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates by name: of files, or without these those in tokenizer_config.json."""
+    files = {path.stem: path for path in sorted((directory / MORE_TEMPLATES).glob("*.jinja"))}
     if (directory / TEMPLATE).is_file():
-        try:
-            return (directory / TEMPLATE).read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{directory}: {error}") from error
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+        files[DEFAULT] = directory / TEMPLATE
+    try:
+        if files:
+            return {name: path.read_text("utf-8") for name, path in files.items()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{directory}: {error}") from error
+    given = settings.get("chat_template")
+    if isinstance(given, list):
+        given = {t.get("name"): t.get("template") for t in given if isinstance(t, dict)}
+    named = given if isinstance(given, dict) else {DEFAULT: given}
+    return {k: v for k, v in named.items() if isinstance(k, str) and isinstance(v, str)}

@@ -21,7 +21,7 @@ _NO_EOS = (
     "special_tokens_map.json, no eos_token_id in generation_config.json or config.json; "
     'write "eos_token" into tokenizer_config.json'
 )
-_FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 
 
 class Vocabulary:
@@ -53,7 +53,7 @@ class Vocabulary:
         named = {text: self.id_of(text) for text in (self.bos, self.eos) if text is not None}
         held = {entry["content"] for entry in entries}
         more = [
-            {"id": number, "content": text, "special": True} | _FLAGS
+            {"id": number, "content": text, "special": True} | FLAGS
             for text, number in named.items()
             if text not in held
         ]
@@ -174,6 +174,30 @@ class Spelling:
         for encoder in encoders.values():
             encoder.encode_special_tokens = True  # as text
         return encoders
+
+
+def add_missing(text: str, entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """A tokenizer.json with the added tokens, by text, that only the files beside it have.
+
+    Raises:
+        UserError: it is no tokenizer, or a token would have another id than those say.
+    """
+    content = _parse(text)
+    held = content.get("added_tokens") or []
+    known = {entry.get("content") for entry in held if isinstance(entry, dict)}
+    more = [entry for token, entry in entries.items() if token not in known]
+    if not more:
+        return text
+    content |= {"added_tokens": [*held, *more]}
+    made = _build(content)
+    for entry in more:
+        number = made.token_to_id(entry["content"])
+        if number != entry["id"]:
+            raise UserError(
+                f"the added token {entry['content']!r} has the id {entry['id']} in a file beside "
+                f"tokenizer.json, and {number} in the vocabulary; save it with transformers again"
+            )
+    return json.dumps(content)
 
 
 def drop_beyond(text: str, size: int, uses: Callable[[str], bool]) -> tuple[str, list[str]]:

@@ -167,7 +167,9 @@ def _figures(
         judged = (read_frontier(r.name, r)["judged"] for runs in read.values() for r in runs)
         plots.append(replace(drawn, note=f"Gold reward {JUDGED}") if any(judged) else drawn)
     if curve:
-        drawn = draw_refusals("Refusals, by kind of request", points=tradeoff.points(curve))
+        title = f"{curve.tradeoff.what.capitalize()}, by kind of request"
+        found, what = tradeoff.points(curve), curve.tradeoff.what
+        drawn = draw_refusals(title, points=found, shares=curve.shares, what=what)
         plots.append(replace(drawn, note=_OF_SAFETY))
     return plots
 

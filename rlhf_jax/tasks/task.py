@@ -82,7 +82,8 @@ class Task:
       replay: the verdict on all of the assistant's turns in a record, where `verify` judges one.
       outcomes: what is measured beside: (how many, of how many) by name, of a record and the
         assistant's turns in it. Those of all records are reported as the rate eval/<name>, and
-        drawn over the number where a name ends in "/<number>".
+        drawn over the number where a name ends in "/<number>"; they are shares of a whole but
+        where its last part begins with "of_".
       verifies: whether a record with this `meta` has what `verify` needs.
       preference: the probability that one of its labelers, shown two replies to a record, prefers
         the first; None if it has no labelers.

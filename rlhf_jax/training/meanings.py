@@ -52,12 +52,12 @@ _BETTER: dict[str, tuple[str, ...]] = {
 }
 
 
-_RATIOS = ("eval/questions/of_fewest",)  # of what a task counts, what may exceed 1
-
-
 def is_share(name: str) -> bool:
-    """Whether what a task counts under a name is a part of a whole, in [0, 1] of each record."""
-    return name not in _RATIOS
+    """Whether what a task counts under a name is a part of a whole, in [0, 1] of each record.
+
+    A name whose last part begins with "of_" says of what it is a ratio, which may exceed 1.
+    """
+    return not name.rpartition("/")[2].startswith("of_")
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import math
@@ -24,6 +25,7 @@ from rlhf_jax.training.rundir import TENSORBOARD, fault_point
 MAX_WAITING = 1000  # lines that TensorBoard or W&B may be behind
 CLOSE_SECONDS = 30  # that the end of a run waits for them
 FLUSH_SECONDS = 10.0  # that TensorBoard's lines may wait for the next one to reach the disk
+_FILES = itertools.count()  # of TensorBoard, in this process
 Write = Callable[[int, dict[str, float]], object]
 Close = Callable[[], object]
 
@@ -210,7 +212,9 @@ def _open_tensorboard(
     from tensorboardX.proto.summary_pb2 import Summary
 
     directory.mkdir(exist_ok=True)
-    name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+    origin = f"{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+    # The number parts files of one second, and keeps them in the order in which they are read.
+    name = f"events.out.tfevents.{origin}.{next(_FILES):06d}"
     records = RecordWriter(str(directory / name))
     flushed = -FLUSH_SECONDS
 

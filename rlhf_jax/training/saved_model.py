@@ -306,8 +306,10 @@ def fingerprint(directory: Path) -> str:
     (the files that Orbax writes differ each time); for Hugging Face's it is the files' contents.
     """
     if is_hub_directory(directory):
-        files = sorted(p for p in directory.iterdir() if p.suffix in _READ)
-        stated: Any = [(path.name, file_digest(path)) for path in files]
+        files = {p.name: p for p in directory.iterdir() if p.suffix in _READ}
+        templates = directory.glob("additional_chat_templates/*.jinja")
+        files |= {f"{path.parent.name}/{path.name}": path for path in templates}
+        stated: Any = [(name, file_digest(path)) for name, path in sorted(files.items())]
     else:
         stated = load_document(directory / "model")
         if "weights" not in stated:  # saved by an older version

@@ -139,8 +139,8 @@ class Words:
     def prompt(self, messages):
         return [ord(c) for m in messages for c in f"[{m.role}]{m.content}"]
 
-    def continuation(self, messages):
-        return self.prompt(messages)
+    def continuation(self, messages, *, for_tools=False):
+        return [*self.prompt(messages), *([ord("+")] if for_tools else [])]
 
 
 RECORDS = [
@@ -267,8 +267,8 @@ def test_tools_are_described_in_the_first_turn_and_mistakes_are_counted(files):
         assert [tool["function"]["name"] for tool in more] == ["calculate"]
         good = said(0, 0, '{"name": "calculate", "arguments": {"expression": "17+25"}}')
         bad = said(1, 0, '{"name": "calculate", "arguments": {"expression": 1}}')
-        error = '[tool]{"error": "argument expression must be string"}'
-        assert texts(play.respond([good, bad])) == ["[tool]42", error]
+        error = '[tool]{"error": "argument expression must be string"}+'
+        assert texts(play.respond([good, bad])) == ["[tool]42+", error]
         assert [(t.calls, t.invalid) for t in play.trajectories] == [(1, 0), (1, 1)]
 
 

@@ -46,9 +46,9 @@ def test_rates_are_of_what_records_count():
     assert outcome_values(Task("t", {}, lambda *args: {}), RECORDS, TURNS) == {}
 
 
-def test_of_a_ratio_the_interval_is_of_resampled_records_whatever_was_drawn():
+@pytest.mark.parametrize("name", ["questions/of_fewest", "moves/of_best"])
+def test_of_a_ratio_the_interval_is_of_resampled_records_whatever_was_drawn(name):
     # Of two records one is drawn twice in half of the resamplings: 4 / 2, 6 / 2 or 8 / 2.
-    name = "questions/of_fewest"
     assert interval_of(name, Values.of([2, 4], [1, 1])) == (2.0, 4.0)
     low, high = interval_of(name, Values.of([9.0, 4.5] * 50, [4.5] * 100))
     assert 1.38 < low < 1.43 and 1.57 < high < 1.62  # 1.5 ± 1.96 · 0.5 / 10
@@ -58,7 +58,7 @@ def test_of_a_ratio_the_interval_is_of_resampled_records_whatever_was_drawn():
 
 
 def test_a_share_above_one_is_refused_by_name():
-    with pytest.raises(ValueError, match="eval/yes"):
+    with pytest.raises(ValueError, match="eval/yes is above 1"):
         interval_of("yes", Values.of([2, 0], [1, 1]))
 
 

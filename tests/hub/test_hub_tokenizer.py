@@ -311,6 +311,10 @@ def test_a_template_that_fails_is_refused_in_one_line(tmp_path, source, message)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_template_is_given_what_transformers_gives_where_there_is_none():
+    assert Template("{{ (tools is none, documents is none) }}", {}).render([]) == "(True, True)"
+
+
 def test_a_template_that_hangs_is_ended(monkeypatch):
     monkeypatch.setattr(template, "SECONDS", 1.0)
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -530,3 +534,73 @@ def test_where_nothing_names_the_end_the_files_are_named(tmp_path):
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<end>"}')
     with pytest.raises(UserError, match="'<end>' is not in the vocabulary"):
         HubTokenizer.load(tmp_path)
+
+
+def without_added(directory, names):
+    """Writes a directory whose tokenizer.json lacks those added tokens; returns their entries."""
+    write(directory, "chatml")
+    path = directory / "tokenizer.json"
+    content = json.loads(path.read_text())
+    entries = content["added_tokens"]
+    content["added_tokens"] = [entry for entry in entries if entry["content"] not in names]
+    path.write_text(json.dumps(content))
+    return [dict(entry) for entry in entries if entry["content"] in names]
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "added_tokens.json"])
+def test_added_tokens_that_only_another_file_has_are_tokens(tmp_path, file):
+    read, out = tmp_path / "read", tmp_path / "out"
+    read.mkdir()
+    out.mkdir()
+    entries = without_added(read, ("<|im_end|>", "<think>"))
+    if file == "added_tokens.json":
+        (read / file).write_text(json.dumps({entry["content"]: entry["id"] for entry in entries}))
+    else:
+        stated = json.loads((read / file).read_text())
+        decoder = {str(entry.pop("id")): entry for entry in entries}
+        (read / file).write_text(json.dumps(stated | {"added_tokens_decoder": decoder}))
+    ours = HubTokenizer.load(read)
+    ours.export(out)
+    assert HubTokenizer.load(out).hash == ours.hash
+    think, end = (ours.vocabulary.id_of(name) for name in ("<think>", "<|im_end|>"))
+    messages = [*CONVERSATION[:1], Message("assistant", "a <think> b")]
+    tokens, _ = ours.conversation(messages)
+    assert tokens.count(think) == 1 and tokens[-1] == end == ours.end
+    transformers = pytest.importorskip("transformers", reason="needs requirements-parity.txt")
+    turns = [message.to_json() for message in messages]
+    for directory in (read, out):
+        theirs = transformers.AutoTokenizer.from_pretrained(directory)
+        wanted = theirs.apply_chat_template(turns, return_dict=False)
+        assert tokens == wanted[: len(tokens)]
+
+
+@pytest.mark.parametrize(
+    ("decoder", "message"),
+    [
+        (
+            {"5": {"content": "<think>"}},
+            "<think>.* has the id 5 in a .*, and 3.. in the vocabulary",
+        ),
+        ({"x": {"content": "<think>"}}, "added_tokens_decoder .*'x'"),
+        ({"9": "<think>"}, "added_tokens_decoder .*'9'"),
+        ([], "added_tokens_decoder"),
+    ],
+)
+def test_an_added_token_of_another_id_is_refused(tmp_path, decoder, message):
+    without_added(tmp_path, ("<think>",))
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": decoder}))
+    with pytest.raises(UserError, match=message):
+        HubTokenizer.load(tmp_path)
+
+
+def test_a_token_beyond_the_model_is_not_written_back(tmp_path):
+    size = with_a_token_beyond(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    decoder = {str(size): {"content": IMAGE, "special": True}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": decoder}))
+    ours = HubTokenizer.load(tmp_path)
+    (tmp_path / "run").mkdir()
+    ours.save(tmp_path / "run")
+    assert IMAGE not in (tmp_path / "run/tokenizer/tokenizer_config.json").read_text()
+    assert HubTokenizer.load(tmp_path / "run/tokenizer").vocab_size == ours.vocab_size == size

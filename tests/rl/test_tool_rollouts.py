@@ -64,7 +64,7 @@ class Letters:
     def prompt(self, messages):
         return [BOS, *self._turns(messages), ASK]
 
-    def continuation(self, messages):
+    def continuation(self, messages, *, for_tools=False):
         return [*self._turns(messages), ASK]
 
 

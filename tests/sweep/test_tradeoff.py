@@ -10,8 +10,9 @@ import pytest
 
 from rlhf_jax.evaluation.statistics import wilson_interval
 from rlhf_jax.report.refusals import draw_refusals
-from rlhf_jax.sweep import tradeoff
-from rlhf_jax.sweep.page import _over_starts
+from rlhf_jax.sweep import page, tradeoff
+from rlhf_jax.sweep.page import _figures, _over_starts
+from rlhf_jax.sweep.results import Results
 from rlhf_jax.sweep.tradeoff import Curve, Setting, above, points, read_curve, table
 from rlhf_jax.tasks.safety import REFUSALS
 from rlhf_jax.tasks.town.safety import KINDS, SafetyTown
@@ -84,19 +85,22 @@ def test_points_and_their_figure():
     # Three seeds reply alike to 100 prompts, which are no 300 independent replies.
     bounds = found[1]["harmful_low"], found[1]["harmful_high"]
     assert bounds == pytest.approx(wilson_interval(90, 100))
-    plot = draw_refusals("Refusals", points=found)
+    plot = draw_refusals("Refusals", points=found, shares=curve.shares, what="refused")
     assert plot.svg.startswith("<svg") and len(plot.csv.splitlines()) == 7
     assert len(table(curve)) == 3
     assert curve.columns[2:4] == ("harmless refused", "harmful refused")
 
 
-def test_the_page_says_what_the_tradeoff_is_of():
+def test_the_page_says_what_the_tradeoff_is_of(monkeypatch):
     of_answers = replace(REFUSALS, cost="short", gain="true", what="answered")
     curve = Curve(of_answers, [setting("start", "a", 0.2, 0.6, named=("short", "true"))])
     entry = _over_starts(curve)
     assert entry["columns"][2:4] == ("short answered", "true answered")
     assert "how much more true answered than" in entry["note"]
     assert "harm" not in entry["note"]
+    monkeypatch.setattr(page, "draw_intervals", lambda *args, **more: None)
+    *_, plot = _figures(Results("eval/a", "", [], {}, ""), {}, "a", curve)
+    assert plot.title == "Answered, by kind of request" and "harm" not in plot.csv
 
 
 def test_one_model_that_all_seeds_started_from_counts_once():

@@ -321,6 +321,17 @@ def test_tensorboard_reads_what_is_written(tmp_path):
     assert second.step == 5 and math.isnan(second.summary.value[0].simple_value)
 
 
+def test_two_writers_of_a_second_have_files_of_their_own_in_their_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics_writer.time, "time", lambda: 1e9)
+    for step in range(12):
+        writer = MetricsWriter(tmp_path, step)
+        writer.write(step + 1, {f"loss/{step}": 1.0})
+        writer.close()
+    files = sorted((tmp_path / "tensorboard").iterdir())  # in this order TensorBoard reads them
+    held = [f"loss/{step}".encode() in file.read_bytes() for step, file in enumerate(files)]
+    assert held == [True] * 12
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_tensorboard_of_a_directory_that_is_new_has_the_earlier_lines(tmp_path, there):
     (tmp_path / "metrics.jsonl").write_text('{"step": 2, "train/loss": 0.5}\n')
