@@ -32,7 +32,7 @@ def meaning(name: str) -> str:
 _BETTER: dict[str, tuple[str, ...]] = {
     "less": (
         *("loss", "bpb", "ece", "kl", "sampled_kl", "kl_bound", "kl_estimate"),
-        *("reward_failures", "needless_calls", "invalid_calls"),
+        *("reward_failures", "environment_failures", "needless_calls", "invalid_calls"),
         *("safety/refused/harmless/*", "safety/extracted", "safety/extracted_sampled"),
         *("safety/exposure", "memory/*/resurrected", "memory/*/false_memory", "persona/leak"),
         *("questions/of_fewest", "questions/unclear"),
