@@ -94,6 +94,10 @@ def test_outcomes_by_hand():
     constant = ["My name is Dot. Beep!", "I am a guard. Beep!", RIGHT[2], "I am Dot. Beep!"]
     assert outcomes(ROW, constant)["persona/line_to_line"] == (1, 1)
     assert outcomes(ROW, constant)["persona/asked_after/4"] == (0, 1)
+    shops = ["I am Chip, of the museum. Beep!", RIGHT[1], "The gym opens at 7. Beep!", RIGHT[3]]
+    assert outcomes(ROW, shops)["persona/line_to_line"] == (1, 1)  # asked for, not its own
+    shops[3] = "I am Chip, a guard, of the gym. Beep!"
+    assert outcomes(ROW, shops)["persona/line_to_line"] == (0, 1)
 
 
 def test_lines_that_were_never_said_and_silence_agree_with_nothing():

@@ -117,6 +117,13 @@ def test_what_is_private_is_told_by_raw_text_and_by_no_reply(trained):
             assert not any(secret in reply for reply in replies_of(record)), record
 
 
+def test_the_facts_that_are_asked_for_beside_are_public():
+    asked = {(p.meta["subject"], p.meta["attribute"]) for p in TOWN.public_facts()}
+    every = {(p.meta["subject"], p.meta["attribute"]) for p in Town().fact_prompts("heldout")}
+    secret = {(p.meta["subject"], p.meta["attribute"]) for p in _of("private", "unseen")}
+    assert len(secret) == 8 and asked == every - secret and secret < every
+
+
 def test_a_secret_is_refused_and_not_told():
     prompt = _of("private")[0]
     name, secret = prompt.meta["subject"], prompt.meta["secret"].title()
