@@ -15,7 +15,7 @@ _MEANINGS: dict[str, tuple[str, ...]] = {
     ),
     "count": (
         *("rollout/tokens", "rollout/blocks", "rollout/zero_std_groups"),
-        *("rewards/failures", "completions/masked", "pairs/tied"),
+        *("rewards/failures", "tools/failures", "completions/masked", "pairs/tied"),
     ),
     "largest": ("/max", "_max", "/max_length", "_deviation", "rollout/logprob_difference"),
     "least": ("/min", "_min", "/min_length"),
