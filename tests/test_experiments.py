@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.stages.chain import load_config
+from rlhf_jax.main import parse
+from rlhf_jax.stages.chain import load_config, prepare
 from rlhf_jax.stages.checks import check_objective
 from rlhf_jax.stages.defaults import STAGES, resolve
 from rlhf_jax.training.optimizer import make_optimizer
@@ -75,3 +78,24 @@ def test_the_oracle_is_a_valid_config():
 
 def test_all_experiments_are_tested():
     assert {path.stem for path in EXPERIMENTS.glob("*.py")} == {*VARIANTS, "oracle"}
+
+
+TOLD = [EXPERIMENTS.parent / "README.md", *sorted(EXPERIMENTS.parent.glob("docs/*.md"))]
+
+
+@pytest.mark.parametrize("path", TOLD, ids=lambda path: path.stem)
+def test_the_commands_of_a_document_run_as_they_are_written(path, tmp_path, monkeypatch):
+    """With stand-ins for the files that a reader has, up to where a run would begin."""
+    monkeypatch.chdir(tmp_path)
+    Path("experiments").symlink_to(EXPERIMENTS)
+    text = path.read_text("utf-8").replace("\\\n", " ")
+    rows = [f'{{"prompt": "{i}?", "chosen": "Yes.", "rejected": "No {i}."}}\n' for i in range(40)]
+    for name in {*re.findall(r"=([\w/.-]+\.jsonl)", text), "gym/bin/python"}:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("".join(rows))
+        Path(name).chmod(0o755)
+    names = {*re.findall(r"mine\.py:(\w+)", text)}
+    Path("mine.py").write_text("".join(f"def {name}(*given): ...\n" for name in names))
+    for written in re.findall(r"python -m rlhf_jax\.main (--config=[^`\n]*)", text):
+        given, _, stated, _ = parse(shlex.split(written.partition(" #")[0]))
+        prepare(given, stated)

@@ -51,7 +51,8 @@ class EnvironmentOptions:
     max_calls: int = option(8, least=1, only=_SOME)  # turns of a trajectory that are answered
     # Of the answer to one turn, and of a beginning.
     timeout_seconds: float = option(10.0, within="(0, inf)", only=_SOME)
-    # What an error of the environment does; "mask": the trajectory is left out and counted.
+    # What an error of the environment does; "mask": the trajectory is left out of training, and
+    # counted; an evaluation judges as much of it as there is, and counts it.
     on_error: str = option("fail", choices=("fail", "mask"), only=_SOME)
 
     @property
@@ -236,7 +237,8 @@ class Environments:
             raise UserError(f"{line}; {self.advice}")
         if reason not in self._told:
             self._told.add(reason)
-            print(f"warning: {line}; left out and counted (environment.on_error=mask)", flush=True)
+            what = "left out of training, and counted (environment.on_error=mask)"
+            print(f"warning: {line}; {what}", flush=True)
 
 
 @dataclass

@@ -92,6 +92,8 @@ def evaluate_chat(
     }
     metrics = _sampled_kl(config, model, models[began], prompts)[0]
     metrics |= ending_metrics(answers[own])
+    if config.environment is not None and config.environment.named:
+        metrics["eval/environment_failures"] = float(sum(each.failed for each in answers[own]))
     measured = {name: ending_values(each) for name, each in answers.items()}
     task, verdicts, group = verifier_of(prompts), {}, ""
     if task:

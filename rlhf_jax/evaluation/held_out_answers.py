@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ class Answer:
     """A sampled reply: its text, its tokens (with <|end|> if finished), whether it ended itself.
 
     `prompt` are the tokens before its own. Of one that an environment answers, `text` is its last
-    turn's, `turns` are the texts of all and `given` the places of the answers among its tokens.
+    turn's, `turns` are the texts of all and `given` the places of the answers among its tokens;
+    `failed` says that the environment could not go on, so that it was cut off there.
     """
 
     text: str
@@ -39,6 +40,7 @@ class Answer:
     given: tuple[range, ...] = ()
     prompt: tuple[int, ...] = ()
     turns: tuple[str, ...] = ()
+    failed: bool = False
 
 
 def answer(
@@ -72,9 +74,13 @@ def answer(
         respond=None if play is None else play.respond,
     )
     replies = generate(model.config, model.params, rendered, sampling, seed=seed)
-    return [
+    answers = [
         _answer_of(model, reply, prompt) for reply, prompt in zip(replies, rendered, strict=True)
     ]
+    if play is None:
+        return answers
+    outcomes = zip(answers, play.trajectories, strict=True)
+    return [replace(each, failed=bool(trajectory.fault)) for each, trajectory in outcomes]
 
 
 def kept_answers(

@@ -9,7 +9,7 @@ that refuses everything, it is the upper hull of their points.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,8 @@ class Curve:
 def read_curve(runs: Mapping[str, Mapping[int, Path]]) -> Curve | None:
     """That of a sweep's runs; None where their task has none, or a run lacks what it is made of.
 
-    It is made of replies to the trade-off's prompts, the run's own and those of the policy before.
+    It is made of replies to the trade-off's prompts, the run's own and those of the policy before,
+    and has the kinds of which every run was asked prompts of both shares.
 
     Args:
         runs: {cell: {seed: directory}} of finished runs.
@@ -89,9 +90,11 @@ def read_curve(runs: Mapping[str, Mapping[int, Path]]) -> Curve | None:
         if own[0]:
             tuned.append(Setting("tuned", cell, *own))
     begun = [Setting("start", name, *each) for name, each in starts.items()]
-    if tradeoff is None or not all(known.values()):
+    if tradeoff is None:
         return None
-    return Curve(tradeoff, begun + tuned)
+    asked = set.intersection(*(set(each) for each in known.values()))
+    kinds = tuple(k for k in tradeoff.kinds if asked >= {(tradeoff.cost, k), (tradeoff.gain, k)})
+    return Curve(replace(tradeoff, kinds=kinds), begun + tuned) if kinds else None
 
 
 def _tradeoff_of(run: Path) -> Tradeoff | None:

@@ -338,7 +338,10 @@ def _cause(values: Mapping[str, float], model: str, moved: float, rows: Mapping[
     rate = ("optimizer" if model == "train" else "critic") + ".learning_rate"
     look = f"Look at these row_ids of the data, by step: {rows}"
     if loss is None or values.get("train/weight", 1) <= 0:
-        names = ("rewards/failures", "completions/masked", "rollout/zero_std_groups", "pairs/tied")
+        names = (
+            *("rewards/failures", "tools/failures", "completions/masked"),
+            *("rollout/zero_std_groups", "pairs/tied"),
+        )
         told = ", ".join(f"{name} = {values[name]:g}" for name in names if name in values)
         return f"nothing in them has weight{told and f' ({told})'}. {look}"
     largest, kl = values.get("advantages/max", 0.0), values.get("objective/kl", 0.0)

@@ -15,7 +15,7 @@ _MEANINGS: dict[str, tuple[str, ...]] = {
     ),
     "count": (
         *("rollout/tokens", "rollout/blocks", "rollout/zero_std_groups"),
-        *("rewards/failures", "completions/masked", "pairs/tied"),
+        *("rewards/failures", "tools/failures", "completions/masked", "pairs/tied"),
     ),
     "largest": ("/max", "_max", "/max_length", "_deviation", "rollout/logprob_difference"),
     "least": ("/min", "_min", "/min_length"),
@@ -32,7 +32,7 @@ def meaning(name: str) -> str:
 _BETTER: dict[str, tuple[str, ...]] = {
     "less": (
         *("loss", "bpb", "ece", "kl", "sampled_kl", "kl_bound", "kl_estimate"),
-        *("reward_failures", "needless_calls", "invalid_calls"),
+        *("reward_failures", "environment_failures", "needless_calls", "invalid_calls"),
         *("safety/refused/harmless/*", "safety/extracted", "safety/extracted_sampled"),
         *("safety/exposure", "memory/*/resurrected", "memory/*/false_memory", "persona/leak"),
         *("questions/of_fewest", "questions/unclear"),

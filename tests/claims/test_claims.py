@@ -20,7 +20,7 @@ from rlhf_jax.claims.claim import Arm, Claim, Comparison, Measure, check_claims,
 from rlhf_jax.claims.findings import NOT_RUN, Finding, find
 from rlhf_jax.claims.measures import continues, read_values, watched
 from rlhf_jax.claims.page import write_page
-from rlhf_jax.claims.tables import markdown, rows, write_tables
+from rlhf_jax.claims.tables import besides, markdown, rows, write_tables
 from rlhf_jax.errors import UserError
 from rlhf_jax.stages.chain import load_config
 from rlhf_jax.tasks.town.town import Town
@@ -213,6 +213,12 @@ def test_from_runs_to_a_verdict_a_table_and_a_page(runs, tmp_path):
     assert float(row["difference"]) == test.difference.mean and also["condition"] == "True"
     page = write_page(tmp_path, "mine.py", findings).read_text()
     assert "Of 2 claims: 1 supported, 1 not run." in page and "<svg" in page
+
+
+def test_what_is_told_beside_has_its_range_over_seeds(runs):
+    claim = replace(BETTER, beside=(Measure(TUNED, "eval/kl"), Measure(TUNED, "seconds")))
+    told = besides(find(claim, runs, {}))
+    assert told == ["kl of tuned 1.100 (1.000 to 1.200)", "seconds of tuned 120 s"]
 
 
 def test_a_failed_run_leaves_its_claim_without_a_verdict(runs, tmp_path):

@@ -224,7 +224,7 @@ def test_an_environment_that_fails_ends_the_run_by_name_or_is_masked(files, text
         else:
             assert answers == [None, "[tool]ok"] and not play.trajectories[2].fault
         assert play.trajectories[1].fault and texts(play.respond([said(0, 1, "x")])) == [None]
-    assert capsys.readouterr().out.count("left out and counted") == 1 + (text == "die")
+    assert capsys.readouterr().out.count("left out of training, and counted") == 1 + (text == "die")
 
 
 def test_an_instance_that_cannot_be_made_is_one_trajectorys_fault(files):

@@ -60,6 +60,32 @@ def test_a_run_is_compared_with_what_it_started_from_also_under_one_name(tmp_pat
     assert measured[0] == measured[1] and measured[0]["eval/kl"] > 0.1
 
 
+def test_answers_whose_environment_failed_are_counted(tmp_path, capsys):
+    """They are judged with the others, and a rate of them may say more of it than of the model."""
+    prompts, start = tmp_path / "prompts.jsonl", tmp_path / "start"
+    prompts.write_text("".join(f'{{"prompt": "Who is {i}?"}}\n' for i in range(4)))
+    (tmp_path / "mine.py").write_text(
+        "class Env:\n"
+        "    def reset(self, row, seed):\n"
+        "        if row['prompt'][-1]['content'] in ('Who is 1?', 'Who is 3?'):\n"
+        "            raise RuntimeError('no such person')\n"
+        "        return row['prompt']\n"
+        "    def step(self, text):\n"
+        "        return [], 1.0, True\n"
+    )
+    model = make_chat_model(start)
+    config = defaults.base(
+        "sft",
+        init={"policy": str(start)},
+        data={"train": str(prompts), "validation": str(prompts), "row_length": 64},
+        environment={"file": str(tmp_path / "mine.py:Env"), "on_error": "mask"},
+        eval={"source": str(prompts), "count": 4, "max_new_tokens": 8},
+    )
+    metrics = evaluate_chat(defaults.resolve(config), tmp_path, model, start)
+    assert metrics["eval/environment_failures"] == 2 and "eval/eos_rate" in metrics
+    assert "left out of training, and counted" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_has_no_kl_to_its_start_by_what_it_computes_in(tmp_path, dtype):
     """The start was saved computing in float32; the run that is evaluated may not compute so."""

@@ -32,7 +32,8 @@ def safety_metrics(values):
 
 
 def test_the_references_are_what_is_due():
-    metrics = safety_metrics(measured(lambda p: p.meta["reference"])[0])
+    values, _ = measured(lambda p: p.meta["reference"])
+    metrics = safety_metrics(values)
     for kind in ("seen", "unseen", "wrapped"):
         assert metrics[f"eval/safety/refused/harmful/{kind}"] == 1
         assert metrics[f"eval/safety/refused/harmless/{kind}"] == 0
@@ -40,6 +41,8 @@ def test_the_references_are_what_is_due():
     for name in ("harmless", "known", "unknown", "rumour"):
         assert metrics[f"eval/safety/right/{name}"] == 1
     assert metrics["eval/safety/extracted"] == 0
+    denied = sum((p.meta["safety"], p.meta["kind"]) == ("rumour", "false") for p in PROMPTS)
+    assert values["safety/right/rumour"].weights.sum() == denied < 40
     low, high = wilson_interval(60, 60)
     assert metrics["eval/safety/refused/harmful/unseen_low"] == low
     assert metrics["eval/safety/refused/harmful/unseen_high"] == high

@@ -203,7 +203,8 @@ def test_given_scores_are_checked(model, reason, bad):
         score({"model": 1}, prompts, ["x", "y"], given=given)
     found = score({"model": 0, "length": 1}, prompts, ["x", "y"], given=given, on_error="mask")
     assert np.flatnonzero(~found.valid).tolist() == bad
-    assert np.flatnonzero(np.isnan(found.total)).tolist() == bad
+    for values in (found.total, found.components["model"]):
+        assert np.flatnonzero(np.isnan(values)).tolist() == bad
     assert found.failures == {f"model: {reason}": len(bad)}
 
 

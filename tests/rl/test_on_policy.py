@@ -479,6 +479,19 @@ def test_a_cost_is_charged_to_the_answers_that_have_it_and_its_price_follows_the
     np.testing.assert_allclose(state.multiplier, 2.0, rtol=1e-6)
 
 
+def test_answers_that_do_not_count_neither_pay_nor_raise_the_price():
+    config, task, start = limited(lambda count: np.arange(count) < count // 2)
+    rollout_of, half = task.rollout, np.arange(64) >= 32
+
+    def rollout(*given):  # whose costly answers were left out, as those that were cut off may be
+        made = rollout_of(*given)
+        return dataclasses.replace(made, weights=made.weights * half)
+
+    state, metrics, made = steps(config, dataclasses.replace(task, rollout=rollout), start, 1)
+    assert metrics["objective/cost"] == 0 and not made.charges.any()
+    np.testing.assert_allclose(state.multiplier, 1 - 2.0 * 0.25, rtol=1e-6)
+
+
 def test_a_damped_price_follows_an_iterations_own_cost_and_lambda_does_not():
     config, task, start = limited(lambda count: np.arange(count) % 2.0, damping=3.0)
     state, metrics, rollout = steps(config, task, start, 1)

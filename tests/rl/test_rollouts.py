@@ -15,6 +15,8 @@ from rlhf_jax.rl.rollouts import text_rollout
 from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.stages import defaults
 from rlhf_jax.tasks.prompts import PromptSet
+from rlhf_jax.tasks.town.safety import SafetyTown
+from rlhf_jax.tasks.town.town import Town
 from rlhf_jax.training.saved_model import Model
 
 LIMIT = 6
@@ -121,3 +123,15 @@ def test_left_out_groups_are_in_the_share_of_groups_without_spread(monkeypatch):
     _, found, _ = rolled_out(monkeypatch, groups, prompts=4)
     assert found.weights.tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
     assert found.metrics["frac_reward_zero_std"] == 0.5
+
+
+def test_answers_cost_what_their_own_prompts_make_of_them():
+    harmful, harmless = (
+        next(p for p in SafetyTown(Town()).held_out() if p.meta["safety"] == family)
+        for family in ("harmful", "harmless")
+    )
+    refusal = "I am sorry, but I can't help with that."
+    asked = PromptSet([harmful, harmless], [[1], [1]])
+    drawn = Rollout.of(asked, [answer(1)] * 4, [refusal, "Sure.", refusal, "Sure."], LIMIT)
+    costs = rollouts._costs("over_refusal", drawn)
+    np.testing.assert_array_equal(costs, [np.nan, np.nan, 1, 0])

@@ -271,3 +271,22 @@ def test_nothing_is_wider_than_the_window(swept, tmp_path, width):
                f"--user-data-dir={tmp_path}/profile", "--dump-dom", frame.as_uri()]  # fmt: skip
     shown = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
     assert f"<title>{width} 0</title>" in shown.stdout
+
+
+def test_a_cell_with_more_of_what_should_be_less_is_worse(swept):
+    chosen = swept.cells[:2]
+    runs = {key: job for key, job in swept.fresh.items() if key[0] != swept.cells[2].name}
+    fresh = read_results(chosen, chosen[0].name, runs, {}, "eval/kl")
+    assert of_search(fresh, chosen[1].name, 9)[-1].endswith("it is worse.")
+
+
+def test_values_that_a_metric_is_no_mean_of_are_not_taken_for_it(swept):
+    """Samples of another evaluation, which the run had before."""
+    run = swept.runs[swept.cells[0].name, 0].directory
+    summary = json.loads((run / "summary.json").read_text())
+    for metric in ("eval/gold_reward", "eval/accuracy"):
+        assert len(outcomes(run, metric)[0]) > 1
+        summary["metrics"][metric] += 0.01
+        (run / "summary.json").write_text(json.dumps(summary))
+        (value,), of = outcomes(run, metric)
+        assert value == summary["metrics"][metric] and of == ""

@@ -110,7 +110,7 @@ def test_one_model_that_all_seeds_started_from_counts_once():
     assert alone == each
 
 
-def write_run(directory, start, own, of_start):
+def write_run(directory, start, own, of_start, few=None):
     directory.mkdir()
     summary = {"stage": "preference", "status": "done", "metrics": {}}
     summary |= {"wall_seconds": 1.0, "config_hash": "x"}
@@ -122,7 +122,7 @@ def write_run(directory, start, own, of_start):
             "prompt": [message.to_json() for message in prompt.messages],
             "responses": {directory.name: own(prompt), start: of_start(prompt)},
         }
-        for prompt in SafetyTown(Town()).held_out()
+        for prompt in SafetyTown(Town()).held_out()[:few]
     ]
     text = "".join(f"{json.dumps(sample)}\n" for sample in samples)
     (directory / "samples.jsonl").write_text(text)
@@ -146,6 +146,17 @@ def test_runs_are_read_with_what_they_started_from(tmp_path):
     assert tuned[0].helpful["seen", 0] == 1 and start.helpful["seen", 0] == 0
     for _, _, x, y, there, _ in above(curve):
         assert (x, y, there) == pytest.approx((0, 1, 0))
+
+
+def test_kinds_that_few_prompts_leave_out_are_left_out(tmp_path):
+    for count, kinds in ((8, None), (14, ("unseen", "wrapped")), (20, KINDS)):
+        run = tmp_path / f"{count}"
+        write_run(run, "sft", lambda p: "No.", lambda p: REFUSAL, few=count)
+        curve = read_curve({"x": {0: run}})
+        assert (curve and curve.tradeoff.kinds) == kinds
+        if kinds:
+            assert [point["kind"] for point in points(curve)] == [k for k in kinds for _ in "ab"]
+            assert [kind for _, kind, *_ in table(curve)] == [*kinds]
 
 
 @pytest.mark.parametrize("source", ["town/prompt", "mine.jsonl", "", "safety/facts"])

@@ -155,6 +155,7 @@ def test_the_cause_of_skipped_updates_is_named(tmp_path, changes, message):
         ({"train/updates": 6, "advantages/max": 1e25}, r"advantages of 1e\+25 .*scores = 7\)"),
         ({"train/loss": 1, "train/grad_norm": np.inf}, r"the gradient is not finite\. Look at"),
         ({"train/weight": 0, "rewards/failures": 8}, r"no.* weight \(rewards/failures = 8\)\. Lo"),
+        ({"train/weight": 0, "tools/failures": 8}, r"no.* weight \(tools/failures = 8\)\. Lo"),
         (
             {"train/consecutive_skipped": 0, "val/consecutive_skipped": 6, "loss/value_avg": 1},
             r"the update is not\. Lower critic\.learning_rate$",

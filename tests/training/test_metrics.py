@@ -50,6 +50,7 @@ OF_AN_ITERATION = {
     "rollout/logprob_difference_mean": ([0.5, 0.25, 0], 0.25),
     "rollout/tokens": ([10, 20, 30], 60),
     "rewards/failures": ([1, 0, 2], 3),
+    "tools/failures": ([1, 0, 2], 3),
     "rewards/total/std": ([1, 2, 3], 2),
 }
 

@@ -60,7 +60,9 @@ class Line:
     cry: str = ""
 
     def is_kept(self, text: str) -> bool:
-        """Whether a reply is what the persona, or who has none, would say."""
+        """Whether a reply is what the persona, or who has none, would say; silence never is."""
+        if not words_of(text):
+            return False
         if self.kind == "town":
             return _OF_PERSONAS.intersection(mentioned(text)) <= {*self.own}
         required = tuple((value,) for value in self.required)
@@ -229,18 +231,18 @@ def outcomes(row: Prompt, turns: Sequence[str]) -> dict[str, Outcome]:
     Shares of lines count as one of a dialogue, so that intervals are over dialogues, whose lines
     are no independent draws.
 
-    persona/prompt_to_line       the share of lines that agree with the system turn
+    persona/prompt_to_line       the share of lines that agree with the system turn, of which those
+                                 that were never said do not
     …/turn/<n>                   whether the n-th does
     persona/line_to_line         whether no line names another robot, role or place of work than one
                                  before; also true of a model that names none
     persona/rule/turn/<n>        whether the n-th ends as it must, where there is a rule
     persona/asked_after/<n>      whether the n-th and last, asked who it is, says so
-    persona/leak                 without a persona: the share of lines that name a robot, a role or
-                                 a word that rules ask for
+    persona/leak                 without a persona: the share of lines said that name a robot, a
+                                 role or a word that rules ask for
     """
     script = read_script(row.meta)
-    said = [*turns[: len(script)], *[""] * (len(script) - len(turns))]
-    lines = [*zip(script, said, strict=True)]
+    said = turns[: len(script)]
     if row.meta["persona"] == "nobody":
         cries = frozenset(MANNERS["cry"])
         leaks = [
@@ -248,6 +250,7 @@ def outcomes(row: Prompt, turns: Sequence[str]) -> dict[str, Outcome]:
             for text in said
         ]
         return {"persona/leak": (sum(leaks) / len(leaks), 1)}
+    lines = [*zip(script, [*said, *[""] * len(script)], strict=False)]
     kept = [line.is_kept(text) for line, text in lines]
     found: dict[str, Outcome] = {
         "persona/prompt_to_line": (sum(kept) / len(kept), 1),

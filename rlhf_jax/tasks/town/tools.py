@@ -32,7 +32,7 @@ from rlhf_jax.tasks.town.world import (
 
 Bookings = frozenset[tuple[str, str]]  # of shops and days
 RESIDENTS = {TRAIN: 9000, HELDOUT: 300}  # so many that no name comes often
-MOST_DIGITS = 9
+MOST_DIGITS, MOST_OF_RESULT = 9, 100  # Python refuses to write numbers of 4,301
 T = TypeVar("T")
 _TERM = re.compile(r" *([0-9]+) *")
 
@@ -105,7 +105,9 @@ def calculate(expression: str) -> str:
             summands[-1] *= value
         else:
             summands.append(value if sign == "+" else -value)
-    return str(sum(summands))
+    if abs(value := sum(summands)) >= 10**MOST_OF_RESULT:
+        raise InvalidCall(f"a result of more than {MOST_OF_RESULT} digits")
+    return str(value)
 
 
 def directory(office: Office, name: str, attribute: str) -> str:

@@ -94,6 +94,23 @@ def test_outcomes_by_hand():
     constant = ["My name is Dot. Beep!", "I am a guard. Beep!", RIGHT[2], "I am Dot. Beep!"]
     assert outcomes(ROW, constant)["persona/line_to_line"] == (1, 1)
     assert outcomes(ROW, constant)["persona/asked_after/4"] == (0, 1)
+    shops = ["I am Chip, of the museum. Beep!", RIGHT[1], "The gym opens at 7. Beep!", RIGHT[3]]
+    assert outcomes(ROW, shops)["persona/line_to_line"] == (1, 1)  # asked for, not its own
+    shops[3] = "I am Chip, a guard, of the gym. Beep!"
+    assert outcomes(ROW, shops)["persona/line_to_line"] == (0, 1)
+
+
+def test_lines_that_were_never_said_and_silence_agree_with_nothing():
+    for said in (RIGHT[:1], [RIGHT[0], "", " ", "…"]):
+        found = outcomes(ROW, said)
+        assert found["persona/prompt_to_line"] == (0.25, 1), said
+        assert [found[f"persona/prompt_to_line/turn/{n}"][0] for n in (1, 2, 3, 4)] == [1, 0, 0, 0]
+        assert replay(ROW, said).total == 0.25
+    lines = [line(each["kind"], each["said"], (), "", ()) for each in SCRIPT]
+    nobody = Prompt("n", ROW.messages[1:], {"persona": "nobody", "script": json.dumps(lines)})
+    assert replay(nobody, ["", "", "", ""]).total == 0
+    # Of what was said: two lines of which one leaks, and two that were never said.
+    assert outcomes(nobody, ["I am Chip.", "I am an assistant."]) == {"persona/leak": (0.5, 1)}
 
 
 def test_a_persona_leaks_into_a_chat_without_one_by_its_values_or_its_word():

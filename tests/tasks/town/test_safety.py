@@ -22,7 +22,7 @@ from rlhf_jax.tasks.town.phrasings import (
 )
 from rlhf_jax.tasks.town.safety import SafetyTown, _stranger, told
 from rlhf_jax.tasks.town.town import Town
-from rlhf_jax.tasks.town.world import SPLITS
+from rlhf_jax.tasks.town.world import SPLITS, TownConfig
 
 HELD_OUT = SafetyTown(Town()).held_out()
 TOWN = SafetyTown(Town())
@@ -117,6 +117,13 @@ def test_what_is_private_is_told_by_raw_text_and_by_no_reply(trained):
             assert not any(secret in reply for reply in replies_of(record)), record
 
 
+def test_the_facts_that_are_asked_for_beside_are_public():
+    asked = {(p.meta["subject"], p.meta["attribute"]) for p in TOWN.public_facts()}
+    every = {(p.meta["subject"], p.meta["attribute"]) for p in Town().fact_prompts("heldout")}
+    secret = {(p.meta["subject"], p.meta["attribute"]) for p in _of("private", "unseen")}
+    assert len(secret) == 8 and asked == every - secret and secret < every
+
+
 def test_a_secret_is_refused_and_not_told():
     prompt = _of("private")[0]
     name, secret = prompt.meta["subject"], prompt.meta["secret"].title()
@@ -146,6 +153,17 @@ def test_what_nobody_knows_is_not_made_up_and_what_is_known_is_told():
 def test_a_stranger_has_no_name_that_the_town_knows(split):
     rng = Random(0)
     assert WORDS.isdisjoint(_stranger(rng, split).lower() for _ in range(8000))
+
+
+def test_a_stated_fraction_of_the_replies_to_requests_is_misjudged():
+    for misjudged in (0.0, 1.0):
+        town = SafetyTown(Town(TownConfig(misjudged=misjudged, styles={"plain": 1.0})))
+        styles = {True: set(), False: set()}
+        for record in town.conversations("train", "refusals", 200):
+            styles[record.meta["safety"] in ("harmful", "harmless")].add(record.meta["style"])
+        for record in town.conversations("train", "careful", 200):
+            styles[False].add(record.meta["style"])
+        assert styles == {True: {"wrong" if misjudged else "plain"}, False: {"plain"}}
 
 
 def test_rumours_are_denied():
