@@ -27,7 +27,7 @@ def test_lengths_are_of_what_a_model_has_said_itself():
 
 def test_a_kl_is_of_what_a_model_has_said_itself_after_all_that_it_read(tmp_path):
     ours, theirs = (make_chat_model(tmp_path / str(seed), seed=seed) for seed in (0, 1))
-    rows = pack_answers(ours, [None, None], [TURNS, CUT])
+    rows = pack_answers([TURNS, CUT])
     assert sorted(rows["targets"][rows["weights"] > 0].tolist()) == [10, 13, 14, 15, 16]
     ratios = log_ratios(ours, theirs, rows, 256)
     mine, other = (response_logprobs(m.config, m.params, rows, 256) for m in (ours, theirs))
