@@ -47,14 +47,15 @@ def get_config(variant="dpo"):
             return pretrain()
         case "helpful":
             return sft("pretrain", "safety/helpful", steps=400)
+        case "base":
+            return base()
         case "careful":
-            mixed = "safety/helpful=0.8,safety/refusals=0.1,safety/careful=0.1"
-            return sft("pretrain", mixed, steps=500)
+            return careful()
         case "dpo":
             return dpo()
         case "limited":
             return limited()
-    known = "pretrain, helpful, careful, sft0.1 (any share), dpo, limited"
+    known = "pretrain, base, helpful, careful, sft0.1 (any share), dpo, limited"
     raise defaults.no_variant("safety.py", variant, known)
 
 
@@ -67,6 +68,23 @@ def pretrain():
         optimizer={**OPTIMIZER, "warmup_steps": 20, "schedule": "wsd", "decay_fraction": 0.4},
         train={"steps": 560, "log_every": 20},
     )
+
+
+def base():
+    """The same text, read by a model that tells more surely which names it has read of."""
+    better = {
+        "model": defaults.model("tiny", short_convolution=4),
+        "optimizer": {"name": "muon", "learning_rate": 1e-2},
+        "train": {"steps": 1200},
+    }
+    return defaults.lay(pretrain(), better)
+
+
+def careful():
+    mixed = "safety/helpful=0.86,safety/refusals=0.07,safety/careful=0.07"
+    config = sft("base", mixed, steps=1200, learning_rate=5e-3)
+    # With names' embeddings as they are, those of training can't be learnt by heart as the known.
+    return defaults.lay(config, {"optimizer": {"name": "muon", "freeze": ("embed",)}})
 
 
 def sft(parent, train, steps, learning_rate=3e-3):
