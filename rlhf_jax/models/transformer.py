@@ -49,7 +49,7 @@ class _Context(NamedTuple):
     bias: Any  # from `visibility`, or for a cache f32 [B, T, slots]
     rope: tuple[jax.Array, jax.Array] | None  # cos, sin: f32 [B or 1, T, 1, rotary_dim/2]
     positions: jax.Array  # int32 [B or 1, T]
-    near: jax.Array | None = None  # [B, T, width] that queries and keys have of the tokens before
+    near: jax.Array | None = None  # [B, T, width] of the tokens before, for queries and keys
 
 
 def rope_frequencies(config: ModelConfig, *, windowed: bool = False) -> tuple[np.ndarray, float]:
@@ -174,12 +174,10 @@ def _products(
 
 
 def _of_one_input(config: ModelConfig) -> tuple[tuple[str, ...], ...]:
-    """Those of attention's three products that are of the same vectors."""
-    return (
-        (QUERY_KEY_VALUE[:2], QUERY_KEY_VALUE[2:])
-        if config.short_convolution
-        else (QUERY_KEY_VALUE,)
-    )
+    """Groups of attention's three products whose factors are the same vectors."""
+    if config.short_convolution:
+        return QUERY_KEY_VALUE[:2], QUERY_KEY_VALUE[2:]
+    return (QUERY_KEY_VALUE,)
 
 
 class _Attention(nn.Module):
@@ -189,11 +187,11 @@ class _Attention(nn.Module):
     def __call__(self, x: jax.Array, near: jax.Array, context: _Context, cached: KeysValues | None):
         """Values are of x, queries and keys of near."""
         config, bias = self.config, self.config.attention_bias
-        sizes = [n * config.head_dim for n in (config.heads, config.kv_heads, config.kv_heads)]
+        counts = {"query": config.heads, "key": config.kv_heads, "value": config.kv_heads}
         products: dict[str, jax.Array] = {}
         for names in _of_one_input(config):
-            chosen = {n: s for n, s in zip(QUERY_KEY_VALUE, sizes, strict=True) if n in names}
-            products |= _products(self, x if "value" in names else near, chosen, bias)
+            sizes = {name: counts[name] * config.head_dim for name in names}
+            products |= _products(self, x if "value" in names else near, sizes, bias)
 
         def heads(name: str, count: int, norm: bool = False) -> jax.Array:
             y = products[name]
