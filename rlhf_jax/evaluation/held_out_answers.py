@@ -52,15 +52,18 @@ def answer(
     seed: int = 0,
     tokens: int,
     environments: Environments | None = None,
+    begin: int = 0,
 ) -> list[Answer]:
     """One reply to each prompt; greedy at temperature 0. `environments` answer its turns.
 
     `tokens` are those of a training step: as many replies are sampled together, `SLOTS` at most,
-    as have `CACHED` times as many in their cache.
+    as have `CACHED` times as many in their cache. `begin` is the first prompt's place among all
+    that are answered under this seed, each by a random stream of its own.
     """
+    places = range(begin, begin + len(prompts))
     play = None
     if environments is not None and prompts:
-        seeds = trajectory_seeds(seed, range(len(prompts)))
+        seeds = trajectory_seeds(seed, places)
         play = environments.open(model.tokenizer, prompts, 1, seeds)
         rendered = play.prompts
     else:
@@ -73,7 +76,7 @@ def answer(
         batch_size=min(SLOTS, rows_of(CACHED * tokens, longest)),
         respond=None if play is None else play.respond,
     )
-    replies = generate(model.config, model.params, rendered, sampling, seed=seed)
+    replies = generate(model.config, model.params, rendered, sampling, seed=seed, prompt_ids=places)
     answers = [
         _answer_of(model, reply, prompt) for reply, prompt in zip(replies, rendered, strict=True)
     ]

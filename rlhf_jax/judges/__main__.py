@@ -248,7 +248,14 @@ def _sampled(given: argparse.Namespace, split: str) -> Pairs:
     from rlhf_jax.judges.sampled import sample_pairs
 
     policies = [_policy(given, name) for name in (given.workdir, given.compare) if name]
-    return sample_pairs(policies[0], policies[-1], _prompts(given, policies, split))
+    prompts = _prompts(given, policies, split)
+    pairs = sample_pairs(policies[0], policies[-1], prompts)
+    if not pairs.of:
+        raise UserError(
+            f"the two answers to each of {len(prompts)} prompts are the same text, or no text that "
+            "a record can hold; take a higher --temperature"
+        )
+    return pairs
 
 
 def _write(

@@ -51,10 +51,9 @@ def label_answers(config: Config, parents: Mapping[str, Path]) -> Made:
         while len(lines) < options.count and asked < len(prompts):
             missing = options.count - len(lines)
             part = prompts[asked : asked + round(SPARE * missing) + 16]
+            pairs = sample_pairs(policy, policy, part, asked)
             asked += len(part)
-            made, these, measured = label(
-                judge, name, sample_pairs(policy, policy, part), principles, config.seed
-            )
+            made, these, measured = label(judge, name, pairs, principles, config.seed)
             counts.update(these)
             agreed += measured.get("agrees with gold", 0.0) * measured.get("of", 0)
             known += measured.get("of", 0)

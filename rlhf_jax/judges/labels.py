@@ -27,6 +27,8 @@ def label(
     P(a ≻ b) is the mean over the principles and both orders; ½ is a tie, which readers of the file
     leave out. A pair that lacks a verdict under any principle is left out, and counted for each.
     """
+    if not pairs.of:
+        return [], dict(pairs.left_out), {}
     said = [ask(judge, pairs.of, principle) for principle in principles]
     values = np.mean([each.preferred for each in said], axis=0)
     values = np.where(np.isclose(values, 0.5, rtol=0, atol=1e-9), 0.5, values)  # rounded sums

@@ -45,11 +45,14 @@ class Policy:
         """
         return cls(name, load_speaker(name), max_new_tokens, temperature, seed)
 
-    def answers(self, prompts: list[Prompt], stream: int) -> list[Answer]:
-        """An answer to each; `stream` tells the times apart that a policy is asked."""
+    def answers(self, prompts: list[Prompt], stream: int, begin: int = 0) -> list[Answer]:
+        """An answer to each; `stream` tells the times apart that a policy is asked them.
+
+        `begin` is the first one's place among all prompts, where they are asked in parts.
+        """
         return answer(
             self.model, prompts, max_new_tokens=self.max_new_tokens, tokens=TOKENS,
-            temperature=self.temperature, seed=4 * self.seed + stream,
+            temperature=self.temperature, seed=4 * self.seed + stream, begin=begin,
         )  # fmt: skip
 
 
@@ -119,9 +122,12 @@ def read_prompts(
     ]
 
 
-def sample_pairs(first: Policy, second: Policy, prompts: list[Prompt]) -> Pairs:
-    """Two answers to each prompt, one of each policy; the same text twice is no pair."""
-    both = zip(first.answers(prompts, 0), second.answers(prompts, 1), strict=True)
+def sample_pairs(first: Policy, second: Policy, prompts: list[Prompt], begin: int = 0) -> Pairs:
+    """Two answers to each prompt, one of each policy; the same text twice is no pair.
+
+    `begin` is as of `Policy.answers`. There may be no pair.
+    """
+    both = zip(first.answers(prompts, 0, begin), second.answers(prompts, 1, begin), strict=True)
     pairs: list[Comparison] = []
     cut: dict[int, list[int]] = {}
     left_out: Counter[str] = Counter()
@@ -134,6 +140,4 @@ def sample_pairs(first: Policy, second: Policy, prompts: list[Prompt]) -> Pairs:
             if unfinished := [i for i, each in enumerate((a, b)) if not each.finished]:
                 cut[len(pairs)] = unfinished
             pairs.append(Comparison(prompt, a.text, b.text))
-    if not pairs:
-        raise UserError(f"the two answers to each of {len(prompts)} prompts are the same text")
     return Pairs(pairs, models=(first.name, second.name), cut=cut, left_out=left_out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,11 +11,14 @@ import pytest
 
 from rlhf_jax.data.records import Message, Prompt
 from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.held_out_answers import Answer
 from rlhf_jax.files import write_jsonl
+from rlhf_jax.judges import __main__ as command
 from rlhf_jax.judges import ai_preference, ai_sft, feedback
 from rlhf_jax.judges.constitution import DEFAULT, read_constitution
 from rlhf_jax.judges.judge import Answers, SimulatedJudge
 from rlhf_jax.judges.revision import gold_changes, keep_preferred
+from rlhf_jax.judges.sampled import Policy
 from rlhf_jax.label.files import prompt_fields
 from rlhf_jax.stages import defaults
 from rlhf_jax.stages.chain import prepare
@@ -48,6 +52,54 @@ def test_a_judge_labels_as_many_pairs_as_are_asked_for(tmp_path):
         UserError, match=r"count = 40: of the 20 prompts of town/prompt\[:20\] 20 were asked, and"
     ):
         ai_preference.label_answers(config, {"policy": run})
+
+
+def test_prompts_are_asked_in_parts_with_random_streams_of_their_own(tmp_path, monkeypatch):
+    """One part of which no prompt has two answers is no end, where others have labels."""
+    asked = [Prompt(str(i), (Message("user", f"Who is {i}?"),)) for i in range(100)]
+    begun = []
+
+    def answers(prompts, stream, begin):
+        begun.append((stream, begin))
+        apart = [begin == 52 or int(each.id) < 4 for each in prompts]
+        texts = [f"{stream if differs else 0}" for differs in apart]
+        return [Answer(text, (1,), finished=True) for text in texts]
+
+    policy = SimpleNamespace(name="said", answers=answers)
+    monkeypatch.setattr(ai_preference, "policy_of", lambda config, directory: policy)
+    monkeypatch.setattr(ai_preference, "read_prompts", lambda *arguments: asked)
+    monkeypatch.setattr(ai_preference, "open_judge", lambda name, seed: nullcontext(prefer_zero))
+    asked_for = {"count": 10, "judge": "people"}
+    config = config_of("ai_preference", init={"policy": "x"}, feedback=asked_for)
+    lines, counts, _ = ai_preference.label_answers(config, {"policy": tmp_path})
+    assert begun == [(stream, begin) for begin in (0, 28, 52) for stream in (0, 1)]
+    assert len(lines) == 10 and {line["chosen"] for line in lines} == {"0"}
+    assert counts["the same answer twice"] == 48 and counts["labelled, not used"] == 18
+    monkeypatch.setattr(ai_preference, "read_prompts", lambda *arguments: asked[4:40])
+    with pytest.raises(UserError, match=r"28 were asked, and 0 have .*: \{'the same answer twice'"):
+        ai_preference.label_answers(config, {"policy": tmp_path})
+
+
+def test_a_command_whose_models_say_the_same_of_all_prompts_ends_in_a_line(monkeypatch):
+    said = [Answer("Yes.", (1,), finished=True)] * 2
+    policy = SimpleNamespace(name="said", answers=lambda *asked: said)
+    monkeypatch.setattr(command, "_policy", lambda given, name: policy)
+    monkeypatch.setattr(command, "_prompts", lambda *given: [None] * 2)
+    with pytest.raises(UserError, match=r"each of 2 prompts are the same text.* --temperature"):
+        command._sampled(SimpleNamespace(workdir="runs/sft", compare=""), "train")
+
+
+def prefer_zero(shown, principle):
+    return Answers(np.array([float(each.first == "0") for each in shown]), {})
+
+
+def test_an_answer_depends_on_the_place_of_its_prompt_among_all(tmp_path):
+    run, *_ = saved(tmp_path, "tiny", max_length=256)
+    policy = Policy.load(str(run), 8, 1.0, 0)
+    prompts = [Prompt(name, (Message("user", "Who?"),)) for name in "ab"]
+    first, second = (each.tokens for each in policy.answers(prompts, 0, 0))
+    (later,) = policy.answers(prompts[1:], 0, 1)
+    assert later.tokens == second != first
 
 
 def test_a_judge_and_a_critic_learn_from_pairs_in_the_order_of_gold():

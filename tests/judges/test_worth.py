@@ -98,7 +98,7 @@ def test_people_vote_once_on_a_pair_whatever_the_order():
 def test_the_command_trains_from_both_and_says_what_a_label_is_worth(tmp_path, capsys, monkeypatch):
     saved(tmp_path, "tiny", max_length=256)
 
-    def answers(policy, prompts, stream):  # gold has 0 for all that an untrained model says
+    def answers(policy, prompts, stream, begin):  # gold has 0 for all that an untrained model says
         random = Random(f"{policy.seed} {stream}")
         said = [random.choice((p.meta["reference"], "I don't know.")) for p in prompts]
         return [Answer(text, (), True) for text in said]

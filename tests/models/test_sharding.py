@@ -18,7 +18,7 @@ from rlhf_jax.training.mesh import make_mesh, placed, shard_batch
 ROWS, LENGTH, TARGETS = 8, 64, 32
 MESHES = ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8}, {"fsdp": 8}, {"tensor": 8})
 SHAPES = {
-    "dots": {"remat": "dots"},
+    "dots": {"remat": "dots", "short_convolution": 2},
     # On eight devices the last has unused words, and of more than there are its share.
     "untied": {"tied_embeddings": False, "vocab_size": 100, "unused": ((96, 98),)},
     "experts": {"experts": 2, "remat": "full", "position": "learned"},

@@ -155,6 +155,16 @@ def test_parameters_are_stacked_float32_and_named():
     assert not np.array_equal(query[0], query[1])
 
 
+def test_a_short_convolution_starts_with_factors_of_either_sign():
+    """Of one sign they would say what stands before a token, and not how far before."""
+    config = dataclasses.replace(SMALL, width=512, heads=2, kv_heads=2, short_convolution=4)
+    scale = np.asarray(init(config, jax.random.key(0))["short_convolution"]["scale"])
+    assert scale.shape == (4, 512) and np.all(np.abs(scale) == 0.5)
+    # Each row's mean, and the product of any two, is within five deviations of 0.
+    products = np.concatenate([scale @ scale.T, scale.sum(1)[:, None] / 2], axis=1)
+    assert np.abs(products[~np.eye(4, 5, dtype=bool)]).max() < 5 * 0.25 * np.sqrt(512)
+
+
 def test_initial_scales():
     config = dataclasses.replace(SMALL, width=256, mlp_width=256, init_std=0.02, head="scalar")
     params = init(config, jax.random.key(0))

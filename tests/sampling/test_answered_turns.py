@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ from rlhf_jax.sampling.generate import generate
 from tests.tiny_model import GROUPED
 
 END, TOOL, ASK = 2, 3, 4
-CONFIG = GROUPED
+CONFIG = dataclasses.replace(GROUPED, short_convolution=2)
 PARAMS = init(CONFIG, jax.random.key(0))
 PROMPTS = [[1, 5, 6], [1], [1, 7, 8, 9, 10, 11], [1, 12]]
 LIMIT = 40

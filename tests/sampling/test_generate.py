@@ -21,7 +21,7 @@ from rlhf_jax.sampling.generate import first_stop, generate
 from tests.models.small import KINDS, forward, noisy, random_tokens
 from tests.tiny_model import GROUPED
 
-CONFIG = GROUPED
+CONFIG = dataclasses.replace(GROUPED, short_convolution=2)
 PARAMS = init(CONFIG, jax.random.key(0))
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [1, 2, 3], [12, 0]]
 
