@@ -235,7 +235,7 @@ def iterate(
 def charge(
     trainer: Trainer, state: OnPolicyState, rollout: Rollout
 ) -> tuple[Rollout, jax.Array | None, Pairs]:
-    """(the rollout with its answers' charges of price·cost, the next λ, metrics).
+    """(the rollout with its answers' charges of price·cost, greedy ones too, the next λ, metrics).
 
     The price is max(0, λ + κ·(mean cost − limit)), a proportional and an integral controller:
     "Responsive Safety in Reinforcement Learning by PID Lagrangian Methods",
@@ -257,7 +257,10 @@ def charge(
             lagrange_multiplier, multiplier, jnp.float32(cost), limit=options.limit
         )
         price, multiplier = step(rate=options.damping), step(rate=options.rate)
-    return dataclasses.replace(rollout, charges=float(price) * paid), multiplier, metrics
+    charged = {"charges": float(price) * paid}
+    if rollout.greedy_costs is not None:
+        charged["greedy_scores"] = rollout.greedy_scores - float(price) * rollout.greedy_costs
+    return dataclasses.replace(rollout, **charged), multiplier, metrics
 
 
 def score(trainer: Trainer, state: OnPolicyState, rollout: Rollout, *, own: bool = True) -> Rollout:

@@ -208,7 +208,8 @@ def _sample_block(
 
     Answers that may not be trained on have weight 0.
     """
-    each, greedy, failed = config.rollout.samples, np.zeros(len(prompts.records)), 0
+    each, failed = config.rollout.samples, 0
+    greedy, greedy_costs = np.zeros((2, len(prompts.records)))
     block = sample_answers(
         config, model, prompts, samples=each, seed=seed, multiple=multiple, ids=ids
     )
@@ -235,11 +236,16 @@ def _sample_block(
         answers = dataclasses.replace(answers, scores=np.nan_to_num(of_greedy.total))
         greedy, failed = np.asarray(shape_scores(config, answers)), sum(of_greedy.failures.values())
         counted &= np.repeat(of_greedy.valid, each)
+        if config.lagrange.cost:
+            paid = np.nan_to_num(_costs(config.lagrange.cost, answers))
+            charged = dataclasses.replace(answers, charges=paid)
+            greedy_costs = greedy - np.asarray(shape_scores(config, charged))
     block = dataclasses.replace(
         block,
         scores=np.nan_to_num(scores.total),
         weights=counted.astype(np.float32),
         greedy_scores=greedy,
+        greedy_costs=greedy_costs,
     )
     return block, scores, failed + sum(scores.failures.values())
 
