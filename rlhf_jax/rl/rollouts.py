@@ -83,8 +83,9 @@ def sample_answers(
     if prompts.environments is not None:
         seeds = trajectory_seeds(seed, range(len(prompts.records)) if ids is None else ids)
         play = prompts.environments.open(model.tokenizer, prompts.records, samples, seeds)
+        longest = options.max_prompt_tokens
+        play.check_room(longest, f"rollout.max_prompt_tokens = {longest}: raise that")
         prompts = dataclasses.replace(prompts, records=play.records, tokens=play.prompts)
-        _check_openings(prompts, options.max_prompt_tokens)
         drawn["respond"] = play.respond
     sampling = Sampling(
         max_new_tokens=options.max_new_tokens,
@@ -117,17 +118,6 @@ def _turn_rewards(play: Play, rollout: Rollout) -> np.ndarray:
         for given, reward in zip(completion.given, play.trajectories[n].rewards, strict=False):
             rewards[n, given.start - 1] = reward
     return rewards
-
-
-def _check_openings(prompts: PromptSet, limit: int) -> None:
-    """UserError for a prompt that is too long with what its environment opens it with."""
-    for record, tokens in zip(prompts.records, prompts.tokens, strict=True):
-        if len(tokens) > limit:
-            raise UserError(
-                f"environment, prompt {record.id!r}: with what opens it, tools among it, it has "
-                f"{len(tokens)} tokens, over rollout.max_prompt_tokens = {limit}: raise that, say "
-                "less, or set environment.describe = False"
-            )
 
 
 def with_rows(config: Config, rollout: Rollout, multiple: int) -> Rollout:
