@@ -132,7 +132,6 @@ def make_trainer(
     start: Any,
     critic: Any = None,
     *,
-    reference: Any = None,
     mesh: Mesh | None = None,
     rules: Rules = TRANSFORMER_RULES,
 ) -> Trainer:
@@ -141,13 +140,12 @@ def make_trainer(
     The first iteration refuses a policy that is not its reference: their KL must start at 0.
 
     Args:
-      start: params of the policy as it starts; under an adapter only that is trained.
+      start: params of the policy as it starts, and of its reference; under an adapter only that is
+        trained.
       critic: params of the critic as it starts, for a task that has values.
-      reference: params of the reference policy; None: `start`.
       mesh: rows are split over it; None for one device.
     """
-    reference = start if reference is None else reference
-    start, critic, reference = placed(mesh, (start, critic, reference), rules)
+    start, critic = placed(mesh, (start, critic), rules)
     updates = config.train.steps * updates_per_iteration(config)
     learn = functools.partial(make_learner, config, updates=updates, mesh=mesh, rules=rules)
     objective, valued = config.loss.objective, None
@@ -160,7 +158,7 @@ def make_trainer(
         mesh,
         learn(config.optimizer, start, functools.partial(policy_loss, config, task, objective)),
         valued,
-        reference,
+        start,
         jax.jit(split_over(mesh, functools.partial(_score_rows, task))),
         jax.jit(split_over(mesh, functools.partial(_value_rows, task))),
         None if task.exact_kl is None else jax.jit(split_over(mesh, task.exact_kl)),
