@@ -143,7 +143,7 @@ def estimate_best_of(config: Config) -> Result:
 
     The outcome has the estimates of E r and KL, and the regret of the exact law.
     """
-    n, samples = 8, 20_000  # of as many as are drawn for each prompt
+    n, samples = 8, 20_000  # how many to choose from, and how many are drawn for each prompt
     prompts = np.repeat(np.arange(world.PROMPTS), samples).astype(np.int32)
     table = jnp.asarray(world.REFERENCE, jnp.float32)
     drawn = jax.device_get(draw(table, prompts, jax.random.key(config.seed)))
