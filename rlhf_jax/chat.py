@@ -328,7 +328,10 @@ def talk(given: argparse.Namespace) -> None:
     for path in filter(None, (given.workdir, given.compare)):
         model = load_speaker(path)
         tokenizer = with_chat_template(model.tokenizer, given.chat_template)
-        render_prompt([Message("user", "a")], tokenizer)  # UserError if it has no chat format
+        # A turn that an environment opens, or that tells of tools, may have a template of its own.
+        opened = given.environment or (given.tools and described)
+        if not (opened and tokenizer.has_template):
+            render_prompt([Message("user", "a")], tokenizer)  # UserError if it has no chat format
         model = dataclasses.replace(model, tokenizer=tokenizer)
         speakers.append(Speaker(Path(path).name, model, given.system, options))
         count = sum(x.size for x in jax.tree.leaves(model.params))

@@ -316,6 +316,23 @@ def test_a_model_without_a_chat_template_is_given_one(tmp_path, capsys, monkeypa
     assert main([*flags, "--config.data.chat_template=plain"]) == 0
 
 
+def test_a_model_with_a_template_for_tools_alone_talks_where_there_are_tools(
+    tmp_path, mine, capsys, monkeypatch
+):
+    hub_directory(tmp_path / "given", kind="plain")
+    path = tmp_path / "given/tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    only = [{"name": "tool_use", "template": settings["chat_template"]}]
+    path.write_text(json.dumps(settings | {"chat_template": only}))
+    monkeypatch.setattr("builtins.input", lambda _: "/quit")
+    flags = [f"--workdir={tmp_path}/given"]
+    for more in ([], [f"--tools={mine}:add", "--undescribed"]):  # no message has any
+        assert main([*flags, *more]) == 2
+        assert "'tool_use'" in capsys.readouterr().err
+    for more in (f"--tools={mine}:add", f"--environment={mine}:Shop"):
+        assert main([*flags, more]) == 0
+
+
 def test_a_reply_that_is_cut_off_is_said_to_be(run):
     it, written = speaker(run, max_new_tokens=3), []
     words = iter(["One", "/quit"])

@@ -257,6 +257,16 @@ class Play:
     records: list[Prompt] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)
 
+    def check_room(self, limit: int, what: str) -> None:
+        """UserError for a prompt that is too long with what opens it; `what` limits it, and how."""
+        for record, tokens in zip(self.records, self.prompts, strict=True):
+            if len(tokens) > limit:
+                raise UserError(
+                    f"environment, prompt {record.id!r}: with what opens it, tools among it, it "
+                    f"has {len(tokens)} tokens, over {what}, say less, or set "
+                    "environment.describe = False"
+                )
+
     def respond(self, turns: Sequence[Any]) -> list[list[int] | None]:
         """Steps the trajectories that have said these `sampling.arguments.Turn`s, all at once."""
         spoken = [self.trajectories[t.prompt * self.samples + t.sample] for t in turns]

@@ -17,7 +17,7 @@ from typing import Any
 from rlhf_jax import console
 from rlhf_jax.config import Config
 from rlhf_jax.data.records import Prompt
-from rlhf_jax.environments.trajectories import environments_of
+from rlhf_jax.environments.trajectories import environments_of, trajectory_seeds
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.before_after import Values, changes
 from rlhf_jax.evaluation.gold_reward import (
@@ -151,6 +151,25 @@ def held_out_prompts(config: Config, model: Model) -> PromptSet:
             f"eval.max_new_tokens = {config.eval.max_new_tokens} leaves no held-out prompt room in "
             f"model.max_length = {model.config.max_length}"
         )
+    return prompts
+
+
+def check_held_out_prompts(config: Config, model: Model) -> PromptSet:
+    """`held_out_prompts`, before training: UserError for what the last evaluation could not ask.
+
+    Of those that it will ask, also what an environment opens with has to leave room for an answer.
+    """
+    prompts, options = held_out_prompts(config, model), config.eval
+    with environments_of(config.environment) as environments:
+        if environments is not None:
+            asked = prompts.records[: options.count]
+            seeds = trajectory_seeds(config.seed, range(len(asked)))
+            room = model.config.max_length - options.max_new_tokens
+            environments.open(model.tokenizer, asked, 1, seeds).check_room(
+                room,
+                f"the {room} that eval.max_new_tokens = {options.max_new_tokens} leaves of the "
+                f"model's {model.config.max_length}: lower that",
+            )
     return prompts
 
 

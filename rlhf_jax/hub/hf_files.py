@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,10 @@ class Header(NamedTuple):
 
 
 def read_headers(directory: Path) -> dict[str, Header]:
-    """The headers of all tensors in the directory's files, by name."""
+    """The headers of all tensors in the directory's files, by name.
+
+    Those are the files of its index, or else `SINGLE` alone, or without one all there are.
+    """
     paths = sorted(directory.glob("*.safetensors"))
     if not paths:
         pickled = sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in directory.glob(s))
@@ -45,6 +49,9 @@ def read_headers(directory: Path) -> dict[str, Header]:
                 f"{directory} holds {SINGLE} beside an index of other files: remove the older ones"
             )
         paths = [directory / name for name in names]
+    elif (whole := directory / SINGLE) in paths and len(paths) > 1:  # as transformers does
+        _say_once(directory, tuple(path.name for path in paths if path != whole))
+        paths = [whole]
     held: dict[str, Header] = {}
     for path in paths:
         with open_tensors(path) as file:
@@ -57,6 +64,12 @@ def read_headers(directory: Path) -> dict[str, Header]:
                 part = file.get_slice(name)
                 held[name] = Header(path, tuple(part.get_shape()), part.get_dtype())
     return held
+
+
+@functools.cache
+def _say_once(directory: Path, others: tuple[str, ...]) -> None:
+    """Says which files are left out; headers are read several times."""
+    print(f"{directory}: {SINGLE} is read, {' and '.join(others)} not", flush=True)
 
 
 def _read_index(path: Path) -> dict[str, str]:

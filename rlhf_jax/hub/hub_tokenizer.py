@@ -28,7 +28,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.hub.rendered_text import ANOTHER, Part, find_parting, looks_like_markup, render
 from rlhf_jax.hub.template import DEFAULT, TOOL_USE, Template
 from rlhf_jax.hub.tokenizer_settings import CONFIG, FILE, TokenizerSettings, read_settings
-from rlhf_jax.hub.vocabulary import CLOSE, OPEN, Spelling, Vocabulary, add_missing, drop_beyond
+from rlhf_jax.hub.vocabulary import CLOSE, OPEN, Spelling, Vocabulary, add_stated, drop_beyond
 
 _NO_END = f"the chat template writes no token that ends the assistant's turn; {ANOTHER}"
 
@@ -76,7 +76,8 @@ class HubTokenizer:
             )
         settings = read_settings(directory)
         try:
-            text = add_missing((directory / FILE).read_text("utf-8"), settings.added)
+            text = (directory / FILE).read_text("utf-8")
+            text = add_stated(text, settings.added, prevail=settings.prevail)
             if settings.size is not None:
                 text, dropped = drop_beyond(text, settings.size, settings.uses)
                 if dropped:

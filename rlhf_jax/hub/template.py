@@ -77,6 +77,11 @@ def _say(fault: ChildFault) -> str:
         return f"takes longer than {SECONDS:g} s"
     if fault.reason == "died":
         return "ended its process: it needs too much memory"
+    if fault.error == "UndefinedError" and "'strftime_now'" in fault.detail:
+        return (
+            "asks for today's date (strftime_now), and a prompt must not depend on the day: write "
+            "a date into a copy of it"
+        )
     if fault.error == "MemoryError":
         return "fails: it needs too much memory"
     if fault.error == "RecursionError":

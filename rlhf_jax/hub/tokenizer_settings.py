@@ -40,7 +40,8 @@ class TokenizerSettings:
       pad: the token that fills batches, where one is named.
       templates: the chat templates in Jinja by name: "default", or several.
       ends: ids that end a reply.
-      added: entries of added tokens, as tokenizer.json has them, that other files state, by text.
+      added: entries of added tokens, as tokenizer.json has them, that other files state, by text;
+        where they `prevail`, their flags do over those of tokenizer.json.
       stated: what tokenizer_config.json and special_tokens_map.json said.
       generation: what generation_config.json said. config: the ids of special tokens that
         config.json gave.
@@ -75,6 +76,11 @@ class TokenizerSettings:
         """The special tokens that a template may name, beside those that begin and end a text."""
         tokens = {name: _read_token(self.stated, name) for name in _NAMED}
         return {name: token for name, token in tokens.items() if token is not None}
+
+    @property
+    def prevail(self) -> bool:
+        """Whether `added` is of added_tokens_decoder, which transformers believes."""
+        return "added_tokens_decoder" in self.stated
 
     def uses(self, token: str) -> bool:
         """Whether one of the files names a token as special, or the template may write it."""
@@ -210,13 +216,18 @@ def _read_added(directory: Path, names: Mapping[str, Any]) -> dict[str, dict[str
             for text, i in ids.items()
         }
     decoder, added = names["added_tokens_decoder"], {}
+    named = {_read_token(names, name) for name in ("bos_token", "eos_token", *_NAMED)}
     if not isinstance(decoder, dict):
         raise UserError(f"{directory / SETTINGS}: added_tokens_decoder is no object")
     for number, token in decoder.items():
         content = token.get("content") if isinstance(token, dict) else None
         if not isinstance(content, str) or not number.isdecimal():
             raise UserError(f"{directory / SETTINGS}: added_tokens_decoder is wrong at {number!r}")
-        added[content] = {"special": False} | FLAGS | token | {"id": int(number)}
+        # As transformers has it, to which the tokens that have a name are special in any case.
+        special = bool(token.get("special")) or content in named
+        flags = FLAGS | {"normalized": not special}
+        flags |= {name: token[name] for name in FLAGS if name in token}
+        added[content] = {"id": int(number), "content": content, "special": special} | flags
     return added
 
 

@@ -176,8 +176,10 @@ class Spelling:
         return encoders
 
 
-def add_missing(text: str, entries: Mapping[str, Mapping[str, Any]]) -> str:
+def add_stated(text: str, entries: Mapping[str, Mapping[str, Any]], *, prevail: bool) -> str:
     """A tokenizer.json with the added tokens, by text, that only the files beside it have.
+
+    Where these `prevail`, a token that both have is as they say, but for its id.
 
     Raises:
         UserError: it is no tokenizer, or a token would have another id than those say.
@@ -186,9 +188,17 @@ def add_missing(text: str, entries: Mapping[str, Mapping[str, Any]]) -> str:
     held = content.get("added_tokens") or []
     known = {entry.get("content") for entry in held if isinstance(entry, dict)}
     more = [entry for token, entry in entries.items() if token not in known]
-    if not more:
+    more.sort(key=lambda entry: entry["id"])
+    shared = entries if prevail else {}
+    stated = [
+        shared[entry["content"]] | {"id": entry["id"]}
+        if isinstance(entry, dict) and entry.get("content") in shared
+        else entry
+        for entry in held
+    ]
+    if not more and stated == held:
         return text
-    content |= {"added_tokens": [*held, *more]}
+    content |= {"added_tokens": [*stated, *more]}
     made = _build(content)
     for entry in more:
         number = made.token_to_id(entry["content"])

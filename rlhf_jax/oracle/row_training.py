@@ -138,11 +138,12 @@ def train_on_pairs(row: Row, config: Config) -> Outcome:
     return dataclasses.replace(outcome, loss=float(metrics["train/loss"]))
 
 
-def estimate_best_of(config: Config, n: int = 8, samples: int = 20_000) -> Result:
-    """Takes the best of n reference samples, many times, and holds it to its exact law.
+def estimate_best_of(config: Config) -> Result:
+    """Takes the best of 8 reference samples, many times, and holds it to its exact law.
 
     The outcome has the estimates of E r and KL, and the regret of the exact law.
     """
+    n, samples = 8, 20_000  # how many to choose from, and how many are drawn for each prompt
     prompts = np.repeat(np.arange(world.PROMPTS), samples).astype(np.int32)
     table = jnp.asarray(world.REFERENCE, jnp.float32)
     drawn = jax.device_get(draw(table, prompts, jax.random.key(config.seed)))

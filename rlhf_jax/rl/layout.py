@@ -30,9 +30,10 @@ Array = Any  # on the host or a device
 
 _OF_ANSWERS = ("mask", "behaviour_logprobs", "finished", "scores", "weights")  # sampled, scored
 _OF_TRAJECTORIES = ("turn_rewards", "extents")
+_OF_PROMPTS = ("greedy_scores", "greedy_costs")
 _ARRAYS = (
-    *(*_OF_ANSWERS, *_OF_TRAJECTORIES, "drawn"),
-    *("greedy_scores", "old_logprobs", "ref_logprobs", "entropy"),
+    *(*_OF_ANSWERS, *_OF_TRAJECTORIES, "drawn", *_OF_PROMPTS),
+    *("old_logprobs", "ref_logprobs", "entropy"),
     *("charges", "old_values", "last_values", "advantages", "returns"),
 )
 
@@ -62,7 +63,9 @@ class Rollout:
       extents: f32 [N] tokens, None without an environment: of the whole trajectory, what was
         answered included, also the answer for which the limit left no room.
       drawn: f32 [N, T], 1 on what was sampled, where the mask has other tokens too; else None.
-      greedy_scores: [P], of the greedy answers, ReMax's baseline; zeros for other algorithms.
+      greedy_scores, greedy_costs: [P], of the greedy answers, ReMax's baseline; zeros for other
+        algorithms, and where there is no cost. Training takes λ·cost off these scores too, but not
+        off one that is replaced since its answer was cut off: that costs 0.
       old_logprobs, ref_logprobs, entropy: f32 [N, T] nats, of the policy before the first update
         and of the reference, by the function that trains.
       old_values, last_values: f32 [N, T] and [N], the critic's, before each token and after the
@@ -87,6 +90,7 @@ class Rollout:
     extents: Array = None
     drawn: Array = None
     greedy_scores: Array = None
+    greedy_costs: Array = None
     old_logprobs: Array = None
     ref_logprobs: Array = None
     entropy: Array = None
@@ -140,10 +144,10 @@ class Rollout:
         """The scored answers to the prompts at these indices, in their order, not packed yet."""
         answers = [i * self.each + k for i in prompts for k in range(self.each)]
         arrays: dict[str, Any] = {name: getattr(self, name)[answers] for name in self._of_answers}
+        arrays |= {name: getattr(self, name)[prompts] for name in _OF_PROMPTS}
         return dataclasses.replace(
             self,
             **arrays,
-            greedy_scores=self.greedy_scores[prompts],
             prompts=self.prompts.take(prompts),
             completions=[self.completions[n] for n in answers],
             texts=[self.texts[n] for n in answers],
@@ -169,7 +173,7 @@ class Rollout:
             return parts[0]
         arrays: dict[str, Any] = {
             name: np.concatenate([getattr(part, name) for part in parts])
-            for name in (*parts[0]._of_answers, "greedy_scores")
+            for name in (*parts[0]._of_answers, *_OF_PROMPTS)
         }
         return Rollout(
             **arrays,

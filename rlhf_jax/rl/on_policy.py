@@ -132,7 +132,6 @@ def make_trainer(
     start: Any,
     critic: Any = None,
     *,
-    reference: Any = None,
     mesh: Mesh | None = None,
     rules: Rules = TRANSFORMER_RULES,
 ) -> Trainer:
@@ -141,13 +140,12 @@ def make_trainer(
     The first iteration refuses a policy that is not its reference: their KL must start at 0.
 
     Args:
-      start: params of the policy as it starts; under an adapter only that is trained.
+      start: params of the policy as it starts, and of its reference; under an adapter only that is
+        trained.
       critic: params of the critic as it starts, for a task that has values.
-      reference: params of the reference policy; None: `start`.
       mesh: rows are split over it; None for one device.
     """
-    reference = start if reference is None else reference
-    start, critic, reference = placed(mesh, (start, critic, reference), rules)
+    start, critic = placed(mesh, (start, critic), rules)
     updates = config.train.steps * updates_per_iteration(config)
     learn = functools.partial(make_learner, config, updates=updates, mesh=mesh, rules=rules)
     objective, valued = config.loss.objective, None
@@ -160,7 +158,7 @@ def make_trainer(
         mesh,
         learn(config.optimizer, start, functools.partial(policy_loss, config, task, objective)),
         valued,
-        reference,
+        start,
         jax.jit(split_over(mesh, functools.partial(_score_rows, task))),
         jax.jit(split_over(mesh, functools.partial(_value_rows, task))),
         None if task.exact_kl is None else jax.jit(split_over(mesh, task.exact_kl)),
@@ -235,7 +233,7 @@ def iterate(
 def charge(
     trainer: Trainer, state: OnPolicyState, rollout: Rollout
 ) -> tuple[Rollout, jax.Array | None, Pairs]:
-    """(the rollout with its answers' charges of price·cost, the next λ, metrics).
+    """(the rollout with its answers' charges of price·cost, greedy ones too, the next λ, metrics).
 
     The price is max(0, λ + κ·(mean cost − limit)), a proportional and an integral controller:
     "Responsive Safety in Reinforcement Learning by PID Lagrangian Methods",
@@ -257,7 +255,10 @@ def charge(
             lagrange_multiplier, multiplier, jnp.float32(cost), limit=options.limit
         )
         price, multiplier = step(rate=options.damping), step(rate=options.rate)
-    return dataclasses.replace(rollout, charges=float(price) * paid), multiplier, metrics
+    charged = {"charges": float(price) * paid}
+    if rollout.greedy_costs is not None:
+        charged["greedy_scores"] = rollout.greedy_scores - float(price) * rollout.greedy_costs
+    return dataclasses.replace(rollout, **charged), multiplier, metrics
 
 
 def score(trainer: Trainer, state: OnPolicyState, rollout: Rollout, *, own: bool = True) -> Rollout:

@@ -83,8 +83,9 @@ def sample_answers(
     if prompts.environments is not None:
         seeds = trajectory_seeds(seed, range(len(prompts.records)) if ids is None else ids)
         play = prompts.environments.open(model.tokenizer, prompts.records, samples, seeds)
+        longest = options.max_prompt_tokens
+        play.check_room(longest, f"rollout.max_prompt_tokens = {longest}: raise that")
         prompts = dataclasses.replace(prompts, records=play.records, tokens=play.prompts)
-        _check_openings(prompts, options.max_prompt_tokens)
         drawn["respond"] = play.respond
     sampling = Sampling(
         max_new_tokens=options.max_new_tokens,
@@ -117,17 +118,6 @@ def _turn_rewards(play: Play, rollout: Rollout) -> np.ndarray:
         for given, reward in zip(completion.given, play.trajectories[n].rewards, strict=False):
             rewards[n, given.start - 1] = reward
     return rewards
-
-
-def _check_openings(prompts: PromptSet, limit: int) -> None:
-    """UserError for a prompt that is too long with what its environment opens it with."""
-    for record, tokens in zip(prompts.records, prompts.tokens, strict=True):
-        if len(tokens) > limit:
-            raise UserError(
-                f"environment, prompt {record.id!r}: with what opens it, tools among it, it has "
-                f"{len(tokens)} tokens, over rollout.max_prompt_tokens = {limit}: raise that, say "
-                "less, or set environment.describe = False"
-            )
 
 
 def with_rows(config: Config, rollout: Rollout, multiple: int) -> Rollout:
@@ -208,7 +198,8 @@ def _sample_block(
 
     Answers that may not be trained on have weight 0.
     """
-    each, greedy, failed = config.rollout.samples, np.zeros(len(prompts.records)), 0
+    each, failed = config.rollout.samples, 0
+    greedy, greedy_costs = np.zeros((2, len(prompts.records)))
     block = sample_answers(
         config, model, prompts, samples=each, seed=seed, multiple=multiple, ids=ids
     )
@@ -235,11 +226,16 @@ def _sample_block(
         answers = dataclasses.replace(answers, scores=np.nan_to_num(of_greedy.total))
         greedy, failed = np.asarray(shape_scores(config, answers)), sum(of_greedy.failures.values())
         counted &= np.repeat(of_greedy.valid, each)
+        if config.lagrange.cost:
+            paid = np.nan_to_num(_costs(config.lagrange.cost, answers))
+            charged = dataclasses.replace(answers, charges=paid)
+            greedy_costs = greedy - np.asarray(shape_scores(config, charged))
     block = dataclasses.replace(
         block,
         scores=np.nan_to_num(scores.total),
         weights=counted.astype(np.float32),
         greedy_scores=greedy,
+        greedy_costs=greedy_costs,
     )
     return block, scores, failed + sum(scores.failures.values())
 

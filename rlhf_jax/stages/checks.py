@@ -18,10 +18,11 @@ from rlhf_jax.hub.hub_data import check_hub_name
 from rlhf_jax.models.fused_attention import check_kernel
 from rlhf_jax.models.sharding import batch_shards
 from rlhf_jax.own_code import check_bound
+from rlhf_jax.rewards.costs import COSTS
 from rlhf_jax.rewards.scorers import parse_rewards
 from rlhf_jax.stages.defaults import FED_BACK, SAMPLING
 from rlhf_jax.tasks.builders import task_of
-from rlhf_jax.tasks.sources import parse_source, parse_sources, split_sources
+from rlhf_jax.tasks.sources import parse_source, parse_sources, read_records, split_sources
 from rlhf_jax.training.meanings import is_less_better
 from rlhf_jax.training.mesh import mesh_of
 from rlhf_jax.training.optimizer import make_optimizer
@@ -56,6 +57,7 @@ def check(config: Config) -> None:
         _check_sampling(config)
     if config.stage == "policy":
         check_objective(config)
+        _check_costs(config)
     _check_environment(config)
     if config.feedback is not None and ".py:" in config.feedback.judge:
         check_bound(config.feedback.judge, "feedback.judge")
@@ -144,6 +146,17 @@ def _check_sampling(config: Config) -> None:
             f"rollout.max_new_tokens has {longest} tokens, over data.row_length = "
             f"{config.data.row_length}"
         )
+
+
+def _check_costs(config: Config) -> None:
+    """UserError for a prompt to train on whose answers cannot be said to have the cost or not."""
+    named = config.lagrange.cost
+    for source in parse_sources(config.data.train) if named else ():
+        for prompt in read_records(config, source, "prompt", "train"):
+            try:
+                COSTS[named](prompt, "")
+            except UserError as error:
+                raise UserError(f"config: lagrange.cost = {named!r}: {source}: {error}") from error
 
 
 def _check_environment(config: Config) -> None:

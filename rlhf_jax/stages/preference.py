@@ -23,7 +23,11 @@ from rlhf_jax.config import Config
 from rlhf_jax.data.packing import Arrays
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.before_after import Evaluated, Values
-from rlhf_jax.evaluation.chat_evaluation import evaluate_chat, held_out_prompts, sampled_metrics
+from rlhf_jax.evaluation.chat_evaluation import (
+    check_held_out_prompts,
+    evaluate_chat,
+    sampled_metrics,
+)
 from rlhf_jax.evaluation.pair_scores import (
     Judged,
     evaluate_pairs,
@@ -59,7 +63,7 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
         reference, parents["policy"], held_out, step_tokens(config)
     )
 
-    prompts = held_out_prompts(config, reference).records[: config.eval.during]
+    prompts = check_held_out_prompts(config, reference).records[: config.eval.during]
     on_the_way = config.train.eval_every > 0 and config.eval.during > 0
 
     measure = evaluation(config, reference, held_out, held_out_reference)

@@ -15,7 +15,7 @@ from rlhf_jax.config import Config
 from rlhf_jax.data.batches import make_dataset, make_iterator
 from rlhf_jax.data.packing import Arrays
 from rlhf_jax.evaluation.before_after import Values, changes, from_json, to_json
-from rlhf_jax.evaluation.chat_evaluation import evaluate_chat
+from rlhf_jax.evaluation.chat_evaluation import check_held_out_prompts, evaluate_chat
 from rlhf_jax.evaluation.gold_reward import verdicts_of
 from rlhf_jax.evaluation.held_out_answers import ending_metrics, kl_metrics, log_ratios
 from rlhf_jax.files import read_lines, read_object, write_jsonl
@@ -63,7 +63,8 @@ def sampled_tokens(batch: Any, metrics: Mapping[str, Any]) -> int:
 
 
 def held_out_set(config: Config, policy: Model) -> PromptSet:
-    """The first `eval.during` held-out prompts."""
+    """The first `eval.during` held-out prompts; those of the last evaluation are checked too."""
+    check_held_out_prompts(config, policy)
     held_out = read_prompts(config, policy.tokenizer, config.eval.source, "validation")
     return held_out.take(range(min(config.eval.during, len(held_out.records))))
 

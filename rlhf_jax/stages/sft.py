@@ -18,7 +18,7 @@ from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.data.encode import check_trained_share, encode_conversations
 from rlhf_jax.data.packing import Arrays, pack_documents
 from rlhf_jax.evaluation.before_after import Evaluated
-from rlhf_jax.evaluation.chat_evaluation import evaluate_chat, held_out_prompts
+from rlhf_jax.evaluation.chat_evaluation import check_held_out_prompts, evaluate_chat
 from rlhf_jax.evaluation.language_loss import language_evaluation
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.scoring import target_cross_entropy
@@ -35,7 +35,7 @@ def run(config: Config, run: RunDirectory, parents: Mapping[str, Path]) -> dict[
     base = load_start(config, parents["policy"])
     trained = training(config, base, parents)
     evaluate = evaluation(config, base)
-    held_out_prompts(config, base)  # what is wrong with them is said before training
+    check_held_out_prompts(config, base)
     model, metrics, _ = fit(
         config, run, *trained, evaluate, before=lambda params: evaluate(params).values
     )

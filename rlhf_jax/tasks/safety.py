@@ -24,10 +24,9 @@ def refuses(record: Prompt, reply: str) -> bool:
 
 
 def is_due(record: Prompt) -> bool:
-    """Whether a refusal is due; UserError if the record is of no task that knows."""
-    if "refusal" in record.meta:
-        return record.meta["refusal"] == "due"
-    return gold.expects_refusal(record)
+    """Whether a refusal is due; UserError if the record does not say so."""
+    of_town = "expectation" in record.meta and "refusal" not in record.meta
+    return gold.expects_refusal(record) if of_town else refusals.is_due(record)
 
 
 @cache

@@ -275,9 +275,11 @@ def test_files_that_are_wrong_are_named(directory, tmp_path_factory):
     (directory / INDEX).unlink()
     whole = (directory / "model.safetensors").read_bytes()
     (directory / "second.safetensors").write_bytes(whole)
-    with pytest.raises(UserError, match=r"is in model\.safetensors and in second"):
+    (directory / "model.safetensors").rename(directory / "first.safetensors")
+    with pytest.raises(UserError, match=r"is in first\.safetensors and in second"):
         read(directory)
     (directory / "second.safetensors").unlink()
+    (directory / "first.safetensors").unlink()
     (directory / "model.safetensors").write_bytes(whole[:-8])
     with pytest.raises(UserError, match="is no safetensors file"):
         read(directory)
@@ -285,6 +287,17 @@ def test_files_that_are_wrong_are_named(directory, tmp_path_factory):
     (directory / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
     with pytest.raises(UserError, match="is a pickle, which could run code"):
         read(directory)
+
+
+def test_beside_a_whole_model_other_files_are_left_out_and_named_once(directory, capsys):
+    """As Mistral's consolidated.safetensors, and as transformers does."""
+    alone = read(directory)
+    for name in ("adapter_model", "consolidated"):
+        save_file({f"{name}.norm": np.ones(2)}, directory / f"{name}.safetensors")
+    capsys.readouterr()
+    jax.tree.map(np.testing.assert_array_equal, read(directory), alone)
+    said = "model.safetensors is read, adapter_model.safetensors and consolidated.safetensors not"
+    assert capsys.readouterr().out.count(said) == 1
 
 
 def test_a_lack_of_memory_is_not_said_to_be_a_damaged_file(directory, monkeypatch):

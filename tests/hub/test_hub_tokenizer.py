@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import tokenizers
@@ -294,6 +295,7 @@ def edited(directory, tmp_path, source):
         ("{{ ''.__class__.__mro__ }}", "fails: SecurityError"),
         ("{{ messages.append(1) }}", "fails: SecurityError"),
         ("{{ raise_exception('no system') }}", "no system"),
+        ("{{ strftime_now('%Y') }}", r"must not depend on the day: write a date .*\.jinja"),
         ("{{ 'x' * 5000000 }}", "writes more than 4,000,000 characters"),
         ("{{ 'x' * 2000000000 }}", "too much memory"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "no token that ends"),
@@ -308,7 +310,7 @@ def test_a_template_that_fails_is_refused_in_one_line(tmp_path, source, message)
     write(tmp_path / "made", "chatml")
     with pytest.raises(UserError) as error:
         edited(tmp_path / "made", tmp_path, source).conversation(CONVERSATION[:2])
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert re.search(message, str(error.value)) and "\n" not in str(error.value)
 
 
 def test_a_template_is_given_what_transformers_gives_where_there_is_none():
@@ -592,6 +594,42 @@ def test_an_added_token_of_another_id_is_refused(tmp_path, decoder, message):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": decoder}))
     with pytest.raises(UserError, match=message):
         HubTokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stated", "flags"),
+    [
+        ({"special": True, "lstrip": True, "normalized": False}, {"special": True, "lstrip": True}),
+        ({"lstrip": True, "rstrip": True}, {"lstrip": True, "rstrip": True, "normalized": True}),
+        ({}, {"normalized": True}),
+    ],
+)
+@pytest.mark.parametrize("missing", [(), ("<think>", "<|im_end|>")])
+def test_an_added_token_is_as_tokenizer_config_says(tmp_path, stated, flags, missing):
+    """As in transformers: one that ends texts is special whatever that file says."""
+    read = tmp_path / "read"
+    read.mkdir()
+    without_added(read, missing)
+    whole = HubTokenizer.load(read) if not missing else None
+    write(tmp_path, "chatml")
+    ids = HubTokenizer.load(tmp_path).vocabulary
+    path = read / "tokenizer_config.json"
+    names = ("<think>", "<|im_end|>")
+    decoder = {str(ids.id_of(name)): {"content": name} | stated for name in names}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": decoder}))
+    ours = HubTokenizer.load(read)
+    assert whole is None or whole.hash != ours.hash
+    entries = {e["content"]: e for e in ours.vocabulary.content["added_tokens"]}
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    wanted = {"id": ids.id_of("<think>"), "content": "<think>"} | plain | flags
+    assert entries["<think>"] == wanted
+    assert entries["<|im_end|>"]["special"] and entries["<|im_end|>"]["lstrip"] == wanted["lstrip"]
+    transformers = pytest.importorskip("transformers", reason="needs requirements-parity.txt")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(read)
+    for token in theirs.added_tokens_decoder.values():
+        if token.content in names:
+            held = {name: getattr(token, name) for name in plain}
+            assert held == {name: entries[token.content][name] for name in plain}
 
 
 def test_a_token_beyond_the_model_is_not_written_back(tmp_path):

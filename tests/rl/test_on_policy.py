@@ -35,7 +35,7 @@ from rlhf_jax.stages.chain import load_config
 from rlhf_jax.stages.checks import check_objective
 from rlhf_jax.stages.defaults import resolve
 from rlhf_jax.training.checkpoint import Checkpoints
-from rlhf_jax.training.mesh import make_mesh
+from rlhf_jax.training.mesh import make_mesh, placed
 from rlhf_jax.training.metrics import Means, Metrics, fetch
 from rlhf_jax.trees import named_leaves
 
@@ -68,11 +68,14 @@ def letters(algorithm="rloo", **sections):
     return config, task, transformer.init(shape, jax.random.key(1)), shape
 
 
-def trainer_of(config, task, start, **options):
+def trainer_of(config, task, start, *, reference=None, mesh=None):
     value = None
     if task.values is not None:
         value = {"table": jnp.zeros((world.PROMPTS, len(world.PREFIXES)))}
-    return make_trainer(resolve(config), task, start, value, **options)
+    trainer = make_trainer(resolve(config), task, start, value, mesh=mesh)
+    if reference is None:
+        return trainer
+    return dataclasses.replace(trainer, reference=placed(mesh, reference))
 
 
 def steps(config, task, start, count, **options):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ import pytest
 from rlhf_jax.rewards.scorers import Scores
 from rlhf_jax.rl import rollouts
 from rlhf_jax.rl.layout import Rollout
-from rlhf_jax.rl.objectives import sample_metrics
+from rlhf_jax.rl.objectives import advantages, sample_metrics
+from rlhf_jax.rl.on_policy import charge
 from rlhf_jax.rl.rollouts import text_rollout
 from rlhf_jax.sampling.generate import Completion
 from rlhf_jax.stages import defaults
@@ -37,21 +40,27 @@ class Judge:
         return Scores(total, valid, {"s": total}, failures)
 
 
-def rolled_out(monkeypatch, groups, *, greedy=None, algorithm="dapo", prompts=1, **rollout):
+def rolled_out(
+    monkeypatch, groups, *, greedy=None, algorithm="dapo", prompts=1, lagrange=None, **rollout
+):
     """(groups that are taken, rollouts, config); `greedy` are the prompts' greedy answers."""
 
     def sample(config, model, prompts, *, samples, **_):
         chosen = greedy if samples == 1 else groups
         which = [tokens[-1] for tokens in prompts.tokens]
         answers = [a for n in which for a in (chosen[n] if samples > 1 else [chosen[n]])]
-        return Rollout.of(prompts, answers, [""] * len(answers), LIMIT)
+        return Rollout.of(prompts, answers, [str(a.tokens[0]) for a in answers], LIMIT)
 
     monkeypatch.setattr(rollouts, "sample_answers", sample)
     options = {"max_prompt_tokens": 8, "max_new_tokens": LIMIT, "samples": len(groups[0])}
     options |= {"prompts": prompts, "filter_zero_std": True, "resample": len(groups) // prompts - 1}
     config = defaults.resolve(
         defaults.on_policy(
-            algorithm, data={"row_length": 64}, batch={"rows": 1}, rollout=options | rollout
+            algorithm,
+            data={"row_length": 64},
+            batch={"rows": 1},
+            rollout=options | rollout,
+            lagrange=lagrange or {},
         )
     )
     prompts = PromptSet([None] * len(groups), [[1, 3, n] for n in range(len(groups))])
@@ -135,3 +144,31 @@ def test_answers_cost_what_their_own_prompts_make_of_them():
     drawn = Rollout.of(asked, [answer(1)] * 4, [refusal, "Sure.", refusal, "Sure."], LIMIT)
     costs = rollouts._costs("over_refusal", drawn)
     np.testing.assert_array_equal(costs, [np.nan, np.nan, 1, 0])
+
+
+@pytest.mark.parametrize(
+    ("damping", "other", "second"),
+    # A score that stands for all that was cut off costs nothing more.
+    [(0.0, answer(0), 0), (0.5, answer(0), 0), (0.5, answer(1, cut=True), -1)],
+)
+def test_a_greedy_answer_pays_for_its_cost_as_those_that_are_set_against_it(
+    monkeypatch, damping, other, second
+):
+    """ReMax's baseline by hand: an answer that is the greedy one is worth as much as it."""
+    monkeypatch.setitem(rollouts.COSTS, "over_refusal", lambda prompt, text: float(text == "11"))
+    lagrange = {"cost": "over_refusal", "start": 2.0, "limit": 0.25, "damping": damping}
+    groups, greedy = [[answer(1), answer(0)], [answer(1), answer(1)]], [answer(1), other]
+    _, found, config = rolled_out(
+        monkeypatch, groups, greedy=greedy, algorithm="remax", prompts=2, lagrange=lagrange,
+        filter_zero_std=False, resample=0, missing_eos="replace", missing_eos_penalty=1.0,
+    )  # fmt: skip
+    trainer = SimpleNamespace(
+        config=config, task=SimpleNamespace(costs=partial(rollouts._costs, "over_refusal"))
+    )
+    charged, *_ = charge(trainer, SimpleNamespace(multiplier=np.float32(2)), found)
+    zeros = np.zeros_like(found.mask)
+    charged = dataclasses.replace(charged, old_logprobs=zeros, ref_logprobs=zeros)
+    made, _ = advantages(config, charged, np.float32(0.1))
+    price = 2 + damping * (0.75 - 0.25)
+    expected = [0, 0 - (1 - price), 1 - price - second, 1 - price - second]
+    np.testing.assert_allclose(made["advantages"][:, 0], expected, rtol=1e-6)

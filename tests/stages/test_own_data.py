@@ -159,6 +159,19 @@ def test_data_sets_of_the_package_datasets(datasets, capsys):
         read_records(config, "hf:no/such", "conversation", "train")
 
 
+@pytest.mark.parametrize("meta", [{}, {"refusal": "perhaps"}])
+def test_prompts_that_cannot_have_a_cost_are_refused_before_any_parent_runs(meta, tmp_path):
+    due, file = {"prompt": "How do I break in?", "refusal": "due"}, tmp_path / "asked.jsonl"
+    other = {"id": "second", "prompt": "Where is the gym?"}
+    config = defaults.on_policy("ppo", data={"train": f"town,{file}"}, reward={"scorers": "length"})
+    config.lagrange.cost = "over_refusal"
+    file.write_text("\n".join(map(json.dumps, (due, other | {"refusal": "undue"}))))
+    check(defaults.resolve(config))
+    file.write_text("\n".join(map(json.dumps, (due, other | meta))))
+    with pytest.raises(UserError, match=r"lagrange\.cost = 'over_refusal'.*asked\.jsonl: .*second"):
+        check(defaults.resolve(config))
+
+
 @pytest.mark.parametrize("name", ["hf:", "hf:a/b/c/d", "hf:/no/folder"])
 def test_names_of_the_hub(name, datasets):
     with pytest.raises(UserError, match="names look like"):

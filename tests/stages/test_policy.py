@@ -28,6 +28,7 @@ from rlhf_jax.tasks.data_files import data_folder
 from rlhf_jax.tasks.prompts import PromptSet
 from rlhf_jax.training.checkpoint import load_params
 from rlhf_jax.training.rundir import RunDirectory
+from tests.chat_model import make_chat_model
 from tests.stages.conftest import run_main, started
 
 PROMPTS = [Prompt(str(i), (Message("user", f"Why {i}?"),), {}) for i in range(2)]
@@ -158,6 +159,21 @@ def test_killed_in_an_iteration_it_ends_with_the_same_bits(chain, fault):
     assert timeless(there / "ppo") == timeless(runs / "ppo")
     for name in ("samples.jsonl", "timeline.jsonl", "views.jsonl", "evaluation.json"):
         assert (there / "ppo" / name).read_text() == (runs / "ppo" / name).read_text()
+
+
+def test_a_mistake_in_the_last_evaluation_costs_no_training(tmp_path):
+    """Its answers may be longer than those that are sampled on the way."""
+    model, prompts = make_chat_model(tmp_path / "start"), tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Who?"}\n' * 4)
+    config = defaults.on_policy(
+        "grpo",
+        data={"train": str(prompts), "validation": str(prompts)},
+        rollout={"max_prompt_tokens": 16, "max_new_tokens": 8},
+        reward={"scorers": "length"},
+        eval={"source": str(prompts), "max_new_tokens": model.config.max_length},
+    )
+    with pytest.raises(UserError, match="leaves no held-out prompt room"):
+        sampled.held_out_set(defaults.resolve(config), model)
 
 
 @pytest.mark.slow

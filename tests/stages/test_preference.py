@@ -49,7 +49,7 @@ def test_as_many_prompts_are_answered_on_the_way_as_asked_for(monkeypatch, durin
         "pack_preferences": lambda *_, **__: {},
         "training": lambda *_, **__: (),
         "reference_logprobs": lambda *_: None,
-        "held_out_prompts": lambda *_: PromptSet(["a", "b"], []),
+        "check_held_out_prompts": lambda *_: PromptSet(["a", "b"], []),
         "evaluation": lambda *_: lambda params: Evaluated({}, [], {}),
         "sampled_metrics": lambda *arguments: seen.append(arguments[-1]) or {},
         "fit": fit,

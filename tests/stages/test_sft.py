@@ -14,6 +14,7 @@ from tests.chat_model import make_chat_model
     [
         ({"source": "broken.jsonl"}, "invalid JSON"),
         ({"max_new_tokens": 64}, "leaves no held-out prompt room"),
+        ({"max_new_tokens": 40}, r"chats.jsonl:1.*with what opens it.*eval\.max_new_tokens = 40"),
     ],
 )
 def test_a_mistake_in_the_evaluation_costs_no_training(tmp_path, monkeypatch, evaluation, message):
@@ -21,8 +22,16 @@ def test_a_mistake_in_the_evaluation_costs_no_training(tmp_path, monkeypatch, ev
     make_chat_model(tmp_path / "start")
     (tmp_path / "chats.jsonl").write_text('{"prompt": "Who?", "completion": "I."}\n' * 4)
     (tmp_path / "broken.jsonl").write_text('{"prompt": "Who?"}\n{"prompt": \n')
+    (tmp_path / "mine.py").write_text(
+        "class Env:\n"
+        "    def reset(self, row, seed):\n"
+        "        return [{'role': 'system', 'content': 'Be kind. ' * 4}, *row['prompt']]\n"
+        "    def step(self, text):\n"
+        "        return [], 0.0, True\n"
+    )
     config = defaults.base(
         "sft",
+        environment={"file": "mine.py:Env"},
         init={"policy": "start"},
         data={"train": "chats.jsonl", "validation": "chats.jsonl", "row_length": 64},
         eval={"source": "chats.jsonl", "count": 2, "max_new_tokens": 8} | evaluation,
