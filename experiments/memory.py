@@ -82,8 +82,8 @@ def sft(trained_turns):
             "replay": "town/text[:50%]=1",
             "trained_turns": trained_turns,
         },
-        batch={"rows": 8},
+        batch={"rows": 4},
         optimizer=MUON | {"learning_rate": 5e-3, "schedule": "linear"},
-        train={"steps": 1500, "log_every": 20},
+        train={"steps": 3000, "log_every": 20},
         eval={"source": "memory", "count": 520, "max_new_tokens": 32},
     )

@@ -360,7 +360,7 @@ def init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     if config.short_convolution:
         shape = config.short_convolution, config.width
         signs = jax.random.rademacher(jax.random.fold_in(key, len(keys)), shape, jnp.float32)
-        params["short_convolution"] = {"scale": signs / 2}
+        params["short_convolution"] = {"query_key": {"scale": signs / 2}}
     if config.head == "scalar":
         std = 1 / np.sqrt(config.width + 1)
         params["score_head"] = {"kernel": normal(keys[3], config.width, 1, std=std)}
@@ -484,7 +484,7 @@ def _convolve(
     if not config.short_convolution:
         return None
     table, near = params["embed"]["embedding"], jnp.zeros(())
-    scales = gather(params["short_convolution"]["scale"], jnp.float32)
+    scales = gather(params["short_convolution"]["query_key"]["scale"], jnp.float32)
     before, back = take_rows(table, tokens), None if branch_ids is None else _preceding(branch_ids)
     for i, scale in enumerate(scales, start=1):
         if cached is not None:

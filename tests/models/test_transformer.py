@@ -104,7 +104,7 @@ def numpy_forward(config, params, tokens):
     near = np.zeros_like(x)
     for i in range(config.short_convolution):
         before = np.concatenate([np.zeros((i + 1, config.width)), x[: -i - 1]])
-        near = near + params["short_convolution"]["scale"][i] * before
+        near = near + params["short_convolution"]["query_key"]["scale"][i] * before
     if config.position == "learned":
         x = x + params["position_embed"]["embedding"][: len(tokens)]
     for i in range(config.layers):
@@ -135,7 +135,7 @@ def test_parameters_are_stacked_float32_and_named():
     }
     assert shapes == {
         "embed/embedding": (61, 16),
-        "short_convolution/scale": (3, 16),
+        "short_convolution/query_key/scale": (3, 16),
         "layers/attention_norm/scale": (2, 16),
         "layers/attention/query/kernel": (2, 16, 16),
         "layers/attention/key/kernel": (2, 16, 8),
@@ -158,7 +158,7 @@ def test_parameters_are_stacked_float32_and_named():
 def test_a_short_convolution_starts_with_factors_of_either_sign():
     """Of one sign they would say what stands before a token, and not how far before."""
     config = dataclasses.replace(SMALL, width=512, heads=2, kv_heads=2, short_convolution=4)
-    scale = np.asarray(init(config, jax.random.key(0))["short_convolution"]["scale"])
+    scale = np.asarray(init(config, jax.random.key(0))["short_convolution"]["query_key"]["scale"])
     assert scale.shape == (4, 512) and np.all(np.abs(scale) == 0.5)
     # Each row's mean, and the product of any two, is within five deviations of 0.
     products = np.concatenate([scale @ scale.T, scale.sum(1)[:, None] / 2], axis=1)
