@@ -17,6 +17,7 @@ from rlhf_jax.data.encode import Stats, encode_texts
 from rlhf_jax.data.packing import Arrays, check_ids, pack_documents
 from rlhf_jax.data.records import Text
 from rlhf_jax.devices import training_devices
+from rlhf_jax.errors import UserError, nearest
 from rlhf_jax.evaluation.before_after import Evaluated, Measured, changes, from_json, to_json
 from rlhf_jax.files import check_fields, read_object, write_json
 from rlhf_jax.models.lora import has_adapter, param_count, split
@@ -167,13 +168,27 @@ def say_start(config: Config, params: Any, mesh: Mesh | None, batches: Batches, 
 
 
 def say_devices(config: Config, params: Any, mesh: Mesh | None) -> None:
-    """Prints the devices, the mesh, and how many of the parameters are trained."""
+    """Prints the devices, the mesh, and how many of the parameters are trained.
+
+    Raises:
+        UserError: optimizer.freeze is of no parameter, or leaves none to train.
+    """
     devices = training_devices()
     where = f"{len(devices)} × {devices[0].device_kind}"
     if mesh is not None:
         where += f" ({', '.join(f'{name} {size}' for name, size in mesh.shape.items())})"
     leaves, frozen = named_leaves(split(params)[0]), config.optimizer.freeze
     trained = sum(x.size for name, x in leaves.items() if not matches(name, frozen))
+    names = named_leaves(params)
+    for pattern in frozen:
+        if not any(matches(name, [pattern]) for name in names):
+            hint = nearest(pattern, sorted({part for name in names for part in name.split("/")}))
+            raise UserError(
+                f"config: optimizer.freeze: {pattern!r} is in no parameter's name; did you mean "
+                f"{hint!r}? A name is like {min(names)}"
+            )
+    if not trained:
+        raise UserError(f"config: optimizer.freeze={frozen!r} leaves nothing to train")
     whole = param_count(params) + sum(x.size for name, x in leaves.items() if "/lora/" in name)
     print(f"training on {where}: {trained:,} of {whole:,} parameters", flush=True)
 

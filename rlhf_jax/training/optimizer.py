@@ -58,7 +58,17 @@ class OptimizerConfig:
     momentum: float = option(0.95, within="[0, 1)", only=Only("name", ("muon",)))
 
     def validate(self) -> None:
-        """Raises UserError for an unknown optimizer or schedule; the nearest is named."""
+        """Raises UserError for an unknown optimizer or schedule, or a pattern that is none."""
+        for pattern in self.freeze:
+            try:
+                empty = re.compile(pattern).match("") is not None
+            except re.error:
+                empty = True
+            if empty:
+                raise UserError(
+                    f"optimizer.freeze has {pattern!r}, which is no pattern or is found in every "
+                    "name: give a regular expression for names of parameters, as ^embed/"
+                )
         for what, name, known in (
             ("optimizer", self.name, OPTIMIZERS),
             ("schedule", self.schedule, SCHEDULES),

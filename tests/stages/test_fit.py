@@ -42,6 +42,18 @@ def test_frozen_parameters_and_an_adapters_base_are_not_trained(capsys):
     assert adapted.endswith(": 14 of 78 parameters")  # 2 · (4 + 3)
 
 
+@pytest.mark.parametrize(
+    ("freeze", "message"),
+    [
+        (("layers", "embed"), "leaves nothing to train"),
+        (("embeding",), r"'embeding' is in no parameter's name; did you mean 'embedding'\?"),
+    ],
+)
+def test_what_freezes_all_or_nothing_is_refused(freeze, message):
+    with pytest.raises(UserError, match=message):
+        say_devices(options(optimizer={"freeze": freeze}), PARAMS, None)
+
+
 @pytest.mark.parametrize(("epochs", "steps"), [(0.0, 7), (1.0, 20), (0.5, 10), (1.01, 21)])
 def test_epochs_are_steps_over_all_rows(epochs, steps):
     config = options(batch={"rows": 4}, train={"steps": 7, "epochs": epochs})

@@ -201,6 +201,8 @@ def test_schedules(values, expected):
         ({"max_grad_norm": 0.0}, r"optimizer.max_grad_norm must be in \(0, inf\), got 0.0"),
         ({"b2": 1.0}, r"optimizer.b2 must be in \[0, 1\), got 1.0"),
         ({"final_fraction": 1.5}, r"optimizer.final_fraction must be in \[0, 1\], got 1.5"),
+        ({"freeze": ("",)}, r"optimizer.freeze has '', .* give a regular expression"),
+        ({"freeze": ("embed", "up[")}, r"optimizer.freeze has 'up\[', .* a regular expression"),
     ],
 )
 def test_a_mistake_is_a_user_error(values, message):
