@@ -12,15 +12,15 @@ python -m rlhf_jax.main --config=experiments/memory.py:last
 The first and the last end with 520 held-out questions: eval/memory/known/recall/distance/<turns>,
 …/recall/load/<facts>, …/updated, …/resurrected, …/abstained and …/false_memory of values that are
 told in training, eval/memory/new/… of values that are not, with 95 % intervals, and
-eval/correct/facts, what the model knows of the town. One seed, 27 minutes with its parents on one
+eval/correct/facts, what the model knows of the town. One seed, 28 minutes with its parents on one
 core beside other work:
 
                    recall 1, 2, 4, 8 turns ago   updated   resurrected   abstained   false memory
-    known values      0.86  0.92  0.86  0.94       0.91        0.09         0.90         0.08
-    new values        0.72  0.65  0.72  0.70       0.72        0.04         0.82         0.18
+    known values      0.92  0.95  0.91  0.94       0.96        0.04         0.84         0.16
+    new values        0.67  0.67  0.81  0.58       0.89        0.02         0.75         0.24
 
-What users told of themselves is recalled in 1.00 and 0.93, what they told of others in 0.80 and
-0.45. 91 % of facts are right, before 95 %. :last has not been measured.
+What users told of themselves is recalled in 0.97 and 0.85, what they told of others in 0.88 and
+0.50. All of 150 facts of the town are right, as before. :last has not been measured.
 """
 
 from rlhf_jax.stages import defaults
@@ -44,7 +44,7 @@ def get_config(variant="sft"):
 def base():
     return defaults.base(
         "pretrain",
-        # So that a value knows of whom it was said: docs/turns.md.
+        # So that a value is found by whom it was said of: docs/turns.md.
         model=defaults.model("tiny", max_length=512, short_convolution=8),
         tokenizer={"vocab_size": 2048},
         data={"train": "town/text=1,memory/drill=1", "row_length": 256, "over_long": "split"},

@@ -12,11 +12,11 @@ python -m rlhf_jax.main --config=experiments/persona.py:real
 The first three end with 200 held-out dialogues, in which the model says every line, about personas
 that no training has: eval/persona/prompt_to_line and line_to_line, …/rule/turn/<n>,
 …/asked_after/<turns> and …/leak, with 95 % intervals, and eval/pass^k of eight sampled dialogues.
-One seed of each, 11 minutes on one core beside other work:
+One seed of each, 9 and 3 minutes on one core beside other work:
 
             prompt to line   line to line   rule   asked after 8 turns   facts   pass^8
-    :sft        0.999            0.99       1.00          1.00            0.93     0.38
-    GRPO        0.999            0.99       1.00          1.00            0.95     0.35
+    :sft        0.994            0.98       1.00          0.99            0.99     0.31
+    GRPO        0.989            0.98       1.00          0.99            0.99     0.42
 
 Nothing leaks into chats without a persona. :real has not been measured, and :dpo only before
 experiments/memory.py had a short convolution (docs/turns.md).

@@ -14,8 +14,7 @@ eval/questions/of_fewest is the questions asked over the 4.5 that the best playe
 eval/questions/within/<n> how often n suffice, eval/pass^k that k sampled games take at most 5 each.
 Greedily, after :sft with seeds 0, 1 and 2: 1.03, 1.04 and 1.03, everybody found, 94 % by 5
 questions; after GRPO, seed 0: 1.02. Of 72 sampled games 28, 32 and 29 % take at most 5 after :sft,
-50 % (23 to 77) after GRPO. A run took 1 to 2 minutes, after its parent. From memory.py:chat, which
-is drilled in something else, they take 1.12 (1.03 to 1.24) and 1.26 (1.09 to 1.47).
+50 % (23 to 77) after GRPO. A run took 1 to 2 minutes, after its parent.
 """
 
 from rlhf_jax.stages import defaults
