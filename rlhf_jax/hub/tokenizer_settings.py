@@ -208,11 +208,11 @@ def _read_added(directory: Path, names: Mapping[str, Any]) -> dict[str, dict[str
         if not all(type(number) is int for number in ids.values()):
             raise UserError(f"{directory / ADDED} should be an object of ids")
         tokens = [*map(names.get, ("bos_token", "eos_token", *_NAMED)), *(names.get(_MORE) or ())]
-        special = [each.get("content") if isinstance(each, dict) else each for each in tokens]
+        texts = [each.get("content") if isinstance(each, dict) else each for each in tokens]
         return {
-            text: {"id": i, "content": text, "special": text in special}
+            text: {"id": i, "content": text, "special": text in texts}
             | FLAGS
-            | {"normalized": text not in special}  # as transformers has it
+            | {"normalized": text not in texts}  # as transformers has it
             for text, i in ids.items()
         }
     decoder, added = names["added_tokens_decoder"], {}

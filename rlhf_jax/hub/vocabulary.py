@@ -191,7 +191,7 @@ def add_stated(text: str, entries: Mapping[str, Mapping[str, Any]], *, prevail: 
     more.sort(key=lambda entry: entry["id"])
     shared = entries if prevail else {}
     stated = [
-        shared[entry["content"]] | {"id": entry["id"]}
+        {**shared[entry["content"]], "id": entry["id"]}
         if isinstance(entry, dict) and entry.get("content") in shared
         else entry
         for entry in held

@@ -255,7 +255,7 @@ def charge(
             lagrange_multiplier, multiplier, jnp.float32(cost), limit=options.limit
         )
         price, multiplier = step(rate=options.damping), step(rate=options.rate)
-    charged = {"charges": float(price) * paid}
+    charged: dict[str, Any] = {"charges": float(price) * paid}
     if rollout.greedy_costs is not None:
         charged["greedy_scores"] = rollout.greedy_scores - float(price) * rollout.greedy_costs
     return dataclasses.replace(rollout, **charged), multiplier, metrics
