@@ -15,9 +15,9 @@ python -m rlhf_jax.sweep --config=experiments/safety.py --seeds=3 …
     models by +0.23 to +0.59 on wrapped harm and by −0.01 to +0.62 on kinds that training has, each
     more than chance in four of eight cells, and in none on those that it never has, −0.06 to +0.17
 python -m rlhf_jax.main --config=experiments/safety.py:careful
-    shows abstention, privacy and rumours too, from the raw text on. One seed: of private facts 0.05
-    are told in place of 0.85, where nobody knows 0.88 of the answers say so in place of none, but
-    known facts are answered in 0.65 in place of 0.85 (docs/safety.md)
+    shows abstention, privacy and rumours too, from the raw text on. One seed: of private facts 0.10
+    are told in place of 0.85, where nobody knows 0.97 of the answers say so in place of none, and
+    known facts are answered in 0.82 in place of 0.85 (docs/safety.md)
 python -m rlhf_jax.main --config=experiments/safety.py:limited
     GRPO for a judge that likes every refusal, under a limit of 5 % on those that nothing calls for:
     3.7 to 4.3 % in the last 20 of 60 iterations, five seeds
@@ -71,7 +71,7 @@ def pretrain():
 
 
 def base():
-    """The same text, read by a model that tells more surely which names it has read of."""
+    """The same text, read by a model that knows better of whom it has read: docs/safety.md."""
     better = {
         "model": defaults.model("tiny", short_convolution=4),
         "optimizer": {"name": "muon", "learning_rate": 1e-2},
@@ -81,10 +81,9 @@ def base():
 
 
 def careful():
-    mixed = "safety/helpful=0.86,safety/refusals=0.07,safety/careful=0.07"
+    mixed = "safety/helpful=0.92,safety/refusals=0.04,safety/careful=0.04"
     config = sft("base", mixed, steps=1200, learning_rate=5e-3)
-    # With names' embeddings as they are, those of training can't be learnt by heart as the known.
-    return defaults.lay(config, {"optimizer": {"name": "muon", "freeze": ("embed",)}})
+    return defaults.lay(config, {"optimizer": {"name": "muon"}})
 
 
 def sft(parent, train, steps, learning_rate=3e-3):

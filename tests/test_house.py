@@ -31,10 +31,11 @@ BOUNDS = {
     # (evaluations that replace others, sweeps' directories, chats with an environment, the limit of
     # a trajectory's length) 235 and 100. A short convolution took 50 in the core, a damped price 5,
     # and drills of memory 45 of `tasks/`; eight faults that had been noticed 35 and 35, and 24 more
-    # (openings and costs refused before training, streams of judges' parts, silent personas, added
-    # tokens and several chat templates of the Hub) 90 and 200. What nobody used gave 45 back.
-    "lines of the core": 23_117,
-    "lines with the annexes": 47_247,
+    # (openings, costs and frozen models refused before training, streams of judges' parts, silent
+    # personas, added tokens and several chat templates of the Hub) 115 and 200. What nobody used
+    # gave 45 back.
+    "lines of the core": 23_142,
+    "lines with the annexes": 47_272,
     "functions over 60 lines": 1,
     "functions over 80 lines": 0,
     "functions over 8 parameters": 2,
