@@ -207,7 +207,9 @@ def _read_added(directory: Path, names: Mapping[str, Any]) -> dict[str, dict[str
         ids = _read_object(directory / ADDED)
         if not all(type(number) is int for number in ids.values()):
             raise UserError(f"{directory / ADDED} should be an object of ids")
-        tokens = [*map(names.get, ("bos_token", "eos_token", *_NAMED)), *(names.get(_MORE) or ())]
+        more = names.get(_MORE)
+        tokens = [*map(names.get, ("bos_token", "eos_token", *_NAMED))]
+        tokens += more if isinstance(more, list) else []
         texts = [each.get("content") if isinstance(each, dict) else each for each in tokens]
         return {
             text: {"id": i, "content": text, "special": text in texts}

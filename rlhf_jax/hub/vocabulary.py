@@ -186,15 +186,17 @@ def add_stated(text: str, entries: Mapping[str, Mapping[str, Any]], *, prevail: 
     """
     content = _parse(text)
     held = content.get("added_tokens") or []
-    known = {entry.get("content") for entry in held if isinstance(entry, dict)}
+    if not isinstance(held, list):
+        raise UserError("tokenizer.json: added_tokens is no list")
+    known = [entry.get("content") if isinstance(entry, dict) else None for entry in held]
     more = [entry for token, entry in entries.items() if token not in known]
     more.sort(key=lambda entry: entry["id"])
     shared = entries if prevail else {}
     stated = [
-        {**shared[entry["content"]], "id": entry["id"]}
-        if isinstance(entry, dict) and entry.get("content") in shared
+        {**shared[token], "id": entry.get("id")}
+        if isinstance(token, str) and token in shared
         else entry
-        for entry in held
+        for token, entry in zip(known, held, strict=True)
     ]
     if not more and stated == held:
         return text

@@ -25,6 +25,7 @@ from rlhf_jax.hub import template
 from rlhf_jax.hub.chat_formats import TEMPLATES, chat_template
 from rlhf_jax.hub.hub_tokenizer import HubTokenizer
 from rlhf_jax.hub.template import Template
+from rlhf_jax.hub.vocabulary import FLAGS, add_stated
 from tests.rendered import render_conversation
 
 TEXT = [
@@ -642,3 +643,11 @@ def test_a_token_beyond_the_model_is_not_written_back(tmp_path):
     ours.save(tmp_path / "run")
     assert IMAGE not in (tmp_path / "run/tokenizer/tokenizer_config.json").read_text()
     assert HubTokenizer.load(tmp_path / "run/tokenizer").vocab_size == ours.vocab_size == size
+
+
+@pytest.mark.parametrize("held", [True, [{"content": []}], [{"content": "<x>"}]])
+def test_added_tokens_that_are_damaged_are_no_tokenizer(held):
+    text = json.dumps({"model": {"type": "BPE", "vocab": {"a": 0}}, "added_tokens": held})
+    entries = {"<x>": {"id": 0, "content": "<x>", "special": False} | FLAGS}
+    with pytest.raises(UserError):
+        add_stated(text, entries, prevail=True)
