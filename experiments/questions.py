@@ -18,10 +18,10 @@ questions; after GRPO, seed 0: 1.02. Of 72 sampled games 28, 32 and 29 % take at
 """
 
 from rlhf_jax.stages import defaults
+from rlhf_jax.stages.chain import load_config
 
 ENVIRONMENT = {"file": "rlhf_jax/tasks/town/questions.py:QuestionsEnvironment", "max_calls": 20}
 EVALUATION = {"source": "questions", "count": 64, "max_new_tokens": 384}
-ADAMW = {"learning_rate": 3e-3, "b2": 0.99, "final_fraction": 0.0}
 
 
 def get_config(variant="grpo"):
@@ -39,28 +39,14 @@ def get_config(variant="grpo"):
 
 def base():
     """The recipe of pretrain.py with a longer context."""
-    return defaults.base(
-        "pretrain",
-        model=defaults.model("tiny", max_length=512),
-        tokenizer={"vocab_size": 2048},
-        data={"row_length": 128, "over_long": "split"},
-        batch={"rows": 8},
-        optimizer=ADAMW | {"warmup_steps": 20, "schedule": "wsd", "decay_fraction": 0.4},
-        train={"steps": 560, "log_every": 20},
-    )
+    config = load_config("experiments/pretrain.py")
+    return defaults.lay(config, {"model": {"max_length": 512}})
 
 
 def chat():
     """The recipe of sft.py."""
-    return defaults.base(
-        "sft",
-        init={"policy": "experiments/questions.py:base"},
-        compute={"remat": "none"},
-        data={"row_length": 192, "replay": "town/text[:50%]=0.5"},
-        batch={"rows": 8},
-        optimizer=ADAMW | {"warmup_steps": 10, "schedule": "linear"},
-        train={"steps": 430, "log_every": 20},
-    )
+    config = load_config("experiments/sft.py")
+    return defaults.lay(config, {"init": {"policy": "experiments/questions.py:base"}})
 
 
 def sft():

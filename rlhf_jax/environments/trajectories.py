@@ -270,7 +270,7 @@ class Play:
     def respond(self, turns: Sequence[Any]) -> list[list[int] | None]:
         """Steps the trajectories that have said these `sampling.arguments.Turn`s, all at once."""
         spoken = [self.trajectories[t.prompt * self.samples + t.sample] for t in turns]
-        first = [self.records[t.prompt].messages[0].more for t in turns]
+        described = [self.records[t.prompt].messages[0].more for t in turns]
         going = [i for i, each in enumerate(spoken) if not each.fault]
         texts = [self.tokenizer.decode_text(turns[i].tokens[:-1]) for i in going]
         answers: list[list[int] | None] = [None] * len(turns)
@@ -289,7 +289,7 @@ class Play:
                 trajectory.invalid += any(
                     message.role == "tool" and is_error(message.content) for message in messages
                 )
-                for_tools = "tools" in json.loads(first[i] or "{}")
+                for_tools = "tools" in json.loads(described[i] or "{}")
                 answers[i] = render_continuation(messages, self.tokenizer, for_tools=for_tools)
         return answers
 

@@ -89,7 +89,7 @@ class ModelConfig:
     unused: tuple[tuple[int, int], ...] = ()  # ids from … to before … that no word has, in order
     head: str = "lm"  # "lm", or "scalar" for reward and value models
     init_std: float = 0.02
-    short_convolution: int = 0  # preceding tokens that queries and keys are made of too
+    short_convolution: int = 0  # preceding tokens that queries and keys are also made of
     copy_init: bool = False  # attention starts by adding what it attends to: `transformer.init`
     compute_dtype: str = "float32"
     remat: str = "none"  # what the backward pass recomputes: "none", "full", "dots" (all but dots)
@@ -295,7 +295,7 @@ class Shape:
     tied_embeddings: bool | None = None  # logits are made by the embedding
     norm: str | None = None  # "rms" or "layer"
     position: str | None = None  # "rope" or "learned"
-    short_convolution: int | None = None  # preceding tokens that queries and keys know
+    short_convolution: int | None = None  # preceding tokens, of queries and keys
     activation: str | None = None  # "swiglu", "geglu", "gelu" or "gelu_tanh"
     compute_dtype: str | None = None  # "float32" or "bfloat16"
     remat: str | None = None  # what the backward pass recomputes: "none", "full", "dots"

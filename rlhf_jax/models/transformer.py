@@ -49,7 +49,7 @@ class _Context(NamedTuple):
     bias: Any  # from `visibility`, or for a cache f32 [B, T, slots]
     rope: tuple[jax.Array, jax.Array] | None  # cos, sin: f32 [B or 1, T, 1, rotary_dim/2]
     positions: jax.Array  # int32 [B or 1, T]
-    near: jax.Array | None = None  # [B, T, width] of the tokens before, for queries and keys
+    before: jax.Array | None = None  # [B, T, width], from `_convolve`
 
 
 def rope_frequencies(config: ModelConfig, *, windowed: bool = False) -> tuple[np.ndarray, float]:
@@ -184,14 +184,16 @@ class _Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, near: jax.Array, context: _Context, cached: KeysValues | None):
-        """Values are of x, queries and keys of near."""
+    def __call__(
+        self, x: jax.Array, with_before: jax.Array, context: _Context, cached: KeysValues | None
+    ):
+        """Makes values of x, queries and keys of `with_before`, both [B, T, width]."""
         config, bias = self.config, self.config.attention_bias
         counts = {"query": config.heads, "key": config.kv_heads, "value": config.kv_heads}
         products: dict[str, jax.Array] = {}
         for names in _of_one_input(config):
             sizes = {name: counts[name] * config.head_dim for name in names}
-            products |= _products(self, x if "value" in names else near, sizes, bias)
+            products |= _products(self, x if "value" in names else with_before, sizes, bias)
 
         def heads(name: str, count: int, norm: bool = False) -> jax.Array:
             y = products[name]
@@ -301,12 +303,12 @@ class _Block(nn.Module):
         def norm(name: str, x: jax.Array, *places: str) -> jax.Array:
             return _Norm(config, config.norm, name=name)(x) if config.norm_place in places else x
 
-        if context.near is None:
-            y = near = norm("attention_norm", x, "before", "around")
+        if context.before is None:
+            y = with_before = norm("attention_norm", x, "before", "around")
         else:
-            both = norm("attention_norm", jnp.stack([x, x + context.near]), "before", "around")
-            y, near = both
-        y, new = _Attention(config, name="attention")(y, near, context, cached)
+            both = jnp.stack([x, x + context.before])
+            y, with_before = norm("attention_norm", both, "before", "around")
+        y, new = _Attention(config, name="attention")(y, with_before, context, cached)
         after = x + norm("attention_post_norm", y, "after", "around")
         y = norm("mlp_norm", x if config.parallel else after, "before", "around")
         y = (_Experts if config.experts else _Mlp)(config, name="mlp")(y)
@@ -327,11 +329,12 @@ def init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     less text, and learns to use its prompt. After "Mimetic Initialization of Self-Attention
     Layers", https://arxiv.org/abs/2305.09828.
 
-    With `short_convolution` what queries and keys are made of has the embeddings of so many tokens
-    before added in every layer, each dimension with a learnt factor that starts at ½ or −½, by
-    chance, so that it can be told how far back a token stands. Attention then finds a token by what
-    stands before it, which two small layers do not learn by themselves in a million tokens. After
-    the smeared keys of "In-context Learning and Induction Heads", https://arxiv.org/abs/2209.11895.
+    With `short_convolution` = n every layer makes its queries and keys of its input plus a weighted
+    sum of the embeddings of the n tokens before. Each dimension of each of these has a learnt
+    factor, which starts at ½ or −½ by chance, so that how far back a token stands can be told.
+    Attention then finds a token by what stands before it, which two small layers do not learn by
+    themselves in a million tokens. After the smeared keys of "In-context Learning and Induction
+    Heads", https://arxiv.org/abs/2209.11895.
 
     Raises:
         UserError: the config does not fit together.
@@ -480,10 +483,14 @@ def _convolve(
     branch_ids: jax.Array | None = None,
     cached: jax.Array | None = None,
 ) -> jax.Array | None:
-    """What `_Context.near` holds; `cached` are all tokens of a cache, these too: [B, slots]."""
+    """The weighted sum of the embeddings of the tokens before each, [B, T, width]; see `init`.
+
+    It is None without a short convolution. `cached` are all tokens of a cache, these too: int32
+    [B, slots].
+    """
     if not config.short_convolution:
         return None
-    table, near = params["embed"]["embedding"], jnp.zeros(())
+    table, total = params["embed"]["embedding"], jnp.zeros(())
     scales = gather(params["short_convolution"]["query_key"]["scale"], jnp.float32)
     before, back = take_rows(table, tokens), None if branch_ids is None else _preceding(branch_ids)
     for i, scale in enumerate(scales, start=1):
@@ -494,8 +501,8 @@ def _convolve(
             before = jnp.take_along_axis(before, back[..., None], axis=1)
         else:
             before = jnp.pad(before, ((0, 0), (1, 0), (0, 0)))[:, :-1]
-        near = near + jnp.where((positions >= i)[..., None], before * scale, 0)
-    return (config.embed_scale * near).astype(config.compute_dtype)
+        total = total + jnp.where((positions >= i)[..., None], before * scale, 0)
+    return (config.embed_scale * total).astype(config.compute_dtype)
 
 
 def _preceding(branch_ids: jax.Array) -> jax.Array:
@@ -535,8 +542,8 @@ def _forward(
         )
     positions = contexts[0].positions
     x = _embed(config, params, tokens, positions)
-    near = _convolve(config, params, tokens, positions, branch_ids=branch_ids)
-    contexts = [each._replace(near=near) for each in contexts]
+    before = _convolve(config, params, tokens, positions, branch_ids=branch_ids)
+    contexts = [each._replace(before=before) for each in contexts]
     if isinstance(params["layers"], tuple):  # from `decoding_params`
         each = []
         for layer in zip(params["layers"], config.windowed, strict=True):
@@ -576,8 +583,8 @@ def _decode(
     positions = contexts[0].positions
     so_far = cache["tokens"].at[jnp.arange(len(tokens))[:, None], positions].set(tokens)
     x = _embed(config, params, tokens, positions)
-    near = _convolve(config, params, tokens, positions, cached=so_far)
-    contexts = [each._replace(near=near) for each in contexts]
+    before = _convolve(config, params, tokens, positions, cached=so_far)
+    contexts = [each._replace(before=before) for each in contexts]
     keys, values = [], []
     for i, cached in enumerate(zip(cache["keys"], cache["values"], strict=True)):
         layer = _layer(params, i)
