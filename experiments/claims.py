@@ -1,33 +1,32 @@
 """The claims that RLHF is taught with, put to the test by `python -m rlhf_jax.claims`.
 
 python -m rlhf_jax.claims experiments/claims.py
-    all ten; docs/claims.md has what came of them, in times of a busy 2-core CPU
+    all ten, 35 minutes on two CPU cores with their parents; docs/claims.md has what came of them
 … experiments/claims.py:tuned_answers
     supported: 0.435 of a tuned model's answers are right, of the base model's 0.078, which goes on
-    with the prompt in 1.000 of replies, the tuned one in 0.008; 60 to 102 s a run
+    with the prompt in 1.000 of replies, the tuned one in 0.008; 31 to 39 s a run
 … experiments/claims.py:rlhf_beats_sft
-    supported: PPO's answer is the better one in 0.650 (0.592 to 0.704) at a KL of 1.2; 137 to 226 s
+    supported: PPO's answer is the better one in 0.650 (0.592 to 0.704) at a KL of 1.2; 83 to 100 s
 … experiments/claims.py:dpo_matches_rlhf
-    supported: DPO's in 0.653, +0.003 (-0.029 to +0.040), at a KL of 1.2; 38 to 77 s
+    supported: DPO's in 0.653, +0.003 (-0.029 to +0.040), at a KL of 1.2; 33 to 47 s
 … experiments/claims.py:rewards_are_hacked
     supported: from the best of 8 to the best of 128 the proxy rises by 0.696 (0.621 to 0.747) and
-    gold falls by 0.116 (0.096 to 0.139); 91 to 158 s
+    gold falls by 0.116 (0.096 to 0.139); 44 to 55 s
 … experiments/claims.py:best_of_n_suffices
     undecided: the best of 8 wins in 0.636, PPO in 0.650, -0.014 (-0.069 to +0.029). The first runs
     of this arm failed: best_of_n.prompts was 64, too few for a batch; nothing else was changed
 … experiments/claims.py:pairs_beat_scores
-    undecided: 0.721 of held-out pairs right and 0.659, +0.062 (-0.032 to +0.167); 66 to 99 s
+    undecided: 0.721 of held-out pairs right and 0.659, +0.062 (-0.032 to +0.167); 20 to 25 s
 … experiments/claims.py:pretraining_pays
     supported: 0.667 gold, without pre-training 0.415 after as many steps of tuning and 0.578 after
-    as many FLOPs, where 0.009 of the facts are right in place of 0.738; 19 minutes in all
+    as many FLOPs, where 0.009 of the facts are right in place of 0.738; 31 to 94 s
 … experiments/claims.py:scale_pays
-    supported: gold 0.654; of a sixth of the parameters 0.432, of 2 % of the pairs 0.536, of both
-    0.301; 17 to 75 s a run
+    supported: gold 0.657; of a sixth of the parameters 0.421, of 2 % of the pairs 0.539, of both
+    0.298; 16 to 47 s a run
 … experiments/claims.py:bias_reaches_the_model
-    undecided: 8.8 words an answer and 8.5, +0.27 (-1.50 to +1.94), 6.6 before; 69 to 87 s a run
+    undecided: 9.1 words an answer and 8.3, +0.76 (+0.21 to +1.38), 6.6 before; 46 to 54 s a run
 … experiments/claims.py:masking_pays
-    undecided: 0.928 of episodes are right either way, +0.001 (-0.004 to +0.006); 10 to 12 minutes
-    a run with two others beside it
+    undecided: 0.948 of episodes are right either way, -0.000 (-0.008 to +0.006); 2 to 3 minutes
 """
 
 from rlhf_jax.claims.claim import Arm, Claim, Comparison, Measure

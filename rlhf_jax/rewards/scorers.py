@@ -325,6 +325,16 @@ class TextScorers:
         return values
 
 
+def check_prompts(weights: Mapping[str, float], prompts: Sequence[Prompt]) -> None:
+    """UserError for prompts whose answers a scorer of `weights` has nothing to compare with."""
+    compared = {**_VERIFIERS, "math": lambda prompt, _: float(bool(_reference(prompt, "answer")))}
+    for name in (name for name in weights if name in compared):
+        _, faults = _each(compared[name], prompts, [""] * len(prompts))
+        if faults:
+            line = _describe(name, faults, [prompt.id for prompt in prompts])
+            raise UserError(f"{line}; leave such answers out with reward.on_error=mask")
+
+
 def _make_request(prompts: Sequence[Prompt]) -> dict[str, Any]:
     """The arguments of a user's function that describe the prompts."""
     shared = set.intersection(*(set(prompt.meta) for prompt in prompts)).difference(_RESERVED)

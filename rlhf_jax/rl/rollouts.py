@@ -31,7 +31,7 @@ from rlhf_jax.models.scoring import (
 )
 from rlhf_jax.models.sharding import batch_shards
 from rlhf_jax.rewards.costs import COSTS
-from rlhf_jax.rewards.scorers import Scores
+from rlhf_jax.rewards.scorers import Scores, check_prompts, parse_rewards
 from rlhf_jax.rl.judge import Judge
 from rlhf_jax.rl.layout import Rollout, pack_rows
 from rlhf_jax.rl.objectives import shape_scores
@@ -45,7 +45,11 @@ from rlhf_jax.training.saved_model import Model
 
 
 def read_prompts(config: Config, tokenizer: Tokenizer, source: str, split: str) -> PromptSet:
-    """The prompts of a source that leave room for an answer; the others are counted."""
+    """The prompts of a source that leave room for an answer; the others are counted.
+
+    Raises:
+        UserError: there is none, or a scorer needs what a prompt's record does not have.
+    """
     limit = config.rollout.max_prompt_tokens
     records = read_records(config, source, "prompt", split)
     why = f"left out, longer than rollout.max_prompt_tokens = {limit}"
@@ -55,6 +59,8 @@ def read_prompts(config: Config, tokenizer: Tokenizer, source: str, split: str) 
             f"none of the {len(records)} prompts of {source!r} has at most "
             f"rollout.max_prompt_tokens = {limit} tokens"
         )
+    if config.reward.on_error == "fail":
+        check_prompts(parse_rewards(config.reward.scorers), prompts.records)
     return prompts
 
 

@@ -176,6 +176,23 @@ def test_a_mistake_in_the_last_evaluation_costs_no_training(tmp_path):
         sampled.held_out_set(defaults.resolve(config), model)
 
 
+@pytest.mark.parametrize("scorer", ["gold", "correct", "number", "math", "exact"])
+def test_prompts_without_an_answer_cost_no_training(tmp_path, scorer):
+    model, prompts = make_chat_model(tmp_path / "start"), tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "1 + 1?", "answer": "2"}\n' * 5 + '{"prompt": "2 + 2?"}\n')
+    config = defaults.on_policy(
+        "grpo",
+        data={"train": str(prompts), "validation": str(prompts)},
+        rollout={"max_prompt_tokens": 16, "max_new_tokens": 8, "prompts": 2, "samples": 2},
+        reward={"scorers": f"length,{scorer}"},
+        eval={"source": str(prompts)},
+    )
+    with pytest.raises(UserError, match=rf"reward '{scorer}', prompt 'prompts.jsonl:6': .*on_error=mask"):
+        sampled.training_prompts(defaults.resolve(config), model)
+    config.reward.on_error = "mask"
+    assert len(sampled.training_prompts(defaults.resolve(config), model)[0].records) == 6
+
+
 @pytest.mark.slow
 def test_killed_under_a_limit_it_ends_at_the_same_price(chain, tmp_path):
     experiments, runs = chain
