@@ -40,6 +40,7 @@ from rlhf_jax.models.lora import (
     quantize,
     split,
 )
+from rlhf_jax.models.transformer import init
 from rlhf_jax.training.checkpoint import load_document, load_params, save_params
 from rlhf_jax.training.mesh import mesh_of, placed, sharding
 from rlhf_jax.training.rundir import SUMMARY
@@ -125,7 +126,8 @@ def load_model(
 
     Raises:
         UserError: there is none, it is damaged, it was trained with another tokenizer, its config
-            has a field this version lacks, or the base its adapter is on has moved or changed.
+            has a field this version lacks or other parameters, or the base its adapter is on has
+            moved or changed.
     """
     directory = Path(workdir).resolve()
     if is_hub_directory(directory):
@@ -155,8 +157,7 @@ def load_model(
             f"{directory}/model/data.json is not as this package writes it: {str(error)[:200]}"
         ) from error
     if adapter is None:
-        folder = directory / "model"
-        base = _share_base(directory, "float32", mesh, lambda: load_params(folder, mesh=mesh)[0])
+        base = _share_base(directory, "float32", mesh, partial(_load_run, directory, config, mesh))
         return Model(config, base.params, tokenizer, normalization, base=base)
     below = Path(document["base"]["directory"])
     if not below.is_dir():
@@ -270,6 +271,22 @@ def what_is_there(directory: Path) -> str:
     if (directory / "config.json").exists():
         return ": it has not ended; its command goes on with it"
     return ", and has no config.json of a model"
+
+
+def _load_run(directory: Path, config: ModelConfig, mesh: Mesh | None) -> Any:
+    """The parameters that a run has saved, which have to be those of its model's config."""
+    params, _ = load_params(directory / "model", mesh=mesh)
+    fresh = jax.eval_shape(partial(init, config), jax.random.key(0))
+    there, stated = (
+        {name: leaf.shape for name, leaf in named_leaves(tree).items()} for tree in (params, fresh)
+    )
+    for name in sorted({*there, *stated}):
+        if there.get(name) != stated.get(name):
+            raise UserError(
+                f"the model in {directory} was saved by another version: {name} has the shape "
+                f"{there.get(name, 'none')}, by its config {stated.get(name, 'none')}; train it anew"
+            )
+    return params
 
 
 def _load_hub(directory: Path, mesh: Mesh | None, changes: Mapping[str, Any]) -> Model:

@@ -55,6 +55,24 @@ def test_a_field_this_version_lacks_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"qk_norm": True}, r"attention/\w+/scale has the shape none"),
+        ({"short_convolution": 2}, "short_convolution/query_key/scale has the shape none"),
+        ({"mlp_width": 40}, r"mlp/\w+/kernel has the shape .*train it anew"),
+    ],
+)
+def test_parameters_of_another_version_are_named(tmp_path, changes, message):
+    params = transformer.init(SMALL, jax.random.key(0))
+    save_model(tmp_path, Model(SMALL, params, train_chars("abc")))
+    params, document = load_params(tmp_path / "model")
+    document["config"] |= changes
+    save_params(tmp_path / "model", params, document)
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         {"config": []},
