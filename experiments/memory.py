@@ -12,15 +12,15 @@ python -m rlhf_jax.main --config=experiments/memory.py:last
 The first and the last end with 520 held-out questions: eval/memory/known/recall/distance/<turns>,
 …/recall/load/<facts>, …/updated, …/resurrected, …/abstained and …/false_memory of values that are
 told in training, eval/memory/new/… of values that are not, with 95 % intervals, and
-eval/correct/facts, what the model knows of the town. One seed, 28 minutes with its parents on one
+eval/correct/facts, what the model knows of the town. One seed, 40 minutes with its parents on one
 core beside other work:
 
                    recall 1, 2, 4, 8 turns ago   updated   resurrected   abstained   false memory
-    known values      0.92  0.95  0.91  0.94       0.96        0.04         0.84         0.16
-    new values        0.67  0.67  0.81  0.58       0.89        0.02         0.75         0.24
+    known values      1.00  0.97  0.95  0.96       0.96        0.04         0.98         0.02
+    new values        0.63  0.70  0.78  0.45       0.80        0.07         0.78         0.22
 
-What users told of themselves is recalled in 0.97 and 0.85, what they told of others in 0.88 and
-0.50. All of 150 facts of the town are right, as before. :last has not been measured.
+What users told of themselves is recalled in 1.00 and 0.85, what they told of others in 0.94 and
+0.42. All of 150 facts of the town are right, as before. :last has not been measured.
 """
 
 from rlhf_jax.stages import defaults
@@ -84,6 +84,6 @@ def sft(trained_turns):
         },
         batch={"rows": 4},
         optimizer=MUON | {"learning_rate": 5e-3, "schedule": "linear"},
-        train={"steps": 3000, "log_every": 20},
+        train={"steps": 6000, "log_every": 20},
         eval={"source": "memory", "count": 520, "max_new_tokens": 32},
     )

@@ -12,14 +12,14 @@ python -m rlhf_jax.main --config=experiments/persona.py:real
 The first three end with 200 held-out dialogues, in which the model says every line, about personas
 that no training has: eval/persona/prompt_to_line and line_to_line, …/rule/turn/<n>,
 …/asked_after/<turns> and …/leak, with 95 % intervals, and eval/pass^k of eight sampled dialogues.
-One seed of each, 9 and 3 minutes on one core beside other work:
+One seed of each, 9, 3 and 4 minutes on one core beside other work:
 
             prompt to line   line to line   rule   asked after 8 turns   facts   pass^8
     :sft        0.994            0.98       1.00          0.99            0.99     0.31
     GRPO        0.989            0.98       1.00          0.99            0.99     0.42
+    :dpo        0.848            0.96       1.00          0.70            0.98     0.15
 
-Nothing leaks into chats without a persona. :real has not been measured, and :dpo only before
-experiments/memory.py had a short convolution (docs/turns.md).
+Nothing leaks into chats without a persona. :real has not been measured.
 """
 
 from rlhf_jax.stages import defaults

@@ -33,9 +33,9 @@ BOUNDS = {
     # and drills of memory 45 of `tasks/`; eight faults that had been noticed 35 and 35, and 24 more
     # (openings, costs and frozen models refused before training, streams of judges' parts, silent
     # personas, added tokens and several chat templates of the Hub) 115 and 200. What nobody used
-    # gave 45 back.
-    "lines of the core": 23_149,
-    "lines with the annexes": 47_283,
+    # gave 45 back. Models of another version, and prompts without an answer, took 35 in the core.
+    "lines of the core": 23_183,
+    "lines with the annexes": 47_317,
     "functions over 60 lines": 1,
     "functions over 80 lines": 0,
     "functions over 8 parameters": 2,
@@ -58,8 +58,9 @@ BOUNDS = {
     # `shapes.is_tie`, which every line of a file is asked. Five more are of turns that are
     # answered: which tokens of an answer it said itself, and what is said of tools. One writes what
     # a table holds and JSON does not as text, and one counts groups that score the same.
-    "functions on the walk of prompt": 88,
-    "files on the walk of prompt": 32,
+    # Two, and their file, see before training that the last evaluation can be asked.
+    "functions on the walk of prompt": 90,
+    "files on the walk of prompt": 33,
     "containers on the walk of prompt": 5,
 }
 

@@ -325,14 +325,12 @@ class TextScorers:
         return values
 
 
-def check_prompts(weights: Mapping[str, float], prompts: Sequence[Prompt]) -> None:
-    """UserError for prompts whose answers a scorer of `weights` has nothing to compare with."""
-    compared = {**_VERIFIERS, "math": lambda prompt, _: float(bool(_reference(prompt, "answer")))}
-    for name in (name for name in weights if name in compared):
-        _, faults = _each(compared[name], prompts, [""] * len(prompts))
-        if faults:
-            line = _describe(name, faults, [prompt.id for prompt in prompts])
-            raise UserError(f"{line}; leave such answers out with reward.on_error=mask")
+def check_records(name: str, prompts: Sequence[Prompt]) -> None:
+    """UserError for prompts whose record lacks what that scorer, one of COMPARING, needs."""
+    _, faults = _each(COMPARING[name], prompts, [""] * len(prompts))
+    if faults:
+        line = _describe(name, faults, [prompt.id for prompt in prompts])
+        raise UserError(f"{line}; leave such answers out with reward.on_error=mask")
 
 
 def _make_request(prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -421,3 +419,5 @@ _VERIFIERS: Mapping[str, Callable[[Prompt, str], float]] = {
     ),
 }
 """The scorers that need the prompt's record and the response only."""
+COMPARING = {**_VERIFIERS, "math": lambda prompt, _: float(bool(_reference(prompt, "answer")))}
+"""The scorers for which a prompt's record says what is right; "math" is run elsewhere."""

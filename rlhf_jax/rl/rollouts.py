@@ -31,7 +31,7 @@ from rlhf_jax.models.scoring import (
 )
 from rlhf_jax.models.sharding import batch_shards
 from rlhf_jax.rewards.costs import COSTS
-from rlhf_jax.rewards.scorers import Scores, check_prompts, parse_rewards
+from rlhf_jax.rewards.scorers import COMPARING, Scores, check_records, parse_rewards
 from rlhf_jax.rl.judge import Judge
 from rlhf_jax.rl.layout import Rollout, pack_rows
 from rlhf_jax.rl.objectives import shape_scores
@@ -60,7 +60,8 @@ def read_prompts(config: Config, tokenizer: Tokenizer, source: str, split: str) 
             f"rollout.max_prompt_tokens = {limit} tokens"
         )
     if config.reward.on_error == "fail":
-        check_prompts(parse_rewards(config.reward.scorers), prompts.records)
+        for name in sorted(COMPARING.keys() & parse_rewards(config.reward.scorers)):
+            check_records(name, prompts.records)
     return prompts
 
 

@@ -283,8 +283,8 @@ def _load_run(directory: Path, config: ModelConfig, mesh: Mesh | None) -> Any:
     for name in sorted({*there, *stated}):
         if there.get(name) != stated.get(name):
             raise UserError(
-                f"the model in {directory} was saved by another version: {name} has the shape "
-                f"{there.get(name, 'none')}, by its config {stated.get(name, 'none')}; train it anew"
+                f"the model in {directory} is of another version: {name} has the shape "
+                f"{there.get(name, 'none')}, in its config {stated.get(name, 'none')}; train anew"
             )
     return params
 

@@ -187,7 +187,7 @@ def test_prompts_without_an_answer_cost_no_training(tmp_path, scorer):
         reward={"scorers": f"length,{scorer}"},
         eval={"source": str(prompts)},
     )
-    with pytest.raises(UserError, match=rf"reward '{scorer}', prompt 'prompts.jsonl:6': .*on_error=mask"):
+    with pytest.raises(UserError, match=rf"'{scorer}', prompt 'prompts.jsonl:6': .*error=mask"):
         sampled.training_prompts(defaults.resolve(config), model)
     config.reward.on_error = "mask"
     assert len(sampled.training_prompts(defaults.resolve(config), model)[0].records) == 6

@@ -59,7 +59,7 @@ def test_a_field_this_version_lacks_is_named(tmp_path):
     [
         ({"qk_norm": True}, r"attention/\w+/scale has the shape none"),
         ({"short_convolution": 2}, "short_convolution/query_key/scale has the shape none"),
-        ({"mlp_width": 40}, r"mlp/\w+/kernel has the shape .*train it anew"),
+        ({"mlp_width": 40}, r"mlp/\w+/kernel has the shape .*train anew"),
     ],
 )
 def test_parameters_of_another_version_are_named(tmp_path, changes, message):
