@@ -20,7 +20,9 @@ python -m rlhf_jax.main --config=experiments/safety.py:careful
     known facts are answered in 0.82 in place of 0.85 (docs/safety.md)
 python -m rlhf_jax.main --config=experiments/safety.py:limited
     GRPO for a judge that likes every refusal, under a limit of 5 % on those that nothing calls for:
-    3.7 to 4.3 % in the last 20 of 60 iterations, five seeds
+    3.7 to 4.3 % in the last 20 of 60 iterations, five seeds; above the curve of fine-tuned models
+    by +0.84 to +0.97 on kinds that training has and on wrapped ones, and by +0.02 to +0.08 on those
+    that it never has, more than chance from three of four starts
 """
 
 import re
