@@ -34,8 +34,8 @@ BOUNDS = {
     # (openings, costs and frozen models refused before training, streams of judges' parts, silent
     # personas, added tokens and several chat templates of the Hub) 115 and 200. What nobody used
     # gave 45 back. Models of another version, and prompts without an answer, took 35 in the core.
-    "lines of the core": 23_183,
-    "lines with the annexes": 47_317,
+    "lines of the core": 23_184,
+    "lines with the annexes": 47_318,
     "functions over 60 lines": 1,
     "functions over 80 lines": 0,
     "functions over 8 parameters": 2,
