@@ -421,4 +421,4 @@ _VERIFIERS: Mapping[str, Callable[[Prompt, str], float]] = {
 """The scorers that need the prompt's record and the response only."""
 
 COMPARING = {**_VERIFIERS, "math": lambda prompt, _: float(bool(_reference(prompt, "answer")))}
-"""The scorers for which a prompt's record says what is right; "math" is run elsewhere."""
+"""The scorers that compare with a prompt's record; of "math" only whether it has an answer."""
