@@ -78,7 +78,7 @@ def sft(trained_turns):
         init={"policy": "experiments/memory.py:chat"},
         compute={"remat": "none"},
         data={
-            "train": "memory/drill=4,memory/dialogue=2,town=1",
+            "train": "memory/drill=2,memory/change=2,memory/dialogue=2,town=1",
             "validation": "memory/dialogue",
             "row_length": 384,
             "replay": "town/text[:50%]=1",

@@ -189,6 +189,12 @@ _MEMORY: dict[str, tuple[str, Callable[[MemoryTown, str], Iterable[Record]]]] = 
         "conversation",
         lambda town, split: town.drills(split, _size(split, memory.RECORDS)),
     ),
+    "change": (
+        "conversation",
+        lambda town, split: town.drills(
+            split, _size(split, memory.RECORDS), name="change", changes=0.4
+        ),
+    ),
 }
 
 
@@ -200,6 +206,7 @@ def _make_memory(
     prompt      up to the question; held-out, those that memory is measured on
     dialogue    conversations: with the right answers
     drill       conversations in which all questions are about what was told
+    change      the same, with twice as many changes of it
     """
     town, (_, stream) = MemoryTown(Town()), _MEMORY[config]
     return {"train": stream(town, TRAIN), "validation": stream(town, HELDOUT)}

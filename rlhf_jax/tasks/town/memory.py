@@ -122,13 +122,20 @@ class MemoryTown:
             turns = (*made.messages, Message("assistant", answer))
             yield Conversation(f"{split}-{index}", turns, meta)
 
-    def drills(self, split: str, count: int = RECORDS) -> Iterator[Conversation]:
+    def drills(
+        self, split: str, count: int = RECORDS, *, name: str = "drill", changes: float = 0.2
+    ) -> Iterator[Conversation]:
         """Dialogues in which every question is about what was told, changed, or not told.
 
         In half of those about others their names are made up, so that no list of names is learnt.
+
+        Args:
+            name: of the random numbers they are drawn by.
+            changes: the share of the eight later turns that change something, at most 0.5. Half of
+                them ask for what holds, the others for what was not told.
         """
         for index in range(count):
-            rng = Random(f"town {self.town.config.seed} memory drill {split} {index}")
+            rng = Random(f"town {self.town.config.seed} memory {name} {split} {index}")
             facts = _facts(rng, split, pick(rng, LOADS), rng.random() < 0.7)
             made_up = facts[0].who != "" and rng.random() < 0.5
             if made_up:
@@ -139,7 +146,7 @@ class MemoryTown:
             for _ in range(8):
                 rng.shuffle(made.facts)
                 fact, fate = made.facts[0], rng.random()
-                if fate < 0.2:
+                if fate < changes:
                     taken = {each.value for each in made.facts}
                     (value,) = _values(rng, fact.attribute, split, 1, taken)
                     made.facts[0] = replace(fact, value=value)
