@@ -167,7 +167,8 @@ def count_rows(path: str | os.PathLike) -> int:
 def take_slice(records: Sequence[Any], part: str, name: str) -> list[Any]:
     """The records that a slice names, as TFDS reads slices: "[:95%]", "[100:200]", "[-10:]".
 
-    A per cent is that of all records, to the nearest record.
+    A per cent is that of all records, to the nearest record. One from the end that comes to no
+    record names the end, where TFDS takes it for the start: "[-1%:]" of 40 records is empty.
 
     Raises UserError for another grammar, a bound beyond the records, or a slice without any.
     """
@@ -178,7 +179,8 @@ def take_slice(records: Sequence[Any], part: str, name: str) -> list[Any]:
     for number, percent in (match.group(1, 2), match.group(3, 4)):
         bound = None if number is None else int(number)
         if bound is not None and percent:
-            bound = round(bound * count / 100)
+            nearest = round(bound * count / 100)
+            bound = count if bound < 0 and nearest == 0 else nearest
         if bound is not None and abs(bound) > count:
             raise UserError(f"data: {name}{part}: there are only {count} records")
         bounds.append(bound)

@@ -200,7 +200,9 @@ def test_slices_are_those_of_tfds():
     for count in (1, 3, 7, 10, 30, 999):
         records = [Text(str(i), "x") for i in range(count)]
         whole = {"f": tfds.core.SplitInfo(name="f", shard_lengths=[count], num_bytes=0)}
-        for part in ("[:95%]", "[95%:]", "[0:1]", "[-1:]", "[50%:95%]", "[1:3]", "[-50%:]"):
+        # Where 50 per cent come to a record: the next test.
+        from_the_end = ("[-50%:]",) if count > 1 else ()
+        for part in ("[:95%]", "[95%:]", "[0:1]", "[-1:]", "[50%:95%]", "[1:3]", *from_the_end):
             try:
                 (theirs,) = tfds.core.ReadInstruction.from_spec("f" + part).to_absolute(whole)
                 wanted = records[theirs.from_ : theirs.to]
@@ -214,6 +216,14 @@ def test_slices_are_those_of_tfds():
     for part in ("[", "[]", "[:]", "[:", "[1]", "[:5x]", "[1:2:3]", "[1:2][0:1]", "[1:2]@a"):
         with pytest.raises(UserError, match=r"f\[.*: a slice looks like"):
             take_slice(records, part, "f")
+
+
+def test_the_last_per_cent_of_few_records_is_not_all_of_them():
+    records = [Text(str(i), "x") for i in range(40)]
+    with pytest.raises(UserError, match=r"f\[-1%:\] is empty: there are 40 records in all"):
+        take_slice(records, "[-1%:]", "f")
+    assert take_slice(records, "[:-1%]", "f") == records
+    assert take_slice(records, "[-2%:]", "f") == records[-1:]
 
 
 def test_rows_are_counted_without_being_read(tmp_path):
