@@ -158,8 +158,10 @@ def critique(given: argparse.Namespace) -> None:
 
 def _check(given: argparse.Namespace) -> None:
     """Finds mistakes before anything is computed, and makes the directory of the output."""
-    if given.seed < 0:
-        raise UserError(f"--seed={given.seed}: at least 0")
+    last = given.seed + getattr(given, "seeds", 1) - 1
+    most = 2**30 - 1  # answers are drawn by four times a seed, of which JAX takes 32 bits
+    if given.seed < 0 or last > most:
+        raise UserError(f"--seed={given.seed}: at least 0, and the last one at most {most}")
     if getattr(given, "compare", "") and not given.workdir:
         raise UserError("--compare needs --workdir, the model that gives the first answer")
     if given.run is card and given.workdir and given.data != "town":

@@ -147,6 +147,7 @@ def test_votes_of_people_are_not_written_over(tmp_path, capsys):
         (["labels"], "invalid choice"),
         (["examples", "--out=pairs"], "--out=pairs: a name that ends in .jsonl"),
         (["examples", "--out=x.jsonl", "--seed=-1"], "--seed=-1: at least 0"),
+        (["examples", "--out=x.jsonl", "--seed=1073741824"], "the last one at most 1073741823"),
         (["examples", "--out=/dev/null/x.jsonl"], "--out=/dev/null/x.jsonl: "),
     ],
 )
