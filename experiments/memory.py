@@ -78,7 +78,7 @@ def sft(trained_turns):
         init={"policy": "experiments/memory.py:chat"},
         compute={"remat": "none"},
         data={
-            "train": "memory/drill=2,memory/change=2,memory/dialogue=2,town=1",
+            "train": "memory/drill=3,memory/change=2,memory/dialogue=2,town=1",
             "validation": "memory/dialogue",
             "row_length": 384,
             "replay": "town/text[:50%]=1",
@@ -86,6 +86,6 @@ def sft(trained_turns):
         },
         batch={"rows": 4},
         optimizer=MUON | {"learning_rate": 5e-3, "schedule": "linear"},
-        train={"steps": 6000, "log_every": 20},
+        train={"steps": 8000, "log_every": 20},
         eval={"source": "memory", "count": 520, "max_new_tokens": 32},
     )

@@ -158,8 +158,9 @@ def critique(given: argparse.Namespace) -> None:
 
 def _check(given: argparse.Namespace) -> None:
     """Finds mistakes before anything is computed, and makes the directory of the output."""
+    from rlhf_jax.stages.defaults import MOST_FED_BACK_SEED as most
+
     last = given.seed + getattr(given, "seeds", 1) - 1
-    most = 2**30 - 1  # answers are drawn by four times a seed, of which JAX takes 32 bits
     if given.seed < 0 or last > most:
         raise UserError(f"--seed={given.seed}: at least 0, and the last one at most {most}")
     if getattr(given, "compare", "") and not given.workdir:

@@ -20,7 +20,7 @@ from rlhf_jax.models.sharding import batch_shards
 from rlhf_jax.own_code import check_bound
 from rlhf_jax.rewards.costs import COSTS
 from rlhf_jax.rewards.scorers import parse_rewards
-from rlhf_jax.stages.defaults import FED_BACK, SAMPLING
+from rlhf_jax.stages.defaults import FED_BACK, MOST_FED_BACK_SEED, SAMPLING
 from rlhf_jax.tasks.builders import task_of
 from rlhf_jax.tasks.sources import parse_source, parse_sources, read_records, split_sources
 from rlhf_jax.training.meanings import is_less_better
@@ -32,8 +32,10 @@ def check(config: Config) -> None:
     """UserError for what can be seen to be wrong before hours are spent on the parents."""
     if config.stage == "oracle":  # whose rows have configs of their own
         return
-    if not 0 <= config.seed < 2**32:  # JAX would drop the higher bits, and NumPy takes no sign
-        raise UserError(f"config: seed = {config.seed}: choose one from 0 to {2**32 - 1}")
+    # JAX would drop the bits above 32, and NumPy takes no sign.
+    most = MOST_FED_BACK_SEED if config.stage in FED_BACK else 2**32 - 1
+    if not 0 <= config.seed <= most:
+        raise UserError(f"config: seed = {config.seed}: choose one from 0 to {most}")
     updates = config.train.steps
     if config.stage in ("policy", "online_preference"):
         updates *= config.train.epochs * config.train.minibatches

@@ -38,6 +38,7 @@ from rlhf_jax.training.optimizer import OptimizerConfig
 SAMPLING = ("policy", "online_preference", "best_of_n")  # which sample and score answers
 REWARD_LOSSES = ("bradley_terry", "pointwise")
 FED_BACK = ("ai_sft", "ai_preference")  # which train on what judges and critics make of answers
+MOST_FED_BACK_SEED = 2**30 - 1  # those answers are drawn by four times it, and JAX takes 32 bits
 
 
 @dataclass(frozen=True)

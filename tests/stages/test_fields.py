@@ -436,11 +436,14 @@ def test_a_part_of_a_file_s_name_is_no_scorer():
         assert {n for n in fields if unread(options, f"reward.{n}") is None} == names, scorers
 
 
-@pytest.mark.parametrize("seed", [-1, 2**32])
-def test_a_seed_that_would_not_be_taken_as_it_is(seed):
-    config = defaults.base("sft")
+@pytest.mark.parametrize(
+    ("stage", "seed", "most"),
+    [("sft", -1, 2**32 - 1), ("sft", 2**32, 2**32 - 1), ("ai_sft", 2**30, 2**30 - 1)],
+)
+def test_a_seed_that_would_not_be_taken_as_it_is(stage, seed, most):
+    config = defaults.base(stage)
     config.seed = seed
-    with pytest.raises(UserError, match=f"seed = {seed}: choose one from 0 to 4294967295"):
+    with pytest.raises(UserError, match=f"seed = {seed}: choose one from 0 to {most}"):
         checks.check(defaults.resolve(config))
 
 
