@@ -274,11 +274,16 @@ def _values(
     taken: Collection[str] = (),
     new: int = 1,
 ) -> list[str]:
-    """Different values that are not taken, the first `new` the split's, the others of training."""
+    """Different values that are not taken, the first `new` the split's, the others of training.
+
+    Where all of the split are taken, as in a long drill, one of training stands for another.
+    """
     chosen: list[str] = []
     for place in range(count):
-        values = values_of(attribute, split if place < new else TRAIN)
-        chosen.append(pick(rng, [v for v in values if v not in taken and v not in chosen]))
+        taken = {*taken, *chosen}
+        ours, others = (values_of(attribute, each) for each in (split, TRAIN))
+        free = [v for v in ours if v not in taken] if place < new else []
+        chosen.append(pick(rng, free or [v for v in others if v not in taken]))
     return chosen
 
 

@@ -100,6 +100,11 @@ def test_a_drill_answers_with_what_was_told_last_and_admits_what_was_not(changes
     assert answered > 400 and admitted > 100 and changed > some
 
 
+def test_held_out_drills_go_on_where_all_new_values_are_told():
+    for options in ({}, {"name": "change", "changes": 0.4}):
+        assert len([*TOWN.drills(HELDOUT, 1_200, **options)]) == 1_200
+
+
 def test_loads_are_what_is_told_at_once():
     for record in (*of_kind("own"), *of_kind("third")):
         first = mentioned(said_by(record, "user")[0])
