@@ -33,9 +33,10 @@ BOUNDS = {
     # and drills of memory 45 of `tasks/`; eight faults that had been noticed 35 and 35, and 24 more
     # (openings, costs and frozen models refused before training, streams of judges' parts, silent
     # personas, added tokens and several chat templates of the Hub) 115 and 200. What nobody used
-    # gave 45 back. Models of another version, and prompts without an answer, took 35 in the core.
-    "lines of the core": 23_184,
-    "lines with the annexes": 47_318,
+    # gave 45 back. Models of another version, and prompts without an answer, took 35 in the core;
+    # slices of a per cent and seeds of AI feedback 5, and dialogues in which much changes 22.
+    "lines of the core": 23_189,
+    "lines with the annexes": 47_345,
     "functions over 60 lines": 1,
     "functions over 80 lines": 0,
     "functions over 8 parameters": 2,
