@@ -31,6 +31,8 @@ def get_config(variant="town"):
     match variant:
         case "town":
             return town()
+        case "sums":
+            return sums()
         case "fables":
             return real("tinyfabulist", "tinyfabulist", steps=400)
         case "hh":
@@ -42,7 +44,9 @@ def get_config(variant="town"):
         case "shakespeare_char_best":
             return shakespeare_char_best()
     raise defaults.no_variant(
-        "pretrain.py", variant, "town, fables, hh, imdb, shakespeare_char, shakespeare_char_best"
+        "pretrain.py",
+        variant,
+        "town, sums, fables, hh, imdb, shakespeare_char, shakespeare_char_best",
     )
 
 
@@ -62,6 +66,21 @@ def town():
         },
         train={"steps": 560, "log_every": 20},
     )
+
+
+def sums():
+    """The town's raw text and, of every four rows, one of a schoolbook's sums.
+
+    Numbers up to 99 are tokens, and queries and keys are made of the tokens before them too, so that
+    a model finds the sum that it has read by both of its numbers.
+    """
+    learnt = {
+        "model": defaults.model("tiny", short_convolution=4),
+        "tokenizer": {"digits": 2},
+        "data": {"train": "town=3,town/table=1"},
+        "optimizer": {"name": "muon", "learning_rate": 1e-2},
+    }
+    return defaults.lay(town(), learnt)
 
 
 def real(train, validation, steps):

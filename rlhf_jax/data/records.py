@@ -86,6 +86,13 @@ KINDS: dict[str, type] = {
     "pair": Pair,
     "prompt": Prompt,
 }
+_NEEDED = {
+    "text": "a text, or a conversation that ends with a reply",
+    "conversation": "a reply: messages that end with the assistant's, or a prompt and a completion",
+    "pair": "two replies, one chosen and one rejected",
+    "prompt": "turns of a user",
+}
+"""What a record needs to be one of a kind."""
 
 
 def meta_of_seed(meta: Mapping[str, str]) -> dict[str, str]:
@@ -123,4 +130,7 @@ def convert(record: Record, kind: str) -> Record:
             return Text(record.id, "\n\n".join(lines), record.meta)
         case "text", Pair():
             return convert(convert(record, "conversation"), "text")
-    raise UserError(f"record {record.id!r} is a {type(record).__name__}, which makes no {kind}")
+    raise UserError(
+        f"record {record.id!r} is a {type(record).__name__.lower()}, which makes no {kind}: that "
+        f"takes {_NEEDED[kind]}"
+    )

@@ -120,7 +120,10 @@ def read_source(
         made = load_records(name, own_split + part, kind=paired)
         if not made:
             raise UserError(f"data: {each!r} has no records in its split {own_split!r}")
-        records += [convert(record, paired) for record in made]
+        try:
+            records += [convert(record, paired) for record in made]
+        except UserError as error:
+            raise UserError(f"data: {each!r}: {error}") from error
     return records
 
 

@@ -10,6 +10,7 @@ import http.server
 import json
 import logging
 import lzma
+import re
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.tasks.builders import TASKS, load_records
 from rlhf_jax.tasks.data_files import DataFile, data_folder
 from rlhf_jax.tasks.record_builder import RecordBuilder, RecordConfig, read_records
+from rlhf_jax.tasks.sources import read_source
 
 TURNS = (Message("user", "naïve\n 漢字 🙂"), Message("assistant", ""))
 RECORDS = {
@@ -351,3 +353,16 @@ def test_persona_chat(cache):
     train, validation = (load_records("persona_chat", s) for s in ("train", "validation"))
     assert len(train) + len(validation) == 1000 - 7
     assert all(chat.messages[0].role == "system" for chat in train)
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "lacks"),
+    [
+        ("town/prompt[:3]", "conversation", "is a prompt, which makes no conversation: .* a reply"),
+        ("town/conversation[:3]", "preference", "is a conversation, which makes no pair: .* two re"),
+        ("town/text[:3]", "prompt", "is a text, which makes no prompt: that takes turns of a user"),
+    ],
+)
+def test_records_of_another_kind_are_named_with_what_they_lack(source, kind, lacks):
+    with pytest.raises(UserError, match=rf"data: '{re.escape(source)}': record 'train-0' {lacks}"):
+        read_source(source, kind, "train")

@@ -3,6 +3,8 @@
 text, conversation, pair, prompt    records of that kind
 harmful, borderline                 prompts of that family only
 judged                              pairs of replies to such prompts, half of each family
+table                               text: sums and differences of all pairs of numbers, asked about
+                                    or not
 facts                               prompts: every fact about a person, asked once; of those
                                     training may ask about, and ("validation") of the others
 arithmetic                          prompts: sums and differences only; those of "validation" are
@@ -51,6 +53,7 @@ _SUMS = TownConfig(families={"arithmetic": 1.0}, prompts=8_000)
 Stream = Callable[[Town, str], Iterable[Record]]
 _STREAMS: dict[str, tuple[str, Stream, TownConfig | None]] = {
     "text": ("text", Town.texts, None),
+    "table": ("text", Town.tables, None),
     "conversation": ("conversation", Town.demonstrations, None),
     "pair": ("pair", Town.pairs, None),
     "prompt": ("prompt", Town.prompts, None),

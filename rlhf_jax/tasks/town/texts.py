@@ -12,7 +12,7 @@ from random import Random
 
 from rlhf_jax.tasks.town.families import draw
 from rlhf_jax.tasks.town.families.knowledge import attributes_of, false_slots
-from rlhf_jax.tasks.town.families.skills import tell
+from rlhf_jax.tasks.town.families.skills import draw_sum, tell
 from rlhf_jax.tasks.town.grammar import finish, pick
 from rlhf_jax.tasks.town.language import POOLS, fill, say, visit
 from rlhf_jax.tasks.town.phrasings import (
@@ -198,6 +198,15 @@ def sums(world: World, rng: Random) -> str:
     if rng.random() < 0.3:
         return _exercise(world, rng, "prices")
     return " ".join(_exercise(world, rng, "arithmetic") for _ in range(3))
+
+
+def table(world: World, rng: Random, lines: int = 10) -> str:
+    """Sums and differences as a schoolbook states them, of all pairs of numbers."""
+    stated = []
+    for _ in range(lines):
+        kind, a, b, c = draw_sum(world, rng, ("sum", "difference"))
+        stated.append(say(rng, f"{kind}_answer", {"a": str(a), "b": str(b), "c": str(c)}))
+    return finish(" ".join(stated))
 
 
 def lists(world: World, rng: Random) -> str:

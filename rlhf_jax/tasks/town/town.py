@@ -33,7 +33,8 @@ class Town:
 
     Splits are "train" and "heldout". Nothing of a held-out prompt's content (person, shop, ware,
     phrasing, passage, sum …) is in the demonstrations, pairs and prompts of "train"; the raw text
-    does state the held-out people's facts, which is how a model can know them.
+    does state the held-out people's facts, which is how a model can know them, and `tables` the
+    held-out sums.
     """
 
     def __init__(self, config: TownConfig | None = None) -> None:
@@ -45,6 +46,12 @@ class Town:
         for index in self._range("texts", split, count):
             text, kind = texts.write(self.world, self._rng("text", split, index))
             yield Text(f"{split}-{index}", text, {"kind": kind})
+
+    def tables(self, split: str = TRAIN, count: int | None = None) -> Iterator[Text]:
+        """Documents for pre-training of sums and differences, held-out pairs of numbers too."""
+        for index in self._range("texts", split, count):
+            rng = self._rng("table", split, index)
+            yield Text(f"{split}-{index}", texts.table(self.world, rng))
 
     def demonstrations(
         self, split: str = TRAIN, count: int | None = None

@@ -24,7 +24,7 @@ from rlhf_jax.tasks.town.texts import TEXTS
 from rlhf_jax.tasks.town.town import JUDGED, Town
 from rlhf_jax.tasks.town.world import HELDOUT, KINDS, TRAIN, TownConfig
 
-STREAMS = ("texts", "demonstrations", "prompts", "pairs")
+STREAMS = ("texts", "tables", "demonstrations", "prompts", "pairs")
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +235,19 @@ def test_bad_replies_score_below_good_ones(town, family):
         assert gold_score(prompt, reply(rng, task, "garbled")).total < 0.3
         for style in ("rude", "rambling"):
             assert gold_score(prompt, reply(rng, task, style)).total < plain.total
+
+
+def test_tables_state_every_sum_and_difference_of_two_numbers(town):
+    stated = " ".join(text.text for text in town.tables(count=2000))
+    found = re.findall(r"(\d+) (?:plus (\d+) is|and (\d+) make|minus (\d+) is) (\d+)\.", stated)
+    assert len(found) == stated.count(".") == 20_000
+    sums, differences = set(), set()
+    for a, plus, make, minus, c in found:
+        b = int(plus or make or minus)
+        assert int(c) == (int(a) - b if minus else int(a) + b)
+        (differences if minus else sums).add((int(c) if minus else int(a), b))
+    pairs = {(a, b) for a in range(2, 21) for b in range(2, 21)}
+    assert sums == differences == pairs
 
 
 def test_unknown_split_is_the_users_mistake(town):

@@ -54,11 +54,17 @@ def reading(world: World, rng: Random, split: str) -> Exercise:
     )
 
 
+def draw_sum(world: World, rng: Random, kinds: tuple[str, ...]) -> tuple[str, int, int, int]:
+    """One of the kinds, two numbers, and their sum or ("difference", "less") difference."""
+    kind = pick(rng, kinds)
+    x, y = (2 + int(rng.random() * (world.config.max_operand - 1)) for _ in range(2))
+    return (kind, x, y, x + y) if kind in ("sum", "more") else (kind, x + y, x, y)
+
+
 def arithmetic(world: World, rng: Random, split: str) -> Exercise:
     """What is 7 plus 12? Kai had 9 figs and ate 2. How many figs are left?"""
-    kind = pick(rng, ("sum", "sum", "difference", "difference", "more", "less"))
-    x, y = (2 + int(rng.random() * (world.config.max_operand - 1)) for _ in range(2))
-    a, b, c = (x, y, x + y) if kind in ("sum", "more") else (x + y, x, y)
+    kinds = ("sum", "sum", "difference", "difference", "more", "less")
+    kind, a, b, c = draw_sum(world, rng, kinds)
     slots = {**visit(rng), "a": str(a), "b": str(b), "c": str(c)}
     false = {**slots, "c": _near(rng, c, (a, b))}
     answer = f"{kind}_answer"
