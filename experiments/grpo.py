@@ -44,14 +44,14 @@ def get_config(variant="grpo"):
     if variant == "arithmetic":
         return grpo(
             "grpo",
-            init={"policy": "experiments/sft.py:arithmetic"},
-            data={"train": "town/arithmetic[:90%]", "validation": "town/arithmetic"},
+            init={"policy": "experiments/sft.py:sums"},
+            data={"train": "town/arithmetic", "validation": "town/arithmetic"},
             rollout={"prompts": 128, "samples": 8, "max_prompt_tokens": 48, "max_new_tokens": 24},
             reward={"scorers": "correct=1"},
             kl={"placement": "none"},
             optimizer={"learning_rate": 4e-4},
-            train={"steps": 150, "eval_every": 15},
-            eval={"source": "town/arithmetic@train[90%:]"},
+            train={"steps": 60, "eval_every": 15},
+            eval={"source": "town/arithmetic"},
         )
     if variant == "gsm8k":
         return grpo(

@@ -71,8 +71,8 @@ def town():
 def sums():
     """The town's raw text and, of every four rows, one of a schoolbook's sums.
 
-    Numbers up to 99 are tokens, and queries and keys are made of the tokens before them too, so that
-    a model finds the sum that it has read by both of its numbers.
+    Numbers up to 99 are tokens, and queries and keys are made of the tokens before them too, so
+    that a model finds the sum that it has read by both of its numbers.
     """
     learnt = {
         "model": defaults.model("tiny", short_convolution=4),

@@ -41,18 +41,17 @@ def get_config(variant="town"):
                 optimizer=ADAMW,
                 train={"steps": 430, "log_every": 20},
             )
-        case "arithmetic":
+        case "sums":
             return sft(
-                "experiments/sft.py",
+                "experiments/pretrain.py:sums",
+                compute={"remat": "none"},
                 data={
-                    "train": "town/solutions[:90%]",
-                    "validation": "town/solutions@train[90%:]",
                     "row_length": 192,
+                    "replay": "town/text[:50%]=0.5,town/table=0.3",
                 },
                 batch={"rows": 8},
-                optimizer=ADAMW,
-                train={"steps": 240, "log_every": 20},
-                eval={"source": "town/arithmetic@train[90%:]"},
+                optimizer={"b2": 0.99},
+                train={"steps": 430, "log_every": 20},
             )
         case "fables":
             return real("fables", "tinyfabulist", "tinyfabulist", steps=200)
@@ -73,7 +72,7 @@ def get_config(variant="town"):
                 optimizer={"name": "adamw", "learning_rate": 2e-5},
                 eval=defaults.OWN_EVALUATION,
             )
-    raise defaults.no_variant("sft.py", variant, "town, arithmetic, fables, gsm8k, hh, imdb, own")
+    raise defaults.no_variant("sft.py", variant, "town, sums, fables, gsm8k, hh, imdb, own")
 
 
 def sft(policy, **sections):

@@ -17,8 +17,16 @@ from rlhf_jax.training.optimizer import make_optimizer
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 VARIANTS = {
-    "pretrain": ["town", "fables", "hh", "imdb", "shakespeare_char", "shakespeare_char_best"],
-    "sft": ["town", "arithmetic", "fables", "gsm8k", "hh", "imdb", "own"],
+    "pretrain": [
+        "town",
+        "sums",
+        "fables",
+        "hh",
+        "imdb",
+        "shakespeare_char",
+        "shakespeare_char_best",
+    ],
+    "sft": ["town", "sums", "fables", "gsm8k", "hh", "imdb", "own"],
     "reward": ["town", "member1", "member2", "hh", "imdb", "own"],
     "dpo": ["town", "hh", "own"],
     "ppo": ["town", "ensemble", "hh", "sentiment", "own"],

@@ -359,7 +359,11 @@ def test_persona_chat(cache):
     ("source", "kind", "lacks"),
     [
         ("town/prompt[:3]", "conversation", "is a prompt, which makes no conversation: .* a reply"),
-        ("town/conversation[:3]", "preference", "is a conversation, which makes no pair: .* two re"),
+        (
+            "town/conversation[:3]",
+            "preference",
+            "is a conversation, which makes no pair: .* two",
+        ),
         ("town/text[:3]", "prompt", "is a text, which makes no prompt: that takes turns of a user"),
     ],
 )
