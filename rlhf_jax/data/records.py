@@ -9,7 +9,7 @@ beside the text (a reference answer, a topic, a source), always as strings.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,3 +134,11 @@ def convert(record: Record, kind: str) -> Record:
         f"record {record.id!r} is a {type(record).__name__.lower()}, which makes no {kind}: that "
         f"takes {_NEEDED[kind]}"
     )
+
+
+def convert_all(records: Iterable[Record], kind: str, source: str) -> list[Any]:
+    """Makes records of a data set records of another kind; errors name the data set."""
+    try:
+        return [convert(record, kind) for record in records]
+    except UserError as error:
+        raise UserError(f"data: {source!r}: {error}") from error

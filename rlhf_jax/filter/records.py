@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf_jax.data.calls import render_call
 from rlhf_jax.data.jsonl import read_jsonl, take_slice
-from rlhf_jax.data.records import Conversation, Message, Pair, Prompt, Record, Text, convert
+from rlhf_jax.data.records import Conversation, Message, Pair, Prompt, Record, Text, convert_all
 from rlhf_jax.hub.hub_data import load_rows
 from rlhf_jax.tasks.builders import load_records
 from rlhf_jax.tasks.sources import parse_source, split_sources
@@ -64,7 +64,8 @@ def read_items(
             made = load_records(name, split + part, kind="pair" if kind == "hh" else kind)
             of_kind = "pair" if kind in ("hh", "preference") else kind
             there = f"{name}@{split}{part}"
-            items += [Item(convert(r, of_kind), there, n) for n, r in enumerate(made, 1)]
+            records = convert_all(made, of_kind, there)
+            items += [Item(record, there, n) for n, record in enumerate(records, 1)]
             continue
         there = name if parsed.is_file else f"{name}@{split}"
         lines: list[int] = []

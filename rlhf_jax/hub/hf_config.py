@@ -90,23 +90,26 @@ def to_document(config: ModelConfig) -> tuple[str, Json]:
     Raises:
         UserError: none can.
     """
-    computed = _computed(config)
+    computed, lacking = _computed(config), dict(_computed(config))
     for kind, family in FAMILIES.items():
         try:
             document = family.write(config)
             reader = ConfigReader(Path("config.json"), family.completed(document), quiet=True)
-            if _computed(ModelConfig(**family.read(reader)).validate()) != computed:
-                continue
+            theirs = _computed(ModelConfig(**family.read(reader)).validate())
         except (UserError, KeyError):
+            continue
+        if lost := {name: value for name, value in computed.items() if theirs[name] != value}:
+            lacking = min(lacking, lost, key=len)
             continue
         name = family.causal_name or f"{family.class_name}ForCausalLM"
         if config.head == "scalar":
             name = f"{family.class_name}ForSequenceClassification"
             document |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         return kind, {"architectures": [name], "model_type": kind, **document}
+    stated = ", ".join(f"{k} = {v!r}" for k, v in lacking.items() if v != _DEFAULTS.get(k))
     raise UserError(
-        "no Hugging Face model type computes what this model does: "
-        f"{ {k: v for k, v in computed.items() if v != _DEFAULTS.get(k)} }"
+        f"no Hugging Face model type computes what this model does, none with {stated}; it can be "
+        "used by the commands of this package alone"
     )
 
 

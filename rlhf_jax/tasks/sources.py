@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from rlhf_jax.data.conversation import Tokenizer
 from rlhf_jax.data.jsonl import SUFFIXES, count_rows, read_jsonl, take_slice
-from rlhf_jax.data.records import Conversation, Pair, Prompt, convert
+from rlhf_jax.data.records import Conversation, Pair, Prompt, convert_all
 from rlhf_jax.data.shapes import parse_columns
 from rlhf_jax.errors import UserError
 from rlhf_jax.hub.hub_data import PREFIX, load_rows
@@ -120,10 +120,7 @@ def read_source(
         made = load_records(name, own_split + part, kind=paired)
         if not made:
             raise UserError(f"data: {each!r} has no records in its split {own_split!r}")
-        try:
-            records += [convert(record, paired) for record in made]
-        except UserError as error:
-            raise UserError(f"data: {each!r}: {error}") from error
+        records += convert_all(made, paired, each)
     return records
 
 
