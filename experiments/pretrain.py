@@ -2,6 +2,8 @@
 
 python -m rlhf_jax.main --config=experiments/pretrain.py
     the embedded town: 80 seconds to 0.38 bits a byte
+python -m rlhf_jax.main --config=experiments/pretrain.py:sums
+    the same, and the town's sums and differences as a schoolbook states them; see sft.py:sums
 python -m rlhf_jax.main --config=experiments/pretrain.py:fables
     TinyFabulist fables
 python -m rlhf_jax.main --config=experiments/pretrain.py:hh

@@ -121,7 +121,7 @@ def test_older_spellings_say_the_same(tmp_path, config):
 
 
 def test_what_no_model_type_computes_is_refused_by_name():
-    with pytest.raises(UserError, match=r"no Hugging .* none with short_convolution = 4; it can be"):
+    with pytest.raises(UserError, match=r"no Hugging .* none with short_convolution = 4; it"):
         to_document(dataclasses.replace(LLAMA, short_convolution=4))
 
 
