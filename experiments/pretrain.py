@@ -5,7 +5,7 @@ python -m rlhf_jax.main --config=experiments/pretrain.py
 python -m rlhf_jax.main --config=experiments/pretrain.py:sums
     the same, and the town's sums and differences as a schoolbook states them; see sft.py:sums
 python -m rlhf_jax.main --config=experiments/pretrain.py:fables
-    TinyFabulist fables
+    TinyFabulist fables: 22 minutes on one slow core to 1.12 bits a byte
 python -m rlhf_jax.main --config=experiments/pretrain.py:hh
     fables and HH-RLHF dialogues: 6 minutes to 1.73 bits a byte
 python -m rlhf_jax.main --config=experiments/pretrain.py:imdb
