@@ -19,7 +19,8 @@ from rlhf_jax.trees import matches, named_leaves
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 NO_DECAY = (r"(^|/)(bias|scale|embedding)$",)
-HIDDEN = r"(^|/)layers/.*kernel$"
+STACKED = r"(^|/)layers/"
+HIDDEN = STACKED + r".*kernel$"
 B1 = 0.9  # of Adam and Lion
 MUON_STEPS = 5  # of Newton–Schulz
 MUON_RMS = 0.2  # root mean square of Muon's updates before the learning rate; Adam's is 0.2 to 0.4
@@ -139,7 +140,7 @@ def make_optimizer(
         "adafactor": {
             "adafactor": optax.chain(
                 optax.scale_by_factored_rms(decay_rate=0.8),
-                optax.clip_by_block_rms(1.0),
+                optax.stateless(_clip_each_layer),
             )
         },
         "muon": {"muon": _muon(config), "adam": adam},
@@ -162,6 +163,24 @@ def make_optimizer(
     if config.weight_decay == 0:
         del transforms[1]
     return optax.chain(*transforms), schedule
+
+
+def _clip_each_layer(updates, params=None):
+    """Adafactor's bound of 1 on an update's RMS, https://arxiv.org/abs/1804.04235 §6.
+
+    The matrices of stacked layers and experts, and the vectors of layers, are each clipped alone.
+    """
+    del params
+
+    def clip(name: str, update):
+        own = None
+        if re.search(STACKED, name):
+            own = (-2, -1) if update.ndim > 2 else -1
+        mean = jnp.mean(jnp.square(update), own, keepdims=True)
+        return update / jnp.maximum(1.0, jnp.sqrt(mean))
+
+    clipped = [clip(name, update) for name, update in named_leaves(updates).items()]
+    return jax.tree.unflatten(jax.tree.structure(updates), clipped)
 
 
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:

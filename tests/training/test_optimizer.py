@@ -84,6 +84,23 @@ def test_adafactor_keeps_rows_and_columns_of_each_layer_only():
     np.testing.assert_allclose(rms, 0.1, rtol=0.05)
 
 
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon"])
+@pytest.mark.parametrize(("leaf", "shape"), [("kernel", (16, 40)), ("scale", (40,))])
+def test_a_stacked_layer_is_trained_as_it_would_be_alone(name, leaf, shape):
+    config = {"name": name, "learning_rate": 0.1, "schedule": "constant"}
+    first, second = jax.random.normal(jax.random.key(0), (2, 3, *shape))
+    second = second.at[1].multiply(100.0)  # which Adafactor clips in that layer alone
+
+    def steps(layers):
+        gradients = [{"layers": {"mlp": {leaf: each[layers]}}} for each in (first, second)]
+        params = jax.tree.map(jnp.zeros_like, gradients[0])
+        return updates(config, gradients, params)[-1]["layers"]["mlp"][leaf]
+
+    for layer in range(3):
+        alone = steps(slice(layer, layer + 1))
+        np.testing.assert_allclose(steps(slice(None))[layer], alone[0], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(3, 16, 16), (3, 16, 40), (3, 40, 16)])
 def test_muon_orthogonalises_each_layer_by_itself(shape):
     config = {"name": "muon", "learning_rate": 1.0, "schedule": "constant"}
