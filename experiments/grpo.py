@@ -8,8 +8,12 @@ python -m rlhf_jax.main --config=experiments/grpo.py:rloo
     another algorithm of the family on the same task: dr_grpo, dapo, rloo, reinforce, reinforce_pp,
     remax, gspo, cispo
 python -m rlhf_jax.main --config=experiments/grpo.py:arithmetic
-    the town's sums and differences, against a verifier: 27 minutes beside other work; greedy
-    answers to held-out sums from 69 % right to 94 % (90 to 96), sampled ones from 50 % to 90 %
+    the town's sums and differences, against a verifier, from sft.py:sums: 13 minutes on one slow
+    core beside other work. Of held-out sums, whose pairs of numbers no training prompt has, 0.49 of
+    sampled answers are right, before 0.27 (+0.13 to +0.33), of greedy ones 0.74, before 0.69 (−0.01
+    to +0.12), and 0.99 of the facts still. That takes raw text in every update (data.ptx) and a
+    little KL: without both 0.51 of greedy answers and 0.86 of the facts, with the text alone 0.73
+    and 0.85. One seed each
 python -m rlhf_jax.main --config=experiments/grpo.py:gsm8k
     grade-school maths against the number it states: 6 minutes after its parents; a model of this
     size does not solve it: 1 to 3 % of sampled answers are right before and after
@@ -45,12 +49,18 @@ def get_config(variant="grpo"):
         return grpo(
             "grpo",
             init={"policy": "experiments/sft.py:sums"},
-            data={"train": "town/arithmetic", "validation": "town/arithmetic"},
+            data={
+                "train": "town/arithmetic",
+                "validation": "town/arithmetic",
+                # What no reward asks for is read on, or it is forgotten.
+                "ptx": "town/table,town/text[:50%]",
+            },
+            loss={"ptx_coefficient": 1.0},
             rollout={"prompts": 128, "samples": 8, "max_prompt_tokens": 48, "max_new_tokens": 24},
             reward={"scorers": "correct=1"},
-            kl={"placement": "none"},
+            kl={"placement": "loss", "coefficient": 0.03},
             optimizer={"learning_rate": 4e-4},
-            train={"steps": 60, "eval_every": 15},
+            train={"steps": 60, "eval_every": 20},
             eval={"source": "town/arithmetic"},
         )
     if variant == "gsm8k":

@@ -20,9 +20,9 @@ One seed of each, 9, 3 and 4 minutes on one core beside other work:
     :dpo        0.848            0.96       1.00          0.70            0.98     0.15
 
 Nothing leaks into chats without a persona. :real, one seed, 5 minutes on one slow core after 22 of
-its parent, pretrain.py:fables: of 82 held-out dialogues the loss goes from 5.25 to 2.36 nats a token
-(−3.00 to −2.77), all of 64 replies come to an end (before, 0.80) and have 13 tokens. Whether they
-keep to the persona is not measured: there is no exact judge of it.
+its parent, pretrain.py:fables: of 82 held-out dialogues the loss goes from 5.25 to 2.36 nats per
+token (−3.00 to −2.77), all of 64 replies come to an end (before, 0.80) and have 13 tokens. Whether
+they keep to the persona is not measured: there is no exact judge of it.
 """
 
 from rlhf_jax.stages import defaults
