@@ -90,7 +90,8 @@ def to_document(config: ModelConfig) -> tuple[str, Json]:
     Raises:
         UserError: none can.
     """
-    computed, lacking = _computed(config), dict(_computed(config))
+    computed = _computed(config)
+    lacking = {name: value for name, value in computed.items() if value != _DEFAULTS.get(name)}
     for kind, family in FAMILIES.items():
         try:
             document = family.write(config)
@@ -106,7 +107,7 @@ def to_document(config: ModelConfig) -> tuple[str, Json]:
             name = f"{family.class_name}ForSequenceClassification"
             document |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         return kind, {"architectures": [name], "model_type": kind, **document}
-    stated = ", ".join(f"{k} = {v!r}" for k, v in lacking.items() if v != _DEFAULTS.get(k))
+    stated = ", ".join(f"{name} = {value!r}" for name, value in lacking.items())
     raise UserError(
         f"no Hugging Face model type computes what this model does, none with {stated}; it can be "
         "used by the commands of this package alone"
