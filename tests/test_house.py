@@ -36,9 +36,9 @@ BOUNDS = {
     # gave 45 back. Models of another version, and prompts without an answer, took 35 in the core;
     # slices of a per cent and seeds of AI feedback 5, and dialogues in which much changes 22. What a
     # record of another kind lacks, and Adafactor's bound of each layer by itself, took 37 in the
-    # core, tables of sums and what no model type of the Hub has 29 in the annexes.
+    # core, tables of sums and what no model type of the Hub has 30 in the annexes.
     "lines of the core": 23_226,
-    "lines with the annexes": 47_411,
+    "lines with the annexes": 47_412,
     "functions over 60 lines": 1,
     "functions over 80 lines": 0,
     "functions over 8 parameters": 2,
