@@ -34,8 +34,8 @@ BOUNDS = {
     # (openings, costs and frozen models refused before training, streams of judges' parts, silent
     # personas, added tokens and several chat templates of the Hub) 115 and 200. What nobody used
     # gave 45 back. Models of another version, and prompts without an answer, took 35 in the core;
-    # slices of a per cent and seeds of AI feedback 5, and dialogues in which much changes 22. What a
-    # record of another kind lacks, and Adafactor's bound of each layer by itself, took 37 in the
+    # slices of a per cent and seeds of AI feedback 5, and dialogues in which much changes 22. What
+    # a record of another kind lacks, and Adafactor's bound of each layer by itself, took 37 in the
     # core, tables of sums and what no model type of the Hub has 30 in the annexes.
     "lines of the core": 23_226,
     "lines with the annexes": 47_412,
