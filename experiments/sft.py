@@ -5,7 +5,8 @@ python -m rlhf_jax.main --config=experiments/sft.py
 python -m rlhf_jax.main --config=experiments/sft.py:sums
     the same from pretrain.py:sums, whose text states all sums and differences up to 20 plus 20. Of
     256 questions about pairs of numbers that no question of training has, seeds 0 and 1 answer 0.69
-    and 0.71 rightly, of those about held-out people 0.99 and 0.91; the model above 0.04 and 0.97:
+    and 0.71 rightly (seed 0 by JAX 0.10: 0.68), of those about held-out people 0.99 and 0.91; the
+    model above 0.04 and 0.97:
     python -m rlhf_jax.evaluate --workdir=runs/sft-sums --data=town/solutions@validation --count=256
 python -m rlhf_jax.main --config=experiments/sft.py:fables
     TinyFabulist, prompt → fable
